@@ -1,0 +1,200 @@
+"""The configuration of a run: one frozen tree, one dataclass per TOML section.
+
+Nothing else holds a setting: the DeepSpeed dictionary (`parallel/zero.py`) and Megatron's `TransformerConfig`
+(`parallel/backbone.py`) are derived from this tree, so that no number is written twice. Every field carries its
+meaning in `doc`; `--help` of the entry points and `docs/config.md` print them. Rules that span fields live in `rules.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+
+def setting(default: object = dataclasses.MISSING, *, doc: str) -> object:
+    """A dataclass field with its documentation; without a default the setting is required."""
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata={"doc": doc})
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """What the run is called and how long it is."""
+
+    name: str = setting(doc="Name of the run folder, `<root>/<name>`.")
+    root: str = setting("runs", doc="Folder that holds the run folders.")
+    seed: int = setting(0, doc="Seed of everything random: initial weights, data order, noise.")
+    steps: int = setting(doc="Optimiser steps in all; a run resumed at this step is complete.")
+    dtype: str = setting("bfloat16", doc="Dtype of weights and activations: float32 or bfloat16 (master weights are float32 in both).")
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The backbone: a Qwen3 decoder (arXiv 2602.14041 Sec. 4.3)."""
+
+    preset: str = setting("", doc="Name in `config/presets.py` that fills this section and `head.width`; explicit settings win.")
+    num_layers: int = setting(doc="Transformer layers.")
+    hidden_size: int = setting(doc="Width of the residual stream.")
+    num_heads: int = setting(doc="Query heads.")
+    num_kv_heads: int = setting(doc="Key/value heads (grouped-query attention).")
+    head_dim: int = setting(128, doc="Channels per head.")
+    ffn_size: int = setting(doc="Hidden width of the SwiGLU feed-forward.")
+    norm_eps: float = setting(1e-6, doc="Epsilon of every RMSNorm.")
+    rope_base: float = setting(1e6, doc="Base of the rotary position frequencies.")
+    tie_embeddings: bool = setting(False, doc="Whether the output projection is the token embedding itself.")
+    init_std: float = setting(0.02, doc="Standard deviation of the normal initial weights.")
+
+
+@dataclass(frozen=True)
+class HeadSection:
+    """The binary diffusion head (arXiv 2602.14041 Sec. 3.2, 3.3)."""
+
+    width: int = setting(doc="Width of the head; the release uses the backbone's hidden size.")
+    num_blocks: int = setting(6, doc="Transformer blocks of the head.")
+    num_adaln: int = setting(2, doc="adaLN modules, each shared by num_blocks / num_adaln consecutive blocks.")
+    head_dim: int = setting(128, doc="Channels per attention head.")
+    mlp_ratio: float = setting(1.5, doc="SwiGLU hidden width over `width`.")
+    time_schedule: str = setting("logit_normal", doc="Training draw of t: logit_normal (release) or uniform.")
+    time_mean: float = setting(-0.8, doc="Mean of the normal under the sigmoid of t.")
+    time_std: float = setting(0.8, doc="Standard deviation of the normal under the sigmoid of t.")
+    time_shift: float = setting(1.0, doc="Shift s of t -> t / (t + s (1 - t)); 1 leaves t unchanged.")
+
+
+@dataclass(frozen=True)
+class VisionSection:
+    """The binary visual tokenizer (arXiv 2602.14041 Sec. 3.1); frozen in text-to-image training."""
+
+    weights: str = setting(doc="Autoencoder weights (safetensors, published names).")
+    num_bits: int = setting(32, doc="Bits per vision token, the latent channels of the autoencoder.")
+    channels: int = setting(256, doc="Base channels `ch` of the autoencoder.")
+    channel_mult: tuple[int, ...] = setting((1, 1, 2, 2, 4), doc="Channel multiplier per level; downsampling is 2^(levels - 1).")
+    num_res_blocks: int = setting(4, doc="Residual blocks per level.")
+    block_side: int = setting(4, doc="Side p of the block of p x p vision tokens predicted together.")
+    flip_max: float = setting(0.1, doc="Input bits are flipped with probability flip_max * u, u ~ U(0, 1) per element.")
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per latent cell along each axis."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    @property
+    def block_tokens(self) -> int:
+        """Vision tokens per block, P = p * p."""
+        return self.block_side**2
+
+
+@dataclass(frozen=True)
+class TextSection:
+    """The text tokenizer."""
+
+    kind: str = setting("huggingface", doc="huggingface (a local tokenizer folder) or sentencepiece (a .model file).")
+    path: str = setting(doc="Folder or file of the tokenizer.")
+    max_caption_tokens: int = setting(512, doc="Longer captions are cut to this many tokens.")
+
+
+@dataclass(frozen=True)
+class ResolutionClass:
+    """One resolution of the mix, with the image sizes (buckets) it is trained at."""
+
+    side_px: int = setting(doc="Name of the class: side of its square bucket, in pixels.")
+    share: int = setting(doc="Its part of each global batch, relative to the other classes.")
+    buckets_px: tuple[tuple[int, int], ...] = setting(doc="(height, width) of each bucket in pixels; transposes are added.")
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """The image-text data and how it is batched."""
+
+    shards: tuple[str, ...] = setting(doc="WebDataset tars: files, folders, globs or brace lists.")
+    index_dir: str = setting("", doc="Folder of the index; empty: `.bitdance_index` beside the first shard.")
+    global_batch: int = setting(doc="Images per optimiser step.")
+    classes: tuple[ResolutionClass, ...] = setting(doc="Resolution classes, mixed exactly in every global batch.")
+    max_upscale: float = setting(1.0, doc="An image enters a bucket only if it need not be enlarged more than this.")
+    max_pack_tokens: int = setting(doc="Token cap of a pack, one micro-batch of one replica.")
+    pack_multiple: int = setting(128, doc="Packs are padded to a multiple of this many tokens.")
+    text_drop: float = setting(0.1, doc="Probability that a sample is trained without its caption (guidance).")
+    image_to_text_share: float = setting(0.0, doc="Share of samples trained as image-to-text.")
+    max_hole_share: float = setting(0.001, doc="Training stops when unreadable samples exceed this share (after 1000 samples).")
+    read_threads: int = setting(2, doc="Threads that read and decode.")
+    prefetch_steps: int = setting(2, doc="Global batches read ahead.")
+
+
+@dataclass(frozen=True)
+class ParallelSection:
+    """How a replica of the model is laid out; data parallelism takes the remaining ranks."""
+
+    tensor: int = setting(1, doc="Tensor-parallel ranks (Megatron).")
+    pipeline: int = setting(1, doc="Pipeline stages (Megatron's 1F1B schedule).")
+    zero_stage: int = setting(1, doc="DeepSpeed ZeRO stage over the data-parallel ranks: 1, 2 or 3.")
+
+
+@dataclass(frozen=True)
+class OptimSection:
+    """AdamW with warm-up to a constant rate (arXiv 2602.14041 Table 4)."""
+
+    lr: float = setting(1e-4, doc="Learning rate after warm-up.")
+    warmup_steps: int = setting(2000, doc="Steps of linear warm-up from 0.")
+    beta1: float = setting(0.9, doc="First-moment decay.")
+    beta2: float = setting(0.95, doc="Second-moment decay.")
+    eps: float = setting(1e-15, doc="AdamW epsilon.")
+    weight_decay: float = setting(0.0, doc="Decoupled weight decay.")
+    clip_norm: float = setting(1.0, doc="Global gradient-norm clip; 0 switches it off.")
+    max_skipped_steps: int = setting(10, doc="Consecutive steps with non-finite gradients after which the run stops.")
+
+
+@dataclass(frozen=True)
+class LossSection:
+    """Weights of the two losses, each a mean over the global batch (Sec. 4.3)."""
+
+    vision_weight: float = setting(1.0, doc="Weight of the flow loss.")
+    text_weight: float = setting(0.01, doc="Weight of the text cross-entropy.")
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    """When checkpoints are written and how many stay."""
+
+    every_steps: int = setting(1000, doc="Steps between checkpoints; one is written at the end as well.")
+    keep: int = setting(2, doc="Newest checkpoints kept; older ones are deleted after a commit.")
+
+
+@dataclass(frozen=True)
+class SampleSection:
+    """Images drawn from the model while it trains."""
+
+    every_steps: int = setting(1000, doc="Steps between sample grids; one is drawn at the end as well. 0: never.")
+    prompts: tuple[str, ...] = setting((), doc="Captions to draw.")
+    size_px: tuple[int, int] = setting((512, 512), doc="(height, width) of the images in pixels.")
+    num_steps: int = setting(50, doc="Solver steps per block.")
+    guidance: float = setting(7.5, doc="Classifier-free guidance scale; 1 switches it off.")
+    sampler: str = setting("euler_maruyama", doc="euler_maruyama (release) or euler (Eq. 4).")
+    use_cache: bool = setting(True, doc="Whether keys and values of earlier blocks are kept.")
+    seed: int = setting(0, doc="Seed of the noise; image i uses stream i of it.")
+
+
+@dataclass(frozen=True)
+class ObserveSection:
+    """What is logged, and where."""
+
+    log_every_steps: int = setting(1, doc="Steps between lines of metrics.jsonl and W&B points.")
+    wandb_project: str = setting("bitdance_scale", doc="W&B project.")
+    wandb_mode: str = setting("auto", doc="auto (online when an API key is configured, else offline), online, offline or disabled.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a training run is made of."""
+
+    run: RunSection
+    model: ModelSection
+    head: HeadSection
+    vision: VisionSection
+    text: TextSection
+    data: DataSection
+    parallel: ParallelSection
+    optim: OptimSection
+    loss: LossSection
+    checkpoint: CheckpointSection
+    sample: SampleSection
+    observe: ObserveSection

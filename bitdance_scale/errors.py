@@ -1,0 +1,22 @@
+"""The errors a user can cause, and can mend.
+
+Every message states where (file, field or shard), what value was found, which rule it breaks and how to fix it.
+"""
+
+from __future__ import annotations
+
+
+class BitDanceError(Exception):
+    """Base of the errors whose message is meant for the user; entry points print it without a traceback."""
+
+
+class ConfigError(BitDanceError):
+    """A configuration that cannot be run."""
+
+
+class DataError(BitDanceError):
+    """Training data that is missing, damaged or against the configuration."""
+
+
+class CheckpointError(BitDanceError):
+    """A checkpoint that is missing, incomplete, damaged or of another model."""
