@@ -54,3 +54,98 @@ def image_prefix_ids(grid: tuple[int, int], tokens: ImageTokens) -> np.ndarray:
         raise ValueError(f"grid {grid}: sides must be within 1..{limit}, one resolution token each")
     resolution = (tokens.resolution[height - 1], tokens.resolution[width - 1])
     return np.array([tokens.vision_start, *resolution, *tokens.queries], dtype=np.int64)
+
+
+def pack_samples(samples: Sequence[Sample], tokens: ImageTokens, pack_multiple: int) -> Pack:
+    """Lays samples end to end in one training row.
+
+    Args:
+        samples: at least one; grids divisible by the block side.
+        tokens: ids of the special tokens around an image.
+        pack_multiple: the row is padded to a multiple of this many positions.
+
+    Returns:
+        The pack, with `vision_bits` None.
+    """
+    rows = _Rows()
+    for document, sample in enumerate(samples):
+        _append_sample(rows, document, sample, tokens)
+    padding = -rows.num_positions % pack_multiple
+    rows.append(
+        token_ids=np.zeros(padding, dtype=np.int64),
+        position_ids=np.arange(padding, dtype=np.int64),
+        document_ids=np.full(padding, -1, dtype=np.int32),
+        block_ids=np.arange(padding, dtype=np.int32),
+    )
+    return Pack(
+        **{name: np.concatenate(parts) for name, parts in rows.parts.items()},
+        vision_bits=None,
+        sample_keys=np.array([sample.key for sample in samples], dtype=np.int64),
+        sample_predicts=np.array([sample.predicts_image for sample in samples], dtype=bool),
+        sample_grids=np.array([sample.grid for sample in samples], dtype=np.int32),
+        block_tokens=tokens.block_tokens,
+    )
+
+
+class _Rows:
+    """Arrays of a pack under construction, part by part."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[np.ndarray]] = {}
+        self.num_positions = 0
+        self.num_vision = 0
+
+    def append(self, **arrays: np.ndarray) -> None:
+        for name, array in arrays.items():
+            self.parts.setdefault(name, []).append(array)
+        self.num_positions += len(arrays["token_ids"])
+        self.num_vision += len(arrays.get("vision_positions", ()))
+
+
+def _append_sample(rows: _Rows, document: int, sample: Sample, tokens: ImageTokens) -> None:
+    """Adds one sample; the comments on offsets refer to the sequence in the module's docstring."""
+    size = tokens.block_tokens
+    prefix = image_prefix_ids(sample.grid, tokens)
+    num_before, num_vision, num_after = len(sample.before_ids), sample.grid[0] * sample.grid[1], len(sample.after_ids)
+    queries_start = num_before + 2
+    vision_start = num_before + len(prefix)
+    after_start = vision_start + num_vision + 1
+    length = after_start + num_after
+
+    token_ids = np.concatenate(
+        [sample.before_ids, prefix, np.zeros(num_vision, dtype=np.int64), [tokens.vision_end], sample.after_ids]
+    )
+    # A plain position is a group of its own; `<|res_w|>` with the queries is one group, and so is every vision block.
+    group_sizes = np.concatenate(
+        [np.ones(queries_start), np.full(1 + num_vision // size, size), np.ones(1 + num_after)]
+    ).astype(np.int64)
+    block_ids = np.repeat(np.arange(len(group_sizes), dtype=np.int32), group_sizes)
+
+    # The P positions before a block predict it: token i of the image is predicted at queries_start + i.
+    predicted = np.arange(num_vision if sample.predicts_image else 0, dtype=np.int64)
+    text_indices = np.concatenate(
+        [
+            np.arange(sample.first_target_before, num_before, dtype=np.int64),
+            after_start + np.arange(sample.first_target_after, num_after, dtype=np.int64),
+        ]
+    )
+    start, vision_before = rows.num_positions, rows.num_vision
+    rows.append(
+        token_ids=token_ids,
+        position_ids=np.arange(length, dtype=np.int64),
+        document_ids=np.full(length, document, dtype=np.int32),
+        block_ids=block_ids,
+        vision_positions=start + vision_start + np.arange(num_vision, dtype=np.int64),
+        vision_cells=block_raster_cells(sample.grid, _side(size)),
+        predict_positions=start + queries_start + predicted,
+        predict_tokens=vision_before + predicted,
+        text_positions=start + text_indices - 1,
+        text_targets=token_ids[text_indices],
+        sample_vision=np.array([[vision_before, vision_before + num_vision]], dtype=np.int64),
+    )
+
+
+def _side(block_tokens: int) -> int:
+    side = round(block_tokens**0.5)
+    assert side * side == block_tokens, f"{block_tokens} tokens do not form a square block"
+    return side

@@ -1,0 +1,74 @@
+"""Counter-based noise: every random number of a sample is a function of (seed, step, sample), of nothing else.
+
+No rank, layout, worker or position in a pack enters, so two layouts of one run, or a run and its resumption, draw the
+same numbers, and losses and gradients can be compared across layouts. Philox (Salmon et al., "Parallel random numbers:
+as easy as 1, 2, 3", 2011) through numpy, whose stream is fixed across versions and machines.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitdance_scale.sequence.pack import Pack
+
+
+class Purpose(enum.IntEnum):
+    """What a stream of numbers is for; streams of different purpose are independent."""
+
+    TRAIN = 1
+    EVALUATE = 2
+    SAMPLE_IMAGE = 3
+
+
+def generator(seed: int, purpose: Purpose, step: int, key: int) -> np.random.Generator:
+    """The generator of one sample at one step.
+
+    Args:
+        seed: seed of the run, 0 <= seed < 2^31.
+        purpose: what the numbers are for.
+        step: optimiser step, 0 <= step < 2^31.
+        key: sample key (or image number), 0 <= key < 2^63.
+    """
+    low = (seed << 33) | (step << 2) | int(purpose)
+    return np.random.Generator(np.random.Philox(key=np.array([low, key], dtype=np.uint64)))
+
+
+@dataclass(frozen=True)
+class PackNoise:
+    """All random numbers that training on one pack needs.
+
+    Attributes:
+        flip_level: float32 [V, C], u ~ U(0, 1): the element is flipped with probability flip_max * u.
+        flip_draw: float32 [V, C], U(0, 1), decides the flip.
+        time_normal: float32 [Q / P], N(0, 1) per predicted block, from which the flow time is made.
+        noise: float32 [Q, C], the Gaussian end of the flow.
+    """
+
+    flip_level: np.ndarray
+    flip_draw: np.ndarray
+    time_normal: np.ndarray
+    noise: np.ndarray
+
+
+def pack_noise(pack: Pack, num_bits: int, seed: int, step: int, purpose: Purpose = Purpose.TRAIN) -> PackNoise:
+    """Draws the noise of a pack, sample by sample, each from its own generator."""
+    uniforms: list[np.ndarray] = []
+    times: list[np.ndarray] = []
+    noises: list[np.ndarray] = []
+    for key, (start, stop), is_predicted in zip(pack.sample_keys, pack.sample_vision, pack.sample_predicts, strict=True):
+        numbers = generator(seed, purpose, step, int(key))
+        num_vision = int(stop - start)
+        uniforms.append(numbers.random((2, num_vision, num_bits), dtype=np.float32))
+        if is_predicted:
+            times.append(numbers.standard_normal(num_vision // pack.block_tokens, dtype=np.float32))
+            noises.append(numbers.standard_normal((num_vision, num_bits), dtype=np.float32))
+    flips = np.concatenate(uniforms, axis=1)
+    return PackNoise(
+        flip_level=flips[0],
+        flip_draw=flips[1],
+        time_normal=np.concatenate([np.zeros(0, dtype=np.float32), *times]),
+        noise=np.concatenate([np.zeros((0, num_bits), dtype=np.float32), *noises]),
+    )

@@ -1,0 +1,92 @@
+"""The layout of a pack against the sequence of BitDance read token by token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bitdance_scale.sequence.grid import block_raster_cells
+from bitdance_scale.sequence.layout import ImageTokens, num_positions, pack_samples
+from bitdance_scale.sequence.noise import Purpose, pack_noise
+from bitdance_scale.sequence.pack import Sample
+
+TOKENS = ImageTokens(vision_start=1, vision_end=2, resolution=tuple(range(10, 40)), queries=(50, 51, 52))
+
+
+def text_to_image(key: int, grid: tuple[int, int], num_text: int) -> Sample:
+    before = np.arange(100, 100 + num_text, dtype=np.int64)
+    return Sample(key, grid, before, np.array([7], dtype=np.int64), 1, 1)
+
+
+def image_to_text(key: int, grid: tuple[int, int]) -> Sample:
+    after = np.array([7, 200, 201, 7], dtype=np.int64)
+    return Sample(key, grid, np.array([100], dtype=np.int64), after, 1, 1, predicts_image=False)
+
+
+def test_sequence_of_a_text_to_image_sample():
+    pack = pack_samples([text_to_image(5, (2, 4), num_text=3)], TOKENS, pack_multiple=1)
+    assert pack.token_ids.tolist() == [100, 101, 102, 1, 11, 13, 50, 51, 52, *[0] * 8, 2, 7]
+    assert pack.num_positions == num_positions(3, 1, (2, 4), 4)
+    assert pack.vision_positions.tolist() == list(range(9, 17))
+    # `<|res_w|>` and the queries predict the first block, which predicts the second.
+    assert pack.predict_positions.tolist() == [5, 6, 7, 8, 9, 10, 11, 12]
+    assert pack.predict_tokens.tolist() == list(range(8))
+    assert pack.text_positions.tolist() == [0, 1]
+    assert pack.text_targets.tolist() == [101, 102]
+
+
+def test_image_to_text_predicts_its_caption_only():
+    pack = pack_samples([image_to_text(5, (2, 2))], TOKENS, pack_multiple=1)
+    assert len(pack.predict_positions) == 0
+    assert pack.text_targets.tolist() == [200, 201, 7]
+    assert pack.token_ids[pack.text_positions].tolist() == [7, 200, 201]
+
+
+def test_second_sample_is_the_first_shifted():
+    alone = pack_samples([text_to_image(5, (2, 4), num_text=3)], TOKENS, pack_multiple=1)
+    both = pack_samples([image_to_text(4, (4, 2)), text_to_image(5, (2, 4), num_text=3)], TOKENS, pack_multiple=32)
+    start, num_vision = num_positions(1, 4, (4, 2), 4), 8
+    stop = start + alone.num_positions
+    for name in ("token_ids", "position_ids", "block_ids"):
+        np.testing.assert_array_equal(getattr(both, name)[start:stop], getattr(alone, name))
+    np.testing.assert_array_equal(both.predict_positions, alone.predict_positions + start)
+    np.testing.assert_array_equal(both.predict_tokens, alone.predict_tokens + num_vision)
+    assert both.document_ids.tolist() == [0] * start + [1] * alone.num_positions + [-1] * both.num_padding
+    assert both.num_positions % 32 == 0
+
+
+def test_block_raster_order_written_out():
+    cells = [
+        (block_row * 2 + row, block_column * 2 + column)
+        for block_row in range(2)
+        for block_column in range(3)
+        for row in range(2)
+        for column in range(2)
+    ]
+    assert [tuple(cell) for cell in block_raster_cells((4, 6), 2)] == cells
+
+
+def test_indivisible_grid_is_refused():
+    with pytest.raises(ValueError, match="divisible by the block side 2"):
+        block_raster_cells((3, 4), 2)
+
+
+def test_resolution_without_token_is_refused():
+    with pytest.raises(ValueError, match=r"within 1\.\.30"):
+        pack_samples([text_to_image(0, (2, 32), 2)], TOKENS, 1)
+
+
+def test_noise_depends_on_sample_and_step_only():
+    first, second = text_to_image(5, (2, 4), 3), text_to_image(6, (2, 2), 2)
+    together = pack_noise(pack_samples([first, image_to_text(9, (2, 2)), second], TOKENS, 32), 16, seed=1, step=7)
+    alone = pack_noise(pack_samples([second], TOKENS, 1), 16, seed=1, step=7)
+    np.testing.assert_array_equal(together.noise[8:], alone.noise)
+    np.testing.assert_array_equal(together.time_normal[2:], alone.time_normal)
+    np.testing.assert_array_equal(together.flip_draw[12:], alone.flip_draw)
+    pack = pack_samples([second], TOKENS, 1)
+    others = [
+        pack_noise(pack, 16, seed=1, step=8),
+        pack_noise(pack, 16, seed=2, step=7),
+        pack_noise(pack, 16, seed=1, step=7, purpose=Purpose.EVALUATE),
+    ]
+    assert all(not np.array_equal(other.noise, alone.noise) for other in others)
