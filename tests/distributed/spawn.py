@@ -1,0 +1,140 @@
+"""Runs one function on several ranks of a local job, for tests that need real process groups."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# A rank that fails usually takes its peers with it through broken connections; those that only wait are killed after this.
+FAILURE_GRACE_S = 5.0
+KILL_MARGIN_S = 5.0
+
+
+def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
+    """Calls `fn(rank, *args)` in `world_size` fresh processes and returns their results, rank by rank.
+
+    Each process has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT (a free port) set as
+    torchrun sets them and OMP_NUM_THREADS=1; `fn` makes its own process group and must be importable (module level).
+    `fn`, `args` and the results are pickled.
+
+    Raises:
+        AssertionError: when a rank raises, dies or is not done after `timeout_s`; the message holds the ranks'
+            tracebacks, the first failure first. Ranks that hang print their stacks to stderr. No process is left.
+    """
+    context = multiprocessing.get_context("spawn")
+    port = _free_port()
+    deadline = time.time() + timeout_s
+    processes, readers = [], []
+    try:
+        for rank in range(world_size):
+            reader, writer = context.Pipe(duplex=False)
+            process = context.Process(target=_rank_main, args=(writer, deadline, rank, fn, args), daemon=True)
+            with _environment(_rank_environment(rank, world_size, port)):
+                process.start()
+            # The reader sees the end of the pipe only when no other process holds the writing end.
+            writer.close()
+            processes.append(process)
+            readers.append(reader)
+        return _collect(processes, readers, deadline)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+            process.close()
+        for reader in readers:
+            reader.close()
+
+
+def _rank_main(
+    writer: multiprocessing.connection.Connection,
+    deadline: float,
+    rank: int,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    faulthandler.dump_traceback_later(max(deadline - time.time(), 0.1), exit=True)
+    try:
+        message = ("result", fn(rank, *args))
+        # Plain pickle: the connection's own pickler would hand tensors over as shared memory that dies with this process.
+        payload = pickle.dumps(message)
+    except BaseException:
+        payload = pickle.dumps(("error", traceback.format_exc()))
+    faulthandler.cancel_dump_traceback_later()
+    writer.send_bytes(payload)
+    writer.close()
+
+
+def _collect(processes: list[Any], readers: list[multiprocessing.connection.Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+    waiting = dict(enumerate(readers))
+    end = deadline + KILL_MARGIN_S
+    while waiting:
+        ready = multiprocessing.connection.wait(list(waiting.values()), timeout=max(end - time.time(), 0.0))
+        if not ready:
+            break
+        for rank in [rank for rank, reader in waiting.items() if reader in ready]:
+            reader = waiting.pop(rank)
+            try:
+                kind, value = pickle.loads(reader.recv_bytes())
+            except EOFError:
+                kind, value = "error", _describe_death(processes[rank], deadline)
+            if kind == "result":
+                results[rank] = value
+                continue
+            failures[rank] = value
+            end = min(end, time.time() + FAILURE_GRACE_S)
+    if not failures and not waiting:
+        return [results[rank] for rank in range(len(processes))]
+    for rank in waiting:
+        failures[rank] = "still running; killed\n"
+    raise AssertionError("\n".join(f"--- rank {rank} ---\n{text}" for rank, text in failures.items()))
+
+
+def _describe_death(process: Any, deadline: float) -> str:
+    process.join(KILL_MARGIN_S)
+    if time.time() >= deadline:
+        return "reached the time limit; its stacks are on stderr\n"
+    return f"died with exit code {process.exitcode} before it returned\n"
+
+
+def _rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Sets variables for the processes started inside: libraries read them when they are first imported."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
