@@ -18,7 +18,7 @@ def setting(default: object = dataclasses.MISSING, *, doc: str) -> object:
     return dataclasses.field(default=default, metadata={"doc": doc})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunSection:
     """What the run is called and how long it is."""
 
@@ -29,7 +29,7 @@ class RunSection:
     dtype: str = setting("bfloat16", doc="Dtype of weights and activations: float32 or bfloat16 (master weights are float32 in both).")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelSection:
     """The backbone: a Qwen3 decoder (arXiv 2602.14041 Sec. 4.3)."""
 
@@ -46,7 +46,7 @@ class ModelSection:
     init_std: float = setting(0.02, doc="Standard deviation of the normal initial weights.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HeadSection:
     """The binary diffusion head (arXiv 2602.14041 Sec. 3.2, 3.3)."""
 
@@ -61,7 +61,7 @@ class HeadSection:
     time_shift: float = setting(1.0, doc="Shift s of t -> t / (t + s (1 - t)); 1 leaves t unchanged.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VisionSection:
     """The binary visual tokenizer (arXiv 2602.14041 Sec. 3.1); frozen in text-to-image training."""
 
@@ -84,7 +84,7 @@ class VisionSection:
         return self.block_side**2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextSection:
     """The text tokenizer."""
 
@@ -93,7 +93,7 @@ class TextSection:
     max_caption_tokens: int = setting(512, doc="Longer captions are cut to this many tokens.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ResolutionClass:
     """One resolution of the mix, with the image sizes (buckets) it is trained at."""
 
@@ -102,7 +102,7 @@ class ResolutionClass:
     buckets_px: tuple[tuple[int, int], ...] = setting(doc="(height, width) of each bucket in pixels; transposes are added.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataSection:
     """The image-text data and how it is batched."""
 
@@ -120,7 +120,7 @@ class DataSection:
     prefetch_steps: int = setting(2, doc="Global batches read ahead.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ParallelSection:
     """How a replica of the model is laid out; data parallelism takes the remaining ranks."""
 
@@ -129,7 +129,7 @@ class ParallelSection:
     zero_stage: int = setting(1, doc="DeepSpeed ZeRO stage over the data-parallel ranks: 1, 2 or 3.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimSection:
     """AdamW with warm-up to a constant rate (arXiv 2602.14041 Table 4)."""
 
@@ -143,7 +143,7 @@ class OptimSection:
     max_skipped_steps: int = setting(10, doc="Consecutive steps with non-finite gradients after which the run stops.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LossSection:
     """Weights of the two losses, each a mean over the global batch (Sec. 4.3)."""
 
@@ -151,7 +151,7 @@ class LossSection:
     text_weight: float = setting(0.01, doc="Weight of the text cross-entropy.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckpointSection:
     """When checkpoints are written and how many stay."""
 
@@ -159,7 +159,7 @@ class CheckpointSection:
     keep: int = setting(2, doc="Newest checkpoints kept; older ones are deleted after a commit.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SampleSection:
     """Images drawn from the model while it trains."""
 
@@ -173,7 +173,7 @@ class SampleSection:
     seed: int = setting(0, doc="Seed of the noise; image i uses stream i of it.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ObserveSection:
     """What is logged, and where."""
 
@@ -182,7 +182,7 @@ class ObserveSection:
     wandb_mode: str = setting("auto", doc="auto (online when an API key is configured, else offline), online, offline or disabled.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything a training run is made of."""
 
