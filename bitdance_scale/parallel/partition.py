@@ -1,0 +1,188 @@
+"""Which boxes of the global tensors a rank holds: the layout-free view of parameters and optimiser state.
+
+A parameter is cut twice. Tensor parallelism gives a rank a slice of it (`Placement`); ZeRO then cuts the row-major
+flattening of that slice between data-parallel ranks, at any element. Both cuts together are expressed as n-d boxes of
+the global tensor (`Piece`), views of the memory the engines train in, so that a checkpoint neither knows the layout nor
+gathers a tensor. Pure data: no engine is imported here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One box of a global tensor.
+
+    Attributes:
+        offsets: corner of the box in the global tensor.
+        tensor: the box's values, a view into live storage where possible: loading writes through it.
+    """
+
+    offsets: tuple[int, ...]
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ShardedValue:
+    """What this rank holds of one global tensor.
+
+    Attributes:
+        global_shape: shape of the whole tensor.
+        dtype: dtype of the whole tensor and of every piece.
+        pieces: boxes held here, none empty, no two overlapping; other ranks may hold the same or overlapping boxes
+            (replicas), which are then taken to be equal.
+    """
+
+    global_shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a rank's slice of a parameter lies in the global tensor.
+
+    Attributes:
+        global_shape: shape of the whole parameter, without padding.
+        dim: the dimension that is split; None: every rank holds the whole parameter.
+        blocks: (local_start, global_start, length) along `dim`, in local order. A weight that stacks several matrices,
+            each split by itself, has one block per matrix (local `[gate_r; up_r]`). Local rows in no block are padding
+            (vocabulary) and belong to no global tensor.
+    """
+
+    global_shape: tuple[int, ...]
+    dim: int | None = None
+    blocks: tuple[tuple[int, int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.dim is not None or not self.blocks, "blocks lie along a split dimension"
+        end = 0
+        for local_start, global_start, length in self.blocks:
+            assert local_start >= end and length > 0, f"blocks {self.blocks} must be ordered, disjoint and not empty"
+            assert 0 <= global_start <= self.global_shape[self.dim] - length, (
+                f"block {(local_start, global_start, length)} leaves the global shape {self.global_shape}"
+            )
+            end = local_start + length
+
+
+def replicated_placement(shape: tuple[int, ...]) -> Placement:
+    """The placement of a parameter that every rank holds whole."""
+    return Placement(tuple(shape))
+
+
+def split_placement(
+    global_shape: tuple[int, ...],
+    dim: int,
+    rank: int,
+    num_ranks: int,
+    num_chunks: int = 1,
+    padded_length: int | None = None,
+) -> Placement:
+    """The placement of rank `rank`'s equal share along `dim`.
+
+    Args:
+        global_shape: shape of the whole parameter, without padding.
+        dim: the dimension that is split.
+        rank: tensor-parallel rank.
+        num_ranks: tensor-parallel ranks.
+        num_chunks: matrices stacked along `dim`, each split by itself; the local tensor stacks their shares.
+        padded_length: length along `dim` that is split, where it was padded at its end (vocabulary).
+    """
+    length = global_shape[dim]
+    padded = length if padded_length is None else padded_length
+    assert padded >= length and padded % (num_chunks * num_ranks) == 0, (
+        f"length {padded} along dim {dim} of {global_shape}: {num_chunks} chunks do not split over {num_ranks} ranks"
+    )
+    assert num_chunks == 1 or padded == length, "padding lies at the end, so only one chunk can carry it"
+    share = padded // (num_chunks * num_ranks)
+    starts = [(chunk * num_ranks + rank) * share for chunk in range(num_chunks)]
+    blocks = [(i * share, start, min(share, length - start)) for i, start in enumerate(starts) if start < length]
+    return Placement(tuple(global_shape), dim, tuple(blocks))
+
+
+def whole_pieces(tensor: torch.Tensor, placement: Placement) -> ShardedValue:
+    """Pieces of a rank's whole slice; they are views of `tensor`."""
+    return _sharded(tensor.dtype, placement, _placed(tensor.detach(), (0,) * tensor.ndim, placement))
+
+
+def fragment_pieces(
+    flat: torch.Tensor, start: int, local_shape: tuple[int, ...], placement: Placement
+) -> ShardedValue:
+    """Pieces of a flat fragment of a rank's slice; they are views of `flat`.
+
+    Args:
+        flat: [length], elements start..start+length of the row-major flattening of the local tensor; may be empty.
+        start: index of the first one.
+        local_shape: shape of the local tensor.
+        placement: where the local tensor lies.
+    """
+    assert flat.ndim == 1 and 0 <= start <= math.prod(local_shape) - flat.numel(), (
+        f"elements {start}..{start + flat.numel()} of a flattened {local_shape}"
+    )
+    flat = flat.detach()
+    pieces: list[Piece] = []
+    taken = 0
+    for offsets, sizes in _boxes_of_range(start, start + flat.numel(), tuple(local_shape)):
+        box = flat[taken : taken + math.prod(sizes)].view(sizes)
+        taken += box.numel()
+        pieces.extend(_placed(box, offsets, placement))
+    return _sharded(flat.dtype, placement, pieces)
+
+
+def _sharded(dtype: torch.dtype, placement: Placement, pieces: list[Piece]) -> ShardedValue:
+    return ShardedValue(placement.global_shape, dtype, tuple(pieces))
+
+
+def _boxes_of_range(
+    start: int, stop: int, shape: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(offsets, sizes) of the boxes that make up elements start..stop of a row-major tensor, in memory order.
+
+    At most 2 * ndim - 1 boxes: a partial first row, the full rows, a partial last row, the partial ones cut again.
+    """
+    if stop <= start:
+        return
+    if not shape:
+        yield (), ()
+        return
+    row = math.prod(shape[1:])
+    first, head = divmod(start, row)
+    last, tail = divmod(stop, row)
+    if head:
+        end_of_row = row if last > first else tail
+        yield from _in_row(first, head, end_of_row, shape)
+        if last == first:
+            return
+        first += 1
+    if last > first:
+        yield (first,) + (0,) * (len(shape) - 1), (last - first,) + shape[1:]
+    if tail:
+        yield from _in_row(last, 0, tail, shape)
+
+
+def _in_row(
+    index: int, start: int, stop: int, shape: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    for offsets, sizes in _boxes_of_range(start, stop, shape[1:]):
+        yield (index,) + offsets, (1,) + sizes
+
+
+def _placed(box: torch.Tensor, offsets: tuple[int, ...], placement: Placement) -> list[Piece]:
+    """Moves a box of the local tensor to the global one, cut at the borders of the placement's blocks."""
+    dim = placement.dim
+    if dim is None:
+        return [Piece(offsets, box)] if box.numel() else []
+    pieces = []
+    box_start, box_stop = offsets[dim], offsets[dim] + box.shape[dim]
+    for local_start, global_start, length in placement.blocks:
+        start, stop = max(box_start, local_start), min(box_stop, local_start + length)
+        if stop > start:
+            corner = offsets[:dim] + (global_start + start - local_start,) + offsets[dim + 1 :]
+            pieces.append(Piece(corner, box.narrow(dim, start - box_start, stop - start)))
+    return pieces
