@@ -50,6 +50,7 @@ class Placement:
 
     Attributes:
         global_shape: shape of the whole parameter, without padding.
+        local_shape: shape of this rank's slice, padding included.
         dim: the dimension that is split; None: every rank holds the whole parameter.
         blocks: (local_start, global_start, length) along `dim`, in local order. A weight that stacks several matrices,
             each split by itself, has one block per matrix (local `[gate_r; up_r]`). Local rows in no block are padding
@@ -57,78 +58,90 @@ class Placement:
     """
 
     global_shape: tuple[int, ...]
+    local_shape: tuple[int, ...]
     dim: int | None = None
     blocks: tuple[tuple[int, int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        assert self.dim is not None or not self.blocks, "blocks lie along a split dimension"
+        if self.dim is None:
+            assert not self.blocks and self.local_shape == self.global_shape, "a replica holds the whole parameter"
+            return
         end = 0
         for local_start, global_start, length in self.blocks:
             assert local_start >= end and length > 0, f"blocks {self.blocks} must be ordered, disjoint and not empty"
-            assert 0 <= global_start <= self.global_shape[self.dim] - length, (
-                f"block {(local_start, global_start, length)} leaves the global shape {self.global_shape}"
-            )
             end = local_start + length
+            assert 0 <= global_start <= self.global_shape[self.dim] - length and end <= self.local_shape[self.dim], (
+                f"block {(local_start, global_start, length)} leaves {self.local_shape} or {self.global_shape}"
+            )
 
+    @classmethod
+    def replicated(cls, shape: tuple[int, ...]) -> Placement:
+        """A parameter that every rank holds whole."""
+        return cls(tuple(shape), tuple(shape))
 
-def replicated_placement(shape: tuple[int, ...]) -> Placement:
-    """The placement of a parameter that every rank holds whole."""
-    return Placement(tuple(shape))
+    @classmethod
+    def split(
+        cls,
+        local_shape: tuple[int, ...],
+        dim: int,
+        rank: int,
+        size: int,
+        num_chunks: int = 1,
+        valid_length: int | None = None,
+    ) -> Placement:
+        """One rank's equal share along `dim`.
 
+        Args:
+            local_shape: shape of the share, padding included.
+            dim: the dimension that is split.
+            rank: tensor-parallel rank.
+            size: tensor-parallel ranks.
+            num_chunks: matrices stacked along `dim`, each split by itself; the local tensor stacks their shares.
+            valid_length: global length along `dim` where padding follows it (vocabulary); None: no padding.
+        """
+        padded_length = local_shape[dim] * size
+        length = padded_length if valid_length is None else valid_length
+        assert local_shape[dim] % num_chunks == 0, f"{num_chunks} chunks do not divide dim {dim} of {local_shape}"
+        assert length <= padded_length, f"{size} shares {local_shape} are less than {length} along dim {dim}"
+        assert num_chunks == 1 or length == padded_length, "padding lies at the end, so only one chunk can carry it"
+        share = local_shape[dim] // num_chunks
+        starts = [(chunk * size + rank) * share for chunk in range(num_chunks)]
+        blocks = [(i * share, start, min(share, length - start)) for i, start in enumerate(starts) if start < length]
+        global_shape = (*local_shape[:dim], length, *local_shape[dim + 1 :])
+        return cls(global_shape, tuple(local_shape), dim, tuple(blocks))
 
-def split_placement(
-    global_shape: tuple[int, ...],
-    dim: int,
-    rank: int,
-    num_ranks: int,
-    num_chunks: int = 1,
-    padded_length: int | None = None,
-) -> Placement:
-    """The placement of rank `rank`'s equal share along `dim`.
-
-    Args:
-        global_shape: shape of the whole parameter, without padding.
-        dim: the dimension that is split.
-        rank: tensor-parallel rank.
-        num_ranks: tensor-parallel ranks.
-        num_chunks: matrices stacked along `dim`, each split by itself; the local tensor stacks their shares.
-        padded_length: length along `dim` that is split, where it was padded at its end (vocabulary).
-    """
-    length = global_shape[dim]
-    padded = length if padded_length is None else padded_length
-    assert padded >= length and padded % (num_chunks * num_ranks) == 0, (
-        f"length {padded} along dim {dim} of {global_shape}: {num_chunks} chunks do not split over {num_ranks} ranks"
-    )
-    assert num_chunks == 1 or padded == length, "padding lies at the end, so only one chunk can carry it"
-    share = padded // (num_chunks * num_ranks)
-    starts = [(chunk * num_ranks + rank) * share for chunk in range(num_chunks)]
-    blocks = [(i * share, start, min(share, length - start)) for i, start in enumerate(starts) if start < length]
-    return Placement(tuple(global_shape), dim, tuple(blocks))
+    def local_part(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's slice of a whole parameter, `global_shape` -> `local_shape`; padding is zero."""
+        assert tuple(whole.shape) == self.global_shape, f"{tuple(whole.shape)} is not the whole {self.global_shape}"
+        if self.dim is None:
+            return whole
+        part = whole.new_zeros(self.local_shape)
+        for local_start, global_start, length in self.blocks:
+            part.narrow(self.dim, local_start, length).copy_(whole.narrow(self.dim, global_start, length))
+        return part
 
 
 def whole_pieces(tensor: torch.Tensor, placement: Placement) -> ShardedValue:
     """Pieces of a rank's whole slice; they are views of `tensor`."""
+    assert tuple(tensor.shape) == placement.local_shape, f"{tuple(tensor.shape)} is not {placement.local_shape}"
     return _sharded(tensor.dtype, placement, _placed(tensor.detach(), (0,) * tensor.ndim, placement))
 
 
-def fragment_pieces(
-    flat: torch.Tensor, start: int, local_shape: tuple[int, ...], placement: Placement
-) -> ShardedValue:
+def fragment_pieces(flat: torch.Tensor, start: int, placement: Placement) -> ShardedValue:
     """Pieces of a flat fragment of a rank's slice; they are views of `flat`.
 
     Args:
         flat: [length], elements start..start+length of the row-major flattening of the local tensor; may be empty.
         start: index of the first one.
-        local_shape: shape of the local tensor.
-        placement: where the local tensor lies.
+        placement: shape of the local tensor and where it lies.
     """
-    assert flat.ndim == 1 and 0 <= start <= math.prod(local_shape) - flat.numel(), (
-        f"elements {start}..{start + flat.numel()} of a flattened {local_shape}"
+    assert flat.ndim == 1 and 0 <= start <= math.prod(placement.local_shape) - flat.numel(), (
+        f"elements {start}..{start + flat.numel()} of a flattened {placement.local_shape}"
     )
     flat = flat.detach()
     pieces: list[Piece] = []
     taken = 0
-    for offsets, sizes in _boxes_of_range(start, start + flat.numel(), tuple(local_shape)):
+    for offsets, sizes in _boxes_of_range(start, start + flat.numel(), placement.local_shape):
         box = flat[taken : taken + math.prod(sizes)].view(sizes)
         taken += box.numel()
         pieces.extend(_placed(box, offsets, placement))

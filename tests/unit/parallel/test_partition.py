@@ -12,8 +12,6 @@ from bitdance_scale.parallel.partition import (
     Placement,
     ShardedValue,
     fragment_pieces,
-    replicated_placement,
-    split_placement,
     whole_pieces,
 )
 
@@ -36,8 +34,8 @@ def split_tensors(draw):
         for rank in range(num_ranks)
     ]
     placements = [
-        split_placement(whole.shape, dim, rank, num_ranks, num_chunks, padded_length=shape[dim])
-        for rank in range(num_ranks)
+        Placement.split(local.shape, dim, rank, num_ranks, num_chunks, valid_length=whole.shape[dim])
+        for rank, local in enumerate(locals_)
     ]
     return whole, list(zip(locals_, placements, strict=True))
 
@@ -74,7 +72,7 @@ def test_fragments_tile_the_global_tensor(case, data):
         flat = torch.from_numpy(local.reshape(-1).copy())
         cuts = sorted(data.draw(st.lists(st.integers(0, flat.numel()), max_size=4)))
         for start, stop in zip([0, *cuts], [*cuts, flat.numel()], strict=True):
-            value = fragment_pieces(flat[start:stop], start, local.shape, placement)
+            value = fragment_pieces(flat[start:stop], start, placement)
             assert len(value.pieces) <= (2 * local.ndim - 1) * max(len(placement.blocks), 1)
             values.append(value)
     result, count = assemble(values)
@@ -90,41 +88,53 @@ def test_pieces_are_views_of_the_fragment(case, data):
     flat = torch.from_numpy(local.reshape(-1).copy())
     start = data.draw(st.integers(0, flat.numel()))
     fragment = flat[start:]
-    pieces = fragment_pieces(fragment, start, local.shape, placement).pieces
+    pieces = fragment_pieces(fragment, start, placement).pieces
     for piece in pieces:
         piece.tensor.fill_(-7)
     assert int((flat == -7).sum()) == sum(piece.tensor.numel() for piece in pieces)
 
 
 def test_a_scalar_is_one_piece():
-    value = fragment_pieces(torch.tensor([3.0]), 0, (), replicated_placement(()))
+    value = fragment_pieces(torch.tensor([3.0]), 0, Placement.replicated(()))
     assert [(piece.offsets, piece.tensor.item()) for piece in value.pieces] == [((), 3.0)]
 
 
 def test_a_parameter_that_needs_gradients_can_be_written_through():
     parameter = torch.nn.Parameter(torch.zeros(2, 3))
-    whole_pieces(parameter, replicated_placement((2, 3))).pieces[0].tensor.fill_(1.0)
+    whole_pieces(parameter, Placement.replicated((2, 3))).pieces[0].tensor.fill_(1.0)
     assert parameter.sum().item() == 6.0
+
+
+@given(split_tensors())
+@settings(max_examples=100, deadline=None)
+def test_local_part_is_the_slice_with_zero_padding(case):
+    whole, ranks = case
+    for local, placement in ranks:
+        part = placement.local_part(torch.from_numpy(whole)).numpy()
+        is_valid = np.isin(local, whole)
+        np.testing.assert_array_equal(part, np.where(is_valid, local, 0))
 
 
 def test_a_rank_of_padding_only_holds_nothing():
     # 5 rows padded to 8 over 4 ranks: rank 2 holds row 4 and a padding row, rank 3 padding alone.
-    assert split_placement((5, 2), 0, 2, 4, padded_length=8).blocks == ((0, 4, 1),)
-    placement = split_placement((5, 2), 0, 3, 4, padded_length=8)
+    assert Placement.split((2, 2), 0, 2, 4, valid_length=5).blocks == ((0, 4, 1),)
+    placement = Placement.split((2, 2), 0, 3, 4, valid_length=5)
     assert whole_pieces(torch.zeros(2, 2), placement).pieces == ()
 
 
 def test_stacked_matrices_are_split_one_by_one():
-    assert split_placement((12, 3), 0, 1, 2, num_chunks=2).blocks == ((0, 3, 3), (3, 9, 3))
+    placement = Placement.split((6, 3), 0, 1, 2, num_chunks=2)
+    assert placement.global_shape == (12, 3)
+    assert placement.blocks == ((0, 3, 3), (3, 9, 3))
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: split_placement((10, 2), 0, 0, 4),
-        lambda: Placement((4,), 0, ((0, 2, 3),)),
-        lambda: Placement((4,), 0, ((2, 0, 2), (0, 2, 2))),
-        lambda: fragment_pieces(torch.zeros(5), 2, (2, 3), replicated_placement((2, 3))),
+        lambda: Placement.split((5, 2), 0, 0, 4, num_chunks=2),
+        lambda: Placement((4,), (4,), 0, ((0, 2, 3),)),
+        lambda: Placement((4,), (4,), 0, ((2, 0, 2), (0, 2, 2))),
+        lambda: fragment_pieces(torch.zeros(5), 2, Placement.replicated((2, 3))),
     ],
     ids=["uneven", "outside", "unordered", "too long"],
 )
