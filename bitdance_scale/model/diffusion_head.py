@@ -1,0 +1,210 @@
+"""The binary diffusion head f(x_t, t, z): predicts the clean bits of one block (arXiv 2602.14041 Sec. 3.2, 3.3).
+
+A small transformer with full attention among the P tokens of a block, modulated per token by the flow time and by the
+backbone's hidden state z (adaLN). Parameter names are those of the published release.
+
+Shape suffixes: B blocks, P tokens per block, C bits, D head width, Z condition size, N attention heads of this rank,
+K channels per head, F time features.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional
+
+from bitdance_scale.config.schema import HeadSection
+from bitdance_scale.errors import ConfigError
+from bitdance_scale.model.linears import LinearFactory
+
+NORM_EPS = 1e-6
+NUM_TIME_FEATURES = 256
+TIME_SCALE = 1000.0
+MAX_TIME_PERIOD = 10000.0
+NUM_MODULATIONS = 6
+
+
+def time_features(t_B: torch.Tensor) -> torch.Tensor:
+    """Sinusoidal features of the flow time: cosines, then sines, of 1000 t / 10000^(i / 128) (published release).
+
+    Args:
+        t_B: float [B], in [0, 1].
+
+    Returns:
+        float32 [B, 256].
+    """
+    half = NUM_TIME_FEATURES // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=t_B.device) / half
+    angles = TIME_SCALE * t_B.float()[:, None] * torch.exp(-math.log(MAX_TIME_PERIOD) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """x * (1 + scale) + shift, all of one shape."""
+    return x * (1 + scale) + shift
+
+
+class DiffusionHead(nn.Module):
+    """Predicts clean bits from noisy ones, block by block.
+
+    Args:
+        section: sizes of the head.
+        cond_size: width Z of the condition, the backbone's hidden size.
+        num_bits: C.
+        block_tokens: P; no parameter depends on it.
+        linears: maker of the linears, plain or tensor-parallel.
+
+    Raises:
+        ConfigError: sizes that do not divide.
+    """
+
+    def __init__(
+        self, section: HeadSection, cond_size: int, num_bits: int, block_tokens: int, linears: LinearFactory
+    ) -> None:
+        super().__init__()
+        _check(section, linears.num_partitions)
+        self.block_tokens = block_tokens
+        self.net = HeadNetwork(section, cond_size, num_bits, linears)
+
+    def forward(self, noisy_BPC: torch.Tensor, t_B: torch.Tensor, cond_BPZ: torch.Tensor) -> torch.Tensor:
+        """The predicted clean bits.
+
+        Args:
+            noisy_BPC: float, x_t.
+            t_B: float, one flow time per block, 0 noise and 1 data.
+            cond_BPZ: float, hidden states that predict the tokens, with the 2-D position of the predicted cell added.
+
+        Returns:
+            float32 [B, P, C] in (-1, 1); B may be 0.
+
+        Raises:
+            ValueError: the blocks do not hold `block_tokens` tokens.
+        """
+        if noisy_BPC.shape[1] != self.block_tokens:
+            raise ValueError(f"blocks hold {noisy_BPC.shape[1]} tokens, the head was built for {self.block_tokens}")
+        # Sigmoid in float32: bfloat16 cannot tell predictions near -1 and 1 apart.
+        return 2 * torch.sigmoid(self.net(noisy_BPC, t_B, cond_BPZ).float()) - 1
+
+
+class HeadNetwork(nn.Module):
+    """The head up to its logits; the `net.` of the published names."""
+
+    def __init__(self, section: HeadSection, cond_size: int, num_bits: int, linears: LinearFactory) -> None:
+        super().__init__()
+        width = section.width
+        self.blocks_per_adaln = section.num_blocks // section.num_adaln
+        self.time_embed = TimeEmbedding(width, linears)
+        self.cond_embed = linears.column(cond_size, width, gather_output=True)
+        self.input_proj = linears.replicated(num_bits, width)
+        self.res_blocks = nn.ModuleList(HeadBlock(section, linears) for _ in range(section.num_blocks))
+        self.ada_ln_blocks = nn.ModuleList(
+            linears.column(width, NUM_MODULATIONS * width, gather_output=True) for _ in range(section.num_adaln)
+        )
+        self.final_layer = FinalLayer(width, num_bits, linears)
+
+    def forward(self, noisy_BPC: torch.Tensor, t_B: torch.Tensor, cond_BPZ: torch.Tensor) -> torch.Tensor:
+        """Logits [B, P, C] in the dtype of the parameters; arguments as in `DiffusionHead.forward`."""
+        dtype = self.input_proj.weight.dtype
+        x_BPD = self.input_proj(noisy_BPC.to(dtype))
+        time_BD = self.time_embed(time_features(t_B).to(dtype))
+        y_BPD = functional.silu(time_BD[:, None] + self.cond_embed(cond_BPZ.to(dtype)))
+        for index, block in enumerate(self.res_blocks):
+            # Consecutive blocks share one adaLN module, and so its output.
+            if index % self.blocks_per_adaln == 0:
+                modulations = self.ada_ln_blocks[index // self.blocks_per_adaln](y_BPD).chunk(NUM_MODULATIONS, dim=-1)
+            x_BPD = block(x_BPD, modulations)
+        return self.final_layer(x_BPD, y_BPD)
+
+
+class TimeEmbedding(nn.Module):
+    """Two linears with SiLU between them, on the features of the flow time."""
+
+    def __init__(self, width: int, linears: LinearFactory) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            linears.replicated(NUM_TIME_FEATURES, width), nn.SiLU(), linears.replicated(width, width)
+        )
+
+    def forward(self, features_BF: torch.Tensor) -> torch.Tensor:
+        """[B, F] -> [B, D]."""
+        return self.mlp(features_BF)
+
+
+class HeadBlock(nn.Module):
+    """Modulated attention within the block, then a modulated SwiGLU, each with a gated residual."""
+
+    def __init__(self, section: HeadSection, linears: LinearFactory) -> None:
+        super().__init__()
+        width, hidden = section.width, mlp_size(section)
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = HeadAttention(width, width // section.head_dim // linears.num_partitions, linears)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.w1 = linears.column(width, 2 * hidden, num_chunks=2)
+        self.w2 = linears.row(hidden, width)
+
+    def forward(self, x_BPD: torch.Tensor, modulations: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Same shape; modulations: scale1, shift1, gate1, scale2, shift2, gate2, each [B, P, D]."""
+        scale1, shift1, gate1, scale2, shift2, gate2 = modulations
+        x_BPD = x_BPD + gate1 * self.attn(modulate(self.norm1(x_BPD), scale1, shift1))
+        gate, up = self.w1(modulate(self.norm2(x_BPD), scale2, shift2)).chunk(2, dim=-1)
+        return x_BPD + gate2 * self.w2(functional.silu(gate) * up)
+
+
+class HeadAttention(nn.Module):
+    """Full attention among the tokens of a block, without positions: z carries them."""
+
+    def __init__(self, width: int, num_local_heads: int, linears: LinearFactory) -> None:
+        super().__init__()
+        self.num_local_heads = num_local_heads
+        self.wqkv = linears.column(width, 3 * width, num_chunks=3)
+        self.wo = linears.row(width, width)
+
+    def forward(self, x_BPD: torch.Tensor) -> torch.Tensor:
+        """[B, P, D] -> [B, P, D]."""
+        query_BNPK, key_BNPK, value_BNPK = rearrange(
+            self.wqkv(x_BPD), "b p (three n k) -> three b n p k", three=3, n=self.num_local_heads
+        )
+        mixed_BNPK = functional.scaled_dot_product_attention(query_BNPK, key_BNPK, value_BNPK)
+        return self.wo(rearrange(mixed_BNPK, "b n p k -> b p (n k)"))
+
+
+class FinalLayer(nn.Module):
+    """LayerNorm without affine, modulation from its own linear, and the linear to the bits."""
+
+    def __init__(self, width: int, num_bits: int, linears: LinearFactory) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+        self.ada_ln_modulation = linears.column(width, 2 * width, gather_output=True)
+        self.linear = linears.replicated(width, num_bits)
+
+    def forward(self, x_BPD: torch.Tensor, y_BPD: torch.Tensor) -> torch.Tensor:
+        """Logits [B, P, C] of the bits."""
+        scale, shift = self.ada_ln_modulation(y_BPD).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm(x_BPD), scale, shift))
+
+
+def mlp_size(section: HeadSection) -> int:
+    """Hidden width of the SwiGLU, over all tensor-parallel ranks."""
+    return int(section.width * section.mlp_ratio)
+
+
+def _check(section: HeadSection, num_partitions: int) -> None:
+    """Raises ConfigError where a head cannot be built; `config/rules.py` refuses such a tree before."""
+    if section.width % section.head_dim:
+        raise ConfigError(f"head.width = {section.width}: must be a multiple of head.head_dim = {section.head_dim}")
+    if section.num_blocks % section.num_adaln:
+        raise ConfigError(
+            f"head.num_blocks = {section.num_blocks}: must be a multiple of head.num_adaln = {section.num_adaln}"
+        )
+    split = {
+        "attention heads (head.width / head.head_dim)": section.width // section.head_dim,
+        "SwiGLU channels (head.width * head.mlp_ratio)": mlp_size(section),
+    }
+    for name, size in split.items():
+        if size % num_partitions:
+            raise ConfigError(
+                f"parallel.tensor = {num_partitions}: must divide the head's {size} {name}; choose a divisor of {size}"
+            )

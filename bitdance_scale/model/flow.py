@@ -1,0 +1,74 @@
+"""The flow between noise and bits, and its loss (arXiv 2602.14041 Eq. 3 and 7).
+
+Time runs from 0 (Gaussian noise) to 1 (bits). The head predicts clean bits; the loss compares velocities.
+
+Shape suffixes: B blocks, P tokens per block, C bits.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bitdance_scale.config.schema import HeadSection
+from bitdance_scale.errors import ConfigError
+
+# Lower bound of 1 - t under a velocity: near t = 1 the quotient would blow up small errors of the prediction.
+MIN_REMAINING_TIME = 0.05
+
+
+def draw_time(normal_B: torch.Tensor, section: HeadSection) -> torch.Tensor:
+    """Turns standard normals into flow times of training.
+
+    logit_normal (published release): t = sigmoid(std n + mean). uniform: t = Phi(n), Phi the distribution function of
+    the normal, so that both schedules consume the same random numbers. Then t -> t / (t + shift (1 - t)).
+
+    Args:
+        normal_B: N(0, 1), any shape.
+        section: `time_schedule`, `time_mean`, `time_std`, `time_shift`.
+
+    Returns:
+        float32, t in [0, 1], shape of `normal_B`.
+
+    Raises:
+        ConfigError: an unknown `time_schedule`.
+    """
+    normal_B = normal_B.float()
+    if section.time_schedule == "logit_normal":
+        t_B = torch.sigmoid(section.time_std * normal_B + section.time_mean)
+    elif section.time_schedule == "uniform":
+        t_B = torch.special.ndtr(normal_B)
+    else:
+        raise ConfigError(f"head.time_schedule = {section.time_schedule!r}: must be 'logit_normal' or 'uniform'")
+    return t_B / (t_B + section.time_shift * (1 - t_B))
+
+
+def interpolate(bits_BPC: torch.Tensor, noise_BPC: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+    """The noisy state x_t = t x + (1 - t) e, float32 [B, P, C] (Eq. 3)."""
+    t_B11 = t_B.float()[:, None, None]
+    return t_B11 * bits_BPC.float() + (1 - t_B11) * noise_BPC.float()
+
+
+def velocity(clean_BPC: torch.Tensor, noisy_BPC: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+    """The velocity (x - x_t) / max(1 - t, 0.05) towards clean bits, float32 [B, P, C]."""
+    remaining_B11 = (1 - t_B.float()).clamp(min=MIN_REMAINING_TIME)[:, None, None]
+    return (clean_BPC.float() - noisy_BPC.float()) / remaining_B11
+
+
+def flow_loss(
+    pred_BPC: torch.Tensor, bits_BPC: torch.Tensor, noisy_BPC: torch.Tensor, t_B: torch.Tensor
+) -> tuple[torch.Tensor, int]:
+    """Squared error of the predicted velocity (Eq. 7), summed over tokens.
+
+    Args:
+        pred_BPC: float, bits predicted by the head.
+        bits_BPC: the true bits, -1 and 1.
+        noisy_BPC: float, the state the head saw.
+        t_B: float, its flow time, one per block.
+
+    Returns:
+        (float32 scalar, B * P): the sum over tokens of the mean over bits, and the number of tokens. Zero, and
+        differentiable, when there is no block.
+    """
+    error_BPC = velocity(pred_BPC, noisy_BPC, t_B) - velocity(bits_BPC, noisy_BPC, t_B)
+    num_blocks, block_tokens, num_bits = error_BPC.shape
+    return error_BPC.square().sum() / num_bits, num_blocks * block_tokens

@@ -1,0 +1,71 @@
+"""Positions: the 2-D sine-cosine table of vision tokens and the rotary angles of the sequence.
+
+Shape suffixes: V vision tokens, S positions, B batch, N heads, K head size, D hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bitdance_scale.errors import ConfigError
+
+SINCOS_BASE = 10000.0
+
+
+def sincos_2d(cells_V2: torch.Tensor, hidden_size: int) -> torch.Tensor:
+    """The 2-D sine-cosine embedding of latent cells: [column embedding, row embedding] (published release).
+
+    Each axis takes D / 2 channels, half sines then half cosines of coordinate / 10000^(i / (D / 4)).
+
+    Args:
+        cells_V2: int [V, 2], (row, column) of each cell.
+        hidden_size: D, a multiple of 4.
+
+    Returns:
+        float32 [V, D].
+
+    Raises:
+        ConfigError: D is no multiple of 4.
+    """
+    if hidden_size % 4:
+        raise ConfigError(f"model.hidden_size = {hidden_size}: must be a multiple of 4 for the 2-D positions")
+    # float64 until the sine: at coordinate 256 a float32 angle is off by 1e-5.
+    quarter = hidden_size // 4
+    exponents = torch.arange(quarter, dtype=torch.float64, device=cells_V2.device) / quarter
+    angles = cells_V2.double()[:, :, None] * SINCOS_BASE**-exponents
+    row_angles, column_angles = angles.unbind(1)
+    table = [column_angles.sin(), column_angles.cos(), row_angles.sin(), row_angles.cos()]
+    return torch.cat(table, dim=-1).float()
+
+
+def rotary_frequencies(position_ids_S: torch.Tensor, head_dim: int, base: float) -> torch.Tensor:
+    """Rotary angles position / base^(2 i / K), i = 0 .. K / 2 - 1, written twice along the last axis.
+
+    In float32, as Qwen3 and Megatron-core compute them: trained weights know these roundings.
+
+    Args:
+        position_ids_S: int [S].
+        head_dim: K, even.
+        base: base of the frequencies.
+
+    Returns:
+        float32 [S, 1, 1, K], the layout of Megatron-core's `rotary_pos_emb`.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids_S.device) / head_dim
+    angles = position_ids_S.float()[:, None] * (1.0 / base**exponents)
+    return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+
+
+def apply_rotary(x_SBNK: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """Rotates channel i against channel i + K / 2 by its angle (the half-split form of Qwen3).
+
+    Args:
+        x_SBNK: float, queries or keys.
+        frequencies: float32 [S, 1, 1, K] from `rotary_frequencies`.
+
+    Returns:
+        Shape and dtype of `x_SBNK`.
+    """
+    first, second = x_SBNK.chunk(2, dim=-1)
+    rotated = torch.cat([-second, first], dim=-1)
+    return x_SBNK * frequencies.cos().to(x_SBNK.dtype) + rotated * frequencies.sin().to(x_SBNK.dtype)
