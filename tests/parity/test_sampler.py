@@ -1,0 +1,109 @@
+"""The sampler against its equations written out step by step."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bitdance_scale.generate.sampler import sample_block, solve_flow
+
+SHAPE = (3, 4, 8)
+
+
+def stand_in_for_head(seed: int):
+    """A stand-in for the head: smooth in state and time, different per image and per condition."""
+    numbers = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(SHAPE[2], SHAPE[2], generator=numbers) / SHAPE[2] ** 0.5
+    offsets = torch.randn(2 * SHAPE[0], 1, SHAPE[2], generator=numbers)
+
+    def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ mixing + offsets[: len(x)] + t[:, None, None])
+
+    return predict
+
+
+def loop_velocity(predict, x, t, guidance):
+    if guidance == 1.0:
+        clean = [predict(x, torch.full((len(x),), t))]
+    else:
+        clean = predict(torch.cat([x, x]), torch.full((2 * len(x),), t)).split(len(x))
+    velocities = [(part - x) / max(1 - t, 0.05) for part in clean]
+    if guidance == 1.0:
+        return velocities[0]
+    conditional, unconditional = velocities
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def sample_by_loop(predict, draws, num_steps, guidance, kind):
+    """The final state before its sign, in plain steps."""
+    x = draws[0]
+    if kind == "euler":
+        for step in range(num_steps):
+            x = x + loop_velocity(predict, x, step / num_steps, guidance) / num_steps
+        return x
+    dt = 0.95 / num_steps
+    for step in range(num_steps):
+        t = 0.95 * step / num_steps
+        v = loop_velocity(predict, x, t, guidance)
+        score = (t * v - x) / ((1 - t) ** 2 + t * (1 - t))
+        x = x + (v + (1 - t) * score) * dt + math.sqrt(2 * (1 - t) * dt) * draws[step + 1]
+    return x + loop_velocity(predict, x, 0.95, guidance) * 0.05
+
+
+@pytest.mark.parametrize("kind", ["euler_maruyama", "euler"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("num_steps", [1, 7, 30])
+def test_sampler_against_loop(kind, guidance, num_steps):
+    predict = stand_in_for_head(3)
+    numbers = torch.Generator().manual_seed(4)
+    draws = [torch.randn(SHAPE, generator=numbers) for _ in range(num_steps + 1)]
+    drawn, evaluated = [], []
+
+    def draw(number: int) -> torch.Tensor:
+        drawn.append(number)
+        return draws[number]
+
+    def observed(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        evaluated.append((len(x), len(t), len(set(t.tolist()))))
+        return predict(x, t)
+
+    expected = sample_by_loop(predict, draws, num_steps, guidance, kind)
+    found = solve_flow(observed, draw, num_steps=num_steps, guidance=guidance, sampler=kind)
+    # Up to 31 steps, each rounding a float32 state of order 1 to 10; a time differs by 1e-7 at most.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+    batch = SHAPE[0] if guidance == 1.0 else 2 * SHAPE[0]
+    assert evaluated == [(batch, batch, 1)] * (num_steps + (kind == "euler_maruyama"))
+    assert drawn == ([0] if kind == "euler" else list(range(num_steps + 1)))
+    bits = sample_block(predict, draws.__getitem__, num_steps=num_steps, guidance=guidance, sampler=kind)
+    assert torch.equal(bits, torch.where(found > 0, 1.0, -1.0))
+
+
+@pytest.mark.parametrize("kind", ["euler_maruyama", "euler"])
+def test_a_head_that_knows_the_bits_reaches_them(kind):
+    numbers = torch.Generator().manual_seed(5)
+    bits = torch.where(torch.randn(SHAPE, generator=numbers) > 0, 1.0, -1.0)
+    found = sample_block(
+        lambda x, t: bits, lambda number: torch.randn(SHAPE, generator=numbers), num_steps=20, sampler=kind
+    )
+    assert torch.equal(found, bits)
+
+
+def test_stochastic_steps_keep_the_distribution_of_the_flow():
+    """With data N(0, 1) the flow at time t is N(0, t^2 + (1 - t)^2), and the ideal head is linear."""
+    numbers = torch.Generator().manual_seed(6)
+    shape = (1000, 4, 16)
+
+    def ideal(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        t = t[:, None, None]
+        return x * t / (t**2 + (1 - t) ** 2)
+
+    def draw(number: int) -> torch.Tensor:
+        return torch.randn(shape, generator=numbers)
+
+    final = solve_flow(ideal, draw, num_steps=200, guidance=1.0, sampler="euler_maruyama")
+    # 64000 draws know a variance to 0.6 %; 200 steps leave a discretisation error of about 1 %. A wrong factor in
+    # drift or noise moves it by 10 % or more.
+    assert final.var().item() == pytest.approx(1.0, abs=0.03)
