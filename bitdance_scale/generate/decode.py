@@ -1,0 +1,141 @@
+"""Block-by-block decoding of images, whatever runs the backbone.
+
+Prompts of different length are padded on the left, so that all images of a batch predict the same block at the same
+time. With guidance the unconditional prompts form the second half of the batch and share the state of the first.
+
+Shape suffixes: B sequences, I images (B / 2 under guidance), L prefix positions, S positions, P vision tokens per
+block, C bits, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from bitdance_scale.model.attention import visible
+from bitdance_scale.sequence.grid import block_raster_cells
+from bitdance_scale.sequence.layout import ImageTokens, image_prefix_ids
+from bitdance_scale.sequence.noise import Purpose, generator
+
+
+@dataclass(frozen=True)
+class DecodeLayout:
+    """Everything about the sequences of a batch that is known before a bit is drawn.
+
+    Attributes:
+        prefix_ids: int64 [B, L], prompt and image prefix, padded on the left with 0.
+        position_ids: int64 [B, S], rotary positions of prefix and vision tokens; 0 on padding.
+        document_ids: int64 [B, S], 0, and -1 on padding.
+        block_ids: int64 [S], attention groups, the same for every sequence.
+        cells: int64 [h * w, 2], (row, column) of the vision tokens.
+        block_tokens: P.
+    """
+
+    prefix_ids: torch.Tensor
+    position_ids: torch.Tensor
+    document_ids: torch.Tensor
+    block_ids: torch.Tensor
+    cells: torch.Tensor
+    block_tokens: int
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return len(self.prefix_ids)
+
+    @property
+    def prefix_length(self) -> int:
+        """L."""
+        return self.prefix_ids.shape[1]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks per image."""
+        return len(self.cells) // self.block_tokens
+
+    def mask(self, start: int, stop: int) -> torch.Tensor:
+        """Who positions start..stop-1 see among 0..stop-1: bool [B, 1, stop - start, stop]."""
+        rows = [visible(document[:stop], self.block_ids[:stop], stop - start) for document in self.document_ids]
+        return torch.stack(rows)[:, None]
+
+
+def lay_out(
+    prompts: Sequence[np.ndarray], grid: tuple[int, int], block_side: int, tokens: ImageTokens, device: torch.device
+) -> DecodeLayout:
+    """Lays out prompts (int64 token ids each) and an image of `grid` (height, width) latent cells behind each."""
+    suffix = image_prefix_ids(grid, tokens)
+    rows = [np.concatenate([prompt, suffix]) for prompt in prompts]
+    length, size = max(map(len, rows)), block_side**2
+    num_vision = grid[0] * grid[1]
+    prefix_ids = np.zeros((len(rows), length), dtype=np.int64)
+    document_ids = np.zeros((len(rows), length + num_vision), dtype=np.int64)
+    position_ids = np.zeros_like(document_ids)
+    for index, row in enumerate(rows):
+        padding = length - len(row)
+        prefix_ids[index, padding:] = row
+        document_ids[index, :padding] = -1
+        position_ids[index, padding:] = np.arange(len(row) + num_vision)
+    first_group = length - size
+    groups = first_group + np.arange(1 + num_vision // size)
+    block_ids = np.concatenate([np.arange(first_group), np.repeat(groups, size)])
+    return DecodeLayout(
+        prefix_ids=torch.from_numpy(prefix_ids).to(device),
+        position_ids=torch.from_numpy(position_ids).to(device),
+        document_ids=torch.from_numpy(document_ids).to(device),
+        block_ids=torch.from_numpy(block_ids).to(device),
+        cells=torch.from_numpy(block_raster_cells(grid, block_side)).to(device).long(),
+        block_tokens=size,
+    )
+
+
+class BlockModel(Protocol):
+    """A backbone with its head, one block at a time."""
+
+    def start(self, layout: DecodeLayout) -> None:
+        """Reads the prefixes; the next block to draw is the first."""
+        ...
+
+    def draw_block(self, cells: torch.Tensor, draw: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """Draws the next block of every image, bits [I, P, C], at `cells` [P, 2] from the noise `draw(step)`."""
+        ...
+
+    def extend(self, bits: torch.Tensor, cells: torch.Tensor) -> None:
+        """Reads the block just drawn, bits [I, P, C] at `cells` [P, 2]."""
+        ...
+
+
+class ImageNoise:
+    """The noise of a batch of images: image i draws from its own stream, whatever batch it is in.
+
+    Draw order of one block: a start tensor, then one tensor per solver step (published release).
+    """
+
+    def __init__(self, seed: int, image_numbers: Sequence[int], shape: tuple[int, int], device: torch.device) -> None:
+        self._streams = [generator(seed, Purpose.SAMPLE_IMAGE, 0, number) for number in image_numbers]
+        self._shape, self._device = shape, device
+
+    def __call__(self, step: int) -> torch.Tensor:
+        """The next tensor, N(0, 1), float32 [I, P, C]; `step` only names it."""
+        rows = [stream.standard_normal(self._shape, dtype=np.float32) for stream in self._streams]
+        return torch.from_numpy(np.stack(rows)).to(self._device)
+
+
+@torch.no_grad()
+def decode_blocks(model: BlockModel, layout: DecodeLayout, noise: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    """Draws all blocks of a batch of images.
+
+    Returns:
+        float32 [I, h * w, C] of -1 and 1, in block raster order.
+    """
+    model.start(layout)
+    blocks = []
+    for index, cells in enumerate(layout.cells.split(layout.block_tokens)):
+        if index:
+            model.extend(blocks[-1], previous_cells)
+        blocks.append(model.draw_block(cells, noise))
+        previous_cells = cells
+    return torch.cat(blocks, dim=1)

@@ -1,0 +1,97 @@
+"""A pack with its noise as tensors on the device: the input of one forward pass.
+
+Every pipeline stage gets all of it (a pack of bits is under 1 MB): the first reads the tokens, every stage the mask and
+the rotary positions, the last the targets.
+
+Shape suffixes: S positions, V vision tokens, M predicted blocks, P vision tokens per block, C bits, T text targets,
+K head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.model.attention import visible
+from bitdance_scale.model.flow import draw_time
+from bitdance_scale.model.positions import rotary_frequencies
+from bitdance_scale.model.projector import flip_bits
+from bitdance_scale.sequence.noise import PackNoise
+from bitdance_scale.sequence.pack import Pack
+from bitdance_scale.vision.bits import unpack_bits
+
+
+@dataclass(frozen=True)
+class PackInputs:
+    """What the model computes on.
+
+    Attributes:
+        token_ids: int64 [S].
+        rotary: float32 [S, 1, 1, K], angles of the rotary position embedding.
+        mask: bool [1, 1, S, S], True where a position (row) sees another (column).
+        vision_positions: int64 [V]; vision_cells: int64 [V, 2]; vision_bits: [V, C] in {-1, +1}, flips applied.
+        predict_positions: int64 [M, P], whose hidden states predict a block; predict_cells: int64 [M, P, 2], of the
+            tokens predicted; clean_bits: [M, P, C] in {-1, +1}; noise: [M, P, C]; time: float32 [M].
+        text_positions: int64 [T]; text_targets: int64 [T].
+        num_vision_targets: M * P, or 0 when the pack predicts no image: it then carries one block of weight 0, so that
+            every rank calls the same modules, as ZeRO-3 requires.
+        num_text_targets: T, or 0 likewise.
+    """
+
+    token_ids: torch.Tensor
+    rotary: torch.Tensor
+    mask: torch.Tensor
+    vision_positions: torch.Tensor
+    vision_cells: torch.Tensor
+    vision_bits: torch.Tensor
+    predict_positions: torch.Tensor
+    predict_cells: torch.Tensor
+    clean_bits: torch.Tensor
+    noise: torch.Tensor
+    time: torch.Tensor
+    text_positions: torch.Tensor
+    text_targets: torch.Tensor
+    num_vision_targets: int
+    num_text_targets: int
+
+
+def make_inputs(pack: Pack, noise: PackNoise, config: RunConfig, device: torch.device) -> PackInputs:
+    """Moves an encoded pack and its noise to the device and derives mask, positions, flips and flow times."""
+
+    def to_device(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+    assert pack.vision_bits is not None, "the images of the pack are not encoded yet"
+    size, num_bits = pack.block_tokens, config.vision.num_bits
+    bits = unpack_bits(to_device(pack.vision_bits))
+    cells = to_device(pack.vision_cells).long()
+    predict_positions, predict_tokens = pack.predict_positions, to_device(pack.predict_tokens)
+    clean, gaussian, time_normal = bits[predict_tokens], to_device(noise.noise), to_device(noise.time_normal)
+    predict_cells = cells[predict_tokens]
+    if len(predict_positions) == 0:
+        predict_positions = np.zeros(size, dtype=np.int64)
+        clean, gaussian = bits.new_ones(size, num_bits), bits.new_zeros(size, num_bits)
+        predict_cells, time_normal = cells.new_zeros(size, 2), time_normal.new_zeros(1)
+    text_positions, text_targets = pack.text_positions, pack.text_targets
+    if len(text_positions) == 0:
+        text_positions = text_targets = np.zeros(1, dtype=np.int64)
+    return PackInputs(
+        token_ids=to_device(pack.token_ids),
+        rotary=rotary_frequencies(to_device(pack.position_ids), config.model.head_dim, config.model.rope_base),
+        mask=visible(to_device(pack.document_ids), to_device(pack.block_ids))[None, None],
+        vision_positions=to_device(pack.vision_positions),
+        vision_cells=cells,
+        vision_bits=flip_bits(bits, to_device(noise.flip_level), to_device(noise.flip_draw), config.vision.flip_max),
+        predict_positions=to_device(predict_positions).view(-1, size),
+        predict_cells=predict_cells.view(-1, size, 2),
+        clean_bits=clean.view(-1, size, num_bits),
+        noise=gaussian.view(-1, size, num_bits),
+        time=draw_time(time_normal, config.head),
+        text_positions=to_device(text_positions),
+        text_targets=to_device(text_targets),
+        num_vision_targets=len(pack.predict_positions),
+        num_text_targets=len(pack.text_positions),
+    )

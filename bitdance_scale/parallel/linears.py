@@ -1,0 +1,77 @@
+"""Tensor-parallel linear layers for the diffusion head and the projector.
+
+Megatron-core's column- and row-parallel layers behind the factory that `model/` asks for its linears, so that model
+code stays free of process groups.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+from torch import nn
+
+from bitdance_scale.parallel.topology import Topology
+
+
+def _no_init(tensor: torch.Tensor) -> torch.Tensor:
+    """Megatron-core asks for an initialiser it never calls here; `parallel/initialise.py` fills every weight."""
+    return tensor
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """Output features split over tensor-parallel ranks.
+
+    `num_chunks` matrices are stacked in the weight and each is split by itself: the local weight holds this rank's part
+    of the first, then of the second, and so on.
+    """
+
+    def __init__(
+        self, in_size: int, out_size: int, num_chunks: int, gather_output: bool, bias: bool, config: TransformerConfig
+    ) -> None:
+        assert not (gather_output and num_chunks > 1), "gathering would interleave the stacked matrices"
+        super().__init__(in_size, out_size, config=config, init_method=_no_init, bias=bias, gather_output=gather_output)
+        self.num_chunks = num_chunks
+
+    def forward(self, input_: torch.Tensor) -> torch.Tensor:
+        """[.., in_size] -> [.., out_size / tensor ranks], or [.., out_size] if gathered."""
+        return super().forward(input_)[0]
+
+
+class RowLinear(RowParallelLinear):
+    """Input features split over tensor-parallel ranks; the partial products are summed, then the bias is added."""
+
+    def __init__(self, in_size: int, out_size: int, config: TransformerConfig) -> None:
+        super().__init__(
+            in_size,
+            out_size,
+            config=config,
+            init_method=_no_init,
+            bias=True,
+            input_is_parallel=True,
+            skip_bias_add=False,
+        )
+
+    def forward(self, input_: torch.Tensor) -> torch.Tensor:
+        """[.., in_size / tensor ranks] -> [.., out_size]."""
+        return super().forward(input_)[0]
+
+
+class TensorParallelLinears:
+    """The linear factory of `model/` over the tensor-parallel group."""
+
+    def __init__(self, megatron: TransformerConfig, topology: Topology) -> None:
+        self.num_partitions = topology.tensor_size
+        self._megatron = megatron
+
+    def column(self, in_size: int, out_size: int, *, num_chunks: int = 1, gather_output: bool = False) -> nn.Module:
+        """A linear whose output features are split over the ranks."""
+        return ColumnLinear(in_size, out_size, num_chunks, gather_output, bias=True, config=self._megatron)
+
+    def row(self, in_size: int, out_size: int) -> nn.Module:
+        """A linear whose input features are split over the ranks."""
+        return RowLinear(in_size, out_size, self._megatron)
+
+    def replicated(self, in_size: int, out_size: int) -> nn.Module:
+        """A linear that every rank holds and computes whole."""
+        return nn.Linear(in_size, out_size, dtype=self._megatron.params_dtype)

@@ -1,0 +1,119 @@
+"""What each pipeline stage holds, and its forward pass.
+
+The first stage embeds text and bits, every stage runs its share of the backbone, the last holds the diffusion head and
+the text projection and returns the two loss sums. With one stage all of it is in one module.
+
+Shape suffixes: S positions, V vision tokens, M predicted blocks, P vision tokens per block, C bits, T text targets,
+D hidden size, B batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
+from torch import nn
+
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.model.diffusion_head import DiffusionHead
+from bitdance_scale.model.flow import flow_loss, interpolate
+from bitdance_scale.model.inputs import PackInputs
+from bitdance_scale.model.positions import sincos_2d
+from bitdance_scale.model.projector import Projector
+from bitdance_scale.parallel.backbone import make_backbone, transformer_config
+from bitdance_scale.parallel.linears import ColumnLinear, TensorParallelLinears
+from bitdance_scale.parallel.topology import Topology
+
+
+def layer_range(num_layers: int, pipeline_rank: int, pipeline_size: int) -> range:
+    """Global indices of the backbone layers of a stage; earlier stages take the remainder, the head weighs on the last."""
+    base, remainder = divmod(num_layers, pipeline_size)
+    start = pipeline_rank * base + min(pipeline_rank, remainder)
+    return range(start, start + base + (pipeline_rank < remainder))
+
+
+class Stage(nn.Module):
+    """One pipeline stage of the model on one tensor-parallel rank.
+
+    Attributes:
+        vocab_size: entries of the tokenizer; the tables hold `padded_vocab_size` rows, which the tensor-parallel ranks
+            divide, and the padding is kept out of the soft-max.
+        layers: global indices of the backbone layers held here.
+    """
+
+    def __init__(self, config: RunConfig, vocab_size: int, topology: Topology) -> None:
+        super().__init__()
+        self.config = transformer_config(config, topology)
+        self.model_type = ModelType.encoder_or_decoder
+        self.is_first, self.is_last = topology.is_first_stage, topology.is_last_stage
+        self.vocab_size = vocab_size
+        self.padded_vocab_size = vocab_size + -vocab_size % topology.tensor_size
+        self.hidden_size = config.model.hidden_size
+        self.layers = layer_range(config.model.num_layers, topology.pipeline_rank, topology.pipeline_size)
+        linears = TensorParallelLinears(self.config, topology)
+        if self.is_first:
+            self.embedding = VocabParallelEmbedding(
+                self.padded_vocab_size, self.hidden_size, init_method=lambda weight: weight, config=self.config
+            )
+            self.projector = Projector(config.vision.num_bits, self.hidden_size, linears)
+        self.decoder = make_backbone(self.config, len(self.layers), topology)
+        if self.is_last:
+            self.head = DiffusionHead(
+                config.head, self.hidden_size, config.vision.num_bits, config.vision.block_tokens, linears
+            )
+            self.output = ColumnLinear(
+                self.hidden_size, self.padded_vocab_size, 1, gather_output=False, bias=False, config=self.config
+            )
+            if config.model.tie_embeddings:
+                self.output.weight = self.embedding.weight
+            local = self.padded_vocab_size // topology.tensor_size
+            first_row = topology.tensor_rank * local
+            self._num_local_entries = max(0, min(local, vocab_size - first_row))
+
+    def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor] | None) -> None:
+        """Takes the hidden states [S, B, D] that Megatron's schedule received from the previous stage."""
+        tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        self.decoder.set_input_tensor(tensor)
+
+    def forward(self, inputs: PackInputs) -> torch.Tensor:
+        """Hidden states [S, 1, D] for the next stage; on the last stage the loss sums, float32 [2]: vision, text."""
+        hidden_SBD = self.embed_pack(inputs) if self.is_first else None
+        hidden_SBD = self.decoder(hidden_SBD, attention_mask=inputs.mask, rotary_pos_emb=inputs.rotary)
+        return self.loss_sums(hidden_SBD[:, 0], inputs) if self.is_last else hidden_SBD
+
+    def embed_pack(self, inputs: PackInputs) -> torch.Tensor:
+        """Embeds text tokens and bits into [S, 1, D]."""
+        text_S1D = self.embed_tokens(inputs.token_ids[None])
+        vision_VD = self.embed_bits(inputs.vision_bits, inputs.vision_cells)
+        return text_S1D.index_copy(0, inputs.vision_positions, vision_VD[:, None])
+
+    def embed_tokens(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Embeds text and special tokens [B, S] into [S, B, D]."""
+        return self.embedding(token_ids).transpose(0, 1)
+
+    def embed_bits(self, bits_VC: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+        """Projects bits [V, C] at `cells` [V, 2] to [V, D], their 2-D positions added (release)."""
+        dtype = self.config.params_dtype
+        return self.projector(bits_VC.to(dtype)) + sincos_2d(cells, self.hidden_size).to(dtype)
+
+    def conditions(self, hidden_MPD: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+        """Adds to predicting hidden states [M, P, D] the 2-D positions of the cells [M, P, 2] that they predict."""
+        positions = sincos_2d(cells.flatten(0, 1), self.hidden_size).view(hidden_MPD.shape)
+        return hidden_MPD + positions.to(hidden_MPD.dtype)
+
+    def loss_sums(self, hidden_SD: torch.Tensor, inputs: PackInputs) -> torch.Tensor:
+        """Sums of the flow loss over vision targets and of the cross-entropy over text targets, float32 [2]."""
+        condition_MPD = self.conditions(hidden_SD[inputs.predict_positions], inputs.predict_cells)
+        noisy_MPC = interpolate(inputs.clean_bits, inputs.noise, inputs.time)
+        predicted_MPC = self.head(noisy_MPC, inputs.time, condition_MPD)
+        vision, _ = flow_loss(predicted_MPC, inputs.clean_bits, noisy_MPC, inputs.time)
+        text = self.text_loss_sum(hidden_SD[inputs.text_positions], inputs.text_targets)
+        weights = vision.new_tensor([float(inputs.num_vision_targets > 0), float(inputs.num_text_targets > 0)])
+        return torch.stack([vision, text]) * weights
+
+    def text_loss_sum(self, hidden_TD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy summed over text targets, over the vocabulary split between tensor-parallel ranks."""
+        logits = self.output(hidden_TD).float()
+        is_entry = torch.arange(logits.shape[-1], device=logits.device) < self._num_local_entries
+        logits = logits.masked_fill(~is_entry, float("-inf"))
+        return vocab_parallel_cross_entropy(logits[:, None], targets_T[:, None]).sum()

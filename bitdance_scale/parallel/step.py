@@ -1,0 +1,124 @@
+"""One optimiser step: forward and backward over all micro-batches, then the update.
+
+Losses are sums over targets, divided by the counts of the *global* batch (all micro-batches, all replicas) before the
+first backward. The gradient is therefore the same whatever the number of replicas, micro-batches or their fill, which
+an average of averages is not (BITDANCE: arXiv 2602.14041 Sec. 4.3, weights 0.01 : 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from bitdance_scale.config.schema import LossSection
+from bitdance_scale.model.inputs import PackInputs
+from bitdance_scale.model.losses import combine
+from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.parallel.zero import StepOutcome, ZeroEngine
+
+
+@dataclass(frozen=True)
+class TargetCounts:
+    """Targets of the global batch."""
+
+    num_vision: int
+    num_text: int
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """Means over the global batch; the same on every rank."""
+
+    vision: float
+    text: float
+    total: float
+
+
+def count_targets(batch: Sequence[PackInputs], topology: Topology) -> TargetCounts:
+    """Sums the targets of all micro-batches of all replicas."""
+    counts = torch.tensor(
+        [sum(inputs.num_vision_targets for inputs in batch), sum(inputs.num_text_targets for inputs in batch)],
+        dtype=torch.int64,
+        device=topology.device,
+    )
+    dist.all_reduce(counts, group=topology.data_group)
+    num_vision, num_text = counts.tolist()
+    return TargetCounts(num_vision, num_text)
+
+
+def accumulate_gradients(
+    engine: ZeroEngine, batch: Sequence[PackInputs], counts: TargetCounts, section: LossSection, topology: Topology
+) -> StepLosses:
+    """Runs forward and backward over the micro-batches of this replica.
+
+    Returns the losses of the global batch; gradients are left, reduced, in the engine.
+    """
+    if topology.pipeline_size > 1:
+        sums = _run_pipeline(engine, batch, counts, section, topology)
+    else:
+        sums = []
+        for index, inputs in enumerate(batch):
+            loss_sums = engine.forward(inputs)
+            engine.backward(_loss(loss_sums, counts, section, topology), is_last=index == len(batch) - 1)
+            sums.append(loss_sums.detach())
+    return _reduce_losses(sums, counts, section, topology)
+
+
+def train_step(
+    engine: ZeroEngine, batch: Sequence[PackInputs], section: LossSection, lr: float, topology: Topology
+) -> tuple[StepLosses, StepOutcome]:
+    """One whole optimiser step on the micro-batches of this replica."""
+    counts = count_targets(batch, topology)
+    losses = accumulate_gradients(engine, batch, counts, section, topology)
+    return losses, engine.step(lr)
+
+
+def _loss(sums: torch.Tensor, counts: TargetCounts, section: LossSection, topology: Topology) -> torch.Tensor:
+    """This micro-batch's part of the global loss, times the replicas that the engine will average over."""
+    loss = combine(sums[0], sums[1], counts.num_vision, counts.num_text, section)
+    return loss * topology.data_size
+
+
+def _run_pipeline(
+    engine: ZeroEngine, batch: Sequence[PackInputs], counts: TargetCounts, section: LossSection, topology: Topology
+) -> list[torch.Tensor]:
+    """Megatron's 1F1B schedule; returns the loss sums per micro-batch on the last stage, nothing elsewhere."""
+
+    def reduce_output(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # The second value is a token count that the schedule only totals; counts are global already.
+        return _loss(sums, counts, section, topology), sums.new_zeros((), dtype=torch.int), sums.detach()
+
+    def forward_step(inputs: object, stage: torch.nn.Module) -> tuple[torch.Tensor, object]:
+        return stage(next(inputs)), reduce_output
+
+    with engine.external_backward() as stage:
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batch),
+            model=stage,
+            num_microbatches=len(batch),
+            seq_length=0,  # unused: the stages tell each other the length of every pack
+            micro_batch_size=1,
+        )
+
+
+def _reduce_losses(
+    sums: list[torch.Tensor], counts: TargetCounts, section: LossSection, topology: Topology
+) -> StepLosses:
+    total = torch.zeros(2, dtype=torch.float32, device=topology.device)
+    for part in sums:
+        total += part
+    dist.all_reduce(total, group=topology.data_group)
+    if topology.pipeline_size > 1:
+        dist.broadcast(total, topology.last_stage_rank, group=topology.pipeline_group)
+    vision, text = total.tolist()
+    loss = combine(total[0], total[1], counts.num_vision, counts.num_text, section).item()
+    return StepLosses(
+        vision=vision / counts.num_vision if counts.num_vision else 0.0,
+        text=text / counts.num_text if counts.num_text else 0.0,
+        total=loss,
+    )

@@ -1,0 +1,169 @@
+"""The process groups of a run as one object.
+
+Ranks are laid out as Megatron does: tensor-parallel ranks are neighbours, then data, then pipeline, so that
+tensor-parallel traffic stays inside a node. The ranks that hold one copy of the model (tensor x pipeline) are a
+*replica*; the data rank numbers the replicas.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from bitdance_scale.config.schema import ParallelSection
+from bitdance_scale.parallel.cpu import redirect_cuda_calls
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this rank stands, and the groups it communicates in.
+
+    The `get_*` methods are the model-parallel interface that DeepSpeed expects of its `mpu` argument.
+
+    Attributes:
+        device: device of this rank's tensors.
+        tensor_group, pipeline_group, data_group: the three axes.
+        replica_group: all ranks of this replica, tensor x pipeline.
+        replica_host_group: the same ranks over gloo, for host objects; the same group on CPU.
+        replica_ranks: global ranks of the replica; the first reads the data.
+    """
+
+    device: torch.device
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+    replica_group: dist.ProcessGroup
+    replica_host_group: dist.ProcessGroup
+    replica_ranks: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def tensor_rank(self) -> int:
+        return dist.get_rank(self.tensor_group)
+
+    @property
+    def tensor_size(self) -> int:
+        return dist.get_world_size(self.tensor_group)
+
+    @property
+    def pipeline_rank(self) -> int:
+        return dist.get_rank(self.pipeline_group)
+
+    @property
+    def pipeline_size(self) -> int:
+        return dist.get_world_size(self.pipeline_group)
+
+    @property
+    def data_rank(self) -> int:
+        return dist.get_rank(self.data_group)
+
+    @property
+    def data_size(self) -> int:
+        return dist.get_world_size(self.data_group)
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def is_reader(self) -> bool:
+        """Whether this rank runs the replica's loader."""
+        return self.rank == self.replica_ranks[0]
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last pipeline stage with this rank's tensor and data rank."""
+        return dist.get_global_rank(self.pipeline_group, self.pipeline_size - 1)
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self.replica_group)
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.replica_group
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.replica_group)
+
+    def get_data_parallel_rank(self) -> int:
+        return self.data_rank
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.data_group
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.data_size
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self.tensor_rank
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.tensor_group
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self.tensor_size
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return self.pipeline_rank
+
+    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.pipeline_group
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return self.pipeline_size
+
+
+def start_process_group(timeout_s: float = 1800.0) -> None:
+    """Joins the job that torchrun started: NCCL on this rank's GPU, or gloo without CUDA."""
+    has_cuda = torch.cuda.is_available()
+    if has_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if has_cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
+
+
+def make_topology(section: ParallelSection) -> Topology:
+    """Builds the groups over all ranks of the running job; `start_process_group` comes first."""
+    redirect_cuda_calls()
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=section.tensor, pipeline_model_parallel_size=section.pipeline
+    )
+    replica_group = parallel_state.get_model_parallel_group()
+    replica_ranks = tuple(dist.get_process_group_ranks(replica_group))
+    has_cuda = torch.cuda.is_available()
+    return Topology(
+        device=torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu"),
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+        replica_group=replica_group,
+        replica_host_group=_host_group(replica_ranks) if has_cuda else replica_group,
+        replica_ranks=replica_ranks,
+    )
+
+
+def _host_group(replica_ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """A gloo group of this replica; every rank must take part in creating every replica's group."""
+    replicas: list[tuple[int, ...] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(replicas, replica_ranks)
+    mine = None
+    for ranks in sorted(set(replicas)):
+        group = dist.new_group(list(ranks), backend="gloo")
+        if ranks == replica_ranks:
+            mine = group
+    return mine

@@ -1,0 +1,217 @@
+"""DeepSpeed ZeRO over the data-parallel ranks: the only module that knows DeepSpeed.
+
+The engine partitions optimiser state (stage 1), gradients (2) and parameters (3), reduces gradients, takes the norm over
+the whole model, clips, refuses a step whose norm is not finite on any rank, and steps AdamW on float32 masters. Its
+dictionary is derived from the configuration. Losses arrive as parts of a global mean (`parallel/step.py`), so the
+engine's averaging over data-parallel ranks is undone there and its division by accumulation steps is never used.
+
+What is kept for a parameter is told in fragments: a range of its flattened local tensor, with the float32 master and the
+two moments as views into the engine's buffers. Checkpoints read and write these views.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.model.inputs import PackInputs
+from bitdance_scale.parallel.cpu import redirect_cuda_calls
+from bitdance_scale.parallel.names import Parameters, name_parameters
+from bitdance_scale.parallel.partition import ShardedValue, fragment_pieces, whole_pieces
+from bitdance_scale.parallel.stages import Stage
+from bitdance_scale.parallel.topology import Topology
+
+redirect_cuda_calls()
+import deepspeed  # noqa: E402  (its accelerator is chosen at import)
+from deepspeed.utils import safe_get_full_grad  # noqa: E402
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """How the optimiser step went.
+
+    Attributes:
+        grad_norm: norm of the whole model's gradient before clipping.
+        is_skipped: the norm was not finite, so that no rank changed anything.
+    """
+
+    grad_norm: float
+    is_skipped: bool
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """What this rank's optimiser keeps of one parameter.
+
+    Attributes:
+        start: first element, in the flattened local parameter.
+        master: float32 [n], weights; a view.
+        exp_avg, exp_avg_sq: float32 [n], AdamW's moments; views.
+    """
+
+    start: int
+    master: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+
+
+def deepspeed_config(config: RunConfig, data_size: int) -> dict[str, object]:
+    """DeepSpeed's dictionary, derived from the tree; bf16 accumulates gradients in float32."""
+    settings: dict[str, object] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": data_size,
+        "gradient_clipping": config.optim.clip_norm,
+        "zero_optimization": {"stage": config.parallel.zero_stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    if config.run.dtype == "bfloat16":
+        settings["bf16"] = {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+class ZeroEngine:
+    """A pipeline stage under ZeRO.
+
+    Attributes:
+        stage: the module; its parameters are the engine's.
+        parameters: global name -> parameter and placement.
+    """
+
+    def __init__(self, stage: Stage, config: RunConfig, topology: Topology) -> None:
+        self.stage = stage
+        self.parameters: Parameters = name_parameters(stage, topology)
+        self._topology = topology
+        self._zero_stage = config.parallel.zero_stage
+        optimizer = torch.optim.AdamW(
+            [located.parameter for located in self.parameters.values()],
+            lr=config.optim.lr,
+            betas=(config.optim.beta1, config.optim.beta2),
+            eps=config.optim.eps,
+            weight_decay=config.optim.weight_decay,
+            fused=topology.device.type == "cuda",
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=stage,
+            optimizer=optimizer,
+            config=deepspeed_config(config, topology.data_size),
+            mpu=topology,
+            dist_init_required=False,
+        )
+        self._optimizer = self._engine.optimizer
+        self._adam = self._engine.basic_optimizer
+        self._make_moments()
+
+    def forward(self, inputs: PackInputs) -> torch.Tensor:
+        """The stage's forward pass under the engine's hooks."""
+        return self._engine(inputs)
+
+    def backward(self, loss: torch.Tensor, is_last: bool) -> None:
+        """Backpropagates one micro-batch; gradients are reduced over replicas with the last of a step (ZeRO-1)."""
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    @contextlib.contextmanager
+    def external_backward(self) -> Iterator[Stage]:
+        """Lends the stage to Megatron's schedule for a whole step, then reduces the gradients it left (ZeRO-1)."""
+        self._engine.set_gradient_accumulation_boundary(False)
+        yield self.stage
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.allreduce_gradients()
+
+    def step(self, lr: float) -> StepOutcome:
+        """Clips and steps with learning rate `lr`, unless the gradient is not finite somewhere; clears gradients."""
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        return StepOutcome(grad_norm=norm, is_skipped=bool(self._optimizer.overflow))
+
+    def gradient(self, name: str) -> torch.Tensor:
+        """The reduced gradient of a local parameter, before the step; collective over data-parallel ranks.
+
+        It is the gradient of the global loss. For tests and diagnosis: it is assembled from the partitions.
+        """
+        return safe_get_full_grad(self.parameters[name].parameter).float()
+
+    def fragments(self) -> Iterator[tuple[str, Fragment]]:
+        """What this rank keeps of each parameter, by global name; parameters kept elsewhere do not appear."""
+        for name, (parameter, _) in self.parameters.items():
+            kept = self._locate(parameter)
+            if kept is None:
+                continue
+            flat, offset, start, length = kept
+            state = self._adam.state[flat]
+            views = [tensor.narrow(0, offset, length) for tensor in (flat.data, *(state[key] for key in MOMENTS))]
+            yield name, Fragment(start, *views)
+
+    def model_values(self) -> dict[str, ShardedValue]:
+        """The weights in training dtype, as views to save from or load into."""
+        values = {}
+        for name, (parameter, placement) in self.parameters.items():
+            if self._zero_stage == 3:
+                start, length = self._partition_range(parameter)
+                flat = parameter.ds_tensor.data.narrow(0, 0, length)
+                values[name] = fragment_pieces(flat, start, placement)
+            else:
+                values[name] = whole_pieces(parameter.data, placement)
+        return values
+
+    def optimizer_values(self) -> dict[str, ShardedValue]:
+        """Float32 masters and moments, `master.<name>`, `exp_avg.<name>`, `exp_avg_sq.<name>`, as views."""
+        values = {}
+        for name, fragment in self.fragments():
+            placement = self.parameters[name].placement
+            for key in ("master", *MOMENTS):
+                flat = getattr(fragment, key)
+                values[f"{key}.{name}"] = fragment_pieces(flat, fragment.start, placement)
+        return values
+
+    def optimizer_step(self) -> int:
+        """Optimiser steps taken, AdamW's bias-correction counter."""
+        return int(self._adam.state[self._flat_masters()[0]]["step"].item())
+
+    def set_optimizer_step(self, step: int) -> None:
+        """Restores AdamW's bias-correction counter."""
+        for flat in self._flat_masters():
+            self._adam.state[flat]["step"].fill_(float(step))
+
+    def _flat_masters(self) -> list[torch.Tensor]:
+        """The float32 buffers that AdamW steps."""
+        if self._zero_stage == 3:
+            return list(self._optimizer.fp32_partitioned_groups_flat)
+        return [parameter for group in self._adam.param_groups for parameter in group["params"]]
+
+    def _make_moments(self) -> None:
+        """Makes AdamW's state at once rather than at the first step, so that a checkpoint can be loaded into it."""
+        for flat in self._flat_masters():
+            # Fused AdamW (CUDA) counts steps on the device, the plain one on the host.
+            step = torch.zeros((), dtype=torch.float32, device=flat.device)
+            moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
+            self._adam.state[flat] = {"step": step, **moments}
+
+    def _locate(self, parameter: torch.Tensor) -> tuple[torch.Tensor, int, int, int] | None:
+        """(flat buffer, offset in it, start in the flattened parameter, length) of this rank's fragment."""
+        if self._zero_stage == 3:
+            group, offset, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+            start, length = self._partition_range(parameter)
+            return (self._flat_masters()[group], int(offset), start, length) if length else None
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        flat = self._flat_masters()[mapping.param_group_index]
+        return flat, mapping.hp_fragment_address.start, mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+
+    def _partition_range(self, parameter: torch.Tensor) -> tuple[int, int]:
+        """(start, length) of this rank's ZeRO-3 partition; the last ones are padded, and may be empty."""
+        size = parameter.ds_tensor.ds_numel
+        start = min(self._topology.data_rank * size, parameter.ds_numel)
+        return start, min(size, parameter.ds_numel - start)

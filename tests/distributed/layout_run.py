@@ -1,0 +1,79 @@
+"""One training run under a layout, told in global terms; imported by the spawned ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.model.inputs import PackInputs, make_inputs
+from bitdance_scale.parallel.topology import Topology, make_topology, start_process_group
+from bitdance_scale.sequence.noise import pack_noise
+from tests.distributed.toy import VOCAB_SIZE, toy_packs
+
+
+@dataclass
+class RankRecord:
+    """What one rank saw: losses of every step, and its slices of the first gradients and of the final weights."""
+
+    losses: list[tuple[float, float, float]]
+    grad_norms: list[float]
+    gradients: dict[str, list[tuple[tuple[int, ...], torch.Tensor]]]
+    weights: dict[str, list[tuple[tuple[int, ...], torch.Tensor]]]
+    shapes: dict[str, tuple[int, ...]]
+
+
+def make_engine(config: RunConfig) -> tuple[object, Topology]:
+    """The engine of the toy model on this rank."""
+    start_process_group(timeout_s=120)
+    topology = make_topology(config.parallel)
+    from bitdance_scale.parallel.build import build_engine
+
+    return build_engine(config, VOCAB_SIZE, topology), topology
+
+
+def step_inputs(config: RunConfig, topology: Topology, num_micro: int, step: int) -> list[PackInputs]:
+    """The replica's micro-batches with the noise of the step."""
+    packs = toy_packs(topology.data_rank, topology.data_size, num_micro, config)
+    num_bits = config.vision.num_bits
+    return [
+        make_inputs(pack, pack_noise(pack, num_bits, config.run.seed, step), config, topology.device) for pack in packs
+    ]
+
+
+def train(rank: int, config: RunConfig, num_micro: int, num_steps: int) -> RankRecord:
+    """Runs `num_steps` optimiser steps."""
+    engine, topology = make_engine(config)
+    from bitdance_scale.parallel.partition import whole_pieces
+    from bitdance_scale.parallel.step import accumulate_gradients, count_targets
+
+    record = RankRecord([], [], {}, {}, {})
+    for step in range(num_steps):
+        batch = step_inputs(config, topology, num_micro, step)
+        counts = count_targets(batch, topology)
+        losses = accumulate_gradients(engine, batch, counts, config.loss, topology)
+        record.losses.append((losses.total, losses.vision, losses.text))
+        if step == 0:
+            for name, (_, placement) in engine.parameters.items():
+                value = whole_pieces(engine.gradient(name).view(placement.local_shape), placement)
+                record.gradients[name] = [(piece.offsets, piece.tensor.clone()) for piece in value.pieces]
+                record.shapes[name] = value.global_shape
+        record.grad_norms.append(engine.step(config.optim.lr).grad_norm)
+    for name, value in engine.model_values().items():
+        record.weights[name] = [(piece.offsets, piece.tensor.clone()) for piece in value.pieces]
+    return record
+
+
+def assemble(records: list[RankRecord], field: str) -> dict[str, torch.Tensor]:
+    """Whole tensors from the slices of all ranks; every element must be covered."""
+    whole: dict[str, torch.Tensor] = {}
+    for record in records:
+        for name, pieces in getattr(record, field).items():
+            tensor = whole.setdefault(name, torch.full(record.shapes[name], float("nan")))
+            for offsets, part in pieces:
+                box = tuple(slice(start, start + size) for start, size in zip(offsets, part.shape, strict=True))
+                tensor[box] = part
+    for name, tensor in whole.items():
+        assert not tensor.isnan().any(), f"{name}: some elements lie on no rank, or are not a number"
+    return whole
