@@ -1,0 +1,1 @@
+"""What a run shows of itself: metrics, cost, console, pictures, Weights & Biases."""

@@ -1,0 +1,170 @@
+"""What a run says while it runs: log files, progress on rank 0 and the loss table at its end."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+from bitdance_scale.observe.metrics import StepMetrics
+
+PACKAGE = "bitdance_scale"
+FILE_FORMAT = "%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s"
+# Seconds between plain progress lines: frequent in a short run, once a minute in a long one.
+SHORTEST_INTERVAL_S = 10.0
+LONGEST_INTERVAL_S = 60.0
+INTERVALS_PER_ELAPSED = 60
+# Logged steps over which the speed for the remaining time is averaged.
+NUM_SPEED_POINTS = 20
+NUM_TABLE_RANGES = 10
+TABLE_COLUMNS = ("steps", "images", "loss", "vision", "text", "grad norm", "lr", "images/s")
+
+
+def setup_logging(run_folder: Path, rank: int) -> None:
+    """Routes logging, and Python's warnings, of this process; call it once per process.
+
+    Rank 0 writes what this package says, and every library's warnings, to `log.txt` in the run folder and to
+    standard output. Every other rank writes warnings to a file of its own, `logs/rank_00001.txt`, made with the first
+    one: ranks on several nodes cannot append to one shared file without losing lines. Its errors go to standard error
+    too. Every line of a file names its rank.
+    """
+    run_folder.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        file = logging.FileHandler(run_folder / "log.txt", encoding="utf-8")
+        console: logging.Handler = _ConsoleHandler()
+        console.setFormatter(_ConsoleFormatter())
+    else:
+        (run_folder / "logs").mkdir(exist_ok=True)
+        file = logging.FileHandler(run_folder / "logs" / f"rank_{rank:05d}.txt", encoding="utf-8", delay=True)
+        file.setLevel(logging.WARNING)
+        console = logging.StreamHandler(sys.stderr)
+        console.setLevel(logging.ERROR)
+        console.setFormatter(logging.Formatter(f"[rank {rank}] %(message)s"))
+    file.setFormatter(logging.Formatter(FILE_FORMAT.format(rank=rank)))
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    root.addHandler(file)
+    root.addHandler(console)
+    root.setLevel(logging.WARNING)
+    logging.getLogger(PACKAGE).setLevel(logging.INFO)
+    logging.captureWarnings(True)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes to standard output above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+class _ConsoleFormatter(logging.Formatter):
+    """The bare message, its level in front from warnings on."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        return message if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {message}"
+
+
+class Progress:
+    """Progress of a run on rank 0: a bar on a terminal, a plain line now and then anywhere else.
+
+    Args:
+        num_steps: steps of the whole run.
+        resumed_step: step the run goes on from, 0 for a fresh start.
+        stream: where to write; standard output when None.
+    """
+
+    def __init__(self, num_steps: int, resumed_step: int, stream: TextIO | None = None) -> None:
+        self._stream = sys.stdout if stream is None else stream
+        self._num_steps = num_steps
+        self._seconds_per_step: deque[float] = deque(maxlen=NUM_SPEED_POINTS)
+        self._started_s = time.monotonic()
+        self._next_line_s = self._started_s
+        self._bar: tqdm | None = None
+        if self._stream.isatty():
+            self._bar = tqdm(
+                total=num_steps,
+                initial=resumed_step,
+                file=self._stream,
+                dynamic_ncols=True,
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}",
+            )
+
+    def update(self, metrics: StepMetrics) -> None:
+        """Shows a logged step."""
+        self._seconds_per_step.append(metrics.step_s)
+        speed = f"{metrics.images_per_s:.3g} images/s, ETA {self.remaining(metrics.step)}"
+        if self._bar is not None:
+            self._bar.set_description_str(f"loss {metrics.loss:.4f}", refresh=False)
+            self._bar.set_postfix_str(speed, refresh=False)
+            self._bar.update(metrics.step - self._bar.n)
+            return
+        now_s = time.monotonic()
+        if now_s < self._next_line_s and metrics.step < self._num_steps:
+            return
+        interval_s = (now_s - self._started_s) / INTERVALS_PER_ELAPSED
+        self._next_line_s = now_s + min(max(interval_s, SHORTEST_INTERVAL_S), LONGEST_INTERVAL_S)
+        losses = f"loss {metrics.loss:.4f} (vision {metrics.loss_vision:.4f}, text {metrics.loss_text:.4f})"
+        line = f"step {metrics.step}/{self._num_steps}  {losses}  grad norm {metrics.grad_norm:.3g}  {speed}"
+        print(line, file=self._stream, flush=True)
+
+    def remaining(self, step: int) -> str:
+        """Time left after `step`, as `h:mm:ss`, at the mean speed of the last logged steps."""
+        mean_s = sum(self._seconds_per_step) / len(self._seconds_per_step)
+        return str(datetime.timedelta(seconds=round(mean_s * (self._num_steps - step))))
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def loss_table(metrics: Sequence[StepMetrics]) -> str:
+    """The course of a run in about ten rows.
+
+    The first row is the first logged step. The others divide the steps after it into ten ranges; losses, gradient norm,
+    and images/s are means over the range, because single steps scatter with the flow times drawn. Learning rate and
+    images are those of its last step. Steps whose loss was not finite are left out of the means.
+
+    Args:
+        metrics: logged steps, oldest first; at least one.
+    """
+    rest = metrics[1:]
+    num_ranges = min(NUM_TABLE_RANGES, len(rest))
+    cuts = [round(index * len(rest) / num_ranges) for index in range(num_ranges + 1)] if rest else [0]
+    ranges = [metrics[:1]] + [rest[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
+    rows = [TABLE_COLUMNS, *(_table_row(part) for part in ranges)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(TABLE_COLUMNS))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _table_row(part: Sequence[StepMetrics]) -> tuple[str, ...]:
+    first, last = part[0], part[-1]
+    return (
+        str(last.step) if len(part) == 1 else f"{first.step}-{last.step}",
+        f"{last.images:,}",
+        f"{_mean([point.loss for point in part]):.4f}",
+        f"{_mean([point.loss_vision for point in part]):.4f}",
+        f"{_mean([point.loss_text for point in part]):.4f}",
+        f"{_mean([point.grad_norm for point in part]):.3g}",
+        f"{last.lr:.2e}",
+        f"{_mean([point.images_per_s for point in part]):.3g}",
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Mean of the finite values; NaN when there is none."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan

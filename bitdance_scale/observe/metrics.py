@@ -1,0 +1,162 @@
+"""The metrics of a run, one JSON object per logged step in `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from bitdance_scale.errors import DataError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What is known about one optimiser step, over all ranks.
+
+    JSON has no NaN or infinity: a non-finite number is stored as null and read back as NaN. `mfu` alone is null when
+    it is unknown.
+
+    Attributes:
+        step: optimiser step, from 1.
+        images: images seen since the start of the run, this step included.
+        tokens: positions seen since the start of the run, padding left out.
+        loss: weighted sum of the two losses, the one that is differentiated.
+        loss_vision: flow loss, a mean over the predicted vision tokens of the global batch (Eq. 3 and 7).
+        loss_text: cross-entropy in nats, a mean over the text targets of the global batch; 0 without any.
+        grad_norm: global gradient norm before clipping.
+        lr: learning rate of the step.
+        step_s: wall-clock seconds per optimiser step, since the previous logged step.
+        data_wait_s: part of `step_s` spent waiting for the loader, on the slowest rank.
+        tokens_per_s: positions per second of all ranks together, padding left out.
+        images_per_s: images per second of all ranks together.
+        mfu: model FLOPs utilisation in 0..1 (`flops.py`); None where the device's peak is unknown.
+        images_by_class: resolution class (`side_px`) -> images of it seen since the start of the run.
+        padding_share: share of the step's positions that are padding, in 0..1.
+        memory_bytes: highest memory in use on any rank so far.
+        holes: samples since the start of the run that could not be read and were left out.
+        skipped_steps: steps since the start of the run whose gradients were not finite and changed nothing.
+    """
+
+    step: int
+    images: int
+    tokens: int
+    loss: float
+    loss_vision: float
+    loss_text: float
+    grad_norm: float
+    lr: float
+    step_s: float
+    data_wait_s: float
+    tokens_per_s: float
+    images_per_s: float
+    mfu: float | None
+    images_by_class: dict[int, int]
+    padding_share: float
+    memory_bytes: int
+    holes: int = 0
+    skipped_steps: int = 0
+
+    def to_json(self) -> str:
+        """One line of strict JSON, without the line end."""
+        values = {name: _finite(value) for name, value in dataclasses.asdict(self).items()}
+        return json.dumps(values, allow_nan=False)
+
+    @staticmethod
+    def from_json(line: str) -> StepMetrics:
+        """Reads a line of `to_json`.
+
+        Raises:
+            ValueError: the line is no JSON object, or has other fields than a `StepMetrics`.
+        """
+        values = json.loads(line)
+        expected = {field.name for field in dataclasses.fields(StepMetrics)}
+        if not isinstance(values, dict) or values.keys() != expected:
+            raise ValueError(f"expected a JSON object with the fields {sorted(expected)}")
+        for name, value in values.items():
+            if value is None and name != "mfu":
+                values[name] = math.nan
+        values["images_by_class"] = {int(side): count for side, count in values["images_by_class"].items()}
+        return StepMetrics(**values)
+
+
+class MetricsWriter:
+    """Appends metrics to `metrics.jsonl`, one flushed line per logged step.
+
+    A line is handed to the operating system in one write, so a killed process loses at most the line being written.
+
+    Args:
+        run_folder: folder of the run; made if absent.
+        resumed_step: step of the checkpoint the run goes on from, 0 for a fresh start. Lines of later steps were
+            written by a process whose work was lost; they are dropped, so that every step stands in the file once.
+
+    Raises:
+        DataError: the existing file is damaged before its last line.
+    """
+
+    def __init__(self, run_folder: Path, resumed_step: int) -> None:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        path = run_folder / METRICS_FILE
+        if path.exists():
+            _keep_steps(path, resumed_step)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Appends one line and flushes it."""
+        self._file.write(metrics.to_json() + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file; further writes fail."""
+        self._file.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[StepMetrics]:
+    """Reads a metrics file, oldest step first; a torn last line is left out.
+
+    Raises:
+        DataError: a line other than the last cannot be read.
+        FileNotFoundError: there is no such file.
+    """
+    # A machine that lost power can leave bytes that are no UTF-8 at the end of the file.
+    lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+    metrics = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            metrics.append(StepMetrics.from_json(line))
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise DataError(
+                f"{path}, line {number}: {error}; every line holds the metrics of one step. "
+                f"Delete the line, or move the file away to start a new one"
+            ) from error
+    return metrics
+
+
+def _keep_steps(path: Path, last_step: int) -> None:
+    """Rewrites the file with the steps up to `last_step`, whole lines only, by way of a renamed copy."""
+    kept = [metrics for metrics in read_metrics(path) if metrics.step <= last_step]
+    copy = path.with_name(path.name + ".writing")
+    with copy.open("w", encoding="utf-8") as file:
+        file.writelines(metrics.to_json() + "\n" for metrics in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    copy.replace(path)
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

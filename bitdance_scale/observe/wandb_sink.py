@@ -1,0 +1,154 @@
+"""Metrics and sample pictures to Weights & Biases; the only importer of wandb.
+
+wandb takes seconds to import, so it is imported by the constructor: only the rank that logs pays.
+"""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from bitdance_scale.config.schema import ObserveSection
+from bitdance_scale.errors import ConfigError
+from bitdance_scale.observe.metrics import StepMetrics
+
+if TYPE_CHECKING:
+    import wandb
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_KEY_HOST = "api.wandb.ai"
+
+
+class WandbSink:
+    """A W&B run in `<run_folder>/wandb`, on the one rank that logs.
+
+    Without a network, or a key, the run is offline: `wandb sync` on its folder uploads it later. A resumed run goes
+    on under the same id; offline that makes one folder per start, to be synced oldest first, the later ones with
+    `wandb sync --append`. Nothing ever asks at the terminal, and offline nothing touches the network.
+
+    Args:
+        section: project and mode. `auto` obeys the environment's WANDB_MODE, is online where an API key is configured
+            and the server answers, else offline.
+        run_folder: the run's folder; its name is the name of the W&B run.
+        config: the resolved configuration, nested by section.
+        run_id: id of the W&B run, the same for every start of this run.
+
+    Attributes:
+        mode: `online`, `offline` or `disabled`, what came of the setting.
+
+    Raises:
+        ConfigError: mode `online`, but there is no API key or the server does not accept the run.
+    """
+
+    def __init__(
+        self, section: ObserveSection, run_folder: Path, config: Mapping[str, object], run_id: str
+    ) -> None:
+        self._run: wandb.Run | None = None
+        self.mode = "disabled"
+        if section.wandb_mode == "disabled":
+            return
+        # wandb reports its own errors to its makers, by default even from offline runs.
+        os.environ["WANDB_ERROR_REPORTING"] = "false"
+        import wandb
+
+        self.mode = choose_mode(section.wandb_mode, wandb.setup().settings)
+        if self.mode == "disabled":
+            return
+        (run_folder / "wandb").mkdir(parents=True, exist_ok=True)
+        try:
+            self._run = self._start(section, run_folder, config, run_id)
+        except wandb.Error as error:
+            if section.wandb_mode != "auto" or self.mode == "offline":
+                raise ConfigError(
+                    f"observe.wandb_mode = {section.wandb_mode}: W&B refused the run ({error}); check the API key, the "
+                    f"project {section.wandb_project!r} and the network, or set observe.wandb_mode=offline"
+                ) from error
+            logger.warning("W&B could not go online (%s); this run is logged offline", error)
+            self.mode = "offline"
+            self._run = self._start(section, run_folder, config, run_id)
+        where = self._run.url if self.mode == "online" else Path(self._run.dir).parent
+        logger.info("W&B run %s (%s): %s", run_id, self.mode, where)
+
+    def log(self, step: int, metrics: StepMetrics) -> None:
+        """Adds one point; steps that the W&B run has already are dropped by it."""
+        if self._run is None:
+            return
+        values = {name: value for name, value in vars(metrics).items() if name not in ("step", "images_by_class")}
+        by_class = {f"images_by_class/{side}_px": count for side, count in metrics.images_by_class.items()}
+        self._run.log({name: value for name, value in values.items() if value is not None} | by_class, step=step)
+
+    def log_image(self, step: int, path: Path, caption: str) -> None:
+        """Adds a picture file under `samples`."""
+        if self._run is None:
+            return
+        import wandb
+
+        self._run.log({"samples": wandb.Image(str(path), caption=caption)}, step=step)
+
+    def finish(self) -> None:
+        """Waits until everything is written, or uploaded, and ends this process's part of the run."""
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+    def _start(
+        self, section: ObserveSection, run_folder: Path, config: Mapping[str, object], run_id: str
+    ) -> wandb.Run:
+        """Starts the run in `self.mode`; what wandb captures beyond the metrics is switched off."""
+        import wandb
+
+        return wandb.init(
+            project=section.wandb_project,
+            name=run_folder.name,
+            id=run_id,
+            # Offline, wandb only warns that it cannot look the id up.
+            resume="allow" if self.mode == "online" else None,
+            dir=run_folder,
+            mode=self.mode,
+            config=dict(config),
+            settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True),
+        )
+
+
+def choose_mode(setting: str, wandb_settings: wandb.Settings) -> str:
+    """What `observe.wandb_mode` means here: online, offline or disabled."""
+    if setting == "offline":
+        return "offline"
+    has_key = _has_credentials(wandb_settings)
+    if setting == "online":
+        # wandb itself would ask for a key at the terminal.
+        if not has_key:
+            raise ConfigError(
+                "observe.wandb_mode = online: no W&B API key is configured; set WANDB_API_KEY, run `wandb login`, or "
+                "set observe.wandb_mode=auto"
+            )
+        return "online"
+    if wandb_settings.mode in ("offline", "disabled"):
+        return wandb_settings.mode
+    return "online" if has_key else "offline"
+
+
+def _has_credentials(wandb_settings: wandb.Settings) -> bool:
+    """Whether wandb will find a key where it looks: environment, its settings files, netrc."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or wandb_settings.api_key:
+        return True
+    hosts = {urlsplit(wandb_settings.base_url).netloc}
+    # Keys for the public server are filed under this name, whatever address it is reached at.
+    if "WANDB_BASE_URL" not in os.environ:
+        hosts.add(DEFAULT_KEY_HOST)
+    candidates = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
+    for candidate in candidates:
+        try:
+            entries = netrc.netrc(os.path.expanduser(candidate)).hosts
+        except (OSError, netrc.NetrcParseError):
+            # Absent or unreadable: wandb would not find a key in it either.
+            continue
+        if hosts & entries.keys():
+            return True
+    return False

@@ -1,0 +1,116 @@
+"""metrics.jsonl: what is written is read, once per step, whatever happened to the writer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bitdance_scale.errors import DataError
+from bitdance_scale.observe.metrics import METRICS_FILE, MetricsWriter, StepMetrics, read_metrics
+
+POINT = StepMetrics(
+    step=1, images=8, tokens=900, loss=1.5, loss_vision=1.4, loss_text=10.0, grad_norm=2.0, lr=1e-4, step_s=0.5,
+    data_wait_s=0.01, tokens_per_s=1800.0, images_per_s=16.0, mfu=None, images_by_class={256: 2, 512: 6},
+    padding_share=0.05, memory_bytes=2**30,
+)  # fmt: skip
+
+
+def point(step: int, **changes: object) -> StepMetrics:
+    return dataclasses.replace(POINT, step=step, images=8 * step, **changes)
+
+
+def write(folder: Path, steps: range, resumed_step: int) -> None:
+    with MetricsWriter(folder, resumed_step) as writer:
+        for step in steps:
+            writer.write(point(step))
+
+
+def test_written_metrics_are_read_back(tmp_path):
+    with MetricsWriter(tmp_path, resumed_step=0) as writer:
+        writer.write(point(1))
+        writer.write(point(2, mfu=0.45, holes=3, skipped_steps=1))
+    assert read_metrics(tmp_path / METRICS_FILE) == [point(1), point(2, mfu=0.45, holes=3, skipped_steps=1)]
+
+
+def test_lines_are_strict_json_even_when_the_loss_is_not_finite(tmp_path):
+    with MetricsWriter(tmp_path, resumed_step=0) as writer:
+        writer.write(point(1, loss=math.nan, grad_norm=math.inf))
+
+    def refuse(name: str) -> None:
+        pytest.fail(f"{name} is no JSON")
+
+    line = (tmp_path / METRICS_FILE).read_text()
+    assert json.loads(line, parse_constant=refuse)["loss"] is None
+    (back,) = read_metrics(tmp_path / METRICS_FILE)
+    assert math.isnan(back.loss) and math.isnan(back.grad_norm) and back.mfu is None
+
+
+def test_resuming_drops_the_steps_after_the_checkpoint(tmp_path):
+    write(tmp_path, range(1, 8), resumed_step=0)
+    write(tmp_path, range(5, 10), resumed_step=4)
+    assert [metrics.step for metrics in read_metrics(tmp_path / METRICS_FILE)] == list(range(1, 10))
+    assert [file.name for file in tmp_path.iterdir()] == [METRICS_FILE]
+
+
+def test_a_fresh_start_drops_everything(tmp_path):
+    write(tmp_path, range(1, 4), resumed_step=0)
+    write(tmp_path, range(1, 2), resumed_step=0)
+    assert len(read_metrics(tmp_path / METRICS_FILE)) == 1
+
+
+@pytest.mark.parametrize("tail", [b'{"step": 3, "ima', b"\x00\x00\x00", b"\xff\xfe\x0b\x85"])
+def test_a_torn_last_line_is_left_out_and_overwritten(tmp_path, tail):
+    write(tmp_path, range(1, 3), resumed_step=0)
+    path = tmp_path / METRICS_FILE
+    path.write_bytes(path.read_bytes() + tail)
+    assert [metrics.step for metrics in read_metrics(path)] == [1, 2]
+    write(tmp_path, range(3, 5), resumed_step=2)
+    assert [metrics.step for metrics in read_metrics(path)] == [1, 2, 3, 4]
+
+
+def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path):
+    write(tmp_path, range(1, 3), resumed_step=0)
+    path = tmp_path / METRICS_FILE
+    path.write_text(path.read_text().rstrip("\n"))
+    write(tmp_path, range(3, 4), resumed_step=2)
+    assert [metrics.step for metrics in read_metrics(path)] == [1, 2, 3]
+
+
+def test_damage_before_the_last_line_is_an_error_that_names_the_line(tmp_path):
+    write(tmp_path, range(1, 4), resumed_step=0)
+    path = tmp_path / METRICS_FILE
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], '{"step": 2}', lines[2], ""]))
+    with pytest.raises(DataError, match="metrics.jsonl, line 2: .*Delete the line"):
+        read_metrics(path)
+    with pytest.raises(DataError, match="line 2"):
+        MetricsWriter(tmp_path, resumed_step=3)
+
+
+WRITE_FOR_EVER = """
+import sys
+from pathlib import Path
+from bitdance_scale.observe.metrics import MetricsWriter, StepMetrics
+point = StepMetrics.from_json(sys.argv[2])
+writer = MetricsWriter(Path(sys.argv[1]), 0)
+while True:
+    writer.write(point)
+    print("written", flush=True)
+"""
+
+
+def test_written_lines_survive_sigkill(tmp_path):
+    command = [sys.executable, "-c", WRITE_FOR_EVER, str(tmp_path), point(1).to_json()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ}) as process:
+        for _ in range(50):
+            assert process.stdout.readline() == "written\n"
+        process.send_signal(signal.SIGKILL)
+    assert len(read_metrics(tmp_path / METRICS_FILE)) >= 50

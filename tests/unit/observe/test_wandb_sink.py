@@ -1,0 +1,137 @@
+"""The W&B sink offline: no prompt, no network, one folder that can be synced."""
+
+from __future__ import annotations
+
+import os
+import pty
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from bitdance_scale.config.schema import ObserveSection
+from bitdance_scale.errors import ConfigError
+from bitdance_scale.observe import wandb_sink
+from bitdance_scale.observe.wandb_sink import WandbSink
+
+PROGRAM = """
+import sys
+from pathlib import Path
+import numpy as np
+from bitdance_scale.config.schema import ObserveSection
+from bitdance_scale.observe.figures import image_grid
+from bitdance_scale.observe.metrics import StepMetrics
+from bitdance_scale.observe.wandb_sink import WandbSink
+
+folder = Path(sys.argv[1])
+sink = WandbSink(ObserveSection(), folder, {"run": {"steps": 2}}, run_id="abc123")
+point = StepMetrics(
+    step=1, images=8, tokens=900, loss=1.5, loss_vision=1.4, loss_text=10.0, grad_norm=2.0, lr=1e-4, step_s=0.5,
+    data_wait_s=0.01, tokens_per_s=1800.0, images_per_s=16.0, mfu=None, images_by_class={256: 2, 512: 6},
+    padding_share=0.05, memory_bytes=2**30,
+)
+sink.log(1, point)
+image_grid([np.zeros((8, 8, 3), dtype=np.uint8)], ["black"], folder / "grid.png", columns=1)
+sink.log_image(1, folder / "grid.png", "black")
+sink.log(2, point)
+sink.finish()
+print(sink.mode)
+"""
+
+
+def bare_environment(home: Path, **extra: str) -> dict[str, str]:
+    """The environment without any W&B setting or credential."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "NETRC"))}
+    return kept | {"HOME": str(home), "XDG_CONFIG_HOME": str(home)} | extra
+
+
+@pytest.mark.timeout(120)
+def test_without_a_key_the_run_is_offline_silent_and_off_the_network(tmp_path):
+    # Every connection to a web server would go through this proxy, and so be noticed.
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.setblocking(False)
+        address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        environment = bare_environment(tmp_path, HTTP_PROXY=address, HTTPS_PROXY=address)
+        # A terminal as standard input: wandb asks for a key only where somebody could answer.
+        controller, terminal = pty.openpty()
+        run_folder = tmp_path / "runs" / "demo"
+        result = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(run_folder)],
+            env=environment, stdin=terminal, capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+        os.close(controller)
+        os.close(terminal)
+        assert result.returncode == 0, result.stderr
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
+    assert result.stdout == "offline\n"
+    assert result.stderr == ""
+    (folder,) = (run_folder / "wandb").glob("offline-run-*-abc123")
+    assert (folder / "run-abc123.wandb").stat().st_size > 0
+    assert list(folder.glob("files/media/images/samples_1_*.png"))
+
+
+def test_disabled_never_imports_wandb(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from bitdance_scale.config.schema import ObserveSection;"
+        "from bitdance_scale.observe.wandb_sink import WandbSink;"
+        "sink = WandbSink(ObserveSection(wandb_mode='disabled'), Path(sys.argv[1]), {}, 'x');"
+        "sink.finish(); print(sink.mode, 'wandb' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert result.stdout == "disabled False\n"
+    assert not (tmp_path / "wandb").exists()
+
+
+def choose(monkeypatch, tmp_path: Path, setting: str, *, mode: str = "online", **environment: str) -> str:
+    """The mode chosen in an environment that holds nothing else; `mode` is wandb's own setting."""
+    for name in [name for name in os.environ if name.startswith(("WANDB", "NETRC"))]:
+        monkeypatch.delenv(name)
+    for name, value in (environment | {"HOME": str(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
+    settings = SimpleNamespace(mode=mode, api_key=None, base_url="https://wandb.example.org")
+    return wandb_sink.choose_mode(setting, settings)
+
+
+def test_auto_is_online_only_with_a_key(monkeypatch, tmp_path):
+    assert choose(monkeypatch, tmp_path, "auto") == "offline"
+    assert choose(monkeypatch, tmp_path, "auto", WANDB_API_KEY="k" * 40) == "online"
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"), [("wandb.example.org", "online"), ("api.wandb.ai", "online"), ("github.example", "offline")]
+)
+def test_a_key_in_netrc_counts(monkeypatch, tmp_path, host, expected):
+    (tmp_path / ".netrc").write_text(f"machine {host}\n  login user\n  password {'k' * 40}\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert choose(monkeypatch, tmp_path, "auto") == expected
+
+
+def test_a_key_for_another_server_does_not_count(monkeypatch, tmp_path):
+    (tmp_path / "keys").write_text(f"machine api.wandb.ai\n  login user\n  password {'k' * 40}\n")
+    environment = {"NETRC": str(tmp_path / "keys"), "WANDB_BASE_URL": "https://wandb.example.org"}
+    assert choose(monkeypatch, tmp_path, "auto", **environment) == "offline"
+
+
+def test_the_environment_can_switch_auto_off_but_not_a_stated_mode(monkeypatch, tmp_path):
+    key = {"WANDB_API_KEY": "k" * 40}
+    assert choose(monkeypatch, tmp_path, "auto", mode="offline", **key) == "offline"
+    assert choose(monkeypatch, tmp_path, "auto", mode="disabled", **key) == "disabled"
+    assert choose(monkeypatch, tmp_path, "online", mode="offline", **key) == "online"
+    assert choose(monkeypatch, tmp_path, "offline", **key) == "offline"
+
+
+def test_online_without_a_key_is_refused_instead_of_asking(monkeypatch, tmp_path):
+    with pytest.raises(ConfigError, match="observe.wandb_mode = online: no W&B API key .*WANDB_API_KEY"):
+        choose(monkeypatch, tmp_path, "online")
+
+
+@pytest.mark.timeout(60)
+def test_a_disabled_sink_takes_everything(tmp_path):
+    sink = WandbSink(ObserveSection(wandb_mode="disabled"), tmp_path, {}, "x")
+    sink.log(1, None)
+    sink.log_image(1, tmp_path / "absent.png", "nothing")
+    sink.finish()
