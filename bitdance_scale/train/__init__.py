@@ -1,0 +1,1 @@
+"""Training: what runs above the parallel engines."""

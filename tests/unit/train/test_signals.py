@@ -1,0 +1,75 @@
+"""A stop is requested once, agreed by all ranks, and a second interrupt kills."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from bitdance_scale.train.signals import EXIT_REQUEUE, SAME_SIGINT_S, StopRequest
+from tests.distributed.spawn import run_ranks
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_becomes_a_request(number):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert stop.signal_name is None
+        os.kill(os.getpid(), number)
+        assert stop.signal_name == number.name
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal_name == number.name, "the first signal is the one named"
+    assert signal.getsignal(number) == before
+
+
+def stop_of_one_rank(rank: int, rank_asked: int) -> None:
+    dist.init_process_group("gloo")
+    with StopRequest() as stop:
+        assert not stop.agreed(dist.group.WORLD, CPU)
+        if rank == rank_asked:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.agreed(dist.group.WORLD, CPU)
+        assert (stop.signal_name is not None) == (rank == rank_asked)
+    dist.destroy_process_group()
+
+
+def test_a_signal_to_one_rank_stops_all():
+    run_ranks(2, stop_of_one_rank, 1, timeout_s=60)
+
+
+WAIT = """
+import time
+from bitdance_scale.train.signals import StopRequest
+with StopRequest() as stop:
+    print("ready", flush=True)
+    while True:
+        time.sleep(0.05)
+        if stop.signal_name is not None:
+            print("asked", flush=True)
+"""
+
+
+def test_a_second_sigint_kills():
+    with subprocess.Popen([sys.executable, "-c", WAIT], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "asked\n"
+        # A launcher's copy of the same interrupt; then, after longer than that takes, a second one.
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "asked\n"
+        time.sleep(SAME_SIGINT_S + 0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == -signal.SIGINT
+
+
+def test_the_exit_code_is_told_apart_from_success_failure_and_signals():
+    # Launch scripts rely on the number.
+    assert EXIT_REQUEUE == 75
