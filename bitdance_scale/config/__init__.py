@@ -1,0 +1,1 @@
+"""The configuration tree: its schema, how it is loaded, and the rules it must keep."""

@@ -1,0 +1,156 @@
+"""Rules between image sizes, the global batch and the packs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from bitdance_scale.config.rule import RuleSet, multiples_around, nearest_multiples
+from bitdance_scale.config.schema import RunConfig
+
+MAX_MARKUP_TOKENS = 32
+"""Text tokens around a caption (chat turns and their ends) that `data.max_pack_tokens` must leave room for."""
+
+NUM_RESOLUTION_TOKENS = 256
+"""`<|res_1|>` .. `<|res_256|>`: an image has at most this many latent cells along a side (published release)."""
+
+RULES = RuleSet()
+
+
+@RULES.rule("data.classes", "vision.channel_mult", "vision.block_side")
+def _blocks_tile_buckets(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Every bucket side is a multiple of the downsampling factor x `vision.block_side`.
+
+    An image is cut into whole blocks of latent cells (arXiv 2602.14041 Sec. 3.3).
+    """
+    for where, size_px in _buckets(config):
+        yield from _untiled(where, size_px, config)
+
+
+@RULES.rule("sample.size_px", "vision.channel_mult", "vision.block_side")
+def _blocks_tile_samples(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Both sides of `sample.size_px` are multiples of the downsampling factor x `vision.block_side`.
+
+    Sampled images are cut into blocks as the trained ones are.
+    """
+    yield from _untiled("sample.size_px", config.sample.size_px, config)
+
+
+@RULES.rule("data.classes", "sample.size_px", "vision.channel_mult")
+def _sides_have_resolution_tokens(config: RunConfig, world_size: int) -> Iterator[str]:
+    """No image is longer than 256 latent cells along a side.
+
+    The resolution tokens are `<|res_1|>` .. `<|res_256|>` (published release).
+    """
+    limit_px = NUM_RESOLUTION_TOKENS * config.vision.downsample
+    for where, size_px in [*_buckets(config), ("sample.size_px", config.sample.size_px)]:
+        if max(size_px) > limit_px:
+            yield (
+                f"{where} = {list(size_px)}: a side must be at most {limit_px} px, {NUM_RESOLUTION_TOKENS} cells of "
+                f"{config.vision.downsample} px, one resolution token each; use smaller images"
+            )
+
+
+@RULES.rule("data.classes")
+def _classes_are_distinct(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Classes have different `side_px`, and a class names each bucket once.
+
+    Classes are counted by their side, and a bucket named twice has no meaning; transposes are added by the loader.
+    """
+    sides = [image_class.side_px for image_class in config.data.classes]
+    for index, image_class in enumerate(config.data.classes):
+        if image_class.side_px in sides[:index]:
+            yield (
+                f"data.classes[{index}].side_px = {image_class.side_px}: another class has this side; merge the two, "
+                "adding up their shares"
+            )
+        for number, size_px in enumerate(image_class.buckets_px):
+            if size_px in image_class.buckets_px[:number]:
+                yield f"data.classes[{index}].buckets_px[{number}] = {list(size_px)}: is listed before; remove one"
+
+
+@RULES.rule("data.classes")
+def _buckets_match_their_class(config: RunConfig, world_size: int) -> Iterator[str]:
+    """The area of a bucket is between half and twice that of its class's square.
+
+    The shares fix how many tokens each class costs; a bucket of another size belongs to another class.
+    """
+    for index, image_class in enumerate(config.data.classes):
+        square = image_class.side_px**2
+        for number, (height, width) in enumerate(image_class.buckets_px):
+            if not square <= 2 * height * width <= 4 * square:
+                yield (
+                    f"data.classes[{index}].buckets_px[{number}] = {[height, width]}: its area is "
+                    f"{height * width / square:.2g} times that of side_px = {image_class.side_px} squared and must be "
+                    "0.5 to 2 times; correct the bucket or move it to its class"
+                )
+
+
+@RULES.rule("data.global_batch", "data.classes")
+def _shares_are_exact(config: RunConfig, world_size: int) -> Iterator[str]:
+    """`data.global_batch` gives every class a whole number of images at its share.
+
+    The classes are mixed exactly in every step (arXiv 2602.14041 Table 4), not on average.
+    """
+    shares = [image_class.share for image_class in config.data.classes]
+    multiple = sum(shares) // math.gcd(*shares)
+    if config.data.global_batch % multiple:
+        yield (
+            f"data.global_batch = {config.data.global_batch}: must be a multiple of {multiple} for shares "
+            f"{':'.join(map(str, shares))}; use {nearest_multiples(config.data.global_batch, multiple)}"
+        )
+
+
+@RULES.rule("data.max_pack_tokens", "data.pack_multiple", "data.classes", "text.max_caption_tokens", "vision")
+def _largest_sample_fits_a_pack(config: RunConfig, world_size: int) -> Iterator[str]:
+    """`data.max_pack_tokens` holds the largest bucket with the longest caption, its markup and the query tokens.
+
+    A sample is never cut over two packs.
+    """
+    vision = config.vision
+    where, (height, width) = max(_buckets(config), key=lambda bucket: bucket[1][0] * bucket[1][1])
+    num_cells = (height // vision.downsample) * (width // vision.downsample)
+    # `<|vision_start|>`, two resolution tokens, P - 1 queries, `<|vision_end|>`.
+    num_image_markup = 4 + vision.block_tokens - 1
+    needed = num_cells + num_image_markup + config.text.max_caption_tokens + MAX_MARKUP_TOKENS
+    if config.data.max_pack_tokens < needed:
+        rounded = needed + -needed % config.data.pack_multiple
+        yield (
+            f"data.max_pack_tokens = {config.data.max_pack_tokens}: must be at least {needed} = {num_cells} cells of "
+            f"{where} = {[height, width]} + {num_image_markup} around the image + text.max_caption_tokens = "
+            f"{config.text.max_caption_tokens} + {MAX_MARKUP_TOKENS} of markup; use {rounded} or more"
+        )
+
+
+@RULES.rule("data.max_pack_tokens", "data.pack_multiple")
+def _padding_stays_within_the_cap(config: RunConfig, world_size: int) -> Iterator[str]:
+    """`data.pack_multiple` divides `data.max_pack_tokens`.
+
+    A full pack, padded to the multiple, must not pass the cap.
+    """
+    data = config.data
+    if data.max_pack_tokens % data.pack_multiple:
+        yield (
+            f"data.max_pack_tokens = {data.max_pack_tokens}: must be a multiple of data.pack_multiple = "
+            f"{data.pack_multiple}; use {nearest_multiples(data.max_pack_tokens, data.pack_multiple)}"
+        )
+
+
+def _buckets(config: RunConfig) -> list[tuple[str, tuple[int, int]]]:
+    """(name in messages, (height, width) in pixels) of every bucket of every class."""
+    return [
+        (f"data.classes[{index}].buckets_px[{number}]", size_px)
+        for index, image_class in enumerate(config.data.classes)
+        for number, size_px in enumerate(image_class.buckets_px)
+    ]
+
+
+def _untiled(where: str, size_px: tuple[int, int], config: RunConfig) -> Iterator[str]:
+    vision = config.vision
+    unit_px = vision.downsample * vision.block_side
+    if any(side % unit_px for side in size_px):
+        nearest = [min(multiples_around(side, unit_px), key=lambda legal: abs(legal - side)) for side in size_px]
+        yield (
+            f"{where} = {list(size_px)}: both sides must be multiples of {unit_px} px, downsampling {vision.downsample} "
+            f"x vision.block_side = {vision.block_side}; the nearest legal size is {nearest}"
+        )

@@ -1,0 +1,242 @@
+"""Reads, prints, hashes and describes configurations.
+
+Layers, later ones win: the schema's defaults, the preset that `model.preset` names, the file that `extends` names, the
+file itself, the overrides of the command line. TOML, because YAML reads `1e-5` as a string and lets a repeated key win.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import textwrap
+import tomllib
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from bitdance_scale.config.coerce import Coercion, dotted, field_types, type_name
+from bitdance_scale.config.presets import PRESETS
+from bitdance_scale.config.schema import ModelSection, RunConfig
+from bitdance_scale.errors import ConfigError
+
+Schema = TypeVar("Schema")
+_COMMAND_LINE = "command line"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[Schema] = RunConfig) -> Schema:
+    """Loads a TOML file into a configuration tree.
+
+    Args:
+        path: the file. Its top-level key `extends` may name one other file, relative to it, whose settings it
+            changes; that file may not extend another. Tables merge key by key, lists are replaced.
+        overrides: `section.key=value`, the value written as in TOML; a value that is no TOML is taken as a string.
+        schema: dataclass of the tree.
+
+    Returns:
+        The schema's instance with every setting resolved. Rules that span settings are `rules.check`'s.
+
+    Raises:
+        ConfigError: the file cannot be read or is no TOML, or settings are unknown (naming the nearest legal name),
+            missing or of the wrong type; one error lists them all.
+    """
+    layers = [*_read_layers(Path(path)), (_COMMAND_LINE, _parse_overrides(overrides))]
+    values: dict[str, object] = {}
+    sources: dict[tuple[str, ...], str] = {}
+    for source, layer in layers:
+        _merge(values, layer, source, sources, ())
+    _fill_in_preset(values, schema, sources)
+
+    def source_of(setting_path: tuple[str, ...]) -> str:
+        for length in range(len(setting_path), 0, -1):
+            if setting_path[:length] in sources:
+                return sources[setting_path[:length]]
+        return str(path)
+
+    coercion = Coercion(schema, source_of)
+    config = coercion.build(values)
+    if coercion.problems:
+        raise ConfigError(_listed(f"{path}: the configuration cannot be used", coercion.problems))
+    return config
+
+
+def dump_toml(config: object) -> str:
+    """The whole tree as TOML that `load_config` reads back to an equal tree."""
+    return "\n".join(_toml_lines(config, "")).strip() + "\n"
+
+
+def config_hash(config: object) -> str:
+    """SHA-256 over every setting, as 64 hexadecimal digits; equal trees have equal hashes."""
+    canonical = json.dumps(dataclasses.asdict(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class SettingDoc:
+    """What a user can know about one setting.
+
+    Attributes:
+        path: such as `data.classes[].share`.
+        type_name: such as `list of integer`.
+        default: as TOML; None when the setting is required.
+        doc: its meaning.
+    """
+
+    path: str
+    type_name: str
+    default: str | None
+    doc: str
+
+
+def setting_docs(schema: type, prefix: str = "") -> Iterator[SettingDoc]:
+    """Every setting of a schema in order of declaration, those of nested tables included."""
+    types = field_types(schema)
+    for field in dataclasses.fields(schema):
+        hint, path = types[field.name], f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(hint):
+            yield from setting_docs(hint, f"{path}.")
+            continue
+        default = None if field.default is dataclasses.MISSING else _toml_value(field.default)
+        yield SettingDoc(path, type_name(hint), default, field.metadata["doc"])
+        for item in typing.get_args(hint):
+            if dataclasses.is_dataclass(item):
+                yield from setting_docs(item, f"{path}[].")
+
+
+def describe(schema: type) -> str:
+    """All settings with type, default and meaning, as plain text for `--help`."""
+    lines: list[str] = []
+    for setting in setting_docs(schema):
+        default = "required" if setting.default is None else f"default {setting.default}"
+        lines.append(f"  {setting.path}  ({setting.type_name}, {default})")
+        lines.extend(textwrap.wrap(setting.doc, width=100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    return "\n".join(lines) + "\n"
+
+
+def _read_layers(path: Path) -> list[tuple[str, dict[str, object]]]:
+    """The file as a layer, preceded by the one it extends."""
+    values = _read_toml(path)
+    if "extends" not in values:
+        return [(str(path), values)]
+    extended = values.pop("extends")
+    if not isinstance(extended, str):
+        raise ConfigError(f"{path}: extends = {extended!r}: expected the path of one TOML file, relative to this one")
+    base_path = path.parent / extended
+    if not base_path.is_file():
+        raise ConfigError(f"{path}: extends = {extended!r}: there is no file {base_path}; correct the path")
+    base = _read_toml(base_path)
+    if "extends" in base:
+        raise ConfigError(
+            f"{base_path}: extends = {base['extends']!r}: {path} extends this file already, and only one level is "
+            f"allowed; let {path.name} extend {base['extends']!r} itself, or merge the two"
+        )
+    return [(str(base_path), base), (str(path), values)]
+
+
+def _read_toml(path: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration ({error.strerror}); correct the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
+    values: dict[str, object] = {}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        keys = name.strip().split(".")
+        if not equals or not all(key.isidentifier() for key in keys):
+            raise ConfigError(f"{_COMMAND_LINE}: {override!r}: expected section.key=value, such as run.steps=100")
+        table = values
+        for key in keys[:-1]:
+            table = table.setdefault(key, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"{_COMMAND_LINE}: {override!r}: an override before it sets {key!r} to a value")
+        table[keys[-1]] = _parse_value(text.strip())
+    return values
+
+
+def _parse_value(text: str) -> object:
+    try:
+        document = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    # A line break inside the text could smuggle in further keys.
+    return document["value"] if len(document) == 1 else text
+
+
+def _merge(
+    values: dict[str, object],
+    layer: Mapping[str, object],
+    source: str,
+    sources: dict[tuple[str, ...], str],
+    path: tuple[str, ...],
+) -> None:
+    """Lays a layer over the values, in place, and notes where each came from."""
+    for key, value in layer.items():
+        key_path = (*path, key)
+        sources[key_path] = source
+        if isinstance(value, dict):
+            below = values.get(key)
+            merged = below if isinstance(below, dict) else {}
+            values[key] = merged
+            _merge(merged, value, source, sources, key_path)
+        else:
+            values[key] = value
+
+
+def _fill_in_preset(values: dict[str, object], schema: type, sources: Mapping[tuple[str, ...], str]) -> None:
+    """Puts the preset's settings where no layer has set one; a schema without a backbone has no presets."""
+    model = values.get("model")
+    if field_types(schema).get("model") is not ModelSection or not isinstance(model, dict):
+        return
+    name = model.get("preset", "")
+    if not isinstance(name, str) or not name:
+        return
+    if name not in PRESETS:
+        nearest = difflib.get_close_matches(name.lower(), PRESETS, n=1)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise ConfigError(
+            f"{sources[('model', 'preset')]}: model.preset = {name!r}: there is no such preset; "
+            f"{hint}Presets: {', '.join(PRESETS)}"
+        )
+    for section, settings in PRESETS[name].items():
+        table = values.setdefault(section, {})
+        if isinstance(table, dict):
+            for key, value in settings.items():
+                table.setdefault(key, value)
+
+
+def _toml_lines(table: object, prefix: str) -> list[str]:
+    """A dataclass as TOML: its own values first, then its tables and lists of tables under their headers."""
+    own, below = [], []
+    for field in dataclasses.fields(table):
+        value, name = getattr(table, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            below += ["", f"[{name}]", *_toml_lines(value, f"{name}.")]
+        elif isinstance(value, tuple) and value and all(dataclasses.is_dataclass(item) for item in value):
+            for item in value:
+                below += ["", f"[[{name}]]", *_toml_lines(item, f"{name}.")]
+        else:
+            own.append(f"{field.name} = {_toml_value(value)}")
+    return own + below
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):
+        # A JSON string is a TOML basic string but for DEL, which TOML wants escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    assert isinstance(value, tuple), f"{value!r} has no TOML form"
+    return f"[{', '.join(_toml_value(item) for item in value)}]"
+
+
+def _listed(heading: str, problems: Sequence[str]) -> str:
+    return "\n".join([f"{heading}:", *(f"- {problem}" for problem in problems)])

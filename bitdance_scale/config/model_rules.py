@@ -1,0 +1,102 @@
+"""Rules between the sizes of the backbone, the diffusion head and the autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bitdance_scale.config.rule import RuleSet, divisors, nearest_multiples
+from bitdance_scale.config.schema import RunConfig
+
+RULES = RuleSet()
+_GROUP_NORM_GROUPS = 32
+
+
+@RULES.rule("model.num_heads", "model.num_kv_heads")
+def _kv_heads_divide_heads(config: RunConfig, world_size: int) -> Iterator[str]:
+    """`model.num_kv_heads` divides `model.num_heads`.
+
+    Grouped-query attention gives every key/value head the same number of query heads.
+    """
+    model = config.model
+    if model.num_heads % model.num_kv_heads:
+        yield (
+            f"model.num_kv_heads = {model.num_kv_heads}: must divide model.num_heads = {model.num_heads}; "
+            f"use one of {divisors(model.num_heads)}"
+        )
+
+
+@RULES.rule("model.head_dim")
+def _rotary_channels_pair_up(config: RunConfig, world_size: int) -> Iterator[str]:
+    """`model.head_dim` is even.
+
+    Rotary positions turn channels in pairs.
+    """
+    head_dim = config.model.head_dim
+    if head_dim % 2:
+        yield f"model.head_dim = {head_dim}: must be even; use {head_dim - 1 or 2} or {head_dim + 1}"
+
+
+@RULES.rule("model.hidden_size")
+def _hidden_size_holds_2d_positions(config: RunConfig, world_size: int) -> Iterator[str]:
+    """`model.hidden_size` is a multiple of 4.
+
+    The 2-D position table has sines and cosines for each of two axes.
+    """
+    hidden_size = config.model.hidden_size
+    if hidden_size % 4:
+        yield f"model.hidden_size = {hidden_size}: must be a multiple of 4; use {nearest_multiples(hidden_size, 4)}"
+
+
+@RULES.rule("head.width", "head.head_dim")
+def _head_width_holds_heads(config: RunConfig, world_size: int) -> Iterator[str]:
+    """`head.head_dim` divides `head.width`.
+
+    The attention of the diffusion head cuts its width into heads.
+    """
+    head = config.head
+    if head.width % head.head_dim:
+        yield (
+            f"head.width = {head.width}: must be a multiple of head.head_dim = {head.head_dim}; "
+            f"use head.width = {nearest_multiples(head.width, head.head_dim)}"
+        )
+
+
+@RULES.rule("head.num_blocks", "head.num_adaln")
+def _adaln_modules_share_blocks(config: RunConfig, world_size: int) -> Iterator[str]:
+    """`head.num_adaln` divides `head.num_blocks`.
+
+    Each adaLN module serves the same number of consecutive blocks.
+    """
+    head = config.head
+    if head.num_blocks % head.num_adaln:
+        yield (
+            f"head.num_adaln = {head.num_adaln}: must divide head.num_blocks = {head.num_blocks}; "
+            f"use one of {divisors(head.num_blocks)}"
+        )
+
+
+@RULES.rule("vision.num_bits")
+def _bits_fill_bytes(config: RunConfig, world_size: int) -> Iterator[str]:
+    """`vision.num_bits` is a multiple of 8.
+
+    Vision tokens are stored and sent as packed bytes.
+    """
+    num_bits = config.vision.num_bits
+    if num_bits % 8:
+        yield f"vision.num_bits = {num_bits}: must be a multiple of 8; use {nearest_multiples(num_bits, 8)}"
+
+
+@RULES.rule("vision.channels", "vision.channel_mult")
+def _channels_fill_norm_groups(config: RunConfig, world_size: int) -> Iterator[str]:
+    """`vision.channels` times each of `vision.channel_mult` is a multiple of 32.
+
+    The autoencoder normalises its channels in 32 groups (published release).
+    """
+    vision = config.vision
+    undivided = [multiplier for multiplier in vision.channel_mult if vision.channels * multiplier % _GROUP_NORM_GROUPS]
+    if undivided:
+        yield (
+            f"vision.channels = {vision.channels}: {vision.channels} x {undivided[0]} (of vision.channel_mult) must be a "
+            f"multiple of {_GROUP_NORM_GROUPS}; use vision.channels = "
+            f"{nearest_multiples(vision.channels, _GROUP_NORM_GROUPS)}"
+        )

@@ -1,0 +1,207 @@
+"""What each single setting may be: the range of a number, the choices of a word.
+
+`rules.py` checks these first; a rule over several settings is only looked at while each of them is legal by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from bitdance_scale.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Range:
+    """An interval of numbers.
+
+    Attributes:
+        low, high: its ends; `high` may be infinite.
+        is_low_open, is_high_open: whether that end itself is excluded.
+    """
+
+    low: float
+    high: float = math.inf
+    is_low_open: bool = False
+    is_high_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.is_low_open else value >= self.low
+        return above and (value < self.high if self.is_high_open else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"greater than {self.low:g}" if self.is_low_open else f"at least {self.low:g}"
+        return f"in {'(' if self.is_low_open else '['}{self.low:g}, {self.high:g}{')' if self.is_high_open else ']'}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A closed set of words or numbers."""
+
+    values: tuple[str | int, ...]
+
+    def __contains__(self, value: str | int) -> bool:
+        return value in self.values
+
+    def __str__(self) -> str:
+        return "one of " + ", ".join(str(value) for value in self.values)
+
+
+@dataclass(frozen=True)
+class NonEmpty:
+    """A string or list with something in it; a string of blanks is empty."""
+
+    def __contains__(self, value: str | tuple) -> bool:
+        return bool(value.strip() if isinstance(value, str) else value)
+
+    def __str__(self) -> str:
+        return "not empty"
+
+
+@dataclass(frozen=True)
+class FolderName:
+    """A plain name: no separators, and neither `.` nor `..`."""
+
+    def __contains__(self, value: str) -> bool:
+        return bool(value.strip()) and value not in (".", "..") and not set(value) & set("/\\\0")
+
+    def __str__(self) -> str:
+        return "a plain folder name, without separators"
+
+
+Constraint = Range | Choice | NonEmpty | FolderName
+
+_COUNT = Range(1)
+_NOT_NEGATIVE = Range(0)
+_POSITIVE = Range(0, is_low_open=True)
+_PROBABILITY = Range(0, 1)
+_DECAY = Range(0, 1, is_high_open=True)
+# Seeds enter the counter-based noise as unsigned 64-bit keys and numpy's and torch's generators as signed ones.
+_SEED = Range(0, 2**63, is_high_open=True)
+
+CONSTRAINTS: Mapping[str, Constraint] = {
+    "run.name": FolderName(),
+    "run.root": NonEmpty(),
+    "run.seed": _SEED,
+    "run.steps": _COUNT,
+    "run.dtype": Choice(("float32", "bfloat16")),
+    "model.num_layers": _COUNT,
+    "model.hidden_size": _COUNT,
+    "model.num_heads": _COUNT,
+    "model.num_kv_heads": _COUNT,
+    "model.head_dim": _COUNT,
+    "model.ffn_size": _COUNT,
+    "model.norm_eps": _POSITIVE,
+    "model.rope_base": Range(1, is_low_open=True),
+    "model.init_std": _POSITIVE,
+    "head.width": _COUNT,
+    "head.num_blocks": _COUNT,
+    "head.num_adaln": _COUNT,
+    "head.head_dim": _COUNT,
+    "head.mlp_ratio": _POSITIVE,
+    "head.time_schedule": Choice(("logit_normal", "uniform")),
+    "head.time_std": _POSITIVE,
+    "head.time_shift": _POSITIVE,
+    "vision.weights": NonEmpty(),
+    "vision.num_bits": _COUNT,
+    "vision.channels": _COUNT,
+    "vision.channel_mult": NonEmpty(),
+    "vision.channel_mult[]": _COUNT,
+    "vision.num_res_blocks": _COUNT,
+    "vision.block_side": _COUNT,
+    "vision.flip_max": _PROBABILITY,
+    "text.kind": Choice(("huggingface", "sentencepiece")),
+    "text.path": NonEmpty(),
+    "text.max_caption_tokens": _COUNT,
+    "data.shards": NonEmpty(),
+    "data.shards[]": NonEmpty(),
+    "data.global_batch": _COUNT,
+    "data.classes": NonEmpty(),
+    "data.classes[].side_px": _COUNT,
+    "data.classes[].share": _COUNT,
+    "data.classes[].buckets_px": NonEmpty(),
+    "data.classes[].buckets_px[]": _COUNT,
+    "data.max_upscale": _POSITIVE,
+    "data.max_pack_tokens": _COUNT,
+    "data.pack_multiple": _COUNT,
+    "data.text_drop": _PROBABILITY,
+    # At 1 no image would be a target and the flow loss would be a mean over nothing.
+    "data.image_to_text_share": Range(0, 1, is_high_open=True),
+    "data.max_hole_share": _PROBABILITY,
+    "data.read_threads": _COUNT,
+    "data.prefetch_steps": _COUNT,
+    "parallel.tensor": _COUNT,
+    "parallel.pipeline": _COUNT,
+    "parallel.zero_stage": Choice((1, 2, 3)),
+    "optim.lr": _POSITIVE,
+    "optim.warmup_steps": _NOT_NEGATIVE,
+    "optim.beta1": _DECAY,
+    "optim.beta2": _DECAY,
+    # AdamW divides in float32, whose smallest normal number this is: a smaller epsilon would count as 0.
+    "optim.eps": Range(2.0**-126),
+    "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.clip_norm": _NOT_NEGATIVE,
+    "optim.max_skipped_steps": _COUNT,
+    "loss.vision_weight": _POSITIVE,
+    "loss.text_weight": _NOT_NEGATIVE,
+    "checkpoint.every_steps": _COUNT,
+    "checkpoint.keep": _COUNT,
+    "sample.every_steps": _NOT_NEGATIVE,
+    "sample.prompts[]": NonEmpty(),
+    "sample.size_px[]": _COUNT,
+    "sample.num_steps": _COUNT,
+    "sample.guidance": _NOT_NEGATIVE,
+    "sample.sampler": Choice(("euler_maruyama", "euler")),
+    "sample.seed": _SEED,
+    "observe.log_every_steps": _COUNT,
+    "observe.wandb_project": NonEmpty(),
+    "observe.wandb_mode": Choice(("auto", "online", "offline", "disabled")),
+}
+"""Setting -> what it may be; `[]` stands for every item of a list, innermost first."""
+
+
+def range_violations(config: RunConfig) -> dict[str, str]:
+    """Setting -> message, for every setting that is illegal by itself.
+
+    The key names the offending value (`data.classes[1].share`), the message states value, rule and fix.
+    """
+    violations: dict[str, str] = {}
+    for path, pattern, value in _values(config, "", ""):
+        constraint = CONSTRAINTS.get(pattern)
+        if constraint is not None and value not in constraint:
+            violations[path] = f"{path} = {value!r}: must be {constraint}{_nearest(value, constraint)}"
+    return violations
+
+
+def _values(value: object, path: str, pattern: str) -> Iterator[tuple[str, str, object]]:
+    """(path, pattern in CONSTRAINTS, value) of everything in the tree; tuples of tuples share one `[]`."""
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            dot = "." if path else ""
+            yield from _values(getattr(value, field.name), f"{path}{dot}{field.name}", f"{pattern}{dot}{field.name}")
+        return
+    yield path, pattern, value
+    if isinstance(value, tuple):
+        for index, item in enumerate(value):
+            nested = pattern if pattern.endswith("[]") else f"{pattern}[]"
+            if isinstance(item, tuple):
+                yield from ((f"{path}[{index}][{inner}]", nested, number) for inner, number in enumerate(item))
+            else:
+                yield from _values(item, f"{path}[{index}]", nested)
+
+
+def _nearest(value: object, constraint: Constraint) -> str:
+    """What to write instead, where it can be told."""
+    if isinstance(constraint, Choice) and isinstance(value, str):
+        nearest = difflib.get_close_matches(value.lower(), [str(choice) for choice in constraint.values], n=1)
+        return f"; did you mean {nearest[0]!r}?" if nearest else ""
+    if isinstance(constraint, Range):
+        if constraint.low in constraint and value < constraint.low:
+            return f"; the smallest legal value is {constraint.low:g}"
+        if constraint.high in constraint and value > constraint.high:
+            return f"; the largest legal value is {constraint.high:g}"
+    return ""

@@ -1,0 +1,47 @@
+"""Every rule that a run's configuration must keep, checked before any process group exists.
+
+`ranges.py` says what each setting may be by itself; `model_rules.py`, `parallel_rules.py` and `data_rules.py` hold the
+rules that span settings, one function each: the first line of its docstring is the rule, the rest its reason.
+"""
+
+from __future__ import annotations
+
+from bitdance_scale.config import data_rules, model_rules, parallel_rules
+from bitdance_scale.config.ranges import CONSTRAINTS, range_violations
+from bitdance_scale.config.rule import Rule
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.errors import ConfigError
+
+RULES: tuple[Rule, ...] = (*model_rules.RULES, *parallel_rules.RULES, *data_rules.RULES)
+
+
+def check(config: RunConfig, world_size: int) -> None:
+    """Refuses a configuration that cannot train as it says.
+
+    Args:
+        config: the resolved tree.
+        world_size: ranks of the run.
+
+    Raises:
+        ConfigError: lists every violation with the setting, its value, the rule and how to fix it.
+    """
+    illegal = range_violations(config)
+    violations = list(illegal.values())
+    for rule in RULES:
+        if rule.is_readable(illegal):
+            violations += rule.violations(config, world_size)
+    if violations:
+        count = "1 rule is" if len(violations) == 1 else f"{len(violations)} rules are"
+        lines = [f"the configuration of run {config.run.name!r} cannot be trained; {count} broken:"]
+        raise ConfigError("\n".join([*lines, *(f"- {violation}" for violation in violations)]))
+
+
+def rules_table() -> str:
+    """All rules as Markdown: those over several settings with their reasons, then the legal values of each setting."""
+    lines = ["| Rule | Settings | Reason |", "|---|---|---|"]
+    for rule in RULES:
+        settings = ", ".join(f"`{setting}`" for setting in rule.settings)
+        lines.append(f"| {rule.claim} | {settings} | {rule.reason} |")
+    lines += ["", "| Setting | Must be |", "|---|---|"]
+    lines += [f"| `{setting}` | {constraint} |" for setting, constraint in CONSTRAINTS.items()]
+    return "\n".join(lines) + "\n"

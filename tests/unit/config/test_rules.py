@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bitdance_scale.config.load import load_config, setting_docs
+from bitdance_scale.config.ranges import CONSTRAINTS
+from bitdance_scale.config.rules import RULES, check, rules_table
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.errors import ConfigError
+
+ONE_CLASS = "data.classes=[{{side_px=64, share=1, buckets_px=[{}]}}]"
+# Any finite number or either truth value, or names that their readers check.
+UNCONSTRAINED = {
+    "model.preset",
+    "model.tie_embeddings",
+    "head.time_mean",
+    "data.index_dir",
+    "sample.use_cache",
+}
+
+
+def violations(path: Path, *overrides: str, world_size: int = 1) -> list[str]:
+    config = load_config(path, overrides)
+    with pytest.raises(ConfigError) as error:
+        check(config, world_size)
+    return str(error.value).splitlines()[1:]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 20])
+def test_legal_configuration_passes(config_path: Path, world_size: int) -> None:
+    check(load_config(config_path), world_size)
+
+
+@pytest.mark.parametrize("preset", ["qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b"])
+def test_presets_can_be_trained_at_tensor_4(config_path: Path, preset: str) -> None:
+    check(load_config(config_path, [f"model.preset={preset}", "parallel.tensor=4"]), 8)
+
+
+# (overrides, ranks, what the single message must say: where and value, rule, fix)
+CASES: dict[str, tuple[list[str], int, list[str]]] = {
+    "kv heads": (["model.num_kv_heads=3"], 1, ["model.num_kv_heads = 3", "model.num_heads = 4", "one of 1, 2, 4"]),
+    "rotary pairs": (["model.head_dim=31"], 1, ["model.head_dim = 31", "even", "30 or 32"]),
+    "2-D positions": (["model.hidden_size=126"], 1, ["model.hidden_size = 126", "multiple of 4", "124 or 128"]),
+    "head width": (["head.width=100"], 1, ["head.width = 100", "head.head_dim = 32", "96 or 128"]),
+    "adaLN": (["head.num_adaln=4", "head.num_blocks=6"], 1, ["head.num_adaln = 4", "num_blocks = 6", "1, 2, 3, 6"]),
+    "bytes": (["vision.num_bits=12"], 1, ["vision.num_bits = 12", "multiple of 8", "8 or 16"]),
+    "norm groups": (["vision.channels=24"], 1, ["vision.channels = 24", "multiple of 32", "use vision.channels = 32"]),
+    "replicas": (["parallel.tensor=2"], 3, ["parallel.tensor = 2", "divide the 3 ranks", "2 or 4 ranks"]),
+    "stages": (["parallel.pipeline=5"], 5, ["parallel.pipeline = 5", "model.num_layers = 4", "4 or less"]),
+    "ZeRO-3 with pipeline": (
+        ["parallel.zero_stage=3", "parallel.pipeline=2"],
+        2,
+        ["parallel.zero_stage = 3", "every micro-batch", "parallel.zero_stage = 1 or parallel.pipeline = 1"],
+    ),
+    "tied with pipeline": (
+        ["model.tie_embeddings=true", "parallel.pipeline=2"],
+        2,
+        ["model.tie_embeddings = true", "different stages", "model.tie_embeddings = false"],
+    ),
+    "tensor over heads": (
+        ["parallel.tensor=3"],
+        3,
+        ["parallel.tensor = 3", "model.num_heads = 4", "head.width / head.head_dim = 4", "use one of 1, 2"],
+    ),
+    "block side over bucket": (
+        ["vision.block_side=3", "sample.size_px=[48, 48]", ONE_CLASS.format("[60, 72], [64, 64]")],
+        1,
+        ["data.classes[0].buckets_px[1] = [64, 64]", "multiples of 12 px", "vision.block_side = 3", "is [60, 60]"],
+    ),
+    "bucket": (
+        [ONE_CLASS.format("[64, 64], [56, 90]")],
+        1,
+        ["data.classes[0].buckets_px[1] = [56, 90]", "multiples of 16 px", "nearest legal size is [48, 96]"],
+    ),
+    "sampled size": (["sample.size_px=[64, 60]"], 1, ["sample.size_px = [64, 60]", "multiples of 16", "[64, 64]"]),
+    "resolution tokens": (["sample.size_px=[64, 1040]"], 1, ["sample.size_px = [64, 1040]", "at most 1024 px"]),
+    "bucket twice": ([ONE_CLASS.format("[64, 64], [64, 64]")], 1, ["buckets_px[1] = [64, 64]", "listed before"]),
+    "bucket of another class": ([ONE_CLASS.format("[128, 128]")], 1, ["[128, 128]", "4 times", "0.5 to 2"]),
+    "shares": (["data.global_batch=25"], 1, ["data.global_batch = 25", "multiple of 10", "2:7:1", "use 20 or 30"]),
+    "replicas without images": (["data.global_batch=10"], 20, ["global_batch = 10", "20 replicas", "fewer ranks"]),
+    "pack cap": (
+        ["data.max_pack_tokens=1024"],
+        1,
+        # 1024 cells of 128 px at 4x; <|vision_start|>, two resolutions, <|vision_end|> and 15 queries; 32 and 32.
+        ["data.max_pack_tokens = 1024", "at least 1107 = 1024 cells", "data.classes[2].buckets_px[0]", "use 1152"],
+    ),
+    "padding": (["data.pack_multiple=96"], 1, ["max_pack_tokens = 2048", "multiple of data.pack_multiple = 96", "2112"]),
+    "run name": (["run.name=a/b"], 1, ["run.name = 'a/b'", "folder name"]),
+    "steps": (["run.steps=0"], 1, ["run.steps = 0", "at least 1", "smallest legal value is 1"]),
+    "probability": (["data.text_drop=1.5"], 1, ["data.text_drop = 1.5", "in [0, 1]", "largest legal value is 1"]),
+    "decay": (["optim.beta2=1"], 1, ["optim.beta2 = 1.0", "in [0, 1)"]),
+    "epsilon": (["optim.eps=1e-40"], 1, ["optim.eps = 1e-40", "at least"]),
+    "dtype": (["run.dtype=bfloat"], 1, ["run.dtype = 'bfloat'", "one of float32, bfloat16", "did you mean 'bfloat16'?"]),
+    "schedule": (["head.time_schedule=logit-normal"], 1, ["time_schedule = 'logit-normal'", "mean 'logit_normal'?"]),
+    "sampler": (["sample.sampler=heun"], 1, ["sample.sampler = 'heun'", "one of euler_maruyama, euler"]),
+    "wandb": (["observe.wandb_mode=on"], 1, ["observe.wandb_mode = 'on'", "auto, online, offline, disabled"]),
+    "tokenizer kind": (["text.kind=hf"], 1, ["text.kind = 'hf'", "huggingface, sentencepiece"]),
+    "ZeRO stage": (["parallel.zero_stage=0"], 1, ["parallel.zero_stage = 0", "one of 1, 2, 3"]),
+    "empty prompt": (['sample.prompts=["x", " "]'], 1, ["sample.prompts[1] = ' '", "not empty"]),
+    "no shards": (["data.shards=[]"], 1, ["data.shards = ()", "not empty"]),
+    "bucket number": ([ONE_CLASS.format("[64, 0]")], 1, ["data.classes[0].buckets_px[0][1] = 0", "at least 1"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refusal_names_setting_value_rule_and_fix(config_path: Path, case: str) -> None:
+    overrides, world_size, expected = CASES[case]
+    messages = violations(config_path, *overrides, world_size=world_size)
+    matching = [message for message in messages if all(part in message for part in expected)]
+    assert len(matching) == 1, messages
+
+
+def test_class_named_twice_is_refused(config_path: Path) -> None:
+    twice = "{side_px=64, share=1, buckets_px=[[64, 64]]}"
+    (message,) = violations(config_path, f"data.classes=[{twice}, {twice}]")
+    assert "data.classes[1].side_px = 64: another class has this side" in message
+
+
+def test_all_violations_are_listed_and_rules_over_illegal_settings_are_skipped(config_path: Path) -> None:
+    messages = violations(
+        config_path, "data.pack_multiple=0", "data.global_batch=25", "parallel.tensor=0", "vision.num_bits=3", world_size=4
+    )
+    assert [message.split(" = ")[0] for message in messages] == [
+        "- data.pack_multiple",
+        "- parallel.tensor",
+        "- vision.num_bits",
+        "- data.global_batch",
+    ]
+
+
+def test_every_setting_is_constrained_or_known_to_be_free() -> None:
+    settings = {doc.path for doc in setting_docs(RunConfig)}
+    constrained = {path.removesuffix("[]") for path in CONSTRAINTS}
+    assert constrained <= settings
+    assert settings - constrained == UNCONSTRAINED
+
+
+def test_rules_read_settings_that_exist_and_state_claim_and_reason() -> None:
+    settings = {doc.path for doc in setting_docs(RunConfig)}
+    for rule in RULES:
+        assert rule.claim.endswith(".") and rule.reason.endswith("."), rule
+        for name in rule.settings:
+            assert any(path == name or path.startswith((f"{name}.", f"{name}[")) for path in settings), name
+
+
+def test_table_has_a_row_for_every_rule_and_setting() -> None:
+    table = rules_table()
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + len(RULES) + len(CONSTRAINTS)
