@@ -1,0 +1,83 @@
+"""Arithmetic on axis-aligned boxes of a tensor, by which replicas are told apart from parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, order=True)
+class Box:
+    """The elements offsets[d] <= index[d] < offsets[d] + sizes[d]; ordered by corner."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.sizes)
+
+    def intersect(self, other: Box) -> Box | None:
+        """The common part, None where there is none."""
+        offsets, sizes = [], []
+        for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True):
+            start, stop = max(a, b), min(a + n, b + m)
+            if stop <= start:
+                return None
+            offsets.append(start)
+            sizes.append(stop - start)
+        return Box(tuple(offsets), tuple(sizes))
+
+    def subtract(self, other: Box) -> list[Box]:
+        """Disjoint boxes that make up this one without the other; at most two per dimension."""
+        common = self.intersect(other)
+        if common is None:
+            return [self]
+        parts = []
+        offsets, sizes = list(self.offsets), list(self.sizes)
+        for d in range(len(sizes)):
+            start, stop = common.offsets[d], common.offsets[d] + common.sizes[d]
+            if offsets[d] < start:
+                parts.append(self._with(offsets, sizes, d, offsets[d], start))
+            if stop < offsets[d] + sizes[d]:
+                parts.append(self._with(offsets, sizes, d, stop, offsets[d] + sizes[d]))
+            offsets[d], sizes[d] = start, stop - start
+        return parts
+
+    def cut(self, max_elements: int) -> Iterator[Box]:
+        """Parts of at most `max_elements` (at least 1) elements, in memory order."""
+        if self.num_elements <= max_elements:
+            yield self
+            return
+        d = next(i for i, size in enumerate(self.sizes) if size > 1)
+        step = max(max_elements // math.prod(self.sizes[d + 1 :]), 1)
+        stop = self.offsets[d] + self.sizes[d]
+        for start in range(self.offsets[d], stop, step):
+            part = self._with(list(self.offsets), list(self.sizes), d, start, min(start + step, stop))
+            yield from part.cut(max_elements)
+
+    def slices_in(self, outer: Box) -> tuple[slice, ...]:
+        """The indices of this box in a tensor that holds `outer`."""
+        return tuple(slice(a - b, a - b + n) for a, n, b in zip(self.offsets, self.sizes, outer.offsets, strict=True))
+
+    @staticmethod
+    def _with(offsets: list[int], sizes: list[int], d: int, start: int, stop: int) -> Box:
+        return Box((*offsets[:d], start, *offsets[d + 1 :]), (*sizes[:d], stop - start, *sizes[d + 1 :]))
+
+
+def disjoint_parts(boxes: Iterable[Box]) -> Iterator[tuple[Box, Box]]:
+    """Cuts overlapping boxes until none overlap: (box, a part of it), whose parts cover what the boxes cover.
+
+    Swept along the first dimension: a box is compared only with those that reach its first row, not with all others.
+    """
+    active: list[Box] = []
+    for box in sorted(set(boxes)):
+        if box.sizes:
+            active = [part for part in active if part.offsets[0] + part.sizes[0] > box.offsets[0]]
+        remainder = [box]
+        for earlier in active:
+            remainder = [part for piece in remainder for part in piece.subtract(earlier)]
+        for part in remainder:
+            yield box, part
+        active.extend(remainder)

@@ -1,0 +1,253 @@
+"""Layout-free save and load of sharded tensors, planned and driven by torch.distributed.checkpoint.
+
+Every rank brings boxes of global tensors (`ShardedValue`). Saving writes each element once, whichever ranks hold it;
+loading reads into whatever boxes the ranks now hold. Only descriptions of boxes travel between ranks, never values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import (
+    ChunkStorageMetadata,
+    LoadPlan,
+    LoadPlanner,
+    Metadata,
+    SavePlan,
+    SavePlanner,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from bitdance_scale.checkpoint.agreement import describe_failures, on_first_rank
+from bitdance_scale.checkpoint.boxes import Box, disjoint_parts
+from bitdance_scale.checkpoint.storage import SafetensorsReader, SafetensorsWriter, read_index
+from bitdance_scale.errors import CheckpointError
+from bitdance_scale.parallel.partition import Piece, ShardedValue
+
+DEFAULT_MAX_FILE_BYTES = 512 * 2**20
+_MAX_NAMED_PROBLEMS = 3
+
+
+def save_sharded(
+    folder: Path,
+    values: Mapping[str, ShardedValue],
+    group: dist.ProcessGroup | None = None,
+    *,
+    max_file_bytes: int = DEFAULT_MAX_FILE_BYTES,
+) -> None:
+    """Writes the tensors whose pieces the ranks of `group` hold; a collective.
+
+    Args:
+        folder: made if absent; must be the same on a file system all ranks share.
+        values: what this rank holds, by the tensors' global names. The pieces of all ranks must cover every tensor.
+        group: the ranks that take part; None: all, or this process alone without a process group.
+        max_file_bytes: tensor bytes per file, and bound of the host memory used on each rank beyond what it holds
+            (larger pieces are cut).
+
+    Raises:
+        CheckpointError: on every rank, when a rank could not write.
+    """
+    with _dcp_errors(f"{folder}: tensors not written", group):
+        dcp.save(
+            dict(values),
+            storage_writer=SafetensorsWriter(folder, max_file_bytes),
+            planner=_SavePieces(max_file_bytes),
+            process_group=group,
+            no_dist=not dist.is_initialized(),
+        )
+
+
+def load_sharded(
+    folder: Path, values: Mapping[str, ShardedValue], group: dist.ProcessGroup | None = None, *, prefix: str = ""
+) -> None:
+    """Fills the pieces of `values` in place from a folder that `save_sharded` wrote under any layout; a collective.
+
+    Args:
+        folder: the folder.
+        values: what this rank holds now; names start with `prefix`.
+        group: the ranks that take part; None: all, or this process alone without a process group.
+        prefix: the part of the checkpoint that is wanted; each of its tensors must be held by some rank.
+
+    Raises:
+        CheckpointError: on every rank, before any tensor is written to: the checkpoint lacks a tensor or holds one more,
+            or one of another shape or dtype. Also for files that cannot be read.
+    """
+    index = on_first_rank(group, lambda: read_index(folder))
+    with _dcp_errors(f"{folder}: not loaded", group):
+        dcp.load(
+            dict(values),
+            storage_reader=SafetensorsReader(folder, index),
+            planner=_LoadPieces(prefix),
+            process_group=group,
+            no_dist=not dist.is_initialized(),
+        )
+
+
+@contextlib.contextmanager
+def _dcp_errors(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Turns torch's exception, which it raises on all ranks and which is no `Exception`, into ours."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            yield
+    except CheckpointException as failure:
+        problems = {
+            rank: str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+            for rank, (error, _) in failure.failures.items()
+        }
+        num_ranks = dist.get_world_size(group) if dist.is_initialized() else 1
+        raise CheckpointError(f"{what}: {describe_failures(problems, num_ranks)}") from failure
+
+
+class _SavePieces(SavePlanner):
+    """Plans which rank writes which box."""
+
+    def __init__(self, max_chunk_bytes: int) -> None:
+        self._max_chunk_bytes = max_chunk_bytes
+
+    def set_up_planner(self, state_dict: dict[str, Any], storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        self._values: dict[str, ShardedValue] = state_dict
+
+    def create_local_plan(self) -> SavePlan:
+        items = []
+        for name, value in self._values.items():
+            max_elements = max(self._max_chunk_bytes // value.dtype.itemsize, 1)
+            for piece in value.pieces:
+                assert piece.tensor.dtype == value.dtype, f"{name}: a piece of {piece.tensor.dtype} in {value.dtype}"
+                items.extend(_write_item(name, value, part) for part in _box(piece).cut(max_elements))
+        return SavePlan(items)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Gives every element to one rank; of the ranks that hold a box, the one with the least to write gets it."""
+        holders: dict[str, dict[Box, list[int]]] = {}
+        data: dict[str, TensorWriteData] = {}
+        for rank, plan in enumerate(all_plans):
+            for item in plan.items:
+                name, box = item.index.fqn, _chunk_box(item.tensor_data.chunk)
+                first = data.setdefault(name, item.tensor_data)
+                assert (first.size, first.properties.dtype) == (item.tensor_data.size, item.tensor_data.properties.dtype)
+                holders.setdefault(name, {}).setdefault(box, []).append(rank)
+        planned: list[list[WriteItem]] = [[] for _ in all_plans]
+        load_bytes = [0] * len(all_plans)
+        tensors: dict[str, TensorStorageMetadata] = {}
+        for name, boxes in holders.items():
+            size, properties = data[name].size, data[name].properties
+            chunks: list[ChunkStorageMetadata] = []
+            for box, part in disjoint_parts(boxes):
+                rank = min(boxes[box], key=load_bytes.__getitem__)
+                load_bytes[rank] += part.num_elements * properties.dtype.itemsize
+                chunk = ChunkStorageMetadata(torch.Size(part.offsets), torch.Size(part.sizes))
+                index = MetadataIndex(name, part.offsets, len(chunks))
+                write = TensorWriteData(chunk, properties, size)
+                planned[rank].append(WriteItem(index, WriteItemType.SHARD, tensor_data=write))
+                chunks.append(chunk)
+            covered = sum(math.prod(chunk.sizes) for chunk in chunks)
+            assert covered == math.prod(size), f"{name}: the ranks hold {covered} of {math.prod(size)} elements"
+            tensors[name] = TensorStorageMetadata(properties, size, chunks)
+        return [SavePlan(items) for items in planned], Metadata(tensors)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        box = _chunk_box(write_item.tensor_data.chunk)
+        for piece in self._values[write_item.index.fqn].pieces:
+            if _box(piece).intersect(box) == box:
+                return piece.tensor.detach()[box.slices_in(_box(piece))]
+        raise AssertionError(f"{write_item.index} was planned for a rank that does not hold it")
+
+
+class _LoadPieces(LoadPlanner):
+    """Plans which stored boxes fill the boxes held here, after checking that they are of the same model."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        assert metadata is not None
+        self._values: dict[str, ShardedValue] = state_dict
+        self._stored: dict[str, TensorStorageMetadata] = metadata.state_dict_metadata
+        self._targets = {(name, p.offsets): p.tensor for name, value in state_dict.items() for p in value.pieces}
+
+    def create_local_plan(self) -> LoadPlan:
+        _refuse([problem for name, value in self._values.items() for problem in self._differences(name, value)])
+        items: list[ReadItem] = []
+        for name, value in self._values.items():
+            chunks = [
+                ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.tensor.shape)) for piece in value.pieces
+            ]
+            reads = create_read_items_for_chunk_list(name, self._stored[name], chunks)
+            wanted = sum(piece.tensor.numel() for piece in value.pieces)
+            found = sum(math.prod(read.lengths) for read in reads)
+            if found != wanted:
+                raise CheckpointError(f"tensor {name}: parts overlap or are missing; the checkpoint is damaged")
+            items.extend(reads)
+        return LoadPlan(items, planner_data=sorted(self._values))
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        wanted = {name for plan in global_plan for name in plan.planner_data}
+        extra = [name for name in self._stored if name.startswith(self._prefix) and name not in wanted]
+        _refuse([f"{name}: in the checkpoint, not in this model" for name in sorted(extra)])
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return central_plan
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise AssertionError("the index holds tensors only")
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        tensor = self._targets[read_item.dest_index.fqn, tuple(read_item.dest_index.offset)]
+        where = tuple(slice(o, o + n) for o, n in zip(read_item.dest_offsets, read_item.lengths, strict=True))
+        return tensor.detach()[where]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        pass
+
+    def _differences(self, name: str, value: ShardedValue) -> Iterator[str]:
+        assert name.startswith(self._prefix), f"{name} does not start with {self._prefix}"
+        stored = self._stored.get(name)
+        if stored is None:
+            yield f"{name}: in this model, not in the checkpoint"
+        elif tuple(stored.size) != value.global_shape:
+            yield f"{name}: shape {list(stored.size)} in the checkpoint, {list(value.global_shape)} in this model"
+        elif stored.properties.dtype != value.dtype:
+            yield f"{name}: {stored.properties.dtype} in the checkpoint, {value.dtype} in this model"
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        more = len(problems) - _MAX_NAMED_PROBLEMS
+        text = "; ".join(problems[:_MAX_NAMED_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
+        raise CheckpointError(
+            f"a checkpoint of another model ({text}); set the model as in the checkpoint's config.toml, or load another one"
+        )
+
+
+def _box(piece: Piece) -> Box:
+    return Box(tuple(piece.offsets), tuple(piece.tensor.shape))
+
+
+def _chunk_box(chunk: ChunkStorageMetadata) -> Box:
+    return Box(tuple(chunk.offsets), tuple(chunk.sizes))
+
+
+def _write_item(name: str, value: ShardedValue, box: Box) -> WriteItem:
+    chunk = ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
+    write = TensorWriteData(chunk, TensorProperties(dtype=value.dtype), torch.Size(value.global_shape))
+    return WriteItem(MetadataIndex(name, box.offsets), WriteItemType.SHARD, tensor_data=write)
