@@ -1,0 +1,274 @@
+"""The loader of one replica: runs plan, packing, reading and decoding ahead of training, and yields packs in order.
+
+One thread plans steps ahead and hands the samples of this rank to a pool of threads, which read and decode (Pillow
+releases the interpreter lock while it works). The consumer's thread puts packs together, so that everything it counts,
+and every order, is the same however the threads were timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.data.captions import CaptionStatus
+from bitdance_scale.data.decode import decode_image
+from bitdance_scale.data.index import Index
+from bitdance_scale.data.ledger import FaultLedger, SampleFault
+from bitdance_scale.data.loader_state import LoaderState
+from bitdance_scale.data.packing import CostModel, partition_batch
+from bitdance_scale.data.plan import Plan, PlannedBatch
+from bitdance_scale.data.prefetch import Prefetcher
+from bitdance_scale.data.reader import ShardReader
+from bitdance_scale.errors import CheckpointError
+from bitdance_scale.sequence.layout import num_positions, pack_samples
+from bitdance_scale.sequence.pack import Pack, Sample
+from bitdance_scale.sequence.tokens import TextTokenizer, image_to_text_sample, text_to_image_sample
+
+_Image = np.ndarray | SampleFault
+
+
+@dataclass(frozen=True)
+class LoadedPack:
+    """One micro-batch of this replica.
+
+    Attributes:
+        pack: the laid-out samples, images not encoded (`vision_bits` None).
+        images: uint8 [height, width, 3] of every sample of the pack, in its order.
+        state: resumes after this pack.
+        step: optimiser step it belongs to.
+        num_packs_in_step: packs of the step, the same on all replicas.
+        is_last_in_step: whether the step is complete with it.
+        num_holes: planned samples that could not be used and are left out.
+        wait_s: seconds the consumer waited for it.
+    """
+
+    pack: Pack
+    images: list[np.ndarray]
+    state: LoaderState
+    step: int
+    num_packs_in_step: int
+    is_last_in_step: bool
+    num_holes: int
+    wait_s: float
+
+
+@dataclass(frozen=True)
+class LoadedStep:
+    """All micro-batches of one optimiser step on this replica.
+
+    Attributes:
+        step: the optimiser step.
+        packs: its packs, in order; after a resume inside the step, those that remain.
+        state: resumes after the step.
+        images_by_class: planned samples of the *global* batch, by side of the resolution class in pixels.
+        num_holes: samples of this replica that could not be used.
+        wait_s: seconds the consumer waited for the packs.
+    """
+
+    step: int
+    packs: list[LoadedPack]
+    state: LoaderState
+    images_by_class: dict[int, int]
+    num_holes: int
+    wait_s: float
+
+
+@dataclass(frozen=True)
+class _StepInFlight:
+    """A step whose images are being read: its packs on this rank, each a list of samples with the images to come."""
+
+    step: int
+    packs: list[list[tuple[Sample, Future[_Image]]]]
+
+
+class Loader:
+    """Iterates over the packs of one data-parallel rank, for ever; a context manager.
+
+    Args:
+        config: the run.
+        tokenizer: text tokenizer; captions are tokenised in the planning thread.
+        index: the data set.
+        data_rank: this replica, 0 <= data_rank < num_data_ranks.
+        num_data_ranks: data-parallel replicas.
+        state: where to go on; None starts at step 0.
+
+    Attributes:
+        plan: the plan it follows.
+        ledger: faults met since it started.
+
+    Raises:
+        CheckpointError: `state` is of another data set, seed or plan.
+        DataError: a resolution class has no samples. While iterating: too many holes.
+        ConfigError: while iterating, a batch that does not fit the packs (see `packing.partition_batch`).
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        tokenizer: TextTokenizer,
+        index: Index,
+        data_rank: int,
+        num_data_ranks: int,
+        state: LoaderState | None = None,
+    ) -> None:
+        assert 0 <= data_rank < num_data_ranks, (data_rank, num_data_ranks)
+        self.plan = Plan(config.run.seed, index, config.data)
+        self.ledger = FaultLedger(config.data.max_hole_share)
+        start = LoaderState(config.run.seed, index.hash, self.plan.hash, 0, 0, num_data_ranks)
+        if state is not None:
+            state.check(start)
+            start = dataclasses.replace(start, step=state.step, pack=state.pack)
+        self.state = start
+        self._start = start
+        self._config = config
+        self._tokenizer = tokenizer
+        self._index = index
+        self._data_rank = data_rank
+        self._num_data_ranks = num_data_ranks
+        self._cost_model = CostModel.of_model(config.model)
+        self._reader = ShardReader()
+        self._pool = ThreadPoolExecutor(config.data.read_threads, thread_name_prefix="data-reader")
+        self._current: _StepInFlight | None = None
+        self._steps = Prefetcher(self._start_step, start.step, config.data.prefetch_steps)
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the threads; reads that were not begun are dropped."""
+        self._steps.close()
+        self._pool.shutdown(cancel_futures=True)
+        self._reader.close()
+
+    def __iter__(self) -> Iterator[LoadedPack]:
+        return self
+
+    def __next__(self) -> LoadedPack:
+        begun_s = time.monotonic()
+        if self._current is None:
+            self._current = self._steps.take()
+        flight = self._current
+        if self.state.pack >= len(flight.packs):
+            raise CheckpointError(
+                f"the loader state lies after pack {self.state.pack} of step {self.state.step}, which now has "
+                f"{len(flight.packs)} packs: data.max_pack_tokens or the text tokenizer changed. Restore them, or resume "
+                "from a checkpoint at a step boundary."
+            )
+        planned = flight.packs[self.state.pack]
+        results = [image.result() for _, image in planned]
+        wait_s = time.monotonic() - begun_s
+        pack, images = self._assemble([sample for sample, _ in planned], results)
+        is_last = self.state.pack + 1 == len(flight.packs)
+        step, number = (flight.step + 1, 0) if is_last else (flight.step, self.state.pack + 1)
+        self.state = dataclasses.replace(self.state, step=step, pack=number)
+        if is_last:
+            self._current = None
+        num_holes = sum(isinstance(result, SampleFault) for result in results)
+        return LoadedPack(pack, images, self.state, flight.step, len(flight.packs), is_last, num_holes, wait_s)
+
+    def next_step(self) -> LoadedStep:
+        """All packs of the next step (of the current one those that remain)."""
+        packs = [next(self)]
+        while not packs[-1].is_last_in_step:
+            packs.append(next(self))
+        return LoadedStep(
+            step=packs[-1].step,
+            packs=packs,
+            state=packs[-1].state,
+            images_by_class=self.plan.images_by_class(packs[-1].step),
+            num_holes=sum(pack.num_holes for pack in packs),
+            wait_s=sum(pack.wait_s for pack in packs),
+        )
+
+    def _start_step(self, step: int) -> _StepInFlight:
+        """Plans a step and sets the reading of this rank's images going; runs in the planning thread."""
+        data = self._config.data
+        batch = self.plan.batch(step)
+        samples = [self._sample(batch, place) for place in range(len(batch))]
+        block_tokens = self._tokenizer.image_tokens.block_tokens
+        lengths = np.array(
+            [num_positions(len(s.before_ids), len(s.after_ids), s.grid, block_tokens) for s in samples], dtype=np.int64
+        )
+        # A pack is padded to a multiple, so room beyond the last whole multiple cannot be used.
+        max_pack_tokens = data.max_pack_tokens // data.pack_multiple * data.pack_multiple
+        ranks = partition_batch(lengths, self._num_data_ranks, max_pack_tokens, self._cost_model)
+        num_done = self._start.pack if step == self._start.step else 0
+        packs: list[list[tuple[Sample, Future[_Image]]]] = []
+        for number, places in enumerate(ranks[self._data_rank]):
+            places = places if number >= num_done else []
+            packs.append([(samples[place], self._submit(batch, place)) for place in places])
+        return _StepInFlight(step, packs)
+
+    def _sample(self, batch: PlannedBatch, place: int) -> Sample:
+        key = int(batch.samples[place])
+        height, width = batch.bucket_px[place].tolist()
+        grid = (height // self._config.vision.downsample, width // self._config.vision.downsample)
+        caption = self._index.caption(key)
+        if batch.is_image_to_text[place]:
+            return image_to_text_sample(self._tokenizer, key, caption, grid)
+        return text_to_image_sample(
+            self._tokenizer, key, caption, grid, is_caption_dropped=bool(batch.is_caption_dropped[place])
+        )
+
+    def _submit(self, batch: PlannedBatch, place: int) -> Future[_Image]:
+        height, width = batch.bucket_px[place].tolist()
+        return self._pool.submit(self._read_image, int(batch.samples[place]), (height, width))
+
+    def _read_image(self, sample: int, bucket_px: tuple[int, int]) -> _Image:
+        """The pixels of a sample, or why there are none; runs in the pool."""
+        index = self._index
+        try:
+            data = self._reader.read(
+                index.shard_path(sample),
+                int(index.image_offset[sample]),
+                int(index.image_bytes[sample]),
+                int(index.header_crc[sample]),
+            )
+            return decode_image(data, index.size_px(sample), bucket_px)
+        except SampleFault as fault:
+            return fault
+
+    def _assemble(self, samples: list[Sample], results: list[_Image]) -> tuple[Pack, list[np.ndarray]]:
+        """Lays out the samples whose image is there, and counts the others."""
+        kept: list[Sample] = []
+        images: list[np.ndarray] = []
+        for sample, result in zip(samples, results, strict=True):
+            shard = self._index.shard_path(sample.key)
+            self.ledger.record_read()
+            caption_fault = CaptionStatus(self._index.caption_status[sample.key]).fault
+            if caption_fault is not None:
+                self.ledger.record_caption(caption_fault, shard)
+            if isinstance(result, SampleFault):
+                self.ledger.record_hole(result, shard, self._index.name(sample.key))
+            else:
+                kept.append(sample)
+                images.append(result)
+        self.ledger.check()
+        if not kept:
+            # Every rank must run every pack of the step, so an empty one cannot be skipped.
+            kept, images = [_without_targets(samples[0])], [self._gray_image(samples[0])]
+        pack = pack_samples(kept, self._tokenizer.image_tokens, self._config.data.pack_multiple)
+        return pack, images
+
+    def _gray_image(self, sample: Sample) -> np.ndarray:
+        height, width = (cells * self._config.vision.downsample for cells in sample.grid)
+        return np.full((height, width, 3), 128, dtype=np.uint8)
+
+
+def _without_targets(sample: Sample) -> Sample:
+    """The sample as mere context: it adds to no loss."""
+    return dataclasses.replace(
+        sample,
+        first_target_before=len(sample.before_ids),
+        first_target_after=len(sample.after_ids),
+        predicts_image=False,
+    )
