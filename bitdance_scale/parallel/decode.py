@@ -32,6 +32,12 @@ class StageDecoder:
     def __init__(self, stage: Stage, config: RunConfig, topology: Topology) -> None:
         self._stage, self._config, self._topology = stage, config, topology
         self._is_guided = config.sample.guidance != 1.0
+        self._hidden: torch.Tensor | None = None
+
+    @property
+    def last_hidden(self) -> torch.Tensor | None:
+        """Hidden states [P, B, D] that predict the next block; None before `start` and on all stages but the last."""
+        return self._hidden
 
     def __enter__(self) -> StageDecoder:
         remember_keys(self._stage.decoder, self._config.sample.use_cache)

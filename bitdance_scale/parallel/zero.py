@@ -12,6 +12,7 @@ two moments as views into the engine's buffers. Checkpoints read and write these
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ from bitdance_scale.parallel.topology import Topology
 redirect_cuda_calls()
 import deepspeed  # noqa: E402  (its accelerator is chosen at import)
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

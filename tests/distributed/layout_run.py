@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +29,21 @@ def make_engine(config: RunConfig) -> tuple[object, Topology]:
     """The engine of the toy model on this rank."""
     start_process_group(timeout_s=120)
     topology = make_topology(config.parallel)
-    from bitdance_scale.parallel.build import build_engine
+    from bitdance_scale.parallel.build import build_stage
+    from bitdance_scale.parallel.names import name_parameters
+    from bitdance_scale.parallel.zero import ZeroEngine
 
-    return build_engine(config, VOCAB_SIZE, topology), topology
+    stage = build_stage(config, VOCAB_SIZE, topology)
+    _disturb(name_parameters(stage, topology))
+    return ZeroEngine(stage, config, topology), topology
+
+
+def _disturb(parameters: dict[str, object]) -> None:
+    """Moves every weight off its initial value: adaLN starts at zero, which hides the gradients behind it."""
+    for name, (parameter, placement) in parameters.items():
+        numbers = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        noise = torch.randn(placement.global_shape, generator=numbers) * 0.05
+        parameter.data.add_(placement.local_part(noise).to(parameter.dtype))
 
 
 def step_inputs(config: RunConfig, topology: Topology, num_micro: int, step: int) -> list[PackInputs]:

@@ -1,0 +1,106 @@
+"""Decoding with the training model: layouts and the key/value memory agree with one process without a memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed.layout_run import make_engine, step_inputs
+from tests.distributed.spawn import run_ranks
+from tests.distributed.toy import TOKENS, toy_config
+
+PROMPTS = [np.array([3, 4, 5, 6, 7]), np.array([9]), np.array([3, 8]), np.array([9])]
+GRID = (4, 6)
+
+
+def _decode(rank: int, config) -> tuple[torch.Tensor, torch.Tensor | None, float]:
+    """(bits, the last block's hidden states, loss of a training step taken after the decoding)."""
+    engine, topology = make_engine(config)
+    from bitdance_scale.generate.decode import ImageNoise, decode_blocks, lay_out
+    from bitdance_scale.parallel.decode import StageDecoder
+    from bitdance_scale.parallel.step import train_step
+
+    train_step(engine, step_inputs(config, topology, 1, 0), config.loss, 1e-3, topology)
+    layout = lay_out(PROMPTS, GRID, config.vision.block_side, TOKENS, topology.device)
+    shape = (config.vision.block_tokens, config.vision.num_bits)
+    with StageDecoder(engine.stage, config, topology) as decoder:
+        bits = decode_blocks(decoder, layout, ImageNoise(3, [0, 1], shape, topology.device))
+        hidden = decoder.last_hidden
+    losses, _ = train_step(engine, step_inputs(config, topology, 1, 1), config.loss, 1e-3, topology)
+    return bits, hidden, losses.total
+
+
+def _config(use_cache: bool, **parallel: int):
+    config = toy_config(**parallel)
+    return dataclasses.replace(config, sample=dataclasses.replace(config.sample, use_cache=use_cache))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return run_ranks(1, _decode, _config(use_cache=False))[0]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "data", "zero_stage", "use_cache"),
+    [
+        (1, 1, 1, 1, True),
+        (2, 1, 1, 1, True),
+        (1, 2, 1, 1, True),
+        (2, 2, 1, 1, True),
+        (1, 2, 1, 1, False),
+        (1, 1, 2, 3, True),
+    ],
+)
+def test_decoding_is_independent_of_layout_and_memory(reference, tensor, pipeline, data, zero_stage, use_cache):
+    config = _config(use_cache, tensor=tensor, pipeline=pipeline, zero_stage=zero_stage)
+    records = run_ranks(tensor * pipeline * data, _decode, config)
+    for bits, hidden, loss in records:
+        assert torch.equal(bits, reference[0])
+        if hidden is not None:
+            # float32 rounding through four layers, sums in another order; a wrong mask or position shows at 1e-2.
+            torch.testing.assert_close(hidden, reference[1], rtol=1e-4, atol=1e-5)
+        assert loss == pytest.approx(reference[2], rel=1e-5), "decoding must leave training as it was"
+
+
+def _teacher_forced(rank: int, config) -> tuple[torch.Tensor, torch.Tensor]:
+    """(hidden states of a whole pack at predicting positions, the same from block-by-block decoding)."""
+    engine, topology = make_engine(config)
+    from bitdance_scale.generate.decode import lay_out
+    from bitdance_scale.model.positions import rotary_frequencies
+    from bitdance_scale.parallel.decode import StageDecoder
+    from bitdance_scale.sequence.layout import pack_samples
+    from bitdance_scale.sequence.pack import Sample
+
+    stage, model = engine.stage, config.model
+    prompt = PROMPTS[0]
+    pack = pack_samples([Sample(0, GRID, prompt, np.array([7]), 1, 1)], TOKENS, 1)
+    bits = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], size=(24, 8)).astype(np.float32))
+    with torch.no_grad():
+        text = stage.embed_tokens(torch.from_numpy(pack.token_ids)[None])
+        vision = stage.embed_bits(bits, torch.from_numpy(pack.vision_cells))
+        rows = text.index_copy(0, torch.from_numpy(pack.vision_positions), vision[:, None])
+        document, block = pack.document_ids, pack.block_ids
+        # The rule read position by position, as the independent side.
+        mask = [[document[i] == document[j] and block[j] <= block[i] for j in range(len(block))] for i in range(len(block))]
+        rotary = rotary_frequencies(torch.from_numpy(pack.position_ids), model.head_dim, model.rope_base)
+        hidden = stage.decoder(rows, attention_mask=torch.tensor(mask)[None, None], rotary_pos_emb=rotary)
+        whole = hidden[torch.from_numpy(pack.predict_positions), 0]
+        layout = lay_out([prompt, PROMPTS[1]], GRID, config.vision.block_side, TOKENS, topology.device)
+        parts = []
+        with StageDecoder(stage, config, topology) as decoder:
+            decoder.start(layout)
+            for index, cells in enumerate(layout.cells.split(4)):
+                if index:
+                    decoder.extend(bits[None, 4 * (index - 1) : 4 * index], previous)
+                parts.append(decoder.last_hidden[:, 0])
+                previous = cells
+    return whole, torch.cat(parts)
+
+
+def test_decoding_equals_the_teacher_forced_pack():
+    whole, decoded = run_ranks(1, _teacher_forced, _config(use_cache=True))[0]
+    # float32 rounding: the same products in batches of another size.
+    torch.testing.assert_close(decoded, whole, rtol=1e-5, atol=1e-5)
