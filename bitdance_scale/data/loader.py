@@ -135,6 +135,7 @@ class Loader:
         self._reader = ShardReader()
         self._pool = ThreadPoolExecutor(config.data.read_threads, thread_name_prefix="data-reader")
         self._current: _StepInFlight | None = None
+        self._is_closed = False
         self._steps = Prefetcher(self._start_step, start.step, config.data.prefetch_steps)
 
     def __enter__(self) -> Loader:
@@ -145,6 +146,7 @@ class Loader:
 
     def close(self) -> None:
         """Ends the threads; reads that were not begun are dropped."""
+        self._is_closed = True
         self._steps.close()
         self._pool.shutdown(cancel_futures=True)
         self._reader.close()
@@ -153,6 +155,8 @@ class Loader:
         return self
 
     def __next__(self) -> LoadedPack:
+        if self._is_closed:
+            raise ValueError("the loader is closed")
         begun_s = time.monotonic()
         if self._current is None:
             self._current = self._steps.take()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from bitdance_scale.sequence.layout import ImageTokens
+from bitdance_scale.sequence.tokens import TextTokenizer
 
 Members = dict[str, bytes]
 
@@ -46,19 +46,16 @@ def write_tar(path: Path, samples: dict[str, Members]) -> Path:
     return path
 
 
-@dataclasses.dataclass(frozen=True)
-class CharacterTokenizer:
-    """A stand-in for the text tokenizer: one token per character, the loader's part of the interface."""
+class CharacterTokenizer(TextTokenizer):
+    """A stand-in for a trained text tokenizer: one token per byte."""
 
-    max_caption_tokens: int = 64
-    vocab_size: int = 400
-    image_tokens: ImageTokens = ImageTokens(301, 302, tuple(range(310, 342)), (350, 351, 352))
+    def __init__(self, block_tokens: int = 4, max_caption_tokens: int = 64) -> None:
+        markup = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+        added = [f"<|res_{cells}|>" for cells in range(1, 257)] + [f"<|query_{n}|>" for n in range(1, block_tokens)]
+        super().__init__([*map(chr, range(256)), *markup, *added], block_tokens, max_caption_tokens)
 
-    def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)[: self.max_caption_tokens]
+    def _encode(self, text: str) -> list[int]:
+        return list(text.encode())
 
-    def prompt_ids(self, caption: str) -> np.ndarray:
-        return np.concatenate([[303, 1], self.encode(caption), [304, 303, 2]])
-
-    def unconditional_ids(self) -> np.ndarray:
-        return np.array([303, 2], dtype=np.int64)
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return bytes(index for index in ids if index < 256).decode()
