@@ -39,9 +39,9 @@ class Box:
         for d in range(len(sizes)):
             start, stop = common.offsets[d], common.offsets[d] + common.sizes[d]
             if offsets[d] < start:
-                parts.append(self._with(offsets, sizes, d, offsets[d], start))
+                parts.append(_with_range(offsets, sizes, d, offsets[d], start))
             if stop < offsets[d] + sizes[d]:
-                parts.append(self._with(offsets, sizes, d, stop, offsets[d] + sizes[d]))
+                parts.append(_with_range(offsets, sizes, d, stop, offsets[d] + sizes[d]))
             offsets[d], sizes[d] = start, stop - start
         return parts
 
@@ -54,16 +54,12 @@ class Box:
         step = max(max_elements // math.prod(self.sizes[d + 1 :]), 1)
         stop = self.offsets[d] + self.sizes[d]
         for start in range(self.offsets[d], stop, step):
-            part = self._with(list(self.offsets), list(self.sizes), d, start, min(start + step, stop))
+            part = _with_range(list(self.offsets), list(self.sizes), d, start, min(start + step, stop))
             yield from part.cut(max_elements)
 
     def slices_in(self, outer: Box) -> tuple[slice, ...]:
         """The indices of this box in a tensor that holds `outer`."""
         return tuple(slice(a - b, a - b + n) for a, n, b in zip(self.offsets, self.sizes, outer.offsets, strict=True))
-
-    @staticmethod
-    def _with(offsets: list[int], sizes: list[int], d: int, start: int, stop: int) -> Box:
-        return Box((*offsets[:d], start, *offsets[d + 1 :]), (*sizes[:d], stop - start, *sizes[d + 1 :]))
 
 
 def disjoint_parts(boxes: Iterable[Box]) -> Iterator[tuple[Box, Box]]:
@@ -81,3 +77,8 @@ def disjoint_parts(boxes: Iterable[Box]) -> Iterator[tuple[Box, Box]]:
         for part in remainder:
             yield box, part
         active.extend(remainder)
+
+
+def _with_range(offsets: list[int], sizes: list[int], d: int, start: int, stop: int) -> Box:
+    """The box with its extent along dimension `d` replaced by start..stop."""
+    return Box((*offsets[:d], start, *offsets[d + 1 :]), (*sizes[:d], stop - start, *sizes[d + 1 :]))

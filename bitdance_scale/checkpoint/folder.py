@@ -40,7 +40,7 @@ def _no_hook(action: str) -> None:
 
 
 class CheckpointFolder:
-    """The checkpoints of one run. All methods are collectives over `group`; the file system is shared by its ranks.
+    """The checkpoints of one run. Methods are collectives over `group`, whose ranks share the file system.
 
     Args:
         root: the folder, made when first written to.
@@ -72,8 +72,8 @@ class CheckpointFolder:
         fail go through `on_all_ranks`, `on_first_rank` or `save_sharded`.
 
         Raises:
-            CheckpointError: on every rank, when any rank failed or the checkpoint a run would resume from is of this step.
-                What a run resumes from stays as it was.
+            CheckpointError: on every rank, when any rank failed or a run would resume from a checkpoint of this step.
+                What it would resume from stays as it was.
         """
         aside = self.root / (_name(step) + _WRITING)
         failure = None
@@ -114,7 +114,7 @@ class CheckpointFolder:
 
     def _create(self, step: int, aside: Path) -> None:
         if (self.root / _name(step)).exists() and self._pointed() in (None, _name(step)):
-            raise CheckpointError(f"{_name(step)} is already there and is what a run resumes from; it is not overwritten")
+            raise CheckpointError(f"{_name(step)} is already there and a run resumes from it; it is not overwritten")
         self._before("clean")
         if self.root.is_dir():
             for path in self.root.iterdir():

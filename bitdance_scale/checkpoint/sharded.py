@@ -82,8 +82,8 @@ def load_sharded(
         prefix: the part of the checkpoint that is wanted; each of its tensors must be held by some rank.
 
     Raises:
-        CheckpointError: on every rank, before any tensor is written to: the checkpoint lacks a tensor or holds one more,
-            or one of another shape or dtype. Also for files that cannot be read.
+        CheckpointError: on every rank, before any tensor is written to: the checkpoint lacks a tensor, or holds one
+            more, or one of another shape or dtype. Also for files that cannot be read.
     """
     index = on_first_rank(group, lambda: read_index(folder))
     with _dcp_errors(f"{folder}: not loaded", group):
@@ -118,7 +118,9 @@ class _SavePieces(SavePlanner):
     def __init__(self, max_chunk_bytes: int) -> None:
         self._max_chunk_bytes = max_chunk_bytes
 
-    def set_up_planner(self, state_dict: dict[str, Any], storage_meta: Any = None, is_coordinator: bool = False) -> None:
+    def set_up_planner(
+        self, state_dict: dict[str, Any], storage_meta: Any = None, is_coordinator: bool = False
+    ) -> None:
         self._values: dict[str, ShardedValue] = state_dict
 
     def create_local_plan(self) -> SavePlan:
@@ -136,10 +138,12 @@ class _SavePieces(SavePlanner):
         data: dict[str, TensorWriteData] = {}
         for rank, plan in enumerate(all_plans):
             for item in plan.items:
-                name, box = item.index.fqn, _chunk_box(item.tensor_data.chunk)
-                first = data.setdefault(name, item.tensor_data)
-                assert (first.size, first.properties.dtype) == (item.tensor_data.size, item.tensor_data.properties.dtype)
-                holders.setdefault(name, {}).setdefault(box, []).append(rank)
+                name, write = item.index.fqn, item.tensor_data
+                first = data.setdefault(name, write)
+                assert (first.size, first.properties.dtype) == (write.size, write.properties.dtype), (
+                    f"{name}: ranks disagree on its shape or dtype"
+                )
+                holders.setdefault(name, {}).setdefault(_chunk_box(write.chunk), []).append(rank)
         planned: list[list[WriteItem]] = [[] for _ in all_plans]
         load_bytes = [0] * len(all_plans)
         tensors: dict[str, TensorStorageMetadata] = {}
@@ -149,7 +153,7 @@ class _SavePieces(SavePlanner):
             for box, part in disjoint_parts(boxes):
                 rank = min(boxes[box], key=load_bytes.__getitem__)
                 load_bytes[rank] += part.num_elements * properties.dtype.itemsize
-                chunk = ChunkStorageMetadata(torch.Size(part.offsets), torch.Size(part.sizes))
+                chunk = _chunk(part)
                 index = MetadataIndex(name, part.offsets, len(chunks))
                 write = TensorWriteData(chunk, properties, size)
                 planned[rank].append(WriteItem(index, WriteItemType.SHARD, tensor_data=write))
@@ -188,9 +192,7 @@ class _LoadPieces(LoadPlanner):
         _refuse([problem for name, value in self._values.items() for problem in self._differences(name, value)])
         items: list[ReadItem] = []
         for name, value in self._values.items():
-            chunks = [
-                ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.tensor.shape)) for piece in value.pieces
-            ]
+            chunks = [_chunk(_box(piece)) for piece in value.pieces]
             reads = create_read_items_for_chunk_list(name, self._stored[name], chunks)
             wanted = sum(piece.tensor.numel() for piece in value.pieces)
             found = sum(math.prod(read.lengths) for read in reads)
@@ -235,7 +237,8 @@ def _refuse(problems: list[str]) -> None:
         more = len(problems) - _MAX_NAMED_PROBLEMS
         text = "; ".join(problems[:_MAX_NAMED_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
         raise CheckpointError(
-            f"a checkpoint of another model ({text}); set the model as in the checkpoint's config.toml, or load another one"
+            f"a checkpoint of another model ({text}); "
+            "set the model as in the checkpoint's config.toml, or load another one"
         )
 
 
@@ -243,11 +246,14 @@ def _box(piece: Piece) -> Box:
     return Box(tuple(piece.offsets), tuple(piece.tensor.shape))
 
 
+def _chunk(box: Box) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
+
+
 def _chunk_box(chunk: ChunkStorageMetadata) -> Box:
     return Box(tuple(chunk.offsets), tuple(chunk.sizes))
 
 
 def _write_item(name: str, value: ShardedValue, box: Box) -> WriteItem:
-    chunk = ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
-    write = TensorWriteData(chunk, TensorProperties(dtype=value.dtype), torch.Size(value.global_shape))
+    write = TensorWriteData(_chunk(box), TensorProperties(dtype=value.dtype), torch.Size(value.global_shape))
     return WriteItem(MetadataIndex(name, box.offsets), WriteItemType.SHARD, tensor_data=write)

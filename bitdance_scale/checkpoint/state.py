@@ -2,8 +2,8 @@
 
     config.toml        the resolved configuration of the run
     train_state.json   how far the run is: step, counts, position in the data, optimiser counters
-    tensors/           `model.<name>`, the parameters in their training dtype, and `optimizer.<kind>.<name>`, the float32
-                       masters and moments; by global names, in boxes that know no layout
+    tensors/           `model.<name>`, the parameters in their training dtype, and `optimizer.<kind>.<name>`, the
+                       float32 masters and moments; by global names, in boxes that know no layout
     manifest.json      every file and its size
 """
 
@@ -48,6 +48,8 @@ class TrainState:
         loader: state of the data loader after the last step; JSON values.
         optimizer: the optimiser's counters (steps it counts for bias correction, steps skipped); JSON values.
         tokenizer_digest: digest of the text tokenizer; other tokens would give the embedding rows another meaning.
+        images_by_class: images seen per resolution class, by `side_px` as text (a JSON key).
+        holes: images that could not be used.
     """
 
     step: int
@@ -56,6 +58,8 @@ class TrainState:
     loader: dict[str, Any]
     optimizer: dict[str, Any]
     tokenizer_digest: str
+    images_by_class: dict[str, int]
+    holes: int
 
 
 def save_checkpoint(
@@ -96,14 +100,14 @@ def load_checkpoint(
     Args:
         path: the checkpoint, such as `CheckpointFolder.latest` returns.
         model: what this rank holds of the parameters.
-        optimizer: what it holds of the optimiser state; None leaves the optimiser as it is (a stage that starts from the
-            weights of another).
+        optimizer: what it holds of the optimiser state; None leaves the optimiser as it is (a stage that starts from
+            the weights of another).
         tokenizer_digest: of the text tokenizer in use.
         group: the ranks that take part; None: all, or this process alone without a process group.
 
     Raises:
-        CheckpointError: on every rank, before any tensor is written to: the checkpoint is damaged, of another model or of
-            another text tokenizer.
+        CheckpointError: on every rank, before any tensor is written to: the checkpoint is damaged, of another model or
+            of another text tokenizer.
     """
     state = on_first_rank(group, lambda: _read_state(path, tokenizer_digest))
     values = _prefixed(MODEL_PREFIX, model)
@@ -115,7 +119,7 @@ def load_checkpoint(
 
 
 def model_signature(index: Metadata) -> str:
-    """SHA-256 over the names and shapes of the parameters in a checkpoint's index: two models of equal signature fit."""
+    """SHA-256 over the names and shapes of the parameters in a checkpoint's index; equal ones fit each other."""
     shapes = {
         name.removeprefix(MODEL_PREFIX): list(tensor.size)
         for name, tensor in index.state_dict_metadata.items()
@@ -150,7 +154,7 @@ def _read_state(path: Path, tokenizer_digest: str) -> TrainState:
         raise CheckpointError(f"{file}: damaged ({type(error).__name__}: {error}); load another checkpoint") from error
     if state.tokenizer_digest != tokenizer_digest:
         raise CheckpointError(
-            f"{path}: trained with another text tokenizer (digest {state.tokenizer_digest}, in use {tokenizer_digest}); "
-            "set [text] as in its config.toml"
+            f"{path}: trained with another text tokenizer (digest {state.tokenizer_digest}, in use "
+            f"{tokenizer_digest}); set [text] as in its config.toml"
         )
     return state

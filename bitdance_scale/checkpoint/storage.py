@@ -72,14 +72,7 @@ class SafetensorsWriter(StorageWriter):
         results: list[WriteResult] = []
         for number, items in enumerate(self._files(plan.items)):
             name = f"{plan.storage_data}_{number:03d}.safetensors"
-            path = self._folder / name
-            # A copy even on the CPU: safetensors refuses tensors that share storage, as views of one flat buffer do.
-            tensors = {
-                _key(item.index): planner.resolve_data(item).to("cpu", copy=True, memory_format=torch.contiguous_format)
-                for item in items
-            }
-            save_file(tensors, path)
-            durable.sync(path)
+            self._write_file(self._folder / name, items, planner)
             results.extend(WriteResult(item.index, _num_bytes(item), name) for item in items)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
@@ -99,6 +92,15 @@ class SafetensorsWriter(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return isinstance(checkpoint_id, Path)
+
+    def _write_file(self, path: Path, items: list[WriteItem], planner: SavePlanner) -> None:
+        # A copy even on the CPU: safetensors refuses tensors that share storage, as views of one flat buffer do.
+        tensors = {
+            _key(item.index): planner.resolve_data(item).to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for item in items
+        }
+        save_file(tensors, path)
+        durable.sync(path)
 
     def _files(self, items: list[WriteItem]) -> list[list[WriteItem]]:
         files: list[list[WriteItem]] = []
@@ -186,7 +188,9 @@ def read_index(folder: Path) -> Metadata:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["version"]
         if version != INDEX_VERSION:
-            raise CheckpointError(f"{path}: version {version}, this program reads {INDEX_VERSION}; use the one that wrote it")
+            raise CheckpointError(
+                f"{path}: version {version}, this program reads {INDEX_VERSION}; use the one that wrote it"
+            )
         return _decode_index(content)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(

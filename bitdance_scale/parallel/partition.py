@@ -131,17 +131,19 @@ def fragment_pieces(flat: torch.Tensor, start: int, placement: Placement) -> Sha
     """Pieces of a flat fragment of a rank's slice; they are views of `flat`.
 
     Args:
-        flat: [length], elements start..start+length of the row-major flattening of the local tensor; may be empty.
+        flat: [length], elements start..start+length of the row-major flattening of the local tensor. An empty one may
+            start anywhere: ZeRO leaves the last ranks nothing of a short parameter.
         start: index of the first one.
         placement: shape of the local tensor and where it lies.
     """
-    assert flat.ndim == 1 and 0 <= start <= math.prod(placement.local_shape) - flat.numel(), (
-        f"elements {start}..{start + flat.numel()} of a flattened {placement.local_shape}"
+    stop = start + flat.numel()
+    assert flat.ndim == 1 and (start == stop or 0 <= start < stop <= math.prod(placement.local_shape)), (
+        f"elements {start}..{stop} of a flattened {placement.local_shape}"
     )
     flat = flat.detach()
     pieces: list[Piece] = []
     taken = 0
-    for offsets, sizes in _boxes_of_range(start, start + flat.numel(), placement.local_shape):
+    for offsets, sizes in _boxes_of_range(start, stop, placement.local_shape):
         box = flat[taken : taken + math.prod(sizes)].view(sizes)
         taken += box.numel()
         pieces.extend(_placed(box, offsets, placement))

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# A rank that fails usually takes its peers with it through broken connections; those that only wait are killed after this.
+# A rank that fails usually takes its peers with it through broken connections; those that only wait are killed later.
 FAILURE_GRACE_S = 5.0
 KILL_MARGIN_S = 5.0
 
@@ -64,7 +64,7 @@ def _rank_main(
     faulthandler.dump_traceback_later(max(deadline - time.time(), 0.1), exit=True)
     try:
         message = ("result", fn(rank, *args))
-        # Plain pickle: the connection's own pickler would hand tensors over as shared memory that dies with this process.
+        # Plain pickle: the connection's own hands tensors over as shared memory, which dies with this process.
         payload = pickle.dumps(message)
     except BaseException:
         payload = pickle.dumps(("error", traceback.format_exc()))

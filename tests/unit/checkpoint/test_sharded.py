@@ -3,11 +3,13 @@ from __future__ import annotations
 import json
 import math
 import pickletools
+import weakref
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bitdance_scale.checkpoint.sharded import load_sharded, save_sharded
 from bitdance_scale.checkpoint.storage import read_index
@@ -63,6 +65,21 @@ def test_round_trip_into_other_pieces_is_bit_equal(tmp_path, max_file_bytes):
     load_sharded(tmp_path, values)
     for name, tensor in tensors.items():
         assert torch.equal(joined(values[name]), tensor)
+
+
+def test_one_file_of_tensors_is_held_at_a_time(tmp_path, monkeypatch):
+    held: list[weakref.ref] = []
+
+    def record(tensors, path):
+        assert all(reference() is None for reference in held)
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= 64
+        held.extend(weakref.ref(tensor) for tensor in tensors.values())
+        save_file(tensors, path)
+
+    monkeypatch.setattr("bitdance_scale.checkpoint.storage.save_file", record)
+    save_sharded(tmp_path, {name: whole(tensor) for name, tensor in make_tensors().items()}, max_file_bytes=64)
+    # 284 bytes of tensors in files of at most 64.
+    assert len(held) >= 5 and len(list(tmp_path.glob("*.safetensors"))) >= 5
 
 
 def test_overlapping_replicas_are_written_once(tmp_path):

@@ -94,6 +94,10 @@ def test_pieces_are_views_of_the_fragment(case, data):
     assert int((flat == -7).sum()) == sum(piece.tensor.numel() for piece in pieces)
 
 
+def test_an_empty_fragment_holds_nothing_wherever_it_starts():
+    assert fragment_pieces(torch.zeros(0), 9, Placement.replicated((2, 3))).pieces == ()
+
+
 def test_a_scalar_is_one_piece():
     value = fragment_pieces(torch.tensor([3.0]), 0, Placement.replicated(()))
     assert [(piece.offsets, piece.tensor.item()) for piece in value.pieces] == [((), 3.0)]
