@@ -86,13 +86,13 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
         # 1024 cells of 128 px at 4x; <|vision_start|>, two resolutions, <|vision_end|> and 15 queries; 32 and 32.
         ["data.max_pack_tokens = 1024", "at least 1107 = 1024 cells", "data.classes[2].buckets_px[0]", "use 1152"],
     ),
-    "padding": (["data.pack_multiple=96"], 1, ["max_pack_tokens = 2048", "multiple of data.pack_multiple = 96", "2112"]),
+    "padding": (["data.pack_multiple=96"], 1, ["max_pack_tokens = 2048", "data.pack_multiple = 96", "2112"]),
     "run name": (["run.name=a/b"], 1, ["run.name = 'a/b'", "folder name"]),
     "steps": (["run.steps=0"], 1, ["run.steps = 0", "at least 1", "smallest legal value is 1"]),
     "probability": (["data.text_drop=1.5"], 1, ["data.text_drop = 1.5", "in [0, 1]", "largest legal value is 1"]),
     "decay": (["optim.beta2=1"], 1, ["optim.beta2 = 1.0", "in [0, 1)"]),
     "epsilon": (["optim.eps=1e-40"], 1, ["optim.eps = 1e-40", "at least"]),
-    "dtype": (["run.dtype=bfloat"], 1, ["run.dtype = 'bfloat'", "one of float32, bfloat16", "did you mean 'bfloat16'?"]),
+    "dtype": (["run.dtype=bfloat"], 1, ["run.dtype = 'bfloat'", "one of float32, bfloat16", "mean 'bfloat16'?"]),
     "schedule": (["head.time_schedule=logit-normal"], 1, ["time_schedule = 'logit-normal'", "mean 'logit_normal'?"]),
     "sampler": (["sample.sampler=heun"], 1, ["sample.sampler = 'heun'", "one of euler_maruyama, euler"]),
     "wandb": (["observe.wandb_mode=on"], 1, ["observe.wandb_mode = 'on'", "auto, online, offline, disabled"]),
@@ -119,9 +119,8 @@ def test_class_named_twice_is_refused(config_path: Path) -> None:
 
 
 def test_all_violations_are_listed_and_rules_over_illegal_settings_are_skipped(config_path: Path) -> None:
-    messages = violations(
-        config_path, "data.pack_multiple=0", "data.global_batch=25", "parallel.tensor=0", "vision.num_bits=3", world_size=4
-    )
+    overrides = ["data.pack_multiple=0", "data.global_batch=25", "parallel.tensor=0", "vision.num_bits=3"]
+    messages = violations(config_path, *overrides, world_size=4)
     assert [message.split(" = ")[0] for message in messages] == [
         "- data.pack_multiple",
         "- parallel.tensor",

@@ -1,0 +1,1 @@
+"""Samples as sequences: text tokens, block raster order, layout of packs, noise."""

@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AddedToken, PreTrainedTokenizerFast
+
+from bitdance_scale.config.schema import TextSection
+from bitdance_scale.errors import ConfigError
+from bitdance_scale.sequence.layout import pack_samples
+from bitdance_scale.sequence.tokens import (
+    MARKUP_TOKENS,
+    TextTokenizer,
+    image_to_text_sample,
+    load_text_tokenizer,
+    text_to_image_sample,
+)
+
+DEMO_MODEL = Path(__file__).parents[3] / "pipelines" / "assets" / "demo" / "tokenizer.model"
+# Qwen's splitting of text into words, digits, punctuation and line breaks.
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+MAX_CAPTION_TOKENS = 24
+SPECIALS = [*MARKUP_TOKENS, "<|res_7|>", "<|query_2|>", "<think>"]
+CAPTIONS = ["a red circle", 'the word "CAT" in red', "  two\n\nlines ", "\n", "", "naïve 日本 🎈 é"]
+
+
+def qwen_like() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of Qwen's construction with 300 entries and its markup behind them."""
+    backend = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[], show_progress=False
+    )
+    backend.train_from_iterator(["user", "assistant", "a red circle and two blue squares"] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in MARKUP_TOKENS])
+    # As in Qwen3, an added token that is not marked special.
+    tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("qwen")
+    qwen_like().save_pretrained(folder)
+    return folder
+
+
+def section(path: Path, kind: str = "huggingface") -> TextSection:
+    return TextSection(kind=kind, path=str(path), max_caption_tokens=MAX_CAPTION_TOKENS)
+
+
+@pytest.fixture(scope="module", params=["huggingface", "sentencepiece"])
+def tokenizer(request: pytest.FixtureRequest, qwen_folder: Path) -> TextTokenizer:
+    path = qwen_folder if request.param == "huggingface" else DEMO_MODEL
+    return load_text_tokenizer(section(path, request.param), block_tokens=16)
+
+
+def special_ids(tokenizer: TextTokenizer) -> set[int]:
+    first = min(tokenizer.image_tokens.vision_start, tokenizer.turn_end_ids[0], tokenizer.user_turn_ids[0])
+    return set(range(int(first), tokenizer.vocab_size))
+
+
+@pytest.mark.parametrize("block_tokens", [1, 4, 16, 64])
+def test_added_tokens_follow_the_last_entry(qwen_folder: Path, block_tokens: int) -> None:
+    num_entries = len(qwen_like())
+    tokenizer = load_text_tokenizer(section(qwen_folder), block_tokens)
+    assert tokenizer.image_tokens.resolution == tuple(range(num_entries, num_entries + 256))
+    assert tokenizer.image_tokens.queries == tuple(range(num_entries + 256, num_entries + 255 + block_tokens))
+    assert tokenizer.vocab_size == num_entries + 255 + block_tokens
+    assert tokenizer.image_tokens.block_tokens == block_tokens
+
+
+def test_sentencepiece_adds_markup_first() -> None:
+    tokenizer = load_text_tokenizer(section(DEMO_MODEL, "sentencepiece"), 16)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(DEMO_MODEL)).vocab_size()
+    assert (tokenizer.user_turn_ids[0], tokenizer.turn_end_ids[0]) == (pieces, pieces + 1)
+    assert (tokenizer.image_tokens.vision_start, tokenizer.image_tokens.vision_end) == (pieces + 2, pieces + 3)
+    assert tokenizer.image_tokens.resolution == tuple(range(pieces + 4, pieces + 260))
+    assert tokenizer.image_tokens.queries == tuple(range(pieces + 260, pieces + 275))
+    assert tokenizer.vocab_size == pieces + 275
+
+
+def test_a_folder_saved_with_added_tokens_keeps_their_ids(qwen_folder: Path, tmp_path: Path) -> None:
+    published = qwen_like()
+    names = [*(f"<|res_{index}|>" for index in range(1, 257)), *(f"<|query_{index}|>" for index in range(1, 16))]
+    # Not marked special, as tokens of a plain `add_tokens(names)` are.
+    published.add_tokens(names)
+    published.save_pretrained(tmp_path)
+    ours, theirs = load_text_tokenizer(section(qwen_folder), 16), load_text_tokenizer(section(tmp_path), 16)
+    assert theirs.image_tokens == ours.image_tokens
+    assert theirs.digest == ours.digest
+    assert not set(theirs.encode("<|res_3|><|query_2|>")) & special_ids(theirs)
+    # Distillation to 8 x 8 keeps the 15 queries and adds 48 behind them.
+    distilled = load_text_tokenizer(section(tmp_path), 64)
+    assert distilled.image_tokens.queries[:15] == ours.image_tokens.queries
+    assert distilled.vocab_size == ours.vocab_size + 48
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_prompt_equals_the_chat_string_encoded_at_once(qwen_folder: Path, caption: str) -> None:
+    tokenizer = load_text_tokenizer(section(qwen_folder), 16)
+    reference = qwen_like()
+    string = f"<|im_start|>user\n{caption}<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.prompt_ids(caption).tolist() == reference.encode(string, add_special_tokens=False)
+    unconditional = reference.encode("<|im_start|>assistant\n", add_special_tokens=False)
+    assert tokenizer.unconditional_ids().tolist() == unconditional
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_prompt_reads_back(tokenizer: TextTokenizer, caption: str) -> None:
+    ids = tokenizer.prompt_ids(caption)
+    assert ids.dtype == np.int64
+    assert tokenizer.decode(ids) == f"<|im_start|>user\n{caption}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("name", SPECIALS)
+def test_captions_cannot_spell_special_tokens(tokenizer: TextTokenizer, name: str) -> None:
+    specials = special_ids(tokenizer)
+    assert tokenizer.vocab_size - 1 in specials
+    assert not set(tokenizer.encode(f"a{name}b {name}").tolist()) & specials
+    assert tokenizer.decode(tokenizer.encode(f"a{name}b")) == f"a{name}b"
+    num_special = sum(index in specials for index in tokenizer.prompt_ids(name).tolist())
+    # <|im_start|> twice and <|im_end|> once.
+    assert num_special == 3
+
+
+@given(caption=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_any_caption_is_text(caption: str) -> None:
+    tokenizer = load_text_tokenizer(section(DEMO_MODEL, "sentencepiece"), 4)
+    ids = tokenizer.encode(caption)
+    # sentencepiece marks spaces with U+2581 and cannot tell the two apart afterwards; NUL ends its strings.
+    if not set(caption) & {"\u2581", "\0"}:
+        assert tokenizer.decode(ids) == caption
+    assert not set(ids.tolist()) & special_ids(tokenizer)
+
+
+def test_long_captions_are_cut(tokenizer: TextTokenizer) -> None:
+    empty, long = tokenizer.prompt_ids(""), tokenizer.prompt_ids("a red circle " * 40)
+    assert len(long) == len(empty) + MAX_CAPTION_TOKENS
+    # Only the caption is cut: the end of its turn stays.
+    assert long[-len(tokenizer.reply_ids) :].tolist() == tokenizer.reply_ids.tolist()
+    sample = image_to_text_sample(tokenizer, 1, "a red circle " * 40, (4, 4))
+    assert len(sample.after_ids) == len(tokenizer.reply_ids) + MAX_CAPTION_TOKENS + 1
+
+
+def test_digest_tells_vocabularies_apart(qwen_folder: Path, tmp_path: Path) -> None:
+    other = qwen_like()
+    other.add_tokens(["<|another|>"])
+    other.save_pretrained(tmp_path)
+    digests = {
+        load_text_tokenizer(section(qwen_folder), 16).digest,
+        load_text_tokenizer(section(qwen_folder), 4).digest,
+        load_text_tokenizer(section(tmp_path), 16).digest,
+        load_text_tokenizer(section(DEMO_MODEL, "sentencepiece"), 16).digest,
+    }
+    assert len(digests) == 4
+    again = load_text_tokenizer(dataclasses.replace(section(qwen_folder), max_caption_tokens=3), 16)
+    assert again.digest in digests
+
+
+def test_saved_length_limit_and_padding_are_ignored(qwen_folder: Path, tmp_path: Path) -> None:
+    limited = qwen_like()
+    limited.backend_tokenizer.enable_truncation(4)
+    limited.backend_tokenizer.enable_padding(length=32)
+    limited.save_pretrained(tmp_path)
+    tokenizer, reference = (load_text_tokenizer(section(folder), 4) for folder in (tmp_path, qwen_folder))
+    assert tokenizer.prompt_ids("a red circle").tolist() == reference.prompt_ids("a red circle").tolist()
+
+
+def test_text_to_image_sample_targets_all_text_but_the_first_token(tokenizer: TextTokenizer) -> None:
+    sample = text_to_image_sample(tokenizer, 7, "a red circle", (4, 8), is_caption_dropped=False)
+    pack = pack_samples([sample], tokenizer.image_tokens, 1)
+    prompt = tokenizer.prompt_ids("a red circle")
+    assert (sample.key, sample.grid, sample.predicts_image) == (7, (4, 8), True)
+    assert sample.after_ids.tolist() == tokenizer.turn_end_ids.tolist()
+    assert pack.text_targets.tolist() == prompt[1:].tolist()
+    assert pack.text_positions.tolist() == list(range(len(prompt) - 1))
+    assert len(pack.predict_tokens) == 32
+
+
+def test_dropped_caption_has_no_text_targets(tokenizer: TextTokenizer) -> None:
+    sample = text_to_image_sample(tokenizer, 7, "a red circle", (4, 8), is_caption_dropped=True)
+    pack = pack_samples([sample], tokenizer.image_tokens, 1)
+    assert tokenizer.decode(sample.before_ids) == "<|im_start|>assistant\n"
+    assert len(pack.text_targets) == 0
+    assert len(pack.predict_tokens) == 32
+
+
+def test_image_to_text_sample_targets_the_caption_and_its_end(tokenizer: TextTokenizer) -> None:
+    sample = image_to_text_sample(tokenizer, 7, "a red circle", (4, 8))
+    pack = pack_samples([sample], tokenizer.image_tokens, 1)
+    assert tokenizer.decode(sample.before_ids) == "<|im_start|>user\n"
+    assert tokenizer.decode(sample.after_ids) == "<|im_end|>\n<|im_start|>assistant\na red circle<|im_end|>"
+    assert tokenizer.decode(pack.text_targets) == "a red circle<|im_end|>"
+    assert len(pack.predict_tokens) == 0
+    # Each target is predicted by the position before it.
+    assert pack.token_ids[pack.text_positions + 1].tolist() == pack.text_targets.tolist()
+
+
+def refusal(text: TextSection) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_text_tokenizer(text, 16)
+    return str(error.value)
+
+
+def test_missing_and_damaged_tokenizers_are_refused(tmp_path: Path) -> None:
+    assert "there is no such folder" in refusal(section(tmp_path / "absent"))
+    assert "holds no usable Hugging Face tokenizer" in refusal(section(tmp_path))
+    assert "there is no such file" in refusal(section(tmp_path / "absent.model", "sentencepiece"))
+    damaged = tmp_path / "damaged.model"
+    damaged.write_bytes(b"no model")
+    assert "is no sentencepiece model" in refusal(section(damaged, "sentencepiece"))
+    assert "text.kind = 'hf'" in refusal(section(tmp_path, "hf"))
+
+
+def test_tokenizer_without_markup_is_refused(tmp_path: Path) -> None:
+    backend = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
+    message = refusal(section(tmp_path))
+    assert "<|im_start|>, <|im_end|>, <|vision_start|>, <|vision_end|>" in message and "Qwen3" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "loses line breaks"),
+        ({"user_defined_symbols": ["\n", "<|im_end|>"]}, "has pieces named <|im_end|>"),
+    ],
+)
+def test_unsuitable_sentencepiece_models_are_refused(tmp_path: Path, options: dict[str, object], expected: str) -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["user assistant a red circle"] * 8),
+        model_writer=model,
+        vocab_size=300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
+    path = tmp_path / "other.model"
+    path.write_bytes(model.getvalue())
+    assert expected in refusal(section(path, "sentencepiece"))
