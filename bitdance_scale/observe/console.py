@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import math
+import shutil
 import sys
 import time
 from collections import deque
@@ -97,8 +98,9 @@ class Progress:
                 total=num_steps,
                 initial=resumed_step,
                 file=self._stream,
-                dynamic_ncols=True,
-                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}",
+                ncols=shutil.get_terminal_size().columns,
+                nrows=shutil.get_terminal_size().lines,
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
             )
 
     def update(self, metrics: StepMetrics) -> None:
@@ -106,6 +108,8 @@ class Progress:
         self._seconds_per_step.append(metrics.step_s)
         speed = f"{metrics.images_per_s:.3g} images/s, ETA {self.remaining(metrics.step)}"
         if self._bar is not None:
+            # Unlike tqdm's own measure, this one is not 0 in a terminal that does not tell its size.
+            self._bar.ncols = shutil.get_terminal_size().columns
             self._bar.set_description_str(f"loss {metrics.loss:.4f}", refresh=False)
             self._bar.set_postfix_str(speed, refresh=False)
             self._bar.update(metrics.step - self._bar.n)

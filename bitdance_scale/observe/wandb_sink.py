@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_KEY_HOST = "api.wandb.ai"
+# Training waits for the server at the start only; later wandb buffers and retries by itself.
+INIT_TIMEOUT_S = 30.0
 
 
 class WandbSink:
@@ -71,6 +73,8 @@ class WandbSink:
                 ) from error
             logger.warning("W&B could not go online (%s); this run is logged offline", error)
             self.mode = "offline"
+            # The service behind wandb still holds the id of the run that it could not start.
+            wandb.teardown()
             self._run = self._start(section, run_folder, config, run_id)
         where = self._run.url if self.mode == "online" else Path(self._run.dir).parent
         logger.info("W&B run %s (%s): %s", run_id, self.mode, where)
@@ -112,7 +116,9 @@ class WandbSink:
             dir=run_folder,
             mode=self.mode,
             config=dict(config),
-            settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True),
+            settings=wandb.Settings(
+                silent=True, console="off", disable_git=True, disable_code=True, init_timeout=INIT_TIMEOUT_S
+            ),
         )
 
 

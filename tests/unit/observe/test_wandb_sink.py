@@ -74,6 +74,44 @@ def test_without_a_key_the_run_is_offline_silent_and_off_the_network(tmp_path):
     assert list(folder.glob("files/media/images/samples_1_*.png"))
 
 
+UNREACHABLE = """
+import logging, sys
+from pathlib import Path
+from bitdance_scale.config.schema import ObserveSection
+from bitdance_scale.observe import wandb_sink
+
+logging.basicConfig(format="%(message)s")
+wandb_sink.INIT_TIMEOUT_S = 2.0
+sink = wandb_sink.WandbSink(ObserveSection(wandb_mode=sys.argv[2]), Path(sys.argv[1]), {}, run_id="abc123")
+sink.finish()
+print(sink.mode)
+"""
+
+
+def start_without_a_server(tmp_path: Path, mode: str) -> subprocess.CompletedProcess[str]:
+    """Starts a run with a key, but a server address where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    environment = bare_environment(tmp_path, WANDB_API_KEY="k" * 40, WANDB_BASE_URL=address)
+    command = [sys.executable, "-c", UNREACHABLE, str(tmp_path / "demo"), mode]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.timeout(120)
+def test_auto_goes_offline_with_a_warning_when_the_server_does_not_answer(tmp_path):
+    result = start_without_a_server(tmp_path, "auto")
+    assert result.stdout == "offline\n", result.stderr
+    assert "W&B could not go online" in result.stderr
+    assert list((tmp_path / "demo" / "wandb").glob("offline-run-*-abc123"))
+
+
+@pytest.mark.timeout(120)
+def test_online_is_refused_when_the_server_does_not_answer(tmp_path):
+    result = start_without_a_server(tmp_path, "online")
+    assert result.returncode == 1
+    assert "ConfigError: observe.wandb_mode = online: W&B refused the run" in result.stderr
+
+
 def test_disabled_never_imports_wandb(tmp_path):
     program = (
         "import sys; from pathlib import Path; from bitdance_scale.config.schema import ObserveSection;"
