@@ -1,0 +1,124 @@
+"""Shows what is in WebDataset shards: counts, faults, and a picture grid of samples with captions and buckets.
+
+    python tools/inspect_shards.py data/demo --config pipelines/configs/demo.toml --count 24 --out grid.png
+
+A sample is drawn as it lies in the shard; under it stand its stored size, the bucket it is trained at in each
+resolution class, and its caption. Without --config the classes are 256, 512 and 1024 px with the sizes that the
+published release samples at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from bitdance_scale.config.load import load_config
+from bitdance_scale.config.schema import ResolutionClass
+from bitdance_scale.data.buckets import assign_buckets, class_buckets
+from bitdance_scale.data.captions import CaptionStatus
+from bitdance_scale.data.decode import decode_image
+from bitdance_scale.data.index import Index, build_index, default_index_dir
+from bitdance_scale.data.ledger import SampleFault
+from bitdance_scale.data.permutation import Permutation
+from bitdance_scale.data.reader import ShardReader
+from bitdance_scale.data.shards import expand_shards
+from bitdance_scale.errors import BitDanceError
+
+_RELEASE_CLASSES = (
+    ResolutionClass(side_px=256, share=2, buckets_px=((256, 256),)),
+    ResolutionClass(side_px=512, share=7, buckets_px=((256, 1024), (256, 896), (384, 640), (512, 512))),
+    ResolutionClass(
+        side_px=1024,
+        share=1,
+        buckets_px=((512, 2048), (512, 1920), (640, 1536), (768, 1280), (896, 1152), (1024, 1024)),
+    ),
+)
+_NUM_COLUMNS = 6
+_CAPTION_COLUMNS = 34
+_CAPTION_LINES = 3
+
+
+def report(index: Index, classes: Sequence[ResolutionClass], max_upscale: float) -> str:
+    """Counts of an index: samples, captions, faults of the scan, and the samples of every class by bucket."""
+    lines = [f"{len(index)} samples in {len(index.shards)} shards, index {index.hash}"]
+    statuses = np.bincount(index.caption_status, minlength=len(CaptionStatus))
+    lines.append("captions: " + ", ".join(f"{status.name.lower()} {statuses[status]}" for status in CaptionStatus))
+    for fault, shards in index.faults().items():
+        lines.append(f"{fault}: {sum(shards.values())} in {len(shards)} shards, first {next(iter(shards))}")
+    for resolution in classes:
+        buckets = class_buckets(resolution)
+        rows = assign_buckets(index.height_px, index.width_px, buckets, max_upscale)
+        counts = np.bincount(rows[rows >= 0], minlength=len(buckets))
+        shares = ", ".join(f"{h}x{w} {count}" for (h, w), count in zip(buckets.tolist(), counts, strict=True) if count)
+        lines.append(f"class {resolution.side_px} px: {counts.sum()} samples (height x width: {shares or 'none'})")
+    return "\n".join(lines)
+
+
+def draw_grid(index: Index, classes: Sequence[ResolutionClass], max_upscale: float, count: int, out: str) -> None:
+    """Draws `count` samples, spread over the data set by a fixed permutation, to the picture file `out`."""
+    samples = np.sort(Permutation(len(index), (0,))(np.arange(min(count, len(index)))))
+    num_rows = -(-len(samples) // _NUM_COLUMNS)
+    figure = Figure(figsize=(3 * _NUM_COLUMNS, 3.6 * num_rows), layout="tight")
+    axes = figure.subplots(num_rows, _NUM_COLUMNS, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    reader = ShardReader()
+    for axis, sample in zip(axes.flat, samples.tolist(), strict=False):
+        try:
+            data = reader.read(
+                index.shard_path(sample),
+                int(index.image_offset[sample]),
+                int(index.image_bytes[sample]),
+                int(index.header_crc[sample]),
+            )
+            axis.imshow(decode_image(data, index.size_px(sample), index.size_px(sample)))
+        except SampleFault as fault:
+            axis.text(0.5, 0.5, textwrap.fill(str(fault), 24), ha="center", va="center", color="red", fontsize=8)
+        axis.set_title(_describe(index, sample, classes, max_upscale), fontsize=8)
+    figure.savefig(out, dpi=80)
+
+
+def _describe(index: Index, sample: int, classes: Sequence[ResolutionClass], max_upscale: float) -> str:
+    height, width = index.size_px(sample)
+    parts = []
+    for resolution in classes:
+        buckets = class_buckets(resolution)
+        row = assign_buckets(np.array([height]), np.array([width]), buckets, max_upscale)[0]
+        parts.append("-" if row < 0 else "{}x{}".format(*buckets[row]))
+    caption = index.caption(sample) or f"({CaptionStatus(index.caption_status[sample]).name.lower()} caption)"
+    lines = textwrap.wrap(caption, _CAPTION_COLUMNS, max_lines=_CAPTION_LINES, placeholder=" ..")
+    # A dollar sign would start mathematical notation.
+    text = "\n".join(lines).replace("$", r"\$")
+    return f"{index.name(sample)}  {height}x{width}\nbuckets: {' | '.join(parts)}\n{text}"
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", nargs="+", help="tars, folders, globs or brace lists")
+    parser.add_argument("--config", help="run configuration whose data.classes and data.max_upscale are used")
+    parser.add_argument("--index-dir", default="", help="index folder; default: .bitdance_index beside the first shard")
+    parser.add_argument("--count", type=int, default=24, help="samples drawn")
+    parser.add_argument("--out", default="shards.png", help="picture to write")
+    arguments = parser.parse_args()
+    try:
+        shards = expand_shards(arguments.dataset)
+        index = build_index(shards, arguments.index_dir or default_index_dir(shards))
+        classes, max_upscale = _RELEASE_CLASSES, 1.0
+        if arguments.config:
+            data = load_config(arguments.config).data
+            classes, max_upscale = data.classes, data.max_upscale
+        print(report(index, classes, max_upscale))
+        draw_grid(index, classes, max_upscale, arguments.count, arguments.out)
+    except BitDanceError as error:
+        sys.exit(f"error: {error}")
+    print(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
