@@ -20,3 +20,7 @@ class DataError(BitDanceError):
 
 class CheckpointError(BitDanceError):
     """A checkpoint that is missing, incomplete, damaged or of another model."""
+
+
+class TrainingError(BitDanceError):
+    """A run that cannot go on, such as one whose gradients stay non-finite."""

@@ -58,8 +58,8 @@ class TrainState:
     loader: dict[str, Any]
     optimizer: dict[str, Any]
     tokenizer_digest: str
-    images_by_class: dict[str, int]
-    holes: int
+    images_by_class: dict[str, int] = dataclasses.field(default_factory=dict)
+    holes: int = 0
 
 
 def save_checkpoint(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from bitdance_scale.parallel.topology import Topology
@@ -50,7 +51,7 @@ def share_step(read: ReadStep | None, tokenizer: VisionTokenizer, topology: Topo
     """
     if len(topology.replica_ranks) == 1:
         assert read is not None
-        bits = tokenizer.encode([image for images in read.images for image in images])
+        bits = _encode(tokenizer, [image for images in read.images for image in images])
         return SharedStep(_with_bits(read.packs, [len(images) for images in read.images], bits), read.report)
     source, group, num_ranks = topology.replica_ranks[0], topology.replica_host_group, len(topology.replica_ranks)
     header: list[object] = [None]
@@ -65,7 +66,7 @@ def share_step(read: ReadStep | None, tokenizer: VisionTokenizer, topology: Topo
     mine: list[list[np.ndarray] | None] = [None]
     dist.scatter_object_list(mine, shares, src=source, group=group)
     encoded: list[list[np.ndarray] | None] = [None] * num_ranks
-    dist.all_gather_object(encoded, tokenizer.encode(mine[0]), group=group)
+    dist.all_gather_object(encoded, _encode(tokenizer, mine[0]), group=group)
     packs, num_images, order, report = header[0]
     bits: list[np.ndarray | None] = [None] * len(order)
     for rank, share in enumerate(encoded):
@@ -81,6 +82,10 @@ def agree_on_error(error: Exception | None, topology: Topology) -> None:
     for found in errors:
         if found is not None:
             raise found
+
+
+def _encode(tokenizer: VisionTokenizer, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return tokenizer.encode([torch.tensor(image) for image in images])
 
 
 def _with_bits(packs: Sequence[Pack], num_images: Sequence[int], bits: Sequence[np.ndarray]) -> list[Pack]:

@@ -1,0 +1,97 @@
+"""From the command line to a finished run; the entry points in `pipelines/` call this."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from bitdance_scale.config.load import describe, dump_toml, load_config
+from bitdance_scale.config.rules import check
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.errors import BitDanceError
+from bitdance_scale.observe.console import setup_logging
+from bitdance_scale.parallel.topology import make_topology, start_process_group
+from bitdance_scale.train.signals import EXIT_REQUEUE, StopRequest
+
+logger = logging.getLogger(__name__)
+
+EXIT_REFUSED = 2
+
+
+def main(description: str, arguments: Sequence[str] | None = None) -> int:
+    """Runs training as the command line says.
+
+    Returns:
+        0: finished; 2: refused or failed with an error the user can mend; 75: stopped on request, saved, run it again.
+    """
+    options = _parse(description, arguments)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        config = load_config(options.config, options.overrides)
+        check(config, int(os.environ.get("WORLD_SIZE", "1")))
+        if options.print_config:
+            if rank == 0:
+                print(dump_toml(config), end="")
+            return 0
+        return _run(config)
+    except BitDanceError as error:
+        # Every rank has the same error; one tells it.
+        if rank == 0:
+            print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return EXIT_REFUSED
+
+
+def _parse(description: str, arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="settings:\n" + describe(RunConfig),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, help="TOML file with the run's settings")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings as TOML and exit")
+    return parser.parse_args(arguments)
+
+
+def _run(config: RunConfig) -> int:
+    if "RANK" not in os.environ:
+        # Started without torchrun: a job of one process.
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    run_folder = Path(config.run.root) / config.run.name
+    setup_logging(run_folder, int(os.environ["RANK"]))
+    start_process_group()
+    try:
+        topology = make_topology(config.parallel)
+        with StopRequest() as stop:
+            return _train(config, topology, run_folder, stop)
+    finally:
+        dist.destroy_process_group()
+
+
+def _train(config: RunConfig, topology, run_folder: Path, stop: StopRequest) -> int:
+    # Imported late: it takes seconds, and a refused configuration should not wait for it.
+    from bitdance_scale.train.run_observer import show_result
+    from bitdance_scale.train.trainer import Trainer
+
+    trainer = Trainer(config, topology, run_folder)
+    steps = config.run.steps
+    if trainer.is_complete:
+        logger.info(
+            "the run %s is complete at step %d; extend it with run.steps=%d, or start another with run.name=NAME",
+            run_folder, trainer.progress.step, 2 * steps,
+        )
+        return 0
+    if topology.rank == 0:
+        (run_folder / "config.toml").write_text(dump_toml(config))
+    if not trainer.train(stop):
+        logger.warning("stopped on request after step %d and saved; run again to go on", trainer.progress.step)
+        return EXIT_REQUEUE
+    if topology.rank == 0:
+        print("\n" + show_result(run_folder), flush=True)
+    return 0

@@ -1,0 +1,142 @@
+"""What a run has done so far, and the metrics of each logged step made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from bitdance_scale.config.schema import OptimSection, RunConfig
+from bitdance_scale.observe.flops import PackCounts, count_pack, peak_flops, step_flops, utilisation
+from bitdance_scale.observe.memory import memory_bytes
+from bitdance_scale.observe.metrics import StepMetrics
+from bitdance_scale.parallel.step import StepLosses
+from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.parallel.zero import StepOutcome
+from bitdance_scale.sequence.pack import Pack
+from bitdance_scale.train.reading import StepReport
+
+
+def learning_rate(section: OptimSection, step: int) -> float:
+    """Rate of optimiser step `step`, from 0: linear warm-up, then constant (arXiv 2602.14041 Table 4)."""
+    return section.lr * min(1.0, (step + 1) / max(1, section.warmup_steps))
+
+
+@dataclass
+class Progress:
+    """Counts since the start of the run; they survive a resume.
+
+    Attributes:
+        step: optimiser steps taken (or refused, see `skipped_steps`).
+        images: images seen, holes left out.
+        tokens: positions seen, padding left out.
+        images_by_class: resolution class (`side_px`) -> images planned.
+        holes: images that could not be used.
+        skipped_steps: steps refused because a gradient was not finite.
+    """
+
+    step: int = 0
+    images: int = 0
+    tokens: int = 0
+    images_by_class: dict[int, int] = field(default_factory=dict)
+    holes: int = 0
+    skipped_steps: int = 0
+
+
+class StepMeter:
+    """Adds up steps and makes the metrics of a logged one; all ranks call it alike.
+
+    Args:
+        config: the run.
+        vocab_size: entries of the tokenizer.
+        topology: the ranks.
+        progress: counted on in place.
+    """
+
+    def __init__(self, config: RunConfig, vocab_size: int, topology: Topology, progress: Progress) -> None:
+        self._config, self._vocab_size, self._topology = config, vocab_size, topology
+        self.progress = progress
+        name = torch.cuda.get_device_name() if topology.device.type == "cuda" else "cpu"
+        self._peak = peak_flops(name, config.run.dtype)
+        self._restart()
+
+    def _restart(self) -> None:
+        self._begun_s, self._num_steps, self._wait_s = time.monotonic(), 0, 0.0
+        self._images, self._positions, self._padding, self._flops = 0, 0, 0, 0.0
+
+    def add(self, packs: Sequence[Pack], report: StepReport, is_skipped: bool) -> None:
+        """Counts one step; one small sum over the replicas."""
+        counts = sum((count_pack(pack) for pack in packs), PackCounts())
+        num_padding = sum(pack.num_padding for pack in packs)
+        flops = step_flops(self._config, self._vocab_size, counts).training
+        totals = torch.tensor(
+            [counts.num_positions, num_padding, report.num_holes, flops], dtype=torch.float64, device=self._topology.device
+        )
+        dist.all_reduce(totals, group=self._topology.data_group)
+        positions, padding, holes, total_flops = totals.tolist()
+        planned = sum(report.images_by_class.values())
+        progress = self.progress
+        progress.step += 1
+        progress.images += planned - int(holes)
+        progress.tokens += int(positions)
+        progress.holes += int(holes)
+        progress.skipped_steps += int(is_skipped)
+        for side_px, count in report.images_by_class.items():
+            progress.images_by_class[side_px] = progress.images_by_class.get(side_px, 0) + count
+        self._num_steps += 1
+        self._wait_s += report.wait_s
+        self._images += planned - int(holes)
+        self._positions += int(positions)
+        self._padding += int(padding)
+        self._flops += total_flops
+
+    def metrics(self, losses: StepLosses, outcome: StepOutcome, lr: float) -> StepMetrics:
+        """The metrics of the last step, speeds averaged since the previous logged one; two small collectives."""
+        highest = torch.tensor(
+            [self._wait_s, memory_bytes(self._topology.device)], dtype=torch.float64, device=self._topology.device
+        )
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        wait_s, memory = highest.tolist()
+        elapsed_s = time.monotonic() - self._begun_s
+        progress = self.progress
+        step_s = elapsed_s / self._num_steps
+        mean_flops = self._flops / self._num_steps
+        metrics = StepMetrics(
+            step=progress.step,
+            images=progress.images,
+            tokens=progress.tokens,
+            loss=losses.total,
+            loss_vision=losses.vision,
+            loss_text=losses.text,
+            grad_norm=outcome.grad_norm,
+            lr=lr,
+            step_s=step_s,
+            data_wait_s=wait_s / self._num_steps,
+            tokens_per_s=self._positions / elapsed_s,
+            images_per_s=self._images / elapsed_s,
+            mfu=utilisation(mean_flops, step_s, self._topology.world_size, self._peak),
+            images_by_class=dict(progress.images_by_class),
+            padding_share=self._padding / max(1, self._padding + self._positions),
+            memory_bytes=int(memory),
+            holes=progress.holes,
+            skipped_steps=progress.skipped_steps,
+        )
+        self._restart()
+        return metrics
+
+    def pause(self) -> None:
+        """Leaves out of the speeds what happened since the last logged step (a checkpoint, a sample grid)."""
+        if self._num_steps == 0:
+            self._begun_s = time.monotonic()
+
+
+def progress_fields(progress: Progress) -> dict[str, object]:
+    """The counts as JSON values, for a checkpoint's `TrainState`."""
+    values = dataclasses.asdict(progress)
+    skipped = values.pop("skipped_steps")
+    values["images_by_class"] = {str(side_px): count for side_px, count in progress.images_by_class.items()}
+    return values | {"optimizer": {"skipped_steps": skipped}}

@@ -1,0 +1,106 @@
+"""The data of a run, step by step: index, loader, and the packs of each step on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.data.index import Index, build_index, default_index_dir, open_index
+from bitdance_scale.data.loader import Loader
+from bitdance_scale.data.loader_state import LoaderState
+from bitdance_scale.data.shards import expand_shards
+from bitdance_scale.parallel.broadcast import ReadStep, SharedStep, agree_on_error, share_step
+from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.sequence.tokens import TextTokenizer
+from bitdance_scale.vision.tokenizer import VisionTokenizer
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the reader of a replica says of a step.
+
+    Attributes:
+        loader: state that resumes after the step, JSON values.
+        images_by_class: resolution class (`side_px`) -> images planned in the global batch.
+        num_holes: images of this replica that could not be used.
+        wait_s: seconds that this replica waited for its loader.
+    """
+
+    loader: dict[str, object]
+    images_by_class: dict[int, int]
+    num_holes: int
+    wait_s: float
+
+
+def shared_index(config: RunConfig, topology: Topology) -> Index:
+    """The index of the data set: brought up to date by rank 0, then opened by every rank.
+
+    Raises:
+        DataError: on every rank, what is wrong with the shards.
+    """
+    data = config.data
+    index_dir = data.index_dir
+    with _together(topology):
+        if topology.rank == 0:
+            shards = expand_shards(data.shards)
+            build_index(shards, index_dir or default_index_dir(shards))
+    with _together(topology):
+        index = open_index(index_dir or default_index_dir(expand_shards(data.shards)))
+    return index
+
+
+class StepReader:
+    """The packs of every step, read by one rank of each replica and known to all of its ranks.
+
+    A context manager. An error of any reader is raised on all ranks of the job.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        text: TextTokenizer,
+        vision: VisionTokenizer,
+        topology: Topology,
+        state: dict[str, object] | None,
+    ) -> None:
+        self._vision, self._topology = vision, topology
+        self._loader: Loader | None = None
+        index = shared_index(config, topology)
+        with _together(topology):
+            if topology.is_reader:
+                resumed = None if state is None else LoaderState.from_dict(state)
+                self._loader = Loader(config, text, index, topology.data_rank, topology.data_size, resumed)
+
+    def __enter__(self) -> StepReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._loader is not None:
+            self._loader.close()
+
+    def next_step(self) -> SharedStep:
+        """The packs of the next step with their images encoded; the report is a `StepReport`."""
+        read = None
+        with _together(self._topology):
+            if self._loader is not None:
+                read = self._read(self._loader)
+        return share_step(read, self._vision, self._topology)
+
+    @staticmethod
+    def _read(loader: Loader) -> ReadStep:
+        step = loader.next_step()
+        report = StepReport(step.state.to_dict(), step.images_by_class, step.num_holes, step.wait_s)
+        return ReadStep([loaded.pack for loaded in step.packs], [loaded.images for loaded in step.packs], report)
+
+
+@contextlib.contextmanager
+def _together(topology: Topology) -> Iterator[None]:
+    """Runs a block that may fail on some ranks only, and raises its error on all of them."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    agree_on_error(error, topology)

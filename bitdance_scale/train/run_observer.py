@@ -1,0 +1,101 @@
+"""Everything a run shows: console, metrics.jsonl, W&B, sample grids and, at its end, the table and the curve."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.observe.console import Progress, loss_table
+from bitdance_scale.observe.figures import image_grid, loss_curve
+from bitdance_scale.observe.flops import count_parameters
+from bitdance_scale.observe.metrics import METRICS_FILE, MetricsWriter, StepMetrics, read_metrics
+from bitdance_scale.observe.wandb_sink import WandbSink
+from bitdance_scale.parallel.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+RUN_ID_FILE = "run_id.txt"
+CURVE_FILE = "loss_curve.png"
+GRID_COLUMNS = 4
+
+
+class RunObserver:
+    """The sinks of a run, on rank 0; on other ranks it does nothing. A context manager.
+
+    Args:
+        config: the run.
+        topology: the ranks.
+        run_folder: the run's folder.
+        vocab_size: entries of the tokenizer.
+        resumed_step: step the run goes on from; metrics of later steps are dropped, their work was lost.
+    """
+
+    def __init__(
+        self, config: RunConfig, topology: Topology, run_folder: Path, vocab_size: int, resumed_step: int
+    ) -> None:
+        self._config, self._run_folder = config, run_folder
+        self._is_active = topology.rank == 0
+        if not self._is_active:
+            return
+        logger.info(_summary(config, topology, vocab_size, resumed_step))
+        self._writer = MetricsWriter(run_folder, resumed_step)
+        self._wandb = WandbSink(config.observe, run_folder, dataclasses.asdict(config), _run_id(run_folder))
+        self._console = Progress(config.run.steps, resumed_step)
+
+    def __enter__(self) -> RunObserver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_active:
+            self._console.close()
+            self._writer.close()
+            self._wandb.finish()
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Records a logged step everywhere."""
+        if self._is_active:
+            self._writer.write(metrics)
+            self._wandb.log(metrics.step, metrics)
+            self._console.update(metrics)
+
+    def samples(self, step: int, images: Sequence[np.ndarray]) -> None:
+        """Writes the grid of a step's pictures, uint8 [H, W, 3] each, one per prompt."""
+        if self._is_active:
+            path = self._run_folder / "samples" / f"step_{step:06d}.png"
+            path.parent.mkdir(exist_ok=True)
+            image_grid(images, self._config.sample.prompts, path, GRID_COLUMNS)
+            self._wandb.log_image(step, path, f"step {step}")
+
+
+def show_result(run_folder: Path) -> str:
+    """Draws the loss curve of a run and returns its loss table with the places of everything written."""
+    metrics = read_metrics(run_folder / METRICS_FILE)
+    loss_curve(metrics, run_folder / CURVE_FILE)
+    grids = sorted((run_folder / "samples").glob("step_*.png"))
+    places = [f"loss curve   {run_folder / CURVE_FILE}", f"metrics      {run_folder / METRICS_FILE}"]
+    places += [f"samples      {grids[-1]}"] if grids else []
+    places += [f"checkpoints  {run_folder / 'checkpoints'}"]
+    places += [f"W&B          {run_folder / 'wandb'}"] if (run_folder / "wandb").exists() else []
+    return "\n".join([loss_table(metrics), "", *places])
+
+
+def _summary(config: RunConfig, topology: Topology, vocab_size: int, resumed_step: int) -> str:
+    parts = count_parameters(config, vocab_size)
+    sizes = ", ".join(f"{name} {count / 1e6:,.2f} M" for name, count in parts.items())
+    layout = f"tensor {topology.tensor_size} x pipeline {topology.pipeline_size} x data {topology.data_size}"
+    steps = f"steps {resumed_step} to {config.run.steps}, {config.data.global_batch} images each"
+    return f"parameters: {sizes}\nlayout: {layout}, ZeRO-{config.parallel.zero_stage}, {config.run.dtype}\n{steps}"
+
+
+def _run_id(run_folder: Path) -> str:
+    """The id of this run in W&B, the same after every resume."""
+    path = run_folder / RUN_ID_FILE
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:12] + "\n")
+    return path.read_text().strip()

@@ -1,0 +1,70 @@
+"""Pictures of the configured prompts, drawn with the model as it is."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.generate.decode import ImageNoise, decode_blocks, lay_out
+from bitdance_scale.parallel.decode import StageDecoder
+from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.parallel.zero import ZeroEngine
+from bitdance_scale.sequence.tokens import TextTokenizer
+from bitdance_scale.vision.bits import pack_bits
+from bitdance_scale.vision.tokenizer import VisionTokenizer
+
+# Images decoded together on one replica: bounds the key/value memory.
+MAX_BATCH = 8
+
+
+def draw_samples(
+    engine: ZeroEngine, config: RunConfig, text: TextTokenizer, vision: VisionTokenizer, topology: Topology
+) -> list[np.ndarray]:
+    """Draws one image per prompt; all ranks call it, prompts are dealt to the replicas.
+
+    Image i draws from noise stream i of `sample.seed`, so that it is the same under every layout.
+
+    Returns:
+        uint8 [H, W, 3] per prompt on rank 0, nothing elsewhere.
+    """
+    section, downsample = config.sample, config.vision.downsample
+    grid = (section.size_px[0] // downsample, section.size_px[1] // downsample)
+    prompts = [text.prompt_ids(prompt) for prompt in section.prompts]
+    per_replica = math.ceil(len(prompts) / topology.data_size)
+    # Every replica draws as many, some of them twice, because ZeRO-3 gathers weights at every call.
+    numbers = [(topology.data_rank + topology.data_size * index) % len(prompts) for index in range(per_replica)]
+    mine = {}
+    for start in range(0, per_replica, MAX_BATCH):
+        batch = numbers[start : start + MAX_BATCH]
+        bits = _draw_batch(engine, config, text, [prompts[number] for number in batch], batch, grid, topology)
+        mine |= dict(zip(batch, pack_bits(bits.cpu().numpy()), strict=True))
+    drawn: list[dict[int, np.ndarray] | None] = [None] * topology.data_size
+    dist.all_gather_object(drawn, mine, group=topology.data_group)
+    if topology.rank != 0:
+        return []
+    all_bits = {number: bits for part in drawn for number, bits in part.items()}
+    return [vision.decode(all_bits[number], grid).numpy() for number in range(len(prompts))]
+
+
+@torch.no_grad()
+def _draw_batch(
+    engine: ZeroEngine,
+    config: RunConfig,
+    text: TextTokenizer,
+    prompts: list[np.ndarray],
+    numbers: list[int],
+    grid: tuple[int, int],
+    topology: Topology,
+) -> torch.Tensor:
+    """Bits of a batch of images, float32 [I, h * w, C]."""
+    if config.sample.guidance != 1.0:
+        prompts = prompts + [text.unconditional_ids()] * len(prompts)
+    vision = config.vision
+    layout = lay_out(prompts, grid, vision.block_side, text.image_tokens, topology.device)
+    noise = ImageNoise(config.sample.seed, numbers, (vision.block_tokens, vision.num_bits), topology.device)
+    with StageDecoder(engine.stage, config, topology) as decoder:
+        return decode_blocks(decoder, layout, noise)

@@ -1,0 +1,158 @@
+"""The training loop: read, step, observe, sample, save, until the last step or a request to stop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from bitdance_scale.checkpoint.folder import CheckpointFolder
+from bitdance_scale.checkpoint.state import TrainState, load_checkpoint, save_checkpoint
+from bitdance_scale.config.load import dump_toml
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.errors import TrainingError
+from bitdance_scale.model.inputs import make_inputs
+from bitdance_scale.parallel.build import build_engine
+from bitdance_scale.parallel.step import train_step
+from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.sequence.noise import pack_noise
+from bitdance_scale.sequence.tokens import load_text_tokenizer
+from bitdance_scale.train.progress import Progress, StepMeter, learning_rate, progress_fields
+from bitdance_scale.train.reading import StepReader
+from bitdance_scale.train.run_observer import RunObserver
+from bitdance_scale.train.sampling import draw_samples
+from bitdance_scale.train.signals import StopRequest
+from bitdance_scale.vision.tokenizer import VisionTokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One run on this rank: the model under its layout, its data, its folder.
+
+    Building it resumes the newest checkpoint of the run folder, if there is one. All ranks do everything alike.
+
+    Args:
+        config: the run, checked.
+        topology: the ranks.
+        run_folder: `<run.root>/<run.name>`.
+
+    Raises:
+        BitDanceError: on every rank, what is wrong with files or data, before any step.
+    """
+
+    def __init__(self, config: RunConfig, topology: Topology, run_folder: Path) -> None:
+        self.config, self.topology, self.run_folder = config, topology, run_folder
+        self._text = load_text_tokenizer(config.text, config.vision.block_tokens)
+        self._vision = VisionTokenizer(config.vision, topology.device)
+        self._checkpoints = CheckpointFolder(run_folder / "checkpoints", keep=config.checkpoint.keep)
+        self._engine = build_engine(config, self._text.vocab_size, topology)
+        self._loader_state: dict[str, object] | None = None
+        self.progress = Progress()
+        self._saved_step = 0
+        latest = self._checkpoints.latest()
+        if latest is not None:
+            self._resume(latest)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the last configured step has been taken."""
+        return self.progress.step >= self.config.run.steps
+
+    def train(self, stop: StopRequest) -> bool:
+        """Trains to the last step and saves; returns False when a request to stop came first (saved as well).
+
+        Raises:
+            TrainingError: gradients stayed non-finite for `optim.max_skipped_steps` steps.
+            DataError: the loader found too much unreadable data.
+        """
+        config, topology, progress = self.config, self.topology, self.progress
+        meter = StepMeter(config, self._text.vocab_size, topology, progress)
+        num_skipped_in_a_row = 0
+        with (
+            RunObserver(config, topology, self.run_folder, self._text.vocab_size, progress.step) as observer,
+            StepReader(config, self._text, self._vision, topology, self._loader_state) as reader,
+        ):
+            while not self.is_complete:
+                shared = reader.next_step()
+                step = progress.step
+                batch = [
+                    make_inputs(pack, self._noise(pack, step), config, topology.device) for pack in shared.packs
+                ]
+                lr = learning_rate(config.optim, step)
+                losses, outcome = train_step(self._engine, batch, config.loss, lr, topology)
+                meter.add(shared.packs, shared.report, outcome.is_skipped)
+                self._loader_state = shared.report.loader
+                num_skipped_in_a_row = num_skipped_in_a_row + 1 if outcome.is_skipped else 0
+                self._check_skipped(num_skipped_in_a_row)
+                if self._is_due(config.observe.log_every_steps):
+                    observer.step(meter.metrics(losses, outcome, lr))
+                if stop.agreed(dist.group.WORLD, topology.device):
+                    self.save()
+                    return False
+                if self._is_due(config.checkpoint.every_steps):
+                    self.save()
+                if config.sample.prompts and config.sample.every_steps and self._is_due(config.sample.every_steps):
+                    observer.samples(progress.step, self.draw_samples())
+                meter.pause()
+        return True
+
+    def draw_samples(self) -> list:
+        """Draws the configured prompts; uint8 [H, W, 3] each on rank 0, nothing elsewhere."""
+        return draw_samples(self._engine, self.config, self._text, self._vision, self.topology)
+
+    def save(self) -> None:
+        """Commits a checkpoint of the present step, unless there is one."""
+        if self._saved_step == self.progress.step:
+            return
+        begun_s = time.monotonic()
+        fields = progress_fields(self.progress)
+        fields["optimizer"] |= {"step": self._engine.optimizer_step()}
+        state = TrainState(loader=self._loader_state, tokenizer_digest=self._text.digest, **fields)
+        save_checkpoint(
+            self._checkpoints,
+            state,
+            self._engine.model_values(),
+            self._engine.optimizer_values(),
+            dump_toml(self.config),
+        )
+        self._saved_step = self.progress.step
+        logger.info("checkpoint of step %d written in %.1f s", self.progress.step, time.monotonic() - begun_s)
+
+    def _resume(self, path: Path) -> None:
+        state = load_checkpoint(
+            path,
+            self._engine.model_values(),
+            self._engine.optimizer_values(),
+            tokenizer_digest=self._text.digest,
+        )
+        self._engine.set_optimizer_step(state.optimizer["step"])
+        self._loader_state = state.loader
+        self.progress = Progress(
+            step=state.step,
+            images=state.images,
+            tokens=state.tokens,
+            images_by_class={int(side_px): count for side_px, count in state.images_by_class.items()},
+            holes=state.holes,
+            skipped_steps=state.optimizer["skipped_steps"],
+        )
+        self._saved_step = state.step
+        logger.info("resumed from %s", path)
+
+    def _noise(self, pack, step: int):
+        return pack_noise(pack, self.config.vision.num_bits, self.config.run.seed, step)
+
+    def _is_due(self, every_steps: int) -> bool:
+        """Whether something done every so many steps, and after the last one, is due now."""
+        return self.progress.step % every_steps == 0 or self.is_complete
+
+    def _check_skipped(self, num_skipped_in_a_row: int) -> None:
+        if num_skipped_in_a_row > self.config.optim.max_skipped_steps:
+            raise TrainingError(
+                f"step {self.progress.step}: the gradient was not finite in {num_skipped_in_a_row} consecutive steps "
+                f"(optim.max_skipped_steps = {self.config.optim.max_skipped_steps}). The last checkpoint is sound: resume "
+                "from it with a lower optim.lr, or look for damaged samples in the steps before."
+            )
