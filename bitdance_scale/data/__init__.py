@@ -8,5 +8,6 @@
     decode.py    bytes                          -> pixels of the planned bucket
     loader.py    drives the above ahead of training, in threads
 
-Nothing random depends on a rank or a thread: the plan is a pure function, and a rank reads the part of it that is its own.
+Nothing random depends on a rank or a thread: the plan is a pure function, and a rank reads the part of it that is its
+own.
 """

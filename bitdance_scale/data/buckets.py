@@ -1,8 +1,8 @@
 """Which image size an image is trained at, in each resolution class.
 
-A class draws from *every* image large enough for one of its buckets, so one image may be trained in several classes. The
-alternative, one class per image, would starve the small classes of all large images (most of the data) and tie the mix
-to the data set; the paper's mix by image count (2:7:1) is a property of the batch alone.
+A class draws from *every* image large enough for one of its buckets, so one image may be trained in several classes.
+The alternative, one class per image, would starve the small classes of all large images (most of the data) and tie the
+mix to the data set; the paper's mix by image count (2:7:1) is a property of the batch alone.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def class_buckets(resolution: ResolutionClass) -> np.ndarray:
 def assign_buckets(height_px: np.ndarray, width_px: np.ndarray, buckets: np.ndarray, max_upscale: float) -> np.ndarray:
     """The bucket nearest in aspect among those that an image covers when enlarged at most `max_upscale` times.
 
-    Nearest by the ratio of the aspects, the larger over the smaller; of equals, the first. Images of more pixels than the
-    decoder accepts go nowhere.
+    Nearest by the ratio of the aspects, the larger over the smaller; of equals, the first. Images of more pixels than
+    the decoder accepts go nowhere.
 
     Args:
         height_px, width_px: [N], stored sizes.

@@ -65,7 +65,8 @@ def decode_image(data: bytes, stored_px: tuple[int, int], bucket_px: tuple[int, 
         orientation = _orientation(image)
         size_px = _upright_size_px(image)
         if size_px != stored_px:
-            raise SampleFault(FaultCause.SIZE_MISMATCH, f"the image is {size_px} pixels, its index entry says {stored_px}")
+            detail = f"the image is {size_px} pixels, its index entry says {stored_px}"
+            raise SampleFault(FaultCause.SIZE_MISMATCH, detail)
         try:
             image.load()
         except Exception as error:  # Damaged bytes make Pillow's plugins raise nearly anything.

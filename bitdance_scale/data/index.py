@@ -1,12 +1,13 @@
 """The index: where every sample of a data set lies, its stored size and its caption, in memory-mapped columns.
 
-Built once by one process (`build_index`), then opened by all (`open_index`). In the index folder, `index.json` holds the
-shard table and names a folder of columns, one `.npy` each; both appear by rename, so a reader sees an old build or a new
-one, never half of one. The columns of a superseded build stay until their folder is deleted, for runs that have it open.
+Built once by one process (`build_index`), then opened by all (`open_index`). In the index folder, `index.json` holds
+the shard table and names a folder of columns, one `.npy` each; both appear by rename, so a reader sees an old build or
+a new one, never half of one. The columns of a superseded build stay until their folder is deleted, for runs that have
+it open.
 
 A sample is known by its position in the index, which is its key everywhere (`Sample.key`). The index hash covers
-everything a plan depends on (order, sizes, captions, places in the shards) and not where the shards lie, so that a moved
-data set resumes.
+everything a plan depends on (order, sizes, captions, places in the shards) and not where the shards lie, so that a
+moved data set resumes.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def build_index(shards: Sequence[str], index_dir: str | Path) -> Index:
     if old is not None and rows == list(range(len(old.shards))):
         return old
 
-    starts = np.cumsum([0, *(entry.num_samples for entry in old.shards)]) if old is not None else np.zeros(1, dtype=np.int64)
+    starts = np.cumsum([0, *(entry.num_samples for entry in (() if old is None else old.shards))])
     contents = [
         scan_shard(path) if row is None else _content_of(old, row, int(starts[row]))
         for path, row in zip(shards, rows, strict=True)
@@ -146,14 +147,16 @@ def build_index(shards: Sequence[str], index_dir: str | Path) -> Index:
     if not len(columns["shard"]):
         faults = {path: content.faults for path, content in zip(shards, contents, strict=True)}
         raise DataError(
-            f"data.shards: no usable image in {len(shards)} shards ({faults}). Samples need a .jpg, .png or .webp member "
-            "and, beside it, .txt and .json of the same key."
+            f"data.shards: no usable image in {len(shards)} shards ({faults}). Samples need a .jpg, .png or .webp "
+            "member and, beside it, .txt and .json of the same key."
         )
     index = Index(_digest(entries, columns), entries, columns)
     try:
         _write(index, index_dir)
     except OSError as error:
-        raise DataError(f"{index_dir}: cannot write the index ({error}). Set data.index_dir to a writable folder.") from error
+        raise DataError(
+            f"{index_dir}: cannot write the index ({error}). Set data.index_dir to a writable folder."
+        ) from error
     return open_index(index_dir)
 
 
@@ -168,7 +171,10 @@ def open_index(index_dir: str | Path) -> Index:
     try:
         table = json.loads(table_path.read_text(encoding="utf-8"))
         if table["format"] != _FORMAT:
-            raise DataError(f"{table_path}: format {table['format']}, this version reads {_FORMAT}. Delete {index_dir} to build it anew.")
+            raise DataError(
+                f"{table_path}: format {table['format']}, this version reads {_FORMAT}. Delete {index_dir} to build it "
+                "anew."
+            )
         entries = tuple(
             ShardEntry(os.path.abspath(index_dir / shard["path"]), **{k: v for k, v in shard.items() if k != "path"})
             for shard in table["shards"]
@@ -189,7 +195,9 @@ def _stat(path: str) -> os.stat_result:
     try:
         return os.stat(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot open the shard ({error.strerror}). Correct data.shards or restore the file.") from error
+        raise DataError(
+            f"{path}: cannot open the shard ({error.strerror}). Correct data.shards or restore the file."
+        ) from error
 
 
 def _content_of(index: Index, row: int, start: int) -> ShardContent:
@@ -243,7 +251,8 @@ def _write(index: Index, index_dir: Path) -> None:
             if not folder.exists():
                 raise
     shards = [
-        {**dataclasses.asdict(entry), "path": os.path.relpath(entry.path, os.path.abspath(index_dir))} for entry in index.shards
+        {**dataclasses.asdict(entry), "path": os.path.relpath(entry.path, os.path.abspath(index_dir))}
+        for entry in index.shards
     ]
     table = {"format": _FORMAT, "hash": index.hash, "shards": shards}
     temporary = index_dir / f".building_{uuid.uuid4().hex}"

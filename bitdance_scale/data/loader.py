@@ -164,8 +164,8 @@ class Loader:
         if self.state.pack >= len(flight.packs):
             raise CheckpointError(
                 f"the loader state lies after pack {self.state.pack} of step {self.state.step}, which now has "
-                f"{len(flight.packs)} packs: data.max_pack_tokens or the text tokenizer changed. Restore them, or resume "
-                "from a checkpoint at a step boundary."
+                f"{len(flight.packs)} packs: data.max_pack_tokens or the text tokenizer changed. Restore them, or "
+                "resume from a checkpoint at a step boundary."
             )
         planned = flight.packs[self.state.pack]
         results = [image.result() for _, image in planned]

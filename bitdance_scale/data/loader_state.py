@@ -42,7 +42,9 @@ class LoaderState:
         """
         expected = {"seed": int, "index_hash": str, "plan_hash": str, "step": int, "pack": int, "num_data_ranks": int}
         if {name: type(value) for name, value in values.items()} != expected:
-            raise CheckpointError(f"loader state {values}: expected the fields {sorted(expected)}. Resume from another checkpoint.")
+            raise CheckpointError(
+                f"loader state {values}: expected the fields {sorted(expected)}. Resume from another checkpoint."
+            )
         return cls(**values)
 
     def check(self, expected: LoaderState) -> None:
@@ -57,13 +59,13 @@ class LoaderState:
         if self.index_hash != expected.index_hash:
             raise CheckpointError(
                 f"the checkpoint was trained on the data set with index {self.index_hash}, data.shards now gives "
-                f"{expected.index_hash}: shards were added, removed, reordered or changed. Restore data.shards, or start a "
-                "new run from the checkpoint's weights."
+                f"{expected.index_hash}: shards were added, removed, reordered or changed. Restore data.shards, or "
+                "start a new run from the checkpoint's weights."
             )
         if self.seed != expected.seed:
             raise CheckpointError(
-                f"the checkpoint was trained with run.seed={self.seed}, now it is {expected.seed}: the data order would "
-                "not go on. Restore run.seed, or start a new run from the checkpoint's weights."
+                f"the checkpoint was trained with run.seed={self.seed}, now it is {expected.seed}: the data order "
+                "would not go on. Restore run.seed, or start a new run from the checkpoint's weights."
             )
         if self.plan_hash != expected.plan_hash:
             raise CheckpointError(
@@ -73,6 +75,6 @@ class LoaderState:
         if self.pack and self.num_data_ranks != expected.num_data_ranks:
             raise CheckpointError(
                 f"the checkpoint lies inside step {self.step}, after pack {self.pack} on each of {self.num_data_ranks} "
-                f"data-parallel replicas; this run has {expected.num_data_ranks}. Resume on {self.num_data_ranks} replicas, "
-                "or from a checkpoint at a step boundary."
+                f"data-parallel replicas; this run has {expected.num_data_ranks}. Resume on {self.num_data_ranks} "
+                "replicas, or from a checkpoint at a step boundary."
             )

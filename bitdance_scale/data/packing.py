@@ -1,8 +1,8 @@
 """Deals a global batch out to the packs of all data-parallel ranks, evenly.
 
 All ranks compute the same partition from the lengths alone, without communication. Every rank gets the same number of
-packs, since the pipeline schedule and ZeRO's collectives run once per pack on all of them; and packs of equal cost, since
-a step is as slow as its slowest rank.
+packs, since the pipeline schedule and ZeRO's collectives run once per pack on all of them; and packs of equal cost,
+since a step is as slow as its slowest rank.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def partition_batch(
 ) -> list[list[list[int]]]:
     """Packs of every rank, as places in the global batch.
 
-    The fewest packs per rank that fit; longest sample first into the cheapest pack that has room; packs to ranks so that
-    costs even out; then swaps between the dearest and the cheapest rank. No sample is dropped or repeated.
+    The fewest packs per rank that fit; longest sample first into the cheapest pack that has room; packs to ranks so
+    that costs even out; then swaps between the dearest and the cheapest rank. No sample is dropped or repeated.
 
     Args:
         lengths: int64 [B], positions that each sample takes in a pack.
@@ -76,9 +76,9 @@ def partition_batch(
         num_packs += 1
     if not all(packs):
         raise ConfigError(
-            f"data.global_batch={len(lengths)}: {num_packs} packs on each of {num_ranks} data-parallel replicas need at "
-            f"least {num_packs * num_ranks} samples. Raise data.global_batch or data.max_pack_tokens ({max_pack_tokens}), "
-            "or run on fewer replicas."
+            f"data.global_batch={len(lengths)}: {num_packs} packs on each of {num_ranks} data-parallel replicas need "
+            f"at least {num_packs * num_ranks} samples. Raise data.global_batch or data.max_pack_tokens "
+            f"({max_pack_tokens}), or run on fewer replicas."
         )
     ranks = _deal(packs, costs, num_ranks)
     _even_out(ranks, lengths, costs, max_pack_tokens)

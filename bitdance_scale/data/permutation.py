@@ -16,8 +16,10 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele et al., "Fast splittable pseudorandom number generators", 2014): a bijection of
-    uint64 that scatters neighbours."""
+    """The finaliser of SplitMix64, a bijection of uint64 that scatters neighbours.
+
+    Source: Steele et al., "Fast splittable pseudorandom number generators", 2014.
+    """
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

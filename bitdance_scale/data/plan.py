@@ -136,8 +136,8 @@ class _Stream:
             raise DataError(
                 f"data.classes: none of the {len(index)} images fills a bucket of class {resolution.side_px} px with "
                 f"data.max_upscale={max_upscale:g}; the one with the longest short side has (height, width) "
-                f"{index.size_px(largest)}. Set the share of the class to 0, give it smaller buckets, add larger images "
-                "or raise data.max_upscale."
+                f"{index.size_px(largest)}. Set the share of the class to 0, give it smaller buckets, add larger "
+                "images or raise data.max_upscale."
             )
 
     def draw(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:

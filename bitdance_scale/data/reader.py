@@ -19,8 +19,10 @@ from bitdance_scale.errors import DataError
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """(key, extension in lower case) of a tar member by webdataset's rule: the extension starts at the first dot of the
-    file name, so `a/0001.syn.json` is key `a/0001`, extension `syn.json`. None for names without one or the other."""
+    """(key, extension in lower case) of a tar member by webdataset's rule; None for names without one or the other.
+
+    The extension starts at the first dot of the file name: `a/0001.syn.json` has key `a/0001`, extension `syn.json`.
+    """
     key, extension = base_plus_ext(name)
     return None if key is None else (key, extension.lower())
 
@@ -35,7 +37,9 @@ def expand_braces(spec: str) -> list[str]:
         return expand_urls(spec)
     # webdataset asserts that the variables are set.
     except (ValueError, AssertionError) as error:
-        raise DataError(f"data.shards: {spec!r} is no valid brace list ({error}). Write it as 'data/{{00000..00099}}.tar'.") from error
+        raise DataError(
+            f"data.shards: {spec!r} is no valid brace list ({error}). Write it as 'data/{{00000..00099}}.tar'."
+        ) from error
 
 
 class ShardReader:
@@ -62,15 +66,16 @@ class ShardReader:
         Raises:
             SampleFault: the range cannot be read, or the header there is no longer the indexed one.
         """
+        place = f"bytes {offset}..{offset + num_bytes}"
         try:
             shard = self._shard(path)
             data = os.pread(shard.descriptor, BLOCK_BYTES + num_bytes, offset - BLOCK_BYTES)
         except OSError as error:
-            raise SampleFault(FaultCause.READ_FAILED, f"bytes {offset}..{offset + num_bytes}: {error.strerror}") from error
+            raise SampleFault(FaultCause.READ_FAILED, f"{place}: {error.strerror}") from error
         if len(data) < BLOCK_BYTES + num_bytes:
-            raise SampleFault(FaultCause.READ_FAILED, f"bytes {offset}..{offset + num_bytes}: the shard ends before them")
+            raise SampleFault(FaultCause.READ_FAILED, f"{place}: the shard ends before them")
         if zlib.crc32(data[:BLOCK_BYTES]) != header_crc:
-            raise SampleFault(FaultCause.SHARD_CHANGED, f"byte {offset - BLOCK_BYTES}: not the tar header that was indexed")
+            raise SampleFault(FaultCause.SHARD_CHANGED, f"{place}: not behind the tar header that was indexed")
         return data[BLOCK_BYTES:]
 
     def close(self) -> None:

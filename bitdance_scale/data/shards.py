@@ -52,7 +52,8 @@ def _expand_spec(spec: str) -> list[str]:
                 raise DataError(f"data.shards: {candidate!r} matches no file. Correct data.shards.")
         else:
             raise DataError(
-                f"data.shards: shard {candidate!r} (from {spec!r}) does not exist. Restore the file or correct data.shards."
+                f"data.shards: shard {candidate!r} (from {spec!r}) does not exist. Restore the file or correct "
+                "data.shards."
             )
         paths += found
     return paths

@@ -47,7 +47,9 @@ def scan_members(path: str) -> Iterator[Member]:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise DataError(f"{path}: cannot open the shard ({error.strerror}). Correct data.shards or restore the file.") from error
+        raise DataError(
+            f"{path}: cannot open the shard ({error.strerror}). Correct data.shards or restore the file."
+        ) from error
     try:
         yield from _walk(path, descriptor, os.fstat(descriptor).st_size)
     finally:
@@ -71,8 +73,8 @@ def _walk(path: str, descriptor: int, file_bytes: int) -> Iterator[Member]:
         content = offset + BLOCK_BYTES
         end = content + -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
         if end > file_bytes:
-            problem = f"member {_name(header, overrides)!r} of {num_bytes} bytes reaches past the end of the file ({file_bytes} bytes), so it was cut"
-            raise _damage(path, offset, problem)
+            member = f"member {_name(header, overrides)!r} of {num_bytes} bytes"
+            raise _damage(path, offset, f"{member} reaches past the end of the file ({file_bytes} bytes): it was cut")
         if kind in _REGULAR_TYPES:
             yield Member(_name(header, overrides), content, num_bytes, zlib.crc32(header))
             overrides = {}

@@ -84,9 +84,10 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     size = (60, 40) if orientation >= 5 else (40, 60)
     assert read_size_px(data) == size
     pixels = decode_image(data, size, size)
-    # By the EXIF table, the stored top left corner is seen at: 1 top left, 2 top right, 3 bottom right, 4 bottom left, ..
+    # By the EXIF standard, where the top left corner of the stored picture is seen.
     rows, columns = size[0] // 2, size[1] // 2
-    corners = {"tl": pixels[:rows, :columns], "tr": pixels[:rows, columns:], "bl": pixels[rows:, :columns], "br": pixels[rows:, columns:]}
+    top, bottom = pixels[:rows], pixels[rows:]
+    corners = {"tl": top[:, :columns], "tr": top[:, columns:], "bl": bottom[:, :columns], "br": bottom[:, columns:]}
     expected = {1: "tl", 2: "tr", 3: "br", 4: "bl", 5: "tl", 6: "tr", 7: "br", 8: "bl"}[orientation]
     assert max(corners, key=lambda name: corners[name].mean()) == expected
 

@@ -132,8 +132,9 @@ def test_states_of_another_run_are_refused(index, data_set, make_config, tokeniz
         with pytest.raises(CheckpointError, match=message):
             Loader(changed, tokenizer, used, 0, 1, state)
     inside = dataclasses.replace(state, pack=50)
-    with Loader(config, tokenizer, index, 0, 1, inside) as loader, pytest.raises(CheckpointError, match="after pack 50"):
-        next(loader)
+    with Loader(config, tokenizer, index, 0, 1, inside) as loader:
+        with pytest.raises(CheckpointError, match="after pack 50"):
+            next(loader)
     with pytest.raises(CheckpointError, match="expected the fields"):
         LoaderState.from_dict({"step": 3})
 
@@ -180,14 +181,15 @@ def test_too_many_holes_stop_the_run(make_config, tokenizer, tmp_path: Path) -> 
     shards = broken_data_set(tmp_path, num_good=6, num_broken=2)
     index = build_index(shards, tmp_path / "index")
     config = make_config(global_batch=200, max_pack_tokens=4096, max_hole_share=0.01)
-    with Loader(config, tokenizer, index, 0, 1) as loader, pytest.raises(DataError, match="bad_image .*00000.tar") as stopped:
-        for _ in range(6):
-            loader.next_step()
+    with Loader(config, tokenizer, index, 0, 1) as loader:
+        with pytest.raises(DataError, match="bad_image .*00000.tar") as stopped:
+            for _ in range(6):
+                loader.next_step()
     assert "more than data.max_hole_share=0.01 allows" in str(stopped.value)
     assert 1000 <= loader.ledger.num_read < 1200
 
 
-def test_shards_changed_or_lost_under_a_run_become_holes(index, data_set, make_config, tokenizer, tmp_path: Path) -> None:
+def test_shards_changed_or_lost_become_holes(data_set, make_config, tokenizer, tmp_path: Path) -> None:
     shards = [shutil.copy2(path, tmp_path) for path in data_set]
     index = build_index(shards, tmp_path / "copied")
     Path(shards[0]).unlink()

@@ -86,7 +86,7 @@ def test_refusals() -> None:
 
 
 def test_cost_model_counts_the_layer() -> None:
-    """Linear weights of a Qwen3-14B layer, written out: q and o 5120 x 5120, k and v 5120 x 1024, three 5120 x 17408."""
+    """Weights of a Qwen3-14B layer, written out: q and o 5120 x 5120, k and v 5120 x 1024, three of 5120 x 17408."""
     weights = 2 * 5120 * 5120 + 2 * 5120 * 1024 + 3 * 5120 * 17408
     # Per pair of tokens: scores and values, a multiply-add each per channel, half of the pairs masked: 5120 in all.
     assert COST.quadratic == pytest.approx(5120 / weights, rel=1e-12)  # Two roundings of float64 at most.

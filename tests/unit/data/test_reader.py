@@ -50,6 +50,6 @@ def test_missing_cut_and_replaced_shards_are_faults(tmp_path: Path) -> None:
         read(ShardReader(), path, member)
     assert cut.value.cause == FaultCause.READ_FAILED
     write_tar(tmp_path / "0.tar", {"1": {"jpg": b"y" * 900}})
-    with pytest.raises(SampleFault, match="not the tar header that was indexed") as replaced:
+    with pytest.raises(SampleFault, match="not behind the tar header that was indexed") as replaced:
         read(ShardReader(), path, member)
     assert replaced.value.cause == FaultCause.SHARD_CHANGED
