@@ -31,7 +31,7 @@ class StepMetrics:
         loss_text: cross-entropy in nats, a mean over the text targets of the global batch; 0 without any.
         grad_norm: global gradient norm before clipping.
         lr: learning rate of the step.
-        step_s: wall-clock seconds per optimiser step, since the previous logged step.
+        step_s: wall-clock seconds per optimiser step since the previous logged one, saving and sampling left out.
         data_wait_s: part of `step_s` spent waiting for the loader, on the slowest rank.
         tokens_per_s: positions per second of all ranks together, padding left out.
         images_per_s: images per second of all ranks together.

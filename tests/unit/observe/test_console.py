@@ -6,6 +6,8 @@ import dataclasses
 import io
 import logging
 import math
+import os
+import pty
 import subprocess
 import sys
 
@@ -85,6 +87,25 @@ def test_a_terminal_gets_a_bar_with_loss_speed_and_remaining_time():
     progress.close()
     last = stream.getvalue().rsplit("\r", maxsplit=1)[-1]
     assert "loss 1.5000" in last and "6/10" in last and "16 images/s, ETA 0:06:00" in last
+
+
+BAR = """
+import sys
+from bitdance_scale.observe.console import Progress
+from bitdance_scale.observe.metrics import StepMetrics
+progress = Progress(num_steps=10, resumed_step=0)
+progress.update(StepMetrics.from_json(sys.argv[1]))
+progress.close()
+"""
+
+
+def test_a_terminal_that_does_not_tell_its_size_gets_the_bar_too():
+    controller, terminal = pty.openpty()
+    subprocess.run([sys.executable, "-c", BAR, point(7).to_json()], stdout=terminal, check=True)
+    os.close(terminal)
+    shown = os.read(controller, 65536).decode()
+    os.close(controller)
+    assert "7/10" in shown and "loss 1.5000" in shown
 
 
 def test_rank_0_logs_to_the_console_and_to_log_txt(tmp_path, capsys, restored_logging):
