@@ -12,7 +12,14 @@ from bitdance_scale.errors import CheckpointError
 from bitdance_scale.parallel.partition import Placement, ShardedValue, whole_pieces
 
 STATE = TrainState(
-    step=7, images=70, tokens=7000, loader={"step": 7, "holes": [3]}, optimizer={"step": 6}, tokenizer_digest="abc"
+    step=7,
+    images=69,
+    tokens=7000,
+    loader={"step": 7},
+    optimizer={"step": 6},
+    tokenizer_digest="abc",
+    images_by_class={"256": 14, "512": 55},
+    holes=1,
 )
 
 
