@@ -87,7 +87,9 @@ def image_grid(images: Sequence[np.ndarray], captions: Sequence[str], path: Path
         ValueError: no image, another count of captions, or an array that is no RGB image.
     """
     if not images or len(images) != len(captions) or columns < 1:
-        raise ValueError(f"{len(images)} images, {len(captions)} captions in {columns} columns: need one caption per image")
+        raise ValueError(
+            f"{len(images)} images, {len(captions)} captions in {columns} columns: need one caption per image"
+        )
     for image in images:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")

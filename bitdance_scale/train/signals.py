@@ -21,8 +21,8 @@ class StopRequest:
 
     A signal may reach some ranks only, and at different steps; the trainer asks `agreed` after every step, so that all
     ranks stop after the same one, save, and leave with `EXIT_REQUEUE`. Signals reach Python's main thread only, so the
-    block must run there. torchrun forwards SIGTERM and SIGINT and kills its workers 30 seconds later; where a checkpoint
-    takes longer, send SIGUSR1 to the workers themselves, ahead of time.
+    block must run there. torchrun forwards SIGTERM and SIGINT and kills its workers 30 seconds later; where a
+    checkpoint takes longer, send SIGUSR1 to the workers themselves, ahead of time.
 
     Attributes:
         signal_name: name of the first signal that came to this process; None when none has.
