@@ -41,7 +41,9 @@ def rules_table() -> str:
     lines = ["| Rule | Settings | Reason |", "|---|---|---|"]
     for rule in RULES:
         settings = ", ".join(f"`{setting}`" for setting in rule.settings)
-        lines.append(f"| {rule.claim} | {settings} | {rule.reason} |")
+        # A pipe ends a cell even inside code.
+        reason = rule.reason.replace("|", "\\|")
+        lines.append(f"| {rule.claim} | {settings} | {reason} |")
     lines += ["", "| Setting | Must be |", "|---|---|"]
     lines += [f"| `{setting}` | {constraint} |" for setting, constraint in CONSTRAINTS.items()]
     return "\n".join(lines) + "\n"

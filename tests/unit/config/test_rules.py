@@ -148,3 +148,9 @@ def test_table_has_a_row_for_every_rule_and_setting() -> None:
     table = rules_table()
     rows = [line for line in table.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + len(RULES) + len(CONSTRAINTS)
+
+
+@pytest.mark.parametrize("layout", [[], ["parallel.tensor=2"], ["parallel.pipeline=2"], ["parallel.zero_stage=3"]])
+def test_demo_can_be_trained(layout: list[str]) -> None:
+    demo = Path(__file__).parents[3] / "pipelines" / "configs" / "demo.toml"
+    check(load_config(demo, layout), 2)

@@ -1,0 +1,50 @@
+# make pretrain   the demo, end to end      make test   the tests      make help   all targets
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup pretrain test docs clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+NPROC ?= 2
+CONFIG ?= pipelines/configs/demo.toml
+# The stamp carries the folder: a copied checkout would otherwise run the package of the original.
+STAMP := $(VENV)/installed-$(shell pwd -P | cksum | cut -d' ' -f1)
+# Which Python makes the environment; the first of 3.11 or newer unless PYTHON= names one.
+FIND_PYTHON = for python in $(PYTHON) python3 python3.11 python3.12 python3.13 python3.14; do \
+	"$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$python"; break; }; done
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+# One thread per process: the processes already take the cores.
+export OMP_NUM_THREADS ?= 1
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
+
+setup: $(STAMP)  ## .venv with the pinned dependencies
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		python=$$($(FIND_PYTHON)); \
+		[ -n "$$python" ] || { echo "No Python 3.11 or newer with venv was found; name one: make PYTHON=/path/to/python3.11"; exit 1; }; \
+		echo "Making $(VENV) with $$python"; "$$python" -m venv --clear $(VENV); \
+	fi
+	@echo "Installing dependencies into $(VENV) (minutes the first time)"
+	@# torch first: DeepSpeed's build looks for it.
+	@$(PIP) install --constraint constraints.txt torch setuptools wheel
+	@DS_BUILD_OPS=0 $(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[test]'
+	@touch $@
+
+pretrain: setup  ## draw the demo images, train on them; ARGS= overrides settings, NPROC= processes
+	$(BIN)/python tools/make_demo_shards.py data/demo --images 4000
+	$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$(NPROC) pipelines/pretrain.py $(CONFIG) $(ARGS)
+
+test: setup  ## all tests; ARGS= goes to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+docs: setup  ## regenerate docs/config.md and docs/rules.md
+	$(BIN)/python tools/write_config_docs.py
+
+clean:  ## remove the environment, caches and the demo's images
+	rm -rf $(VENV) data/demo build *.egg-info .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
