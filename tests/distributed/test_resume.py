@@ -1,0 +1,99 @@
+"""Killed anywhere and started again, a run ends with the very weights and losses of an uninterrupted one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bitdance_scale.observe.metrics import METRICS_FILE, read_metrics
+from tests.distributed.spawn import run_ranks
+
+NUM_RANKS = 2
+NUM_STEPS = 6
+SAVE_EVERY = 2
+KILL_STEP = 4
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory) -> list[str]:
+    """Overrides that make the demo small: few images, an untrained tokenizer, two layers."""
+    from bitdance_scale.vision.autoencoder import Autoencoder
+    from tools.make_demo_shards import write_shards
+
+    folder = tmp_path_factory.mktemp("material")
+    write_shards(folder / "shards", num_images=60, per_shard=30, seed=0)
+    torch.manual_seed(0)
+    save_file(Autoencoder(num_bits=16, channels=32, channel_mult=(1, 1, 2), num_res_blocks=1).state_dict(), folder / "ae.safetensors")
+    return [
+        f"data.shards=['{folder / 'shards'}']",
+        f"vision.weights='{folder / 'ae.safetensors'}'",
+        "model.num_layers=2",
+        "data.global_batch=10",
+        f"run.steps={NUM_STEPS}",
+        f"checkpoint.every_steps={SAVE_EVERY}",
+        "sample.every_steps=0",
+        "observe.wandb_mode=disabled",
+    ]
+
+
+def _run(rank: int, root: str, overrides: list[str], kill: str | None) -> tuple[str, int]:
+    """Trains in this process; `kill` names the moment of SIGKILL. Returns (digest of this rank's tensors, start step)."""
+    from bitdance_scale.config.load import load_config
+    from bitdance_scale.parallel.topology import make_topology, start_process_group
+    from bitdance_scale.train.signals import StopRequest
+    from bitdance_scale.train.trainer import Trainer
+
+    config = load_config("pipelines/configs/demo.toml", [*overrides, f"run.root='{root}'"])
+    start_process_group(timeout_s=60)
+    trainer = Trainer(config, make_topology(config.parallel), Path(root) / config.run.name)
+    start_step = trainer.progress.step
+
+    def die_if(is_moment: bool) -> None:
+        if is_moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if kill == "between":
+        draw_noise = trainer._noise
+        trainer._noise = lambda pack, step: (die_if(step == KILL_STEP + 1), draw_noise(pack, step))[1]
+    elif kill is not None:
+        trainer._checkpoints._before = lambda action: die_if(trainer.progress.step == KILL_STEP and action == kill)
+    with StopRequest() as stop:
+        assert trainer.train(stop)
+    digest = hashlib.sha256()
+    for values in (trainer._engine.model_values(), trainer._engine.optimizer_values()):
+        for name in sorted(values):
+            for piece in values[name].pieces:
+                digest.update(name.encode() + piece.tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest(), start_step
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(material, tmp_path_factory):
+    root = tmp_path_factory.mktemp("uninterrupted")
+    digests = [digest for digest, _ in run_ranks(NUM_RANKS, _run, str(root), material, None)]
+    return digests, read_metrics(root / "demo" / METRICS_FILE)
+
+
+@pytest.mark.parametrize(
+    # Before the manifest nothing of the save counts; after the rename all of it does, pointed at or not.
+    ("kill", "resumed_step"),
+    [("between", KILL_STEP), ("manifest", SAVE_EVERY), ("latest", SAVE_EVERY)],
+)
+def test_killed_run_ends_as_the_uninterrupted_one(material, uninterrupted, tmp_path, kill, resumed_step):
+    with pytest.raises(AssertionError, match="exit code -9"):
+        run_ranks(NUM_RANKS, _run, str(tmp_path), material, kill)
+    records = run_ranks(NUM_RANKS, _run, str(tmp_path), material, None)
+    assert [step for _, step in records] == [resumed_step] * NUM_RANKS
+    assert [digest for digest, _ in records] == uninterrupted[0]
+    metrics = read_metrics(tmp_path / "demo" / METRICS_FILE)
+    assert [point.step for point in metrics] == list(range(1, NUM_STEPS + 1))
+    for found, expected in zip(metrics, uninterrupted[1], strict=True):
+        assert (found.loss, found.grad_norm, found.images, found.tokens, found.images_by_class) == (
+            expected.loss, expected.grad_norm, expected.images, expected.tokens, expected.images_by_class
+        )
