@@ -150,11 +150,12 @@ def _swap_best(
     dear: list[list[int]], cheap: list[list[int]], lengths: np.ndarray, costs: np.ndarray, capacity: int, gap: int
 ) -> int:
     """Makes the swap of one sample of each side that best halves `gap`; returns the cost moved, 0 if none helps."""
-    ours, our_pack, our_room = _flatten(dear, lengths, capacity)
+    ours, our_pack, _ = _flatten(dear, lengths, capacity)
     theirs, their_pack, their_room = _flatten(cheap, lengths, capacity)
     longer = lengths[ours][:, None] - lengths[theirs][None, :]
     moved = costs[ours][:, None] - costs[theirs][None, :]
-    is_possible = (longer <= their_room[None, :]) & (-longer <= our_room[:, None]) & (moved > 0) & (moved < gap)
+    # The dearer sample is the longer one, so only the cheap side can run out of room.
+    is_possible = (longer <= their_room[None, :]) & (moved > 0) & (moved < gap)
     distance = np.where(is_possible, np.abs(moved - gap / 2), np.inf)
     row, column = np.unravel_index(int(distance.argmin()), distance.shape)
     if not is_possible[row, column]:

@@ -66,6 +66,18 @@ def test_hash_is_of_the_data_not_of_their_place(data_set: list[str], tmp_path: P
     assert moved.shard_path(0) == str(tmp_path / "moved" / "00000.tar")
 
 
+def test_hash_covers_captions_and_sizes(tmp_path: Path) -> None:
+    """Three tars of equal length that differ in nothing but a caption, or a size, of equal length."""
+    base = sample_members(20, 30, "red")
+    changed = [base, base | {"txt": b"tan"}, base | {"json": base["json"].replace(b"30", b"31")}]
+    hashes = set()
+    for number, members in enumerate(changed):
+        shard = write_tar(tmp_path / f"{number}.tar", {"0": members})
+        hashes.add(build_index([str(shard)], tmp_path / f"index_{number}").hash)
+    assert len({path.stat().st_size for path in tmp_path.glob("*.tar")}) == 1
+    assert len(hashes) == 3
+
+
 def test_equal_file_names_in_two_folders_stay_apart(tmp_path: Path) -> None:
     shards = [
         str(write_tar(tmp_path / name / "00000.tar", {"0": sample_members(16, 16 + size, name)}))
