@@ -12,7 +12,6 @@ two moments as views into the engine's buffers. Checkpoints read and write these
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,14 +22,14 @@ from bitdance_scale.model.inputs import PackInputs
 from bitdance_scale.parallel.cpu import redirect_cuda_calls
 from bitdance_scale.parallel.names import Parameters, name_parameters
 from bitdance_scale.parallel.partition import ShardedValue, fragment_pieces, whole_pieces
+from bitdance_scale.parallel.quiet import silence_engines
 from bitdance_scale.parallel.stages import Stage
 from bitdance_scale.parallel.topology import Topology
 
 redirect_cuda_calls()
+silence_engines()
 import deepspeed  # noqa: E402  (its accelerator is chosen at import)
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
-
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
