@@ -13,6 +13,10 @@ STAMP := $(VENV)/installed-$(shell pwd -P | cksum | cut -d' ' -f1)
 # Which Python makes the environment; the first of 3.11 or newer unless PYTHON= names one.
 FIND_PYTHON = for python in $(PYTHON) python3 python3.11 python3.12 python3.13 python3.14; do \
 	"$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$python"; break; }; done
+# An environment whose Python is gone (upgraded, removed) is made anew.
+ifneq ($(wildcard $(STAMP)),)
+$(shell $(BIN)/python -c '' 2>/dev/null || rm -f $(STAMP))
+endif
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 # One thread per process: the processes already take the cores.
