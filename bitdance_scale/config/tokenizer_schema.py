@@ -1,0 +1,187 @@
+"""The configuration of a training run of the binary visual tokenizer (arXiv 2602.14041 Sec. 3.1, 4.1), and its rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bitdance_scale.config.schema import setting
+from bitdance_scale.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRunSection:
+    """What the run is called, how long it is and where the weights go."""
+
+    name: str = setting(doc="Name of the run folder, `<root>/<name>`.")
+    root: str = setting("runs", doc="Folder that holds the run folders.")
+    output: str = setting(doc="Folder that receives ae.safetensors and ae_config.json.")
+    seed: int = setting(0, doc="Seed of the initial weights, the data order, the crops and the bit flips.")
+    steps: int = setting(doc="Optimiser steps.")
+    dtype: str = setting("bfloat16", doc="Dtype of the convolutions in training: float32 or bfloat16 (autocast; weights stay float32).")
+    log_every_steps: int = setting(50, doc="Steps between lines of metrics.jsonl.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderSection:
+    """Sizes of the network; the text-to-image run repeats them in its [vision] section."""
+
+    num_bits: int = setting(32, doc="Bits per vision token.")
+    channels: int = setting(256, doc="Base channels, a multiple of 32.")
+    channel_mult: tuple[int, ...] = setting((1, 1, 2, 2, 4), doc="Channel multiplier per level; downsampling is 2^(levels - 1).")
+    num_res_blocks: int = setting(4, doc="Residual blocks per level.")
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per latent cell along each axis."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantiserSection:
+    """Lookup-free quantisation and its losses (arXiv 2602.14041 Eq. 1, 2)."""
+
+    num_groups: int = setting(doc="Groups of channels of the entropy loss; num_bits / num_groups is at most 16.")
+    temperature: float = setting(1.0, doc="Temperature of the code distribution, in squared latent distance.")
+    entropy_weight: float = setting(0.02, doc="Weight of E[H(q)] - H[E q], in nats, mean over groups.")
+    commit_weight: float = setting(0.1, doc="Weight of the mean squared distance of the latents from their signs.")
+    flip_max: float = setting(0.0, doc="Bits are flipped with probability flip_max * u, u ~ U(0, 1) per image, for robustness.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionSection:
+    """Pixel losses, on pixels in [-1, 1]."""
+
+    l1_weight: float = setting(1.0, doc="Weight of the mean absolute error.")
+    l2_weight: float = setting(1.0, doc="Weight of the mean squared error.")
+    edge_weight: float = setting(0.5, doc="Weight of the mean absolute error of differences between neighbouring pixels.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerDataSection:
+    """Images to train on; captions are not used."""
+
+    shards: tuple[str, ...] = setting(doc="WebDataset tars: files, folders, globs or brace lists.")
+    index_dir: str = setting("", doc="Folder of the index; empty: `.bitdance_index` beside the first shard.")
+    sizes_px: tuple[tuple[int, int], ...] = setting(doc="(height, width) of the crops; every step draws one size for all ranks.")
+    images_px: int = setting(doc="Pixels per step over all ranks; with crops of H x W a step has images_px / (H W) images.")
+    max_zoom: float = setting(1.25, doc="Crops are cut from images scaled to 1..max_zoom times the crop, never enlarged.")
+    max_hole_share: float = setting(0.001, doc="Training stops when unreadable images exceed this share (after 1000 images).")
+    read_threads: int = setting(2, doc="Threads per rank that read and decode.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerOptimSection:
+    """Adam with linear warm-up and a cosine to zero."""
+
+    lr: float = setting(1e-4, doc="Highest learning rate.")
+    warmup_steps: int = setting(200, doc="Steps of linear warm-up from 0.")
+    beta1: float = setting(0.9, doc="First-moment decay.")
+    beta2: float = setting(0.99, doc="Second-moment decay.")
+    clip_norm: float = setting(1.0, doc="Global gradient-norm clip.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerEvalSection:
+    """Reconstruction of held-out images, cropped to the centre."""
+
+    shards: tuple[str, ...] = setting(doc="WebDataset tars of held-out images.")
+    sizes_px: tuple[tuple[int, int], ...] = setting(doc="(height, width) at which PSNR is measured, each by itself.")
+    num_images: int = setting(256, doc="Images per size, the first ones that need not be enlarged.")
+    every_steps: int = setting(500, doc="Steps between evaluations; one runs at the end as well.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Everything a tokenizer training run is made of."""
+
+    run: TokenizerRunSection
+    autoencoder: AutoencoderSection
+    quantiser: QuantiserSection
+    reconstruction: ReconstructionSection
+    data: TokenizerDataSection
+    optim: TokenizerOptimSection
+    eval: TokenizerEvalSection
+
+
+def check_tokenizer(config: TokenizerConfig, world_size: int) -> None:
+    """Refuses what cannot be trained, before any process group exists.
+
+    Raises:
+        ConfigError: lists every broken rule: where, what value, the rule and the fix.
+    """
+    faults = [*_network_faults(config), *_range_faults(config), *_size_faults(config, world_size)]
+    if faults:
+        raise ConfigError("the tokenizer configuration cannot be used:\n" + "\n".join(f"- {fault}" for fault in faults))
+
+
+def _network_faults(config: TokenizerConfig) -> Iterator[str]:
+    network, quantiser = config.autoencoder, config.quantiser
+    if network.num_bits < 8 or network.num_bits % 8:
+        yield f"autoencoder.num_bits = {network.num_bits}: bits fill whole bytes; use a multiple of 8"
+    if network.channels < 32 or network.channels % 32:
+        yield f"autoencoder.channels = {network.channels}: the group norms have 32 groups; use a multiple of 32"
+    if not network.channel_mult or min(network.channel_mult) < 1:
+        yield f"autoencoder.channel_mult = {list(network.channel_mult)}: name one positive multiplier per level"
+    if network.num_res_blocks < 1:
+        yield f"autoencoder.num_res_blocks = {network.num_res_blocks}: every level changes its width in a block; use 1 or more"
+    groups = quantiser.num_groups
+    if groups < 1 or network.num_bits % groups or network.num_bits // groups > 16:
+        yield (
+            f"quantiser.num_groups = {groups}: groups share the {network.num_bits} bits equally, at most 16 each (the "
+            f"entropy loss enumerates 2^bits codes); use {max(1, network.num_bits // 8)}"
+        )
+    if config.run.dtype not in ("float32", "bfloat16"):
+        yield f"run.dtype = {config.run.dtype!r}: must be float32 or bfloat16"
+
+
+def _range_faults(config: TokenizerConfig) -> Iterator[str]:
+    at_least_one = {
+        "run.steps": config.run.steps,
+        "run.log_every_steps": config.run.log_every_steps,
+        "data.max_zoom": config.data.max_zoom,
+        "data.read_threads": config.data.read_threads,
+        "eval.num_images": config.eval.num_images,
+        "eval.every_steps": config.eval.every_steps,
+    }
+    yield from (f"{name} = {value}: must be 1 or more" for name, value in at_least_one.items() if value < 1)
+    above_zero = {
+        "quantiser.temperature": config.quantiser.temperature,
+        "optim.lr": config.optim.lr,
+        "optim.clip_norm": config.optim.clip_norm,
+    }
+    yield from (f"{name} = {value}: must be above 0" for name, value in above_zero.items() if value <= 0)
+    not_negative = {
+        "run.seed": config.run.seed,
+        "quantiser.entropy_weight": config.quantiser.entropy_weight,
+        "quantiser.commit_weight": config.quantiser.commit_weight,
+        "reconstruction.l1_weight": config.reconstruction.l1_weight,
+        "reconstruction.l2_weight": config.reconstruction.l2_weight,
+        "reconstruction.edge_weight": config.reconstruction.edge_weight,
+        "optim.warmup_steps": config.optim.warmup_steps,
+    }
+    yield from (f"{name} = {value}: must not be negative" for name, value in not_negative.items() if value < 0)
+    below_one = {
+        "quantiser.flip_max": config.quantiser.flip_max,
+        "optim.beta1": config.optim.beta1,
+        "optim.beta2": config.optim.beta2,
+        "data.max_hole_share": config.data.max_hole_share,
+    }
+    yield from (f"{name} = {value}: must be in [0, 1)" for name, value in below_one.items() if not 0 <= value < 1)
+
+
+def _size_faults(config: TokenizerConfig, world_size: int) -> Iterator[str]:
+    multiple = config.autoencoder.downsample
+    for name, sizes in (("data.sizes_px", config.data.sizes_px), ("eval.sizes_px", config.eval.sizes_px)):
+        if not sizes:
+            yield f"{name} is empty: name at least one (height, width)"
+        for height, width in sizes:
+            # The adaptive norms take a variance over cells, for which one cell is not enough.
+            if height < 1 or width < 1 or height % multiple or width % multiple or height * width == multiple**2:
+                yield f"{name}: {height} x {width} px: sides must be multiples of the downsampling, {multiple} px, and hold more than one cell"
+    for height, width in config.data.sizes_px:
+        if height > 0 and width > 0 and config.data.images_px % (height * width * world_size):
+            yield (
+                f"data.images_px = {config.data.images_px}: must be a multiple of {height} * {width} px * {world_size} ranks, so "
+                "that every rank has the same number of images; use one that all sizes divide"
+            )

@@ -1,0 +1,201 @@
+"""The convolutional autoencoder of the binary visual tokenizer, as published.
+
+Parameter names equal the published tensor names, so weights pass both ways unchanged. What the list of names leaves
+open, and how it is settled here:
+
+- levels count from 0, the finest; `decoder.up` and `decoder.adaptive` are indexed by level although the decoder runs
+  from the deepest level to 0;
+- level l of the encoder works with `channels * channel_mult[l]` channels; its first residual block changes the width
+  from that of level l - 1 (level 0: from `channels`), hence has `nin_shortcut`, a 1x1 convolution without bias, when the
+  two differ; `mid_block` keeps the deepest width, and has `num_res_blocks` residual blocks as every level has;
+- `encoder.conv_in` and `decoder.conv_in` are 3x3 convolutions, the first without a bias, the second with one; so are
+  `downsample` and `upsample.conv1`, both with a bias and both keeping the width of their level (`upsample.conv1` makes
+  four times as many channels, which depth-to-space folds into pixels);
+- `norm_out` and the norms of the residual blocks are affine and followed by SiLU; `adaptive` is not;
+- `decoder.adaptive.{level}` works on the width that enters the level; gamma and beta are linears from the bits' channels;
+- `encoder.conv_out` (1x1) and `decoder.conv_out` (3x3) have biases.
+
+With the published sizes (channels 256, multipliers 1, 1, 2, 2, 4, 4 residual blocks, 32 bits) this makes 460 M
+parameters. Shapes: N images, C bits per token, H x W pixels, h x w = H/f x W/f latent cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+
+from bitdance_scale.vision.bits import sign_bits
+
+NORM_GROUPS = 32
+NORM_EPS = 1e-6
+
+
+class Autoencoder(nn.Module):
+    """Images in [-1, 1] to latents, whose signs are the bits, and bits to images (arXiv 2602.14041 Sec. 3.1).
+
+    Args:
+        num_bits: C, bits per token.
+        channels: base width; multiples of 32, the number of groups of the norms.
+        channel_mult: multiplier of the width per level; the downsampling factor is 2^(levels - 1).
+        num_res_blocks: residual blocks per level and in the middle.
+    """
+
+    def __init__(self, *, num_bits: int, channels: int, channel_mult: Sequence[int], num_res_blocks: int) -> None:
+        super().__init__()
+        widths = [channels * mult for mult in channel_mult]
+        self.encoder = Encoder(num_bits, channels, widths, num_res_blocks)
+        self.decoder = Decoder(num_bits, widths, num_res_blocks)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Bits [N, C, h, w] in {-1, +1} of pixels [N, 3, H, W] in [-1, 1]; H and W divisible by the downsampling."""
+        return sign_bits(self.encoder(pixels))
+
+    def decode(self, bits: torch.Tensor) -> torch.Tensor:
+        """Pixels [N, 3, H, W], about [-1, 1] but not clipped, of bits [N, C, h, w]; at least two cells (a variance)."""
+        return self.decoder(bits)
+
+
+class Encoder(nn.Module):
+    """Pixels [N, 3, H, W] to latents [N, C, h, w]."""
+
+    def __init__(self, num_bits: int, channels: int, widths: Sequence[int], num_res_blocks: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.down = nn.ModuleList()
+        width = channels
+        for level, next_width in enumerate(widths):
+            stage = nn.Module()
+            stage.block = residual_blocks(width, next_width, num_res_blocks)
+            if level < len(widths) - 1:
+                stage.downsample = nn.Conv2d(next_width, next_width, 3, stride=2, padding=1)
+            self.down.append(stage)
+            width = next_width
+        self.mid_block = residual_blocks(width, width, num_res_blocks)
+        self.norm_out = nn.GroupNorm(NORM_GROUPS, width, eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(width, num_bits, 1)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Latents [N, C, h, w] of pixels [N, 3, H, W]."""
+        hidden = self.conv_in(pixels)
+        for level, stage in enumerate(self.down):
+            for block in stage.block:
+                hidden = block(hidden)
+            if level < len(self.down) - 1:
+                hidden = stage.downsample(hidden)
+        for block in self.mid_block:
+            hidden = block(hidden)
+        return self.conv_out(F.silu(self.norm_out(hidden)))
+
+
+class Decoder(nn.Module):
+    """Bits [N, C, h, w] to pixels [N, 3, H, W]; the bits also modulate the entry of every level."""
+
+    def __init__(self, num_bits: int, widths: Sequence[int], num_res_blocks: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(num_bits, widths[-1], 3, padding=1)
+        self.mid_block = residual_blocks(widths[-1], widths[-1], num_res_blocks)
+        entry_widths = [*widths[1:], widths[-1]]
+        self.adaptive = nn.ModuleList(AdaptiveGroupNorm(num_bits, width) for width in entry_widths)
+        self.up = nn.ModuleList()
+        for level, (entry_width, width) in enumerate(zip(entry_widths, widths, strict=True)):
+            stage = nn.Module()
+            stage.block = residual_blocks(entry_width, width, num_res_blocks)
+            if level > 0:
+                stage.upsample = Upsample(width)
+            self.up.append(stage)
+        self.norm_out = nn.GroupNorm(NORM_GROUPS, widths[0], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, bits: torch.Tensor) -> torch.Tensor:
+        """Pixels [N, 3, H, W] of bits [N, C, h, w]."""
+        hidden = self.conv_in(bits)
+        for block in self.mid_block:
+            hidden = block(hidden)
+        for level in reversed(range(len(self.up))):
+            hidden = self.adaptive[level](hidden, bits)
+            for block in self.up[level].block:
+                hidden = block(hidden)
+            if level > 0:
+                hidden = self.up[level].upsample(hidden)
+        return self.conv_out(F.silu(self.norm_out(hidden)))
+
+
+class ResidualBlock(nn.Module):
+    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), with a 1x1 convolution on x when the width changes."""
+
+    def __init__(self, in_width: int, out_width: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(NORM_GROUPS, in_width, eps=NORM_EPS)
+        self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(NORM_GROUPS, out_width, eps=NORM_EPS)
+        self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1, bias=False)
+        self.changes_width = in_width != out_width
+        if self.changes_width:
+            self.nin_shortcut = nn.Conv2d(in_width, out_width, 1, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, in, h, w] to [N, out, h, w]."""
+        change = self.conv1(F.silu(self.norm1(hidden)))
+        change = self.conv2(F.silu(self.norm2(change)))
+        return (self.nin_shortcut(hidden) if self.changes_width else hidden) + change
+
+
+def residual_blocks(in_width: int, out_width: int, num_blocks: int) -> nn.ModuleList:
+    """`num_blocks` residual blocks, of which the first changes the width."""
+    return nn.ModuleList(ResidualBlock(in_width if i == 0 else out_width, out_width) for i in range(num_blocks))
+
+
+class AdaptiveGroupNorm(nn.Module):
+    """Group norm whose scale and bias are linear in the spread and the mean of the image's bits."""
+
+    def __init__(self, num_bits: int, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Linear(num_bits, width)
+        self.beta = nn.Linear(num_bits, width)
+        # Training starts from a plain group norm; how the published weights were initialised is not known.
+        nn.init.zeros_(self.gamma.weight)
+        nn.init.ones_(self.gamma.bias)
+        nn.init.zeros_(self.beta.weight)
+        nn.init.zeros_(self.beta.bias)
+
+    def forward(self, hidden: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+        """Normalised `hidden` [N, D, h, w] under `bits` [N, C, h, w]; the variance over cells is the unbiased one."""
+        cells = rearrange(bits, "n c h w -> n c (h w)")
+        scale = self.gamma((cells.var(dim=-1) + NORM_EPS).sqrt())
+        bias = self.beta(cells.mean(dim=-1))
+        normed = F.group_norm(hidden, NORM_GROUPS, eps=NORM_EPS)
+        return torch.addcmul(bias[..., None, None], scale[..., None, None], normed)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width: a 3x3 convolution to four times the channels, then depth-to-space."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, 4 * width, 3, padding=1)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, D, h, w] to [N, D, 2h, 2w]; the channels read (block row, block column, channel), as published."""
+        return rearrange(self.conv1(hidden), "n (p1 p2 d) h w -> n d (h p1) (w p2)", p1=2, p2=2)
+
+
+def published_config(
+    *, num_bits: int, channels: int, channel_mult: Sequence[int], num_res_blocks: int
+) -> dict[str, object]:
+    """The sizes of an `Autoencoder` as the published `ae_config.json` states them."""
+    return {
+        "ddconfig": {
+            "double_z": False,
+            "z_channels": num_bits,
+            "in_channels": 3,
+            "out_ch": 3,
+            "ch": channels,
+            "ch_mult": list(channel_mult),
+            "num_res_blocks": num_res_blocks,
+        },
+        "gan_decoder": False,
+    }

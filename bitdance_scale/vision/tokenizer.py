@@ -1,0 +1,112 @@
+"""Pixels to packed bits and back, with the frozen autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from einops import rearrange
+
+from bitdance_scale.config.schema import VisionSection
+from bitdance_scale.errors import DataError
+from bitdance_scale.vision.autoencoder import Autoencoder
+from bitdance_scale.vision.bits import pack_bits, unpack_bits
+from bitdance_scale.vision.weights import load_weights
+
+
+class VisionTokenizer:
+    """The autoencoder of a run, loaded and frozen: uint8 images to bits in block raster order, and bits to images.
+
+    Args:
+        section: sizes and weights file of the autoencoder, and the block side.
+        device: where it runs; it computes in float32.
+        max_batch_px: images of one size are encoded together up to this many pixels (one image at least).
+
+    Raises:
+        ConfigError: the weights file is missing, or does not fit the sizes of the section.
+        DataError: the weights file is damaged.
+    """
+
+    def __init__(self, section: VisionSection, device: torch.device | str, max_batch_px: int = 1 << 20) -> None:
+        self.section = section
+        self.device = torch.device(device)
+        self.max_batch_px = max_batch_px
+        with torch.device("meta"):
+            self.autoencoder = Autoencoder(
+                num_bits=section.num_bits,
+                channels=section.channels,
+                channel_mult=section.channel_mult,
+                num_res_blocks=section.num_res_blocks,
+            )
+        weights = load_weights(section.weights, self.autoencoder.state_dict())
+        self.autoencoder.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+        self.autoencoder.to(self.device).eval().requires_grad_(False)
+
+    def encode(self, images: Sequence[torch.Tensor]) -> list[np.ndarray]:
+        """Bits of each image; images of one size go through the network together.
+
+        Args:
+            images: uint8 [H, W, 3] each, sides divisible by downsample * block_side.
+
+        Returns:
+            One uint8 [h * w, C / 8] per image, cells in block raster order `(h p1) (w p2) c -> (h w p1 p2) c`.
+
+        Raises:
+            DataError: an image of another dtype or shape.
+        """
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, image in enumerate(images):
+            groups.setdefault(self._checked_size(i, image), []).append(i)
+        results: dict[int, np.ndarray] = {}
+        for (height, width), members in groups.items():
+            batch_size = max(1, self.max_batch_px // (height * width))
+            for start in range(0, len(members), batch_size):
+                batch = members[start : start + batch_size]
+                packed = self._encode_batch(torch.stack([images[i] for i in batch]))
+                results.update(zip(batch, packed, strict=True))
+        return [results[i] for i in range(len(images))]
+
+    @torch.no_grad()
+    def decode(self, bits: np.ndarray | torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """The image of one token grid.
+
+        Args:
+            bits: in block raster order; packed uint8 [h * w, C / 8], or a floating tensor [h * w, C] in {-1, +1}.
+            grid: (h, w) in latent cells.
+
+        Returns:
+            uint8 [H, W, 3] on the CPU, 127.5 x + 128 clipped to bytes (release).
+
+        Raises:
+            ValueError: the bits do not fill the grid.
+        """
+        tokens = torch.as_tensor(bits)
+        tokens = unpack_bits(tokens) if tokens.dtype == torch.uint8 else tokens.float()
+        height, width = grid
+        if tokens.shape != (height * width, self.section.num_bits):
+            raise ValueError(f"bits of shape {tuple(bits.shape)} are not {self.section.num_bits} bits per cell of grid {grid}")
+        p = self.section.block_side
+        latents = rearrange(tokens, "(h w p1 p2) c -> 1 c (h p1) (w p2)", h=height // p, w=width // p, p1=p, p2=p)
+        pixels = self.autoencoder.decode(latents.to(self.device))
+        return rearrange((127.5 * pixels + 128).clamp(0, 255).to(torch.uint8), "1 c h w -> h w c").cpu()
+
+    @torch.no_grad()
+    def _encode_batch(self, images: torch.Tensor) -> np.ndarray:
+        """uint8 [N, H, W, 3] to packed bits uint8 [N, h * w, C / 8]."""
+        pixels = rearrange(images.to(self.device), "n h w c -> n c h w").float() / 127.5 - 1
+        p = self.section.block_side
+        bits = self.autoencoder.encode(pixels.contiguous())
+        return pack_bits(rearrange(bits, "n c (h p1) (w p2) -> n (h w p1 p2) c", p1=p, p2=p)).cpu().numpy()
+
+    def _checked_size(self, i: int, image: torch.Tensor) -> tuple[int, int]:
+        multiple = self.section.downsample * self.section.block_side
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise DataError(f"image {i}: {image.dtype} {tuple(image.shape)}, expected uint8 [height, width, 3]")
+        height, width = image.shape[:2]
+        if not height or not width or height % multiple or width % multiple:
+            raise DataError(
+                f"image {i}: {height} x {width} px; both sides must be positive multiples of {multiple} px "
+                "(vision.downsample * vision.block_side); crop or resize the image to such a size"
+            )
+        return height, width

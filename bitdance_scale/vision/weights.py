@@ -1,0 +1,73 @@
+"""The autoencoder's weights on disk: `ae.safetensors`, with the sizes beside it in `ae_config.json`, as published."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from bitdance_scale.errors import ConfigError, DataError
+
+WEIGHTS_NAME = "ae.safetensors"
+CONFIG_NAME = "ae_config.json"
+
+
+def load_weights(path: str | Path, wanted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Reads the weights of a network, in the dtypes of the file.
+
+    Args:
+        path: safetensors file.
+        wanted: state of the network (the meta device suffices), whose names and shapes the file must have.
+
+    Raises:
+        ConfigError: no such file, or it is of a network of other sizes; names the first tensors at fault.
+        DataError: the file is damaged.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"vision.weights = {str(path)!r}: no such file; name the autoencoder's safetensors file")
+    try:
+        found = load_file(path)
+    except SafetensorError as error:
+        raise DataError(f"{path}: not a readable safetensors file ({error}); fetch or export the weights again") from error
+    faults = [f"{name} is missing" for name in wanted if name not in found]
+    faults += [f"{name} is not part of the network" for name in found if name not in wanted]
+    faults += [
+        f"{name} has shape {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in found and found[name].shape != wanted[name].shape
+    ]
+    if faults:
+        rest = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise ConfigError(
+            f"{path}: {'; '.join(faults[:3])}{rest}. The weights must fit vision.num_bits, channels, channel_mult and "
+            f"num_res_blocks; {CONFIG_NAME} beside the file states its sizes (z_channels, ch, ch_mult, num_res_blocks)"
+        )
+    return found
+
+
+def save_weights(folder: str | Path, state: Mapping[str, torch.Tensor], published_config: Mapping[str, object]) -> None:
+    """Writes `ae.safetensors` and `ae_config.json`, each complete or not at all.
+
+    Args:
+        folder: where; made if absent.
+        state: the network's tensors under their published names; stored as float32.
+        published_config: what `autoencoder.published_config` gives for the network.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        scratch = folder / f".{name}.{os.getpid()}"
+        try:
+            if name == WEIGHTS_NAME:
+                save_file(tensors, scratch)
+            else:
+                scratch.write_text(json.dumps(published_config, indent=2) + "\n", encoding="utf-8")
+            os.replace(scratch, folder / name)
+        finally:
+            scratch.unlink(missing_ok=True)
