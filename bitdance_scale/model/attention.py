@@ -5,6 +5,9 @@ Shape suffixes: S query positions, T key positions, B batch, N query heads, G ke
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from einops import rearrange
 from torch.nn import functional
@@ -55,3 +58,41 @@ def attend(
         attn_mask=mask,
     )
     return rearrange(mixed_BNSK, "b n s k -> s b n k")
+
+
+@dataclass(frozen=True)
+class DocumentMask:
+    """The mask of a pack, sample by sample: what lies between samples is never seen and never computed.
+
+    A pack of n samples of equal length costs 1 / n of a dense mask over the pack, in time and in memory.
+
+    Attributes:
+        spans: (start, stop) of each sample's positions, and of the padding.
+        masks: bool [stop - start, stop - start] of each span, True where a position (row) sees another (column).
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    masks: tuple[torch.Tensor, ...]
+
+    def attend(self, query_SBNK: torch.Tensor, key_SBGK: torch.Tensor, value_SBGK: torch.Tensor) -> torch.Tensor:
+        """`attend` within every span; [S, B, N, K]."""
+        parts = [
+            attend(query_SBNK[start:stop], key_SBGK[start:stop], value_SBGK[start:stop], mask)
+            for (start, stop), mask in zip(self.spans, self.masks, strict=True)
+        ]
+        return torch.cat(parts)
+
+
+def document_mask(document_ids: np.ndarray, block_ids: np.ndarray, device: torch.device) -> DocumentMask:
+    """The `visible` predicate of a pack, kept within its samples.
+
+    Args:
+        document_ids: int [S], sample of each position, -1 for padding; the positions of a sample are neighbours.
+        block_ids: int [S], attention group within the sample.
+        device: where the masks are made.
+    """
+    borders = [0, *(np.flatnonzero(np.diff(document_ids)) + 1).tolist(), len(document_ids)]
+    spans = tuple(zip(borders[:-1], borders[1:], strict=True))
+    documents, blocks = (torch.from_numpy(ids).to(device) for ids in (document_ids, block_ids))
+    masks = tuple(visible(documents[start:stop], blocks[start:stop]) for start, stop in spans)
+    return DocumentMask(spans, masks)

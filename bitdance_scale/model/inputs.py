@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.model.attention import visible
+from bitdance_scale.model.attention import DocumentMask, document_mask
 from bitdance_scale.model.flow import draw_time
 from bitdance_scale.model.positions import rotary_frequencies
 from bitdance_scale.model.projector import flip_bits
@@ -31,7 +31,7 @@ class PackInputs:
     Attributes:
         token_ids: int64 [S].
         rotary: float32 [S, 1, 1, K], angles of the rotary position embedding.
-        mask: bool [1, 1, S, S], True where a position (row) sees another (column).
+        mask: who sees whom.
         vision_positions: int64 [V]; vision_cells: int64 [V, 2]; vision_bits: [V, C] in {-1, +1}, flips applied.
         predict_positions: int64 [M, P], whose hidden states predict a block; predict_cells: int64 [M, P, 2], of the
             tokens predicted; clean_bits: [M, P, C] in {-1, +1}; noise: [M, P, C]; time: float32 [M].
@@ -43,7 +43,7 @@ class PackInputs:
 
     token_ids: torch.Tensor
     rotary: torch.Tensor
-    mask: torch.Tensor
+    mask: DocumentMask
     vision_positions: torch.Tensor
     vision_cells: torch.Tensor
     vision_bits: torch.Tensor
@@ -81,7 +81,7 @@ def make_inputs(pack: Pack, noise: PackNoise, config: RunConfig, device: torch.d
     return PackInputs(
         token_ids=to_device(pack.token_ids),
         rotary=rotary_frequencies(to_device(pack.position_ids), config.model.head_dim, config.model.rope_base),
-        mask=visible(to_device(pack.document_ids), to_device(pack.block_ids))[None, None],
+        mask=document_mask(pack.document_ids, pack.block_ids, device),
         vision_positions=to_device(pack.vision_positions),
         vision_cells=cells,
         vision_bits=flip_bits(bits, to_device(noise.flip_level), to_device(noise.flip_draw), config.vision.flip_max),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitdance_scale.model.attention import attend, visible
+from bitdance_scale.model.attention import attend, document_mask, visible
 from bitdance_scale.sequence.layout import ImageTokens, pack_samples
 from bitdance_scale.sequence.pack import Pack, Sample
 
@@ -96,3 +96,17 @@ def test_a_mask_per_batch_row():
         alone = attend(query[:, row : row + 1], key[:, row : row + 1], value[:, row : row + 1], masks[row])
         # Same float32 arithmetic, possibly in another order of summation.
         torch.testing.assert_close(found[:, row : row + 1], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_document_mask_equals_the_dense_mask(seed):
+    pack, _ = random_pack(seed)
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (
+        torch.randn(pack.num_positions, 2, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)
+    )
+    dense = visible(torch.from_numpy(pack.document_ids), torch.from_numpy(pack.block_ids))
+    mask = document_mask(pack.document_ids, pack.block_ids, torch.device("cpu"))
+    # float64 rounding of sums over at most a hundred keys.
+    torch.testing.assert_close(mask.attend(query, key, value), attend(query, key, value, dense), rtol=1e-12, atol=1e-12)
+    assert sum(stop - start for start, stop in mask.spans) == pack.num_positions

@@ -1,0 +1,150 @@
+"""The main job as its user runs it: started, stopped, started again, asked for the impossible."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bitdance_scale.observe.metrics import METRICS_FILE, read_metrics
+from bitdance_scale.train.main import EXIT_REFUSED, main
+from bitdance_scale.train.signals import EXIT_REQUEUE
+
+ROOT = Path(__file__).parents[2]
+DEMO = "pipelines/configs/demo.toml"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+TIMEOUT_S = 280
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    from tools.make_demo_shards import write_shards
+
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(folder, num_images=400, per_shard=100, seed=0)
+    return folder
+
+
+def _command(launcher: list[str], shards: Path, root: Path, **settings: object) -> list[str]:
+    overrides = [f"{name.replace('__', '.')}={value}" for name, value in settings.items()]
+    return [*launcher, "pipelines/pretrain.py", DEMO, f"data.shards=['{shards}']", f"run.root='{root}'", *overrides]
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_API_KEY": ""}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory) -> tuple[Path, list[str], str]:
+    """A short demo run on two processes: (run folder, its command, what it printed)."""
+    root = tmp_path_factory.mktemp("runs")
+    command = _command(
+        TORCHRUN, shards, root, run__steps=40, data__global_batch=10, optim__warmup_steps=5, sample__num_steps=5,
+        checkpoint__every_steps=20,
+    )
+    result = _run(command)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return root / "demo", command, result.stdout
+
+
+def test_run_learns(finished):
+    losses = [point.loss_vision for point in read_metrics(finished[0] / METRICS_FILE)]
+    assert len(losses) == 40
+    # A step's loss scatters by some 10 % with the flow times it draws, a mean over ten steps by 3 %. An untrained head
+    # predicts 0 for every bit; learning only which bits are mostly set brings about a quarter.
+    assert statistics.mean(losses[-10:]) < 0.85 * statistics.mean(losses[:3])
+
+
+def test_run_leaves_everything(finished):
+    folder, _, printed = finished
+    assert "loss curve" in printed and "images/s" in printed
+    for name in ("loss_curve.png", "samples/step_000040.png"):
+        assert np.asarray(Image.open(folder / name).convert("RGB")).std() > 5, f"{name} is blank"
+    assert (folder / "checkpoints" / "latest").read_text().strip() == "step_00000040"
+    assert list((folder / "wandb").glob("offline-run-*"))
+    assert (folder / "config.toml").exists() and (folder / "log.txt").exists()
+    last = read_metrics(folder / METRICS_FILE)[-1]
+    # 2:7:1 of 40 batches of ten, exactly.
+    assert last.images_by_class == {32: 80, 64: 280, 128: 40} and last.images == 400
+    assert last.holes == 0 and last.tokens > 0 and 0 <= last.padding_share < 1
+
+
+def test_complete_run_says_so(finished):
+    result = _run(finished[1])
+    assert result.returncode == 0
+    assert "is complete at step 40" in result.stdout and "run.steps=80" in result.stdout
+
+
+def test_stopped_run_saves_and_goes_on(shards, tmp_path):
+    command = _command(
+        [sys.executable], shards, tmp_path, run__steps=6, data__global_batch=10, sample__every_steps=0, observe__wandb_mode="disabled"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = tmp_path / "demo" / METRICS_FILE
+    deadline_s = time.monotonic() + TIMEOUT_S
+    try:
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+            assert process.poll() is None and time.monotonic() < deadline_s, process.communicate()[0]
+            time.sleep(0.02)
+        process.send_signal(signal.SIGUSR1)
+        printed = process.communicate(timeout=TIMEOUT_S)[0]
+    finally:
+        process.kill()
+    assert process.returncode == EXIT_REQUEUE, printed
+    assert "saved; run again to go on" in printed
+    again = _run(command)
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert "resumed from" in again.stdout
+    assert [point.step for point in read_metrics(metrics)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_checkpoint_of_another_model_is_refused(finished):
+    result = _run([*finished[1], "model.num_layers=3"])
+    assert result.returncode != 0
+    assert "CheckpointError" in result.stderr and "decoder.layers.3" in result.stderr
+    assert (finished[0] / "checkpoints" / "latest").read_text().strip() == "step_00000040"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.num_layer=3", "num_layers"),
+        ("parallel.tensor=3", "model.num_heads"),
+        ("vision.block_side=5", "bucket"),
+        ("data.shards=['no/such/folder']", "no/such/folder"),
+    ],
+)
+def test_refusals_name_the_fault(override, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "3" if "tensor" in override else "1")
+    arguments = [DEMO, override, f"run.root='{tmp_path}'"]
+    if "shards" in override:
+        # Files are looked for by the job itself.
+        result = _run([sys.executable, "pipelines/pretrain.py", *arguments])
+        assert result.returncode == EXIT_REFUSED and message in result.stderr
+        assert "Traceback" not in result.stderr
+        return
+    assert main("test", arguments) == EXIT_REFUSED
+    assert message in capsys.readouterr().err
+
+
+def test_printed_config_loads_back(capsys, monkeypatch, tmp_path):
+    from bitdance_scale.config.load import load_config
+
+    monkeypatch.chdir(ROOT)
+    assert main("test", [DEMO, "optim.lr=5e-4", "--print-config"]) == 0
+    printed = tmp_path / "printed.toml"
+    printed.write_text(capsys.readouterr().out)
+    assert load_config(printed) == load_config(DEMO, ["optim.lr=5e-4"])
