@@ -76,12 +76,16 @@ def share_step(read: ReadStep | None, tokenizer: VisionTokenizer, topology: Topo
 
 
 def agree_on_error(error: Exception | None, topology: Topology) -> None:
-    """Raises on every rank of the job the first error that any rank brings, so that none waits for another."""
-    errors: list[Exception | None] = [None] * topology.world_size
-    dist.all_gather_object(errors, error)
-    for found in errors:
-        if found is not None:
-            raise found
+    """Raises on every rank of the job the first error that any rank brings, so that none waits for another.
+
+    One number is summed; the errors themselves travel only when there are any.
+    """
+    num_errors = torch.tensor([int(error is not None)], dtype=torch.int32, device=topology.device)
+    dist.all_reduce(num_errors)
+    if num_errors.item():
+        errors: list[Exception | None] = [None] * topology.world_size
+        dist.all_gather_object(errors, error)
+        raise next(found for found in errors if found is not None)
 
 
 def _encode(tokenizer: VisionTokenizer, images: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from bitdance_scale.errors import ConfigError, DataError
 
@@ -61,13 +61,11 @@ def save_weights(folder: str | Path, state: Mapping[str, torch.Tensor], publishe
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
-    for name in (WEIGHTS_NAME, CONFIG_NAME):
+    sizes = json.dumps(published_config, indent=2) + "\n"
+    for name, content in ((WEIGHTS_NAME, save(tensors)), (CONFIG_NAME, sizes.encode())):
         scratch = folder / f".{name}.{os.getpid()}"
         try:
-            if name == WEIGHTS_NAME:
-                save_file(tensors, scratch)
-            else:
-                scratch.write_text(json.dumps(published_config, indent=2) + "\n", encoding="utf-8")
+            scratch.write_bytes(content)
             os.replace(scratch, folder / name)
         finally:
             scratch.unlink(missing_ok=True)

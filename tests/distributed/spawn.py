@@ -19,11 +19,14 @@ FAILURE_GRACE_S = 5.0
 KILL_MARGIN_S = 5.0
 
 
-def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_ranks(
+    world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 120.0, on_gpu: bool = False
+) -> list[Any]:
     """Calls `fn(rank, *args)` in `world_size` fresh processes and returns their results, rank by rank.
 
     Each process has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT (a free port) set as
-    torchrun sets them and OMP_NUM_THREADS=1; `fn` makes its own process group and must be importable (module level).
+    torchrun sets them and OMP_NUM_THREADS=1; without `on_gpu` it sees no GPU, so that ranks may outnumber the GPUs.
+    `fn` makes its own process group and must be importable (module level).
     `fn`, `args` and the results are pickled.
 
     Raises:
@@ -38,7 +41,7 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: fl
         for rank in range(world_size):
             reader, writer = context.Pipe(duplex=False)
             process = context.Process(target=_rank_main, args=(writer, deadline, rank, fn, args), daemon=True)
-            with _environment(_rank_environment(rank, world_size, port)):
+            with _environment(_rank_environment(rank, world_size, port, on_gpu)):
                 process.start()
             # The reader sees the end of the pipe only when no other process holds the writing end.
             writer.close()
@@ -107,8 +110,9 @@ def _describe_death(process: Any, deadline: float) -> str:
     return f"died with exit code {process.exitcode} before it returned\n"
 
 
-def _rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    return {
+def _rank_environment(rank: int, world_size: int, port: int, on_gpu: bool) -> dict[str, str]:
+    hidden = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    return hidden | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),

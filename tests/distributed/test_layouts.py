@@ -75,6 +75,21 @@ def test_bfloat16_layouts_agree(tensor, pipeline, data, zero_stage):
     assert records[-1].grad_norms[0] == pytest.approx(reference("bfloat16").grad_norms[0], rel=3e-2)
 
 
+def test_tied_embeddings_agree():
+    """The output projection is the embedding: its gradient is the sum of both uses, on every tensor-parallel rank."""
+
+    def tied(tensor: int):
+        config = _config("float32", tensor, 1, 1)
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, tie_embeddings=True))
+
+    expected = assemble(run_ranks(1, train, tied(1), NUM_MICRO, 1), "gradients")
+    found = assemble(run_ranks(2, train, tied(2), NUM_MICRO, 1), "gradients")
+    assert "output.weight" not in expected and found.keys() == expected.keys()
+    untied = assemble([reference()], "gradients")
+    assert _relative(expected["embedding.weight"], untied["embedding.weight"]) > 1e-3
+    assert _relative(found["embedding.weight"], expected["embedding.weight"]) < RELATIVE_BOUND
+
+
 def test_first_steps_change_the_weights():
     """The comparison above would also hold for a trainer that does nothing."""
     first = reference().losses[0]
