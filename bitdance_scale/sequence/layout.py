@@ -60,7 +60,7 @@ def pack_samples(samples: Sequence[Sample], tokens: ImageTokens, pack_multiple: 
     """Lays samples end to end in one training row.
 
     Args:
-        samples: grids divisible by the block side; without samples (all were unreadable) the pack is padding.
+        samples: at least one; grids divisible by the block side.
         tokens: ids of the special tokens around an image.
         pack_multiple: the row is padded to a multiple of this many positions.
 
@@ -70,7 +70,7 @@ def pack_samples(samples: Sequence[Sample], tokens: ImageTokens, pack_multiple: 
     rows = _Rows()
     for document, sample in enumerate(samples):
         _append_sample(rows, document, sample, tokens)
-    padding = -rows.num_positions % pack_multiple if samples else pack_multiple
+    padding = -rows.num_positions % pack_multiple
     rows.append(
         token_ids=np.zeros(padding, dtype=np.int64),
         position_ids=np.arange(padding, dtype=np.int64),
@@ -82,7 +82,7 @@ def pack_samples(samples: Sequence[Sample], tokens: ImageTokens, pack_multiple: 
         vision_bits=None,
         sample_keys=np.array([sample.key for sample in samples], dtype=np.int64),
         sample_predicts=np.array([sample.predicts_image for sample in samples], dtype=bool),
-        sample_grids=np.array([sample.grid for sample in samples], dtype=np.int32).reshape(-1, 2),
+        sample_grids=np.array([sample.grid for sample in samples], dtype=np.int32),
         block_tokens=tokens.block_tokens,
     )
 
@@ -91,16 +91,7 @@ class _Rows:
     """Arrays of a pack under construction, part by part."""
 
     def __init__(self) -> None:
-        # Empty parts fix shape and dtype, so that a pack without samples is only padding.
-        self.parts: dict[str, list[np.ndarray]] = {
-            "vision_positions": [np.zeros(0, dtype=np.int64)],
-            "vision_cells": [np.zeros((0, 2), dtype=np.int32)],
-            "predict_positions": [np.zeros(0, dtype=np.int64)],
-            "predict_tokens": [np.zeros(0, dtype=np.int64)],
-            "text_positions": [np.zeros(0, dtype=np.int64)],
-            "text_targets": [np.zeros(0, dtype=np.int64)],
-            "sample_vision": [np.zeros((0, 2), dtype=np.int64)],
-        }
+        self.parts: dict[str, list[np.ndarray]] = {}
         self.num_positions = 0
         self.num_vision = 0
 

@@ -55,7 +55,7 @@ class PackNoise:
 
 def pack_noise(pack: Pack, num_bits: int, seed: int, step: int, purpose: Purpose = Purpose.TRAIN) -> PackNoise:
     """Draws the noise of a pack, sample by sample, each from its own generator."""
-    uniforms: list[np.ndarray] = [np.zeros((2, 0, num_bits), dtype=np.float32)]
+    uniforms: list[np.ndarray] = []
     times: list[np.ndarray] = []
     noises: list[np.ndarray] = []
     for key, (start, stop), is_predicted in zip(pack.sample_keys, pack.sample_vision, pack.sample_predicts, strict=True):

@@ -91,9 +91,3 @@ def test_noise_depends_on_sample_and_step_only():
     ]
     assert all(not np.array_equal(other.noise, alone.noise) for other in others)
 
-
-def test_pack_without_samples_is_padding():
-    pack = pack_samples([], TOKENS, pack_multiple=8)
-    assert pack.num_positions == pack.num_padding == 8
-    assert pack.vision_cells.shape == (0, 2)
-    assert pack_noise(pack, 16, seed=1, step=1).noise.shape == (0, 16)
