@@ -21,13 +21,15 @@ parameters. Shapes: N images, C bits per token, H x W pixels, h x w = H/f x W/f 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
+from bitdance_scale.errors import DataError
 from bitdance_scale.vision.bits import sign_bits
 
 NORM_GROUPS = 32
@@ -199,3 +201,27 @@ def published_config(
         },
         "gan_decoder": False,
     }
+
+
+def published_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of `Autoencoder` in a published `ae_config.json`; the inverse of `published_config`.
+
+    Raises:
+        DataError: a size is missing, or the network is another one (`gan_decoder`, `double_z`, other image channels).
+    """
+    try:
+        sizes = config["ddconfig"]
+        fixed = (config["gan_decoder"], sizes["double_z"], sizes["in_channels"], sizes["out_ch"])
+        if fixed != (False, False, 3, 3):
+            raise DataError(
+                f"ae_config.json: gan_decoder, double_z, in_channels, out_ch = {fixed}; only the deterministic decoder of "
+                "RGB images is supported: (False, False, 3, 3)"
+            )
+        return {
+            "num_bits": sizes["z_channels"],
+            "channels": sizes["ch"],
+            "channel_mult": tuple(sizes["ch_mult"]),
+            "num_res_blocks": sizes["num_res_blocks"],
+        }
+    except (KeyError, TypeError) as error:
+        raise DataError(f"ae_config.json: {error!r}; it must state gan_decoder and the sizes in ddconfig") from error

@@ -34,7 +34,8 @@ class EntropyLoss(NamedTuple):
 
 def straight_through_sign(latents: torch.Tensor) -> torch.Tensor:
     """Signs of the latents (arXiv 2602.14041 Eq. 1), with the gradient of the identity; same shape and dtype."""
-    return latents + (sign_bits(latents) - latents).detach()
+    # The second term is exactly 0, so the signs stay exact in bfloat16; x + (sign x - x) would round.
+    return sign_bits(latents).detach() + (latents - latents.detach())
 
 
 def entropy_loss(

@@ -1,0 +1,61 @@
+"""The configuration of tokenizer training: the shipped file is legal, and each mistake is named with its fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bitdance_scale.config.load import dump_toml, load_config
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.config.tokenizer_schema import TokenizerConfig, check_tokenizer
+from bitdance_scale.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+DEMO = ROOT / "pipelines" / "configs" / "demo_tokenizer.toml"
+
+
+def test_the_demo_is_legal_on_one_and_two_ranks_and_round_trips(tmp_path: Path):
+    config = load_config(DEMO, schema=TokenizerConfig)
+    check_tokenizer(config, 1)
+    check_tokenizer(config, 2)
+    (tmp_path / "copy.toml").write_text(dump_toml(config))
+    assert load_config(tmp_path / "copy.toml", schema=TokenizerConfig) == config
+
+
+def test_the_demo_run_uses_the_sizes_of_the_demo_tokenizer():
+    network = load_config(DEMO, schema=TokenizerConfig).autoencoder
+    vision = load_config(ROOT / "pipelines" / "configs" / "demo.toml", schema=RunConfig).vision
+    names = ("num_bits", "channels", "channel_mult", "num_res_blocks", "downsample")
+    assert [getattr(network, name) for name in names] == [getattr(vision, name) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("autoencoder.num_bits=12", r"autoencoder.num_bits = 12: bits fill whole bytes; use a multiple of 8"),
+        ("autoencoder.channels=48", r"autoencoder.channels = 48: .*multiple of 32"),
+        ("autoencoder.channel_mult=[]", r"autoencoder.channel_mult = \[\]"),
+        ("autoencoder.num_res_blocks=0", r"autoencoder.num_res_blocks = 0"),
+        ("quantiser.num_groups=3", r"quantiser.num_groups = 3: .*use 2"),
+        ("quantiser.temperature=0.0", r"quantiser.temperature = 0.0: must be above 0"),
+        ("quantiser.flip_max=1.0", r"quantiser.flip_max = 1.0: must be in \[0, 1\)"),
+        ("quantiser.entropy_weight=-0.1", r"quantiser.entropy_weight = -0.1: must not be negative"),
+        ("run.dtype=float16", r"run.dtype = 'float16': must be float32 or bfloat16"),
+        ("run.steps=0", r"run.steps = 0: must be 1 or more"),
+        ("data.sizes_px=[[34, 32]]", r"data.sizes_px: 34 x 32 px: sides must be multiples of the downsampling, 4 px"),
+        ("data.sizes_px=[[4, 4]]", r"more than one cell"),
+        ("data.images_px=65537", r"data.images_px = 65537: must be a multiple of 32 \* 32 px \* 2 ranks"),
+        ("eval.sizes_px=[]", r"eval.sizes_px is empty"),
+    ],
+)
+def test_mistakes_are_named(override: str, message: str):
+    config = load_config(DEMO, [override], TokenizerConfig)
+    with pytest.raises(ConfigError, match=message):
+        check_tokenizer(config, 2)
+
+
+def test_all_mistakes_are_listed_at_once():
+    config = load_config(DEMO, ["run.steps=0", "optim.lr=0.0"], TokenizerConfig)
+    with pytest.raises(ConfigError, match=r"(?s)run.steps = 0.*optim.lr = 0.0"):
+        check_tokenizer(config, 1)

@@ -1,0 +1,136 @@
+"""Images to bits and back: token order, independence of the batch, and what is said about bad weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bitdance_scale.config.schema import VisionSection
+from bitdance_scale.errors import ConfigError, DataError
+from bitdance_scale.sequence.grid import block_raster_cells
+from bitdance_scale.vision.autoencoder import Autoencoder, published_config
+from bitdance_scale.vision.bits import pack_bits, unpack_bits
+from bitdance_scale.vision.tokenizer import VisionTokenizer
+from bitdance_scale.vision.weights import save_weights
+
+SIZES = {"num_bits": 16, "channels": 32, "channel_mult": (1, 1, 2), "num_res_blocks": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("autoencoder")
+    save_weights(folder, Autoencoder(**SIZES).state_dict(), published_config(**SIZES))
+    return folder
+
+
+def section(folder: Path, **changes: object) -> VisionSection:
+    return VisionSection(**({"weights": str(folder / "ae.safetensors"), "block_side": 4} | SIZES | changes))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> VisionTokenizer:
+    return VisionTokenizer(section(folder), "cpu")
+
+
+def random_images(*sizes: tuple[int, int]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=generator) for size in sizes]
+
+
+def test_tokens_stand_in_block_raster_order(tokenizer: VisionTokenizer):
+    (image,) = random_images((32, 64))
+    pixels = (image.permute(2, 0, 1).float() / 127.5 - 1)[None]
+    grid_bits = tokenizer.autoencoder.encode(pixels)[0]
+    cells = block_raster_cells((8, 16), block_side=4)
+    expected = torch.stack([grid_bits[:, row, column] for row, column in cells.tolist()])
+    (packed,) = tokenizer.encode([image])
+    assert packed.dtype == np.uint8 and packed.shape == (128, 2)
+    np.testing.assert_array_equal(unpack_bits(packed), expected.numpy())
+
+
+def test_bits_do_not_depend_on_the_batch(folder: Path):
+    sizes = [(32, 32), (16, 48), (32, 32), (64, 64), (32, 32), (64, 64), (16, 48), (32, 32)]
+    images = random_images(*sizes)
+    together = VisionTokenizer(section(folder), "cpu").encode(images)
+    alone = VisionTokenizer(section(folder), "cpu", max_batch_px=1).encode(images)
+    for one, other in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_batches_are_bounded_by_pixels(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    tokenizer = VisionTokenizer(section(folder), "cpu", max_batch_px=2 * 32 * 32)
+    shapes = []
+    encode = tokenizer.autoencoder.encode
+    monkeypatch.setattr(tokenizer.autoencoder, "encode", lambda pixels: shapes.append(tuple(pixels.shape)) or encode(pixels))
+    tokenizer.encode(random_images(*[(32, 32)] * 5, (64, 64)))
+    assert shapes == [(2, 3, 32, 32), (2, 3, 32, 32), (1, 3, 32, 32), (1, 3, 64, 64)]
+
+
+def test_decoding_takes_packed_bits_and_signs_and_is_the_published_formula(tokenizer: VisionTokenizer):
+    (packed,) = tokenizer.encode(random_images((32, 48)))
+    signs = unpack_bits(torch.from_numpy(packed))
+    image = tokenizer.decode(packed, (8, 12))
+    assert image.dtype == torch.uint8 and image.shape == (32, 48, 3)
+    torch.testing.assert_close(tokenizer.decode(signs, (8, 12)), image, rtol=0, atol=0)
+    grid = torch.empty(16, 8, 12)
+    for i, (row, column) in enumerate(block_raster_cells((8, 12), 4).tolist()):
+        grid[:, row, column] = signs[i]
+    expected = (127.5 * tokenizer.autoencoder.decode(grid[None])[0] + 128).clamp(0, 255).floor().to(torch.uint8)
+    torch.testing.assert_close(image, expected.permute(1, 2, 0), rtol=0, atol=0)
+
+
+def test_half_precision_weights_are_computed_in_float32(folder: Path, tmp_path: Path):
+    halves = {name: tensor.half() for name, tensor in load_file(folder / "ae.safetensors").items()}
+    save_file(halves, tmp_path / "ae.safetensors")
+    tokenizer = VisionTokenizer(section(tmp_path), "cpu")
+    assert {parameter.dtype for parameter in tokenizer.autoencoder.parameters()} == {torch.float32}
+    assert not any(parameter.requires_grad for parameter in tokenizer.autoencoder.parameters())
+
+
+def test_weights_are_written_with_their_published_sizes(folder: Path):
+    assert sorted(path.name for path in folder.iterdir()) == ["ae.safetensors", "ae_config.json"]
+    config = json.loads((folder / "ae_config.json").read_text())
+    assert config["ddconfig"]["ch_mult"] == [1, 1, 2] and config["gan_decoder"] is False
+
+
+def test_missing_weights_name_the_setting(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"vision\.weights = .*nowhere.*no such file"):
+        VisionTokenizer(section(tmp_path, weights=str(tmp_path / "nowhere.safetensors")), "cpu")
+
+
+def test_weights_of_other_sizes_name_the_tensor(folder: Path):
+    with pytest.raises(ConfigError, match=r"encoder\.conv_out\.weight has shape \(16, 64, 1, 1\), not \(32, 64, 1, 1\)"):
+        VisionTokenizer(section(folder, num_bits=32), "cpu")
+    with pytest.raises(ConfigError, match=r"encoder\.down\.0\.block\.1\.norm1\.weight is missing; .* and 45 more"):
+        VisionTokenizer(section(folder, num_res_blocks=2), "cpu")
+
+
+def test_superfluous_tensors_are_named(folder: Path, tmp_path: Path):
+    save_file(load_file(folder / "ae.safetensors") | {"loss.logvar": torch.zeros(1)}, tmp_path / "ae.safetensors")
+    with pytest.raises(ConfigError, match=r"loss\.logvar is not part of the network"):
+        VisionTokenizer(section(tmp_path), "cpu")
+
+
+def test_damaged_weights_are_reported(folder: Path, tmp_path: Path):
+    content = (folder / "ae.safetensors").read_bytes()
+    (tmp_path / "ae.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match="not a readable safetensors file"):
+        VisionTokenizer(section(tmp_path), "cpu")
+
+
+def test_images_that_do_not_fit_the_blocks_are_refused(tokenizer: VisionTokenizer):
+    with pytest.raises(DataError, match=r"image 1: 32 x 40 px.*multiples of 16 px"):
+        tokenizer.encode(random_images((32, 32), (32, 40)))
+    with pytest.raises(DataError, match=r"image 0: torch.float32 \(32, 32, 3\), expected uint8"):
+        tokenizer.encode([torch.zeros(32, 32, 3)])
+
+
+def test_bits_that_do_not_fill_the_grid_are_refused(tokenizer: VisionTokenizer):
+    with pytest.raises(ValueError, match=r"not 16 bits per cell of grid \(4, 8\)"):
+        tokenizer.decode(pack_bits(torch.ones(16, 16)), (4, 8))
