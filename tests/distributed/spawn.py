@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
 import socket
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # A rank that fails usually takes its peers with it through broken connections; those that only wait are killed later.
@@ -31,40 +32,50 @@ def run_ranks(
 
     Raises:
         AssertionError: when a rank raises, dies or is not done after `timeout_s`; the message holds the ranks'
-            tracebacks, the first failure first. Ranks that hang print their stacks to stderr. No process is left.
+            tracebacks, the first failure first, and the stacks of ranks that hang. No process is left.
     """
-    context = multiprocessing.get_context("spawn")
+    # Forked from a server that has imported the engines; CUDA does not survive a fork.
+    context = multiprocessing.get_context("spawn" if on_gpu else "forkserver")
+    if not on_gpu:
+        context.set_forkserver_preload(["tests.distributed.preload"])
     port = _free_port()
     deadline = time.time() + timeout_s
     processes, readers = [], []
-    try:
-        for rank in range(world_size):
-            reader, writer = context.Pipe(duplex=False)
-            process = context.Process(target=_rank_main, args=(writer, deadline, rank, fn, args), daemon=True)
-            with _environment(_rank_environment(rank, world_size, port, on_gpu)):
+    with tempfile.TemporaryDirectory() as folder:
+        stacks = [Path(folder) / str(rank) for rank in range(world_size)]
+        try:
+            for rank in range(world_size):
+                reader, writer = context.Pipe(duplex=False)
+                environment = _rank_environment(rank, world_size, port, on_gpu)
+                arguments = (writer, deadline, stacks[rank], rank, environment, fn, args)
+                process = context.Process(target=_rank_main, args=arguments, daemon=True)
                 process.start()
-            # The reader sees the end of the pipe only when no other process holds the writing end.
-            writer.close()
-            processes.append(process)
-            readers.append(reader)
-        return _collect(processes, readers, deadline)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-            process.close()
-        for reader in readers:
-            reader.close()
+                # The reader sees the end of the pipe only when no other process holds the writing end.
+                writer.close()
+                processes.append(process)
+                readers.append(reader)
+            return _collect(processes, readers, stacks, deadline)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+                process.close()
+            for reader in readers:
+                reader.close()
 
 
 def _rank_main(
     writer: multiprocessing.connection.Connection,
     deadline: float,
+    stacks: Path,
     rank: int,
+    environment: dict[str, str],
     fn: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    faulthandler.dump_traceback_later(max(deadline - time.time(), 0.1), exit=True)
+    os.environ.update(environment)
+    stack_file = stacks.open("w")
+    faulthandler.dump_traceback_later(max(deadline - time.time(), 0.1), exit=True, file=stack_file)
     try:
         message = ("result", fn(rank, *args))
         # Plain pickle: the connection's own hands tensors over as shared memory, which dies with this process.
@@ -76,7 +87,9 @@ def _rank_main(
     writer.close()
 
 
-def _collect(processes: list[Any], readers: list[multiprocessing.connection.Connection], deadline: float) -> list[Any]:
+def _collect(
+    processes: list[Any], readers: list[multiprocessing.connection.Connection], stacks: list[Path], deadline: float
+) -> list[Any]:
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
     waiting = dict(enumerate(readers))
@@ -90,7 +103,7 @@ def _collect(processes: list[Any], readers: list[multiprocessing.connection.Conn
             try:
                 kind, value = pickle.loads(reader.recv_bytes())
             except EOFError:
-                kind, value = "error", _describe_death(processes[rank], deadline)
+                kind, value = "error", _describe_death(processes[rank], stacks[rank])
             if kind == "result":
                 results[rank] = value
                 continue
@@ -103,10 +116,11 @@ def _collect(processes: list[Any], readers: list[multiprocessing.connection.Conn
     raise AssertionError("\n".join(f"--- rank {rank} ---\n{text}" for rank, text in failures.items()))
 
 
-def _describe_death(process: Any, deadline: float) -> str:
+def _describe_death(process: Any, stacks: Path) -> str:
     process.join(KILL_MARGIN_S)
-    if time.time() >= deadline:
-        return "reached the time limit; its stacks are on stderr\n"
+    stack = stacks.read_text() if stacks.exists() else ""
+    if stack:
+        return f"reached the time limit\n{stack}"
     return f"died with exit code {process.exitcode} before it returned\n"
 
 
@@ -121,21 +135,6 @@ def _rank_environment(rank: int, world_size: int, port: int, on_gpu: bool) -> di
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Sets variables for the processes started inside: libraries read them when they are first imported."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _free_port() -> int:
