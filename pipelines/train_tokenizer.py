@@ -1,6 +1,6 @@
 """Trains the binary visual tokenizer.
 
-    torchrun --standalone --nproc_per_node=2 pipelines/train_tokenizer.py CONFIG [section.key=value ...]
+torchrun --standalone --nproc_per_node=2 pipelines/train_tokenizer.py CONFIG [section.key=value ...]
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Captioned scenes drawn by program: the demo's images, with the truth about them in machine-readable form.
 
 A scene belongs to one of seven categories: the six of GenEval (arXiv 2310.11513: single object, two objects, counting,
-colors, position, color attribution) and short rendered words. `make_scene` decides what is in the picture and says it in
-a caption, `render` draws it. Scene `index` of `seed` is always the same, whatever else is generated.
+colors, position, color attribution) and short rendered words. `make_scene` decides what is in the picture and says it
+in a caption, `render` draws it. Scene `index` of `seed` is always the same, whatever else is generated.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "black": (26, 26, 30),
 }
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "heart", "cross", "ring")
-WORDS = tuple("CAT DOG SUN SKY HAT BUS CAR CUP BOX MAP TREE MOON STAR FISH BIRD BOOK HOME OPEN STOP LOVE YES NO GO HI".split())
+WORDS = tuple(
+    "CAT DOG SUN SKY HAT BUS CAR CUP BOX MAP TREE MOON STAR FISH BIRD BOOK HOME OPEN STOP LOVE YES NO GO HI".split()
+)
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 PLACES: dict[str, tuple[float, float]] = {
     "at the left": (0.24, 0.5),
@@ -144,7 +146,9 @@ class _Composer:
         self.rng = rng
         self.size_px = self._size_px()
         self.background = self._pick(tuple(BACKGROUNDS))
-        self.colors = tuple(name for name, rgb in COLORS.items() if _contrast(rgb, BACKGROUNDS[self.background]) > MIN_CONTRAST)
+        self.colors = tuple(
+            name for name, rgb in COLORS.items() if _contrast(rgb, BACKGROUNDS[self.background]) > MIN_CONTRAST
+        )
         self.shading = (0.0, 0.0) if rng.random() < 0.5 else tuple(np.round(rng.uniform(-1, 1, 2), 3).tolist())
 
     def compose(self) -> Scene:
@@ -192,7 +196,12 @@ class _Composer:
         return f"{first} {relation} {second}", self._pair(shapes, colors, RELATIONS[relation])
 
     def _scene(
-        self, category: str, phrase: str, objects: tuple[SceneObject, ...], text: str | None = None, color: str | None = None
+        self,
+        category: str,
+        phrase: str,
+        objects: tuple[SceneObject, ...],
+        text: str | None = None,
+        color: str | None = None,
     ) -> Scene:
         if self.rng.random() < 0.2:
             phrase = f"{phrase} on {_article(f'{self.background} background')}"

@@ -44,11 +44,15 @@ def load_autoencoder(folder: str | Path) -> Autoencoder:
 def draw(images: Mapping[int, np.ndarray], results: Mapping[int, Reconstruction]) -> Image.Image:
     """Two rows per size: originals, and below them what the bits give back; enlarged without smoothing."""
     label_px, gap_px = 74, 6
-    picture = Image.new("RGB", (label_px + NUM_COLUMNS * (TILE_PX + 2), len(images) * (2 * TILE_PX + 2 + gap_px)), "white")
+    picture = Image.new(
+        "RGB", (label_px + NUM_COLUMNS * (TILE_PX + 2), len(images) * (2 * TILE_PX + 2 + gap_px)), "white"
+    )
     pen = ImageDraw.Draw(picture)
     for row, (size, originals) in enumerate(images.items()):
         top = row * (2 * TILE_PX + 2 + gap_px)
-        for line, (name, tiles) in enumerate((("original", originals), (f"{results[size].psnr_db:.1f} dB", results[size].decoded))):
+        for line, (name, tiles) in enumerate(
+            (("original", originals), (f"{results[size].psnr_db:.1f} dB", results[size].decoded))
+        ):
             y = top + line * (TILE_PX + 2)
             pen.text((4, y + TILE_PX // 2 - 8), f"{size} px\n{name}", "black")
             for column, tile in enumerate(tiles[:NUM_COLUMNS]):
@@ -77,7 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measures a visual tokenizer on held-out images.")
     parser.add_argument("folder", help=f"folder with {WEIGHTS_NAME} and {CONFIG_NAME}")
     parser.add_argument("shards", nargs="+", help="WebDataset tars of held-out images: files, folders, globs")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 128], help="sides of square crops in px (default: 32 64 128)")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[32, 64, 128], help="sides of square crops in px (default: 32 64 128)"
+    )
     parser.add_argument("--images", type=int, default=256, help="images per size (default: %(default)s)")
     parser.add_argument("--picture", help="PNG to write")
     options = parser.parse_args(arguments)

@@ -32,7 +32,8 @@ KIND = "bitdance demo scenes 1"
 def write_shards(out: str | Path, num_images: int, per_shard: int, seed: int, is_forced: bool = False) -> bool:
     """Writes the shards of `num_images` scenes into the folder `out`, unless they are there already.
 
-    The shards are written beside `out` and renamed when complete, with a marker `dataset.json` that states the arguments.
+    The shards are written beside `out` and renamed when complete, with a marker `dataset.json` that states the
+    arguments.
 
     Args:
         out: folder to make; its parents are made as well.
@@ -77,14 +78,20 @@ def _is_complete(out: Path, arguments: dict[str, object], is_forced: bool) -> bo
         return False
     marker = out / MARKER
     if not marker.is_file():
-        raise DataError(f"{out}: exists without {MARKER}, so it is no demo data set and is left alone; name another folder")
+        raise DataError(
+            f"{out}: exists without {MARKER}, so it is no demo data set and is left alone; name another folder"
+        )
     found = json.loads(marker.read_text(encoding="utf-8"))
     if found == arguments:
         return True
     if is_forced:
         return False
-    changes = ", ".join(f"{key} {found.get(key)!r} (wanted {arguments[key]!r})" for key in arguments if found.get(key) != arguments[key])
-    raise DataError(f"{out}: holds a demo data set of other arguments: {changes}; use --force to replace it, or another folder")
+    changes = ", ".join(
+        f"{key} {found.get(key)!r} (wanted {arguments[key]!r})" for key in arguments if found.get(key) != arguments[key]
+    )
+    raise DataError(
+        f"{out}: holds a demo data set of other arguments: {changes}; use --force to replace it, or another folder"
+    )
 
 
 def _write_shard(path: Path, shard: int, indices: Sequence[int], seed: int) -> None:

@@ -1,4 +1,4 @@
-"""The configuration of a training run of the binary visual tokenizer (arXiv 2602.14041 Sec. 3.1, 4.1), and its rules."""
+"""The configuration of a tokenizer training run (arXiv 2602.14041 Sec. 3.1, 4.1), and its rules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ class TokenizerRunSection:
     output: str = setting(doc="Folder that receives ae.safetensors and ae_config.json.")
     seed: int = setting(0, doc="Seed of the initial weights, the data order, the crops and the bit flips.")
     steps: int = setting(doc="Optimiser steps.")
-    dtype: str = setting("bfloat16", doc="Dtype of the convolutions in training: float32 or bfloat16 (autocast; weights stay float32).")
+    dtype: str = setting(
+        "bfloat16", doc="Dtype of the convolutions in training: float32 or bfloat16 (autocast; weights stay float32)."
+    )
     log_every_steps: int = setting(50, doc="Steps between lines of metrics.jsonl.")
 
 
@@ -28,7 +30,9 @@ class AutoencoderSection:
 
     num_bits: int = setting(32, doc="Bits per vision token.")
     channels: int = setting(256, doc="Base channels, a multiple of 32.")
-    channel_mult: tuple[int, ...] = setting((1, 1, 2, 2, 4), doc="Channel multiplier per level; downsampling is 2^(levels - 1).")
+    channel_mult: tuple[int, ...] = setting(
+        (1, 1, 2, 2, 4), doc="Channel multiplier per level; downsampling is 2^(levels - 1)."
+    )
     num_res_blocks: int = setting(4, doc="Residual blocks per level.")
 
     @property
@@ -45,7 +49,9 @@ class QuantiserSection:
     temperature: float = setting(1.0, doc="Temperature of the code distribution, in squared latent distance.")
     entropy_weight: float = setting(0.02, doc="Weight of E[H(q)] - H[E q], in nats, mean over groups.")
     commit_weight: float = setting(0.1, doc="Weight of the mean squared distance of the latents from their signs.")
-    flip_max: float = setting(0.0, doc="Bits are flipped with probability flip_max * u, u ~ U(0, 1) per image, for robustness.")
+    flip_max: float = setting(
+        0.0, doc="Bits are flipped with probability flip_max * u, u ~ U(0, 1) per image, for robustness."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +60,9 @@ class ReconstructionSection:
 
     l1_weight: float = setting(1.0, doc="Weight of the mean absolute error.")
     l2_weight: float = setting(1.0, doc="Weight of the mean squared error.")
-    edge_weight: float = setting(0.5, doc="Weight of the mean absolute error of differences between neighbouring pixels.")
+    edge_weight: float = setting(
+        0.5, doc="Weight of the mean absolute error of differences between neighbouring pixels."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +71,18 @@ class TokenizerDataSection:
 
     shards: tuple[str, ...] = setting(doc="WebDataset tars: files, folders, globs or brace lists.")
     index_dir: str = setting("", doc="Folder of the index; empty: `.bitdance_index` beside the first shard.")
-    sizes_px: tuple[tuple[int, int], ...] = setting(doc="(height, width) of the crops; every step draws one size for all ranks.")
-    images_px: int = setting(doc="Pixels per step over all ranks; with crops of H x W a step has images_px / (H W) images.")
-    max_zoom: float = setting(1.25, doc="Crops are cut from images scaled to 1..max_zoom times the crop, never enlarged.")
-    max_hole_share: float = setting(0.001, doc="Training stops when unreadable images exceed this share (after 1000 images).")
+    sizes_px: tuple[tuple[int, int], ...] = setting(
+        doc="(height, width) of the crops; every step draws one size for all ranks."
+    )
+    images_px: int = setting(
+        doc="Pixels per step over all ranks; with crops of H x W a step has images_px / (H W) images."
+    )
+    max_zoom: float = setting(
+        1.25, doc="Crops are cut from images scaled to 1..max_zoom times the crop, never enlarged."
+    )
+    max_hole_share: float = setting(
+        0.001, doc="Training stops when unreadable images exceed this share (after 1000 images)."
+    )
     read_threads: int = setting(2, doc="Threads per rank that read and decode.")
 
 
@@ -124,7 +140,7 @@ def _network_faults(config: TokenizerConfig) -> Iterator[str]:
     if not network.channel_mult or min(network.channel_mult) < 1:
         yield f"autoencoder.channel_mult = {list(network.channel_mult)}: name one positive multiplier per level"
     if network.num_res_blocks < 1:
-        yield f"autoencoder.num_res_blocks = {network.num_res_blocks}: every level changes its width in a block; use 1 or more"
+        yield f"autoencoder.num_res_blocks = {network.num_res_blocks}: a level changes its width in a block; use 1 or more"
     groups = quantiser.num_groups
     if groups < 1 or network.num_bits % groups or network.num_bits // groups > 16:
         yield (
@@ -178,10 +194,13 @@ def _size_faults(config: TokenizerConfig, world_size: int) -> Iterator[str]:
         for height, width in sizes:
             # The adaptive norms take a variance over cells, for which one cell is not enough.
             if height < 1 or width < 1 or height % multiple or width % multiple or height * width == multiple**2:
-                yield f"{name}: {height} x {width} px: sides must be multiples of the downsampling, {multiple} px, and hold more than one cell"
+                yield (
+                    f"{name}: {height} x {width} px: sides must be multiples of the downsampling, {multiple} px, and hold "
+                    "more than one cell"
+                )
     for height, width in config.data.sizes_px:
         if height > 0 and width > 0 and config.data.images_px % (height * width * world_size):
             yield (
-                f"data.images_px = {config.data.images_px}: must be a multiple of {height} * {width} px * {world_size} ranks, so "
-                "that every rank has the same number of images; use one that all sizes divide"
+                f"data.images_px = {config.data.images_px}: must be a multiple of {height} * {width} px * {world_size} "
+                "ranks, so that every rank has the same number of images; use one that all sizes divide"
             )

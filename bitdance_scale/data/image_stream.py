@@ -1,7 +1,7 @@
 """Crops of images without captions, for training and judging the visual tokenizer.
 
-Which images a step holds, and how they are cropped, is a function of (seed, step) alone: not of the number of ranks, and
-not of what was read before.
+Which images a step holds, and how they are cropped, is a function of (seed, step) alone: not of the number of ranks,
+and not of what was read before.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def large_enough(index: Index, crop_px: tuple[int, int]) -> np.ndarray:
     samples = np.flatnonzero((index.height_px >= crop_px[0]) & (index.width_px >= crop_px[1]))
     if not len(samples):
         raise DataError(
-            f"{index.shards[0].path} (first of {len(index.shards)} shards): none of {len(index)} images covers a crop of "
-            f"{crop_px[0]} x {crop_px[1]} px; remove this size or add larger images"
+            f"{index.shards[0].path} (first of {len(index.shards)} shards): none of {len(index)} images covers a crop "
+            f"of {crop_px[0]} x {crop_px[1]} px; remove this size or add larger images"
         )
     return samples
 
@@ -156,7 +156,7 @@ def centre_crops(index: Index, crop_px: tuple[int, int], num_images: int) -> np.
             crops.append(decode_image(read_image(reader, index, sample), index.size_px(sample), crop_px))
         except SampleFault as fault:
             raise DataError(
-                f"{index.shard_path(sample)}: sample {index.name(sample)}: {fault}; held-out images must all be readable"
+                f"{index.shard_path(sample)}: sample {index.name(sample)}: {fault}; held-out images must be readable"
             ) from fault
     reader.close()
     return np.stack(crops)

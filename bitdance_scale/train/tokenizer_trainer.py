@@ -106,16 +106,24 @@ def _train(
         grad_norm = torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), config.optim.clip_norm)
         # Gradients are averaged over ranks, so all ranks see the same norm and stop together.
         if not torch.isfinite(grad_norm):
-            raise FloatingPointError(f"step {step + 1}: gradient norm {grad_norm.item()}; lower optim.lr or use run.dtype=float32")
+            raise FloatingPointError(
+                f"step {step + 1}: gradient norm {grad_norm.item()}; lower optim.lr or use run.dtype=float32"
+            )
         optimiser.step()
 
         done, is_last = step + 1, step + 1 == config.run.steps
         if ranks.rank == 0 and (done % config.run.log_every_steps == 0 or is_last):
-            record = {"step": done, **{name: loss.item() for name, loss in losses.items()}, "grad_norm": grad_norm.item(), "lr": lr}
+            record = {
+                "step": done,
+                **{name: loss.item() for name, loss in losses.items()},
+                "grad_norm": grad_norm.item(),
+                "lr": lr,
+            }
             _log(folder, record | {"elapsed_s": round(time.monotonic() - start_s, 1)}, config.run.steps)
         if done % config.eval.every_steps == 0 or is_last:
             results = {
-                size: evaluate(autoencoder, images, config.quantiser.num_groups, ranks.device) for size, images in held_out.items()
+                size: evaluate(autoencoder, images, config.quantiser.num_groups, ranks.device)
+                for size, images in held_out.items()
             }
             if ranks.rank == 0:
                 _log_evaluation(folder, done, results)

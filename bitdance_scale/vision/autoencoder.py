@@ -6,13 +6,14 @@ open, and how it is settled here:
 - levels count from 0, the finest; `decoder.up` and `decoder.adaptive` are indexed by level although the decoder runs
   from the deepest level to 0;
 - level l of the encoder works with `channels * channel_mult[l]` channels; its first residual block changes the width
-  from that of level l - 1 (level 0: from `channels`), hence has `nin_shortcut`, a 1x1 convolution without bias, when the
-  two differ; `mid_block` keeps the deepest width, and has `num_res_blocks` residual blocks as every level has;
+  from that of level l - 1 (level 0: from `channels`), hence has `nin_shortcut`, a 1x1 convolution without bias, when
+  the two differ; `mid_block` keeps the deepest width, and has `num_res_blocks` residual blocks as every level has;
 - `encoder.conv_in` and `decoder.conv_in` are 3x3 convolutions, the first without a bias, the second with one; so are
   `downsample` and `upsample.conv1`, both with a bias and both keeping the width of their level (`upsample.conv1` makes
   four times as many channels, which depth-to-space folds into pixels);
 - `norm_out` and the norms of the residual blocks are affine and followed by SiLU; `adaptive` is not;
-- `decoder.adaptive.{level}` works on the width that enters the level; gamma and beta are linears from the bits' channels;
+- `decoder.adaptive.{level}` works on the width that enters the level; gamma and beta are linears from the bits'
+  channels;
 - `encoder.conv_out` (1x1) and `decoder.conv_out` (3x3) have biases.
 
 With the published sizes (channels 256, multipliers 1, 1, 2, 2, 4, 4 residual blocks, 32 bits) this makes 460 M
@@ -214,8 +215,8 @@ def published_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
         fixed = (config["gan_decoder"], sizes["double_z"], sizes["in_channels"], sizes["out_ch"])
         if fixed != (False, False, 3, 3):
             raise DataError(
-                f"ae_config.json: gan_decoder, double_z, in_channels, out_ch = {fixed}; only the deterministic decoder of "
-                "RGB images is supported: (False, False, 3, 3)"
+                f"ae_config.json: gan_decoder, double_z, in_channels, out_ch = {fixed}; only the deterministic "
+                "decoder of RGB images is supported: (False, False, 3, 3)"
             )
         return {
             "num_bits": sizes["z_channels"],

@@ -50,9 +50,9 @@ def entropy_loss(
 
         q_c(x) = exp(-|x - c|^2 / temperature) / sum over codes c' of exp(-|x - c'|^2 / temperature),
 
-    the expectation is over tokens, and both terms are means over groups. |x|^2 and |c|^2 are the same for every code, so
-    q factorises into independent bits, p(c_k = +1) = sigmoid(4 x_k / temperature). H(q) is therefore the sum of K binary
-    entropies, and only E q, which does not factorise, is formed over the 2^K codes.
+    the expectation is over tokens, and both terms are means over groups. |x|^2 and |c|^2 are the same for every code,
+    so q factorises into independent bits, p(c_k = +1) = sigmoid(4 x_k / temperature). H(q) is therefore the sum of K
+    binary entropies, and only E q, which does not factorise, is formed over the 2^K codes.
 
     Args:
         latents: [N, C], any floating dtype; the loss is computed in float32.
@@ -81,7 +81,7 @@ def entropy_loss(
 
 
 def code_usage(bits: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """Share of tokens that use each code, float32 [G, 2^K], of bits [N, C] in {-1, +1}; bit 0 of a group counts most."""
+    """Share of tokens that use each code, float32 [G, 2^K], of bits [N, C]; bit 0 of a group is the most significant."""
     return _code_probabilities((rearrange(bits, "n (g k) -> n g k", g=num_groups) > 0).float()).mean(dim=0)
 
 

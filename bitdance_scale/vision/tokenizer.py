@@ -85,7 +85,9 @@ class VisionTokenizer:
         tokens = unpack_bits(tokens) if tokens.dtype == torch.uint8 else tokens.float()
         height, width = grid
         if tokens.shape != (height * width, self.section.num_bits):
-            raise ValueError(f"bits of shape {tuple(bits.shape)} are not {self.section.num_bits} bits per cell of grid {grid}")
+            raise ValueError(
+                f"bits of shape {tuple(bits.shape)} are not {self.section.num_bits} bits per cell of grid {grid}"
+            )
         p = self.section.block_side
         latents = rearrange(tokens, "(h w p1 p2) c -> 1 c (h p1) (w p2)", h=height // p, w=width // p, p1=p, p2=p)
         pixels = self.autoencoder.decode(latents.to(self.device))

@@ -33,7 +33,9 @@ def load_weights(path: str | Path, wanted: Mapping[str, torch.Tensor]) -> dict[s
     try:
         found = load_file(path)
     except SafetensorError as error:
-        raise DataError(f"{path}: not a readable safetensors file ({error}); fetch or export the weights again") from error
+        raise DataError(
+            f"{path}: not a readable safetensors file ({error}); fetch or export the weights again"
+        ) from error
     faults = [f"{name} is missing" for name in wanted if name not in found]
     faults += [f"{name} is not part of the network" for name in found if name not in wanted]
     faults += [

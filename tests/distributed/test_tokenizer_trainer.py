@@ -33,7 +33,8 @@ def settings(tmp_path: Path) -> list[str]:
     write_shards(tmp_path / "held_out", num_images=4, per_shard=4, seed=1)
     # Without flips, which each rank draws for its own images, the two runs compute the same sums.
     return [
-        f"run.output={tmp_path / 'weights'}", f'data.shards=["{tmp_path / "train"}"]', f'eval.shards=["{tmp_path / "held_out"}"]',
+        f"run.output={tmp_path / 'weights'}", f'data.shards=["{tmp_path / "train"}"]',
+        f'eval.shards=["{tmp_path / "held_out"}"]',
         "run.dtype=float32", "run.steps=3", "run.log_every_steps=1", "autoencoder.channel_mult=[1, 1]",
         "data.sizes_px=[[16, 16]]", "data.images_px=2048", "optim.warmup_steps=0", "optim.lr=1e-4",
         "quantiser.flip_max=0.0", "eval.sizes_px=[[16, 16]]",

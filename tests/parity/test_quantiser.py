@@ -12,7 +12,7 @@ from bitdance_scale.vision.quantiser import code_usage, entropy_loss, straight_t
 
 
 def enumerated(latents: torch.Tensor, num_groups: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eq. 2 of arXiv 2602.14041 read literally: distances to every code, softmax, entropies; one group after another."""
+    """Eq. 2 of arXiv 2602.14041 read literally: distances to every code, softmax, entropies; group after group."""
     size = latents.shape[1] // num_groups
     codebook = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=size)), dtype=latents.dtype)
     token, codes = [], []
@@ -25,7 +25,9 @@ def enumerated(latents: torch.Tensor, num_groups: int, temperature: float) -> tu
     return torch.stack(token).mean(), torch.stack(codes).mean()
 
 
-@pytest.mark.parametrize(("num_bits", "num_groups", "temperature"), [(8, 1, 1.0), (8, 2, 0.5), (16, 4, 2.0), (6, 6, 1.0)])
+@pytest.mark.parametrize(
+    ("num_bits", "num_groups", "temperature"), [(8, 1, 1.0), (8, 2, 0.5), (16, 4, 2.0), (6, 6, 1.0)]
+)
 def test_terms_and_gradients_equal_the_enumeration(num_bits: int, num_groups: int, temperature: float):
     torch.manual_seed(0)
     latents = (0.4 * torch.randn(50, num_bits)).requires_grad_()
@@ -67,7 +69,9 @@ def test_mean_gradient_of_the_ranks_is_the_gradient_of_the_global_batch():
     for part in parts:
         entropy_loss(part, 2, 1.0, lambda mean: seen.append(mean) or mean)
     global_mean = torch.stack(seen).mean(dim=0)
-    gradients = [torch.autograd.grad(entropy_loss(part, 2, 1.0, lambda mean: global_mean).loss, part)[0] for part in parts]
+    gradients = [
+        torch.autograd.grad(entropy_loss(part, 2, 1.0, lambda mean: global_mean).loss, part)[0] for part in parts
+    ]
     # Each rank holds half of the tokens, so its own mean counts them twice. float32 rounding.
     torch.testing.assert_close(torch.cat(gradients) / 2, whole, rtol=1e-4, atol=1e-8)
 

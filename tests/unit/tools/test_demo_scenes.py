@@ -40,7 +40,9 @@ def test_objects_lie_inside_the_picture_apart_from_each_other():
             top, bottom = item.centre[1] - item.extent[1] / 2, item.centre[1] + item.extent[1] / 2
             # Extents are rounded to four digits.
             assert min(left, top) > -1e-3 and max(right, bottom) < 1.001, scene
-            assert all(r < left + 0.01 or right < l + 0.01 or b < top + 0.01 or bottom < t + 0.01 for l, t, r, b in boxes), scene
+            assert all(
+                r < left + 0.01 or right < l + 0.01 or b < top + 0.01 or bottom < t + 0.01 for l, t, r, b in boxes
+            ), scene
             boxes.append((left, top, right, bottom))
 
 
@@ -62,7 +64,8 @@ def test_captions_agree_with_the_scene():
 
 
 @pytest.mark.parametrize(
-    ("relation", "axis", "sign"), [("to the left of", 0, -1), ("to the right of", 0, 1), ("above", 1, -1), ("below", 1, 1)]
+    ("relation", "axis", "sign"),
+    [("to the left of", 0, -1), ("to the right of", 0, 1), ("above", 1, -1), ("below", 1, 1)],
 )
 def test_relations_hold(relation: str, axis: int, sign: int):
     scenes = [scene for scene in SCENES if f" {relation} a" in scene.caption]

@@ -28,7 +28,17 @@ def folder(tmp_path: Path) -> Path:
 def test_table_and_picture(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write_shards(tmp_path / "shards", num_images=6, per_shard=6, seed=0)
     picture = tmp_path / "picture.png"
-    arguments = [str(folder), str(tmp_path / "shards"), "--sizes", "16", "32", "--images", "3", "--picture", str(picture)]
+    arguments = [
+        str(folder),
+        str(tmp_path / "shards"),
+        "--sizes",
+        "16",
+        "32",
+        "--images",
+        "3",
+        "--picture",
+        str(picture),
+    ]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "| 16 x 16 |" in printed and "| 32 x 32 |" in printed and "encode" in printed

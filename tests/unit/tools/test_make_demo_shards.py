@@ -36,7 +36,12 @@ def test_shards_have_the_layout_of_img2dataset(tmp_path: Path):
     assert record["sha256"] == hashlib.sha256(files["000010001.jpg"]).hexdigest()
     image = Image.open(io.BytesIO(files["000010001.jpg"]))
     assert image.format == "JPEG"
-    assert image.size == scene.size_px == (record["width"], record["height"]) == (record["original_width"], record["original_height"])
+    assert (
+        image.size
+        == scene.size_px
+        == (record["width"], record["height"])
+        == (record["original_width"], record["original_height"])
+    )
 
 
 def test_equal_arguments_give_equal_bytes_and_other_seeds_other_images(tmp_path: Path):

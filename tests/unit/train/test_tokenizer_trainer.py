@@ -36,8 +36,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_config(shards: Path, out: Path, *overrides: str) -> TokenizerConfig:
     settings = [
         f"run.root={out}", f"run.output={out / 'weights'}", f'data.shards=["{shards / "train"}"]',
-        f'eval.shards=["{shards / "held_out"}"]', f"data.index_dir={out / 'index'}", "run.dtype=float32", "run.steps=12",
-        "run.log_every_steps=1", "autoencoder.channel_mult=[1, 1]", "data.sizes_px=[[16, 16], [32, 16]]",
+        f'eval.shards=["{shards / "held_out"}"]', f"data.index_dir={out / 'index'}", "run.dtype=float32",
+        "run.steps=12", "run.log_every_steps=1", "autoencoder.channel_mult=[1, 1]", "data.sizes_px=[[16, 16], [32, 16]]",
         "data.images_px=2048", "optim.warmup_steps=2", "eval.sizes_px=[[16, 16]]", "eval.num_images=8", *overrides,
     ]  # fmt: skip
     return load_config(DEMO, settings, TokenizerConfig)
@@ -53,7 +53,11 @@ def test_a_run_learns_and_leaves_weights_that_the_tokenizer_loads(shards: Path, 
     # Learning to paint the mean colour alone takes off more than a quarter; without learning they scatter by a tenth.
     assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:5])
     section = VisionSection(
-        weights=str(tmp_path / "weights" / "ae.safetensors"), num_bits=16, channels=32, channel_mult=(1, 1), num_res_blocks=1
+        weights=str(tmp_path / "weights" / "ae.safetensors"),
+        num_bits=16,
+        channels=32,
+        channel_mult=(1, 1),
+        num_res_blocks=1,
     )
     tokenizer = VisionTokenizer(section, "cpu")
     image = torch.full((16, 24, 3), 200, dtype=torch.uint8)

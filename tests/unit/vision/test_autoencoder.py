@@ -82,7 +82,9 @@ def test_adaptive_norm_is_linear_in_spread_and_mean_of_the_bits():
         scale = norm.gamma.weight @ spread + norm.gamma.bias
         bias = norm.beta.weight @ mean + norm.beta.bias
         groups = hidden[n].reshape(32, -1)
-        normed = (groups - groups.mean(dim=1, keepdim=True)) / (groups.var(dim=1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+        normed = (groups - groups.mean(dim=1, keepdim=True)) / (
+            groups.var(dim=1, unbiased=False, keepdim=True) + 1e-6
+        ).sqrt()
         expected = scale[:, None, None] * normed.reshape(64, 4, 6) + bias[:, None, None]
         # Two orders of summation in float32 over values of order 1.
         torch.testing.assert_close(result[n], expected, rtol=1e-4, atol=1e-5)
@@ -95,8 +97,12 @@ def test_residual_block_follows_its_formula():
     def swish(x: torch.Tensor) -> torch.Tensor:
         return x * torch.sigmoid(x)
 
-    change = F.conv2d(swish(F.group_norm(hidden, 32, block.norm1.weight, block.norm1.bias, 1e-6)), block.conv1.weight, padding=1)
-    change = F.conv2d(swish(F.group_norm(change, 32, block.norm2.weight, block.norm2.bias, 1e-6)), block.conv2.weight, padding=1)
+    change = F.conv2d(
+        swish(F.group_norm(hidden, 32, block.norm1.weight, block.norm1.bias, 1e-6)), block.conv1.weight, padding=1
+    )
+    change = F.conv2d(
+        swish(F.group_norm(change, 32, block.norm2.weight, block.norm2.bias, 1e-6)), block.conv2.weight, padding=1
+    )
     expected = F.conv2d(hidden, block.nin_shortcut.weight) + change
     # float32 rounding of x * sigmoid(x) against the fused SiLU.
     torch.testing.assert_close(block(hidden), expected, rtol=1e-5, atol=1e-5)

@@ -67,7 +67,9 @@ def test_batches_are_bounded_by_pixels(folder: Path, monkeypatch: pytest.MonkeyP
     tokenizer = VisionTokenizer(section(folder), "cpu", max_batch_px=2 * 32 * 32)
     shapes = []
     encode = tokenizer.autoencoder.encode
-    monkeypatch.setattr(tokenizer.autoencoder, "encode", lambda pixels: shapes.append(tuple(pixels.shape)) or encode(pixels))
+    monkeypatch.setattr(
+        tokenizer.autoencoder, "encode", lambda pixels: shapes.append(tuple(pixels.shape)) or encode(pixels)
+    )
     tokenizer.encode(random_images(*[(32, 32)] * 5, (64, 64)))
     assert shapes == [(2, 3, 32, 32), (2, 3, 32, 32), (1, 3, 32, 32), (1, 3, 64, 64)]
 
@@ -105,7 +107,9 @@ def test_missing_weights_name_the_setting(tmp_path: Path):
 
 
 def test_weights_of_other_sizes_name_the_tensor(folder: Path):
-    with pytest.raises(ConfigError, match=r"encoder\.conv_out\.weight has shape \(16, 64, 1, 1\), not \(32, 64, 1, 1\)"):
+    with pytest.raises(
+        ConfigError, match=r"encoder\.conv_out\.weight has shape \(16, 64, 1, 1\), not \(32, 64, 1, 1\)"
+    ):
         VisionTokenizer(section(folder, num_bits=32), "cpu")
     with pytest.raises(ConfigError, match=r"encoder\.down\.0\.block\.1\.norm1\.weight is missing; .* and 45 more"):
         VisionTokenizer(section(folder, num_res_blocks=2), "cpu")
