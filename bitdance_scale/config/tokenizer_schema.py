@@ -140,7 +140,7 @@ def _network_faults(config: TokenizerConfig) -> Iterator[str]:
     if not network.channel_mult or min(network.channel_mult) < 1:
         yield f"autoencoder.channel_mult = {list(network.channel_mult)}: name one positive multiplier per level"
     if network.num_res_blocks < 1:
-        yield f"autoencoder.num_res_blocks = {network.num_res_blocks}: a level changes its width in a block; use 1 or more"
+        yield f"autoencoder.num_res_blocks = {network.num_res_blocks}: a level needs one; use 1 or more"
     groups = quantiser.num_groups
     if groups < 1 or network.num_bits % groups or network.num_bits // groups > 16:
         yield (
@@ -195,8 +195,8 @@ def _size_faults(config: TokenizerConfig, world_size: int) -> Iterator[str]:
             # The adaptive norms take a variance over cells, for which one cell is not enough.
             if height < 1 or width < 1 or height % multiple or width % multiple or height * width == multiple**2:
                 yield (
-                    f"{name}: {height} x {width} px: sides must be multiples of the downsampling, {multiple} px, and hold "
-                    "more than one cell"
+                    f"{name}: {height} x {width} px: sides must be multiples of the downsampling, {multiple} px, and "
+                    "hold more than one cell"
                 )
     for height, width in config.data.sizes_px:
         if height > 0 and width > 0 and config.data.images_px % (height * width * world_size):

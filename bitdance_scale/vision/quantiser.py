@@ -81,7 +81,7 @@ def entropy_loss(
 
 
 def code_usage(bits: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """Share of tokens that use each code, float32 [G, 2^K], of bits [N, C]; bit 0 of a group is the most significant."""
+    """Share of tokens that use each code, float32 [G, 2^K], of bits [N, C]; bit 0 of a group counts most."""
     return _code_probabilities((rearrange(bits, "n (g k) -> n g k", g=num_groups) > 0).float()).mean(dim=0)
 
 

@@ -37,7 +37,8 @@ def small_config(shards: Path, out: Path, *overrides: str) -> TokenizerConfig:
     settings = [
         f"run.root={out}", f"run.output={out / 'weights'}", f'data.shards=["{shards / "train"}"]',
         f'eval.shards=["{shards / "held_out"}"]', f"data.index_dir={out / 'index'}", "run.dtype=float32",
-        "run.steps=12", "run.log_every_steps=1", "autoencoder.channel_mult=[1, 1]", "data.sizes_px=[[16, 16], [32, 16]]",
+        "run.steps=12",
+        "run.log_every_steps=1", "autoencoder.channel_mult=[1, 1]", "data.sizes_px=[[16, 16], [32, 16]]",
         "data.images_px=2048", "optim.warmup_steps=2", "eval.sizes_px=[[16, 16]]", "eval.num_images=8", *overrides,
     ]  # fmt: skip
     return load_config(DEMO, settings, TokenizerConfig)
