@@ -1,7 +1,7 @@
 """Writes docs/config.md and docs/rules.md from the schema and the rules.
 
-    python tools/write_config_docs.py            writes both
-    python tools/write_config_docs.py --check    fails if one is out of date
+python tools/write_config_docs.py            writes both
+python tools/write_config_docs.py --check    fails if one is out of date
 """
 
 from __future__ import annotations
@@ -29,16 +29,25 @@ def config_page() -> str:
         f"Generated from `bitdance_scale/config/schema.py` by `{COMMAND}`.",
         "",
         "A run is one TOML file and any number of overrides: `pretrain.py CONFIG section.key=value ...`, each value",
-        "written as in TOML (a bare word is a string). A top-level `extends = \"other.toml\"` lays the file over another,",
+        'written as in TOML (a bare word is a string). A top-level `extends = "other.toml"` lays the file over another,',
         "one level deep. Later layers win: defaults, `model.preset`, the extended file, the file, the overrides.",
         "`--print-config` prints the resolved tree; the run folder keeps it as `config.toml`.",
         "",
     ]
     for section, schema in field_types(RunConfig).items():
-        lines += [f"## [{section}]", "", schema.__doc__, "", "| Setting | Type | Default | Meaning |", "|---|---|---|---|"]
+        lines += [
+            f"## [{section}]",
+            "",
+            schema.__doc__,
+            "",
+            "| Setting | Type | Default | Meaning |",
+            "|---|---|---|---|",
+        ]
         for setting in setting_docs(schema):
             default = "required" if setting.default is None else f"`{setting.default}`"
-            lines.append(f"| `{setting.path}` | {setting.type_name} | {default} | {setting.doc.replace('|', chr(92) + '|')} |")
+            lines.append(
+                f"| `{setting.path}` | {setting.type_name} | {default} | {setting.doc.replace('|', chr(92) + '|')} |"
+            )
         lines.append("")
     return "\n".join([*lines, *_preset_lines()])
 
@@ -55,16 +64,19 @@ def _preset_lines() -> list[str]:
 
 def rules_page() -> str:
     """docs/rules.md: what a configuration must keep, and why."""
-    return "\n".join(
-        [
-            "# Rules of a configuration",
-            "",
-            f"Generated from `bitdance_scale/config/` by `{COMMAND}`. All of them are checked before a process group",
-            "exists; a refusal lists every broken rule with the setting, its value and a fix.",
-            "",
-            rules_table(),
-        ]
-    ).rstrip("\n") + "\n"
+    return (
+        "\n".join(
+            [
+                "# Rules of a configuration",
+                "",
+                f"Generated from `bitdance_scale/config/` by `{COMMAND}`. All of them are checked before a process group",
+                "exists; a refusal lists every broken rule with the setting, its value and a fix.",
+                "",
+                rules_table(),
+            ]
+        ).rstrip("\n")
+        + "\n"
+    )
 
 
 def pages() -> dict[Path, str]:
@@ -77,7 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Writes docs/config.md and docs/rules.md.")
     parser.add_argument("--check", action="store_true", help="write nothing, fail if a file is out of date")
     options = parser.parse_args(arguments)
-    outdated = [path for path, text in pages().items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    outdated = [
+        path for path, text in pages().items() if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
     if options.check and outdated:
         print(f"out of date: {', '.join(path.name for path in outdated)}; run {COMMAND}", file=sys.stderr)
         return 1

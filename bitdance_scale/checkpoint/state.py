@@ -1,10 +1,10 @@
 """What one checkpoint holds, and saving and loading the whole of it.
 
-    config.toml        the resolved configuration of the run
-    train_state.json   how far the run is: step, counts, position in the data, optimiser counters
-    tensors/           `model.<name>`, the parameters in their training dtype, and `optimizer.<kind>.<name>`, the
-                       float32 masters and moments; by global names, in boxes that know no layout
-    manifest.json      every file and its size
+config.toml        the resolved configuration of the run
+train_state.json   how far the run is: step, counts, position in the data, optimiser counters
+tensors/           `model.<name>`, the parameters in their training dtype, and `optimizer.<kind>.<name>`, the
+                   float32 masters and moments; by global names, in boxes that know no layout
+manifest.json      every file and its size
 """
 
 from __future__ import annotations

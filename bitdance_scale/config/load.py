@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from bitdance_scale.config.coerce import Coercion, dotted, field_types, type_name
+from bitdance_scale.config.coerce import Coercion, field_types, type_name
 from bitdance_scale.config.presets import PRESETS
 from bitdance_scale.config.schema import ModelSection, RunConfig
 from bitdance_scale.errors import ConfigError

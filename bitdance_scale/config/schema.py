@@ -26,14 +26,18 @@ class RunSection:
     root: str = setting("runs", doc="Folder that holds the run folders.")
     seed: int = setting(0, doc="Seed of everything random: initial weights, data order, noise.")
     steps: int = setting(doc="Optimiser steps in all; a run resumed at this step is complete.")
-    dtype: str = setting("bfloat16", doc="Dtype of weights and activations: float32 or bfloat16 (master weights are float32 in both).")
+    dtype: str = setting(
+        "bfloat16", doc="Dtype of weights and activations: float32 or bfloat16 (master weights are float32 in both)."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
     """The backbone: a Qwen3 decoder (arXiv 2602.14041 Sec. 4.3)."""
 
-    preset: str = setting("", doc="Name in `config/presets.py` that fills this section and `head.width`; explicit settings win.")
+    preset: str = setting(
+        "", doc="Name in `config/presets.py` that fills this section and `head.width`; explicit settings win."
+    )
     num_layers: int = setting(doc="Transformer layers.")
     hidden_size: int = setting(doc="Width of the residual stream.")
     num_heads: int = setting(doc="Query heads.")
@@ -68,7 +72,9 @@ class VisionSection:
     weights: str = setting(doc="Autoencoder weights (safetensors, published names).")
     num_bits: int = setting(32, doc="Bits per vision token, the latent channels of the autoencoder.")
     channels: int = setting(256, doc="Base channels `ch` of the autoencoder.")
-    channel_mult: tuple[int, ...] = setting((1, 1, 2, 2, 4), doc="Channel multiplier per level; downsampling is 2^(levels - 1).")
+    channel_mult: tuple[int, ...] = setting(
+        (1, 1, 2, 2, 4), doc="Channel multiplier per level; downsampling is 2^(levels - 1)."
+    )
     num_res_blocks: int = setting(4, doc="Residual blocks per level.")
     block_side: int = setting(4, doc="Side p of the block of p x p vision tokens predicted together.")
     flip_max: float = setting(0.1, doc="Input bits are flipped with probability flip_max * u, u ~ U(0, 1) per element.")
@@ -99,7 +105,9 @@ class ResolutionClass:
 
     side_px: int = setting(doc="Name of the class: side of its square bucket, in pixels.")
     share: int = setting(doc="Its part of each global batch, relative to the other classes.")
-    buckets_px: tuple[tuple[int, int], ...] = setting(doc="(height, width) of each bucket in pixels; transposes are added.")
+    buckets_px: tuple[tuple[int, int], ...] = setting(
+        doc="(height, width) of each bucket in pixels; transposes are added."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +123,9 @@ class DataSection:
     pack_multiple: int = setting(128, doc="Packs are padded to a multiple of this many tokens.")
     text_drop: float = setting(0.1, doc="Probability that a sample is trained without its caption (guidance).")
     image_to_text_share: float = setting(0.0, doc="Share of samples trained as image-to-text.")
-    max_hole_share: float = setting(0.001, doc="Training stops when unreadable samples exceed this share (after 1000 samples).")
+    max_hole_share: float = setting(
+        0.001, doc="Training stops when unreadable samples exceed this share (after 1000 samples)."
+    )
     read_threads: int = setting(2, doc="Threads that read and decode.")
     prefetch_steps: int = setting(2, doc="Global batches read ahead.")
 
@@ -179,7 +189,9 @@ class ObserveSection:
 
     log_every_steps: int = setting(1, doc="Steps between lines of metrics.jsonl and W&B points.")
     wandb_project: str = setting("bitdance_scale", doc="W&B project.")
-    wandb_mode: str = setting("auto", doc="auto (online when an API key is configured, else offline), online, offline or disabled.")
+    wandb_mode: str = setting(
+        "auto", doc="auto (online when an API key is configured, else offline), online, offline or disabled."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,10 +132,9 @@ def decode_blocks(model: BlockModel, layout: DecodeLayout, noise: Callable[[int]
         float32 [I, h * w, C] of -1 and 1, in block raster order.
     """
     model.start(layout)
-    blocks = []
-    for index, cells in enumerate(layout.cells.split(layout.block_tokens)):
-        if index:
-            model.extend(blocks[-1], previous_cells)
-        blocks.append(model.draw_block(cells, noise))
-        previous_cells = cells
+    block_cells = layout.cells.split(layout.block_tokens)
+    blocks = [model.draw_block(block_cells[0], noise)]
+    for read, drawn in zip(block_cells[:-1], block_cells[1:], strict=True):
+        model.extend(blocks[-1], read)
+        blocks.append(model.draw_block(drawn, noise))
     return torch.cat(blocks, dim=1)

@@ -12,9 +12,7 @@ from torch.nn import functional
 from bitdance_scale.model.linears import LinearFactory
 
 
-def flip_bits(
-    bits_VC: torch.Tensor, level_VC: torch.Tensor, draw_VC: torch.Tensor, flip_max: float
-) -> torch.Tensor:
+def flip_bits(bits_VC: torch.Tensor, level_VC: torch.Tensor, draw_VC: torch.Tensor, flip_max: float) -> torch.Tensor:
     """Flips input bits at random, so that sampling errors are nothing new to the model (published release).
 
     Args:

@@ -48,9 +48,7 @@ class WandbSink:
         ConfigError: mode `online`, but there is no API key or the server does not accept the run.
     """
 
-    def __init__(
-        self, section: ObserveSection, run_folder: Path, config: Mapping[str, object], run_id: str
-    ) -> None:
+    def __init__(self, section: ObserveSection, run_folder: Path, config: Mapping[str, object], run_id: str) -> None:
         self._run: wandb.Run | None = None
         self.mode = "disabled"
         if section.wandb_mode == "disabled":
@@ -101,9 +99,7 @@ class WandbSink:
             self._run.finish()
             self._run = None
 
-    def _start(
-        self, section: ObserveSection, run_folder: Path, config: Mapping[str, object], run_id: str
-    ) -> wandb.Run:
+    def _start(self, section: ObserveSection, run_folder: Path, config: Mapping[str, object], run_id: str) -> wandb.Run:
         """Starts the run in `self.mode`; what wandb captures beyond the metrics is switched off."""
         import wandb
 

@@ -10,8 +10,8 @@ Shape suffixes: S positions, B batch, N query heads, G key/value heads, K head s
 from __future__ import annotations
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, copy_to_tensor_model_parallel_region
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -173,9 +173,7 @@ def layer_spec() -> ModuleSpec:
 def make_backbone(megatron: TransformerConfig, num_layers: int, topology: Topology) -> TransformerBlock:
     """The layers of this pipeline stage, with the final norm on the last one."""
     block = TransformerBlockSubmodules(layer_specs=[layer_spec()] * num_layers, layer_norm=RMSNorm)
-    return TransformerBlock(
-        megatron, block, pre_process=topology.is_first_stage, post_process=topology.is_last_stage
-    )
+    return TransformerBlock(megatron, block, pre_process=topology.is_first_stage, post_process=topology.is_last_stage)
 
 
 def remember_keys(backbone: TransformerBlock, is_on: bool) -> None:

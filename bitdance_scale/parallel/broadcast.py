@@ -7,7 +7,6 @@ cost more than it saves. Packs that hold bits already pass through.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 

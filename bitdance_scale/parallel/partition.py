@@ -154,9 +154,7 @@ def _sharded(dtype: torch.dtype, placement: Placement, pieces: list[Piece]) -> S
     return ShardedValue(placement.global_shape, dtype, tuple(pieces))
 
 
-def _boxes_of_range(
-    start: int, stop: int, shape: tuple[int, ...]
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _boxes_of_range(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(offsets, sizes) of the boxes that make up elements start..stop of a row-major tensor, in memory order.
 
     At most 2 * ndim - 1 boxes: a partial first row, the full rows, a partial last row, the partial ones cut again.

@@ -2,7 +2,7 @@
 
 Losses are sums over targets, divided by the counts of the *global* batch (all micro-batches, all replicas) before the
 first backward. The gradient is therefore the same whatever the number of replicas, micro-batches or their fill, which
-an average of averages is not (BITDANCE: arXiv 2602.14041 Sec. 4.3, weights 0.01 : 1).
+an average of averages is not (arXiv 2602.14041 Sec. 4.3, weights 0.01 : 1).
 """
 
 from __future__ import annotations

@@ -210,7 +210,12 @@ class ZeroEngine:
         if mapping is None:
             return None
         flat = self._flat_masters()[mapping.param_group_index]
-        return flat, mapping.hp_fragment_address.start, mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+        return (
+            flat,
+            mapping.hp_fragment_address.start,
+            mapping.lp_fragment_address.start,
+            mapping.lp_fragment_address.numel,
+        )
 
     def _partition_range(self, parameter: torch.Tensor) -> tuple[int, int]:
         """(start, length) of this rank's ZeRO-3 partition; the last ones are padded, and may be empty."""

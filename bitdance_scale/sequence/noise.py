@@ -58,7 +58,9 @@ def pack_noise(pack: Pack, num_bits: int, seed: int, step: int, purpose: Purpose
     uniforms: list[np.ndarray] = []
     times: list[np.ndarray] = []
     noises: list[np.ndarray] = []
-    for key, (start, stop), is_predicted in zip(pack.sample_keys, pack.sample_vision, pack.sample_predicts, strict=True):
+    for key, (start, stop), is_predicted in zip(
+        pack.sample_keys, pack.sample_vision, pack.sample_predicts, strict=True
+    ):
         numbers = generator(seed, purpose, step, int(key))
         num_vision = int(stop - start)
         uniforms.append(numbers.random((2, num_vision, num_bits), dtype=np.float32))

@@ -94,5 +94,7 @@ class Pack:
     def with_bits(self, vision_bits: np.ndarray) -> Pack:
         """The pack with its images encoded; vision_bits: uint8 [V, C / 8]."""
         if vision_bits.shape[0] != len(self.vision_positions) or vision_bits.dtype != np.uint8:
-            raise ValueError(f"expected uint8 [{len(self.vision_positions)}, C/8], got {vision_bits.dtype} {vision_bits.shape}")
+            raise ValueError(
+                f"expected uint8 [{len(self.vision_positions)}, C/8], got {vision_bits.dtype} {vision_bits.shape}"
+            )
         return dataclasses.replace(self, vision_bits=vision_bits)

@@ -16,7 +16,7 @@ from bitdance_scale.config.rules import check
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import BitDanceError
 from bitdance_scale.observe.console import setup_logging
-from bitdance_scale.parallel.topology import make_topology, start_process_group
+from bitdance_scale.parallel.topology import Topology, make_topology, start_process_group
 from bitdance_scale.train.signals import EXIT_REQUEUE, StopRequest
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,13 @@ def _parse(description: str, arguments: Sequence[str] | None) -> argparse.Namesp
 def _run(config: RunConfig) -> int:
     if "RANK" not in os.environ:
         # Started without torchrun: a job of one process.
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ |= {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+        }
     run_folder = Path(config.run.root) / config.run.name
     setup_logging(run_folder, int(os.environ["RANK"]))
     start_process_group()
@@ -74,7 +80,7 @@ def _run(config: RunConfig) -> int:
         dist.destroy_process_group()
 
 
-def _train(config: RunConfig, topology, run_folder: Path, stop: StopRequest) -> int:
+def _train(config: RunConfig, topology: Topology, run_folder: Path, stop: StopRequest) -> int:
     # Imported late: it takes seconds, and a refused configuration should not wait for it.
     from bitdance_scale.train.run_observer import show_result
     from bitdance_scale.train.trainer import Trainer
@@ -84,7 +90,9 @@ def _train(config: RunConfig, topology, run_folder: Path, stop: StopRequest) -> 
     if trainer.is_complete:
         logger.info(
             "the run %s is complete at step %d; extend it with run.steps=%d, or start another with run.name=NAME",
-            run_folder, trainer.progress.step, 2 * steps,
+            run_folder,
+            trainer.progress.step,
+            2 * steps,
         )
         return 0
     if topology.rank == 0:

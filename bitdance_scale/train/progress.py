@@ -74,7 +74,9 @@ class StepMeter:
         num_padding = sum(pack.num_padding for pack in packs)
         flops = step_flops(self._config, self._vocab_size, counts).training
         totals = torch.tensor(
-            [counts.num_positions, num_padding, report.num_holes, flops], dtype=torch.float64, device=self._topology.device
+            [counts.num_positions, num_padding, report.num_holes, flops],
+            dtype=torch.float64,
+            device=self._topology.device,
         )
         dist.all_reduce(totals, group=self._topology.data_group)
         positions, padding, holes, total_flops = totals.tolist()

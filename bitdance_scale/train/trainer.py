@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 
 from bitdance_scale.checkpoint.folder import CheckpointFolder
@@ -18,7 +18,8 @@ from bitdance_scale.model.inputs import make_inputs
 from bitdance_scale.parallel.build import build_engine
 from bitdance_scale.parallel.step import train_step
 from bitdance_scale.parallel.topology import Topology
-from bitdance_scale.sequence.noise import pack_noise
+from bitdance_scale.sequence.noise import PackNoise, pack_noise
+from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.sequence.tokens import load_text_tokenizer
 from bitdance_scale.train.progress import Progress, StepMeter, learning_rate, progress_fields
 from bitdance_scale.train.reading import StepReader
@@ -79,9 +80,7 @@ class Trainer:
             while not self.is_complete:
                 shared = reader.next_step()
                 step = progress.step
-                batch = [
-                    make_inputs(pack, self._noise(pack, step), config, topology.device) for pack in shared.packs
-                ]
+                batch = [make_inputs(pack, self._noise(pack, step), config, topology.device) for pack in shared.packs]
                 lr = learning_rate(config.optim, step)
                 losses, outcome = train_step(self._engine, batch, config.loss, lr, topology)
                 meter.add(shared.packs, shared.report, outcome.is_skipped)
@@ -100,7 +99,7 @@ class Trainer:
                 meter.pause()
         return True
 
-    def draw_samples(self) -> list:
+    def draw_samples(self) -> list[np.ndarray]:
         """Draws the configured prompts; uint8 [H, W, 3] each on rank 0, nothing elsewhere."""
         return draw_samples(self._engine, self.config, self._text, self._vision, self.topology)
 
@@ -142,7 +141,7 @@ class Trainer:
         self._saved_step = state.step
         logger.info("resumed from %s", path)
 
-    def _noise(self, pack, step: int):
+    def _noise(self, pack: Pack, step: int) -> PackNoise:
         return pack_noise(pack, self.config.vision.num_bits, self.config.run.seed, step)
 
     def _is_due(self, every_steps: int) -> bool:

@@ -84,7 +84,9 @@ def _teacher_forced(rank: int, config) -> tuple[torch.Tensor, torch.Tensor]:
         rows = text.index_copy(0, torch.from_numpy(pack.vision_positions), vision[:, None])
         document, block = pack.document_ids, pack.block_ids
         # The rule read position by position, as the independent side.
-        mask = [[document[i] == document[j] and block[j] <= block[i] for j in range(len(block))] for i in range(len(block))]
+        mask = [
+            [document[i] == document[j] and block[j] <= block[i] for j in range(len(block))] for i in range(len(block))
+        ]
         rotary = rotary_frequencies(torch.from_numpy(pack.position_ids), model.head_dim, model.rope_base)
         hidden = stage.decoder(rows, attention_mask=torch.tensor(mask)[None, None], rotary_pos_emb=rotary)
         whole = hidden[torch.from_numpy(pack.predict_positions), 0]
@@ -92,11 +94,10 @@ def _teacher_forced(rank: int, config) -> tuple[torch.Tensor, torch.Tensor]:
         parts = []
         with StageDecoder(stage, config, topology) as decoder:
             decoder.start(layout)
-            for index, cells in enumerate(layout.cells.split(4)):
-                if index:
-                    decoder.extend(bits[None, 4 * (index - 1) : 4 * index], previous)
+            parts.append(decoder.last_hidden[:, 0])
+            for number, cells in enumerate(layout.cells.split(4)[:-1]):
+                decoder.extend(bits[None, 4 * number : 4 * (number + 1)], cells)
                 parts.append(decoder.last_hidden[:, 0])
-                previous = cells
     return whole, torch.cat(parts)
 
 

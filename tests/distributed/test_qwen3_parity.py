@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 
@@ -45,10 +44,22 @@ def _our_weights(reference, config) -> dict[str, torch.Tensor]:
     groups, head_dim = config.model.num_kv_heads, config.model.head_dim
     ours = {"embedding.weight": theirs["embed_tokens.weight"], "decoder.final_layernorm.weight": theirs["norm.weight"]}
     for index in range(config.model.num_layers):
-        layer = {name: theirs[f"layers.{index}.{name}.weight"] for name in (
-            "input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
-            "self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-        )}
+        layer = {
+            name: theirs[f"layers.{index}.{name}.weight"]
+            for name in (
+                "input_layernorm",
+                "post_attention_layernorm",
+                "self_attn.q_proj",
+                "self_attn.k_proj",
+                "self_attn.v_proj",
+                "self_attn.o_proj",
+                "self_attn.q_norm",
+                "self_attn.k_norm",
+                "mlp.gate_proj",
+                "mlp.up_proj",
+                "mlp.down_proj",
+            )
+        }
         parts = [layer[f"self_attn.{part}_proj"].unflatten(0, (groups, -1, head_dim)) for part in "qkv"]
         prefix = f"decoder.layers.{index}."
         ours |= {

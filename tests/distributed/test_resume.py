@@ -29,7 +29,10 @@ def material(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("material")
     write_shards(folder / "shards", num_images=60, per_shard=30, seed=0)
     torch.manual_seed(0)
-    save_file(Autoencoder(num_bits=16, channels=32, channel_mult=(1, 1, 2), num_res_blocks=1).state_dict(), folder / "ae.safetensors")
+    save_file(
+        Autoencoder(num_bits=16, channels=32, channel_mult=(1, 1, 2), num_res_blocks=1).state_dict(),
+        folder / "ae.safetensors",
+    )
     return [
         f"data.shards=['{folder / 'shards'}']",
         f"vision.weights='{folder / 'ae.safetensors'}'",
@@ -95,5 +98,9 @@ def test_killed_run_ends_as_the_uninterrupted_one(material, uninterrupted, tmp_p
     assert [point.step for point in metrics] == list(range(1, NUM_STEPS + 1))
     for found, expected in zip(metrics, uninterrupted[1], strict=True):
         assert (found.loss, found.grad_norm, found.images, found.tokens, found.images_by_class) == (
-            expected.loss, expected.grad_norm, expected.images, expected.tokens, expected.images_by_class
+            expected.loss,
+            expected.grad_norm,
+            expected.images,
+            expected.tokens,
+            expected.images_by_class,
         )

@@ -43,7 +43,9 @@ def _poisoned_step(rank: int, config, poisoned_rank: int) -> tuple[bool, float, 
 def test_no_rank_takes_a_step_that_is_not_finite(dtype, tensor, pipeline, data, zero_stage, poisoned_rank):
     config = toy_config(tensor=tensor, pipeline=pipeline, zero_stage=zero_stage)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dtype=dtype))
-    for is_skipped, norm, unchanged, recovers in run_ranks(tensor * pipeline * data, _poisoned_step, config, poisoned_rank):
+    for is_skipped, norm, unchanged, recovers in run_ranks(
+        tensor * pipeline * data, _poisoned_step, config, poisoned_rank
+    ):
         assert is_skipped and not math.isfinite(norm)
         assert unchanged, "the refused step changed weights"
         assert recovers, "the next sound step must change them"

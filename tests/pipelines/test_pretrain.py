@@ -50,7 +50,13 @@ def finished(shards, tmp_path_factory) -> tuple[Path, list[str], str]:
     """A short demo run on two processes: (run folder, its command, what it printed)."""
     root = tmp_path_factory.mktemp("runs")
     command = _command(
-        TORCHRUN, shards, root, run__steps=40, data__global_batch=10, optim__warmup_steps=5, sample__num_steps=5,
+        TORCHRUN,
+        shards,
+        root,
+        run__steps=40,
+        data__global_batch=10,
+        optim__warmup_steps=5,
+        sample__num_steps=5,
         checkpoint__every_steps=20,
     )
     result = _run(command)
@@ -88,10 +94,18 @@ def test_complete_run_says_so(finished):
 
 def test_stopped_run_saves_and_goes_on(shards, tmp_path):
     command = _command(
-        [sys.executable], shards, tmp_path, run__steps=6, data__global_batch=10, sample__every_steps=0, observe__wandb_mode="disabled"
+        [sys.executable],
+        shards,
+        tmp_path,
+        run__steps=6,
+        data__global_batch=10,
+        sample__every_steps=0,
+        observe__wandb_mode="disabled",
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     metrics = tmp_path / "demo" / METRICS_FILE
     deadline_s = time.monotonic() + TIMEOUT_S
     try:

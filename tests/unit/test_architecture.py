@@ -9,7 +9,9 @@ import pytest
 from importlinter import cli
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [path for folder in ("bitdance_scale", "pipelines", "tools", "tests") for path in (ROOT / folder).rglob("*.py")]
+SOURCES = [
+    path for folder in ("bitdance_scale", "pipelines", "tools", "tests") for path in (ROOT / folder).rglob("*.py")
+]
 MAX_LINES = 500
 MAX_MEDIAN_LINES = 180
 MAX_ENTRY_POINT_LINES = 60

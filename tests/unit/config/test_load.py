@@ -177,7 +177,7 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_dump_loads_back_to_an_equal_tree(config_path: Path, preset: str) -> None:
-    config = load_config(config_path, [f"model.preset={preset}", "data.text_drop=0", "run.root=\"caf\u00e9 \\u007f\""])
+    config = load_config(config_path, [f"model.preset={preset}", "data.text_drop=0", 'run.root="caf\u00e9 \\u007f"'])
     dumped = config_path.parent / "dumped.toml"
     dumped.write_text(dump_toml(config), encoding="utf-8")
     again = load_config(dumped)

@@ -25,6 +25,7 @@ from bitdance_scale.config.schema import (
 )
 from tests.unit.data.small_data import CharacterTokenizer, sample_members, write_tar
 
+
 @pytest.fixture(scope="session")
 def data_set(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Three shards of 7, 5 and 9 images of 24 .. 96 px, two thirds of them at least 32 px on the short side."""

@@ -83,7 +83,7 @@ def test_pretraining_ranks_are_even(num_ranks: int) -> None:
     ranks = partition_batch(lengths, num_ranks, 16_384, COST)
     costs = COST.costs(lengths)
     rank_costs = np.array([sum(costs[pack].sum() for pack in rank) for rank in ranks])
-    # The slowest rank over the mean that DATA.md asks for at 256 ranks.
+    # The slowest rank over the mean that the loader aims for at 256 ranks.
     assert rank_costs.max() / rank_costs.mean() <= 1.005
 
 

@@ -57,7 +57,10 @@ def put(content: bytearray, offset: int, value: bytes) -> bytearray:
     ("change", "message"),
     [
         (lambda c: c[:1800], r"byte 1536: the tar ends without an end-of-archive mark"),
-        (lambda c: c[:900], r"byte 0: member '0.jpg' of 1000 bytes reaches past the end of the file \(900 bytes\): it was cut"),
+        (
+            lambda c: c[:900],
+            r"byte 0: member '0.jpg' of 1000 bytes reaches past the end of the file \(900 bytes\): it was cut",
+        ),
         (lambda c: c[:2560], r"byte 2560: the tar ends without an end-of-archive mark"),
         (lambda c: c[:0], r"byte 0: the tar ends without an end-of-archive mark"),
         (lambda c: put(c, 1540, b"!"), r"byte 1536: the tar header fails its checksum"),

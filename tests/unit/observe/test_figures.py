@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
 from matplotlib.font_manager import findfont
+from PIL import Image, ImageFont
 
 from bitdance_scale.observe.figures import CELL_SIDE_PX, MARGIN_PX, image_grid, loss_curve, smooth, wrap_caption
 from tests.unit.observe.test_metrics import point

@@ -90,4 +90,3 @@ def test_noise_depends_on_sample_and_step_only():
         pack_noise(pack, 16, seed=1, step=7, purpose=Purpose.EVALUATE),
     ]
     assert all(not np.array_equal(other.noise, alone.noise) for other in others)
-

@@ -10,12 +10,16 @@ from bitdance_scale.config.schema import RunConfig
 
 
 def test_generated_pages_are_current() -> None:
-    outdated = [path.name for path, text in write_config_docs.pages().items() if path.read_text(encoding="utf-8") != text]
+    outdated = [
+        path.name for path, text in write_config_docs.pages().items() if path.read_text(encoding="utf-8") != text
+    ]
     assert outdated == [], f"run {write_config_docs.COMMAND}"
 
 
 def test_page_has_every_setting() -> None:
-    num_rows = sum(line.startswith("| `") for line in write_config_docs.config_page().split("## Presets")[0].splitlines())
+    num_rows = sum(
+        line.startswith("| `") for line in write_config_docs.config_page().split("## Presets")[0].splitlines()
+    )
     assert num_rows == len(list(setting_docs(RunConfig)))
 
 

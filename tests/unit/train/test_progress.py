@@ -16,7 +16,9 @@ def test_rate_without_warmup_is_whole_at_once():
 
 
 def test_progress_fields_are_json_values():
-    fields = progress_fields(Progress(step=3, images=58, tokens=900, images_by_class={32: 12, 64: 42}, holes=2, skipped_steps=1))
+    fields = progress_fields(
+        Progress(step=3, images=58, tokens=900, images_by_class={32: 12, 64: 42}, holes=2, skipped_steps=1)
+    )
     assert fields == {
         "step": 3,
         "images": 58,
