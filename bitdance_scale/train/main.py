@@ -14,7 +14,7 @@ import torch.distributed as dist
 from bitdance_scale.config.load import describe, dump_toml, load_config
 from bitdance_scale.config.rules import check
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.errors import BitDanceError
+from bitdance_scale.errors import BitDanceError, ConfigError
 from bitdance_scale.observe.console import setup_logging
 from bitdance_scale.parallel.topology import Topology, make_topology, start_process_group
 from bitdance_scale.train.signals import EXIT_REQUEUE, StopRequest
@@ -70,7 +70,12 @@ def _run(config: RunConfig) -> int:
             "MASTER_PORT": "0",
         }
     run_folder = Path(config.run.root) / config.run.name
-    setup_logging(run_folder, int(os.environ["RANK"]))
+    try:
+        setup_logging(run_folder, int(os.environ["RANK"]))
+    except OSError as error:
+        raise ConfigError(
+            f"run.root = {config.run.root!r}: the run folder {run_folder} cannot be written ({error}); name a writable folder"
+        ) from error
     start_process_group()
     try:
         topology = make_topology(config.parallel)

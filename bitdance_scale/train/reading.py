@@ -55,11 +55,20 @@ class StepReader:
     """The packs of every step, read by one rank of each replica and known to all of its ranks.
 
     A context manager. An error of any reader is raised on all ranks of the job.
+
+    Args:
+        config: the run.
+        index: the data set, from `shared_index`.
+        text: text tokenizer.
+        vision: encodes the images.
+        topology: the ranks.
+        state: loader state to go on from, JSON values; None starts at step 0.
     """
 
     def __init__(
         self,
         config: RunConfig,
+        index: Index,
         text: TextTokenizer,
         vision: VisionTokenizer,
         topology: Topology,
@@ -67,7 +76,6 @@ class StepReader:
     ) -> None:
         self._vision, self._topology = vision, topology
         self._loader: Loader | None = None
-        index = shared_index(config, topology)
         with _together(topology):
             if topology.is_reader:
                 resumed = None if state is None else LoaderState.from_dict(state)

@@ -22,7 +22,7 @@ from bitdance_scale.sequence.noise import PackNoise, pack_noise
 from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.sequence.tokens import load_text_tokenizer
 from bitdance_scale.train.progress import Progress, StepMeter, learning_rate, progress_fields
-from bitdance_scale.train.reading import StepReader
+from bitdance_scale.train.reading import StepReader, shared_index
 from bitdance_scale.train.run_observer import RunObserver
 from bitdance_scale.train.sampling import draw_samples
 from bitdance_scale.train.signals import StopRequest
@@ -50,6 +50,8 @@ class Trainer:
         self._text = load_text_tokenizer(config.text, config.vision.block_tokens)
         self._vision = VisionTokenizer(config.vision, topology.device)
         self._checkpoints = CheckpointFolder(run_folder / "checkpoints", keep=config.checkpoint.keep)
+        # Before the model, which takes minutes to build at full size.
+        self._index = shared_index(config, topology)
         self._engine = build_engine(config, self._text.vocab_size, topology)
         self._loader_state: dict[str, object] | None = None
         self.progress = Progress()
@@ -75,7 +77,7 @@ class Trainer:
         num_skipped_in_a_row = 0
         with (
             RunObserver(config, topology, self.run_folder, self._text.vocab_size, progress.step) as observer,
-            StepReader(config, self._text, self._vision, topology, self._loader_state) as reader,
+            StepReader(config, self._index, self._text, self._vision, topology, self._loader_state) as reader,
         ):
             while not self.is_complete:
                 shared = reader.next_step()

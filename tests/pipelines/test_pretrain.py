@@ -138,14 +138,15 @@ def test_checkpoint_of_another_model_is_refused(finished):
         ("parallel.tensor=3", "model.num_heads"),
         ("vision.block_side=5", "bucket"),
         ("data.shards=['no/such/folder']", "no/such/folder"),
+        ("run.root='/proc/no'", "run.root = '/proc/no'"),
     ],
 )
 def test_refusals_name_the_fault(override, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "3" if "tensor" in override else "1")
-    arguments = [DEMO, override, f"run.root='{tmp_path}'"]
-    if "shards" in override:
-        # Files are looked for by the job itself.
+    arguments = [DEMO, f"run.root='{tmp_path}'", override]
+    if "shards" in override or "root" in override:
+        # Files are looked for, and made, by the job itself.
         result = _run([sys.executable, "pipelines/pretrain.py", *arguments])
         assert result.returncode == EXIT_REFUSED and message in result.stderr
         assert "Traceback" not in result.stderr
