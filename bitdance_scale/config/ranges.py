@@ -80,8 +80,8 @@ _NOT_NEGATIVE = Range(0)
 _POSITIVE = Range(0, is_low_open=True)
 _PROBABILITY = Range(0, 1)
 _DECAY = Range(0, 1, is_high_open=True)
-# Seeds enter the counter-based noise as unsigned 64-bit keys and numpy's and torch's generators as signed ones.
-_SEED = Range(0, 2**63, is_high_open=True)
+# A seed shares a 64-bit key of the counter-based noise with the step (`sequence/noise.py`).
+_SEED = Range(0, 2**31, is_high_open=True)
 
 CONSTRAINTS: Mapping[str, Constraint] = {
     "run.name": FolderName(),

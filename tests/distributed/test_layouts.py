@@ -75,6 +75,19 @@ def test_bfloat16_layouts_agree(tensor, pipeline, data, zero_stage):
     assert records[-1].grad_norms[0] == pytest.approx(reference("bfloat16").grad_norms[0], rel=3e-2)
 
 
+def test_pipeline_of_unequal_stages_agrees():
+    """Five layers on two stages: the remainder goes to the first."""
+
+    def odd(pipeline: int):
+        config = _config("float32", 1, pipeline, 1)
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=5))
+
+    expected = assemble(run_ranks(1, train, odd(1), NUM_MICRO, 1), "gradients")
+    found = assemble(run_ranks(2, train, odd(2), NUM_MICRO, 1), "gradients")
+    assert found.keys() == expected.keys()
+    assert max(_relative(found[name], expected[name]) for name in expected) < RELATIVE_BOUND
+
+
 def test_tied_embeddings_agree():
     """The output projection is the embedding: its gradient is the sum of both uses, on every tensor-parallel rank."""
 

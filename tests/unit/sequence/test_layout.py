@@ -90,3 +90,8 @@ def test_noise_depends_on_sample_and_step_only():
         pack_noise(pack, 16, seed=1, step=7, purpose=Purpose.EVALUATE),
     ]
     assert all(not np.array_equal(other.noise, alone.noise) for other in others)
+
+
+def test_largest_legal_seed_draws():
+    pack = pack_samples([text_to_image(2**63 - 1, (2, 2), 2)], TOKENS, 1)
+    assert pack_noise(pack, 16, seed=2**31 - 1, step=2**31 - 1).noise.shape == (4, 16)
