@@ -67,10 +67,21 @@ class RunObserver:
     def samples(self, step: int, images: Sequence[np.ndarray]) -> None:
         """Writes the grid of a step's pictures, uint8 [H, W, 3] each, one per prompt."""
         if self._is_active:
-            path = self._run_folder / "samples" / f"step_{step:06d}.png"
-            path.parent.mkdir(exist_ok=True)
-            image_grid(images, self._config.sample.prompts, path, GRID_COLUMNS)
+            path = write_samples(self._run_folder, step, images, self._config.sample.prompts)
             self._wandb.log_image(step, path, f"step {step}")
+
+
+def samples_path(run_folder: Path, step: int) -> Path:
+    """Where the sample grid of a step goes."""
+    return run_folder / "samples" / f"step_{step:06d}.png"
+
+
+def write_samples(run_folder: Path, step: int, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Path:
+    """Writes a grid of pictures, uint8 [H, W, 3] each, under their prompts."""
+    path = samples_path(run_folder, step)
+    path.parent.mkdir(exist_ok=True)
+    image_grid(images, prompts, path, GRID_COLUMNS)
+    return path
 
 
 def show_result(run_folder: Path) -> str:

@@ -86,9 +86,14 @@ def test_run_leaves_everything(finished):
     assert last.holes == 0 and last.tokens > 0 and 0 <= last.padding_share < 1
 
 
-def test_complete_run_says_so(finished):
+def test_complete_run_says_so_and_draws_what_is_missing(finished):
+    grid = finished[0] / "samples" / "step_000040.png"
+    drawn = np.asarray(Image.open(grid))
+    # As if killed between the last checkpoint and the last pictures.
+    grid.unlink()
     result = _run(finished[1])
     assert result.returncode == 0
+    np.testing.assert_array_equal(np.asarray(Image.open(grid)), drawn)
     assert "is complete at step 40" in result.stdout and "run.steps=80" in result.stdout
 
 
