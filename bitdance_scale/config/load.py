@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import textwrap
 import tomllib
@@ -65,12 +64,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[Sc
 def dump_toml(config: object) -> str:
     """The whole tree as TOML that `load_config` reads back to an equal tree."""
     return "\n".join(_toml_lines(config, "")).strip() + "\n"
-
-
-def config_hash(config: object) -> str:
-    """SHA-256 over every setting, as 64 hexadecimal digits; equal trees have equal hashes."""
-    canonical = json.dumps(dataclasses.asdict(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

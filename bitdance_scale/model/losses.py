@@ -7,22 +7,8 @@ would weigh targets unequally. Each micro-batch therefore yields a sum, divided 
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
 from bitdance_scale.config.schema import LossSection
-
-
-def text_loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Cross-entropy of the text targets, summed.
-
-    Args:
-        logits: float [T, vocabulary], at the positions that predict text.
-        targets: int64 [T].
-
-    Returns:
-        (float32 scalar, T): the sum over targets and their number. Zero, and differentiable, when T is 0.
-    """
-    return functional.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
 
 
 def combine(
@@ -36,7 +22,7 @@ def combine(
 
     Args:
         vision_sum: float32 scalar, `flow.flow_loss` of the micro-batch.
-        text_sum: float32 scalar, `text_loss` of the micro-batch.
+        text_sum: float32 scalar, cross-entropy summed over its text targets.
         global_vision_count: predicted vision tokens of the global batch.
         global_text_count: text targets of the global batch.
         section: the two weights.

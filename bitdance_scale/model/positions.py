@@ -54,18 +54,3 @@ def rotary_frequencies(position_ids_S: torch.Tensor, head_dim: int, base: float)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids_S.device) / head_dim
     angles = position_ids_S.float()[:, None] * (1.0 / base**exponents)
     return torch.cat([angles, angles], dim=-1)[:, None, None, :]
-
-
-def apply_rotary(x_SBNK: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-    """Rotates channel i against channel i + K / 2 by its angle (the half-split form of Qwen3).
-
-    Args:
-        x_SBNK: float, queries or keys.
-        frequencies: float32 [S, 1, 1, K] from `rotary_frequencies`.
-
-    Returns:
-        Shape and dtype of `x_SBNK`.
-    """
-    first, second = x_SBNK.chunk(2, dim=-1)
-    rotated = torch.cat([-second, first], dim=-1)
-    return x_SBNK * frequencies.cos().to(x_SBNK.dtype) + rotated * frequencies.sin().to(x_SBNK.dtype)

@@ -46,7 +46,7 @@ def share_step(read: ReadStep | None, tokenizer: VisionTokenizer, topology: Topo
     """Gives every rank of the replica the packs of a step; `read` is None except on the reader.
 
     Objects travel pickled, between ranks of one job only. A failure of the reader must be raised before this call on
-    all ranks (`agree_on_error`), or the others wait.
+    all ranks (`parallel/agreement.py`), or the others wait.
     """
     if len(topology.replica_ranks) == 1:
         assert read is not None
@@ -72,19 +72,6 @@ def share_step(read: ReadStep | None, tokenizer: VisionTokenizer, topology: Topo
         for index, image_bits in zip(order[rank::num_ranks], share, strict=True):
             bits[index] = image_bits
     return SharedStep(_with_bits(packs, num_images, bits), report)
-
-
-def agree_on_error(error: Exception | None, topology: Topology) -> None:
-    """Raises on every rank of the job the first error that any rank brings, so that none waits for another.
-
-    One number is summed; the errors themselves travel only when there are any.
-    """
-    num_errors = torch.tensor([int(error is not None)], dtype=torch.int32, device=topology.device)
-    dist.all_reduce(num_errors)
-    if num_errors.item():
-        errors: list[Exception | None] = [None] * topology.world_size
-        dist.all_gather_object(errors, error)
-        raise next(found for found in errors if found is not None)
 
 
 def _encode(tokenizer: VisionTokenizer, images: Sequence[np.ndarray]) -> list[np.ndarray]:

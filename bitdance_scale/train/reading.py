@@ -1,17 +1,15 @@
-"""The data of a run, step by step: index, loader, and the packs of each step on every rank."""
+"""The data of a run, step by step: the loader, and the packs of each step on every rank."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.data.index import Index, build_index, default_index_dir, open_index
+from bitdance_scale.data.index import Index
 from bitdance_scale.data.loader import Loader
 from bitdance_scale.data.loader_state import LoaderState
-from bitdance_scale.data.shards import expand_shards
-from bitdance_scale.parallel.broadcast import ReadStep, SharedStep, agree_on_error, share_step
+from bitdance_scale.parallel.agreement import together
+from bitdance_scale.parallel.broadcast import ReadStep, SharedStep, share_step
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.sequence.tokens import TextTokenizer
 from bitdance_scale.vision.tokenizer import VisionTokenizer
@@ -32,23 +30,6 @@ class StepReport:
     images_by_class: dict[int, int]
     num_holes: int
     wait_s: float
-
-
-def shared_index(config: RunConfig, topology: Topology) -> Index:
-    """The index of the data set: brought up to date by rank 0, then opened by every rank.
-
-    Raises:
-        DataError: on every rank, what is wrong with the shards.
-    """
-    data = config.data
-    index_dir = data.index_dir
-    with _together(topology):
-        if topology.rank == 0:
-            shards = expand_shards(data.shards)
-            build_index(shards, index_dir or default_index_dir(shards))
-    with _together(topology):
-        index = open_index(index_dir or default_index_dir(expand_shards(data.shards)))
-    return index
 
 
 class StepReader:
@@ -76,7 +57,7 @@ class StepReader:
     ) -> None:
         self._vision, self._topology = vision, topology
         self._loader: Loader | None = None
-        with _together(topology):
+        with together(topology.device):
             if topology.is_reader:
                 resumed = None if state is None else LoaderState.from_dict(state)
                 self._loader = Loader(config, text, index, topology.data_rank, topology.data_size, resumed)
@@ -91,7 +72,7 @@ class StepReader:
     def next_step(self) -> SharedStep:
         """The packs of the next step with their images encoded; the report is a `StepReport`."""
         read = None
-        with _together(self._topology):
+        with together(self._topology.device):
             if self._loader is not None:
                 read = self._read(self._loader)
         return share_step(read, self._vision, self._topology)
@@ -101,14 +82,3 @@ class StepReader:
         step = loader.next_step()
         report = StepReport(step.state.to_dict(), step.images_by_class, step.num_holes, step.wait_s)
         return ReadStep([loaded.pack for loaded in step.packs], [loaded.images for loaded in step.packs], report)
-
-
-@contextlib.contextmanager
-def _together(topology: Topology) -> Iterator[None]:
-    """Runs a block that may fail on some ranks only, and raises its error on all of them."""
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    agree_on_error(error, topology)

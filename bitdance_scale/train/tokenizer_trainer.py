@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,10 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from bitdance_scale.config.load import dump_toml
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig, check_tokenizer
 from bitdance_scale.data.image_stream import CropStream, centre_crops
-from bitdance_scale.data.index import Index, build_index, default_index_dir, open_index
+from bitdance_scale.data.index import Index, build_index, default_index_dir
 from bitdance_scale.data.shards import expand_shards
-from bitdance_scale.errors import BitDanceError, ConfigError
+from bitdance_scale.errors import ConfigError
 from bitdance_scale.observe.console import setup_logging
+from bitdance_scale.train.shared_index import shared_index
 from bitdance_scale.train.tokenizer_evaluation import Reconstruction, evaluate, summary, to_pixels
 from bitdance_scale.train.tokenizer_objective import TokenizerObjective
 from bitdance_scale.vision.autoencoder import Autoencoder, published_config
@@ -59,7 +60,7 @@ def train_tokenizer(config: TokenizerConfig) -> dict[tuple[int, int], Reconstruc
         setup_logging(folder, ranks.rank)
         if ranks.rank == 0:
             _start_folder(folder, config)
-        train_index = _shared_index(config.data.shards, config.data.index_dir, ranks)
+        train_index = shared_index(config.data.shards, config.data.index_dir, ranks.device)
         # The held-out images are read on rank 0 only, which evaluates alone.
         held_out = _held_out_images(config) if ranks.rank == 0 else {}
         autoencoder = _build(config).to(ranks.device)
@@ -164,24 +165,6 @@ def _held_out_images(config: TokenizerConfig) -> dict[tuple[int, int], np.ndarra
         raise ConfigError(f"eval.shards: {sorted(shared)[0]} is in data.shards as well; hold other shards out")
     index = build_index(shards, default_index_dir(shards))
     return {size: centre_crops(index, size, config.eval.num_images) for size in config.eval.sizes_px}
-
-
-def _shared_index(specs: Sequence[str], index_dir: str, ranks: Ranks) -> Index:
-    """Rank 0 builds the index, the others open it."""
-    shards = expand_shards(specs)
-    folder = index_dir or default_index_dir(shards)
-    fault: list[BitDanceError | None] = [None]
-    if ranks.rank == 0:
-        try:
-            build_index(shards, folder)
-        except BitDanceError as error:
-            fault = [error]
-    if ranks.num_ranks > 1:
-        # The others must not wait for a rank 0 that has given up.
-        dist.broadcast_object_list(fault, src=0)
-    if fault[0] is not None:
-        raise fault[0]
-    return open_index(folder)
 
 
 @contextmanager

