@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import types
 import typing
 from collections.abc import Callable, Mapping
 
@@ -24,6 +25,8 @@ def type_name(hint: object) -> str:
         return _SCALARS[hint]
     if dataclasses.is_dataclass(hint):
         return "table"
+    if isinstance(hint, types.UnionType):
+        return " or ".join(type_name(choice) for choice in typing.get_args(hint))
     assert typing.get_origin(hint) is tuple, f"a schema field of type {hint} cannot come from TOML"
     items = typing.get_args(hint)
     if len(items) == 2 and items[1] is Ellipsis:
@@ -87,6 +90,13 @@ class Coercion:
             # `type`, not isinstance: true is no integer. Infinities and NaN are TOML, but no setting means them.
             is_right = type(value) is hint and (hint is not float or math.isfinite(value))
             return value if is_right else self._wrong_type(value, hint, path)
+        if isinstance(hint, types.UnionType):
+            # A word or a list: what the value looks like decides which of the two is meant.
+            word, items = typing.get_args(hint)
+            if type(value) is word:
+                return value
+            is_list = isinstance(value, list | tuple)
+            return self._value(value, items, path) if is_list else self._wrong_type(value, hint, path)
         items = typing.get_args(hint)
         is_open = len(items) == 2 and items[1] is Ellipsis
         if not isinstance(value, list | tuple) or not (is_open or len(value) == len(items)):

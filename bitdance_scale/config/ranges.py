@@ -73,7 +73,18 @@ class FolderName:
         return "a plain folder name, without separators"
 
 
-Constraint = Range | Choice | NonEmpty | FolderName
+@dataclass(frozen=True)
+class Split:
+    """How layers are dealt to stages: a word, or a list with the layers of every stage."""
+
+    def __contains__(self, value: str | tuple[int, ...]) -> bool:
+        return value in ("auto", "even") if isinstance(value, str) else bool(value)
+
+    def __str__(self) -> str:
+        return "auto, even or a list with the number of layers of every stage"
+
+
+Constraint = Range | Choice | NonEmpty | FolderName | Split
 
 _COUNT = Range(1)
 _NOT_NEGATIVE = Range(0)
@@ -136,7 +147,11 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "data.prefetch_steps": _COUNT,
     "parallel.tensor": _COUNT,
     "parallel.pipeline": _COUNT,
+    "parallel.virtual_stages": _COUNT,
+    "parallel.pipeline_split": Split(),
+    "parallel.pipeline_split[]": _COUNT,
     "parallel.zero_stage": Choice((1, 2, 3)),
+    "parallel.recompute": Choice(("none", "selective", "full")),
     "optim.lr": _POSITIVE,
     "optim.warmup_steps": _NOT_NEGATIVE,
     "optim.beta1": _DECAY,

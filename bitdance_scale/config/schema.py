@@ -135,8 +135,24 @@ class ParallelSection:
     """How a replica of the model is laid out; data parallelism takes the remaining ranks."""
 
     tensor: int = setting(1, doc="Tensor-parallel ranks (Megatron).")
-    pipeline: int = setting(1, doc="Pipeline stages (Megatron's 1F1B schedule).")
+    sequence_parallel: bool = setting(
+        False, doc="Whether the tensor-parallel ranks share out the positions between the split linears of a layer."
+    )
+    pipeline: int = setting(1, doc="Pipeline-parallel ranks (Megatron's 1F1B schedule).")
+    virtual_stages: int = setting(1, doc="Stages per pipeline rank; more than 1 is Megatron's interleaved schedule.")
+    pipeline_split: str | tuple[int, ...] = setting(
+        "auto",
+        doc="Backbone layers per stage: auto (the slowest stage as fast as can be, by FLOPs), even, or a list.",
+    )
     zero_stage: int = setting(1, doc="DeepSpeed ZeRO stage over the data-parallel ranks: 1, 2 or 3.")
+    recompute: str = setting(
+        "none", doc="What the backward pass computes again instead of keeping: none, selective (attention) or full (layers)."
+    )
+
+    @property
+    def num_stages(self) -> int:
+        """Stages that a micro-batch passes through, over all pipeline ranks."""
+        return self.pipeline * self.virtual_stages
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ ONE_CLASS = "data.classes=[{{side_px=64, share=1, buckets_px=[{}]}}]"
 UNCONSTRAINED = {
     "model.preset",
     "model.tie_embeddings",
+    "parallel.sequence_parallel",
     "head.time_mean",
     "data.index_dir",
     "sample.use_cache",
