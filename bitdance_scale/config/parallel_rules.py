@@ -27,17 +27,104 @@ def _replicas_fill_the_ranks(config: RunConfig, world_size: int) -> Iterator[str
         )
 
 
-@RULES.rule("parallel.pipeline", "model.num_layers")
+@RULES.rule("parallel.pipeline", "parallel.virtual_stages", "model.num_layers")
 def _every_stage_has_a_layer(config: RunConfig, world_size: int) -> Iterator[str]:
-    """`parallel.pipeline` is at most `model.num_layers`.
+    """`parallel.pipeline` x `parallel.virtual_stages` is at most `model.num_layers`.
 
     Every pipeline stage holds at least one backbone layer.
     """
-    pipeline, num_layers = config.parallel.pipeline, config.model.num_layers
-    if pipeline > num_layers:
+    parallel, num_layers = config.parallel, config.model.num_layers
+    if parallel.num_stages > num_layers:
         yield (
-            f"parallel.pipeline = {pipeline}: must be at most model.num_layers = {num_layers}, one layer per stage; "
-            f"use parallel.pipeline = {num_layers} or less"
+            f"parallel.pipeline = {parallel.pipeline}, parallel.virtual_stages = {parallel.virtual_stages}: their product "
+            f"{parallel.num_stages} must be at most model.num_layers = {num_layers}, one layer per stage; "
+            f"use parallel.pipeline = {max(1, num_layers // parallel.virtual_stages)} or less"
+        )
+
+
+@RULES.rule("parallel.pipeline_split", "parallel.pipeline", "parallel.virtual_stages", "model.num_layers")
+def _split_deals_all_layers(config: RunConfig, world_size: int) -> Iterator[str]:
+    """A list in `parallel.pipeline_split` has one entry per stage, and they add up to `model.num_layers`.
+
+    The list says how many backbone layers each of the pipeline x virtual_stages stages holds, in the order in which a
+    micro-batch passes through them.
+    """
+    parallel, num_layers = config.parallel, config.model.num_layers
+    split = parallel.pipeline_split
+    if isinstance(split, str):
+        return
+    if len(split) != parallel.num_stages:
+        yield (
+            f"parallel.pipeline_split = {list(split)}: has {len(split)} entries and must have {parallel.num_stages}, one "
+            f"per stage (parallel.pipeline = {parallel.pipeline} x parallel.virtual_stages = {parallel.virtual_stages}); "
+            'correct the list or use "auto"'
+        )
+    if sum(split) != num_layers:
+        yield (
+            f"parallel.pipeline_split = {list(split)}: adds up to {sum(split)} and must add up to model.num_layers = "
+            f'{num_layers}; correct the list or use "auto"'
+        )
+
+
+@RULES.rule("parallel.virtual_stages", "parallel.pipeline")
+def _interleaving_needs_three_ranks(config: RunConfig, world_size: int) -> Iterator[str]:
+    """`parallel.virtual_stages` is 1 when `parallel.pipeline` is below 3.
+
+    Several stages on a rank shorten the time in which a pipeline fills and drains. Megatron's interleaved schedule passes
+    activations forward and gradients backward in one exchange, and messages between two ranks match by their order only:
+    the rank before and the rank after must be different ones.
+    """
+    parallel = config.parallel
+    if parallel.virtual_stages > 1 and parallel.pipeline < 3:
+        yield (
+            f"parallel.virtual_stages = {parallel.virtual_stages}: must be 1 with parallel.pipeline = {parallel.pipeline}; "
+            "set parallel.virtual_stages = 1 or parallel.pipeline = 3 or more"
+        )
+
+
+@RULES.rule("parallel.virtual_stages", "parallel.pipeline", "parallel.tensor", "data.global_batch")
+def _interleaving_needs_micro_batches(config: RunConfig, world_size: int) -> Iterator[str]:
+    """With `parallel.virtual_stages` above 1, `data.global_batch` holds `parallel.pipeline` images per replica.
+
+    Megatron's interleaved schedule runs micro-batches in groups of `parallel.pipeline`; the loader makes a whole number of
+    groups of packs, each with at least one image.
+    """
+    parallel, global_batch = config.parallel, config.data.global_batch
+    num_replicas = world_size // (parallel.tensor * parallel.pipeline)
+    needed = num_replicas * parallel.pipeline
+    if parallel.virtual_stages > 1 and global_batch < needed:
+        yield (
+            f"data.global_batch = {global_batch}: must be at least {needed} = {num_replicas} replicas x parallel.pipeline "
+            f"= {parallel.pipeline} with parallel.virtual_stages = {parallel.virtual_stages}; use data.global_batch >= "
+            f"{needed} or parallel.virtual_stages = 1"
+        )
+
+
+@RULES.rule("parallel.sequence_parallel", "parallel.tensor")
+def _sequences_are_shared_by_tensor_ranks(config: RunConfig, world_size: int) -> Iterator[str]:
+    """`parallel.sequence_parallel` is false when `parallel.tensor` is 1.
+
+    It shares positions out over the tensor-parallel ranks; with one rank it would promise memory that it cannot save.
+    """
+    parallel = config.parallel
+    if parallel.sequence_parallel and parallel.tensor == 1:
+        yield (
+            "parallel.sequence_parallel = true: must be false with parallel.tensor = 1, where there is no rank to share "
+            "positions with; set parallel.sequence_parallel = false or parallel.tensor = 2 or more"
+        )
+
+
+@RULES.rule("parallel.sequence_parallel", "parallel.tensor", "data.pack_multiple")
+def _tensor_ranks_divide_packs(config: RunConfig, world_size: int) -> Iterator[str]:
+    """With `parallel.sequence_parallel`, `parallel.tensor` divides `data.pack_multiple`.
+
+    Every tensor-parallel rank takes an equal share of the positions of a pack.
+    """
+    parallel, multiple = config.parallel, config.data.pack_multiple
+    if parallel.sequence_parallel and multiple % parallel.tensor:
+        yield (
+            f"data.pack_multiple = {multiple}: must be a multiple of parallel.tensor = {parallel.tensor} with "
+            f"parallel.sequence_parallel; use data.pack_multiple = {nearest_multiples(multiple, parallel.tensor)}"
         )
 
 
@@ -53,20 +140,6 @@ def _pipeline_keeps_gradients_whole(config: RunConfig, world_size: int) -> Itera
             f"parallel.zero_stage = {parallel.zero_stage}: must be 1 with parallel.pipeline = {parallel.pipeline}, "
             f"because ZeRO-{parallel.zero_stage} partitions gradients at every micro-batch; "
             "set parallel.zero_stage = 1 or parallel.pipeline = 1"
-        )
-
-
-@RULES.rule("parallel.pipeline", "model.tie_embeddings")
-def _tied_embeddings_stay_on_one_stage(config: RunConfig, world_size: int) -> Iterator[str]:
-    """`model.tie_embeddings` is false when `parallel.pipeline` is above 1.
-
-    The token embedding is on the first stage and the output projection on the last; one weight cannot be on both.
-    """
-    if config.model.tie_embeddings and config.parallel.pipeline > 1:
-        yield (
-            f"model.tie_embeddings = true: must be false with parallel.pipeline = {config.parallel.pipeline}, because "
-            "the embedding and the output projection are on different stages; set parallel.pipeline = 1 (and raise "
-            "parallel.tensor or parallel.zero_stage for memory) or model.tie_embeddings = false"
         )
 
 

@@ -154,6 +154,11 @@ class ParallelSection:
         """Stages that a micro-batch passes through, over all pipeline ranks."""
         return self.pipeline * self.virtual_stages
 
+    @property
+    def packs_multiple(self) -> int:
+        """A step has a multiple of this many packs per replica: the interleaved schedule runs groups of `pipeline`."""
+        return self.pipeline if self.virtual_stages > 1 else 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSection:

@@ -204,7 +204,9 @@ class Loader:
         )
         # A pack is padded to a multiple, so room beyond the last whole multiple cannot be used.
         max_pack_tokens = data.max_pack_tokens // data.pack_multiple * data.pack_multiple
-        ranks = partition_batch(lengths, self._num_data_ranks, max_pack_tokens, self._cost_model)
+        ranks = partition_batch(
+            lengths, self._num_data_ranks, max_pack_tokens, self._cost_model, self._config.parallel.packs_multiple
+        )
         num_done = self._start.pack if step == self._start.step else 0
         packs: list[list[tuple[Sample, Future[_Image]]]] = []
         for number, places in enumerate(ranks[self._data_rank]):

@@ -44,7 +44,7 @@ class CostModel:
 
 
 def partition_batch(
-    lengths: np.ndarray, num_ranks: int, max_pack_tokens: int, cost_model: CostModel
+    lengths: np.ndarray, num_ranks: int, max_pack_tokens: int, cost_model: CostModel, packs_multiple: int = 1
 ) -> list[list[list[int]]]:
     """Packs of every rank, as places in the global batch.
 
@@ -56,6 +56,7 @@ def partition_batch(
         num_ranks: data-parallel ranks.
         max_pack_tokens: positions a pack may hold.
         cost_model: what to even out.
+        packs_multiple: every rank gets a multiple of this many packs (micro-batches of an interleaved pipeline).
 
     Returns:
         [num_ranks][k], each a sorted list of places in 0 .. B - 1, at least one; a rank's dearest pack comes first, so
@@ -71,9 +72,10 @@ def partition_batch(
             "data.max_pack_tokens, or lower text.max_caption_tokens or the largest bucket."
         )
     costs = cost_model.costs(lengths)
-    num_packs = max(1, -(-int(lengths.sum()) // (num_ranks * max_pack_tokens)))
+    fewest = max(1, -(-int(lengths.sum()) // (num_ranks * max_pack_tokens)))
+    num_packs = fewest + -fewest % packs_multiple
     while (packs := _fill(lengths, costs, num_packs * num_ranks, max_pack_tokens)) is None:
-        num_packs += 1
+        num_packs += packs_multiple
     if not all(packs):
         raise ConfigError(
             f"data.global_batch={len(lengths)}: {num_packs} packs on each of {num_ranks} data-parallel replicas need "

@@ -10,6 +10,7 @@ K channels per head, F time features.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from einops import rearrange
@@ -69,6 +70,10 @@ class DiffusionHead(nn.Module):
         self.block_tokens = block_tokens
         self.net = HeadNetwork(section, cond_size, num_bits, linears)
 
+    def recompute_blocks(self, checkpoint: Callable[..., torch.Tensor]) -> None:
+        """Makes every block of the head keep its inputs only; `checkpoint(function, *inputs)` calls it so."""
+        self.net.call_block = checkpoint
+
     def forward(self, noisy_BPC: torch.Tensor, t_B: torch.Tensor, cond_BPZ: torch.Tensor) -> torch.Tensor:
         """The predicted clean bits.
 
@@ -95,6 +100,7 @@ class HeadNetwork(nn.Module):
     def __init__(self, section: HeadSection, cond_size: int, num_bits: int, linears: LinearFactory) -> None:
         super().__init__()
         width = section.width
+        self.call_block: Callable[..., torch.Tensor] = _call
         self.blocks_per_adaln = section.num_blocks // section.num_adaln
         self.time_embed = TimeEmbedding(width, linears)
         self.cond_embed = linears.column(cond_size, width, gather_output=True)
@@ -115,7 +121,7 @@ class HeadNetwork(nn.Module):
             # Consecutive blocks share one adaLN module, and so its output.
             if index % self.blocks_per_adaln == 0:
                 modulations = self.ada_ln_blocks[index // self.blocks_per_adaln](y_BPD).chunk(NUM_MODULATIONS, dim=-1)
-            x_BPD = block(x_BPD, modulations)
+            x_BPD = self.call_block(block, x_BPD, modulations)
         return self.final_layer(x_BPD, y_BPD)
 
 
@@ -184,6 +190,10 @@ class FinalLayer(nn.Module):
         """Logits [B, P, C] of the bits."""
         scale, shift = self.ada_ln_modulation(y_BPD).chunk(2, dim=-1)
         return self.linear(modulate(self.norm(x_BPD), scale, shift))
+
+
+def _call(block: nn.Module, *inputs: object) -> torch.Tensor:
+    return block(*inputs)
 
 
 def mlp_size(section: HeadSection) -> int:

@@ -32,14 +32,16 @@ def draw_time(normal_B: torch.Tensor, section: HeadSection) -> torch.Tensor:
     Raises:
         ConfigError: an unknown `time_schedule`.
     """
-    normal_B = normal_B.float()
+    # In float64: vectorised float32 functions round by the place of an element in its pack, and the head multiplies
+    # t by 1000, so that the last bit of t would make the loss depend on how samples are packed.
+    normal_B = normal_B.double()
     if section.time_schedule == "logit_normal":
         t_B = torch.sigmoid(section.time_std * normal_B + section.time_mean)
     elif section.time_schedule == "uniform":
         t_B = torch.special.ndtr(normal_B)
     else:
         raise ConfigError(f"head.time_schedule = {section.time_schedule!r}: must be 'logit_normal' or 'uniform'")
-    return t_B / (t_B + section.time_shift * (1 - t_B))
+    return (t_B / (t_B + section.time_shift * (1 - t_B))).float()
 
 
 def interpolate(bits_BPC: torch.Tensor, noise_BPC: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:

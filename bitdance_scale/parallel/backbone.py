@@ -2,12 +2,17 @@
 
 Only two submodules of the layer are ours. `BlockCausalAttention` takes the mask of a pack and can keep keys and values
 for block-by-block decoding; `RMSNorm` sums its weight gradient over tensor-parallel ranks where each rank sees only
-its own heads. Everything else (fused query/key/value, SwiGLU, rotary application, residuals) is Megatron-core's.
+its own heads or positions. Everything else (fused query/key/value, SwiGLU, rotary application, residuals) is
+Megatron-core's. Recomputation is torch's checkpointing around our core attention or around the whole layer.
 
 Shape suffixes: S positions, B batch, N query heads, G key/value heads, K head size, D hidden size, of this rank.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -21,18 +26,22 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.attention import DocumentMask, attend
+from bitdance_scale.parallel.linears import without_sequence_parallel
+from bitdance_scale.parallel.split import stage_split
 from bitdance_scale.parallel.topology import Topology
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm in float32, as Qwen3 computes it.
 
-    With `is_per_head` the norm runs on the query or key heads of this tensor-parallel rank: its weight is replicated,
-    but each rank sees only its own heads, so that the gradient must be summed over the ranks. Summing inside autograd
-    keeps it right under every ZeRO stage, whose hooks take the gradient as soon as it is made.
+    Its weight is replicated, but a tensor-parallel rank may see only a part of what it normalises: its own query or key
+    heads (`is_per_head`), and under sequence parallelism its own positions. The gradient must then be summed over the
+    ranks. Summing inside autograd keeps it right under every ZeRO stage, whose hooks take the gradient as soon as it is
+    made.
     """
 
     def __init__(
@@ -40,12 +49,12 @@ class RMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.eps = eps
-        self.is_per_head = is_per_head
+        self.sees_a_part = is_per_head or config.sequence_parallel
         self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normalises the last axis of `hidden` [..., hidden_size]; same shape and dtype out."""
-        weight = copy_to_tensor_model_parallel_region(self.weight) if self.is_per_head else self.weight
+        weight = copy_to_tensor_model_parallel_region(self.weight) if self.sees_a_part else self.weight
         wide = hidden.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return weight * wide.to(hidden.dtype)
@@ -65,6 +74,7 @@ class BlockCausalAttention(nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
+        self.recomputes = False
         self.remembers = False
         self._memory: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -89,7 +99,11 @@ class BlockCausalAttention(nn.Module):
         """
         if isinstance(attention_mask, DocumentMask):
             assert not self.remembers, "decoding masks are dense"
-            return attention_mask.attend(query_SBNK, key_SBGK, value_SBGK).flatten(2)
+            if self.recomputes and torch.is_grad_enabled():
+                mixed = recompute(attention_mask.attend, query_SBNK, key_SBGK, value_SBGK)
+            else:
+                mixed = attention_mask.attend(query_SBNK, key_SBGK, value_SBGK)
+            return mixed.flatten(2)
         if self.remembers:
             if self._memory is not None:
                 key_SBGK = torch.cat([self._memory[0], key_SBGK])
@@ -98,7 +112,30 @@ class BlockCausalAttention(nn.Module):
         return attend(query_SBNK, key_SBGK, value_SBGK, attention_mask).flatten(2)
 
 
-def transformer_config(config: RunConfig, topology: Topology) -> TransformerConfig:
+class RecomputedLayer(TransformerLayer):
+    """A layer that keeps its input only and runs a second time in the backward pass."""
+
+    def forward(self, hidden_states: torch.Tensor, **inputs: object) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `TransformerLayer.forward`."""
+        if not torch.is_grad_enabled():
+            return super().forward(hidden_states, **inputs)
+        return recompute(super().forward, hidden_states, **inputs)
+
+
+def recompute(function: Callable[..., Any], *args: object, **kwargs: object) -> Any:
+    """Calls a function whose activations are computed again in the backward pass instead of being kept.
+
+    Nothing random runs inside a layer, so no generator is saved. Not Megatron-core's own checkpointing, which takes
+    tensors only (a pack's mask is none) and needs CUDA's generators.
+    """
+    # Under ZeRO-3 the weights among the saved tensors are gathered ones in one pass and empty partitions in the other;
+    # a check of their shapes would refuse that.
+    return checkpoint(
+        function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none", **kwargs
+    )
+
+
+def transformer_config(config: RunConfig, vocab_size: int, topology: Topology) -> TransformerConfig:
     """Megatron's configuration, derived from the tree."""
     model, parallel = config.model, config.parallel
     dtype = getattr(torch, config.run.dtype)
@@ -133,7 +170,10 @@ def transformer_config(config: RunConfig, topology: Topology) -> TransformerConf
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_stages if parallel.virtual_stages > 1 else None,
+        pipeline_model_parallel_layout=_pipeline_layout(config, vocab_size),
         variable_seq_lengths=True,
         # There is no mixture of experts, but its default dispatcher refuses packs of unequal length.
         moe_token_dispatcher_type="alltoall",
@@ -145,7 +185,17 @@ def transformer_config(config: RunConfig, topology: Topology) -> TransformerConf
     )
 
 
-def layer_spec() -> ModuleSpec:
+def _pipeline_layout(config: RunConfig, vocab_size: int) -> list[list[str]] | None:
+    """What every stage holds, in Megatron-core's words; None without a pipeline."""
+    if config.parallel.num_stages == 1:
+        return None
+    layout = [["decoder"] * num_layers for num_layers in stage_split(config, vocab_size)]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
+
+
+def layer_spec(recomputes_layer: bool) -> ModuleSpec:
     """One Qwen3 layer out of Megatron-core's parts and our norm and core attention."""
     per_head_norm = ModuleSpec(module=RMSNorm, params={"is_per_head": True})
     attention = SelfAttentionSubmodules(
@@ -167,13 +217,49 @@ def layer_spec() -> ModuleSpec:
         ),
         mlp_bda=get_bias_dropout_add,
     )
-    return ModuleSpec(module=TransformerLayer, submodules=submodules)
+    return ModuleSpec(module=RecomputedLayer if recomputes_layer else TransformerLayer, submodules=submodules)
 
 
-def make_backbone(megatron: TransformerConfig, num_layers: int, topology: Topology) -> TransformerBlock:
-    """The layers of this pipeline stage, with the final norm on the last one."""
-    block = TransformerBlockSubmodules(layer_specs=[layer_spec()] * num_layers, layer_norm=RMSNorm)
-    return TransformerBlock(megatron, block, pre_process=topology.is_first_stage, post_process=topology.is_last_stage)
+def make_backbone(
+    megatron: TransformerConfig, num_layers: int, virtual_stage: int, is_first: bool, is_last: bool, recomputes: str
+) -> TransformerBlock:
+    """The layers of one stage, with the final norm on the last one.
+
+    Args:
+        megatron: from `transformer_config`.
+        num_layers: layers of the stage.
+        virtual_stage: which of this rank's stages it is.
+        is_first, is_last: whether it is the first or last stage of the model.
+        recomputes: `parallel.recompute`.
+    """
+    specs = [layer_spec(recomputes_layer=recomputes == "full")] * num_layers
+    backbone = TransformerBlock(
+        megatron,
+        TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm),
+        pre_process=is_first,
+        post_process=is_last,
+        vp_stage=virtual_stage,
+    )
+    # Under sequence parallelism the block would fork CUDA's random states around its layers, for dropouts they lack.
+    backbone.config = without_sequence_parallel(megatron)
+    for layer in backbone.layers:
+        layer.self_attention.core_attention.recomputes = recomputes == "selective"
+    return backbone
+
+
+@contextlib.contextmanager
+def whole_sequences(module: nn.Module) -> Iterator[None]:
+    """Switches sequence parallelism off inside the block, without gradients: a block being decoded is a few positions
+    that need not divide over the ranks."""
+    assert not torch.is_grad_enabled(), "the split linears would not sum the gradient of their input"
+    split = [part for part in module.modules() if getattr(part, "sequence_parallel", False)]
+    for part in split:
+        part.sequence_parallel = False
+    try:
+        yield
+    finally:
+        for part in split:
+            part.sequence_parallel = True
 
 
 def remember_keys(backbone: TransformerBlock, is_on: bool) -> None:

@@ -7,19 +7,19 @@ import torch
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.parallel.initialise import initialise
 from bitdance_scale.parallel.names import name_parameters
-from bitdance_scale.parallel.stages import Stage
+from bitdance_scale.parallel.stages import RankStages
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import ZeroEngine
 
 
-def build_stage(config: RunConfig, vocab_size: int, topology: Topology) -> Stage:
+def build_stages(config: RunConfig, vocab_size: int, topology: Topology) -> RankStages:
     """This rank's part of the model in the run's dtype, with initial weights that do not depend on the layout."""
     with topology.device:
-        stage = Stage(config, vocab_size, topology).to(getattr(torch, config.run.dtype))
-    initialise(name_parameters(stage, topology), config, topology.device)
-    return stage
+        stages = RankStages(config, vocab_size, topology).to(getattr(torch, config.run.dtype))
+    initialise(name_parameters(stages, topology), config, topology.device)
+    return stages
 
 
 def build_engine(config: RunConfig, vocab_size: int, topology: Topology) -> ZeroEngine:
-    """The stage under ZeRO, ready to train."""
-    return ZeroEngine(build_stage(config, vocab_size, topology), config, topology)
+    """This rank's stages under ZeRO, ready to train."""
+    return ZeroEngine(build_stages(config, vocab_size, topology), config, topology)

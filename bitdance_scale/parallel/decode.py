@@ -8,6 +8,7 @@ Shape suffixes: S new positions, B sequences, I images, P vision tokens per bloc
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -17,20 +18,21 @@ from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.generate.decode import DecodeLayout
 from bitdance_scale.generate.sampler import sample_block
 from bitdance_scale.model.positions import rotary_frequencies
-from bitdance_scale.parallel.backbone import remember_keys
-from bitdance_scale.parallel.stages import Stage
+from bitdance_scale.parallel.backbone import remember_keys, whole_sequences
 from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.parallel.zero import ZeroEngine
 
 
 class StageDecoder:
-    """A `generate.decode.BlockModel` over a pipeline stage.
+    """A `generate.decode.BlockModel` over the stages of a pipeline rank.
 
     With `sample.use_cache` every layer keeps its keys and values and only new positions are computed; without, the
     whole sequence is computed for every block.
     """
 
-    def __init__(self, stage: Stage, config: RunConfig, topology: Topology) -> None:
-        self._stage, self._config, self._topology = stage, config, topology
+    def __init__(self, engine: ZeroEngine, config: RunConfig, topology: Topology) -> None:
+        self._engine, self._config, self._topology = engine, config, topology
+        self._first, self._last = engine.stages[0], engine.stages[-1]
         self._is_guided = config.sample.guidance != 1.0
         self._hidden: torch.Tensor | None = None
 
@@ -40,38 +42,46 @@ class StageDecoder:
         return self._hidden
 
     def __enter__(self) -> StageDecoder:
-        remember_keys(self._stage.decoder, self._config.sample.use_cache)
+        if self._engine.tied is not None:
+            self._engine.tied.share_weight()
+        self._contexts = contextlib.ExitStack()
+        self._contexts.enter_context(torch.no_grad())
+        for stage in self._engine.stages:
+            self._contexts.enter_context(whole_sequences(stage))
+            remember_keys(stage.decoder, self._config.sample.use_cache)
         return self
 
     def __exit__(self, *_: object) -> None:
-        remember_keys(self._stage.decoder, False)
+        for stage in self._engine.stages:
+            remember_keys(stage.decoder, False)
+        self._contexts.close()
 
     def start(self, layout: DecodeLayout) -> None:
         """Reads the prefixes [B, L]."""
         self._layout = layout
         self._num_read = 0
         self._embedded: list[torch.Tensor] = []
-        rows = self._stage.embed_tokens(layout.prefix_ids) if self._stage.is_first else None
+        rows = self._first.embed_tokens(layout.prefix_ids) if self._first.is_first else None
         self._read(rows, layout.prefix_length)
 
     def extend(self, bits: torch.Tensor, cells: torch.Tensor) -> None:
         """Reads a block, bits [I, P, C] at cells [P, 2]; under guidance by both halves of the batch."""
         rows = None
-        if self._stage.is_first:
+        if self._first.is_first:
             repeated = bits.repeat(self._layout.num_sequences // len(bits), 1, 1)
             all_cells = cells.repeat(len(repeated), 1)
-            rows = self._stage.embed_bits(repeated.flatten(0, 1), all_cells)
+            rows = self._first.embed_bits(repeated.flatten(0, 1), all_cells)
             rows = rows.view(*repeated.shape[:2], -1).transpose(0, 1)
         self._read(rows, len(cells))
 
     def draw_block(self, cells: torch.Tensor, draw: Callable[[int], torch.Tensor]) -> torch.Tensor:
         """Draws the next block of every image on the last stage and tells it to all; float32 [I, P, C]."""
         section = self._config.sample
-        if self._stage.is_last:
+        if self._last.is_last:
             hidden_BPD = self._hidden.transpose(0, 1)
-            condition_BPD = self._stage.conditions(hidden_BPD, cells.expand(len(hidden_BPD), -1, -1))
+            condition_BPD = self._last.conditions(hidden_BPD, cells.expand(len(hidden_BPD), -1, -1))
             bits = sample_block(
-                lambda noisy, time: self._stage.head(noisy, time, condition_BPD),
+                lambda noisy, time: self._last.head(noisy, time, condition_BPD),
                 draw,
                 num_steps=section.num_steps,
                 guidance=section.guidance,
@@ -87,7 +97,7 @@ class StageDecoder:
 
     def _read(self, rows: torch.Tensor | None, num_rows: int) -> None:
         """Runs the stages over new rows [S, B, D] (first stage) and keeps the last P hidden states (last stage)."""
-        layout, stage = self._layout, self._stage
+        layout = self._layout
         start, stop = self._num_read, self._num_read + num_rows
         self._num_read = stop
         if not self._config.sample.use_cache:
@@ -95,24 +105,25 @@ class StageDecoder:
                 self._embedded.append(rows)
                 rows = torch.cat(self._embedded)
             start = 0
-        if not stage.is_first:
-            rows = self._receive(stop - start)
-            stage.set_input_tensor(rows)
         positions = layout.position_ids[:, start:stop].T.flatten()
         rotary = rotary_frequencies(positions, self._config.model.head_dim, self._config.model.rope_base)
         rotary = rotary.view(stop - start, layout.num_sequences, 1, -1)
-        hidden = stage.decoder(rows, attention_mask=layout.mask(start, stop), rotary_pos_emb=rotary)
-        if stage.is_last:
-            self._hidden = hidden[-layout.block_tokens :]
-        else:
-            dist.send(hidden.contiguous(), self._neighbour(+1), group=self._topology.pipeline_group)
+        for stage in self._engine.stages:
+            if not stage.is_first:
+                rows = self._receive(stop - start)
+                stage.set_input_tensor(rows)
+            hidden = stage.decoder(rows, attention_mask=layout.mask(start, stop), rotary_pos_emb=rotary)
+            if stage.is_last:
+                self._hidden = hidden[-layout.block_tokens :]
+            else:
+                dist.send(hidden.contiguous(), self._neighbour(+1), group=self._topology.pipeline_group)
 
     def _receive(self, num_rows: int) -> torch.Tensor:
         shape = (num_rows, self._layout.num_sequences, self._config.model.hidden_size)
-        rows = torch.empty(shape, dtype=self._stage.config.params_dtype, device=self._topology.device)
+        rows = torch.empty(shape, dtype=self._first.config.params_dtype, device=self._topology.device)
         dist.recv(rows, self._neighbour(-1), group=self._topology.pipeline_group)
         return rows
 
     def _neighbour(self, step: int) -> int:
         group = self._topology.pipeline_group
-        return dist.get_global_rank(group, self._topology.pipeline_rank + step)
+        return dist.get_global_rank(group, (self._topology.pipeline_rank + step) % self._topology.pipeline_size)

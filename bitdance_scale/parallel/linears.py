@@ -6,6 +6,8 @@ code stays free of process groups.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
@@ -57,12 +59,23 @@ class RowLinear(RowParallelLinear):
         return super().forward(input_)[0]
 
 
+def without_sequence_parallel(megatron: TransformerConfig) -> TransformerConfig:
+    """The same configuration for modules whose input every tensor-parallel rank has whole."""
+    whole = copy.copy(megatron)
+    whole.sequence_parallel = False
+    return whole
+
+
 class TensorParallelLinears:
-    """The linear factory of `model/` over the tensor-parallel group."""
+    """The linear factory of `model/` over the tensor-parallel group.
+
+    The head and the projector work on rows (blocks, vision tokens), not on positions, so that sequence parallelism stops
+    before them: every rank has their input whole.
+    """
 
     def __init__(self, megatron: TransformerConfig, topology: Topology) -> None:
         self.num_partitions = topology.tensor_size
-        self._megatron = megatron
+        self._megatron = without_sequence_parallel(megatron)
 
     def column(self, in_size: int, out_size: int, *, num_chunks: int = 1, gather_output: bool = False) -> nn.Module:
         """A linear whose output features are split over the ranks."""

@@ -16,7 +16,7 @@ from torch import nn
 
 from bitdance_scale.parallel.linears import ColumnLinear
 from bitdance_scale.parallel.partition import Placement
-from bitdance_scale.parallel.stages import Stage
+from bitdance_scale.parallel.stages import RankStages, Stage
 from bitdance_scale.parallel.topology import Topology
 
 
@@ -30,20 +30,23 @@ class Located(NamedTuple):
 Parameters = dict[str, Located]
 
 
-def name_parameters(stage: Stage, topology: Topology) -> Parameters:
-    """Global name -> parameter and placement, in the order of the module; a tied weight appears once.
+def name_parameters(module: RankStages, topology: Topology) -> Parameters:
+    """Global name -> parameter and placement, in the order of the module; a tied weight appears once, as the embedding.
 
     Split parameters are marked `tensor_model_parallel`, by which DeepSpeed counts them on every tensor-parallel rank in
     the gradient norm (replicated ones are counted on the first).
     """
-    modules = dict(stage.named_modules())
     named: Parameters = {}
-    for name, parameter in stage.named_parameters():
-        module_name, _, leaf = name.rpartition(".")
-        placement = _placement(module_name, modules[module_name], leaf, parameter, stage, topology)
-        if placement.dim is not None:
-            parameter.tensor_model_parallel = True
-        named[_global_name(name, stage)] = Located(parameter, placement)
+    for stage in module.stages:
+        modules = dict(stage.named_modules())
+        for name, parameter in stage.named_parameters():
+            if stage.has_copied_output and name == "output.weight":
+                continue
+            module_name, _, leaf = name.rpartition(".")
+            placement = _placement(module_name, modules[module_name], leaf, parameter, stage, topology)
+            if placement.dim is not None:
+                parameter.tensor_model_parallel = True
+            named[_global_name(name, stage)] = Located(parameter, placement)
     return named
 
 

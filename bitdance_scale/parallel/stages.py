@@ -1,7 +1,11 @@
 """What each pipeline stage holds, and its forward pass.
 
 The first stage embeds text and bits, every stage runs its share of the backbone, the last holds the diffusion head and
-the text projection and returns the two loss sums. With one stage all of it is in one module.
+the text projection and returns the two loss sums. With one stage all of it is in one module. A pipeline rank holds one
+stage, or several under the interleaved schedule: stage k is on rank k modulo the ranks.
+
+Under sequence parallelism the hidden states between the split linears are shared out over the tensor-parallel ranks:
+[S / ranks, B, D]. They are whole before the first layer and after the last.
 
 Shape suffixes: S positions, V vision tokens, M predicted blocks, P vision tokens per block, C bits, T text targets,
 D hidden size, B batch.
@@ -11,7 +15,12 @@ from __future__ import annotations
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.core.tensor_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import (
+    VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+    vocab_parallel_cross_entropy,
+)
 from torch import nn
 
 from bitdance_scale.config.schema import RunConfig
@@ -20,52 +29,84 @@ from bitdance_scale.model.flow import flow_loss, interpolate
 from bitdance_scale.model.inputs import PackInputs
 from bitdance_scale.model.positions import sincos_2d
 from bitdance_scale.model.projector import Projector
-from bitdance_scale.parallel.backbone import make_backbone, transformer_config
-from bitdance_scale.parallel.linears import ColumnLinear, TensorParallelLinears
+from bitdance_scale.parallel.backbone import make_backbone, recompute, transformer_config
+from bitdance_scale.parallel.linears import ColumnLinear, TensorParallelLinears, without_sequence_parallel
+from bitdance_scale.parallel.split import stage_layers
 from bitdance_scale.parallel.topology import Topology
 
 
-def layer_range(num_layers: int, pipeline_rank: int, pipeline_size: int) -> range:
-    """Global indices of the backbone layers of a stage; earlier stages take the remainder, the head weighs on the last."""
-    base, remainder = divmod(num_layers, pipeline_size)
-    start = pipeline_rank * base + min(pipeline_rank, remainder)
-    return range(start, start + base + (pipeline_rank < remainder))
+class RankStages(nn.Module):
+    """The stages of one pipeline rank: what its engine trains.
+
+    Attributes:
+        stages: in the order in which a micro-batch passes through them.
+    """
+
+    def __init__(self, config: RunConfig, vocab_size: int, topology: Topology) -> None:
+        super().__init__()
+        numbers = range(topology.pipeline_rank, config.parallel.num_stages, topology.pipeline_size)
+        self.stages = nn.ModuleList(Stage(config, vocab_size, topology, number) for number in numbers)
+
+    def forward(self, inputs: PackInputs) -> torch.Tensor:
+        """The loss sums of a micro-batch, where one stage is the whole model."""
+        assert len(self.stages) == 1, "a pipeline is driven by its schedule"
+        return self.stages[0](inputs)
 
 
 class Stage(nn.Module):
     """One pipeline stage of the model on one tensor-parallel rank.
 
     Attributes:
+        number: 0 .. `parallel.num_stages` - 1, in the order in which a micro-batch passes through them.
         vocab_size: entries of the tokenizer; the tables hold `padded_vocab_size` rows, which the tensor-parallel ranks
             divide, and the padding is kept out of the soft-max.
         layers: global indices of the backbone layers held here.
+        has_copied_output: whether the text projection is a copy of the embedding on another rank (`parallel/tied.py`).
     """
 
-    def __init__(self, config: RunConfig, vocab_size: int, topology: Topology) -> None:
+    def __init__(self, config: RunConfig, vocab_size: int, topology: Topology, number: int) -> None:
         super().__init__()
-        self.config = transformer_config(config, topology)
+        self.config = transformer_config(config, vocab_size, topology)
         self.model_type = ModelType.encoder_or_decoder
-        self.is_first, self.is_last = topology.is_first_stage, topology.is_last_stage
+        self.number = number
+        self.is_first, self.is_last = number == 0, number == config.parallel.num_stages - 1
         self.vocab_size = vocab_size
         self.padded_vocab_size = vocab_size + -vocab_size % topology.tensor_size
         self.hidden_size = config.model.hidden_size
-        self.layers = layer_range(config.model.num_layers, topology.pipeline_rank, topology.pipeline_size)
+        self.layers = stage_layers(config, vocab_size, number)
+        self.has_copied_output = False
         linears = TensorParallelLinears(self.config, topology)
         if self.is_first:
             self.embedding = VocabParallelEmbedding(
                 self.padded_vocab_size, self.hidden_size, init_method=lambda weight: weight, config=self.config
             )
             self.projector = Projector(config.vision.num_bits, self.hidden_size, linears)
-        self.decoder = make_backbone(self.config, len(self.layers), topology)
+        self.decoder = make_backbone(
+            self.config,
+            len(self.layers),
+            number // topology.pipeline_size,
+            self.is_first,
+            self.is_last,
+            config.parallel.recompute,
+        )
         if self.is_last:
             self.head = DiffusionHead(
                 config.head, self.hidden_size, config.vision.num_bits, config.vision.block_tokens, linears
             )
+            if config.parallel.recompute == "full":
+                self.head.recompute_blocks(recompute)
             self.output = ColumnLinear(
-                self.hidden_size, self.padded_vocab_size, 1, gather_output=False, bias=False, config=self.config
+                self.hidden_size,
+                self.padded_vocab_size,
+                1,
+                gather_output=False,
+                bias=False,
+                config=without_sequence_parallel(self.config),
             )
             if config.model.tie_embeddings:
-                self.output.weight = self.embedding.weight
+                self.has_copied_output = not self.is_first
+                if self.is_first:
+                    self.output.weight = self.embedding.weight
             local = self.padded_vocab_size // topology.tensor_size
             first_row = topology.tensor_rank * local
             self._num_local_entries = max(0, min(local, vocab_size - first_row))
@@ -78,8 +119,15 @@ class Stage(nn.Module):
     def forward(self, inputs: PackInputs) -> torch.Tensor:
         """Hidden states [S, 1, D] for the next stage; on the last stage the loss sums, float32 [2]: vision, text."""
         hidden_SBD = self.embed_pack(inputs) if self.is_first else None
+        if self.is_first and self.config.sequence_parallel:
+            hidden_SBD = scatter_to_sequence_parallel_region(hidden_SBD)
         hidden_SBD = self.decoder(hidden_SBD, attention_mask=inputs.mask, rotary_pos_emb=inputs.rotary)
-        return self.loss_sums(hidden_SBD[:, 0], inputs) if self.is_last else hidden_SBD
+        if not self.is_last:
+            return hidden_SBD
+        if self.config.sequence_parallel:
+            # What follows sums its gradient over the ranks itself, so each has the whole gradient and keeps its part.
+            hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=False)
+        return self.loss_sums(hidden_SBD[:, 0], inputs)
 
     def embed_pack(self, inputs: PackInputs) -> torch.Tensor:
         """Embeds text tokens and bits into [S, 1, D]."""

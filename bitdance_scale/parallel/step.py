@@ -86,7 +86,7 @@ def _loss(sums: torch.Tensor, counts: TargetCounts, section: LossSection, topolo
 def _run_pipeline(
     engine: ZeroEngine, batch: Sequence[PackInputs], counts: TargetCounts, section: LossSection, topology: Topology
 ) -> list[torch.Tensor]:
-    """Megatron's 1F1B schedule; returns the loss sums per micro-batch on the last stage, nothing elsewhere."""
+    """Megatron's 1F1B schedule, interleaved where a rank holds several stages; returns the loss sums per micro-batch on the last stage, nothing elsewhere."""
 
     def reduce_output(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # The second value is a token count that the schedule only totals; counts are global already.
@@ -95,11 +95,11 @@ def _run_pipeline(
     def forward_step(inputs: object, stage: torch.nn.Module) -> tuple[torch.Tensor, object]:
         return stage(next(inputs)), reduce_output
 
-    with engine.external_backward() as stage:
+    with engine.external_backward() as stages:
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(batch),
-            model=stage,
+            data_iterator=[iter(batch) for _ in stages],
+            model=stages,
             num_microbatches=len(batch),
             seq_length=0,  # unused: the stages tell each other the length of every pack
             micro_batch_size=1,

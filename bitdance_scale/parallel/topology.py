@@ -31,6 +31,8 @@ class Topology:
         replica_group: all ranks of this replica, tensor x pipeline.
         replica_host_group: the same ranks over gloo, for host objects; the same group on CPU.
         replica_ranks: global ranks of the replica; the first reads the data.
+        ends_group: the first and the last pipeline rank with this rank's tensor and data rank, between which a tied
+            embedding travels; None on the ranks between them and without a pipeline.
     """
 
     device: torch.device
@@ -40,6 +42,7 @@ class Topology:
     replica_group: dist.ProcessGroup
     replica_host_group: dist.ProcessGroup
     replica_ranks: tuple[int, ...]
+    ends_group: dist.ProcessGroup | None
 
     @property
     def rank(self) -> int:
@@ -74,12 +77,17 @@ class Topology:
         return dist.get_world_size(self.data_group)
 
     @property
-    def is_first_stage(self) -> bool:
+    def has_first_stage(self) -> bool:
         return self.pipeline_rank == 0
 
     @property
-    def is_last_stage(self) -> bool:
+    def has_last_stage(self) -> bool:
         return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def first_stage_rank(self) -> int:
+        """Global rank of the first pipeline stage with this rank's tensor and data rank."""
+        return dist.get_global_rank(self.pipeline_group, 0)
 
     @property
     def is_reader(self) -> bool:
@@ -143,7 +151,9 @@ def make_topology(section: ParallelSection) -> Topology:
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=section.tensor, pipeline_model_parallel_size=section.pipeline
+        tensor_model_parallel_size=section.tensor,
+        pipeline_model_parallel_size=section.pipeline,
+        virtual_pipeline_model_parallel_size=section.virtual_stages if section.virtual_stages > 1 else None,
     )
     replica_group = parallel_state.get_model_parallel_group()
     replica_ranks = tuple(dist.get_process_group_ranks(replica_group))
@@ -156,7 +166,16 @@ def make_topology(section: ParallelSection) -> Topology:
         replica_group=replica_group,
         replica_host_group=_host_group(replica_ranks) if has_cuda else replica_group,
         replica_ranks=replica_ranks,
+        ends_group=_ends_group(section),
     )
+
+
+def _ends_group(section: ParallelSection) -> dist.ProcessGroup | None:
+    """Megatron's embedding group, of the first and last pipeline rank."""
+    from megatron.core import parallel_state
+
+    is_end = parallel_state.is_rank_in_embedding_group(ignore_virtual=True)
+    return parallel_state.get_embedding_group() if section.pipeline > 1 and is_end else None
 
 
 def _host_group(replica_ranks: tuple[int, ...]) -> dist.ProcessGroup:

@@ -23,13 +23,17 @@ from bitdance_scale.parallel.cpu import redirect_cuda_calls
 from bitdance_scale.parallel.names import Parameters, name_parameters
 from bitdance_scale.parallel.partition import ShardedValue, fragment_pieces, whole_pieces
 from bitdance_scale.parallel.quiet import silence_engines
-from bitdance_scale.parallel.stages import Stage
+from bitdance_scale.parallel.stages import RankStages, Stage
+from bitdance_scale.parallel.tied import TiedEmbedding
 from bitdance_scale.parallel.topology import Topology
 
 redirect_cuda_calls()
 silence_engines()
 import deepspeed  # noqa: E402  (its accelerator is chosen at import)
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
+
+# A shared-memory all-reduce for inference on CPUs, which every process would compile or load at its start.
+deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -81,16 +85,17 @@ def deepspeed_config(config: RunConfig, data_size: int) -> dict[str, object]:
 
 
 class ZeroEngine:
-    """A pipeline stage under ZeRO.
+    """The stages of a pipeline rank under ZeRO.
 
     Attributes:
-        stage: the module; its parameters are the engine's.
+        stages: the modules; their parameters are the engine's, but for a copy of a tied embedding (`parallel/tied.py`).
         parameters: global name -> parameter and placement.
     """
 
-    def __init__(self, stage: Stage, config: RunConfig, topology: Topology) -> None:
-        self.stage = stage
-        self.parameters: Parameters = name_parameters(stage, topology)
+    def __init__(self, module: RankStages, config: RunConfig, topology: Topology) -> None:
+        self.stages: list[Stage] = list(module.stages)
+        self.tied = TiedEmbedding(self.stages, topology) if config.model.tie_embeddings else None
+        self.parameters: Parameters = name_parameters(module, topology)
         self._topology = topology
         self._zero_stage = config.parallel.zero_stage
         optimizer = torch.optim.AdamW(
@@ -102,7 +107,7 @@ class ZeroEngine:
             fused=topology.device.type == "cuda",
         )
         self._engine, *_ = deepspeed.initialize(
-            model=stage,
+            model=module,
             optimizer=optimizer,
             config=deepspeed_config(config, topology.data_size),
             mpu=topology,
@@ -113,7 +118,7 @@ class ZeroEngine:
         self._make_moments()
 
     def forward(self, inputs: PackInputs) -> torch.Tensor:
-        """The stage's forward pass under the engine's hooks."""
+        """The model's forward pass under the engine's hooks, without a pipeline."""
         return self._engine(inputs)
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
@@ -122,10 +127,14 @@ class ZeroEngine:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     @contextlib.contextmanager
-    def external_backward(self) -> Iterator[Stage]:
-        """Lends the stage to Megatron's schedule for a whole step, then reduces the gradients it left (ZeRO-1)."""
+    def external_backward(self) -> Iterator[list[Stage]]:
+        """Lends the stages to Megatron's schedule for a whole step, then reduces the gradients it left (ZeRO-1)."""
         self._engine.set_gradient_accumulation_boundary(False)
-        yield self.stage
+        if self.tied is not None:
+            self.tied.share_weight()
+        yield self.stages
+        if self.tied is not None:
+            self.tied.return_gradient()
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.allreduce_gradients()
 

@@ -66,5 +66,5 @@ def _draw_batch(
     vision = config.vision
     layout = lay_out(prompts, grid, vision.block_side, text.image_tokens, topology.device)
     noise = ImageNoise(config.sample.seed, numbers, (vision.block_tokens, vision.num_bits), topology.device)
-    with StageDecoder(engine.stage, config, topology) as decoder:
+    with StageDecoder(engine, config, topology) as decoder:
         return decode_blocks(decoder, layout, noise)

@@ -11,7 +11,7 @@ from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.inputs import PackInputs, make_inputs
 from bitdance_scale.parallel.topology import Topology, make_topology, start_process_group
 from bitdance_scale.sequence.noise import pack_noise
-from tests.distributed.toy import VOCAB_SIZE, toy_packs
+from tests.distributed.toy import VOCAB_SIZE, lopsided_packs, toy_packs
 
 
 @dataclass
@@ -29,13 +29,13 @@ def make_engine(config: RunConfig) -> tuple[object, Topology]:
     """The engine of the toy model on this rank."""
     start_process_group(timeout_s=120)
     topology = make_topology(config.parallel)
-    from bitdance_scale.parallel.build import build_stage
+    from bitdance_scale.parallel.build import build_stages
     from bitdance_scale.parallel.names import name_parameters
     from bitdance_scale.parallel.zero import ZeroEngine
 
-    stage = build_stage(config, VOCAB_SIZE, topology)
-    _disturb(name_parameters(stage, topology))
-    return ZeroEngine(stage, config, topology), topology
+    stages = build_stages(config, VOCAB_SIZE, topology)
+    _disturb(name_parameters(stages, topology))
+    return ZeroEngine(stages, config, topology), topology
 
 
 def _disturb(parameters: dict[str, object]) -> None:
@@ -46,24 +46,29 @@ def _disturb(parameters: dict[str, object]) -> None:
         parameter.data.add_(placement.local_part(noise).to(parameter.dtype))
 
 
-def step_inputs(config: RunConfig, topology: Topology, num_micro: int, step: int) -> list[PackInputs]:
+def step_inputs(
+    config: RunConfig, topology: Topology, num_micro: int, step: int, is_lopsided: bool = False
+) -> list[PackInputs]:
     """The replica's micro-batches with the noise of the step."""
-    packs = toy_packs(topology.data_rank, topology.data_size, num_micro, config)
+    deal = lopsided_packs if is_lopsided else toy_packs
+    packs = deal(topology.data_rank, topology.data_size, num_micro, config)
     num_bits = config.vision.num_bits
     return [
         make_inputs(pack, pack_noise(pack, num_bits, config.run.seed, step), config, topology.device) for pack in packs
     ]
 
 
-def train(rank: int, config: RunConfig, num_micro: int, num_steps: int) -> RankRecord:
-    """Runs `num_steps` optimiser steps."""
+def train(
+    rank: int, config: RunConfig, num_micro: int, num_steps: int, is_lopsided: bool = False
+) -> RankRecord:
+    """Runs `num_steps` optimiser steps, on packs of very uneven targets if asked for."""
     engine, topology = make_engine(config)
     from bitdance_scale.parallel.partition import whole_pieces
     from bitdance_scale.parallel.step import accumulate_gradients, count_targets
 
     record = RankRecord([], [], {}, {}, {})
     for step in range(num_steps):
-        batch = step_inputs(config, topology, num_micro, step)
+        batch = step_inputs(config, topology, num_micro, step, is_lopsided)
         counts = count_targets(batch, topology)
         losses = accumulate_gradients(engine, batch, counts, config.loss, topology)
         record.losses.append((losses.total, losses.vision, losses.text))

@@ -16,24 +16,24 @@ PROMPTS = [np.array([3, 4, 5, 6, 7]), np.array([9]), np.array([3, 8]), np.array(
 GRID = (4, 6)
 
 
-def _decode(rank: int, config) -> tuple[torch.Tensor, torch.Tensor | None, float]:
+def _decode(rank: int, config, num_micro: int = 1) -> tuple[torch.Tensor, torch.Tensor | None, float]:
     """(bits, the last block's hidden states, loss of a training step taken after the decoding)."""
     engine, topology = make_engine(config)
     from bitdance_scale.generate.decode import ImageNoise, decode_blocks, lay_out
     from bitdance_scale.parallel.decode import StageDecoder
     from bitdance_scale.parallel.step import train_step
 
-    train_step(engine, step_inputs(config, topology, 1, 0), config.loss, 1e-3, topology)
+    train_step(engine, step_inputs(config, topology, num_micro, 0), config.loss, 1e-3, topology)
     layout = lay_out(PROMPTS, GRID, config.vision.block_side, TOKENS, topology.device)
     shape = (config.vision.block_tokens, config.vision.num_bits)
-    with StageDecoder(engine.stage, config, topology) as decoder:
+    with StageDecoder(engine, config, topology) as decoder:
         bits = decode_blocks(decoder, layout, ImageNoise(3, [0, 1], shape, topology.device))
         hidden = decoder.last_hidden
-    losses, _ = train_step(engine, step_inputs(config, topology, 1, 1), config.loss, 1e-3, topology)
+    losses, _ = train_step(engine, step_inputs(config, topology, num_micro, 1), config.loss, 1e-3, topology)
     return bits, hidden, losses.total
 
 
-def _config(use_cache: bool, **parallel: int):
+def _config(use_cache: bool, **parallel: object):
     config = toy_config(**parallel)
     return dataclasses.replace(config, sample=dataclasses.replace(config.sample, use_cache=use_cache))
 
@@ -44,25 +44,41 @@ def reference():
 
 
 @pytest.mark.parametrize(
-    ("tensor", "pipeline", "data", "zero_stage", "use_cache"),
+    ("num_ranks", "parallel", "use_cache"),
     [
-        (1, 1, 1, 1, True),
-        (2, 1, 1, 1, True),
-        (1, 2, 1, 1, True),
-        (2, 2, 1, 1, True),
-        (1, 2, 1, 1, False),
-        (1, 1, 2, 3, True),
+        (1, {}, True),
+        (2, {"tensor": 2}, True),
+        (2, {"tensor": 2, "sequence_parallel": True}, True),
+        (2, {"pipeline": 2}, True),
+        (4, {"tensor": 2, "pipeline": 2, "sequence_parallel": True, "recompute": "full"}, True),
+        (2, {"pipeline": 2}, False),
+        (2, {"zero_stage": 3}, True),
     ],
+    ids=str,
 )
-def test_decoding_is_independent_of_layout_and_memory(reference, tensor, pipeline, data, zero_stage, use_cache):
-    config = _config(use_cache, tensor=tensor, pipeline=pipeline, zero_stage=zero_stage)
-    records = run_ranks(tensor * pipeline * data, _decode, config)
+def test_decoding_is_independent_of_layout_and_memory(reference, num_ranks, parallel, use_cache):
+    records = run_ranks(num_ranks, _decode, _config(use_cache, **parallel))
     for bits, hidden, loss in records:
         assert torch.equal(bits, reference[0])
         if hidden is not None:
             # float32 rounding through four layers, sums in another order; a wrong mask or position shows at 1e-2.
             torch.testing.assert_close(hidden, reference[1], rtol=1e-4, atol=1e-5)
         assert loss == pytest.approx(reference[2], rel=1e-5), "decoding must leave training as it was"
+
+
+def test_decoding_runs_through_interleaved_stages_and_a_tied_embedding():
+    """Six stages on three ranks; the output projection is a copy of the embedding, which the decoder does not use."""
+
+    def layout(**parallel: int):
+        config = _config(True, **parallel)
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=6, tie_embeddings=True))
+
+    (expected, hidden, _), *_ = run_ranks(1, _decode, layout())
+    for bits, found, _ in run_ranks(3, _decode, layout(pipeline=3, virtual_stages=2), 3):
+        assert torch.equal(bits, expected)
+        if found is not None:
+            # float32 rounding of two training steps.
+            torch.testing.assert_close(found, hidden, rtol=1e-4, atol=1e-5)
 
 
 def _teacher_forced(rank: int, config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,7 +90,7 @@ def _teacher_forced(rank: int, config) -> tuple[torch.Tensor, torch.Tensor]:
     from bitdance_scale.sequence.layout import pack_samples
     from bitdance_scale.sequence.pack import Sample
 
-    stage, model = engine.stage, config.model
+    stage, model = engine.stages[0], config.model
     prompt = PROMPTS[0]
     pack = pack_samples([Sample(0, GRID, prompt, np.array([7]), 1, 1)], TOKENS, 1)
     bits = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], size=(24, 8)).astype(np.float32))
@@ -92,7 +108,7 @@ def _teacher_forced(rank: int, config) -> tuple[torch.Tensor, torch.Tensor]:
         whole = hidden[torch.from_numpy(pack.predict_positions), 0]
         layout = lay_out([prompt, PROMPTS[1]], GRID, config.vision.block_side, TOKENS, topology.device)
         parts = []
-        with StageDecoder(stage, config, topology) as decoder:
+        with StageDecoder(engine, config, topology) as decoder:
             decoder.start(layout)
             parts.append(decoder.last_hidden[:, 0])
             for number, cells in enumerate(layout.cells.split(4)[:-1]):

@@ -22,7 +22,7 @@ def _count(rank: int, config) -> dict[str, int]:
     from bitdance_scale.parallel.stages import Stage
 
     with torch.device("meta"):
-        stage = Stage(config, VOCAB_SIZE, topology)
+        stage = Stage(config, VOCAB_SIZE, topology, 0)
     counts: dict[str, int] = {}
     for name, parameter in stage.named_parameters():
         assert parameter.is_meta

@@ -91,8 +91,8 @@ def _hidden_states(rank: int, config) -> tuple[torch.Tensor, torch.Tensor]:
         expected = reference(input_ids=ids).last_hidden_state[0]
         mask = torch.ones(NUM_POSITIONS, NUM_POSITIONS, dtype=torch.bool).tril()[None, None]
         rotary = rotary_frequencies(torch.arange(NUM_POSITIONS), config.model.head_dim, config.model.rope_base)
-        rows = engine.stage.embed_tokens(ids)
-        found = engine.stage.decoder(rows, attention_mask=mask, rotary_pos_emb=rotary)[:, 0]
+        rows = engine.stages[0].embed_tokens(ids)
+        found = engine.stages[0].decoder(rows, attention_mask=mask, rotary_pos_emb=rotary)[:, 0]
     return found, expected
 
 

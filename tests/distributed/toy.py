@@ -82,19 +82,54 @@ def toy_samples(num_samples: int = 8) -> list[Sample]:
     return samples
 
 
+def lopsided_samples() -> list[Sample]:
+    """Sixteen samples: four without captions, four image-to-text, eight with captions of uneven length."""
+    numbers = np.random.default_rng(7)
+    samples = []
+    for index in range(16):
+        before = numbers.integers(0, 61, size=2 + int(numbers.integers(0, 12)))
+        is_dropped, is_context = index < 4, 4 <= index < 8
+        after = numbers.integers(0, 61, size=7) if is_context else np.array([7])
+        samples.append(
+            Sample(
+                key=2000 + index,
+                grid=GRIDS[index % len(GRIDS)],
+                before_ids=before,
+                after_ids=after,
+                first_target_before=len(before) if is_dropped or is_context else 1,
+                first_target_after=2 if is_context else 1,
+                predicts_image=not is_context,
+            )
+        )
+    return samples
+
+
+def lopsided_packs(data_rank: int, data_size: int, num_micro: int, config: RunConfig) -> list[Pack]:
+    """This replica's micro-batches of `lopsided_samples`, in order: with four packs or more the first have no text target
+    and the next no vision target."""
+    samples, num_packs = lopsided_samples(), data_size * num_micro
+    owner = [index * num_packs // len(samples) for index in range(len(samples))]
+    return _packs(samples, owner, range(data_rank * num_micro, (data_rank + 1) * num_micro), config)
+
+
 def toy_packs(data_rank: int, data_size: int, num_micro: int, config: RunConfig) -> list[Pack]:
     """This replica's micro-batches; the samples are dealt unevenly, so that counts differ between packs."""
     samples = toy_samples(config.data.global_batch)
-    numbers = np.random.default_rng(11)
-    bits = [
-        numbers.integers(0, 256, size=(sample.grid[0] * sample.grid[1], config.vision.num_bits // 8), dtype=np.uint8)
-        for sample in samples
-    ]
     num_packs = data_size * num_micro
     # Pack 0 takes what is left after one or two samples for each of the others.
     owner = [min(index // 2 + 1, num_packs - 1) if index < 2 * (num_packs - 1) else 0 for index in range(len(samples))]
+    return _packs(samples, owner, range(data_rank * num_micro, (data_rank + 1) * num_micro), config)
+
+
+def _packs(samples: list[Sample], owner: list[int], numbers: range, config: RunConfig) -> list[Pack]:
+    """The packs of these numbers, with bits; owner[i] is the pack of sample i."""
+    draw = np.random.default_rng(11)
+    bits = [
+        draw.integers(0, 256, size=(sample.grid[0] * sample.grid[1], config.vision.num_bits // 8), dtype=np.uint8)
+        for sample in samples
+    ]
     packs = []
-    for number in range(data_rank * num_micro, (data_rank + 1) * num_micro):
+    for number in numbers:
         chosen = [index for index, pack in enumerate(owner) if pack == number]
         pack = pack_samples([samples[index] for index in chosen], TOKENS, config.data.pack_multiple)
         packs.append(pack.with_bits(np.concatenate([bits[index] for index in chosen])))

@@ -49,16 +49,46 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
     "bytes": (["vision.num_bits=12"], 1, ["vision.num_bits = 12", "multiple of 8", "8 or 16"]),
     "norm groups": (["vision.channels=24"], 1, ["vision.channels = 24", "multiple of 32", "use vision.channels = 32"]),
     "replicas": (["parallel.tensor=2"], 3, ["parallel.tensor = 2", "divide the 3 ranks", "2 or 4 ranks"]),
-    "stages": (["parallel.pipeline=5"], 5, ["parallel.pipeline = 5", "model.num_layers = 4", "4 or less"]),
+    "stages": (["parallel.pipeline=5"], 5, ["parallel.pipeline = 5", "model.num_layers = 4", "parallel.pipeline = 4 or less"]),
     "ZeRO-3 with pipeline": (
         ["parallel.zero_stage=3", "parallel.pipeline=2"],
         2,
         ["parallel.zero_stage = 3", "every micro-batch", "parallel.zero_stage = 1 or parallel.pipeline = 1"],
     ),
-    "tied with pipeline": (
-        ["model.tie_embeddings=true", "parallel.pipeline=2"],
+    "virtual stages over layers": (
+        ["parallel.pipeline=3", "parallel.virtual_stages=2"],
+        3,
+        ["parallel.virtual_stages = 2", "at most model.num_layers = 4", "parallel.pipeline = 2 or less"],
+    ),
+    "split of other stages": (
+        ["parallel.pipeline=2", "parallel.pipeline_split=[1, 2, 1]"],
         2,
-        ["model.tie_embeddings = true", "different stages", "model.tie_embeddings = false"],
+        ["parallel.pipeline_split = [1, 2, 1]", "has 3 entries and must have 2", '"auto"'],
+    ),
+    "split of other layers": (
+        ["parallel.pipeline=2", "parallel.pipeline_split=[1, 2]"],
+        2,
+        ["parallel.pipeline_split = [1, 2]", "adds up to 3", "model.num_layers = 4"],
+    ),
+    "interleaved over two ranks": (
+        ["parallel.virtual_stages=2", "parallel.pipeline=2"],
+        2,
+        ["parallel.virtual_stages = 2", "must be 1 with parallel.pipeline = 2", "parallel.pipeline = 3 or more"],
+    ),
+    "interleaved with too few images": (
+        ["parallel.virtual_stages=2", "parallel.pipeline=3", "model.num_layers=6"],
+        24,
+        ["data.global_batch = 20", "at least 24 = 8 replicas", "or parallel.virtual_stages = 1"],
+    ),
+    "sequence parallel alone": (
+        ["parallel.sequence_parallel=true"],
+        1,
+        ["parallel.sequence_parallel = true", "false with parallel.tensor = 1", "parallel.tensor = 2 or more"],
+    ),
+    "sequence parallel over packs": (
+        ["parallel.sequence_parallel=true", "parallel.tensor=2", "data.pack_multiple=9", "data.max_pack_tokens=9000"],
+        2,
+        ["data.pack_multiple = 9", "multiple of parallel.tensor = 2", "8 or 10"],
     ),
     "tensor over heads": (
         ["parallel.tensor=3"],

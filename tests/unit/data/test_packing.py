@@ -22,11 +22,12 @@ COST = CostModel.of_model(QWEN3_14B)
     capacity=st.integers(500, 2000),
     # With 1.0, long samples are so dear that a swap towards even ranks often has no room.
     quadratic=st.sampled_from([COST.quadratic, 1.0]),
+    multiple=st.integers(1, 4),
 )
-def test_invariants(lengths: list[int], num_ranks: int, capacity: int, quadratic: float) -> None:
+def test_invariants(lengths: list[int], num_ranks: int, capacity: int, quadratic: float, multiple: int) -> None:
     sizes = np.array(lengths)
     try:
-        ranks = partition_batch(sizes, num_ranks, capacity, CostModel(quadratic))
+        ranks = partition_batch(sizes, num_ranks, capacity, CostModel(quadratic), multiple)
     except ConfigError as error:
         # Refused only when packs would be empty, never because lengths are awkward.
         assert "data.global_batch" in str(error)
@@ -42,8 +43,9 @@ def test_invariants(lengths: list[int], num_ranks: int, capacity: int, quadratic
     assert all(pack == sorted(pack) for pack in packs)
     # Fewest packs: at least as many as the tokens need, and never a whole pack per rank more than twice that.
     least = -(-sizes.sum() // (capacity * num_ranks))
-    assert least <= len(ranks[0]) <= 2 * least
-    assert ranks == partition_batch(sizes, num_ranks, capacity, CostModel(quadratic))
+    assert len(ranks[0]) % multiple == 0
+    assert least <= len(ranks[0]) < 2 * least + multiple
+    assert ranks == partition_batch(sizes, num_ranks, capacity, CostModel(quadratic), multiple)
 
 
 def test_full_packs_are_found() -> None:
