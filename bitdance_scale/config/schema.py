@@ -146,7 +146,8 @@ class ParallelSection:
     )
     zero_stage: int = setting(1, doc="DeepSpeed ZeRO stage over the data-parallel ranks: 1, 2 or 3.")
     recompute: str = setting(
-        "none", doc="What the backward pass computes again instead of keeping: none, selective (attention) or full (layers)."
+        "none",
+        doc="What the backward pass computes again instead of keeping: none, selective (attention) or full (layers).",
     )
 
     @property

@@ -102,7 +102,9 @@ def stage_costs(config: RunConfig, vocab_size: int) -> StageCosts:
     flops = step_flops(config, vocab_size, counts)
     again = {"none": 0, "selective": 0, "full": 1}[config.parallel.recompute]
     again_attention = int(config.parallel.recompute != "none")
-    layers = (TRAINING_OVER_FORWARD + again) * flops.backbone + (TRAINING_OVER_FORWARD + again_attention) * flops.attention
+    layers = (TRAINING_OVER_FORWARD + again) * flops.backbone + (
+        TRAINING_OVER_FORWARD + again_attention
+    ) * flops.attention
     head = (TRAINING_OVER_FORWARD + again) * flops.head * (1 - config.data.image_to_text_share)
     replica_ranks = config.parallel.tensor * config.parallel.pipeline
     return StageCosts(

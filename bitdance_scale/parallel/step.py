@@ -86,7 +86,10 @@ def _loss(sums: torch.Tensor, counts: TargetCounts, section: LossSection, topolo
 def _run_pipeline(
     engine: ZeroEngine, batch: Sequence[PackInputs], counts: TargetCounts, section: LossSection, topology: Topology
 ) -> list[torch.Tensor]:
-    """Megatron's 1F1B schedule, interleaved where a rank holds several stages; returns the loss sums per micro-batch on the last stage, nothing elsewhere."""
+    """Megatron's 1F1B schedule, interleaved where a rank holds several stages.
+
+    Returns the loss sums per micro-batch on the last stage, nothing elsewhere.
+    """
 
     def reduce_output(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # The second value is a token count that the schedule only totals; counts are global already.

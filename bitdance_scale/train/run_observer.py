@@ -16,6 +16,7 @@ from bitdance_scale.observe.figures import image_grid, loss_curve
 from bitdance_scale.observe.flops import count_parameters
 from bitdance_scale.observe.metrics import METRICS_FILE, MetricsWriter, StepMetrics, read_metrics
 from bitdance_scale.observe.wandb_sink import WandbSink
+from bitdance_scale.parallel.split import stage_split
 from bitdance_scale.parallel.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -99,9 +100,14 @@ def show_result(run_folder: Path) -> str:
 def _summary(config: RunConfig, topology: Topology, vocab_size: int, resumed_step: int) -> str:
     parts = count_parameters(config, vocab_size)
     sizes = ", ".join(f"{name} {count / 1e6:,.2f} M" for name, count in parts.items())
+    parallel = config.parallel
     layout = f"tensor {topology.tensor_size} x pipeline {topology.pipeline_size} x data {topology.data_size}"
+    layout += ", sequence parallel" if parallel.sequence_parallel else ""
+    if parallel.num_stages > 1:
+        layout += f", layers per stage {' + '.join(map(str, stage_split(config, vocab_size)))}"
     steps = f"steps {resumed_step} to {config.run.steps}, {config.data.global_batch} images each"
-    return f"parameters: {sizes}\nlayout: {layout}, ZeRO-{config.parallel.zero_stage}, {config.run.dtype}\n{steps}"
+    engines = f"ZeRO-{parallel.zero_stage}, recompute {parallel.recompute}, {config.run.dtype}"
+    return f"parameters: {sizes}\nlayout: {layout}, {engines}\n{steps}"
 
 
 def _run_id(run_folder: Path) -> str:

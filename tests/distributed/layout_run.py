@@ -58,9 +58,7 @@ def step_inputs(
     ]
 
 
-def train(
-    rank: int, config: RunConfig, num_micro: int, num_steps: int, is_lopsided: bool = False
-) -> RankRecord:
+def train(rank: int, config: RunConfig, num_micro: int, num_steps: int, is_lopsided: bool = False) -> RankRecord:
     """Runs `num_steps` optimiser steps, on packs of very uneven targets if asked for."""
     engine, topology = make_engine(config)
     from bitdance_scale.parallel.partition import whole_pieces

@@ -106,7 +106,9 @@ LAYOUTS = [
     Layout(4, 4, _pp(**_tp(**SP, recompute="full"))),
     Layout(2, 4, _tp(**SP), is_tied=True),
     Layout(2, 4, _pp(), is_tied=True),
-    Layout(3, 6, {"pipeline": 3, "virtual_stages": 2, "pipeline_split": (1, 1, 2, 1, 1, 1)}, is_tied=True, num_layers=7),
+    Layout(
+        3, 6, {"pipeline": 3, "virtual_stages": 2, "pipeline_split": (1, 1, 2, 1, 1, 1)}, is_tied=True, num_layers=7
+    ),
     Layout(4, 4, _pp(**_tp(**SP)), is_tied=True),
     Layout(2, 2, {"zero_stage": 3}, is_tied=True),
 ]

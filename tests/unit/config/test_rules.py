@@ -49,7 +49,11 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
     "bytes": (["vision.num_bits=12"], 1, ["vision.num_bits = 12", "multiple of 8", "8 or 16"]),
     "norm groups": (["vision.channels=24"], 1, ["vision.channels = 24", "multiple of 32", "use vision.channels = 32"]),
     "replicas": (["parallel.tensor=2"], 3, ["parallel.tensor = 2", "divide the 3 ranks", "2 or 4 ranks"]),
-    "stages": (["parallel.pipeline=5"], 5, ["parallel.pipeline = 5", "model.num_layers = 4", "parallel.pipeline = 4 or less"]),
+    "stages": (
+        ["parallel.pipeline=5"],
+        5,
+        ["parallel.pipeline = 5", "model.num_layers = 4", "parallel.pipeline = 4 or less"],
+    ),
     "ZeRO-3 with pipeline": (
         ["parallel.zero_stage=3", "parallel.pipeline=2"],
         2,

@@ -1,0 +1,39 @@
+"""Starts `workload.py` on several ranks of this machine and reads its result."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+WORKLOAD = Path(__file__).parent / "workload.py"
+
+
+def run_workload(num_ranks: int, arguments: Sequence[str], timeout_s: float = 600.0) -> dict[str, object]:
+    """The JSON line of one run; raises RuntimeError with what the ranks said when it fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+    done = subprocess.run(
+        [*command, str(WORKLOAD), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+
+
+def machine() -> str:
+    """What a table of measurements names: processor, cores, Python's platform."""
+    names = [line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores (shared), {platform.system()}"
+
+
+def _cpu_lines() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
