@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from bitdance_scale.config.rules import check
+from bitdance_scale.config import parallel_rules
 from bitdance_scale.config.schema import RunConfig
 from tests.distributed.layout_run import RankRecord, assemble, train
 from tests.distributed.spawn import run_ranks
@@ -22,6 +23,9 @@ from tests.distributed.toy import toy_config
 # float32 sums in another order: eps is 1.2e-7, and chains of sums amplify it a few times. A missing or doubled reduction
 # shows at 1e-2 and more.
 BOUND = 1e-6
+# Tensor parallelism sums the products of split linears by ranks: not only gradients but the activations of every layer
+# round differently, and four layers amplify that to 1.1e-6 (measured).
+TENSOR_BOUND = 2e-6
 # The gradient of a query or key norm is one short vector summed over all positions and heads, whose terms cancel to a
 # 17th of their size (measured on layer 2 of the toy). Tensor parallelism adds it up by heads and ZeRO-3 by micro-batches
 # of each rank, instead of in one sweep; 17 eps is 2e-6.
@@ -139,16 +143,24 @@ def _gradient_errors(layout: Layout, records: list[RankRecord]) -> dict[str, flo
     return {name: _relative(found[name], expected[name]) for name in expected.keys() - set(without)}
 
 
+def _refusals(layout: Layout) -> Iterator[str]:
+    """What the rules of layouts say against it; the toy's data are not a user's, so the other rules do not apply."""
+    config = layout.config()
+    for rule in parallel_rules.RULES:
+        yield from rule.violations(config, layout.num_ranks)
+
+
 def _run(layout: Layout) -> list[RankRecord]:
     return run_ranks(layout.num_ranks, train, layout.config(), layout.num_micro, NUM_STEPS, True, timeout_s=240)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_layout_equals_one_process(layout: Layout) -> None:
-    check(layout.config(), layout.num_ranks)
+    assert not list(_refusals(layout))
     records = _run(layout)
     for name, error in _gradient_errors(layout, records).items():
-        bound = HEAD_NORM_BOUND if HEAD_NORM.search(name) else BOUND
+        bound = TENSOR_BOUND if layout.parallel.get("tensor", 1) > 1 else BOUND
+        bound = HEAD_NORM_BOUND if HEAD_NORM.search(name) else bound
         assert error < bound, f"{name}: {error:.1e}"
     expected = _reference_of(layout)
     for record in records:
@@ -164,7 +176,8 @@ def test_the_samples_are_lopsided() -> None:
     packs = [pack for rank in range(4) for pack in lopsided_packs(rank, 4, 1, toy_config())]
     assert [len(pack.text_targets) > 0 for pack in packs] == [False, True, True, True]
     assert [len(pack.predict_positions) > 0 for pack in packs] == [True, False, True, True]
-    assert len({len(pack.text_targets) for pack in packs}) == len({pack.num_positions for pack in packs}) == 4
+    assert len({len(pack.text_targets) for pack in packs}) == 4
+    assert len({len(pack.predict_positions) for pack in packs}) > 2 and len({pack.num_positions for pack in packs}) > 2
 
 
 def test_tied_embeddings_train_one_weight() -> None:

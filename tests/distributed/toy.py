@@ -93,7 +93,7 @@ def lopsided_samples() -> list[Sample]:
         samples.append(
             Sample(
                 key=2000 + index,
-                grid=GRIDS[index % len(GRIDS)],
+                grid=GRIDS[int(numbers.integers(len(GRIDS)))],
                 before_ids=before,
                 after_ids=after,
                 first_target_before=len(before) if is_dropped or is_context else 1,
