@@ -1,16 +1,32 @@
 """Block-causal attention: who sees whom, as one predicate, and attention under it (arXiv 2602.14041 Sec. 3.3).
 
-Shape suffixes: S query positions, T key positions, B batch, N query heads, G key/value heads, K head size.
+The mask of a pack has two forms that say the same. `DocumentMask` holds the predicate dense, sample by sample, for
+PyTorch's scaled dot-product attention, on any device. `FlexMask` holds its intervals and tiles
+(`sequence/visibility.py`) for FlexAttention, whose CUDA kernels skip what is not seen.
+
+Shape suffixes: S query positions, T key positions, B batch, N query heads, G key/value heads, K head size, R tile rows.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from bitdance_scale.config.model_rules import MIN_FLEX_HEAD_DIM
+from bitdance_scale.config.schema import ModelSection
+from bitdance_scale.model.transfer import to_device
+from bitdance_scale.sequence.visibility import TileRows, pack_bounds, pack_tiles
+
+# Positions per side of a tile, the size that FlexAttention's kernels are tuned for.
+FLEX_TILE = 128
 
 
 def visible(document_ids: torch.Tensor, block_ids: torch.Tensor, num_queries: int | None = None) -> torch.Tensor:
@@ -60,6 +76,31 @@ def attend(
     return rearrange(mixed_BNSK, "b n s k -> s b n k")
 
 
+class PackMask(Protocol):
+    """The mask of a pack in one of its forms."""
+
+    def attend(self, query_SBNK: torch.Tensor, key_SBGK: torch.Tensor, value_SBGK: torch.Tensor) -> torch.Tensor:
+        """Attention under the mask, as `attend` defines it; [S, B, N, K] in the dtype of the query."""
+        ...
+
+
+def pack_mask(document_ids: np.ndarray, block_ids: np.ndarray, section: ModelSection, device: torch.device) -> PackMask:
+    """The mask of a pack in the form that `model.attention` asks for.
+
+    auto is FlexAttention where it has kernels that train, which is on CUDA, and dense elsewhere.
+
+    Args:
+        document_ids: int [S], sample of each position, -1 for padding; the positions of a sample are neighbours.
+        block_ids: int [S], attention group within the sample, never decreasing along it.
+        section: `attention` and `head_dim`.
+        device: where the mask is used.
+    """
+    has_kernels = device.type == "cuda" and section.head_dim >= MIN_FLEX_HEAD_DIM
+    if section.attention == "flex" or (section.attention == "auto" and has_kernels):
+        return flex_mask(document_ids, block_ids, device)
+    return document_mask(document_ids, block_ids, device)
+
+
 @dataclass(frozen=True)
 class DocumentMask:
     """The mask of a pack, sample by sample: what lies between samples is never seen and never computed.
@@ -93,6 +134,119 @@ def document_mask(document_ids: np.ndarray, block_ids: np.ndarray, device: torch
     """
     borders = [0, *(np.flatnonzero(np.diff(document_ids)) + 1).tolist(), len(document_ids)]
     spans = tuple(zip(borders[:-1], borders[1:], strict=True))
-    documents, blocks = (torch.from_numpy(ids).to(device) for ids in (document_ids, block_ids))
+    documents, blocks = to_device(document_ids, device), to_device(block_ids, device)
     masks = tuple(visible(documents[start:stop], blocks[start:stop]) for start, stop in spans)
     return DocumentMask(spans, masks)
+
+
+@dataclass(frozen=True)
+class FlexMask:
+    """The mask of a pack for FlexAttention: its intervals, and the tiles that hold anything to see.
+
+    Attributes:
+        first_key, stop_key: int32 [S]; a query i sees the keys first_key[i] <= j < stop_key[i].
+        tiles: int32, the tiles in the order of BlockMask's arguments: counts [1, 1, R] and indices [1, 1, R, R] of the
+            partial and of the full key tiles by query tile, then of the query tiles by key tile.
+        tile: positions per side of a tile.
+        is_compiled: whether attention is compiled. Without it FlexAttention computes all pairs and masks them, which
+            is what trains on a CPU: its compiled kernels there have no backward pass.
+    """
+
+    first_key: torch.Tensor
+    stop_key: torch.Tensor
+    tiles: tuple[torch.Tensor, ...]
+    tile: int
+    is_compiled: bool
+
+    def attend(self, query_SBNK: torch.Tensor, key_SBGK: torch.Tensor, value_SBGK: torch.Tensor) -> torch.Tensor:
+        """Attention under the mask; [S, B, N, K] in the dtype of the query."""
+        query_BNSK, key_BGSK, value_BGSK = (
+            rearrange(heads, "s b n k -> b n s k") for heads in (query_SBNK, key_SBGK, value_SBGK)
+        )
+        # Marked one by one: with dynamic=True a head size that happens to equal R or S would be taken for the same
+        # number, and the next pack would be compiled anew.
+        for heads in (query_BNSK, key_BGSK, value_BGSK):
+            torch._dynamo.mark_dynamic(heads, 2)
+        mix = _compiled_mix() if self.is_compiled else _mix
+        is_whole = len(self.first_key) % self.tile == 0
+        mixed_BNSK = mix(
+            query_BNSK, key_BGSK, value_BGSK, self.first_key, self.stop_key, self.tiles, self.tile, is_whole
+        )
+        return rearrange(mixed_BNSK, "b n s k -> s b n k")
+
+
+def flex_mask(
+    document_ids: np.ndarray,
+    block_ids: np.ndarray,
+    device: torch.device,
+    tile: int = FLEX_TILE,
+    is_compiled: bool | None = None,
+) -> FlexMask:
+    """The `visible` predicate of a pack, as intervals and tiles.
+
+    Args:
+        document_ids: int [S], sample of each position, -1 for padding; the positions of a sample are neighbours.
+        block_ids: int [S], attention group within the sample, never decreasing along it.
+        device: where the mask is used.
+        tile: positions per side of a tile.
+        is_compiled: see `FlexMask`; default on CUDA only.
+
+    Raises:
+        ValueError: the positions of a sample are no neighbours, or its block numbers decrease.
+    """
+    bounds = pack_bounds(document_ids, block_ids)
+    tiles = pack_tiles(bounds, tile)
+    first_key, stop_key = to_device(bounds.first_key, device), to_device(bounds.stop_key, device)
+    rows = [
+        to_device(array, device)[None, None]
+        for part in (tiles.partial_keys, tiles.full_keys, tiles.partial_queries, tiles.full_queries)
+        for array in _at_least_two(part)
+    ]
+    for tensor in (first_key, stop_key):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    for tensor in rows:
+        torch._dynamo.mark_dynamic(tensor, list(range(2, tensor.dim())))
+    return FlexMask(first_key, stop_key, tuple(rows), tile, device.type == "cuda" if is_compiled is None else is_compiled)
+
+
+def _at_least_two(rows: TileRows) -> tuple[np.ndarray, np.ndarray]:
+    """(num, indices) with a second, empty row where there is but one tile: the compiler makes a size of 1 a case apart."""
+    padding = max(0, 2 - len(rows.num))
+    return np.pad(rows.num, (0, padding)), np.pad(rows.indices, (0, padding)) if padding else rows.indices
+
+
+def _mix(
+    query_BNSK: torch.Tensor,
+    key_BGSK: torch.Tensor,
+    value_BGSK: torch.Tensor,
+    first_key: torch.Tensor,
+    stop_key: torch.Tensor,
+    tiles: tuple[torch.Tensor, ...],
+    tile: int,
+    is_whole: bool,
+) -> torch.Tensor:
+    """FlexAttention under a `FlexMask`; `is_whole` says that the tile divides S.
+
+    BlockMask is made in here, out of tensors alone, so that the lengths in it are those of the tensors for the compiler
+    and not numbers of one pack.
+    """
+    size = query_BNSK.shape[2]
+    if is_whole:
+        # Lets the kernels leave out their checks for a ragged end.
+        torch._check(size % tile == 0)
+
+    def is_seen(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (first_key[query] <= key) & (key < stop_key[query])
+
+    block_mask = BlockMask((size, size), *tiles, BLOCK_SIZE=(tile, tile), mask_mod=is_seen)
+    # Packs of less than one tile would otherwise get a kernel of their own, for decoding.
+    options = {"BACKEND": "TRITON"}
+    return flex_attention(
+        query_BNSK, key_BGSK, value_BGSK, block_mask=block_mask, enable_gqa=True, kernel_options=options
+    )
+
+
+@functools.cache
+def _compiled_mix() -> Callable[..., torch.Tensor]:
+    """`_mix` compiled, once per process and for packs of any length."""
+    return torch.compile(_mix, fullgraph=True)

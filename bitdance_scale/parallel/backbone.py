@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.model.attention import DocumentMask, attend
+from bitdance_scale.model.attention import PackMask, attend
 from bitdance_scale.parallel.topology import Topology
 
 
@@ -78,7 +78,7 @@ class BlockCausalAttention(nn.Module):
         query_SBNK: torch.Tensor,
         key_SBGK: torch.Tensor,
         value_SBGK: torch.Tensor,
-        attention_mask: torch.Tensor | DocumentMask,
+        attention_mask: torch.Tensor | PackMask,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: object | None = None,
@@ -87,7 +87,7 @@ class BlockCausalAttention(nn.Module):
 
         attention_mask: a pack's mask, or in decoding bool, broadcastable to [B, 1, S, S_key], True where a key is seen.
         """
-        if isinstance(attention_mask, DocumentMask):
+        if not isinstance(attention_mask, torch.Tensor):
             assert not self.remembers, "decoding masks are dense"
             return attention_mask.attend(query_SBNK, key_SBGK, value_SBGK).flatten(2)
         if self.remembers:
