@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from einops import rearrange
+from torch._higher_order_ops.flex_attention import flex_attention as flex_operator
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -87,18 +88,20 @@ class PackMask(Protocol):
 def pack_mask(document_ids: np.ndarray, block_ids: np.ndarray, section: ModelSection, device: torch.device) -> PackMask:
     """The mask of a pack in the form that `model.attention` asks for.
 
-    auto is FlexAttention where it has kernels that train, which is on CUDA, and dense elsewhere.
-
     Args:
         document_ids: int [S], sample of each position, -1 for padding; the positions of a sample are neighbours.
         block_ids: int [S], attention group within the sample, never decreasing along it.
         section: `attention` and `head_dim`.
         device: where the mask is used.
     """
+    make = flex_mask if uses_flex(section, device) else document_mask
+    return make(document_ids, block_ids, device)
+
+
+def uses_flex(section: ModelSection, device: torch.device) -> bool:
+    """Whether masks on a device are for FlexAttention; auto takes it where it has kernels that train, on CUDA."""
     has_kernels = device.type == "cuda" and section.head_dim >= MIN_FLEX_HEAD_DIM
-    if section.attention == "flex" or (section.attention == "auto" and has_kernels):
-        return flex_mask(document_ids, block_ids, device)
-    return document_mask(document_ids, block_ids, device)
+    return section.attention == "flex" or (section.attention == "auto" and has_kernels)
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,8 @@ class FlexMask:
         tiles: int32, the tiles in the order of BlockMask's arguments: counts [1, 1, R] and indices [1, 1, R, R] of the
             partial and of the full key tiles by query tile, then of the query tiles by key tile.
         tile: positions per side of a tile.
-        is_compiled: whether attention is compiled. Without it FlexAttention computes all pairs and masks them, which
-            is what trains on a CPU: its compiled kernels there have no backward pass.
+        is_compiled: whether attention is compiled into kernels, which on the CPU have no backward pass. Without it
+            FlexAttention computes all pairs and masks them, and `tiles` change nothing.
     """
 
     first_key: torch.Tensor
@@ -163,15 +166,18 @@ class FlexMask:
         query_BNSK, key_BGSK, value_BGSK = (
             rearrange(heads, "s b n k -> b n s k") for heads in (query_SBNK, key_SBGK, value_SBGK)
         )
-        # Marked one by one: with dynamic=True a head size that happens to equal R or S would be taken for the same
-        # number, and the next pack would be compiled anew.
-        for heads in (query_BNSK, key_BGSK, value_BGSK):
-            torch._dynamo.mark_dynamic(heads, 2)
-        mix = _compiled_mix() if self.is_compiled else _mix
-        is_whole = len(self.first_key) % self.tile == 0
-        mixed_BNSK = mix(
-            query_BNSK, key_BGSK, value_BGSK, self.first_key, self.stop_key, self.tiles, self.tile, is_whole
-        )
+        size, bounds = len(self.first_key), (self.first_key, self.stop_key)
+        if self.is_compiled:
+            # Marked one by one: with dynamic=True a head size that happens to equal R or S would be taken for the same
+            # number, and the next pack would be compiled anew.
+            for heads in (query_BNSK, key_BGSK, value_BGSK):
+                torch._dynamo.mark_dynamic(heads, 2)
+            mixed_BNSK = _compiled_mix()(
+                query_BNSK, key_BGSK, value_BGSK, *bounds, self.tiles, self.tile, size % self.tile == 0
+            )
+        else:
+            block_mask = _block_mask(size, *bounds, self.tiles, self.tile)
+            mixed_BNSK = _mix_eagerly(query_BNSK, key_BGSK, value_BGSK, block_mask)
         return rearrange(mixed_BNSK, "b n s k -> s b n k")
 
 
@@ -215,6 +221,17 @@ def _at_least_two(rows: TileRows) -> tuple[np.ndarray, np.ndarray]:
     return np.pad(rows.num, (0, padding)), np.pad(rows.indices, (0, padding)) if padding else rows.indices
 
 
+def _block_mask(
+    size: int, first_key: torch.Tensor, stop_key: torch.Tensor, tiles: tuple[torch.Tensor, ...], tile: int
+) -> BlockMask:
+    """A `FlexMask` over `size` positions as FlexAttention takes it."""
+
+    def is_seen(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (first_key[query] <= key) & (key < stop_key[query])
+
+    return BlockMask((size, size), *tiles, BLOCK_SIZE=(tile, tile), mask_mod=is_seen)
+
+
 def _mix(
     query_BNSK: torch.Tensor,
     key_BGSK: torch.Tensor,
@@ -225,28 +242,50 @@ def _mix(
     tile: int,
     is_whole: bool,
 ) -> torch.Tensor:
-    """FlexAttention under a `FlexMask`; `is_whole` says that the tile divides S.
+    """FlexAttention under a `FlexMask`, to be compiled; `is_whole` says that the tile divides S.
 
     BlockMask is made in here, out of tensors alone, so that the lengths in it are those of the tensors for the compiler
     and not numbers of one pack.
     """
     size = query_BNSK.shape[2]
+    # One S for the compiler instead of five.
+    for length in (key_BGSK.shape[2], value_BGSK.shape[2], first_key.shape[0], stop_key.shape[0]):
+        torch._check(length == size)
     if is_whole:
         # Lets the kernels leave out their checks for a ragged end.
         torch._check(size % tile == 0)
-
-    def is_seen(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return (first_key[query] <= key) & (key < stop_key[query])
-
-    block_mask = BlockMask((size, size), *tiles, BLOCK_SIZE=(tile, tile), mask_mod=is_seen)
-    # Packs of less than one tile would otherwise get a kernel of their own, for decoding.
-    options = {"BACKEND": "TRITON"}
     return flex_attention(
-        query_BNSK, key_BGSK, value_BGSK, block_mask=block_mask, enable_gqa=True, kernel_options=options
+        query_BNSK,
+        key_BGSK,
+        value_BGSK,
+        block_mask=_block_mask(size, first_key, stop_key, tiles, tile),
+        enable_gqa=True,
+        # Packs of less than one tile would otherwise get a kernel of their own, for decoding.
+        kernel_options={"BACKEND": "TRITON"},
     )
 
 
 @functools.cache
 def _compiled_mix() -> Callable[..., torch.Tensor]:
-    """`_mix` compiled, once per process and for packs of any length."""
-    return torch.compile(_mix, fullgraph=True)
+    """`_mix` compiled, once per process (twice where some packs end in a ragged tile) for packs of any length."""
+    # Positions index the intervals and cannot lie outside. The check would stand in the inner loop, and the CPU kernels
+    # of torch 2.11 to 2.13 compare with a wrong length in it.
+    return torch.compile(_mix, fullgraph=True, options={"assert_indirect_indexing": False})
+
+
+def _mix_eagerly(
+    query_BNSK: torch.Tensor, key_BGSK: torch.Tensor, value_BGSK: torch.Tensor, block_mask: BlockMask
+) -> torch.Tensor:
+    """FlexAttention's operator itself, which has a dense implementation and a gradient on every device.
+
+    `flex_attention` refuses inputs with a gradient on the CPU, because its compiled kernels there have none.
+    """
+
+    def unchanged(score: torch.Tensor, *index: torch.Tensor) -> torch.Tensor:
+        return score
+
+    scale = query_BNSK.shape[-1] ** -0.5
+    mixed_BNSK, _, _ = flex_operator(
+        query_BNSK, key_BGSK, value_BGSK, unchanged, block_mask.as_tuple(), scale, {"OUTPUT_LOGSUMEXP": True}
+    )
+    return mixed_BNSK
