@@ -60,7 +60,7 @@ def random_pack(numbers: np.random.Generator, side: int, tile: int) -> Pack:
     samples = []
     for key in range(numbers.integers(1, 4)):
         # Sides from 1 block to MAX_CELLS cells, small ones more often, as the oracle takes time with the square of a pack.
-        largest = int(numbers.choice([2 * side, MAX_CELLS], p=[0.95, 0.05])) // side
+        largest = int(numbers.choice([2 * side, MAX_CELLS], p=[0.97, 0.03])) // side
         grid = (int(numbers.integers(1, largest + 1)) * side, int(numbers.integers(1, largest + 1)) * side)
         num_before, num_after = numbers.integers(0, 61), numbers.integers(1, 61)
         samples.append(
