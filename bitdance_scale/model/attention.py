@@ -217,8 +217,9 @@ def flex_mask(
 
 def _at_least_two(rows: TileRows) -> tuple[np.ndarray, np.ndarray]:
     """(num, indices) with a second, empty row where there is but one tile: the compiler makes a size of 1 a case apart."""
-    padding = max(0, 2 - len(rows.num))
-    return np.pad(rows.num, (0, padding)), np.pad(rows.indices, (0, padding)) if padding else rows.indices
+    if len(rows.num) > 1:
+        return rows.num, rows.indices
+    return np.pad(rows.num, (0, 1)), np.pad(rows.indices, (0, 1))
 
 
 def _block_mask(
