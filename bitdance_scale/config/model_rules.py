@@ -8,6 +8,8 @@ from bitdance_scale.config.rule import RuleSet, divisors, nearest_multiples
 from bitdance_scale.config.schema import RunConfig
 
 RULES = RuleSet()
+# Triton multiplies tiles of at least 16 x 16, so FlexAttention's CUDA kernels refuse fewer channels (torch 2.11 to 2.13).
+MIN_FLEX_HEAD_DIM = 16
 _GROUP_NORM_GROUPS = 32
 
 
@@ -34,6 +36,20 @@ def _rotary_channels_pair_up(config: RunConfig, world_size: int) -> Iterator[str
     head_dim = config.model.head_dim
     if head_dim % 2:
         yield f"model.head_dim = {head_dim}: must be even; use {head_dim - 1 or 2} or {head_dim + 1}"
+
+
+@RULES.rule("model.attention", "model.head_dim")
+def _flex_kernels_have_channels(config: RunConfig, world_size: int) -> Iterator[str]:
+    """`model.head_dim` is at least 16 when `model.attention` is flex.
+
+    FlexAttention's CUDA kernels multiply tiles of at least 16 channels.
+    """
+    model = config.model
+    if model.attention == "flex" and model.head_dim < MIN_FLEX_HEAD_DIM:
+        yield (
+            f"model.attention = 'flex': needs model.head_dim >= {MIN_FLEX_HEAD_DIM}, it is {model.head_dim}; "
+            "use model.attention = 'auto' or 'dense', or wider heads"
+        )
 
 
 @RULES.rule("model.hidden_size")

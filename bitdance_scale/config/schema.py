@@ -48,6 +48,9 @@ class ModelSection:
     rope_base: float = setting(1e6, doc="Base of the rotary position frequencies.")
     tie_embeddings: bool = setting(False, doc="Whether the output projection is the token embedding itself.")
     init_std: float = setting(0.02, doc="Standard deviation of the normal initial weights.")
+    attention: str = setting(
+        "auto", doc="Kernels of the backbone's attention: flex (FlexAttention), dense, or auto (flex on CUDA, else dense)."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,33 @@
 """Block-causal attention: who sees whom, as one predicate, and attention under it (arXiv 2602.14041 Sec. 3.3).
 
-Shape suffixes: S query positions, T key positions, B batch, N query heads, G key/value heads, K head size.
+The mask of a pack has two forms that say the same. `DocumentMask` holds the predicate dense, sample by sample, for
+PyTorch's scaled dot-product attention, on any device. `FlexMask` holds its intervals and tiles
+(`sequence/visibility.py`) for FlexAttention, whose CUDA kernels skip what is not seen.
+
+Shape suffixes: S query positions, T key positions, B batch, N query heads, G key/value heads, K head size, R tile rows.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from einops import rearrange
+from torch._higher_order_ops.flex_attention import flex_attention as flex_operator
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from bitdance_scale.config.model_rules import MIN_FLEX_HEAD_DIM
+from bitdance_scale.config.schema import ModelSection
+from bitdance_scale.model.transfer import to_device
+from bitdance_scale.sequence.visibility import TileRows, pack_bounds, pack_tiles
+
+# Positions per side of a tile, the size that FlexAttention's kernels are tuned for.
+FLEX_TILE = 128
 
 
 def visible(document_ids: torch.Tensor, block_ids: torch.Tensor, num_queries: int | None = None) -> torch.Tensor:
@@ -60,6 +77,33 @@ def attend(
     return rearrange(mixed_BNSK, "b n s k -> s b n k")
 
 
+class PackMask(Protocol):
+    """The mask of a pack in one of its forms."""
+
+    def attend(self, query_SBNK: torch.Tensor, key_SBGK: torch.Tensor, value_SBGK: torch.Tensor) -> torch.Tensor:
+        """Attention under the mask, as `attend` defines it; [S, B, N, K] in the dtype of the query."""
+        ...
+
+
+def pack_mask(document_ids: np.ndarray, block_ids: np.ndarray, section: ModelSection, device: torch.device) -> PackMask:
+    """The mask of a pack in the form that `model.attention` asks for.
+
+    Args:
+        document_ids: int [S], sample of each position, -1 for padding; the positions of a sample are neighbours.
+        block_ids: int [S], attention group within the sample, never decreasing along it.
+        section: `attention` and `head_dim`.
+        device: where the mask is used.
+    """
+    make = flex_mask if uses_flex(section, device) else document_mask
+    return make(document_ids, block_ids, device)
+
+
+def uses_flex(section: ModelSection, device: torch.device) -> bool:
+    """Whether masks on a device are for FlexAttention; auto takes it where it has kernels that train, on CUDA."""
+    has_kernels = device.type == "cuda" and section.head_dim >= MIN_FLEX_HEAD_DIM
+    return section.attention == "flex" or (section.attention == "auto" and has_kernels)
+
+
 @dataclass(frozen=True)
 class DocumentMask:
     """The mask of a pack, sample by sample: what lies between samples is never seen and never computed.
@@ -93,6 +137,156 @@ def document_mask(document_ids: np.ndarray, block_ids: np.ndarray, device: torch
     """
     borders = [0, *(np.flatnonzero(np.diff(document_ids)) + 1).tolist(), len(document_ids)]
     spans = tuple(zip(borders[:-1], borders[1:], strict=True))
-    documents, blocks = (torch.from_numpy(ids).to(device) for ids in (document_ids, block_ids))
+    documents, blocks = to_device(document_ids, device), to_device(block_ids, device)
     masks = tuple(visible(documents[start:stop], blocks[start:stop]) for start, stop in spans)
     return DocumentMask(spans, masks)
+
+
+@dataclass(frozen=True)
+class FlexMask:
+    """The mask of a pack for FlexAttention: its intervals, and the tiles that hold anything to see.
+
+    Attributes:
+        first_key, stop_key: int32 [S]; a query i sees the keys first_key[i] <= j < stop_key[i].
+        tiles: int32, the tiles in the order of BlockMask's arguments: counts [1, 1, R] and indices [1, 1, R, R] of the
+            partial and of the full key tiles by query tile, then of the query tiles by key tile.
+        tile: positions per side of a tile.
+        is_compiled: whether attention is compiled into kernels, which on the CPU have no backward pass. Without it
+            FlexAttention computes all pairs and masks them, and `tiles` change nothing.
+    """
+
+    first_key: torch.Tensor
+    stop_key: torch.Tensor
+    tiles: tuple[torch.Tensor, ...]
+    tile: int
+    is_compiled: bool
+
+    def attend(self, query_SBNK: torch.Tensor, key_SBGK: torch.Tensor, value_SBGK: torch.Tensor) -> torch.Tensor:
+        """Attention under the mask; [S, B, N, K] in the dtype of the query."""
+        query_BNSK, key_BGSK, value_BGSK = (
+            rearrange(heads, "s b n k -> b n s k") for heads in (query_SBNK, key_SBGK, value_SBGK)
+        )
+        size, bounds = len(self.first_key), (self.first_key, self.stop_key)
+        if self.is_compiled:
+            # Marked one by one: with dynamic=True a head size that happens to equal R or S would be taken for the same
+            # number, and the next pack would be compiled anew.
+            for heads in (query_BNSK, key_BGSK, value_BGSK):
+                torch._dynamo.mark_dynamic(heads, 2)
+            mixed_BNSK = _compiled_mix()(
+                query_BNSK, key_BGSK, value_BGSK, *bounds, self.tiles, self.tile, size % self.tile == 0
+            )
+        else:
+            block_mask = _block_mask(size, *bounds, self.tiles, self.tile)
+            mixed_BNSK = _mix_eagerly(query_BNSK, key_BGSK, value_BGSK, block_mask)
+        return rearrange(mixed_BNSK, "b n s k -> s b n k")
+
+
+def flex_mask(
+    document_ids: np.ndarray,
+    block_ids: np.ndarray,
+    device: torch.device,
+    tile: int = FLEX_TILE,
+    is_compiled: bool | None = None,
+) -> FlexMask:
+    """The `visible` predicate of a pack, as intervals and tiles.
+
+    Args:
+        document_ids: int [S], sample of each position, -1 for padding; the positions of a sample are neighbours.
+        block_ids: int [S], attention group within the sample, never decreasing along it.
+        device: where the mask is used.
+        tile: positions per side of a tile.
+        is_compiled: see `FlexMask`; default on CUDA only.
+
+    Raises:
+        ValueError: the positions of a sample are no neighbours, or its block numbers decrease.
+    """
+    bounds = pack_bounds(document_ids, block_ids)
+    tiles = pack_tiles(bounds, tile)
+    first_key, stop_key = to_device(bounds.first_key, device), to_device(bounds.stop_key, device)
+    rows = [
+        to_device(array, device)[None, None]
+        for part in (tiles.partial_keys, tiles.full_keys, tiles.partial_queries, tiles.full_queries)
+        for array in _at_least_two(part)
+    ]
+    for tensor in (first_key, stop_key):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    for tensor in rows:
+        torch._dynamo.mark_dynamic(tensor, list(range(2, tensor.dim())))
+    return FlexMask(first_key, stop_key, tuple(rows), tile, device.type == "cuda" if is_compiled is None else is_compiled)
+
+
+def _at_least_two(rows: TileRows) -> tuple[np.ndarray, np.ndarray]:
+    """(num, indices) with a second, empty row where there is but one tile: the compiler makes a size of 1 a case apart."""
+    if len(rows.num) > 1:
+        return rows.num, rows.indices
+    return np.pad(rows.num, (0, 1)), np.pad(rows.indices, (0, 1))
+
+
+def _block_mask(
+    size: int, first_key: torch.Tensor, stop_key: torch.Tensor, tiles: tuple[torch.Tensor, ...], tile: int
+) -> BlockMask:
+    """A `FlexMask` over `size` positions as FlexAttention takes it."""
+
+    def is_seen(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (first_key[query] <= key) & (key < stop_key[query])
+
+    return BlockMask((size, size), *tiles, BLOCK_SIZE=(tile, tile), mask_mod=is_seen)
+
+
+def _mix(
+    query_BNSK: torch.Tensor,
+    key_BGSK: torch.Tensor,
+    value_BGSK: torch.Tensor,
+    first_key: torch.Tensor,
+    stop_key: torch.Tensor,
+    tiles: tuple[torch.Tensor, ...],
+    tile: int,
+    is_whole: bool,
+) -> torch.Tensor:
+    """FlexAttention under a `FlexMask`, to be compiled; `is_whole` says that the tile divides S.
+
+    BlockMask is made in here, out of tensors alone, so that the lengths in it are those of the tensors for the compiler
+    and not numbers of one pack.
+    """
+    size = query_BNSK.shape[2]
+    # One S for the compiler instead of five.
+    for length in (key_BGSK.shape[2], value_BGSK.shape[2], first_key.shape[0], stop_key.shape[0]):
+        torch._check(length == size)
+    if is_whole:
+        # Lets the kernels leave out their checks for a ragged end.
+        torch._check(size % tile == 0)
+    return flex_attention(
+        query_BNSK,
+        key_BGSK,
+        value_BGSK,
+        block_mask=_block_mask(size, first_key, stop_key, tiles, tile),
+        enable_gqa=True,
+        # Packs of less than one tile would otherwise get a kernel of their own, for decoding.
+        kernel_options={"BACKEND": "TRITON"},
+    )
+
+
+@functools.cache
+def _compiled_mix() -> Callable[..., torch.Tensor]:
+    """`_mix` compiled, once per process (twice where some packs end in a ragged tile) for packs of any length."""
+    # Positions index the intervals and cannot lie outside. The check would stand in the inner loop, and the CPU kernels
+    # of torch 2.11 to 2.13 compare with a wrong length in it.
+    return torch.compile(_mix, fullgraph=True, options={"assert_indirect_indexing": False})
+
+
+def _mix_eagerly(
+    query_BNSK: torch.Tensor, key_BGSK: torch.Tensor, value_BGSK: torch.Tensor, block_mask: BlockMask
+) -> torch.Tensor:
+    """FlexAttention's operator itself, which has a dense implementation and a gradient on every device.
+
+    `flex_attention` refuses inputs with a gradient on the CPU, because its compiled kernels there have none.
+    """
+
+    def unchanged(score: torch.Tensor, *index: torch.Tensor) -> torch.Tensor:
+        return score
+
+    scale = query_BNSK.shape[-1] ** -0.5
+    mixed_BNSK, _, _ = flex_operator(
+        query_BNSK, key_BGSK, value_BGSK, unchanged, block_mask.as_tuple(), scale, {"OUTPUT_LOGSUMEXP": True}
+    )
+    return mixed_BNSK

@@ -9,16 +9,18 @@ K head size.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.model.attention import DocumentMask, document_mask
+from bitdance_scale.model.attention import PackMask, pack_mask
 from bitdance_scale.model.flow import draw_time
 from bitdance_scale.model.positions import rotary_frequencies
 from bitdance_scale.model.projector import flip_bits
+from bitdance_scale.model.transfer import to_device
 from bitdance_scale.sequence.noise import PackNoise
 from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.vision.bits import unpack_bits
@@ -43,7 +45,7 @@ class PackInputs:
 
     token_ids: torch.Tensor
     rotary: torch.Tensor
-    mask: DocumentMask
+    mask: PackMask
     vision_positions: torch.Tensor
     vision_cells: torch.Tensor
     vision_bits: torch.Tensor
@@ -60,16 +62,13 @@ class PackInputs:
 
 def make_inputs(pack: Pack, noise: PackNoise, config: RunConfig, device: torch.device) -> PackInputs:
     """Moves an encoded pack and its noise to the device and derives mask, positions, flips and flow times."""
-
-    def to_device(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
-
+    on_device = functools.partial(to_device, device=device)
     assert pack.vision_bits is not None, "the images of the pack are not encoded yet"
     size, num_bits = pack.block_tokens, config.vision.num_bits
-    bits = unpack_bits(to_device(pack.vision_bits))
-    cells = to_device(pack.vision_cells).long()
-    predict_positions, predict_tokens = pack.predict_positions, to_device(pack.predict_tokens)
-    clean, gaussian, time_normal = bits[predict_tokens], to_device(noise.noise), to_device(noise.time_normal)
+    bits = unpack_bits(on_device(pack.vision_bits))
+    cells = on_device(pack.vision_cells).long()
+    predict_positions, predict_tokens = pack.predict_positions, on_device(pack.predict_tokens)
+    clean, gaussian, time_normal = bits[predict_tokens], on_device(noise.noise), on_device(noise.time_normal)
     predict_cells = cells[predict_tokens]
     if len(predict_positions) == 0:
         predict_positions = np.zeros(size, dtype=np.int64)
@@ -79,19 +78,19 @@ def make_inputs(pack: Pack, noise: PackNoise, config: RunConfig, device: torch.d
     if len(text_positions) == 0:
         text_positions = text_targets = np.zeros(1, dtype=np.int64)
     return PackInputs(
-        token_ids=to_device(pack.token_ids),
-        rotary=rotary_frequencies(to_device(pack.position_ids), config.model.head_dim, config.model.rope_base),
-        mask=document_mask(pack.document_ids, pack.block_ids, device),
-        vision_positions=to_device(pack.vision_positions),
+        token_ids=on_device(pack.token_ids),
+        rotary=rotary_frequencies(on_device(pack.position_ids), config.model.head_dim, config.model.rope_base),
+        mask=pack_mask(pack.document_ids, pack.block_ids, config.model, device),
+        vision_positions=on_device(pack.vision_positions),
         vision_cells=cells,
-        vision_bits=flip_bits(bits, to_device(noise.flip_level), to_device(noise.flip_draw), config.vision.flip_max),
-        predict_positions=to_device(predict_positions).view(-1, size),
+        vision_bits=flip_bits(bits, on_device(noise.flip_level), on_device(noise.flip_draw), config.vision.flip_max),
+        predict_positions=on_device(predict_positions).view(-1, size),
         predict_cells=predict_cells.view(-1, size, 2),
         clean_bits=clean.view(-1, size, num_bits),
         noise=gaussian.view(-1, size, num_bits),
         time=draw_time(time_normal, config.head),
-        text_positions=to_device(text_positions),
-        text_targets=to_device(text_targets),
+        text_positions=on_device(text_positions),
+        text_targets=on_device(text_targets),
         num_vision_targets=len(pack.predict_positions),
         num_text_targets=len(pack.text_positions),
     )

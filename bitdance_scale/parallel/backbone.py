@@ -29,7 +29,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.model.attention import DocumentMask, attend
+from bitdance_scale.model.attention import PackMask, attend
 from bitdance_scale.parallel.linears import without_sequence_parallel
 from bitdance_scale.parallel.split import stage_split
 from bitdance_scale.parallel.topology import Topology
@@ -88,7 +88,7 @@ class BlockCausalAttention(nn.Module):
         query_SBNK: torch.Tensor,
         key_SBGK: torch.Tensor,
         value_SBGK: torch.Tensor,
-        attention_mask: torch.Tensor | DocumentMask,
+        attention_mask: torch.Tensor | PackMask,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: object | None = None,
@@ -97,7 +97,7 @@ class BlockCausalAttention(nn.Module):
 
         attention_mask: a pack's mask, or in decoding bool, broadcastable to [B, 1, S, S_key], True where a key is seen.
         """
-        if isinstance(attention_mask, DocumentMask):
+        if not isinstance(attention_mask, torch.Tensor):
             assert not self.remembers, "decoding masks are dense"
             if self.recomputes and torch.is_grad_enabled():
                 mixed = recompute(attention_mask.attend, query_SBNK, key_SBGK, value_SBGK)

@@ -68,8 +68,8 @@ class StepMeter:
         self._begun_s, self._num_steps, self._wait_s = time.monotonic(), 0, 0.0
         self._images, self._positions, self._padding, self._flops = 0, 0, 0, 0.0
 
-    def add(self, packs: Sequence[Pack], report: StepReport, is_skipped: bool) -> None:
-        """Counts one step; one small sum over the replicas."""
+    def add(self, packs: Sequence[Pack], report: StepReport, wait_s: float, is_skipped: bool) -> None:
+        """Counts one step, in whose time `wait_s` seconds were spent waiting; one small sum over the replicas."""
         counts = sum((count_pack(pack) for pack in packs), PackCounts())
         num_padding = sum(pack.num_padding for pack in packs)
         flops = step_flops(self._config, self._vocab_size, counts).training
@@ -90,7 +90,7 @@ class StepMeter:
         for side_px, count in report.images_by_class.items():
             progress.images_by_class[side_px] = progress.images_by_class.get(side_px, 0) + count
         self._num_steps += 1
-        self._wait_s += report.wait_s
+        self._wait_s += wait_s
         self._images += planned - int(holes)
         self._positions += int(positions)
         self._padding += int(padding)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,14 @@ from bitdance_scale.checkpoint.state import TrainState, load_checkpoint, save_ch
 from bitdance_scale.config.load import dump_toml
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import TrainingError
-from bitdance_scale.model.inputs import make_inputs
+from bitdance_scale.model.inputs import PackInputs, make_inputs
 from bitdance_scale.parallel.build import build_engine
 from bitdance_scale.parallel.step import train_step
 from bitdance_scale.parallel.topology import Topology
-from bitdance_scale.sequence.noise import PackNoise, pack_noise
+from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.sequence.tokens import load_text_tokenizer
+from bitdance_scale.train.feed import StepFeed
 from bitdance_scale.train.progress import Progress, StepMeter, learning_rate, progress_fields
 from bitdance_scale.train.reading import StepReader
 from bitdance_scale.train.run_observer import RunObserver
@@ -79,15 +81,15 @@ class Trainer:
         with (
             RunObserver(config, topology, self.run_folder, self._text.vocab_size, progress.step) as observer,
             StepReader(config, self._index, self._text, self._vision, topology, self._loader_state) as reader,
+            StepFeed(reader.next_step, self._prepare, progress.step, config.run.steps, topology.device) as feed,
         ):
             while not self.is_complete:
-                shared = reader.next_step()
-                step = progress.step
-                batch = [make_inputs(pack, self._noise(pack, step), config, topology.device) for pack in shared.packs]
-                lr = learning_rate(config.optim, step)
-                losses, outcome = train_step(self._engine, batch, config.loss, lr, topology)
-                meter.add(shared.packs, shared.report, outcome.is_skipped)
-                self._loader_state = shared.report.loader
+                fed = feed.take()
+                lr = learning_rate(config.optim, progress.step)
+                losses, outcome = train_step(self._engine, fed.batch, config.loss, lr, topology)
+                meter.add(fed.packs, fed.report, fed.wait_s, outcome.is_skipped)
+                # Of the step that was trained, not of the one that is read already.
+                self._loader_state = fed.report.loader
                 num_skipped_in_a_row = num_skipped_in_a_row + 1 if outcome.is_skipped else 0
                 self._check_skipped(num_skipped_in_a_row)
                 if self._is_due(config.observe.log_every_steps):
@@ -144,8 +146,13 @@ class Trainer:
         self._saved_step = state.step
         logger.info("resumed from %s", path)
 
-    def _noise(self, pack: Pack, step: int) -> PackNoise:
-        return pack_noise(pack, self.config.vision.num_bits, self.config.run.seed, step)
+    def _prepare(self, packs: Sequence[Pack], step: int) -> list[PackInputs]:
+        """The micro-batches of a step on the device; called in the feed's thread."""
+        config = self.config
+        noises = [pack_noise(pack, config.vision.num_bits, config.run.seed, step) for pack in packs]
+        return [
+            make_inputs(pack, noise, config, self.topology.device) for pack, noise in zip(packs, noises, strict=True)
+        ]
 
     def _is_due(self, every_steps: int) -> bool:
         """Whether something done every so many steps, and after the last one, is due now."""

@@ -43,6 +43,7 @@ class Layout:
         num_micro: micro-batches per replica (gradient accumulation).
         parallel: settings of `parallel`.
         is_tied, num_kv_heads, num_layers: of the model; tensor parallelism over four ranks needs four key/value heads.
+        attention: form of the mask; one process always computes with the dense one.
     """
 
     num_ranks: int
@@ -51,11 +52,16 @@ class Layout:
     is_tied: bool = False
     num_kv_heads: int = 2
     num_layers: int = 4
+    attention: str = "dense"
 
     def config(self) -> RunConfig:
         config = toy_config(**self.parallel)
         model = dataclasses.replace(
-            config.model, tie_embeddings=self.is_tied, num_kv_heads=self.num_kv_heads, num_layers=self.num_layers
+            config.model,
+            tie_embeddings=self.is_tied,
+            num_kv_heads=self.num_kv_heads,
+            num_layers=self.num_layers,
+            attention=self.attention,
         )
         return dataclasses.replace(config, model=model)
 
@@ -66,6 +72,7 @@ class Layout:
     def __str__(self) -> str:
         words = [f"{name}={value}" for name, value in self.parallel.items()]
         words += ["tied"] if self.is_tied else []
+        words += ["flex"] if self.attention == "flex" else []
         return f"ranks={self.num_ranks} data={self.num_replicas} micro={self.num_micro} " + " ".join(words)
 
 
@@ -115,6 +122,9 @@ LAYOUTS = [
     ),
     Layout(4, 4, _pp(**_tp(**SP)), is_tied=True),
     Layout(2, 2, {"zero_stage": 3}, is_tied=True),
+    Layout(1, 2, {"recompute": "full"}, attention="flex"),
+    Layout(2, 4, _tp(**SP, recompute="selective"), attention="flex"),
+    Layout(2, 4, _pp(), attention="flex"),
 ]
 
 
@@ -207,6 +217,13 @@ def test_bfloat16_layouts_agree(layout: Layout) -> None:
     assert records[-1].losses[0] == pytest.approx(expected.losses[0], rel=1e-2)
     assert records[-1].losses[-1] == pytest.approx(expected.losses[-1], rel=3e-2)
     assert records[-1].grad_norms[0] == pytest.approx(expected.grad_norms[0], rel=3e-2)
+
+
+def test_flex_attention_is_another_path() -> None:
+    """Its layouts above would also agree if both masks ran the same kernels: rounding tells them apart."""
+    dense, flex = (Layout(1, 1, {}, attention=attention) for attention in ("dense", "flex"))
+    expected, found = (assemble(_run(layout), "gradients") for layout in (dense, flex))
+    assert any(not torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_first_steps_change_the_weights() -> None:

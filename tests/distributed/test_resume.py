@@ -61,12 +61,13 @@ def _run(rank: int, root: str, overrides: list[str], kill: str | None) -> tuple[
         if is_moment:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    if kill == "between":
-        draw_noise = trainer._noise
-        trainer._noise = lambda pack, step: (die_if(step == KILL_STEP + 1), draw_noise(pack, step))[1]
-    elif kill is not None:
+    if kill not in (None, "between"):
         trainer._checkpoints._before = lambda action: die_if(trainer.progress.step == KILL_STEP and action == kill)
     with StopRequest() as stop:
+        if kill == "between":
+            # Asked after every step: the one after a checkpoint is trained, the next is read already.
+            agreed = stop.agreed
+            stop.agreed = lambda *ranks: (die_if(trainer.progress.step == KILL_STEP + 1), agreed(*ranks))[1]
         assert trainer.train(stop)
     digest = hashlib.sha256()
     for values in (trainer._engine.model_values(), trainer._engine.optimizer_values()):

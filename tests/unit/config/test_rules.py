@@ -43,6 +43,12 @@ def test_presets_can_be_trained_at_tensor_4(config_path: Path, preset: str) -> N
 CASES: dict[str, tuple[list[str], int, list[str]]] = {
     "kv heads": (["model.num_kv_heads=3"], 1, ["model.num_kv_heads = 3", "model.num_heads = 4", "one of 1, 2, 4"]),
     "rotary pairs": (["model.head_dim=31"], 1, ["model.head_dim = 31", "even", "30 or 32"]),
+    "flex heads": (
+        ["model.attention=flex", "model.head_dim=8"],
+        1,
+        ["model.attention = 'flex'", "model.head_dim >= 16, it is 8", "'auto' or 'dense'"],
+    ),
+    "attention": (["model.attention=flash"], 1, ["model.attention = 'flash'", "one of auto, flex, dense"]),
     "2-D positions": (["model.hidden_size=126"], 1, ["model.hidden_size = 126", "multiple of 4", "124 or 128"]),
     "head width": (["head.width=100"], 1, ["head.width = 100", "head.head_dim = 32", "96 or 128"]),
     "adaLN": (["head.num_adaln=4", "head.num_blocks=6"], 1, ["head.num_adaln = 4", "num_blocks = 6", "1, 2, 3, 6"]),
