@@ -7,7 +7,8 @@ On a CPU with fewer cores than ranks this measures what a layout adds in work an
 
 from __future__ import annotations
 
-from launch import machine, run_workload
+from launch import run_workload
+from packs import machine
 
 CONFIG = "pipelines/configs/demo.toml"
 # Wider and longer than the demo, so that products outweigh the engines' fixed cost.

@@ -67,7 +67,9 @@ def main() -> None:
             "tiles": lambda: pack_tiles(bounds, FLEX_TILE),
             "the whole mask (flex_mask)": lambda: flex_mask(pack.document_ids, pack.block_ids, CPU),
         }
-        print(f"p = {side}: {pack.num_positions} positions, {len(pack.sample_keys)} samples, {pack.num_padding} padding")
+        print(
+            f"p = {side}: {pack.num_positions} positions, {len(pack.sample_keys)} samples, {pack.num_padding} padding"
+        )
         for name, build in parts.items():
             clock, ours = measure(build, options.repeats)
             print(f"  {name}: {ours:.3f} ms of processor time, {clock:.3f} ms on the clock (medians)")

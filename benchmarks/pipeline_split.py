@@ -9,7 +9,8 @@ each rank's main thread is compared: on four devices the slowest rank sets the p
 
 from __future__ import annotations
 
-from launch import machine, run_workload
+from launch import run_workload
+from packs import machine
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.parallel.split import even_split, stage_costs, stage_split
@@ -45,7 +46,7 @@ def main() -> None:
     for pipeline in (2, 4, 8):
         even, split, ratio = _estimate("pipelines/configs/pt_14b.toml", [f"parallel.pipeline={pipeline}"], VOCAB_14B)
         print(f"| {pipeline} | {even} | {split} | {ratio:.2f} |")
-    print(f"\nScaled-down model, measured on {machine()}\n")
+    print(f"\nScaled-down model, measured\n\n{machine()}\n")
     print(
         "| pipeline | even | by cost | estimate | step time | slowest rank's processor time |\n|---|---|---|---|---|---|"
     )

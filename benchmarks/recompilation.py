@@ -1,7 +1,7 @@
 """Counts compilations of FlexAttention over many packs of random length and mask.
 
-    OMP_NUM_THREADS=1 python benchmarks/recompilation.py --packs 1000
-    python benchmarks/recompilation.py --packs 1000 --device cuda     forward and backward
+OMP_NUM_THREADS=1 python benchmarks/recompilation.py --packs 1000
+python benchmarks/recompilation.py --packs 1000 --device cuda     forward and backward
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packs", type=int, default=1000)
     parser.add_argument("--device", default="cpu", choices=("cuda", "cpu"))
-    parser.add_argument("--max-tiles", type=int, default=20, help="length of the longest pack, in tiles of 128 positions")
+    parser.add_argument(
+        "--max-tiles", type=int, default=20, help="length of the longest pack, in tiles of 128 positions"
+    )
     options = parser.parse_args()
     device, has_backward = torch.device(options.device), options.device == "cuda"
     numbers = np.random.default_rng(0)

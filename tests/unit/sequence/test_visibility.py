@@ -118,7 +118,9 @@ def test_tiles_are_those_of_torch(side, tile):
         num_full += int(tiles.full_keys.num.sum())
         num_ragged += pack.num_positions % tile > 0
         # Rows whose first tile is partial and whose next one is full: partial tiles on both sides of full ones.
-        num_left += int((tiles.partial_keys.indices[:, 0] < tiles.full_keys.indices[:, 0])[tiles.full_keys.num > 0].sum())
+        num_left += int(
+            (tiles.partial_keys.indices[:, 0] < tiles.full_keys.indices[:, 0])[tiles.full_keys.num > 0].sum()
+        )
     assert num_full > 100 and num_ragged > 50 and num_left > 10, "the packs must show all kinds of tiles"
 
 
