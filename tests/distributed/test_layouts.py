@@ -23,9 +23,9 @@ from tests.distributed.toy import toy_config
 # float32 sums in another order: eps is 1.2e-7, and chains of sums amplify it a few times. A missing or doubled reduction
 # shows at 1e-2 and more.
 BOUND = 1e-6
-# Tensor parallelism sums the products of split linears by ranks: not only gradients but the activations of every layer
-# round differently, and four layers amplify that to 1.1e-6 (measured).
-TENSOR_BOUND = 2e-6
+# Tensor parallelism sums the products of split linears by ranks, and FlexAttention sums over all keys at once: not only
+# gradients but the activations of every layer round differently, which four layers amplify to 1.5e-6 (measured).
+ACTIVATION_BOUND = 2e-6
 # The gradient of a query or key norm is one short vector summed over all positions and heads, whose terms cancel to a
 # 17th of their size (measured on layer 2 of the toy). Tensor parallelism adds it up by heads and ZeRO-3 by micro-batches
 # of each rank, instead of in one sweep; 17 eps is 2e-6.
@@ -169,7 +169,8 @@ def test_layout_equals_one_process(layout: Layout) -> None:
     assert not list(_refusals(layout))
     records = _run(layout)
     for name, error in _gradient_errors(layout, records).items():
-        bound = TENSOR_BOUND if layout.parallel.get("tensor", 1) > 1 else BOUND
+        rounds_otherwise = layout.parallel.get("tensor", 1) > 1 or layout.attention == "flex"
+        bound = ACTIVATION_BOUND if rounds_otherwise else BOUND
         bound = HEAD_NORM_BOUND if HEAD_NORM.search(name) else bound
         assert error < bound, f"{name}: {error:.1e}"
     expected = _reference_of(layout)
