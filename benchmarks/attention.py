@@ -20,7 +20,7 @@ from packs import document_pack, machine
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bitdance_scale.model.attention import FlexMask, flex_mask
+from bitdance_scale.model.attention import flex_mask
 from bitdance_scale.observe.flops import TRAINING_OVER_FORWARD, count_visible_pairs
 
 
@@ -58,11 +58,6 @@ def measure(run: Callable[[], object], device: torch.device, num_times: int) -> 
     return float(np.median(times))
 
 
-def flex(mask: FlexMask, heads: list[torch.Tensor]) -> torch.Tensor:
-    """Ours; heads [S, 1, N, K]."""
-    return mask.attend(*heads)
-
-
 def causal_flash(heads: list[torch.Tensor]) -> torch.Tensor:
     """The baseline; heads [S, 1, N, K]."""
     query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in heads)
@@ -84,7 +79,7 @@ def compare(size: Size, length: int, side: int, device: torch.device) -> None:
         "flex": count_visible_pairs(pack.document_ids, pack.block_ids),
         "flash": length * (length + 1) // 2,
     }
-    forward = {"flex": lambda: flex(mask, heads), "flash": lambda: causal_flash(heads)}
+    forward = {"flex": lambda: mask.attend(*heads), "flash": lambda: causal_flash(heads)}
 
     def both(run: Callable[[], torch.Tensor]) -> None:
         mixed = run()
@@ -103,9 +98,10 @@ def compare(size: Size, length: int, side: int, device: torch.device) -> None:
         flops = 4 * size.num_heads * size.head_dim * (TRAINING_OVER_FORWARD if is_training else 1)
         rates = {key: 1e-9 * flops * pairs[key] / times[key] for key in times}
         print(
-            f"p = {side}, {length} positions, {name}: flex {times['flex']:.2f} ms, causal flash {times['flash']:.2f} ms; "
-            f"speed {times['flash'] / times['flex']:.2f} of flash in time, {rates['flex'] / rates['flash']:.2f} per seen "
-            f"pair ({rates['flex']:.3g} and {rates['flash']:.3g} TFLOP/s)"
+            f"p = {side}, {length} positions, {name}: "
+            f"flex {times['flex']:.2f} ms, causal flash {times['flash']:.2f} ms; "
+            f"speed {times['flash'] / times['flex']:.2f} of flash in time, "
+            f"{rates['flex'] / rates['flash']:.2f} per seen pair ({rates['flex']:.3g} and {rates['flash']:.3g} TFLOP/s)"
         )
 
 

@@ -67,17 +67,16 @@ def main() -> None:
             "tiles": lambda: pack_tiles(bounds, FLEX_TILE),
             "the whole mask (flex_mask)": lambda: flex_mask(pack.document_ids, pack.block_ids, CPU),
         }
-        print(
-            f"p = {side}: {pack.num_positions} positions, {len(pack.sample_keys)} samples, {pack.num_padding} padding"
-        )
+        sizes = f"{pack.num_positions} positions, {len(pack.sample_keys)} samples, {pack.num_padding} padding"
+        print(f"p = {side}: {sizes}")
         for name, build in parts.items():
             clock, ours = measure(build, options.repeats)
             print(f"  {name}: {ours:.3f} ms of processor time, {clock:.3f} ms on the clock (medians)")
         shorter = mixed_pack(options.baseline_positions or options.positions, side)
         clock, baseline = measure(lambda: torch_mask(shorter), 1)
         print(
-            f"  create_block_mask, {shorter.num_positions} positions: {baseline:.0f} ms of processor time, {clock:.0f} ms on "
-            f"the clock; {baseline / ours:.0f} times ours"
+            f"  create_block_mask, {shorter.num_positions} positions: {baseline:.0f} ms of processor time, "
+            f"{clock:.0f} ms on the clock; {baseline / ours:.0f} times ours"
         )
 
 

@@ -43,7 +43,7 @@ def mixed_pack(length: int, side: int, seed: int = 0) -> Pack:
 
 
 def document_pack(length: int, document: int, side: int) -> Pack:
-    """A pack of exactly `length` positions in samples of `document` positions each, one 64 x 64 image or less in each."""
+    """A pack of exactly `length` positions in samples of `document` each, an image of 64 x 64 cells or less in each."""
     cells = 64
     while num_positions(1, 1, (cells, cells), side**2) > document:
         cells -= side

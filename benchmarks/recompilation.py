@@ -1,7 +1,7 @@
 """Counts compilations of FlexAttention over many packs of random length and mask.
 
-OMP_NUM_THREADS=1 python benchmarks/recompilation.py --packs 1000
-python benchmarks/recompilation.py --packs 1000 --device cuda     forward and backward
+    OMP_NUM_THREADS=1 python benchmarks/recompilation.py --packs 1000
+    python benchmarks/recompilation.py --packs 1000 --device cuda     forward and backward
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packs", type=int, default=1000)
     parser.add_argument("--device", default="cpu", choices=("cuda", "cpu"))
-    parser.add_argument(
-        "--max-tiles", type=int, default=20, help="length of the longest pack, in tiles of 128 positions"
-    )
+    parser.add_argument("--max-tiles", type=int, default=20, help="longest pack, in tiles of 128 positions")
     options = parser.parse_args()
     device, has_backward = torch.device(options.device), options.device == "cuda"
     numbers = np.random.default_rng(0)
@@ -46,8 +44,8 @@ def main() -> None:
         lengths.add(length)
     print(
         f"{options.packs} packs of {len(lengths)} lengths up to {max(lengths)}: {num_graphs[-1]} compilation(s), "
-        f"{num_graphs[0]} of them at the first pack ({times[0]:.1f} s); median of the others {1e3 * np.median(times[1:]):.1f} ms, "
-        f"longest {1e3 * max(times[1:]):.0f} ms"
+        f"{num_graphs[0]} of them at the first pack ({times[0]:.1f} s); "
+        f"median of the others {1e3 * np.median(times[1:]):.1f} ms, longest {1e3 * max(times[1:]):.0f} ms"
     )
 
 

@@ -8,7 +8,7 @@ from bitdance_scale.config.rule import RuleSet, divisors, nearest_multiples
 from bitdance_scale.config.schema import RunConfig
 
 RULES = RuleSet()
-# Triton multiplies tiles of at least 16 x 16, so FlexAttention's CUDA kernels refuse fewer channels (torch 2.11 to 2.13).
+# Triton multiplies tiles of at least 16 x 16: FlexAttention's CUDA kernels refuse fewer channels (torch 2.11 to 2.13).
 MIN_FLEX_HEAD_DIM = 16
 _GROUP_NORM_GROUPS = 32
 

@@ -49,7 +49,7 @@ class ModelSection:
     tie_embeddings: bool = setting(False, doc="Whether the output projection is the token embedding itself.")
     init_std: float = setting(0.02, doc="Standard deviation of the normal initial weights.")
     attention: str = setting(
-        "auto", doc="Kernels of the backbone's attention: flex (FlexAttention), dense, or auto (flex on CUDA, else dense)."
+        "auto", doc="Attention of the backbone: flex (FlexAttention), dense, or auto (flex on CUDA, dense elsewhere)."
     )
 
 

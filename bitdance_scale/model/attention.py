@@ -212,11 +212,13 @@ def flex_mask(
         torch._dynamo.mark_dynamic(tensor, 0)
     for tensor in rows:
         torch._dynamo.mark_dynamic(tensor, list(range(2, tensor.dim())))
-    return FlexMask(first_key, stop_key, tuple(rows), tile, device.type == "cuda" if is_compiled is None else is_compiled)
+    if is_compiled is None:
+        is_compiled = device.type == "cuda"
+    return FlexMask(first_key, stop_key, tuple(rows), tile, is_compiled)
 
 
 def _at_least_two(rows: TileRows) -> tuple[np.ndarray, np.ndarray]:
-    """(num, indices) with a second, empty row where there is but one tile: the compiler makes a size of 1 a case apart."""
+    """(num, indices), with a second, empty row where there is one tile: to the compiler a size of 1 is a case apart."""
     if len(rows.num) > 1:
         return rows.num, rows.indices
     return np.pad(rows.num, (0, 1)), np.pad(rows.indices, (0, 1))

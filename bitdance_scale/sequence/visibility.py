@@ -147,8 +147,8 @@ def _tile_spans(
 ) -> _TileSpans:
     """From the intervals of the top and the bottom position of every tile row; int [R] each.
 
-    Ends never decrease and each position is in its own interval: together the positions of a row meet one interval, from
-    the first of the top to the stop of the bottom position, and what they all meet is the overlap of these two.
+    Ends never decrease and each position is in its own interval: together the positions of a row meet one interval,
+    from the first of the top to the stop of the bottom position, and what they all meet is the overlap of these two.
     """
     first_full = -(-first_bottom // tile)
     num_full = np.where(is_whole, np.maximum(stop_top // tile - first_full, 0), 0)
@@ -160,7 +160,7 @@ def _tile_spans(
 def _partial_rows(spans: _TileSpans, windows: np.ndarray, indices: np.ndarray) -> TileRows:
     """The tiles of the spans left and right of the full ones; `indices`, int32 [R, R], is filled."""
     num_left = spans.first_full - spans.first
-    indices[:] = windows[spans.first + spans.num_full]
+    windows.take(spans.first + spans.num_full, axis=0, out=indices, mode="clip")
     rows = np.repeat(np.arange(len(indices)), num_left)
     columns = np.arange(len(rows)) - np.repeat(np.cumsum(num_left) - num_left, num_left)
     indices[rows, columns] = spans.first[rows] + columns
@@ -169,11 +169,12 @@ def _partial_rows(spans: _TileSpans, windows: np.ndarray, indices: np.ndarray) -
 
 def _full_rows(spans: _TileSpans, windows: np.ndarray, indices: np.ndarray) -> TileRows:
     """The full tiles of the spans; `indices`, int32 [R, R], is filled."""
-    indices[:] = windows[spans.first_full]
+    windows.take(spans.first_full, axis=0, out=indices, mode="clip")
     return TileRows(spans.num_full.astype(np.int32), indices)
 
 
 def _windows(size: int) -> np.ndarray:
     """int32 [size + 1, size], row i holding i, i + 1, .. modulo size: index rows are copied out of it, not counted."""
     ring = np.arange(2 * size, dtype=np.int32) % size
-    return np.lib.stride_tricks.sliding_window_view(ring, size)
+    # Contiguous, so that `take` copies rows straight into place; its mode "clip" is the one that needs no buffer.
+    return np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(ring, size))
