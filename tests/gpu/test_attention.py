@@ -17,7 +17,7 @@ NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 64
 
 
 def _pack(seed: int, side: int) -> Pack:
-    """A few samples of random size, some image-to-text, padded to whole tiles."""
+    """A few samples of random size, some image-to-text; padded to whole tiles, or every other one left ragged."""
     numbers = np.random.default_rng(seed)
     tokens = ImageTokens(1, 2, resolution=tuple(range(10, 110)), queries=tuple(range(200, 199 + side**2)))
     samples = []
@@ -25,7 +25,7 @@ def _pack(seed: int, side: int) -> Pack:
         grid = tuple(int(size) * side for size in numbers.integers(1, 32 // side, size=2))
         before = np.full(int(numbers.integers(1, 90)), 5)
         samples.append(Sample(key, grid, before, np.full(3, 6), 1, 1, predicts_image=bool(numbers.integers(2))))
-    return pack_samples(samples, tokens, pack_multiple=128)
+    return pack_samples(samples, tokens, pack_multiple=1 if seed % 2 else 128)
 
 
 def _run(mask: PackMask, heads: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -66,5 +66,5 @@ def test_packs_of_any_length_share_one_compilation():
         lengths.add(len(heads[0]))
         _run(flex, heads, torch.bfloat16)
     assert len(lengths) > 10
-    # Packs fill their last tile, so one graph; another dtype or head count would be another.
-    assert counters["stats"]["unique_graphs"] - before <= 1
+    # One graph for packs that fill their last tile, one for ragged ones.
+    assert counters["stats"]["unique_graphs"] - before <= 2
