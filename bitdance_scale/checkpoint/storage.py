@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -36,6 +37,7 @@ from bitdance_scale.checkpoint.digest import find_change, saved_digest
 from bitdance_scale.checkpoint.index import INDEX_NAME, StoredFile, box_key, encode_index, file_name
 from bitdance_scale.errors import CheckpointError
 
+_ALIGNMENT_BYTES = 64
 _HEADER_DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -74,8 +76,11 @@ class SafetensorsWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Writes, syncs and hashes this rank's files, as many as the byte limit asks for."""
         results: list[WriteResult] = []
-        for number, items in enumerate(self._files(plan.items)):
-            file = self._write_file(file_name(plan.storage_data, number), items, planner)
+        files = self._files(plan.items)
+        # One buffer for all files: what is held does not depend on when the allocator returns memory.
+        buffer = np.empty(max((sum(map(_num_buffer_bytes, items)) for items in files), default=0), dtype=np.uint8)
+        for number, items in enumerate(files):
+            file = self._write_file(file_name(plan.storage_data, number), items, planner, buffer)
             results.extend(WriteResult(item.index, _num_bytes(item), file) for item in items)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
@@ -96,12 +101,16 @@ class SafetensorsWriter(StorageWriter):
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return isinstance(checkpoint_id, Path)
 
-    def _write_file(self, name: str, items: list[WriteItem], planner: SavePlanner) -> StoredFile:
-        # A copy even on the CPU: safetensors refuses tensors that share storage, as views of one flat buffer do.
-        tensors = {
-            box_key(item.index): planner.resolve_data(item).to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for item in items
-        }
+    def _write_file(self, name: str, items: list[WriteItem], planner: SavePlanner, buffer: np.ndarray) -> StoredFile:
+        # Copied even on the CPU, each into a storage of its own: safetensors refuses tensors that share one, as the
+        # engines' views of a flat buffer do.
+        tensors: dict[str, torch.Tensor] = {}
+        start = 0
+        for item in items:
+            values = planner.resolve_data(item)
+            room = torch.from_numpy(buffer[start : start + values.nbytes])
+            tensors[box_key(item.index)] = room.view(values.dtype).view(values.shape).copy_(values)
+            start += _num_buffer_bytes(item)
         path = self._folder / name
         save_file(tensors, path)
         durable.sync(path)
@@ -205,3 +214,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _num_bytes(item: WriteItem) -> int:
     return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+
+
+def _num_buffer_bytes(item: WriteItem) -> int:
+    return -(-_num_bytes(item) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES

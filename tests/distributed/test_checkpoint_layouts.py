@@ -31,7 +31,8 @@ LAYOUTS: list[tuple[int, dict[str, object]]] = [
     (4, {"tensor": 1, "pipeline": 2, "zero_stage": 1}),
     (4, {"tensor": 2, "pipeline": 2, "zero_stage": 1}),
 ]
-BFLOAT16_LAYOUTS = [LAYOUTS[i] for i in (0, 2, 6, 9, 10)]
+# Numbers of the layouts that are compared, each with each other.
+SAVED_LAYOUTS = {"float32": range(len(LAYOUTS)), "bfloat16": (0, 2, 6, 9, 10)}
 NUM_STEPS = 2
 # float32: sums in another order, as between layouts without a checkpoint. bfloat16: the next loss is of activations
 # that are rounded at 2^-8 in other places; it averages over some hundred targets.
@@ -160,24 +161,45 @@ def _assert_covered(boxes_of_ranks: list[dict[str, list[Box]]], tensors: Tensors
         assert sum(part.num_elements for _, part in disjoint_parts(boxes)) == math.prod(tensor.shape), name
 
 
-@pytest.mark.parametrize(("dtype", "layouts"), [("float32", LAYOUTS), ("bfloat16", BFLOAT16_LAYOUTS)])
-def test_every_layout_loads_every_other_bit_for_bit(tmp_path, dtype, layouts):
-    configs = [_config(parallel, dtype) for _, parallel in layouts]
-    next_losses, tensors = [], {}
-    for number, (num_ranks, _) in enumerate(layouts):
-        records = run_ranks(num_ranks, _save, configs[number], tmp_path, number)
-        tensors = _whole(records)
-        save_file(tensors, tmp_path / f"{number}.safetensors")
-        next_losses.append(records[0].next_loss)
+@dataclasses.dataclass
+class Saved:
+    """Checkpoints of some layouts below `root`, with the tensors they must hold as `<number>.safetensors`."""
+
+    dtype: str
+    root: Path
+    next_losses: dict[int, float] = dataclasses.field(default_factory=dict)
+    tensors: Tensors = dataclasses.field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def saved(request, tmp_path_factory) -> Saved:
+    dtype = request.param
+    saved = Saved(dtype, tmp_path_factory.mktemp(dtype))
+    for number in SAVED_LAYOUTS[dtype]:
+        num_ranks, parallel = LAYOUTS[number]
+        records = run_ranks(num_ranks, _save, _config(parallel, dtype), saved.root, number)
+        saved.tensors = _whole(records)
+        save_file(saved.tensors, saved.root / f"{number}.safetensors")
+        saved.next_losses[number] = records[0].next_loss
         # The masters and moments are float32 under either dtype, the weights as trained.
-        for name, tensor in tensors.items():
+        for name, tensor in saved.tensors.items():
             is_weight = not name.startswith(("master.", "exp_avg.", "exp_avg_sq."))
             assert tensor.dtype == (getattr(torch, dtype) if is_weight else torch.float32), name
-    # Each checkpoint is told from the others by its loss: a rate of its own moves it by far more than the tolerance.
-    assert min(abs(a - b) for a, b in itertools.combinations(next_losses, 2)) > 3 * LOSS_TOLERANCE[dtype]
-    for number, (num_ranks, _) in enumerate(layouts):
-        others = [other for other in range(len(layouts)) if other != number]
-        found = run_ranks(num_ranks, _load, configs[number], tmp_path, others)
-        _assert_covered([boxes for boxes, _ in found], tensors)
-        for _, loss in found:
-            assert loss == pytest.approx(next_losses[others[-1]], rel=LOSS_TOLERANCE[dtype])
+    # Its loss tells a checkpoint from the others: a rate of its own moves it by more than the tolerance.
+    losses = saved.next_losses.values()
+    assert min(abs(a - b) for a, b in itertools.combinations(losses, 2)) > 3 * LOSS_TOLERANCE[dtype]
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("saved", "number"),
+    [(dtype, number) for dtype, numbers in SAVED_LAYOUTS.items() for number in numbers],
+    indirect=["saved"],
+)
+def test_a_layout_loads_every_other_bit_for_bit(saved, number):
+    num_ranks, parallel = LAYOUTS[number]
+    others = [other for other in saved.next_losses if other != number]
+    found = run_ranks(num_ranks, _load, _config(parallel, saved.dtype), saved.root, others)
+    _assert_covered([boxes for boxes, _ in found], saved.tensors)
+    for _, loss in found:
+        assert loss == pytest.approx(saved.next_losses[others[-1]], rel=LOSS_TOLERANCE[saved.dtype])

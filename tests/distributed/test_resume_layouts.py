@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from bitdance_scale.observe.metrics import METRICS_FILE, read_metrics
 from tests.distributed.small_demo import small_demo
@@ -23,14 +24,15 @@ NUM_STEPS = LEGS[-1][-1]
 # Steps large enough to be seen in the loss; epsilon raised so that Adam does not turn rounding of a gradient near zero
 # into a step of full size (tests/distributed/toy.py).
 OPTIMISER = ["optim.lr=1e-3", "optim.warmup_steps=0", "optim.eps=1e-4"]
-# Layouts sum in another order: 2e-7 relative per step (docs/engines.md), carried on by ten steps of training. A resume
-# that lost the moments, the step counter or one sample is off by more than 1e-3.
-TOLERANCE = 2e-5
+# Layouts sum in another order: one unit in the last place of float32 is 1.2e-7, the worst loss seen differs by 1.1e-7,
+# and ten steps of training may carry some units on. A resume that loses the moments is off by 1e-2 from its second step
+# on, one that loses the step counter by 2e-2.
+TOLERANCE = 2e-6
 Samples = dict[int, list[int]]
 
 
 def _train(rank: int, root: str, overrides: list[str], parallel: dict[str, int], last_step: int) -> tuple[int, Samples]:
-    """Trains until the last rank is asked to stop; (data-parallel rank, step -> keys of its samples)."""
+    """Trains until one rank is asked to stop; (data-parallel rank, step -> keys of its samples)."""
     from bitdance_scale.config.load import load_config
     from bitdance_scale.parallel.topology import make_topology, start_process_group
     from bitdance_scale.train.signals import StopRequest
@@ -47,7 +49,7 @@ def _train(rank: int, root: str, overrides: list[str], parallel: dict[str, int],
 
         def record(pack, step):
             samples.setdefault(step + 1, []).extend(pack.sample_keys.tolist())
-            if step + 1 == last_step and rank == topology.data_size * config.parallel.tensor * config.parallel.pipeline - 1:
+            if step + 1 == last_step and rank == dist.get_world_size() - 1:
                 stop.signal_name = "SIGTERM"
             return draw_noise(pack, step)
 
@@ -82,12 +84,11 @@ def test_a_run_continues_under_other_layouts(tmp_path):
     metrics = read_metrics(legs / "demo" / METRICS_FILE)
     assert [point.step for point in metrics] == [point.step for point in reference] == list(range(1, NUM_STEPS + 1))
     for point, other in zip(metrics, reference, strict=True):
-        assert (point.images, point.tokens, point.images_by_class, point.holes, point.skipped_steps, point.lr) == (
-            (other.images, other.tokens, other.images_by_class, other.holes, other.skipped_steps, other.lr)
-        )
+        for field in ("images", "tokens", "images_by_class", "holes", "skipped_steps", "lr"):
+            assert getattr(point, field) == getattr(other, field), (point.step, field)
         assert point.loss == pytest.approx(other.loss, rel=TOLERANCE), point.step
     # Training has moved the loss by far more than the tolerance: not following it would be noticed.
-    assert abs(reference[0].loss - reference[-1].loss) > 1000 * TOLERANCE * reference[0].loss
+    assert abs(reference[0].loss - reference[-1].loss) > 1e4 * TOLERANCE * reference[0].loss
 
     states = [_final_state(root) for root in (whole, legs)]
     for state in states:
