@@ -79,6 +79,19 @@ def disjoint_parts(boxes: Iterable[Box]) -> Iterator[tuple[Box, Box]]:
         active.extend(remainder)
 
 
+def find_overlap(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
+    """Two boxes with a common element, None where there are none; swept like `disjoint_parts`."""
+    active: list[Box] = []
+    for box in sorted(boxes):
+        if box.sizes:
+            active = [earlier for earlier in active if earlier.offsets[0] + earlier.sizes[0] > box.offsets[0]]
+        for earlier in active:
+            if earlier.intersect(box) is not None:
+                return earlier, box
+        active.append(box)
+    return None
+
+
 def _with_range(offsets: list[int], sizes: list[int], d: int, start: int, stop: int) -> Box:
     """The box with its extent along dimension `d` replaced by start..stop."""
     return Box((*offsets[:d], start, *offsets[d + 1 :]), (*sizes[:d], stop - start, *sizes[d + 1 :]))

@@ -5,14 +5,13 @@
     step_00000050.deleting/  being deleted; never read
     latest                   name of the checkpoint a run resumes from
 
-A manifest of all files and their sizes is the last file written before the rename, so that a checkpoint damaged later
-(a partial copy, a full quota) is noticed before anything is loaded.
+A manifest of all files is the last one written before the rename (checkpoint/manifest.py), so that a checkpoint damaged
+later (a partial copy, a full quota) is noticed before anything is loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -24,9 +23,9 @@ import torch.distributed as dist
 
 from bitdance_scale.checkpoint import durable
 from bitdance_scale.checkpoint.agreement import on_all_ranks, on_first_rank
+from bitdance_scale.checkpoint.manifest import find_damage, write_manifest
 from bitdance_scale.errors import CheckpointError
 
-MANIFEST_NAME = "manifest.json"
 LATEST_NAME = "latest"
 _WRITING = ".writing"
 _DELETING = ".deleting"
@@ -100,8 +99,9 @@ class CheckpointFolder:
         says so.
 
         Raises:
-            CheckpointError: on every rank: the checkpoint lacks a file or a file's size is wrong. The message names the
-                file and how to resume from an older checkpoint.
+            CheckpointError: on every rank: the checkpoint lacks a file, or a file is not what was written. The message
+                names the file and how to resume from an older checkpoint. The content of tensor files is compared
+                by `load_checkpoint`.
         """
         name = on_first_rank(self.group, self._find_latest)
         return None if name is None else self.root / name
@@ -125,10 +125,8 @@ class CheckpointFolder:
 
     def _commit(self, aside: Path, committed: Path) -> None:
         self._before("manifest")
-        paths = sorted(aside.rglob("*"))
-        sizes = {path.relative_to(aside).as_posix(): path.stat().st_size for path in paths if path.is_file()}
-        durable.write_text(aside / MANIFEST_NAME, json.dumps({"files": sizes}, indent=1))
-        for path in [*paths, aside]:
+        write_manifest(aside)
+        for path in [*sorted(aside.rglob("*")), aside]:
             durable.sync(path)
         if committed.exists():
             # Of a branch the user went back behind: `latest` names an earlier one, or `_create` had refused.
@@ -158,6 +156,11 @@ class CheckpointFolder:
             return (self.root / LATEST_NAME).read_text(encoding="utf-8").strip()
         except FileNotFoundError:
             return None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.root / LATEST_NAME} cannot be read ({type(error).__name__}: {error}); write the name of a "
+                "checkpoint into it, such as step_00000100"
+            ) from error
 
     def _find_latest(self) -> str | None:
         name, steps = self._pointed(), self.steps()
@@ -183,24 +186,6 @@ class CheckpointFolder:
 
     def _is_first_rank(self) -> bool:
         return not dist.is_initialized() or dist.get_rank(self.group) == 0
-
-
-def find_damage(path: Path) -> str | None:
-    """What is wrong with a committed checkpoint: the first file that is missing or not of its manifest's size."""
-    manifest = path / MANIFEST_NAME
-    try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"].items()
-    except FileNotFoundError:
-        return f"{manifest} is missing" if path.is_dir() else "there is no such checkpoint"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{manifest} is damaged ({type(error).__name__}: {error})"
-    for name, size_bytes in files:
-        file = path / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != size_bytes:
-            return f"{file} has {file.stat().st_size} bytes, {size_bytes} were written"
-    return None
 
 
 def _name(step: int) -> str:

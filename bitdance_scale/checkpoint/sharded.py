@@ -33,7 +33,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from bitdance_scale.checkpoint.agreement import describe_failures, on_first_rank
 from bitdance_scale.checkpoint.boxes import Box, disjoint_parts
-from bitdance_scale.checkpoint.storage import SafetensorsReader, SafetensorsWriter, read_index
+from bitdance_scale.checkpoint.index import StoredFile, read_index
+from bitdance_scale.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.parallel.partition import Piece, ShardedValue
 
@@ -83,17 +84,31 @@ def load_sharded(
 
     Raises:
         CheckpointError: on every rank, before any tensor is written to: the checkpoint lacks a tensor, or holds one
-            more, or one of another shape or dtype. Also for files that cannot be read.
+            more, or one of another shape or dtype; a file is missing or is not what was written. Only a device that
+            fails between this check and the reading leaves the tensors half filled.
     """
     index = on_first_rank(group, lambda: read_index(folder))
+    rank, num_ranks = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
     with _dcp_errors(f"{folder}: not loaded", group):
         dcp.load(
             dict(values),
-            storage_reader=SafetensorsReader(folder, index),
+            storage_reader=SafetensorsReader(folder, index, _files_to_check(index, prefix, num_ranks)[rank]),
             planner=_LoadPieces(prefix),
             process_group=group,
             no_dist=not dist.is_initialized(),
         )
+
+
+def _files_to_check(index: Metadata, prefix: str, num_ranks: int) -> list[list[StoredFile]]:
+    """Per rank the files it hashes: each that holds a wanted tensor once, the largest first to who has the least."""
+    wanted = {file for box, file in index.storage_data.items() if box.fqn.startswith(prefix)}
+    shares: list[list[StoredFile]] = [[] for _ in range(num_ranks)]
+    load_bytes = [0] * num_ranks
+    for file in sorted(wanted, key=lambda file: (-file.num_bytes, file.name)):
+        rank = min(range(num_ranks), key=load_bytes.__getitem__)
+        shares[rank].append(file)
+        load_bytes[rank] += file.num_bytes
+    return shares
 
 
 @contextlib.contextmanager

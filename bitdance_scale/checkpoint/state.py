@@ -4,13 +4,12 @@ config.toml        the resolved configuration of the run
 train_state.json   how far the run is: step, counts, position in the data, optimiser counters
 tensors/           `model.<name>`, the parameters in their training dtype, and `optimizer.<kind>.<name>`, the
                    float32 masters and moments; by global names, in boxes that know no layout
-manifest.json      every file and its size
+manifest.json      every file and its size; digests of those above (a tensor file's is in tensors/index.json)
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,9 +23,11 @@ from torch.distributed.checkpoint import Metadata
 import bitdance_scale
 from bitdance_scale.checkpoint import durable
 from bitdance_scale.checkpoint.agreement import on_first_rank
-from bitdance_scale.checkpoint.folder import CheckpointFolder, find_damage
+from bitdance_scale.checkpoint.digest import text_digest
+from bitdance_scale.checkpoint.folder import CheckpointFolder
+from bitdance_scale.checkpoint.index import read_index
+from bitdance_scale.checkpoint.manifest import find_damage
 from bitdance_scale.checkpoint.sharded import load_sharded, save_sharded
-from bitdance_scale.checkpoint.storage import read_index
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.parallel.partition import ShardedValue
 
@@ -125,7 +126,7 @@ def model_signature(index: Metadata) -> str:
         for name, tensor in index.state_dict_metadata.items()
         if name.startswith(MODEL_PREFIX)
     }
-    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
+    return text_digest(json.dumps(shapes, sort_keys=True))
 
 
 def _prefixed(prefix: str, values: Mapping[str, ShardedValue]) -> dict[str, ShardedValue]:
@@ -134,7 +135,7 @@ def _prefixed(prefix: str, values: Mapping[str, ShardedValue]) -> dict[str, Shar
 
 def _write_texts(path: Path, state: TrainState, config_text: str) -> None:
     content = dataclasses.asdict(state) | {
-        "config_sha256": hashlib.sha256(config_text.encode()).hexdigest(),
+        "config_sha256": text_digest(config_text),
         "model_signature": model_signature(read_index(path / TENSORS_DIR)),
         "versions": {"bitdance_scale": bitdance_scale.__version__, "torch": torch.__version__},
     }

@@ -165,7 +165,11 @@ class ZeroEngine:
             yield name, Fragment(start, *views)
 
     def model_values(self) -> dict[str, ShardedValue]:
-        """The weights in training dtype, as views to save from or load into."""
+        """The weights in training dtype, as views to save from or load into.
+
+        Under ZeRO-3 they are loaded before the first step: after one, DeepSpeed keeps small parameters gathered beside
+        the parts that these views see.
+        """
         values = {}
         for name, (parameter, placement) in self.parameters.items():
             if self._zero_stage == 3:

@@ -8,10 +8,9 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from bitdance_scale.observe.metrics import METRICS_FILE, read_metrics
+from tests.distributed.small_demo import small_demo
 from tests.distributed.spawn import run_ranks
 
 NUM_RANKS = 2
@@ -22,27 +21,7 @@ KILL_STEP = 4
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory) -> list[str]:
-    """Overrides that make the demo small: few images, an untrained tokenizer, two layers."""
-    from bitdance_scale.vision.autoencoder import Autoencoder
-    from tools.make_demo_shards import write_shards
-
-    folder = tmp_path_factory.mktemp("material")
-    write_shards(folder / "shards", num_images=60, per_shard=30, seed=0)
-    torch.manual_seed(0)
-    save_file(
-        Autoencoder(num_bits=16, channels=32, channel_mult=(1, 1, 2), num_res_blocks=1).state_dict(),
-        folder / "ae.safetensors",
-    )
-    return [
-        f"data.shards=['{folder / 'shards'}']",
-        f"vision.weights='{folder / 'ae.safetensors'}'",
-        "model.num_layers=2",
-        "data.global_batch=10",
-        f"run.steps={NUM_STEPS}",
-        f"checkpoint.every_steps={SAVE_EVERY}",
-        "sample.every_steps=0",
-        "observe.wandb_mode=disabled",
-    ]
+    return small_demo(tmp_path_factory.mktemp("material"), num_steps=NUM_STEPS, save_every=SAVE_EVERY)
 
 
 def _run(rank: int, root: str, overrides: list[str], kill: str | None) -> tuple[str, int]:

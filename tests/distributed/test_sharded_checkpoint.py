@@ -14,6 +14,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from bitdance_scale.checkpoint import storage
+from bitdance_scale.checkpoint.digest import find_change
 from bitdance_scale.checkpoint.folder import CheckpointFolder
 from bitdance_scale.checkpoint.sharded import load_sharded, save_sharded
 from bitdance_scale.checkpoint.state import TrainState, load_checkpoint, save_checkpoint
@@ -171,6 +172,44 @@ def refuse(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 def test_a_failure_on_one_rank_is_raised_on_all(tmp_path):
     run_ranks(2, fail_in_turn, tmp_path)
+
+
+def find_flipped_bit(rank: int, root: Path, is_damaged: bool) -> list[str]:
+    """Loads a checkpoint that may be damaged; the files this rank hashed."""
+    start(rank)
+    holder, hashed = Holder(1, 2, rank), []
+    holder.clear()
+    before = {name: tensor.clone() for name, tensor in holder.tensors().items()}
+
+    def record(path: Path, *written: object) -> str | None:
+        hashed.append(path.name)
+        return find_change(path, *written)
+
+    with mock.patch.object(storage, "find_change", record):
+        path = CheckpointFolder(root, keep=1).latest()
+        if is_damaged:
+            # All ranks raise what only one of them has seen, and none has written to a tensor.
+            with pytest.raises(CheckpointError, match=r"not loaded: rank \d: .*rank00003_000.safetensors is damaged: its"):
+                load_checkpoint(path, holder.model(), holder.fragments, tokenizer_digest="t")
+            assert all(torch.equal(tensor, before[name]) for name, tensor in holder.tensors().items())
+        else:
+            load_checkpoint(path, holder.model(), holder.fragments, tokenizer_digest="t")
+    dist.destroy_process_group()
+    return hashed
+
+
+def test_ranks_share_out_the_files_to_hash_and_agree_on_damage(tmp_path):
+    load_and_save(0, tmp_path, [], 1, True)
+    run_ranks(4, load_and_save, tmp_path, ["tp1_dp1"], 4, True)
+    root = tmp_path / "tp2_dp2"
+    shares = run_ranks(2, find_flipped_bit, root, False)
+    assert sorted(shares[0] + shares[1]) == [f"rank{rank:05d}_000.safetensors" for rank in range(4)]
+    assert len(shares[0]) == len(shares[1])
+    file = root / "step_00000003" / "tensors" / "rank00003_000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    run_ranks(2, find_flipped_bit, root, True)
 
 
 def die_inside(rank: int, root: Path, where: str) -> None:

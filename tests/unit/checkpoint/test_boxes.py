@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitdance_scale.checkpoint.boxes import Box, disjoint_parts
+from bitdance_scale.checkpoint.boxes import Box, disjoint_parts, find_overlap
 
 SHAPE = (5, 4, 3)
 OUTER = Box((0, 0, 0), SHAPE)
@@ -45,6 +45,14 @@ def test_disjoint_parts_cover_what_the_boxes_cover(given_boxes):
         assert box in given_boxes and box.intersect(part) == part
     covered = filled(*given_boxes) > 0
     np.testing.assert_array_equal(filled(*(part for _, part in pairs)), covered.astype(int))
+
+
+@given(st.lists(boxes(), max_size=5))
+def test_an_overlap_is_found_where_there_is_one(given_boxes):
+    overlap = find_overlap(given_boxes)
+    assert (overlap is not None) == (filled(*given_boxes).max() > 1)
+    if overlap is not None:
+        assert set(overlap) <= set(given_boxes) and overlap[0].intersect(overlap[1]) is not None
 
 
 def test_scalars():

