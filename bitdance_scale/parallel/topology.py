@@ -143,7 +143,10 @@ def make_topology(section: ParallelSection) -> Topology:
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=section.tensor, pipeline_model_parallel_size=section.pipeline
+        tensor_model_parallel_size=section.tensor,
+        pipeline_model_parallel_size=section.pipeline,
+        # Gloo twins of every group, which nothing here uses.
+        create_gloo_process_groups=False,
     )
     replica_group = parallel_state.get_model_parallel_group()
     replica_ranks = tuple(dist.get_process_group_ranks(replica_group))
