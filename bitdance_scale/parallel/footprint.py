@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bitdance_scale.config.schema import ParallelSection, RunConfig
+from bitdance_scale.config.schema import ParallelSection, RunConfig, VisionSection
 from bitdance_scale.data.typical import typical_packs
 from bitdance_scale.model.attention import DocumentMask
 from bitdance_scale.model.inputs import PackInputs, make_inputs
@@ -32,6 +32,7 @@ from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import ZeroEngine
 from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.sequence.pack import Pack
+from bitdance_scale.vision.autoencoder import Autoencoder
 
 # The second step is measured: ZeRO-3 learns in the first in which order it will gather weights ahead.
 _NUM_STEPS = 2
@@ -49,6 +50,7 @@ class Bytes:
         buffers: DeepSpeed's for reducing and gathering, and temporary tensors of the optimiser.
         inputs: packs of the step: tokens, noise, masks.
         activations: everything that the model makes going forward and backward.
+        tokenizer: the frozen autoencoder, float32. It encodes between steps, when there are no activations.
     """
 
     weights: int = 0
@@ -58,9 +60,11 @@ class Bytes:
     buffers: int = 0
     inputs: int = 0
     activations: int = 0
+    tokenizer: int = 0
 
     @property
     def total(self) -> int:
+        """Their sum."""
         return sum(dataclasses.astuple(self))
 
 
@@ -132,11 +136,12 @@ def footprint_here(
         building_peak = log.peak(0, log.position).total
         batch, _kept = ([_copy(made[id(pack)], log) for pack in group] for group in (packs, waiting))
         held, peak = _run_steps(log, engine, batch, config, topology)
+    tokenizer = _tokenizer_bytes(config.vision)
     largest = next(storage for storage in peak.storages if storage.role in ("buffers", "activations"))
     return Footprint(
-        held=Bytes(**held),
-        peak=Bytes(**peak.by_role),
-        building_peak=building_peak,
+        held=Bytes(**held, tokenizer=tokenizer),
+        peak=Bytes(**peak.by_role, tokenizer=tokenizer),
+        building_peak=building_peak + tokenizer,
         largest=(largest.maker, largest.nbytes),
         num_micro_batches=len(packs) + len(waiting),
         num_in_flight=min(in_flight, (len(packs) + len(waiting)) * config.parallel.virtual_stages),
@@ -224,6 +229,17 @@ def _copy(inputs: PackInputs, log: StorageLog) -> PackInputs:
     }
     mask = DocumentMask(inputs.mask.spans, tuple(copy(mask) for mask in inputs.mask.masks))
     return dataclasses.replace(inputs, mask=mask, **tensors)
+
+
+def _tokenizer_bytes(section: VisionSection) -> int:
+    with torch.device("meta"):
+        autoencoder = Autoencoder(
+            num_bits=section.num_bits,
+            channels=section.channels,
+            channel_mult=section.channel_mult,
+            num_res_blocks=section.num_res_blocks,
+        )
+    return sum(parameter.numel() * torch.float32.itemsize for parameter in autoencoder.parameters())
 
 
 def _be_quiet() -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 # Packages whose code is named as the maker of a storage, the innermost frame first.
@@ -76,13 +76,15 @@ class StorageLog(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204  (the signature of torch)
         if func is torch.ops.aten._local_scalar_dense.default:
             return self._number(args[0])
+        literal = None
+        if func is torch.ops.aten.lift_fresh.default and type(args[0]) is torch.Tensor:
+            literal = _integers_of(args[0])
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor):
                 self._see(value, func)
-        if func is torch.ops.aten.lift_fresh.default and type(args[0]) is torch.Tensor and args[0].dtype == torch.int64:
-            # As a list: an operation on the tensor would itself be without values.
-            self._integers[result.untyped_storage()._cdata] = args[0].numpy().ravel().tolist()
+        if literal is not None:
+            self._integers[result.untyped_storage()._cdata] = literal
         return result
 
     @property
@@ -119,6 +121,9 @@ class StorageLog(TorchDispatchMode):
         return Peak(most, dict(by_role), tuple(storages))
 
     def _see(self, tensor: torch.Tensor, func: object) -> None:
+        # DeepSpeed keeps shapes as tensors on the meta device.
+        if tensor.device.type == "meta":
+            return
         untyped = tensor.untyped_storage()
         key = untyped._cdata
         if key in self._alive or not untyped.nbytes():
@@ -137,6 +142,14 @@ class StorageLog(TorchDispatchMode):
             return 1.0
         values = self._integers.get(tensor.untyped_storage()._cdata)
         return 0 if values is None else values[tensor.storage_offset()]
+
+
+def _integers_of(tensor: torch.Tensor) -> list[int] | None:
+    """The values of a real tensor of int64; as a list, since an operation under the modes would have no values."""
+    if tensor.dtype != torch.int64:
+        return None
+    with _disable_current_modes():
+        return tensor.flatten().tolist()
 
 
 def _maker(func: object) -> str:
