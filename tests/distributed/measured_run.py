@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bitdance_scale.config.schema import ModelSection, RunConfig
@@ -79,19 +81,42 @@ def measure(_rank: int, config: RunConfig, is_fused: bool) -> Measured:
                 gradients = [parameter.grad for parameter, _ in engine.parameters.values() if parameter.grad is not None]
                 held = _bytes([*_tensors(), *gradients]) - _bytes(not_counted)
                 engine.step(config.optim.lr)
-    return Measured(storages=storages, held=held, peak=_peak(profiler))
+        left = {tensor.untyped_storage().data_ptr() for tensor in _tensors()}
+    return Measured(storages=storages, held=held, peak=_peak(profiler, left))
 
 
-def _peak(profiler: profile) -> int:
-    """The most bytes alive during step 1, from the allocator's events."""
-    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    begin = next(event.start_ns() for event in events if event.name() == "step 1")
+def _peak(profiler: profile, left: set[int]) -> int:
+    """The most bytes alive during step 1, from the allocator's events.
+
+    Releases by gloo's threads are not reported. Their reference can be the last one only right after a collective, when
+    this thread has let go already: a block without a reported release that is not in use at the end (`left`, addresses)
+    is taken as released at once. Otherwise such blocks would pile up.
+    """
+    events = list(_flatten(profiler.profiler.kineto_results.experimental_event_tree()))
+    begin = next(event.start_time_ns for event in events if event.name == "step 1")
+    changes = sorted(
+        (event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size)
+        for event in events
+        if event.tag == _EventType.Allocation
+    )
+    # The next thing reported about an address, going backwards: True if it is a release.
+    is_released_next: dict[int, bool] = dict.fromkeys(left, True)
+    counted = []
+    for time_ns, address, size in reversed(changes):
+        if size < 0 or is_released_next.get(address, False):
+            counted.append((time_ns, size))
+        is_released_next[address] = size < 0
     live, peak = 0, 0
-    for event in events:
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live) if event.start_ns() >= begin else 0
+    for time_ns, size in reversed(counted):
+        live += size
+        peak = max(peak, live) if time_ns >= begin else 0
     return peak
+
+
+def _flatten(nodes: Sequence[object]) -> Iterator[object]:
+    for node in nodes:
+        yield node
+        yield from _flatten(node.children)
 
 
 def _tensors() -> list[torch.Tensor]:
