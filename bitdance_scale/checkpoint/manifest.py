@@ -37,7 +37,9 @@ def find_damage(folder: Path) -> str | None:
         # The first version did not say which it was.
         version = content.get("version", 1)
         if version != MANIFEST_VERSION:
-            return f"{manifest} is of version {version}, this program reads {MANIFEST_VERSION}: use the one that wrote it"
+            return (
+                f"{manifest} is of version {version}, this program reads {MANIFEST_VERSION}: use the one that wrote it"
+            )
         if content["files_sha256"] != _list_digest(content["files"]):
             return f"{manifest} is damaged: the SHA-256 of its list is not that of what was written"
         files = [(_inside(folder, name), entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()]

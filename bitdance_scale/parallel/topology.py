@@ -154,6 +154,8 @@ def make_topology(section: ParallelSection) -> Topology:
         tensor_model_parallel_size=section.tensor,
         pipeline_model_parallel_size=section.pipeline,
         virtual_pipeline_model_parallel_size=section.virtual_stages if section.virtual_stages > 1 else None,
+        # Gloo twins of every group, which nothing here uses.
+        create_gloo_process_groups=False,
     )
     replica_group = parallel_state.get_model_parallel_group()
     replica_ranks = tuple(dist.get_process_group_ranks(replica_group))

@@ -36,6 +36,8 @@ from deepspeed.utils import safe_get_full_grad  # noqa: E402
 deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# DeepSpeed's default. Its buffer of this size exists in full, however small the model is: 2 GB in float32.
+MAX_BUCKET_ELEMENTS = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,25 @@ class Fragment:
     exp_avg_sq: torch.Tensor
 
 
-def deepspeed_config(config: RunConfig, data_size: int) -> dict[str, object]:
-    """DeepSpeed's dictionary, derived from the tree; bf16 accumulates gradients in float32."""
+def deepspeed_config(config: RunConfig, data_size: int, num_elements: int) -> dict[str, object]:
+    """DeepSpeed's dictionary, derived from the tree; bf16 accumulates gradients in float32.
+
+    Args:
+        config: the run.
+        data_size: data-parallel ranks.
+        num_elements: elements of this rank's parameters. The buffer in which gradients are reduced holds no more of
+            them: how gradients are dealt to reductions changes nothing in their sums.
+    """
     settings: dict[str, object] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": data_size,
         "gradient_clipping": config.optim.clip_norm,
-        "zero_optimization": {"stage": config.parallel.zero_stage, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": config.parallel.zero_stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": min(num_elements, MAX_BUCKET_ELEMENTS),
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
@@ -87,12 +100,20 @@ def deepspeed_config(config: RunConfig, data_size: int) -> dict[str, object]:
 class ZeroEngine:
     """The stages of a pipeline rank under ZeRO.
 
+    Args:
+        module: the stages, with their initial weights.
+        config: the run.
+        topology: the ranks.
+        is_fused: whether AdamW is one kernel, without temporary tensors; default: on CUDA.
+
     Attributes:
         stages: the modules; their parameters are the engine's, but for a copy of a tied embedding (`parallel/tied.py`).
         parameters: global name -> parameter and placement.
     """
 
-    def __init__(self, module: RankStages, config: RunConfig, topology: Topology) -> None:
+    def __init__(
+        self, module: RankStages, config: RunConfig, topology: Topology, is_fused: bool | None = None
+    ) -> None:
         self.stages: list[Stage] = list(module.stages)
         self.tied = TiedEmbedding(self.stages, topology) if config.model.tie_embeddings else None
         self.parameters: Parameters = name_parameters(module, topology)
@@ -104,12 +125,12 @@ class ZeroEngine:
             betas=(config.optim.beta1, config.optim.beta2),
             eps=config.optim.eps,
             weight_decay=config.optim.weight_decay,
-            fused=topology.device.type == "cuda",
+            fused=topology.device.type == "cuda" if is_fused is None else is_fused,
         )
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            config=deepspeed_config(config, topology.data_size),
+            config=deepspeed_config(config, topology.data_size, _num_elements(self.parameters)),
             mpu=topology,
             dist_init_required=False,
         )
@@ -190,6 +211,25 @@ class ZeroEngine:
                 values[f"{key}.{name}"] = fragment_pieces(flat, fragment.start, placement)
         return values
 
+    def holdings(self) -> dict[str, list[torch.Tensor]]:
+        """What the engine keeps from step to step, by kind; tensors may be views of one storage.
+
+        `weights` in training dtype, `masters` and `moments` in float32, `buffers` for reducing gradients (ZeRO-3; the
+        other stages make theirs anew in every step).
+        """
+        parameters = [located.parameter for located in self.parameters.values()]
+        masters = self._flat_masters()
+        weights, buffers = [parameter.data for parameter in parameters], []
+        if self._zero_stage == 3:
+            weights += [parameter.ds_tensor for parameter in parameters]
+            buffers += [bucket.buffer for bucket in self._optimizer.ipg_buckets.values()]
+        return {
+            "weights": weights,
+            "masters": masters,
+            "moments": [self._adam.state[flat][key] for flat in masters for key in MOMENTS],
+            "buffers": buffers,
+        }
+
     def optimizer_step(self) -> int:
         """Optimiser steps taken, AdamW's bias-correction counter."""
         return int(self._adam.state[self._flat_masters()[0]]["step"].item())
@@ -235,3 +275,7 @@ class ZeroEngine:
         size = parameter.ds_tensor.ds_numel
         start = min(self._topology.data_rank * size, parameter.ds_numel)
         return start, min(size, parameter.ds_numel - start)
+
+
+def _num_elements(parameters: Parameters) -> int:
+    return sum(located.parameter.numel() for located in parameters.values())

@@ -29,7 +29,7 @@ LAYOUTS: list[tuple[int, dict[str, object]]] = [
     (4, {"tensor": 2, "pipeline": 1, "zero_stage": 2}),
     (4, {"tensor": 2, "pipeline": 1, "zero_stage": 3}),
     (4, {"tensor": 1, "pipeline": 2, "zero_stage": 1}),
-    (4, {"tensor": 2, "pipeline": 2, "zero_stage": 1}),
+    (4, {"tensor": 2, "pipeline": 2, "zero_stage": 1, "sequence_parallel": True, "pipeline_split": (3, 1)}),
 ]
 # Numbers of the layouts that are compared, each with each other.
 SAVED_LAYOUTS = {"float32": range(len(LAYOUTS)), "bfloat16": (0, 2, 6, 9, 10)}
@@ -82,7 +82,8 @@ def _rate(number: int) -> float:
 def _take_step(engine, config, topology, step: int, number: int) -> float:
     from bitdance_scale.parallel.step import train_step
 
-    losses, outcome = train_step(engine, step_inputs(config, topology, 1, step), config.loss, _rate(number), topology)
+    batch = step_inputs(config, topology, config.parallel.packs_multiple, step)
+    losses, outcome = train_step(engine, batch, config.loss, _rate(number), topology)
     assert not outcome.is_skipped
     return losses.total
 
@@ -203,3 +204,23 @@ def test_a_layout_loads_every_other_bit_for_bit(saved, number):
     _assert_covered([boxes for boxes, _ in found], saved.tensors)
     for _, loss in found:
         assert loss == pytest.approx(saved.next_losses[others[-1]], rel=LOSS_TOLERANCE[saved.dtype])
+
+
+def test_tied_weights_and_interleaved_stages_move_both_ways(tmp_path):
+    """Six stages on three ranks: a rank holds stages 1 and 4, and the last one only a copy of the tied weight."""
+
+    def config(**parallel: object):
+        toy = _config(parallel, "float32")
+        return dataclasses.replace(toy, model=dataclasses.replace(toy.model, num_layers=6, tie_embeddings=True))
+
+    layouts = [(1, config()), (3, config(pipeline=3, virtual_stages=2))]
+    losses = []
+    for number, (num_ranks, saved_under) in enumerate(layouts):
+        records = run_ranks(num_ranks, _save, saved_under, tmp_path, number)
+        whole = _whole(records)
+        assert "output.weight" not in whole
+        save_file(whole, tmp_path / f"{number}.safetensors")
+        losses.append(records[0].next_loss)
+    for number, (num_ranks, loaded_under) in enumerate(layouts):
+        for _, loss in run_ranks(num_ranks, _load, loaded_under, tmp_path, [1 - number]):
+            assert loss == pytest.approx(losses[1 - number], rel=LOSS_TOLERANCE["float32"])

@@ -260,7 +260,10 @@ def _half_precision(file: Path) -> None:
     ("change", "message"),
     [
         (_half_precision, r"model.w@0,0 is F16, not torch.bfloat16"),
-        (lambda file: save_file({n: t.reshape(-1) for n, t in load_file(file).items()}, file), r"is \[12\], not \[4, 3\]"),
+        (
+            lambda file: save_file({n: t.reshape(-1) for n, t in load_file(file).items()}, file),
+            r"is \[12\], not \[4, 3\]",
+        ),
         (lambda file: save_file({"other": torch.zeros(1)}, file), "does not contain tensor model.w@0,0"),
         (lambda file: file.write_bytes(b"\xff" * 60), "header"),
     ],

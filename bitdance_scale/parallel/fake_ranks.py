@@ -1,0 +1,75 @@
+"""One process as any rank of a job of any size: collectives that do nothing on tensors that hold nothing.
+
+PyTorch's "fake" process-group backend answers every collective at once, and `FakeTensorMode` gives every tensor its
+shape, dtype and storage size without memory. Stages, engines and schedules run on them unchanged, so that what they
+would allocate on a rank can be written down. Three places need telling where values do not exist; they are below.
+
+The process groups are global to the process: `parallel/footprint.py` gives every such rank a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bitdance_scale.config.schema import ParallelSection
+from bitdance_scale.parallel.storage_log import StorageLog
+from bitdance_scale.parallel.topology import Topology, make_topology
+
+
+def join_fake_job(world_size: int, rank: int, section: ParallelSection) -> Topology:
+    """Makes this process rank `rank` of a job of `world_size` ranks that do not exist; it must be in no job yet."""
+    # Registers the backend.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    # DeepSpeed insists on the variables that a launcher sets.
+    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE="1")
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    return make_topology(section)
+
+
+@contextlib.contextmanager
+def no_memory(hidden_shape: tuple[int, int, int]) -> Iterator[StorageLog]:
+    """Within it tensors take no memory and are logged.
+
+    Args:
+        hidden_shape: what pipeline stages send each other; the message with the shape has no value here.
+    """
+    # Decompositions and collectives of the fake tensors are registered on import.
+    import torch.distributed._tools.fake_collectives  # noqa: F401
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    def communicate_shapes(
+        _self: object, send_next: object, send_previous: object, recv_previous: bool, recv_next: bool
+    ) -> tuple[list[int], list[int]]:
+        shape = list(hidden_shape)
+        return shape if recv_previous else [0, 0, 0], shape if recv_next else [0, 0, 0]
+
+    log = StorageLog()
+    with (
+        mock.patch.object(P2PCommunicator, "_communicate_shapes", communicate_shapes),
+        mock.patch.object(nn.Module, "_apply", _convert),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        log,
+    ):
+        yield log
+
+
+def _convert(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """`Module.to` and the like as they treat real tensors: in place. Fake ones PyTorch would swap, and refuses to."""
+    if recurse:
+        for child in module.children():
+            _convert(child, convert)
+    for parameter in module.parameters(recurse=False):
+        with torch.no_grad():
+            parameter.data = convert(parameter.data)
+    for name, buffer in module.named_buffers(recurse=False):
+        setattr(module, name, convert(buffer))
+    return module

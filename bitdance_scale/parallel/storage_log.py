@@ -1,0 +1,171 @@
+"""A log of every tensor storage made and freed while it is on: the memory of a program, event by event.
+
+It sees what PyTorch's dispatcher sees. Under `FakeTensorMode` nothing is allocated and the log is all that remains of
+the memory; scratch space inside a kernel or a communication library is never seen.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+# Packages whose code is named as the maker of a storage, the innermost frame first.
+_MAKERS = ("bitdance_scale", "megatron", "deepspeed")
+# DeepSpeed's replacement of `torch.nn.functional.linear` under ZeRO-3: what it makes are activations of its caller.
+_TRANSPARENT = ("/deepspeed/runtime/zero/linear.py",)
+_OPTIMIZER = "/torch/optim/"
+_AUTOGRAD = "/torch/autograd/graph.py"
+
+
+@dataclass(eq=False)
+class Storage:
+    """One storage.
+
+    Attributes:
+        nbytes: its size.
+        maker: who made it, `package/file.py function`; for what autograd makes by itself, the operation.
+        role: what it is for; empty until somebody knows.
+    """
+
+    nbytes: int
+    maker: str
+    role: str = ""
+
+    @property
+    def is_engine_made(self) -> bool:
+        """Whether DeepSpeed or the optimiser made it, rather than the model."""
+        return self.maker.startswith(("deepspeed/", "torch/optim"))
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The fullest moment of a stretch of the log.
+
+    Attributes:
+        total: bytes alive.
+        by_role: bytes alive by `Storage.role`.
+        storages: what was alive, the largest first.
+    """
+
+    total: int
+    by_role: dict[str, int]
+    storages: tuple[Storage, ...]
+
+
+class StorageLog(TorchDispatchMode):
+    """Logs storages by what operations return; enter it inside a `FakeTensorMode`.
+
+    Values do not exist under that mode, but engines ask for a few. Integers that a program wrote down itself
+    (`torch.tensor([..])`) are remembered; any other number asked for is 1.0, or 0 for an integer or boolean.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[tuple[Storage, int]] = []
+        self._alive: dict[int, tuple[Storage, weakref.ref]] = {}
+        self._integers: dict[int, list[int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204  (the signature of torch)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return self._number(args[0])
+        literal = None
+        if func is torch.ops.aten.lift_fresh.default and type(args[0]) is torch.Tensor:
+            literal = _integers_of(args[0])
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self._see(value, func)
+        if literal is not None:
+            self._integers[result.untyped_storage()._cdata] = literal
+        return result
+
+    @property
+    def position(self) -> int:
+        """How far the log has come; a stretch is between two positions."""
+        return len(self.events)
+
+    def alive(self) -> list[Storage]:
+        """The storages alive now."""
+        return [storage for storage, _ in self._alive.values()]
+
+    def assign(self, tensors: Iterable[torch.Tensor], role: str) -> None:
+        """Says what the storages of these tensors are for; the first role given to a storage stays."""
+        for tensor in tensors:
+            entry = self._alive.get(tensor.untyped_storage()._cdata)
+            if entry is not None and not entry[0].role:
+                entry[0].role = role
+
+    def peak(self, start: int, stop: int) -> Peak:
+        """The first fullest moment after the events number `start` to `stop` - 1."""
+        live = sum(storage.nbytes * sign for storage, sign in self.events[:start])
+        most, moment = live, start
+        for number, (storage, sign) in enumerate(self.events[start:stop], start + 1):
+            live += storage.nbytes * sign
+            if live > most:
+                most, moment = live, number
+        count = Counter()
+        for storage, sign in self.events[:moment]:
+            count[storage] += sign
+        storages = sorted((storage for storage, number in count.items() if number), key=lambda item: -item.nbytes)
+        by_role: Counter[str] = Counter()
+        for storage in storages:
+            by_role[storage.role] += storage.nbytes
+        return Peak(most, dict(by_role), tuple(storages))
+
+    def _see(self, tensor: torch.Tensor, func: object) -> None:
+        # DeepSpeed keeps shapes as tensors on the meta device.
+        if tensor.device.type == "meta":
+            return
+        untyped = tensor.untyped_storage()
+        key = untyped._cdata
+        if key in self._alive or not untyped.nbytes():
+            return
+        storage = Storage(untyped.nbytes(), _maker(func))
+        self._alive[key] = (storage, weakref.ref(untyped, lambda _: self._drop(key)))
+        self.events.append((storage, 1))
+
+    def _drop(self, key: int) -> None:
+        storage, _ = self._alive.pop(key)
+        self._integers.pop(key, None)
+        self.events.append((storage, -1))
+
+    def _number(self, tensor: torch.Tensor) -> float | int:
+        if tensor.is_floating_point():
+            return 1.0
+        values = self._integers.get(tensor.untyped_storage()._cdata)
+        return 0 if values is None else values[tensor.storage_offset()]
+
+
+def _integers_of(tensor: torch.Tensor) -> list[int] | None:
+    """The values of a real tensor of int64; as a list, since an operation under the modes would have no values."""
+    if tensor.dtype != torch.int64:
+        return None
+    with _disable_current_modes():
+        return tensor.flatten().tolist()
+
+
+def _maker(func: object) -> str:
+    """The function of ours or of an engine that is running; for an operation of the backward pass, the operation."""
+    frame = sys._getframe(3)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.endswith(_AUTOGRAD):
+            return f"{func} of the backward pass"
+        if _OPTIMIZER in file:
+            return f"torch/optim {frame.f_code.co_name}"
+        if not file.endswith(_TRANSPARENT) and file != __file__:
+            parts = Path(file).parts
+            for package in _MAKERS:
+                if package in parts:
+                    start = len(parts) - 1 - parts[::-1].index(package)
+                    return f"{'/'.join(parts[start:])} {frame.f_code.co_name}"
+        frame = frame.f_back
+    return str(func)

@@ -1,0 +1,141 @@
+"""What a real run on real ranks allocates, told by the allocator; imported by the spawned ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from bitdance_scale.config.schema import ModelSection, RunConfig
+from bitdance_scale.data.typical import typical_packs
+from bitdance_scale.model.inputs import PackInputs, make_inputs
+from bitdance_scale.parallel.footprint import Footprint, footprint_here
+from bitdance_scale.parallel.topology import make_topology, start_process_group
+from bitdance_scale.sequence.noise import pack_noise
+from bitdance_scale.sequence.pack import Pack
+from tests.distributed.toy import toy_config
+
+VOCAB_SIZE = 2001
+NUM_MICRO = 3
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes on one rank, inputs left out.
+
+    Attributes:
+        storages: of the tensors that the engine keeps, by kind.
+        held: of all tensors that exist between the last backward pass of the second step and its optimiser step.
+        peak: the most that the allocator had given out during the second step.
+    """
+
+    storages: dict[str, int]
+    held: int
+    peak: int
+
+
+def wide_config(dtype: str, **parallel: int | str | bool) -> RunConfig:
+    """A model whose parameters (3.7 M) and activations outweigh bookkeeping, on packs of about 1,000 positions."""
+    config = toy_config(**parallel)
+    model = ModelSection(num_layers=4, hidden_size=256, num_heads=8, num_kv_heads=4, head_dim=32, ffn_size=512)
+    classes = (dataclasses.replace(config.data.classes[0], side_px=32, buckets_px=((32, 32), (16, 64))),)
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, dtype=dtype),
+        model=model,
+        head=dataclasses.replace(config.head, width=128, head_dim=32),
+        text=dataclasses.replace(config.text, max_caption_tokens=40),
+        data=dataclasses.replace(config.data, classes=classes, global_batch=24, max_pack_tokens=1024),
+    )
+
+
+def estimate(_rank: int, config: RunConfig, world_size: int, rank: int, is_fused: bool) -> Footprint:
+    """The footprint of the same step."""
+    packs = _packs(config)
+    return footprint_here(config, VOCAB_SIZE, world_size, rank, packs, is_fused)
+
+
+def measure(_rank: int, config: RunConfig, is_fused: bool) -> Measured:
+    """Two steps under PyTorch's profiler, which reports every allocation and release of the CPU allocator."""
+    start_process_group(timeout_s=120)
+    topology = make_topology(config.parallel)
+    from bitdance_scale.parallel.build import build_stage
+    from bitdance_scale.parallel.step import accumulate_gradients, count_targets
+    from bitdance_scale.parallel.zero import ZeroEngine
+
+    # Before the profiler, which then does not count them.
+    batch = [_inputs(config, index) for index in range(NUM_MICRO)]
+    not_counted = _tensors()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        engine = ZeroEngine(build_stage(config, VOCAB_SIZE, topology), config, topology, is_fused)
+        for step in range(2):
+            with record_function(f"step {step}"):
+                counts = count_targets(batch, topology)
+                accumulate_gradients(engine, batch, counts, config.loss, topology)
+                storages = {kind: _bytes(tensors) for kind, tensors in engine.holdings().items()}
+                gradients = [parameter.grad for parameter, _ in engine.parameters.values() if parameter.grad is not None]
+                held = _bytes([*_tensors(), *gradients]) - _bytes(not_counted)
+                engine.step(config.optim.lr)
+        left = {tensor.untyped_storage().data_ptr() for tensor in _tensors()}
+    return Measured(storages=storages, held=held, peak=_peak(profiler, left))
+
+
+def _peak(profiler: profile, left: set[int]) -> int:
+    """The most bytes alive during step 1, from the allocator's events.
+
+    Releases by gloo's threads are not reported. Their reference can be the last one only right after a collective, when
+    this thread has let go already: a block without a reported release that is not in use at the end (`left`, addresses)
+    is taken as released at once. Otherwise such blocks would pile up.
+    """
+    events = list(_flatten(profiler.profiler.kineto_results.experimental_event_tree()))
+    begin = next(event.start_time_ns for event in events if event.name == "step 1")
+    changes = sorted(
+        (event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size)
+        for event in events
+        if event.tag == _EventType.Allocation
+    )
+    # The next thing reported about an address, going backwards: True if it is a release.
+    is_released_next: dict[int, bool] = dict.fromkeys(left, True)
+    counted = []
+    for time_ns, address, size in reversed(changes):
+        if size < 0 or is_released_next.get(address, False):
+            counted.append((time_ns, size))
+        is_released_next[address] = size < 0
+    live, peak = 0, 0
+    for time_ns, size in reversed(counted):
+        live += size
+        peak = max(peak, live) if time_ns >= begin else 0
+    return peak
+
+
+def _flatten(nodes: Sequence[object]) -> Iterator[object]:
+    for node in nodes:
+        yield node
+        yield from _flatten(node.children)
+
+
+def _tensors() -> list[torch.Tensor]:
+    """Every tensor that Python knows of."""
+    gc.collect()
+    return [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor) and item.device.type == "cpu"]
+
+
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    """Bytes of the storages of tensors, each storage once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _packs(config: RunConfig) -> list[Pack]:
+    return typical_packs(config, num_replicas=1)[:NUM_MICRO]
+
+
+def _inputs(config: RunConfig, index: int) -> PackInputs:
+    pack = _packs(config)[index]
+    noise = pack_noise(pack, config.vision.num_bits, config.run.seed, step=0)
+    return make_inputs(pack, noise, config, torch.device("cpu"))
