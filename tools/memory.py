@@ -15,10 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.rules import check
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import BitDanceError
+from bitdance_scale.model.attention import uses_flex
 from bitdance_scale.parallel.footprint import Bytes, Footprint, footprint
 from bitdance_scale.sequence.tokens import load_text_tokenizer
 
@@ -27,12 +30,16 @@ GIB = 2**30
 QWEN3_VOCAB = {4: 151940, 8: 151988}
 DOCS_PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 DOCS_CONFIG = "pipelines/configs/pt_14b.toml"
+_PLAIN = ("parallel.sequence_parallel=false", "parallel.recompute=none")
+_SAVING = ("parallel.sequence_parallel=true", "parallel.recompute=full")
 DOCS_LAYOUTS = (
-    (64, ("parallel.tensor=4", "parallel.pipeline=1", "parallel.zero_stage=1")),
-    (64, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.zero_stage=1")),
-    (8, ("parallel.tensor=1", "parallel.pipeline=1", "parallel.zero_stage=3")),
+    (64, ("parallel.tensor=4", *_PLAIN)),
+    (64, ("parallel.tensor=4", *_SAVING)),
+    (64, ("parallel.tensor=2", "parallel.pipeline=2", *_PLAIN)),
+    (64, ("parallel.tensor=2", "parallel.pipeline=2", *_SAVING)),
+    (8, ("parallel.tensor=1", "parallel.zero_stage=3", *_PLAIN)),
+    (8, ("parallel.tensor=1", "parallel.zero_stage=3", "parallel.sequence_parallel=false", "parallel.recompute=full")),
 )
-DOCS_COMMON = ("parallel.sequence_parallel=false", "parallel.recompute=none")
 BEGIN, END = "<!-- tools/memory.py --docs: begin -->", "<!-- tools/memory.py --docs: end -->"
 
 
@@ -53,13 +60,21 @@ def stage_lines(config: RunConfig, vocab_size: int, world_size: int) -> list[Sta
 
 def table(lines: Sequence[StageLine], device_gib: float, is_markdown: bool) -> str:
     """The lines as text in columns, or as a Markdown table."""
-    header = ["stage", *(field.name for field in dataclasses.fields(Bytes)), "total", "largest activation or buffer", f"fits {device_gib:g} GiB"]
+    header = [
+        "stage",
+        *(field.name for field in dataclasses.fields(Bytes)),
+        "total",
+        "most activations",
+        "largest at the peak",
+        f"fits {device_gib:g} GiB",
+    ]
     rows = [header]
     for stage, line in enumerate(lines):
         peak, (name, size) = line.footprint.peak, line.footprint.largest
         needed = max(peak.total, line.footprint.building_peak)
         fits = "yes" if needed <= device_gib * GIB else f"no, {needed / GIB:.1f}"
-        rows.append([str(stage), *_gib(peak), f"{size / GIB:.2f} {name}", fits])
+        most = f"{line.footprint.most_activations / GIB:.2f}"
+        rows.append([str(stage), *_gib(peak), most, f"{size / GIB:.2f} {name}", fits])
     if is_markdown:
         marked = [header, ["---"] * len(header), *rows[1:]]
         return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in marked)
@@ -71,8 +86,8 @@ def docs_section(device_gib: float) -> str:
     """The generated part of docs/memory.md."""
     parts = []
     for world_size, layout in DOCS_LAYOUTS:
-        overrides = [*DOCS_COMMON, *layout]
-        config = load_config(DOCS_PAGE.parents[1] / DOCS_CONFIG, overrides)
+        overrides = list(layout)
+        config = _on_gpu(load_config(DOCS_PAGE.parents[1] / DOCS_CONFIG, overrides))
         check(config, world_size)
         lines = stage_lines(config, QWEN3_VOCAB[config.vision.block_side], world_size)
         command = f"python tools/memory.py {DOCS_CONFIG} {' '.join(overrides)} --ranks {world_size} --markdown"
@@ -91,6 +106,13 @@ def _remark(lines: Sequence[StageLine]) -> str:
 
 def _gib(peak: Bytes) -> list[str]:
     return [f"{size / GIB:.2f}" for size in (*dataclasses.astuple(peak), peak.total)]
+
+
+def _on_gpu(config: RunConfig) -> RunConfig:
+    """The run with the form of attention that it has on a GPU, whatever this machine has."""
+    if not uses_flex(config.model, torch.device("cuda")):
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="flex"))
 
 
 def _vocab_size(config: RunConfig) -> int:
@@ -125,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.config is None or options.ranks is None:
             parser.error("CONFIG and --ranks are needed")
-        config = load_config(options.config, options.overrides)
+        config = _on_gpu(load_config(options.config, options.overrides))
         check(config, options.ranks)
         lines = stage_lines(config, options.vocab or _vocab_size(config), options.ranks)
     except BitDanceError as error:

@@ -34,13 +34,17 @@ def typical_packs(config: RunConfig, num_replicas: int) -> list[Pack]:
         ]
     )
     cost_model = CostModel.of_model(config.model)
-    ranks = partition_batch(lengths, num_replicas, config.data.max_pack_tokens, cost_model)
+    ranks = partition_batch(
+        lengths, num_replicas, config.data.max_pack_tokens, cost_model, config.parallel.packs_multiple
+    )
     # Only shapes count here, so one id serves for all special tokens.
     tokens = ImageTokens(0, 0, (0,) * NUM_RESOLUTION_TOKENS, (0,) * (config.vision.block_tokens - 1))
     packs = []
     for places in ranks[0]:
         pack = pack_samples([samples[place] for place in places], tokens, config.data.pack_multiple)
-        packs.append(pack.with_bits(np.zeros((len(pack.vision_positions), config.vision.num_bits // 8), dtype=np.uint8)))
+        packs.append(
+            pack.with_bits(np.zeros((len(pack.vision_positions), config.vision.num_bits // 8), dtype=np.uint8))
+        )
     return sorted(packs, key=lambda pack: (-len(pack.text_targets), -pack.num_positions))
 
 

@@ -22,9 +22,8 @@ import torch
 
 from bitdance_scale.config.schema import ParallelSection, RunConfig, VisionSection
 from bitdance_scale.data.typical import typical_packs
-from bitdance_scale.model.attention import DocumentMask
 from bitdance_scale.model.inputs import PackInputs, make_inputs
-from bitdance_scale.parallel.build import build_stage
+from bitdance_scale.parallel.build import build_stages
 from bitdance_scale.parallel.fake_ranks import join_fake_job, no_memory
 from bitdance_scale.parallel.step import accumulate_gradients, count_targets
 from bitdance_scale.parallel.storage_log import Peak, StorageLog
@@ -76,6 +75,8 @@ class Footprint:
         held: between the last backward pass of a step and the optimiser's step.
         peak: at the fullest moment of a step.
         building_peak: the most before the first step, initial weights and the engine's construction included.
+        most_activations: the most bytes of activations at any moment of a step; the peak may lie elsewhere, such as
+            where gradients are reduced.
         largest: name and bytes of the largest single activation or buffer at the peak.
         num_micro_batches: of this replica in a step.
         num_in_flight: of these, how many this rank keeps activations for at once.
@@ -84,6 +85,7 @@ class Footprint:
     held: Bytes
     peak: Bytes
     building_peak: int
+    most_activations: int
     largest: tuple[str, int]
     num_micro_batches: int
     num_in_flight: int
@@ -135,13 +137,14 @@ def footprint_here(
         engine = _build(log, config, vocab_size, topology, is_fused)
         building_peak = log.peak(0, log.position).total
         batch, _kept = ([_copy(made[id(pack)], log) for pack in group] for group in (packs, waiting))
-        held, peak = _run_steps(log, engine, batch, config, topology)
+        held, peak, most_activations = _run_steps(log, engine, batch, config, topology)
     tokenizer = _tokenizer_bytes(config.vision)
     largest = next(storage for storage in peak.storages if storage.role in ("buffers", "activations"))
     return Footprint(
         held=Bytes(**held, tokenizer=tokenizer),
         peak=Bytes(**peak.by_role, tokenizer=tokenizer),
         building_peak=building_peak + tokenizer,
+        most_activations=most_activations,
         largest=(largest.maker, largest.nbytes),
         num_micro_batches=len(packs) + len(waiting),
         num_in_flight=min(in_flight, (len(packs) + len(waiting)) * config.parallel.virtual_stages),
@@ -171,21 +174,21 @@ def _chosen(config: RunConfig, num_replicas: int, in_flight: int) -> tuple[list[
 
 
 def _build(log: StorageLog, config: RunConfig, vocab_size: int, topology: Topology, is_fused: bool) -> ZeroEngine:
-    stage = build_stage(config, vocab_size, topology)
+    stages = build_stages(config, vocab_size, topology)
 
     def note(parameter: torch.Tensor) -> None:
         log.assign([parameter.grad], "gradients")
 
     # Before the engine's own hooks, which take the gradient away.
-    for parameter in stage.parameters():
+    for parameter in stages.parameters():
         parameter.register_post_accumulate_grad_hook(note)
-    return ZeroEngine(stage, config, topology, is_fused)
+    return ZeroEngine(stages, config, topology, is_fused)
 
 
 def _run_steps(
     log: StorageLog, engine: ZeroEngine, batch: list[PackInputs], config: RunConfig, topology: Topology
-) -> tuple[dict[str, int], Peak]:
-    """(bytes held before the last optimiser step, peak of the last step)."""
+) -> tuple[dict[str, int], Peak, int]:
+    """(bytes held before the last optimiser step, peak of the last step, most activations in it)."""
     for _ in range(_NUM_STEPS):
         _assign_holdings(log, engine)
         start = log.position
@@ -201,7 +204,7 @@ def _run_steps(
     for storage, _ in log.events:
         if not storage.role:
             storage.role = "buffers" if storage.is_engine_made else "activations"
-    return dict(held), log.peak(start, log.position)
+    return dict(held), log.peak(start, log.position), log.most_of("activations", start)
 
 
 def _assign_holdings(log: StorageLog, engine: ZeroEngine) -> None:
@@ -217,18 +220,20 @@ def _inputs(pack: Pack, config: RunConfig) -> PackInputs:
 def _copy(inputs: PackInputs, log: StorageLog) -> PackInputs:
     """The same in tensors without memory; equal packs in a batch become tensors of their own, as in training."""
 
-    def copy(tensor: torch.Tensor) -> torch.Tensor:
-        new = torch.empty_like(tensor)
-        log.assign([new], "inputs")
-        return new
+    def copy(value: object) -> object:
+        if isinstance(value, torch.Tensor):
+            new = torch.empty_like(value)
+            log.assign([new], "inputs")
+            return new
+        if isinstance(value, tuple):
+            return tuple(copy(item) for item in value)
+        # The inputs themselves and, within them, the mask.
+        if dataclasses.is_dataclass(value):
+            fields = {field.name: copy(getattr(value, field.name)) for field in dataclasses.fields(value)}
+            return dataclasses.replace(value, **fields)
+        return value
 
-    tensors = {
-        field.name: copy(value)
-        for field in dataclasses.fields(inputs)
-        if isinstance(value := getattr(inputs, field.name), torch.Tensor)
-    }
-    mask = DocumentMask(inputs.mask.spans, tuple(copy(mask) for mask in inputs.mask.masks))
-    return dataclasses.replace(inputs, mask=mask, **tensors)
+    return copy(inputs)
 
 
 def _tokenizer_bytes(section: VisionSection) -> int:

@@ -67,6 +67,9 @@ class StorageLog(TorchDispatchMode):
     (`torch.tensor([..])`) are remembered; any other number asked for is 1.0, or 0 for an integer or boolean.
     """
 
+    # FlexAttention is one: it passes like any other, and its fake results are those of its kernels.
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.events: list[tuple[Storage, int]] = []
@@ -119,6 +122,15 @@ class StorageLog(TorchDispatchMode):
         for storage in storages:
             by_role[storage.role] += storage.nbytes
         return Peak(most, dict(by_role), tuple(storages))
+
+    def most_of(self, role: str, start: int) -> int:
+        """The most bytes of one role alive at once since event number `start`."""
+        live, most = 0, 0
+        for number, (storage, sign) in enumerate(self.events):
+            if storage.role == role:
+                live += storage.nbytes * sign
+                most = max(most, live) if number >= start else live
+        return most
 
     def _see(self, tensor: torch.Tensor, func: object) -> None:
         # DeepSpeed keeps shapes as tensors on the meta device.

@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 from bitdance_scale.config.schema import ParallelSection
 from bitdance_scale.parallel.cpu import redirect_cuda_calls
-from bitdance_scale.parallel.quiet import silence_engines
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,6 @@ def start_process_group(timeout_s: float = 1800.0) -> None:
 
 def make_topology(section: ParallelSection) -> Topology:
     """Builds the groups over all ranks of the running job; `start_process_group` comes first."""
-    silence_engines()
     redirect_cuda_calls()
     from megatron.core import parallel_state
 

@@ -22,13 +22,11 @@ from bitdance_scale.model.inputs import PackInputs
 from bitdance_scale.parallel.cpu import redirect_cuda_calls
 from bitdance_scale.parallel.names import Parameters, name_parameters
 from bitdance_scale.parallel.partition import ShardedValue, fragment_pieces, whole_pieces
-from bitdance_scale.parallel.quiet import silence_engines
 from bitdance_scale.parallel.stages import RankStages, Stage
 from bitdance_scale.parallel.tied import TiedEmbedding
 from bitdance_scale.parallel.topology import Topology
 
 redirect_cuda_calls()
-silence_engines()
 import deepspeed  # noqa: E402  (its accelerator is chosen at import)
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
 
@@ -111,9 +109,7 @@ class ZeroEngine:
         parameters: global name -> parameter and placement.
     """
 
-    def __init__(
-        self, module: RankStages, config: RunConfig, topology: Topology, is_fused: bool | None = None
-    ) -> None:
+    def __init__(self, module: RankStages, config: RunConfig, topology: Topology, is_fused: bool | None = None) -> None:
         self.stages: list[Stage] = list(module.stages)
         self.tied = TiedEmbedding(self.stages, topology) if config.model.tie_embeddings else None
         self.parameters: Parameters = name_parameters(module, topology)

@@ -64,7 +64,7 @@ def measure(_rank: int, config: RunConfig, is_fused: bool) -> Measured:
     """Two steps under PyTorch's profiler, which reports every allocation and release of the CPU allocator."""
     start_process_group(timeout_s=120)
     topology = make_topology(config.parallel)
-    from bitdance_scale.parallel.build import build_stage
+    from bitdance_scale.parallel.build import build_stages
     from bitdance_scale.parallel.step import accumulate_gradients, count_targets
     from bitdance_scale.parallel.zero import ZeroEngine
 
@@ -72,13 +72,15 @@ def measure(_rank: int, config: RunConfig, is_fused: bool) -> Measured:
     batch = [_inputs(config, index) for index in range(NUM_MICRO)]
     not_counted = _tensors()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        engine = ZeroEngine(build_stage(config, VOCAB_SIZE, topology), config, topology, is_fused)
+        engine = ZeroEngine(build_stages(config, VOCAB_SIZE, topology), config, topology, is_fused)
         for step in range(2):
             with record_function(f"step {step}"):
                 counts = count_targets(batch, topology)
                 accumulate_gradients(engine, batch, counts, config.loss, topology)
                 storages = {kind: _bytes(tensors) for kind, tensors in engine.holdings().items()}
-                gradients = [parameter.grad for parameter, _ in engine.parameters.values() if parameter.grad is not None]
+                gradients = [
+                    parameter.grad for parameter, _ in engine.parameters.values() if parameter.grad is not None
+                ]
                 held = _bytes([*_tensors(), *gradients]) - _bytes(not_counted)
                 engine.step(config.optim.lr)
         left = {tensor.untyped_storage().data_ptr() for tensor in _tensors()}

@@ -10,9 +10,7 @@ import threading
 import torch
 
 from bitdance_scale.parallel.cpu import redirect_cuda_calls
-from bitdance_scale.parallel.quiet import silence_engines
 
-silence_engines()
 redirect_cuda_calls()
 
 import bitdance_scale.checkpoint.state  # noqa: E402, F401
