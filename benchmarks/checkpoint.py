@@ -2,9 +2,9 @@
 
 PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/checkpoint.py --folder FOLDER
 
-Each rank holds half of every tensor. The baseline is one `save_file` with fsync, or one `load_file` copied into place, of
-the same bytes by each rank at the same time. Rounds alternate between the two; medians are printed as Markdown. Files are
-in the page cache when they are read, so that a load is bound by the processor rather than by the disk.
+Each rank holds half of every tensor. The baseline is one `save_file` with fsync, or one `load_file` copied into place,
+of the same bytes by each rank at the same time. Rounds alternate between the two; medians are printed as Markdown. Files
+are in the page cache when they are read, so that a load is bound by the processor rather than by the disk.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ def print_table(ranks: list[dict[str, list[float]]], files_mib: list[int]) -> No
         return max(statistics.median(found[what]) for found in ranks)
 
     plain = {what: median(f"plain {what}") for what in ("save", "load")}
-    print(f"| safetensors alone | {total / plain['save'] / MB:.0f} | 1 | | | {total / plain['load'] / MB:.0f} | 1 | | |")
+    speeds = {what: f"{total / seconds / MB:.0f}" for what, seconds in plain.items()}
+    print(f"| safetensors alone | {speeds['save']} | 1 | | | {speeds['load']} | 1 | | |")
     for file_mib in files_mib:
         cells = [f"files of {file_mib} MiB"]
         for what in ("save", "load"):
@@ -179,8 +180,9 @@ def main() -> None:
         found = run_ranks(NUM_RANKS, measure_descriptions, folder, given.boxes, timeout_s=3600)
         print(f"\n{given.boxes} boxes, index of {(folder / 'boxes' / 'index.json').stat().st_size / MB:.1f} MB")
         for rank, numbers in enumerate(found):
-            texts = (f"{w} {numbers[w + '_s']:.1f} s, {numbers[w] / given.boxes:.0f} bytes a box" for w in ("save", "load"))
-            print(f"rank {rank}: {'; '.join(texts)}")
+            for what in ("save", "load"):
+                seconds, box_bytes = numbers[f"{what}_s"], numbers[what] / given.boxes
+                print(f"rank {rank}: {what} {seconds:.1f} s, {box_bytes:.0f} bytes a box")
     finally:
         shutil.rmtree(folder)
 

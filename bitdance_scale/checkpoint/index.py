@@ -1,6 +1,7 @@
 """The index of a folder of sharded tensors: JSON, so that there is nothing in it to unpickle.
 
-It says of every file its size and SHA-256, and of every tensor its shape, its dtype and which box of it lies in which file.
+It says of every file its size and SHA-256, and of every tensor its shape, its dtype and which box of it lies in which
+file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: every file, its size and, but for the tensors, its SHA-256.
 
-The digests of tensor files are in the index beside them, taken by the ranks that wrote them; the manifest has that of the
-index. It has a digest of its own list too: a damaged manifest must not accuse the files it names.
+The digests of tensor files are in the index beside them, taken by the ranks that wrote them; the manifest has that of
+the index. It has a digest of its own list too: a damaged manifest must not accuse the files it names.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ def find_damage(folder: Path) -> str | None:
         # The first version did not say which it was.
         version = content.get("version", 1)
         if version != MANIFEST_VERSION:
-            return (
-                f"{manifest} is of version {version}, this program reads {MANIFEST_VERSION}: use the one that wrote it"
-            )
+            fix = f"this program reads {MANIFEST_VERSION}: use the one that wrote it"
+            return f"{manifest} is of version {version}, {fix}"
         if content["files_sha256"] != _list_digest(content["files"]):
             return f"{manifest} is damaged: the SHA-256 of its list is not that of what was written"
         files = [(_inside(folder, name), entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()]

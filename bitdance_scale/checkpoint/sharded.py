@@ -38,7 +38,7 @@ from bitdance_scale.checkpoint.storage import SafetensorsReader, SafetensorsWrit
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.parallel.partition import Piece, ShardedValue
 
-DEFAULT_MAX_FILE_BYTES = 512 * 2**20
+DEFAULT_MAX_FILE_BYTES = 128 * 2**20
 _MAX_NAMED_PROBLEMS = 3
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint saved by real engines under any layout, loaded under any other: the same bits, and the same next step."""
+"""A checkpoint saved by real engines under any layout and loaded under any other: the same bits, the same next step."""
 
 from __future__ import annotations
 

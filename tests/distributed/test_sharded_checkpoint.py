@@ -189,9 +189,7 @@ def find_flipped_bit(rank: int, root: Path, is_damaged: bool) -> list[str]:
         path = CheckpointFolder(root, keep=1).latest()
         if is_damaged:
             # All ranks raise what only one of them has seen, and none has written to a tensor.
-            with pytest.raises(
-                CheckpointError, match=r"not loaded: rank \d: .*rank00003_000.safetensors is damaged: its"
-            ):
+            with pytest.raises(CheckpointError, match=r"not loaded: rank \d: .*rank00003_000.safetensors is damaged"):
                 load_checkpoint(path, holder.model(), holder.fragments, tokenizer_digest="t")
             assert all(torch.equal(tensor, before[name]) for name, tensor in holder.tensors().items())
         else:

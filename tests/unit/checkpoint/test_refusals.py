@@ -1,4 +1,4 @@
-"""What is no sound checkpoint of this model is refused by file and reason; neither tensors nor the run folder change."""
+"""What is no sound checkpoint of this model is refused by file and reason; tensors and run folder stay as they were."""
 
 from __future__ import annotations
 
@@ -252,6 +252,10 @@ def rewrite_tensors(path: Path, change: Callable[[Path], None]) -> None:
     edit_index(path, seal)
 
 
+def _flat(file: Path) -> None:
+    save_file({name: tensor.reshape(-1) for name, tensor in load_file(file).items()}, file)
+
+
 def _half_precision(file: Path) -> None:
     save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file)
 
@@ -260,10 +264,7 @@ def _half_precision(file: Path) -> None:
     ("change", "message"),
     [
         (_half_precision, r"model.w@0,0 is F16, not torch.bfloat16"),
-        (
-            lambda file: save_file({n: t.reshape(-1) for n, t in load_file(file).items()}, file),
-            r"is \[12\], not \[4, 3\]",
-        ),
+        (_flat, r"is \[12\], not \[4, 3\]"),
         (lambda file: save_file({"other": torch.zeros(1)}, file), "does not contain tensor model.w@0,0"),
         (lambda file: file.write_bytes(b"\xff" * 60), "header"),
     ],
