@@ -1,7 +1,7 @@
 """Counts compilations of FlexAttention over many packs of random length and mask.
 
-    OMP_NUM_THREADS=1 python benchmarks/recompilation.py --packs 1000
-    python benchmarks/recompilation.py --packs 1000 --device cuda     forward and backward
+OMP_NUM_THREADS=1 python benchmarks/recompilation.py --packs 1000
+python benchmarks/recompilation.py --packs 1000 --device cuda     forward and backward
 """
 
 from __future__ import annotations

@@ -4,14 +4,13 @@ import math
 import pickletools
 import weakref
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from bitdance_scale.checkpoint.sharded import load_sharded, save_sharded
 from bitdance_scale.checkpoint.index import read_index
+from bitdance_scale.checkpoint.sharded import load_sharded, save_sharded
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.parallel.partition import Piece, Placement, ShardedValue, fragment_pieces, whole_pieces
 

@@ -22,7 +22,9 @@ MIB = 2**20
 
 
 def test_total_is_the_sum():
-    assert Bytes(weights=1, gradients=2, masters=3, moments=4, buffers=5, inputs=6, activations=7, tokenizer=8).total == 36
+    assert (
+        Bytes(weights=1, gradients=2, masters=3, moments=4, buffers=5, inputs=6, activations=7, tokenizer=8).total == 36
+    )
 
 
 @pytest.mark.parametrize(
