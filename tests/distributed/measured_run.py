@@ -21,7 +21,7 @@ from bitdance_scale.sequence.pack import Pack
 from tests.distributed.toy import toy_config
 
 VOCAB_SIZE = 2001
-NUM_MICRO = 3
+NUM_MICRO = 2
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Measured:
 def wide_config(dtype: str, **parallel: int | str | bool) -> RunConfig:
     """A model whose parameters (3.7 M) and activations outweigh bookkeeping, on packs of about 1,000 positions."""
     config = toy_config(**parallel)
-    model = ModelSection(num_layers=4, hidden_size=256, num_heads=8, num_kv_heads=4, head_dim=32, ffn_size=512)
+    model = ModelSection(num_layers=2, hidden_size=256, num_heads=8, num_kv_heads=4, head_dim=32, ffn_size=512)
     classes = (dataclasses.replace(config.data.classes[0], side_px=32, buckets_px=((32, 32), (16, 64))),)
     return dataclasses.replace(
         config,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,20 +21,17 @@ from tests.distributed.toy import toy_config
 # (ranks of the job, settings of `parallel`); the ranks beyond tensor x pipeline are data-parallel.
 LAYOUTS: list[tuple[int, dict[str, object]]] = [
     (1, {"tensor": 1, "pipeline": 1, "zero_stage": 1}),
-    (2, {"tensor": 1, "pipeline": 1, "zero_stage": 1}),
     (2, {"tensor": 2, "pipeline": 1, "zero_stage": 1}),
     (2, {"tensor": 1, "pipeline": 2, "zero_stage": 1}),
     (2, {"tensor": 1, "pipeline": 1, "zero_stage": 2}),
     (3, {"tensor": 1, "pipeline": 1, "zero_stage": 3}),
-    (4, {"tensor": 1, "pipeline": 1, "zero_stage": 3}),
     (4, {"tensor": 2, "pipeline": 1, "zero_stage": 1}),
-    (4, {"tensor": 2, "pipeline": 1, "zero_stage": 2}),
     (4, {"tensor": 2, "pipeline": 1, "zero_stage": 3}),
     (4, {"tensor": 1, "pipeline": 2, "zero_stage": 1}),
     (4, {"tensor": 2, "pipeline": 2, "zero_stage": 1, "sequence_parallel": True, "pipeline_split": (3, 1)}),
 ]
 # Numbers of the layouts that are compared, each with each other.
-SAVED_LAYOUTS = {"float32": range(len(LAYOUTS)), "bfloat16": (0, 2, 6, 9, 10)}
+SAVED_LAYOUTS = {"float32": range(len(LAYOUTS)), "bfloat16": (1, 4, 7)}
 NUM_STEPS = 2
 # float32: sums in another order, as between layouts without a checkpoint. bfloat16: the next loss is of activations
 # that are rounded at 2^-8 in other places; it averages over some hundred targets.
@@ -173,9 +172,13 @@ class Saved:
 
 
 @pytest.fixture(scope="module")
-def saved(request, tmp_path_factory) -> Saved:
-    dtype = request.param
-    saved = Saved(dtype, tmp_path_factory.mktemp(dtype))
+def saved_in(tmp_path_factory) -> Callable[[str], Saved]:
+    """The checkpoints of all layouts in a dtype, saved once."""
+    return functools.cache(lambda dtype: _save_all(dtype, tmp_path_factory.mktemp(dtype)))
+
+
+def _save_all(dtype: str, root: Path) -> Saved:
+    saved = Saved(dtype, root)
     for number in SAVED_LAYOUTS[dtype]:
         num_ranks, parallel = LAYOUTS[number]
         records = run_ranks(num_ranks, _save, _config(parallel, dtype), saved.root, number)
@@ -193,11 +196,10 @@ def saved(request, tmp_path_factory) -> Saved:
 
 
 @pytest.mark.parametrize(
-    ("saved", "number"),
-    [(dtype, number) for dtype, numbers in SAVED_LAYOUTS.items() for number in numbers],
-    indirect=["saved"],
+    ("dtype", "number"), [(dtype, number) for dtype, numbers in SAVED_LAYOUTS.items() for number in numbers]
 )
-def test_a_layout_loads_every_other_bit_for_bit(saved, number):
+def test_a_layout_loads_every_other_bit_for_bit(saved_in, dtype, number):
+    saved = saved_in(dtype)
     num_ranks, parallel = LAYOUTS[number]
     others = [other for other in saved.next_losses if other != number]
     found = run_ranks(num_ranks, _load, _config(parallel, saved.dtype), saved.root, others)

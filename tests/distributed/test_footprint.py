@@ -7,28 +7,24 @@ import pytest
 from tests.distributed.measured_run import estimate, measure, wide_config
 from tests.distributed.spawn import run_ranks
 
-# Both sides run the same code and agreed to 1e-5 in every layout; the bound is what docs/memory.md promises.
+# Both sides run the same code and agreed to 1e-4 in every layout; the bound is what docs/memory.md promises.
 RELATIVE_BOUND = 0.03
 
-# (tensor, pipeline, data, ZeRO stage, dtype, fused AdamW)
+# (ranks, settings of `parallel`, dtype, fused AdamW)
 LAYOUTS = [
-    (1, 1, 2, 1, "float32", False),
-    (1, 1, 2, 1, "bfloat16", False),
-    (1, 1, 2, 1, "float32", True),
-    (1, 1, 2, 2, "bfloat16", False),
-    (1, 1, 2, 3, "bfloat16", False),
-    (2, 1, 1, 1, "float32", False),
-    (1, 2, 1, 1, "bfloat16", False),
-    (2, 1, 2, 1, "bfloat16", False),
+    (2, {}, "float32", False),
+    (2, {"zero_stage": 2}, "bfloat16", False),
+    (2, {"zero_stage": 3}, "bfloat16", False),
+    (2, {"pipeline": 2}, "bfloat16", False),
+    (4, {"tensor": 2, "sequence_parallel": True, "recompute": "full"}, "bfloat16", False),
 ]
 
 
-@pytest.mark.parametrize(("tensor", "pipeline", "data", "zero_stage", "dtype", "is_fused"), LAYOUTS)
-def test_footprint_is_what_ranks_allocate(tensor, pipeline, data, zero_stage, dtype, is_fused):
-    config = wide_config(dtype, tensor=tensor, pipeline=pipeline, zero_stage=zero_stage)
-    world_size = tensor * pipeline * data
+@pytest.mark.parametrize(("world_size", "parallel", "dtype", "is_fused"), LAYOUTS)
+def test_footprint_is_what_ranks_allocate(world_size, parallel, dtype, is_fused):
+    config = wide_config(dtype, **parallel)
     measured = run_ranks(world_size, measure, config, is_fused, timeout_s=280)
-    for rank in range(0, world_size, tensor * data):
+    for rank in range(0, world_size, world_size // config.parallel.pipeline):
         found = run_ranks(1, estimate, config, world_size, rank, is_fused, timeout_s=280)[0]
         real = measured[rank]
         within = {"rel": RELATIVE_BOUND}
@@ -40,8 +36,9 @@ def test_footprint_is_what_ranks_allocate(tensor, pipeline, data, zero_stage, dt
         # The measured rank made its inputs before it looked, and has no tokenizer.
         peak = found.peak.total - found.peak.inputs - found.peak.tokenizer
         assert peak == pytest.approx(real.peak, **within), f"rank {rank}"
-        # A comparison that parameters alone would decide says nothing about activations.
-        assert found.peak.activations > 0.25 * peak
+        if config.parallel.recompute == "none":
+            # A comparison that parameters alone would decide says nothing about activations.
+            assert found.peak.activations > 0.25 * peak
 
 
 def test_a_pipeline_keeps_more_activations_on_its_first_stage():
