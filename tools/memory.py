@@ -90,7 +90,7 @@ def docs_section(device_gib: float) -> str:
         config = _on_gpu(load_config(DOCS_PAGE.parents[1] / DOCS_CONFIG, overrides))
         check(config, world_size)
         lines = stage_lines(config, QWEN3_VOCAB[config.vision.block_side], world_size)
-        command = f"python tools/memory.py {DOCS_CONFIG} {' '.join(overrides)} --ranks {world_size} --markdown"
+        command = f"python tools/memory.py {' '.join([DOCS_CONFIG, *overrides])} --ranks {world_size} --markdown"
         parts += [f"`{command}`", "", table(lines, device_gib, is_markdown=True), "", _remark(lines), ""]
     return "\n".join(parts)
 
@@ -122,9 +122,11 @@ def _vocab_size(config: RunConfig) -> int:
 
 
 def _write_docs(device_gib: float) -> None:
+    section = docs_section(device_gib)
+    # Read last: the page may be edited in the minutes that the numbers take.
     before, _, rest = DOCS_PAGE.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
-    text = f"{before}{BEGIN}\n\n{docs_section(device_gib)}\n{END}{after}"
+    text = f"{before}{BEGIN}\n\n{section}\n{END}{after}"
     DOCS_PAGE.write_text(text, encoding="utf-8")
     print(f"wrote {DOCS_PAGE.name}")
 
