@@ -43,18 +43,29 @@ def _train(rank: int, root: str, overrides: list[str], parallel: dict[str, int],
     start_process_group(timeout_s=60)
     topology = make_topology(config.parallel)
     trainer = Trainer(config, topology, Path(root) / config.run.name)
-    samples: Samples = {}
-    draw_noise = trainer._noise
+    first_step = trainer.progress.step
+    prepared: Samples = {}
+    prepare = trainer._prepare
+
+    def record(packs, step):
+        prepared[step + 1] = [key for pack in packs for key in pack.sample_keys.tolist()]
+        return prepare(packs, step)
+
+    trainer._prepare = record
     with StopRequest() as stop:
+        agreed = stop.agreed
 
-        def record(pack, step):
-            samples.setdefault(step + 1, []).extend(pack.sample_keys.tolist())
-            if step + 1 == last_step and rank == dist.get_world_size() - 1:
+        def ask_on_one_rank(*arguments):
+            if trainer.progress.step == last_step and rank == dist.get_world_size() - 1:
                 stop.signal_name = "SIGTERM"
-            return draw_noise(pack, step)
+            return agreed(*arguments)
 
-        trainer._noise = record
+        # Asked after every step.
+        stop.agreed = ask_on_one_rank
         trainer.train(stop)
+    # One step more is prepared than trained; the run that goes on trains it.
+    samples = {step: keys for step, keys in prepared.items() if step <= last_step}
+    assert sorted(samples) == list(range(first_step + 1, last_step + 1))
     assert trainer.progress.step == last_step
     return topology.data_rank, samples
 
