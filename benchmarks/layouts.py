@@ -17,7 +17,7 @@ MODEL = [
     "model.ffn_size=768",
     "model.num_heads=8",
     "model.num_kv_heads=4",
-    "model.num_layers=8",
+    "model.num_layers=4",
     "head.width=256",
     "data.max_pack_tokens=1280",
 ]
@@ -34,11 +34,9 @@ LAYOUTS: dict[int, list[str]] = {
     ],
     4: [
         "",
-        "tensor=2",
-        "tensor=2 sequence_parallel=true zero_stage=3",
+        "tensor=2 sequence_parallel=true",
         "pipeline=2",
         "pipeline=4",
-        "pipeline=4 virtual_stages=2",
         "tensor=2 sequence_parallel=true pipeline=2",
     ],
 }
@@ -50,7 +48,7 @@ def main() -> None:
         baseline = None
         for layout in layouts:
             settings = [f"parallel.{setting}" for setting in layout.split()]
-            result = run_workload(num_ranks, [CONFIG, *MODEL, *settings, "--packs", "8", "--steps", "3"])
+            result = run_workload(num_ranks, [CONFIG, *MODEL, *settings, "--packs", "4", "--steps", "3"])
             step_s = result["step_s"]
             baseline = baseline or step_s
             gigabytes = result["memory_bytes"] / 1e9

@@ -1,6 +1,6 @@
 """The pipeline split by cost against the even one: by the model's own estimate, and measured on a scaled-down model.
 
-python benchmarks/pipeline_split.py
+python benchmarks/pipeline_split.py [RANKS ...]
 
 The scaled-down model keeps what the 14B model makes uneven: a head that weighs about five layers. Two ranks on two cores
 run as two GPUs would, so the step time itself is compared. Four ranks share the cores, so there the processor time of
@@ -8,6 +8,8 @@ each rank's main thread is compared: on four devices the slowest rank sets the p
 """
 
 from __future__ import annotations
+
+import sys
 
 from launch import run_workload
 from packs import machine
@@ -29,7 +31,7 @@ MODEL = [
     "head.num_adaln=2",
     "data.max_pack_tokens=1280",
 ]
-NUM_PACKS = 12
+NUM_PACKS = 8
 
 
 def _estimate(config_path: str, overrides: list[str], vocab_size: int) -> tuple[str, str, float]:
@@ -50,11 +52,11 @@ def main() -> None:
     print(
         "| pipeline | even | by cost | estimate | step time | slowest rank's processor time |\n|---|---|---|---|---|---|"
     )
-    for pipeline in (2, 4):
+    for pipeline in [int(argument) for argument in sys.argv[1:]] or (2, 4):
         overrides = [*MODEL, f"parallel.pipeline={pipeline}"]
         even, split, estimate = _estimate(CONFIG, overrides, VOCAB)
         results = {}
-        for how in ("even", "auto", "auto", "even"):
+        for how in ("even", "auto"):
             arguments = [
                 CONFIG,
                 *overrides,
@@ -62,7 +64,7 @@ def main() -> None:
                 "--packs",
                 str(NUM_PACKS),
                 "--steps",
-                "3",
+                "2",
             ]
             results.setdefault(how, []).append(run_workload(pipeline, arguments))
         step = {how: min(run["step_s"] for run in runs) for how, runs in results.items()}
