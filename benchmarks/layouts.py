@@ -20,6 +20,7 @@ MODEL = [
     "model.num_layers=4",
     "head.width=256",
     "data.max_pack_tokens=1280",
+    "data.global_batch=40",
 ]
 LAYOUTS: dict[int, list[str]] = {
     2: [

@@ -1,11 +1,11 @@
-"""A global batch as the configuration mixes it, without any data: for saying beforehand what a run needs."""
+"""Samples and packs as the configuration mixes them, without any data: for saying beforehand what a run needs."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from bitdance_scale.config.data_rules import MAX_MARKUP_TOKENS, NUM_RESOLUTION_TOKENS
-from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.config.schema import RunConfig, VisionSection
 from bitdance_scale.data.apportion import Apportionment
 from bitdance_scale.data.buckets import class_buckets
 from bitdance_scale.data.packing import CostModel, partition_batch
@@ -37,8 +37,7 @@ def typical_packs(config: RunConfig, num_replicas: int) -> list[Pack]:
     ranks = partition_batch(
         lengths, num_replicas, config.data.max_pack_tokens, cost_model, config.parallel.packs_multiple
     )
-    # Only shapes count here, so one id serves for all special tokens.
-    tokens = ImageTokens(0, 0, (0,) * NUM_RESOLUTION_TOKENS, (0,) * (config.vision.block_tokens - 1))
+    tokens = placeholder_tokens(config.vision)
     packs = []
     for places in ranks[0]:
         pack = pack_samples([samples[place] for place in places], tokens, config.data.pack_multiple)
@@ -48,24 +47,32 @@ def typical_packs(config: RunConfig, num_replicas: int) -> list[Pack]:
     return sorted(packs, key=lambda pack: (-len(pack.text_targets), -pack.num_positions))
 
 
+def placeholder_tokens(section: VisionSection) -> ImageTokens:
+    """One id for all special tokens: only shapes count here."""
+    return ImageTokens(0, 0, (0,) * NUM_RESOLUTION_TOKENS, (0,) * (section.block_tokens - 1))
+
+
+def placeholder_sample(key: int, grid: tuple[int, int], num_caption_tokens: int) -> Sample:
+    """A text-to-image sample of these sizes; the chat markup around its caption takes as much as a tokenizer may need."""
+    before_ids = np.zeros(MAX_MARKUP_TOKENS - 1 + num_caption_tokens, dtype=np.int64)
+    return Sample(
+        key=key,
+        grid=grid,
+        before_ids=before_ids,
+        after_ids=np.zeros(1, dtype=np.int64),
+        first_target_before=1,
+        first_target_after=1,
+    )
+
+
 def _samples(config: RunConfig) -> list[Sample]:
     classes = [resolution for resolution in config.data.classes if resolution.share > 0]
     labels = Apportionment([resolution.share for resolution in classes]).labels(0, config.data.global_batch)
     grids = [class_buckets(resolution) // config.vision.downsample for resolution in classes]
     num_drawn = [0] * len(classes)
-    before_ids = np.zeros(MAX_MARKUP_TOKENS - 1 + config.text.max_caption_tokens, dtype=np.int64)
     samples = []
     for key, label in enumerate(labels.tolist()):
         height, width = grids[label][num_drawn[label] % len(grids[label])].tolist()
         num_drawn[label] += 1
-        samples.append(
-            Sample(
-                key=key,
-                grid=(height, width),
-                before_ids=before_ids,
-                after_ids=np.zeros(1, dtype=np.int64),
-                first_target_before=1,
-                first_target_after=1,
-            )
-        )
+        samples.append(placeholder_sample(key, (height, width), config.text.max_caption_tokens))
     return samples

@@ -108,11 +108,12 @@ class StageDecoder:
         positions = layout.position_ids[:, start:stop].T.flatten()
         rotary = rotary_frequencies(positions, self._config.model.head_dim, self._config.model.rope_base)
         rotary = rotary.view(stop - start, layout.num_sequences, 1, -1)
+        mask = layout.mask(start, stop)
         for stage in self._engine.stages:
             if not stage.is_first:
                 rows = self._receive(stop - start)
                 stage.set_input_tensor(rows)
-            hidden = stage.decoder(rows, attention_mask=layout.mask(start, stop), rotary_pos_emb=rotary)
+            hidden = stage.decoder(rows, attention_mask=mask, rotary_pos_emb=rotary)
             if stage.is_last:
                 self._hidden = hidden[-layout.block_tokens :]
             else:

@@ -1,7 +1,7 @@
 """How many backbone layers every pipeline stage gets: the split that makes the slowest stage as fast as it can be.
 
-The first stage also holds the projector, the last the diffusion head and the text projection. The head alone weighs more
-than five layers of the 14B backbone, so an even split leaves the other stages waiting for the last one. Costs are
+The first stage also holds the projector, the last the diffusion head and the text projection. The head alone weighs about
+five layers of the 14B backbone, so an even split leaves the other stages waiting for the last one. Costs are
 FLOPs of an average image of the run's own mix of resolutions (`observe/flops.py`); text embedding is a table look-up and
 costs none.
 """
@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitdance_scale.config.data_rules import MAX_MARKUP_TOKENS, NUM_RESOLUTION_TOKENS
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.data.typical import placeholder_sample, placeholder_tokens
 from bitdance_scale.observe.flops import TRAINING_OVER_FORWARD, PackCounts, count_pack, encode_flops, step_flops
-from bitdance_scale.sequence.layout import ImageTokens, pack_samples
-from bitdance_scale.sequence.pack import Sample
+from bitdance_scale.sequence.layout import pack_samples
 
 # Tokens of a caption, which no setting knows; alternative texts have about 20 and written descriptions 60 to 150. A layer
 # of 14B costs 1 % more for every 15 of them at the PT mix, so the split hardly depends on it.
@@ -118,8 +117,8 @@ def stage_costs(config: RunConfig, vocab_size: int) -> StageCosts:
 def typical_counts(config: RunConfig) -> tuple[int, PackCounts]:
     """(images, counts of them all): every bucket with its share of the mix and a typical caption, text to image."""
     vision, classes = config.vision, config.data.classes
-    tokens = ImageTokens(0, 0, (0,) * NUM_RESOLUTION_TOKENS, (0,) * (vision.block_tokens - 1))
-    num_text = MAX_MARKUP_TOKENS // 2 + min(TYPICAL_CAPTION_TOKENS, config.text.max_caption_tokens)
+    tokens = placeholder_tokens(vision)
+    num_caption_tokens = min(TYPICAL_CAPTION_TOKENS, config.text.max_caption_tokens)
     # Buckets of a class are equally likely, and the classes hold different numbers of them.
     multiple = math.lcm(*(len(image_class.buckets_px) for image_class in classes))
     num_images, total = 0, np.zeros(len(dataclasses.fields(PackCounts)), dtype=np.int64)
@@ -127,7 +126,7 @@ def typical_counts(config: RunConfig) -> tuple[int, PackCounts]:
         weight = image_class.share * multiple // len(image_class.buckets_px)
         for height, width in image_class.buckets_px:
             grid = (height // vision.downsample, width // vision.downsample)
-            sample = Sample(0, grid, np.zeros(num_text, dtype=np.int64), np.zeros(1, dtype=np.int64), 1, 1)
+            sample = placeholder_sample(0, grid, num_caption_tokens)
             total += weight * np.array(dataclasses.astuple(count_pack(pack_samples([sample], tokens, 1))))
             num_images += weight
     return num_images, PackCounts(*total.tolist())

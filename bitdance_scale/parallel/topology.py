@@ -76,14 +76,6 @@ class Topology:
         return dist.get_world_size(self.data_group)
 
     @property
-    def has_first_stage(self) -> bool:
-        return self.pipeline_rank == 0
-
-    @property
-    def has_last_stage(self) -> bool:
-        return self.pipeline_rank == self.pipeline_size - 1
-
-    @property
     def first_stage_rank(self) -> int:
         """Global rank of the first pipeline stage with this rank's tensor and data rank."""
         return dist.get_global_rank(self.pipeline_group, 0)

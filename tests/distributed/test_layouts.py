@@ -18,7 +18,7 @@ from bitdance_scale.config import parallel_rules
 from bitdance_scale.config.schema import RunConfig
 from tests.distributed.layout_run import RankRecord, assemble, train
 from tests.distributed.spawn import run_ranks
-from tests.distributed.toy import toy_config
+from tests.distributed.toy import lopsided_packs, toy_config
 
 # float32 sums in another order: eps is 1.2e-7, and chains of sums amplify it a few times. A missing or doubled reduction
 # shows at 1e-2 and more.
@@ -54,7 +54,7 @@ class Layout:
     num_layers: int = 4
     attention: str = "dense"
 
-    def config(self) -> RunConfig:
+    def config(self, dtype: str = "float32") -> RunConfig:
         config = toy_config(**self.parallel)
         model = dataclasses.replace(
             config.model,
@@ -63,7 +63,7 @@ class Layout:
             num_layers=self.num_layers,
             attention=self.attention,
         )
-        return dataclasses.replace(config, model=model)
+        return dataclasses.replace(config, model=model, run=dataclasses.replace(config.run, dtype=dtype))
 
     @property
     def num_replicas(self) -> int:
@@ -73,7 +73,7 @@ class Layout:
         words = [f"{name}={value}" for name, value in self.parallel.items()]
         words += ["tied"] if self.is_tied else []
         words += ["flex"] if self.attention == "flex" else []
-        return f"ranks={self.num_ranks} data={self.num_replicas} micro={self.num_micro} " + " ".join(words)
+        return " ".join([f"ranks={self.num_ranks} data={self.num_replicas} micro={self.num_micro}", *words])
 
 
 def _tp(**more: object) -> dict[str, object]:
@@ -129,10 +129,10 @@ LAYOUTS = [
 
 
 @functools.cache
-def reference(is_tied: bool = False, num_kv_heads: int = 2, num_layers: int = 4) -> RankRecord:
+def reference(is_tied: bool = False, num_kv_heads: int = 2, num_layers: int = 4, dtype: str = "float32") -> RankRecord:
     """One process, one pack of all samples."""
     layout = Layout(1, 1, {}, is_tied, num_kv_heads, num_layers)
-    return run_ranks(1, train, layout.config(), 1, NUM_STEPS, True)[0]
+    return run_ranks(1, train, layout.config(dtype), 1, NUM_STEPS, True)[0]
 
 
 def _reference_of(layout: Layout) -> RankRecord:
@@ -144,7 +144,7 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _gradient_errors(layout: Layout, records: list[RankRecord]) -> dict[str, float]:
-    """Relative error of every parameter's first gradient, infinite where one process has none and the layout has."""
+    """Relative error of every parameter's first gradient; none may be where one process has none."""
     expected = assemble([_reference_of(layout)], "gradients")
     found = assemble(records, "gradients")
     assert found.keys() == expected.keys()
@@ -182,8 +182,6 @@ def test_layout_equals_one_process(layout: Layout) -> None:
 
 def test_the_samples_are_lopsided() -> None:
     """The comparison is over packs without text targets and packs without vision targets."""
-    from tests.distributed.toy import lopsided_packs
-
     packs = [pack for rank in range(4) for pack in lopsided_packs(rank, 4, 1, toy_config())]
     assert [len(pack.text_targets) > 0 for pack in packs] == [False, True, True, True]
     assert [len(pack.predict_positions) > 0 for pack in packs] == [True, False, True, True]
@@ -210,12 +208,11 @@ def test_tied_embeddings_train_one_weight() -> None:
 )
 def test_bfloat16_layouts_agree(layout: Layout) -> None:
     """Under bfloat16 the layouts agree to its rounding, with gradients accumulated in float32."""
-    config = layout.config()
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dtype="bfloat16"))
+    config = layout.config("bfloat16")
     records = run_ranks(layout.num_ranks, train, config, layout.num_micro, NUM_STEPS, True, timeout_s=240)
-    expected = reference(layout.is_tied)
+    expected = reference(layout.is_tied, dtype="bfloat16")
     # bfloat16 carries 8 bits, eps 8e-3; the losses average hundreds of elements and so are nearer.
-    assert records[-1].losses[0] == pytest.approx(expected.losses[0], rel=1e-2)
+    assert records[-1].losses[0] == pytest.approx(expected.losses[0], rel=5e-3)
     assert records[-1].losses[-1] == pytest.approx(expected.losses[-1], rel=3e-2)
     assert records[-1].grad_norms[0] == pytest.approx(expected.grad_norms[0], rel=3e-2)
 

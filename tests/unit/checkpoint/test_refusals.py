@@ -177,7 +177,7 @@ def test_a_partial_or_foreign_folder_is_named_with_the_way_back(root, damage, me
     [
         (b"step_00000007.writing\n", "step_00000007.writing: not the name of a checkpoint"),
         (b"../step_00000007\n", "not the name of a checkpoint"),
-        (b"/tmp/step_00000007\n", "not the name of a checkpoint"),
+        (b"/elsewhere/step_00000007\n", "not the name of a checkpoint"),
         (b"step_00000007/../../elsewhere\n", "not the name of a checkpoint"),
         (b"step_00000009\n", "step_00000009: there is no such checkpoint"),
         (b"\xff\xfe\n", "latest cannot be read .UnicodeDecodeError"),
@@ -220,7 +220,7 @@ def _name_file(name: str) -> Callable[[dict], None]:
     [
         (lambda index: index.update(version=1), "version 1, this program reads 2; use the one that wrote it"),
         (_name_file("../" + TENSORS[0]), "'../rank00000_000.safetensors' is none of this folder's"),
-        (_name_file("/tmp/" + TENSORS[0]), "'/tmp/rank00000_000.safetensors' is none of this folder's"),
+        (_name_file("/elsewhere/" + TENSORS[0]), "'/elsewhere/rank00000_000.safetensors' is none of this folder's"),
         (_name_file(".."), "'..' is none of this folder's"),
         (lambda index: index["files"][0].pop(), "TypeError"),
         (lambda index: index["files"][0].__setitem__(2, "no digest"), "is not a size and a SHA-256"),
