@@ -9,8 +9,8 @@ import pytest
 import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AddedToken, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from bitdance_scale.config.schema import TextSection
 from bitdance_scale.errors import ConfigError
@@ -22,33 +22,12 @@ from bitdance_scale.sequence.tokens import (
     load_text_tokenizer,
     text_to_image_sample,
 )
+from tests.released import qwen_like
 
 DEMO_MODEL = Path(__file__).parents[3] / "pipelines" / "assets" / "demo" / "tokenizer.model"
-# Qwen's splitting of text into words, digits, punctuation and line breaks.
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 MAX_CAPTION_TOKENS = 24
 SPECIALS = [*MARKUP_TOKENS, "<|res_7|>", "<|query_2|>", "<think>"]
 CAPTIONS = ["a red circle", 'the word "CAT" in red', "  two\n\nlines ", "\n", "", "naïve 日本 🎈 é"]
-
-
-def qwen_like() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of Qwen's construction with 300 entries and its markup behind them."""
-    backend = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[], show_progress=False
-    )
-    backend.train_from_iterator(["user", "assistant", "a red circle and two blue squares"] * 4, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in MARKUP_TOKENS])
-    # As in Qwen3, an added token that is not marked special.
-    tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=False)])
-    return tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,134 @@
+"""Small folders of the kinds that the conversions read: a plain Qwen3 and a published BitDance, with random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AddedToken, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from bitdance_scale.config.published import HEAD_CONFIG_NAME, MODEL_CONFIG_NAME, published_head
+from bitdance_scale.config.schema import HeadSection, VisionSection
+from bitdance_scale.model.diffusion_head import DiffusionHead
+from bitdance_scale.model.linears import PlainLinears
+from bitdance_scale.model.projector import Projector
+from bitdance_scale.sequence.tokens import MARKUP_TOKENS
+from bitdance_scale.vision.autoencoder import Autoencoder, published_config
+from bitdance_scale.vision.weights import save_weights
+
+# Qwen's splitting of text into words, digits, punctuation and line breaks.
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+HIDDEN_SIZE = 64
+HEAD = HeadSection(width=128, num_blocks=2, num_adaln=1)
+AUTOENCODER = {"num_bits": 16, "channels": 32, "channel_mult": (1, 1, 2), "num_res_blocks": 1}
+# Rows of a plain model's embedding beyond the tokenizer's entries, as Qwen3 has them.
+SPARE_ROWS = 11
+
+
+def qwen_like() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of Qwen's construction with 300 entries and its markup behind them."""
+    backend = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[], show_progress=False
+    )
+    backend.train_from_iterator(["user", "assistant", "a red circle and two blue squares"] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in MARKUP_TOKENS])
+    # As in Qwen3, an added token that is not marked special.
+    tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    return tokenizer
+
+
+def write_plain_qwen3(
+    folder: Path, *, is_tied: bool = False, dtype: torch.dtype = torch.bfloat16, spare_rows: int = SPARE_ROWS
+) -> Path:
+    """A Qwen3 folder as its library saves it: weights, configuration and tokenizer; returns `folder`."""
+    tokenizer = qwen_like()
+    _backbone(len(tokenizer) + spare_rows, is_tied, seed=1).to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_published(
+    folder: Path,
+    *,
+    block_side: int = 4,
+    is_tied: bool = False,
+    backbone_dtype: torch.dtype = torch.bfloat16,
+    head_dtype: torch.dtype = torch.float32,
+    head: HeadSection = HEAD,
+) -> Path:
+    """A published BitDance folder; returns it.
+
+    All weights are random, so that no tensor equals another and images differ by prompt and by block.
+    """
+    vision = VisionSection(weights="", block_side=block_side, **AUTOENCODER)
+    tokenizer = qwen_like()
+    names = [f"<|res_{n}|>" for n in range(1, 257)] + [f"<|query_{n}|>" for n in range(1, block_side**2)]
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    _backbone(len(tokenizer), is_tied, seed=2).to(backbone_dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(3)
+    network = DiffusionHead(head, HIDDEN_SIZE, vision.num_bits, vision.block_tokens, PlainLinears())
+    projector = Projector(vision.num_bits, HIDDEN_SIZE, PlainLinears())
+    for name, module in (("vision_head", network), ("projector", projector)):
+        tensors = {
+            key: _random_like(key, value).to(head_dtype).contiguous() for key, value in module.state_dict().items()
+        }
+        save_file(tensors, folder / f"{name}.safetensors")
+    content = published_head(head, HIDDEN_SIZE, vision, {"diff_batch_mul": 4})
+    (folder / HEAD_CONFIG_NAME).write_text(json.dumps(content, indent=2))
+    save_weights(folder, Autoencoder(**AUTOENCODER).state_dict(), published_config(**AUTOENCODER))
+    return folder
+
+
+def write_autoencoder(folder: Path) -> Path:
+    """An autoencoder by itself; returns the weights file."""
+    torch.manual_seed(4)
+    save_weights(folder, Autoencoder(**AUTOENCODER).state_dict(), published_config(**AUTOENCODER))
+    return folder / "ae.safetensors"
+
+
+def edit_config(folder: Path, name: str = MODEL_CONFIG_NAME, **changes: object) -> None:
+    """Changes keys of a JSON file of a folder; None removes one."""
+    content = json.loads((folder / name).read_text()) | changes
+    (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def _backbone(vocab_size: int, is_tied: bool, seed: int) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocab_size,
+            hidden_size=HIDDEN_SIZE,
+            intermediate_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            tie_word_embeddings=is_tied,
+            rope_theta=1e6,
+            initializer_range=0.1,
+        )
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def _random_like(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Weights of a trained scale: none is zero, norms are about 1."""
+    if tensor.dim() == 1:
+        return torch.randn_like(tensor) * 0.1 + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    return torch.randn_like(tensor) * tensor.shape[1] ** -0.5
