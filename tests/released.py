@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -98,9 +99,14 @@ def write_autoencoder(folder: Path) -> Path:
     return folder / "ae.safetensors"
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file."""
+    return json.loads(path.read_text())
+
+
 def edit_config(folder: Path, name: str = MODEL_CONFIG_NAME, **changes: object) -> None:
     """Changes keys of a JSON file of a folder; None removes one."""
-    content = json.loads((folder / name).read_text()) | changes
+    content = read_json(folder / name) | changes
     (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
@@ -112,8 +118,8 @@ def _backbone(vocab_size: int, is_tied: bool, seed: int) -> Qwen3ForCausalLM:
             hidden_size=HIDDEN_SIZE,
             intermediate_size=96,
             num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            num_attention_heads=8,
+            num_key_value_heads=4,
             head_dim=16,
             tie_word_embeddings=is_tied,
             rope_theta=1e6,

@@ -10,7 +10,8 @@ import contextlib
 import io
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,26 @@ DEFAULT_MAX_FILE_BYTES = 128 * 2**20
 _MAX_NAMED_PROBLEMS = 3
 
 
+@dataclass(frozen=True)
+class StreamedValue:
+    """A tensor that is made while it is written, so that it need not be held.
+
+    Attributes:
+        global_shape: shape of the whole tensor.
+        dtype: its dtype.
+        boxes: disjoint boxes that this rank writes.
+        read: the values of a box inside one of them.
+    """
+
+    global_shape: tuple[int, ...]
+    dtype: torch.dtype
+    boxes: tuple[Box, ...]
+    read: Callable[[Box], torch.Tensor]
+
+
 def save_sharded(
     folder: Path,
-    values: Mapping[str, ShardedValue],
+    values: Mapping[str, ShardedValue | StreamedValue],
     group: dist.ProcessGroup | None = None,
     *,
     max_file_bytes: int = DEFAULT_MAX_FILE_BYTES,
@@ -72,7 +90,12 @@ def save_sharded(
 
 
 def load_sharded(
-    folder: Path, values: Mapping[str, ShardedValue], group: dist.ProcessGroup | None = None, *, prefix: str = ""
+    folder: Path,
+    values: Mapping[str, ShardedValue],
+    group: dist.ProcessGroup | None = None,
+    *,
+    prefix: str = "",
+    converts_dtype: bool = False,
 ) -> None:
     """Fills the pieces of `values` in place from a folder that `save_sharded` wrote under any layout; a collective.
 
@@ -81,6 +104,7 @@ def load_sharded(
         values: what this rank holds now; names start with `prefix`.
         group: the ranks that take part; None: all, or this process alone without a process group.
         prefix: the part of the checkpoint that is wanted; each of its tensors must be held by some rank.
+        converts_dtype: whether tensors of another dtype are converted rather than refused.
 
     Raises:
         CheckpointError: on every rank, before any tensor is written to: the checkpoint lacks a tensor, or holds one
@@ -93,7 +117,7 @@ def load_sharded(
         dcp.load(
             dict(values),
             storage_reader=SafetensorsReader(folder, index, _files_to_check(index, prefix, num_ranks)[rank]),
-            planner=_LoadPieces(prefix),
+            planner=_LoadPieces(prefix, converts_dtype),
             process_group=group,
             no_dist=not dist.is_initialized(),
         )
@@ -136,15 +160,14 @@ class _SavePieces(SavePlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], storage_meta: Any = None, is_coordinator: bool = False
     ) -> None:
-        self._values: dict[str, ShardedValue] = state_dict
+        self._values: dict[str, ShardedValue | StreamedValue] = state_dict
 
     def create_local_plan(self) -> SavePlan:
         items = []
         for name, value in self._values.items():
             max_elements = max(self._max_chunk_bytes // value.dtype.itemsize, 1)
-            for piece in value.pieces:
-                assert piece.tensor.dtype == value.dtype, f"{name}: a piece of {piece.tensor.dtype} in {value.dtype}"
-                items.extend(_write_item(name, value, part) for part in _box(piece).cut(max_elements))
+            for box in _boxes(name, value):
+                items.extend(_write_item(name, value, part) for part in box.cut(max_elements))
         return SavePlan(items)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
@@ -183,7 +206,10 @@ class _SavePieces(SavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         box = _chunk_box(write_item.tensor_data.chunk)
-        for piece in self._values[write_item.index.fqn].pieces:
+        value = self._values[write_item.index.fqn]
+        if isinstance(value, StreamedValue):
+            return value.read(box)
+        for piece in value.pieces:
             if _box(piece).intersect(box) == box:
                 return piece.tensor.detach()[box.slices_in(_box(piece))]
         raise AssertionError(f"{write_item.index} was planned for a rank that does not hold it")
@@ -192,8 +218,9 @@ class _SavePieces(SavePlanner):
 class _LoadPieces(LoadPlanner):
     """Plans which stored boxes fill the boxes held here, after checking that they are of the same model."""
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, converts_dtype: bool) -> None:
         self._prefix = prefix
+        self._converts_dtype = converts_dtype
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
@@ -243,7 +270,7 @@ class _LoadPieces(LoadPlanner):
             yield f"{name}: in this model, not in the checkpoint"
         elif tuple(stored.size) != value.global_shape:
             yield f"{name}: shape {list(stored.size)} in the checkpoint, {list(value.global_shape)} in this model"
-        elif stored.properties.dtype != value.dtype:
+        elif stored.properties.dtype != value.dtype and not self._converts_dtype:
             yield f"{name}: {stored.properties.dtype} in the checkpoint, {value.dtype} in this model"
 
 
@@ -255,6 +282,14 @@ def _refuse(problems: list[str]) -> None:
             f"a checkpoint of another model ({text}); "
             "set the model as in the checkpoint's config.toml, or load another one"
         )
+
+
+def _boxes(name: str, value: ShardedValue | StreamedValue) -> Iterable[Box]:
+    if isinstance(value, StreamedValue):
+        return value.boxes
+    for piece in value.pieces:
+        assert piece.tensor.dtype == value.dtype, f"{name}: a piece of {piece.tensor.dtype} in {value.dtype}"
+    return map(_box, value.pieces)
 
 
 def _box(piece: Piece) -> Box:
@@ -269,6 +304,6 @@ def _chunk_box(chunk: ChunkStorageMetadata) -> Box:
     return Box(tuple(chunk.offsets), tuple(chunk.sizes))
 
 
-def _write_item(name: str, value: ShardedValue, box: Box) -> WriteItem:
+def _write_item(name: str, value: ShardedValue | StreamedValue, box: Box) -> WriteItem:
     write = TensorWriteData(_chunk(box), TensorProperties(dtype=value.dtype), torch.Size(value.global_shape))
     return WriteItem(MetadataIndex(name, box.offsets), WriteItemType.SHARD, tensor_data=write)

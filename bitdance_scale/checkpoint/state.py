@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from bitdance_scale.checkpoint.digest import text_digest
 from bitdance_scale.checkpoint.folder import CheckpointFolder
 from bitdance_scale.checkpoint.index import read_index
 from bitdance_scale.checkpoint.manifest import find_damage
-from bitdance_scale.checkpoint.sharded import load_sharded, save_sharded
+from bitdance_scale.checkpoint.sharded import StreamedValue, load_sharded, save_sharded
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.parallel.partition import ShardedValue
 
@@ -36,6 +36,9 @@ CONFIG_NAME = "config.toml"
 TRAIN_STATE_NAME = "train_state.json"
 MODEL_PREFIX = "model."
 OPTIMIZER_PREFIX = "optimizer."
+MASTER_PREFIX = "optimizer.master."
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class TrainState:
         tokenizer_digest: digest of the text tokenizer; other tokens would give the embedding rows another meaning.
         images_by_class: images seen per resolution class, by `side_px` as text (a JSON key).
         holes: images that could not be used.
+        release: what the folder that the weights came from says and the configuration has no place for, to be written
+            back as it was (`checkpoint/published.py`); empty for weights that started at random. JSON values.
     """
 
     step: int
@@ -61,12 +66,13 @@ class TrainState:
     tokenizer_digest: str
     images_by_class: dict[str, int] = dataclasses.field(default_factory=dict)
     holes: int = 0
+    release: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def save_checkpoint(
     folder: CheckpointFolder,
     state: TrainState,
-    model: Mapping[str, ShardedValue],
+    model: Mapping[str, ShardedValue | StreamedValue],
     optimizer: Mapping[str, ShardedValue],
     config_text: str,
 ) -> None:
@@ -91,18 +97,17 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path,
     model: Mapping[str, ShardedValue],
-    optimizer: Mapping[str, ShardedValue] | None,
+    optimizer: Mapping[str, ShardedValue],
     *,
     tokenizer_digest: str,
     group: dist.ProcessGroup | None = None,
 ) -> TrainState:
-    """Fills the pieces of a model, and of its optimiser if given, in place from a committed checkpoint; a collective.
+    """Fills the pieces of a model and of its optimiser in place from a committed checkpoint; a collective.
 
     Args:
         path: the checkpoint, such as `CheckpointFolder.latest` returns.
         model: what this rank holds of the parameters.
-        optimizer: what it holds of the optimiser state; None leaves the optimiser as it is (a stage that starts from
-            the weights of another).
+        optimizer: what it holds of the optimiser state.
         tokenizer_digest: of the text tokenizer in use.
         group: the ranks that take part; None: all, or this process alone without a process group.
 
@@ -110,12 +115,9 @@ def load_checkpoint(
         CheckpointError: on every rank, before any tensor is written to: the checkpoint is damaged, of another model or
             of another text tokenizer.
     """
-    state = on_first_rank(group, lambda: _read_state(path, tokenizer_digest))
-    values = _prefixed(MODEL_PREFIX, model)
-    if optimizer is None:
-        load_sharded(path / TENSORS_DIR, values, group, prefix=MODEL_PREFIX)
-    else:
-        load_sharded(path / TENSORS_DIR, values | _prefixed(OPTIMIZER_PREFIX, optimizer), group)
+    state = on_first_rank(group, lambda: read_fitting_state(path, tokenizer_digest))
+    values = _prefixed(MODEL_PREFIX, model) | _prefixed(OPTIMIZER_PREFIX, optimizer)
+    load_sharded(path / TENSORS_DIR, values, group)
     return state
 
 
@@ -129,7 +131,7 @@ def model_signature(index: Metadata) -> str:
     return text_digest(json.dumps(shapes, sort_keys=True))
 
 
-def _prefixed(prefix: str, values: Mapping[str, ShardedValue]) -> dict[str, ShardedValue]:
+def _prefixed(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
     return {prefix + name: value for name, value in values.items()}
 
 
@@ -143,16 +145,32 @@ def _write_texts(path: Path, state: TrainState, config_text: str) -> None:
     durable.write_text(path / CONFIG_NAME, config_text)
 
 
-def _read_state(path: Path, tokenizer_digest: str) -> TrainState:
+def read_state(path: Path) -> TrainState:
+    """How far the run of a committed checkpoint is; the files beside the tensors are compared with their digests.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
     damage = find_damage(path)
     if damage is not None:
         raise CheckpointError(f"{path}: {damage}; load another checkpoint")
     file = path / TRAIN_STATE_NAME
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        state = TrainState(**{field.name: content[field.name] for field in dataclasses.fields(TrainState)})
+        # The last field came later; checkpoints without it are those of weights that started at random.
+        content.setdefault("release", {})
+        return TrainState(**{field.name: content[field.name] for field in dataclasses.fields(TrainState)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: damaged ({type(error).__name__}: {error}); load another checkpoint") from error
+
+
+def read_fitting_state(path: Path, tokenizer_digest: str) -> TrainState:
+    """`read_state`, which must be of a run with this text tokenizer.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or its run had another tokenizer.
+    """
+    state = read_state(path)
     if state.tokenizer_digest != tokenizer_digest:
         raise CheckpointError(
             f"{path}: trained with another text tokenizer (digest {state.tokenizer_digest}, in use "

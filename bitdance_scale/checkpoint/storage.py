@@ -158,7 +158,7 @@ class SafetensorsReader(StorageReader):
             if damage is not None:
                 raise CheckpointError(f"{damage}; load another checkpoint (a run loads the one its `latest` names)")
         for name, items in self._by_file(plan).items():
-            with _opened(self._folder / name) as file:
+            with opened(self._folder / name) as file:
                 for item in items:
                     self._check_header(file, item)
         return plan
@@ -168,7 +168,7 @@ class SafetensorsReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         for name, items in self._by_file(plan).items():
-            with _opened(self._folder / name) as file:
+            with opened(self._folder / name) as file:
                 for item in items:
                     where = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
                     key = box_key(item.storage_index)
@@ -203,13 +203,13 @@ class SafetensorsReader(StorageReader):
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, mapped; what goes wrong with it is told with its name."""
+def opened(path: Path, fix: str = "load another checkpoint") -> Iterator[Any]:
+    """A safetensors file, mapped; what goes wrong with it is told with its name and `fix`."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); load another checkpoint") from error
+        raise CheckpointError(f"{path}: cannot be read ({error}); {fix}") from error
 
 
 def _num_bytes(item: WriteItem) -> int:

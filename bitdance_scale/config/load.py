@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from bitdance_scale.config.coerce import Coercion, field_types, type_name
 from bitdance_scale.config.presets import PRESETS
-from bitdance_scale.config.schema import ModelSection, RunConfig
+from bitdance_scale.config.schema import ModelSection, NetworkConfig, RunConfig
 from bitdance_scale.errors import ConfigError
 
 Schema = TypeVar("Schema")
@@ -41,12 +41,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[Sc
         ConfigError: the file cannot be read or is no TOML, or settings are unknown (naming the nearest legal name),
             missing or of the wrong type; one error lists them all.
     """
+    return _load(path, overrides, schema, skips_other_sections=False)
+
+
+def _load(path: str | Path, overrides: Sequence[str], schema: type[Schema], skips_other_sections: bool) -> Schema:
     layers = [*_read_layers(Path(path)), (_COMMAND_LINE, _parse_overrides(overrides))]
     values: dict[str, object] = {}
     sources: dict[tuple[str, ...], str] = {}
     for source, layer in layers:
         _merge(values, layer, source, sources, ())
     _fill_in_preset(values, schema, sources)
+    if skips_other_sections:
+        values = {name: section for name, section in values.items() if name in field_types(schema)}
 
     def source_of(setting_path: tuple[str, ...]) -> str:
         for length in range(len(setting_path), 0, -1):
@@ -59,6 +65,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[Sc
     if coercion.problems:
         raise ConfigError(_listed(f"{path}: the configuration cannot be used", coercion.problems))
     return config
+
+
+def load_network(path: str | Path, overrides: Sequence[str] = ()) -> NetworkConfig:
+    """The sections of a configuration that its weights depend on; the file may have others, and need not have them.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    return _load(path, overrides, NetworkConfig, skips_other_sections=True)
 
 
 def dump_toml(config: object) -> str:

@@ -26,6 +26,11 @@ class RunSection:
     root: str = setting("runs", doc="Folder that holds the run folders.")
     seed: int = setting(0, doc="Seed of everything random: initial weights, data order, noise.")
     steps: int = setting(doc="Optimiser steps in all; a run resumed at this step is complete.")
+    start_from: str = setting(
+        "",
+        doc="Where a new run takes its weights from: a checkpoint, a run folder or a converted release, of any layout "
+        "and dtype; optimiser and counters start anew. Empty: random weights.",
+    )
     dtype: str = setting(
         "bfloat16", doc="Dtype of weights and activations: float32 or bfloat16 (master weights are float32 in both)."
     )
@@ -220,6 +225,16 @@ class ObserveSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """The sections that say what the network is: all of a configuration that its weights depend on."""
+
+    model: ModelSection
+    head: HeadSection
+    vision: VisionSection
+    text: TextSection
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything a training run is made of."""
 
@@ -235,3 +250,8 @@ class RunConfig:
     checkpoint: CheckpointSection
     sample: SampleSection
     observe: ObserveSection
+
+    @property
+    def network(self) -> NetworkConfig:
+        """The sections that its weights depend on."""
+        return NetworkConfig(model=self.model, head=self.head, vision=self.vision, text=self.text)

@@ -1,13 +1,17 @@
-"""Initial values of the head and the projector, as data: what to draw, not the drawing.
+"""Initial values of every parameter, drawn whole by its global name.
 
-`parallel/` fills parameters from these rules so that the values do not depend on the layout.
+A rank keeps its slice of what is drawn here (`parallel/initialise.py`), so that values do not depend on the layout.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -47,3 +51,45 @@ def initial_distribution(parameter_name: str) -> Init:
         if fnmatch.fnmatchcase(parameter_name, pattern):
             return init
     raise KeyError(f"{parameter_name!r} is no parameter of the diffusion head or the projector")
+
+
+def draw_initial(
+    name: str, shape: tuple[int, ...], seed: int, init_std: float, device: torch.device | str
+) -> torch.Tensor:
+    """The initial values of a whole parameter, float32.
+
+    Args:
+        name: its global name.
+        shape: its whole shape.
+        seed: of the run; with the name it seeds the generator.
+        init_std: standard deviation of the backbone's weights.
+        device: where they are drawn; the numbers of one kind of device differ from another's.
+    """
+    init = _distribution(name, init_std)
+    whole = torch.zeros(shape, dtype=torch.float32, device=device)
+    if init.kind == "zeros":
+        return whole
+    if init.kind == "ones":
+        return whole.fill_(1.0)
+    generator = named_generator(seed, name, device)
+    if init.kind == "normal":
+        return whole.normal_(0.0, init.std, generator=generator)
+    assert init.kind == "xavier_uniform"
+    bound = math.sqrt(6.0 / (whole.shape[0] + whole.shape[1]))
+    return whole.uniform_(-bound, bound, generator=generator)
+
+
+def named_generator(seed: int, name: str, device: torch.device | str) -> torch.Generator:
+    """A generator that depends on a seed and a name only."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _distribution(name: str, init_std: float) -> Init:
+    """Which distribution a parameter starts from, by its global name."""
+    part, _, rest = name.partition(".")
+    if part in ("head", "projector"):
+        return initial_distribution(rest)
+    if "norm" in name:
+        return Init("ones")
+    return Init("normal", init_std)

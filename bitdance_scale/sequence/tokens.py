@@ -14,6 +14,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
     from transformers import PreTrainedTokenizerFast
 
+_QUERY_NAME = re.compile(r"<\|query_\d+\|>")
 MARKUP_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 
 
@@ -38,6 +40,8 @@ class TextTokenizer(abc.ABC):
 
     Attributes:
         vocab_size: entries in all, the added ones included; the rows of the embedding before padding.
+        num_new_entries: how many of the entries were put in here, because the files lack them.
+        num_query_entries: query tokens among the entries, at least P - 1; a tokenizer folder may hold more.
         image_tokens: ids of the special tokens around an image.
         max_caption_tokens: longer captions are cut to this many tokens.
         digest: SHA-256 of the vocabulary, the added entries included; a checkpoint fits tokenizers of its digest only.
@@ -46,9 +50,13 @@ class TextTokenizer(abc.ABC):
         reply_ids: int64 [N], `<|im_end|>\\n<|im_start|>assistant\\n`.
     """
 
-    def __init__(self, vocabulary: Sequence[str], block_tokens: int, max_caption_tokens: int) -> None:
+    def __init__(
+        self, vocabulary: Sequence[str], num_new_entries: int, block_tokens: int, max_caption_tokens: int
+    ) -> None:
         """`vocabulary` lists every entry by id."""
         self.vocab_size = len(vocabulary)
+        self.num_new_entries = num_new_entries
+        self.num_query_entries = sum(_QUERY_NAME.fullmatch(name) is not None for name in vocabulary)
         self.max_caption_tokens = max_caption_tokens
         self.digest = hashlib.sha256(json.dumps(list(vocabulary)).encode()).hexdigest()
         id_of = {name: index for index, name in enumerate(vocabulary)}
@@ -64,6 +72,13 @@ class TextTokenizer(abc.ABC):
         self.user_turn_ids = np.concatenate([turn_start, self.encode("user\n")]).astype(np.int64)
         self._assistant_turn_ids = np.concatenate([turn_start, self.encode("assistant\n")]).astype(np.int64)
         self.reply_ids = np.concatenate([turn_end, self.encode("\n"), self._assistant_turn_ids]).astype(np.int64)
+
+    @property
+    def added_entries(self) -> dict[str, int]:
+        """Ids of the resolution and query tokens, by name."""
+        tokens = self.image_tokens
+        names = [*_resolution_names(), *_query_names(tokens.block_tokens)]
+        return dict(zip(names, (*tokens.resolution, *tokens.queries), strict=True))
 
     @abc.abstractmethod
     def _encode(self, text: str) -> list[int]:
@@ -176,7 +191,9 @@ def image_to_text_sample(tokenizer: TextTokenizer, key: int, caption: str, grid:
 class _HuggingFaceTokenizer(TextTokenizer):
     """A fast tokenizer of the transformers library."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, block_tokens: int, max_caption_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, num_new_entries: int, block_tokens: int, max_caption_tokens: int
+    ) -> None:
         from tokenizers import Tokenizer
 
         self._tokenizer = tokenizer
@@ -186,7 +203,8 @@ class _HuggingFaceTokenizer(TextTokenizer):
         document["truncation"] = document["padding"] = None
         self._plain = Tokenizer.from_str(json.dumps(document))
         id_of = tokenizer.get_vocab()
-        super().__init__(sorted(id_of, key=id_of.__getitem__), block_tokens, max_caption_tokens)
+        vocabulary = sorted(id_of, key=id_of.__getitem__)
+        super().__init__(vocabulary, num_new_entries, block_tokens, max_caption_tokens)
 
     def _encode(self, text: str) -> list[int]:
         return self._plain.encode(text, add_special_tokens=False).ids
@@ -202,7 +220,7 @@ class _SentencePieceTokenizer(TextTokenizer):
         self._processor = processor
         pieces = [processor.id_to_piece(index) for index in range(processor.vocab_size())]
         self._special = [*MARKUP_TOKENS, *_resolution_names(), *_query_names(block_tokens)]
-        super().__init__([*pieces, *self._special], block_tokens, max_caption_tokens)
+        super().__init__([*pieces, *self._special], len(self._special), block_tokens, max_caption_tokens)
 
     def _encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
@@ -240,6 +258,7 @@ def _load_huggingface(section: TextSection, block_tokens: int) -> TextTokenizer:
             f"text.path = {section.path!r}: the tokenizer has no {', '.join(missing)}; use that of a Qwen3 model"
         )
     names = [*_resolution_names(), *_query_names(block_tokens)]
+    num_known = len(tokenizer.get_vocab())
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     ids = tokenizer.get_vocab().values()
     if len(set(ids)) != len(ids) or max(ids) != len(ids) - 1:
@@ -247,7 +266,7 @@ def _load_huggingface(section: TextSection, block_tokens: int) -> TextTokenizer:
             f"text.path = {section.path!r}: the tokenizer's {len(ids)} entries do not have the ids 0..{len(ids) - 1}; "
             "repair its added tokens"
         )
-    return _HuggingFaceTokenizer(tokenizer, block_tokens, section.max_caption_tokens)
+    return _HuggingFaceTokenizer(tokenizer, len(ids) - num_known, block_tokens, section.max_caption_tokens)
 
 
 def _load_sentencepiece(section: TextSection, block_tokens: int) -> TextTokenizer:

@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
+from bitdance_scale.checkpoint.agreement import on_first_rank
 from bitdance_scale.checkpoint.folder import CheckpointFolder
-from bitdance_scale.checkpoint.state import TrainState, load_checkpoint, save_checkpoint
+from bitdance_scale.checkpoint.index import read_index
+from bitdance_scale.checkpoint.start import check_tensors, find_checkpoint, load_weights
+from bitdance_scale.checkpoint.state import TENSORS_DIR, TrainState, load_checkpoint, save_checkpoint
 from bitdance_scale.config.load import dump_toml
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import TrainingError
@@ -55,13 +58,18 @@ class Trainer:
         self._checkpoints = CheckpointFolder(run_folder / "checkpoints", keep=config.checkpoint.keep)
         # Before the model, which takes minutes to build at full size.
         self._index = shared_index(config.data.shards, config.data.index_dir, topology.device)
+        latest = self._checkpoints.latest()
+        start = self._find_start() if latest is None and config.run.start_from else None
         self._engine = build_engine(config, self._text.vocab_size, topology)
         self._loader_state: dict[str, object] | None = None
         self.progress = Progress()
         self._saved_step = 0
-        latest = self._checkpoints.latest()
+        # What a checkpoint keeps of the release that the weights came from.
+        self._release: dict[str, object] = {}
         if latest is not None:
             self._resume(latest)
+        elif start is not None:
+            self._start(start)
 
     @property
     def is_complete(self) -> bool:
@@ -115,7 +123,9 @@ class Trainer:
         begun_s = time.monotonic()
         fields = progress_fields(self.progress)
         fields["optimizer"] |= {"step": self._engine.optimizer_step()}
-        state = TrainState(loader=self._loader_state, tokenizer_digest=self._text.digest, **fields)
+        state = TrainState(
+            loader=self._loader_state, tokenizer_digest=self._text.digest, release=self._release, **fields
+        )
         save_checkpoint(
             self._checkpoints,
             state,
@@ -135,6 +145,7 @@ class Trainer:
         )
         self._engine.set_optimizer_step(state.optimizer["step"])
         self._loader_state = state.loader
+        self._release = state.release
         self.progress = Progress(
             step=state.step,
             images=state.images,
@@ -145,6 +156,21 @@ class Trainer:
         )
         self._saved_step = state.step
         logger.info("resumed from %s", path)
+
+    def _find_start(self) -> Path:
+        """The checkpoint that `run.start_from` means, which must be of this network."""
+        path = find_checkpoint(self.config.run.start_from)
+        network, vocab_size = self.config.network, self._text.vocab_size
+        on_first_rank(None, lambda: check_tensors(path, read_index(path / TENSORS_DIR), network, vocab_size))
+        return path
+
+    def _start(self, path: Path) -> None:
+        values = self._engine.optimizer_values()
+        prefix = "master."
+        masters = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+        digest = self._text.digest
+        self._release = load_weights(path, self._engine.model_values(), masters, tokenizer_digest=digest)
+        logger.info("started from the weights of %s", path)
 
     def _prepare(self, packs: Sequence[Pack], step: int) -> list[PackInputs]:
         """The micro-batches of a step on the device; called in the feed's thread."""

@@ -57,7 +57,7 @@ def _holding_too_much(what: str) -> Iterator[None]:
         return whole[: part.shape[0]]
 
     @contextlib.contextmanager
-    def read_whole_file(path):
+    def read_whole_file(path, *_):
         content = load(path.read_bytes())
         yield mock.Mock(get_slice=lambda key: _Slice(content[key]))
 
@@ -65,7 +65,7 @@ def _holding_too_much(what: str) -> Iterator[None]:
         if what == "tensor":
             stack.enter_context(mock.patch.object(sharded._SavePieces, "resolve_data", resolve_whole_tensor))
         elif what == "file":
-            stack.enter_context(mock.patch.object(storage, "_opened", read_whole_file))
+            stack.enter_context(mock.patch.object(storage, "opened", read_whole_file))
         yield
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -39,40 +41,18 @@ def _qwen3(config):
 
 
 def _our_weights(reference, config) -> dict[str, torch.Tensor]:
-    """Global names of this project -> Qwen3's tensors; query, key and value interleaved by key/value head."""
-    theirs = reference.state_dict()
-    groups, head_dim = config.model.num_kv_heads, config.model.head_dim
-    ours = {"embedding.weight": theirs["embed_tokens.weight"], "decoder.final_layernorm.weight": theirs["norm.weight"]}
-    for index in range(config.model.num_layers):
-        layer = {
-            name: theirs[f"layers.{index}.{name}.weight"]
-            for name in (
-                "input_layernorm",
-                "post_attention_layernorm",
-                "self_attn.q_proj",
-                "self_attn.k_proj",
-                "self_attn.v_proj",
-                "self_attn.o_proj",
-                "self_attn.q_norm",
-                "self_attn.k_norm",
-                "mlp.gate_proj",
-                "mlp.up_proj",
-                "mlp.down_proj",
-            )
-        }
-        parts = [layer[f"self_attn.{part}_proj"].unflatten(0, (groups, -1, head_dim)) for part in "qkv"]
-        prefix = f"decoder.layers.{index}."
-        ours |= {
-            prefix + "input_layernorm.weight": layer["input_layernorm"],
-            prefix + "pre_mlp_layernorm.weight": layer["post_attention_layernorm"],
-            prefix + "self_attention.linear_qkv.weight": torch.cat(parts, dim=1).flatten(0, 2),
-            prefix + "self_attention.linear_proj.weight": layer["self_attn.o_proj"],
-            prefix + "self_attention.q_layernorm.weight": layer["self_attn.q_norm"],
-            prefix + "self_attention.k_layernorm.weight": layer["self_attn.k_norm"],
-            prefix + "mlp.linear_fc1.weight": torch.cat([layer["mlp.gate_proj"], layer["mlp.up_proj"]]),
-            prefix + "mlp.linear_fc2.weight": layer["mlp.down_proj"],
-        }
-    return ours
+    """The backbone by our names, assembled from Qwen3's tensors by the table of checkpoint/names.py."""
+    from bitdance_scale.checkpoint.names import Part, our_tensors
+
+    theirs = {f"model.{name}": tensor for name, tensor in reference.state_dict().items()}
+    network = dataclasses.replace(config.network, model=dataclasses.replace(config.model, tie_embeddings=True))
+    return {
+        tensor.name: torch.cat(
+            [theirs[rows.published].narrow(0, rows.published_start, rows.num_rows) for rows in tensor.rows]
+        )
+        for tensor in our_tensors(network, VOCAB_SIZE)
+        if tensor.part is Part.BACKBONE
+    }
 
 
 def _hidden_states(rank: int, config) -> tuple[torch.Tensor, torch.Tensor]:

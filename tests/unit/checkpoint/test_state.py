@@ -51,12 +51,6 @@ def test_round_trip(folder):
     assert {"config_sha256", "model_signature", "versions"} <= set(content)
 
 
-def test_weights_alone_start_a_new_stage(folder):
-    model, optimizer = values(0.0)
-    load_checkpoint(folder.latest(), model, None, tokenizer_digest="abc")
-    assert fill_of(model) == {1.5} and fill_of(optimizer) == {0.0}
-
-
 def test_a_state_without_a_field_is_named(folder):
     path = folder.latest()
     text = (path / "train_state.json").read_text()

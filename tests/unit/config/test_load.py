@@ -89,7 +89,7 @@ def test_malformed_override_is_refused(config_path: Path, override: str) -> None
         ("optm.lr=1", "unknown section 'optm'; did you mean 'optim'?"),
         ("run.wandb_mode=offline", "did you mean 'observe.wandb_mode'?"),
         ("steps=3", "did you mean 'run.steps'?"),
-        ("run.zzz=3", "legal names: name, root, seed, steps, dtype"),
+        ("run.zzz=3", "legal names: name, root, seed, steps, start_from, dtype"),
     ],
 )
 def test_unknown_name_is_refused_with_the_nearest(config_path: Path, override: str, expected: str) -> None:

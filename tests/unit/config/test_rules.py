@@ -18,6 +18,7 @@ UNCONSTRAINED = {
     "parallel.sequence_parallel",
     "head.time_mean",
     "data.index_dir",
+    "run.start_from",
     "sample.use_cache",
 }
 

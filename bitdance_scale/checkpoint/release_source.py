@@ -1,0 +1,195 @@
+"""A folder to import, looked through before anything is written: a BitDance release, or a plain Qwen3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bitdance_scale.checkpoint.names import EMBEDDING, OUTPUT, NamedTensor, Part, our_tensors, published_tensors
+from bitdance_scale.checkpoint.published import PublishedTensors, read_json
+from bitdance_scale.checkpoint.tensor_file import TensorSpec
+from bitdance_scale.config.published import (
+    HEAD_CONFIG_NAME,
+    MODEL_CONFIG_NAME,
+    inert_head_settings,
+    inert_model_settings,
+    read_head,
+    read_model,
+)
+from bitdance_scale.config.schema import HeadSection, NetworkConfig, TextSection, VisionSection
+from bitdance_scale.errors import CheckpointError
+from bitdance_scale.sequence.tokens import TextTokenizer, load_text_tokenizer
+from bitdance_scale.vision.autoencoder import Autoencoder, published_sizes
+from bitdance_scale.vision.weights import CONFIG_NAME as AE_CONFIG_NAME
+from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
+from bitdance_scale.vision.weights import check_weights
+
+
+@dataclass(frozen=True)
+class NewParts:
+    """What a plain Qwen3 lacks of a BitDance model.
+
+    Attributes:
+        autoencoder: weights file, with its configuration beside it.
+        block_side: p.
+        seed: of the initial values of head, projector and embedding rows.
+        head_width, head_blocks, head_adaln: sizes of the diffusion head; a width of None is the backbone's.
+    """
+
+    autoencoder: Path | None = None
+    block_side: int = 4
+    seed: int = 0
+    head_width: int | None = None
+    head_blocks: int = 6
+    head_adaln: int = 2
+
+    def head(self, hidden_size: int) -> HeadSection:
+        """The head for a backbone of this width."""
+        width = self.head_width or hidden_size
+        return HeadSection(width=width, num_blocks=self.head_blocks, num_adaln=self.head_adaln)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder to import, looked through: everything in it fits together.
+
+    Attributes:
+        folder: the folder.
+        network: what it makes; its paths are those of the source.
+        tokenizer: with the added tokens.
+        parts: the tensors that it holds; head and projector are missing from a plain Qwen3.
+        new_parts: what a plain Qwen3 is given; None for a release.
+        inert: what `TrainState.release` keeps of its configuration files.
+    """
+
+    folder: Path
+    network: NetworkConfig
+    tokenizer: TextTokenizer
+    parts: dict[Part, PublishedTensors]
+    new_parts: NewParts | None
+    inert: dict[str, object]
+
+    @property
+    def num_old_rows(self) -> int:
+        """Rows of the embedding that come from the source."""
+        return self.tokenizer.vocab_size - self.tokenizer.num_new_entries
+
+    def spec(self, tensor: NamedTensor) -> TensorSpec:
+        """Shape and stored dtype of one of our tensors: the source's, float32 for what is drawn here."""
+        dtype = self.parts[tensor.part].dtype if tensor.part in self.parts else torch.float32
+        return TensorSpec(tensor.shape, dtype)
+
+    def tensors(self) -> list[tuple[NamedTensor, TensorSpec]]:
+        """All of our tensors, with what is stored of each."""
+        return [(tensor, self.spec(tensor)) for tensor in our_tensors(self.network, self.tokenizer.vocab_size)]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(spec.num_bytes for _, spec in self.tensors())
+
+    @property
+    def num_drawn_bytes(self) -> int:
+        """Bytes that the source does not hold: head, projector and new rows of a Qwen3."""
+        num_bytes = 0
+        for tensor, spec in self.tensors():
+            if tensor.part not in self.parts:
+                num_bytes += spec.num_bytes
+            elif tensor.name in (EMBEDDING, OUTPUT):
+                num_bytes += spec.num_bytes - TensorSpec((self.num_old_rows, *tensor.shape[1:]), spec.dtype).num_bytes
+        return num_bytes
+
+
+def open_source(folder: Path, new_parts: NewParts | None) -> Source:
+    """Looks through a folder without reading a value.
+
+    Args:
+        folder: a published BitDance folder, or a Qwen3 folder.
+        new_parts: what a Qwen3 folder is given; None for a release.
+
+    Raises:
+        BitDanceError: it is neither, or something in it does not fit; names the file or tensor, what was found and what
+            was expected.
+    """
+    config_path = folder / MODEL_CONFIG_NAME
+    if not config_path.is_file():
+        raise CheckpointError(
+            f"{folder}: has no {MODEL_CONFIG_NAME}; name a Qwen3 folder or a published BitDance folder"
+        )
+    is_release = (folder / HEAD_CONFIG_NAME).is_file()
+    if is_release and new_parts is not None:
+        raise CheckpointError(
+            f"{folder}: a BitDance folder ({HEAD_CONFIG_NAME}) has its autoencoder, blocks and head; leave out "
+            "--autoencoder and the other options for a Qwen3 folder"
+        )
+    if not is_release and (new_parts is None or new_parts.autoencoder is None):
+        raise CheckpointError(
+            f"{folder}: has no {HEAD_CONFIG_NAME}; a plain Qwen3 folder also needs --autoencoder, the weights file of the "
+            "vision tokenizer"
+        )
+    config = read_json(config_path)
+    model = read_model(config, str(config_path))
+    autoencoder = new_parts.autoencoder if new_parts else folder / AE_WEIGHTS_NAME
+    sizes = published_sizes(read_json(autoencoder_config(autoencoder)))
+    with torch.device("meta"):
+        check_weights(autoencoder, Autoencoder(**sizes).state_dict())
+    inert: dict[str, object] = {"model": inert_model_settings(config)}
+    if new_parts is None:
+        head_path = folder / HEAD_CONFIG_NAME
+        head_config = read_json(head_path)
+        head, block_side = read_head(head_config, str(head_path), model.hidden_size, sizes["num_bits"])
+        inert["head"] = inert_head_settings(head_config)
+    else:
+        head, block_side = new_parts.head(model.hidden_size), new_parts.block_side
+    network = NetworkConfig(
+        model=model,
+        head=head,
+        vision=VisionSection(weights=str(autoencoder), block_side=block_side, **sizes),
+        text=TextSection(kind="huggingface", path=str(folder)),
+    )
+    tokenizer = load_text_tokenizer(network.text, block_side**2)
+    parts = {part: PublishedTensors(folder, part) for part in (Part if is_release else (Part.BACKBONE,))}
+    source = Source(folder, network, tokenizer, parts, new_parts, inert)
+    _check(source, config["vocab_size"])
+    return source
+
+
+def autoencoder_config(weights: Path) -> Path:
+    """The configuration beside an autoencoder's weights: `ae_config.json`, or `NAME_config.json` for NAME.safetensors.
+
+    The second is how the release's collection of tokenizers names it.
+    """
+    own = weights.with_name(weights.stem + "_config.json")
+    return own if own.is_file() else weights.with_name(AE_CONFIG_NAME)
+
+
+def _check(source: Source, num_rows: int) -> None:
+    """The tokenizer, the embedding and every tensor against the network."""
+    tokenizer, block_tokens, folder = source.tokenizer, source.network.vision.block_tokens, source.folder
+    if source.new_parts is None:
+        found, wanted = tokenizer.num_query_entries - tokenizer.num_new_entries, block_tokens - 1
+        if found != wanted:
+            raise CheckpointError(
+                f"{folder}: its tokenizer has {max(found, 0)} query tokens, blocks of parallel_num = {block_tokens} tokens "
+                f"({HEAD_CONFIG_NAME}) need {wanted}; take both files from one release"
+            )
+        if num_rows != tokenizer.vocab_size:
+            raise CheckpointError(
+                f"{folder}: vocab_size = {num_rows} in {MODEL_CONFIG_NAME}, its tokenizer has {tokenizer.vocab_size} "
+                "entries; they must be equal"
+            )
+    elif tokenizer.num_new_entries != len(tokenizer.added_entries):
+        raise CheckpointError(
+            f"{folder}: its tokenizer has resolution or query tokens already, but there is no {HEAD_CONFIG_NAME}; name a "
+            "plain Qwen3 folder or a whole BitDance folder"
+        )
+    if num_rows < source.num_old_rows:
+        raise CheckpointError(
+            f"{folder}: vocab_size = {num_rows} in {MODEL_CONFIG_NAME}, its tokenizer has {source.num_old_rows} entries; "
+            "the embedding must have a row for each"
+        )
+    names = published_tensors(source.network, num_rows)
+    for part, tensors in source.parts.items():
+        tensors.check({tensor.name: tensor for tensor in names if tensor.part is part})

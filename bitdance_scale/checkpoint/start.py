@@ -1,0 +1,133 @@
+"""Weights of one run as the start of another: any layout, any dtype; optimiser, schedule and counters begin anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint import Metadata
+
+from bitdance_scale.checkpoint.agreement import on_first_rank
+from bitdance_scale.checkpoint.folder import LATEST_NAME, CheckpointFolder
+from bitdance_scale.checkpoint.index import read_index
+from bitdance_scale.checkpoint.manifest import MANIFEST_NAME
+from bitdance_scale.checkpoint.names import our_tensors
+from bitdance_scale.checkpoint.sharded import load_sharded
+from bitdance_scale.checkpoint.state import (
+    MASTER_PREFIX,
+    MODEL_PREFIX,
+    TENSORS_DIR,
+    read_fitting_state,
+)
+from bitdance_scale.config.published import MODEL_CONFIG_NAME
+from bitdance_scale.config.schema import NetworkConfig
+from bitdance_scale.errors import CheckpointError
+from bitdance_scale.parallel.partition import ShardedValue
+
+CHECKPOINTS_DIR = "checkpoints"
+
+
+def find_checkpoint(where: str | Path, group: dist.ProcessGroup | None = None) -> Path:
+    """The checkpoint that a path means; a collective over `group`.
+
+    Args:
+        where: a checkpoint (`step_00001000`), a folder of checkpoints, or a run folder or converted release, whose
+            `latest` is taken.
+        group: the ranks that ask; None: all, or this process alone without a process group.
+
+    Raises:
+        CheckpointError: on every rank: there is none, or it is damaged.
+    """
+    where = Path(where)
+    return on_first_rank(group, lambda: _find(where)) or _latest(where, group)
+
+
+def check_tensors(path: Path, index: Metadata, network: NetworkConfig, vocab_size: int) -> None:
+    """Compares the parameters that a checkpoint holds with those of a network, by name and shape.
+
+    Raises:
+        CheckpointError: they differ; names the first three.
+    """
+    found = {
+        name.removeprefix(MODEL_PREFIX): tuple(tensor.size)
+        for name, tensor in index.state_dict_metadata.items()
+        if name.startswith(MODEL_PREFIX)
+    }
+    wanted = {tensor.name: tensor.shape for tensor in our_tensors(network, vocab_size)}
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} is no tensor of this network" for name in found if name not in wanted]
+    problems += [
+        f"{name} has shape {list(found[name])}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if found.get(name, shape) != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"{path}: a checkpoint of another network: {'; '.join(problems[:3])}{more}. Set [model], [head], "
+            "vision.num_bits, vision.block_side and [text] as in its config.toml"
+        )
+
+
+def load_weights(
+    path: Path,
+    model: Mapping[str, ShardedValue],
+    masters: Mapping[str, ShardedValue],
+    *,
+    tokenizer_digest: str,
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, Any]:
+    """Fills the weights of a model and their float32 masters in place from a checkpoint; a collective.
+
+    Both come from the checkpoint's masters, or, where it has none (a converted release), from its weights as stored.
+
+    Args:
+        path: a committed checkpoint.
+        model: what this rank holds of the parameters, by global name, in any dtype.
+        masters: what it holds of their float32 masters.
+        tokenizer_digest: of the text tokenizer in use.
+        group: the ranks that take part; None: all, or this process alone without a process group.
+
+    Returns:
+        What the checkpoint says of the release that its weights came from (`TrainState.release`).
+
+    Raises:
+        CheckpointError: on every rank, before any tensor is written to: the checkpoint is damaged, of another model or
+            of another text tokenizer.
+    """
+    state = on_first_rank(group, lambda: read_fitting_state(path, tokenizer_digest))
+    tensors = path / TENSORS_DIR
+    index = on_first_rank(group, lambda: read_index(tensors))
+    has_masters = any(name.startswith(MASTER_PREFIX) for name in index.state_dict_metadata)
+    prefix = MASTER_PREFIX if has_masters else MODEL_PREFIX
+    for values in (model, masters):
+        wanted = {prefix + name: value for name, value in values.items()}
+        load_sharded(tensors, wanted, group, prefix=prefix, converts_dtype=True)
+    return state.release
+
+
+def _find(where: Path) -> Path | None:
+    """The checkpoint itself, or None where `where` is a folder of checkpoints."""
+    if (where / MANIFEST_NAME).is_file():
+        return where
+    if _checkpoints(where).is_dir():
+        return None
+    if (where / MODEL_CONFIG_NAME).is_file():
+        fix = "it is a Hugging Face folder: convert it with tools/convert_from_hf.py first"
+    else:
+        fix = "name a run folder, a converted release or one checkpoint of them (checkpoints/step_...)"
+    raise CheckpointError(f"{where}: no checkpoint is there; {fix}")
+
+
+def _checkpoints(where: Path) -> Path:
+    return where if (where / LATEST_NAME).is_file() else where / CHECKPOINTS_DIR
+
+
+def _latest(where: Path, group: dist.ProcessGroup | None) -> Path:
+    root = on_first_rank(group, lambda: _checkpoints(where))
+    latest = CheckpointFolder(root, keep=1, group=group).latest()
+    if latest is None:
+        raise CheckpointError(f"{root}: no checkpoint was committed there; name a run that has saved one")
+    return latest
