@@ -43,19 +43,48 @@ def qwen_like() -> PreTrainedTokenizerFast:
     )
     backend.train_from_iterator(["user", "assistant", "a red circle and two blue squares"] * 4, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in MARKUP_TOKENS])
+    names = ["<|endoftext|>", *MARKUP_TOKENS]
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     # As in Qwen3, an added token that is not marked special.
     tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=False)])
     return tokenizer
 
 
+def save_as_qwen3(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Saves a tokenizer in the form in which Qwen3's own folders have it, which no version of the library writes."""
+    tokenizer.save_pretrained(folder)
+    added = read_json(folder / "tokenizer.json")["added_tokens"]
+    model = read_json(folder / "tokenizer.json")["model"]
+    config = {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": {
+            str(entry["id"]): {key: value for key, value in entry.items() if key != "id"} for entry in added
+        },
+        "additional_special_tokens": [entry["content"] for entry in added if entry["special"]],
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 131072,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = "".join(f"{left} {right}\n" for left, right in model["merges"])
+    (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+
+
 def write_plain_qwen3(
     folder: Path, *, is_tied: bool = False, dtype: torch.dtype = torch.bfloat16, spare_rows: int = SPARE_ROWS
 ) -> Path:
-    """A Qwen3 folder as its library saves it: weights, configuration and tokenizer; returns `folder`."""
+    """A Qwen3 folder: weights, configuration and tokenizer; returns `folder`."""
     tokenizer = qwen_like()
     _backbone(len(tokenizer) + spare_rows, is_tied, seed=1).to(dtype).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_as_qwen3(tokenizer, folder)
     return folder
 
 

@@ -211,26 +211,35 @@ def _model_problems(config: Mapping[str, Any]) -> Iterator[str]:
         value = config.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             yield f"{key} = {value!r}: must be a positive integer"
-    if not isinstance(config.get("rms_norm_eps"), int | float):
+    if not isinstance(config.get("rms_norm_eps"), int | float) or isinstance(config["rms_norm_eps"], bool):
         yield f"rms_norm_eps = {config.get('rms_norm_eps')!r}: must be a number"
     if not isinstance(config.get("tie_word_embeddings"), bool):
         yield f"tie_word_embeddings = {config.get('tie_word_embeddings')!r}: must be true or false"
     for key, wanted in _FIXED_MODEL.items():
         if config.get(key, wanted) != wanted:
             yield f"{key} = {config[key]!r}: only {wanted!r} is supported"
+    rope = config.get("rope_parameters")
+    if rope is not None and not isinstance(rope, Mapping):
+        yield f"rope_parameters = {rope!r}: must be an object"
+        return
     bases = _rope_bases(config)
+    for base in bases:
+        if not isinstance(base, int | float) or isinstance(base, bool):
+            yield f"rope_theta = {base!r}: must be a number"
+            return
     if not bases:
         yield "rope_theta or rope_parameters.rope_theta: one of them must give the rotary base"
     elif len(set(bases)) > 1:
         yield f"rope_theta = {bases[0]} and rope_parameters.rope_theta = {bases[1]} disagree: keep the one that was trained"
-    rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
+    rope_type = (rope or {}).get("rope_type", "default")
     if rope_type != "default":
         yield f"rope_parameters.rope_type = {rope_type!r}: only 'default' is supported"
 
 
-def _rope_bases(config: Mapping[str, Any]) -> list[float]:
+def _rope_bases(config: Mapping[str, Any]) -> list[Any]:
+    """What the two names of the rotary base say, without those that say nothing."""
     places = (config.get("rope_theta"), (config.get("rope_parameters") or {}).get("rope_theta"))
-    return [float(base) for base in places if base is not None]
+    return [base for base in places if base is not None]
 
 
 def _head_problems(config: Mapping[str, Any], hidden_size: int, num_bits: int) -> Iterator[str]:
@@ -258,5 +267,5 @@ def _head_problems(config: Mapping[str, Any], hidden_size: int, num_bits: int) -
     if config["time_schedule"] not in ("logit_normal", "uniform"):
         yield f"time_schedule = {config['time_schedule']!r}: must be 'logit_normal' or 'uniform'"
     for key in ("P_mean", "P_std", "time_shift"):
-        if not isinstance(config[key], int | float):
+        if not isinstance(config[key], int | float) or isinstance(config[key], bool):
             yield f"{key} = {config[key]!r}: must be a number"

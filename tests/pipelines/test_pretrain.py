@@ -136,6 +136,44 @@ def test_checkpoint_of_another_model_is_refused(finished):
     assert (finished[0] / "checkpoints" / "latest").read_text().strip() == "step_00000040"
 
 
+def test_a_run_starts_from_the_published_weights_of_another(finished, shards, tmp_path):
+    """Through the published folder and back it is the run that it would be from the checkpoint itself."""
+    for name, *options in (
+        ("convert_to_hf.py", finished[0], tmp_path / "published", "--backbone-dtype", "float32"),
+        ("convert_from_hf.py", tmp_path / "published", tmp_path / "imported"),
+    ):
+        done = _run([sys.executable, f"tools/{name}", *map(str, options)])
+        assert done.returncode == 0, done.stderr
+    settings = {"run__steps": 2, "data__global_batch": 10, "sample__every_steps": 0, "observe__wandb_mode": "disabled"}
+    imported = {
+        "run__start_from": tmp_path / "imported",
+        "text__kind": "huggingface",
+        "text__path": tmp_path / "imported" / "tokenizer",
+        "vision__weights": tmp_path / "imported" / "ae.safetensors",
+    }
+    losses = []
+    for number, start in enumerate(({"run__start_from": finished[0]}, imported, {})):
+        result = _run(_command([sys.executable], shards, tmp_path / str(number), **settings, **start))
+        assert result.returncode == 0, result.stderr[-4000:]
+        assert ("started from the weights of" in result.stdout) is bool(start)
+        losses.append([point.loss for point in read_metrics(tmp_path / str(number) / "demo" / METRICS_FILE)])
+    assert losses[0] == losses[1]
+    assert losses[0][0] < 0.85 * losses[2][0], "the weights are not those of the run before"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.start_from='no/such/run'", "no/such/run: no checkpoint is there"),
+        ("model.num_layers=3", "decoder.layers.3.input_layernorm.weight is no tensor of this network"),
+    ],
+)
+def test_a_start_that_is_not_possible_is_refused(finished, shards, tmp_path, override, message):
+    start = "" if "start_from" in override else f"run.start_from='{finished[0]}'"
+    result = _run([*_command([sys.executable], shards, tmp_path), *filter(None, [start, override])])
+    assert result.returncode == EXIT_REFUSED and message in result.stderr and "Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
