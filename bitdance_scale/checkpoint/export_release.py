@@ -25,13 +25,8 @@ import bitdance_scale
 from bitdance_scale.checkpoint.digest import file_digest, text_digest
 from bitdance_scale.checkpoint.names import Part, PublishedTensor, published_tensors
 from bitdance_scale.checkpoint.outcome import check_outcome, new_folder, write_report
-from bitdance_scale.checkpoint.published import (
-    BACKBONE_INDEX_NAME,
-    BACKBONE_NAME,
-    PART_FILES,
-    PublishedTensors,
-)
-from bitdance_scale.checkpoint.start import check_tensors, find_checkpoint
+from bitdance_scale.checkpoint.published import PART_FILES, PublishedTensors
+from bitdance_scale.checkpoint.start import check_network, find_checkpoint
 from bitdance_scale.checkpoint.state import (
     CONFIG_NAME,
     MASTER_PREFIX,
@@ -41,7 +36,7 @@ from bitdance_scale.checkpoint.state import (
     read_state,
 )
 from bitdance_scale.checkpoint.stored import StoredTensors
-from bitdance_scale.checkpoint.tensor_file import TensorFileWriter, TensorSpec
+from bitdance_scale.checkpoint.tensor_file import TensorFileWriter
 from bitdance_scale.config.load import load_network
 from bitdance_scale.config.published import (
     HEAD_CONFIG_NAME,
@@ -58,6 +53,7 @@ from bitdance_scale.vision.autoencoder import Autoencoder, published_config
 from bitdance_scale.vision.weights import CONFIG_NAME as AE_CONFIG_NAME
 from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
 from bitdance_scale.vision.weights import check_weights
+from bitdance_scale.weight_files import TensorSpec
 
 MAX_FILE_BYTES = 5 * 10**9
 # What weights that started at random are published in; a release's own dtypes are kept.
@@ -138,7 +134,7 @@ def open_checkpoint(
     with torch.device("meta"):
         check_weights(network.vision.weights, Autoencoder(**_autoencoder_sizes(network)).state_dict())
     stored = StoredTensors(path / TENSORS_DIR)
-    check_tensors(path, stored.index, network, text.vocab_size)
+    check_network(path, stored.index, network, text.vocab_size)
     chosen = (
         DEFAULT_DTYPES | {Part(part): name for part, name in state.release.get("dtypes", {}).items()} | (dtypes or {})
     )
@@ -233,7 +229,9 @@ def _write_part(export: Export, part: Part, folder: Path, progress: Progress) ->
     if len(files) > 1:
         total = sum(spec.num_bytes for _, spec in tensors.values())
         weight_map = {name: file for file, names in files.items() for name in names}
-        _write_json(folder / BACKBONE_INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_json(
+            folder / f"{PART_FILES[part]}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
     return digests
 
 
@@ -250,7 +248,7 @@ def _files(specs: Mapping[str, TensorSpec], part: Part) -> dict[str, list[str]]:
         groups[-1].append(name)
         num_bytes += spec.num_bytes
     if len(groups) == 1:
-        return {BACKBONE_NAME: groups[0]}
+        return {PART_FILES[part]: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
 
 
@@ -270,7 +268,7 @@ def _read_back(folder: Path, part: Part, digests: Mapping[str, str], progress: P
     """Hashes what the safetensors library finds in the files just written."""
     written = PublishedTensors(folder, part)
     for name, wanted in digests.items():
-        spec = written.found[name].spec
+        spec = written.found[name]
         step = max(1, _CHUNK_BYTES // max(1, spec.num_bytes // spec.shape[0]))
         digest = hashlib.sha256()
         for start in range(0, spec.shape[0], step):
@@ -279,7 +277,7 @@ def _read_back(folder: Path, part: Part, digests: Mapping[str, str], progress: P
             progress(values.nbytes)
         if digest.hexdigest() != wanted:
             raise CheckpointError(
-                f"{written.found[name].file.name}: {name} reads back with other values than were written; the disk or the "
+                f"{written.file(name).name}: {name} reads back with other values than were written; the disk or the "
                 "memory of this machine is at fault"
             )
     if {*written.found} != {*digests}:

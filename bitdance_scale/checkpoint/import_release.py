@@ -39,13 +39,13 @@ from bitdance_scale.checkpoint.sharded import StreamedValue
 from bitdance_scale.checkpoint.start import CHECKPOINTS_DIR
 from bitdance_scale.checkpoint.state import CONFIG_NAME, MODEL_PREFIX, TENSORS_DIR, TrainState, save_checkpoint
 from bitdance_scale.checkpoint.stored import StoredTensors
-from bitdance_scale.checkpoint.tensor_file import TensorSpec
 from bitdance_scale.config.load import dump_toml
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.model.initial import draw_initial, named_generator
 from bitdance_scale.sequence.tokenizer_files import write_tokenizer
 from bitdance_scale.vision.weights import CONFIG_NAME as AE_CONFIG_NAME
 from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
+from bitdance_scale.weight_files import TensorSpec
 
 TOKENIZER_DIR = "tokenizer"
 # New embedding rows lie around the mean of the old ones, a tenth as far from it as those do.

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from bitdance_scale.checkpoint.names import EMBEDDING, OUTPUT, NamedTensor, Part, our_tensors, published_tensors
-from bitdance_scale.checkpoint.published import PublishedTensors, read_json
-from bitdance_scale.checkpoint.tensor_file import TensorSpec
+from bitdance_scale.checkpoint.published import PublishedTensors
 from bitdance_scale.config.published import (
     HEAD_CONFIG_NAME,
     MODEL_CONFIG_NAME,
@@ -25,6 +24,7 @@ from bitdance_scale.vision.autoencoder import Autoencoder, published_sizes
 from bitdance_scale.vision.weights import CONFIG_NAME as AE_CONFIG_NAME
 from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
 from bitdance_scale.vision.weights import check_weights
+from bitdance_scale.weight_files import TensorSpec, read_json
 
 
 @dataclass(frozen=True)

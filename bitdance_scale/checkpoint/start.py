@@ -25,6 +25,7 @@ from bitdance_scale.config.published import MODEL_CONFIG_NAME
 from bitdance_scale.config.schema import NetworkConfig
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.parallel.partition import ShardedValue
+from bitdance_scale.weight_files import TensorSpec, check_tensors
 
 CHECKPOINTS_DIR = "checkpoints"
 
@@ -44,31 +45,20 @@ def find_checkpoint(where: str | Path, group: dist.ProcessGroup | None = None) -
     return on_first_rank(group, lambda: _find(where)) or _latest(where, group)
 
 
-def check_tensors(path: Path, index: Metadata, network: NetworkConfig, vocab_size: int) -> None:
+def check_network(path: Path, index: Metadata, network: NetworkConfig, vocab_size: int) -> None:
     """Compares the parameters that a checkpoint holds with those of a network, by name and shape.
 
     Raises:
         CheckpointError: they differ; names the first three.
     """
     found = {
-        name.removeprefix(MODEL_PREFIX): tuple(tensor.size)
+        name.removeprefix(MODEL_PREFIX): TensorSpec(tuple(tensor.size), tensor.properties.dtype)
         for name, tensor in index.state_dict_metadata.items()
         if name.startswith(MODEL_PREFIX)
     }
     wanted = {tensor.name: tensor.shape for tensor in our_tensors(network, vocab_size)}
-    problems = [f"{name} is missing" for name in wanted if name not in found]
-    problems += [f"{name} is no tensor of this network" for name in found if name not in wanted]
-    problems += [
-        f"{name} has shape {list(found[name])}, not {list(shape)}"
-        for name, shape in wanted.items()
-        if found.get(name, shape) != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(
-            f"{path}: a checkpoint of another network: {'; '.join(problems[:3])}{more}. Set [model], [head], "
-            "vision.num_bits, vision.block_side and [text] as in its config.toml"
-        )
+    fix = "Set [model], [head], vision.num_bits, vision.block_side and [text] as in its config.toml"
+    check_tensors(path, found, wanted, fix)
 
 
 def load_weights(

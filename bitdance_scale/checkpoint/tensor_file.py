@@ -9,32 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
 import torch
 
-DTYPE_NAMES: Mapping[torch.dtype, str] = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+from bitdance_scale.weight_files import DTYPE_NAMES, TensorSpec
+
 _LENGTH_BYTES = 8
 # Where values begin, as the library aligns them.
 _ALIGNMENT_BYTES = 8
-
-
-class TensorSpec(NamedTuple):
-    """Shape and dtype of a tensor to be written."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of its values."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class TensorFileWriter:

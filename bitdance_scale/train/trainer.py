@@ -13,7 +13,7 @@ import torch.distributed as dist
 from bitdance_scale.checkpoint.agreement import on_first_rank
 from bitdance_scale.checkpoint.folder import CheckpointFolder
 from bitdance_scale.checkpoint.index import read_index
-from bitdance_scale.checkpoint.start import check_tensors, find_checkpoint, load_weights
+from bitdance_scale.checkpoint.start import check_network, find_checkpoint, load_weights
 from bitdance_scale.checkpoint.state import TENSORS_DIR, TrainState, load_checkpoint, save_checkpoint
 from bitdance_scale.config.load import dump_toml
 from bitdance_scale.config.schema import RunConfig
@@ -161,7 +161,7 @@ class Trainer:
         """The checkpoint that `run.start_from` means, which must be of this network."""
         path = find_checkpoint(self.config.run.start_from)
         network, vocab_size = self.config.network, self._text.vocab_size
-        on_first_rank(None, lambda: check_tensors(path, read_index(path / TENSORS_DIR), network, vocab_size))
+        on_first_rank(None, lambda: check_network(path, read_index(path / TENSORS_DIR), network, vocab_size))
         return path
 
     def _start(self, path: Path) -> None:

@@ -24,8 +24,8 @@ class VisionTokenizer:
         max_batch_px: images of one size are encoded together up to this many pixels (one image at least).
 
     Raises:
-        ConfigError: the weights file is missing, or does not fit the sizes of the section.
-        DataError: the weights file is damaged.
+        ConfigError: the weights file is missing.
+        CheckpointError: it is damaged, or does not fit the sizes of the section.
     """
 
     def __init__(self, section: VisionSection, device: torch.device | str, max_batch_px: int = 1 << 20) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from bitdance_scale.errors import ConfigError, DataError
+from bitdance_scale.errors import ConfigError
+from bitdance_scale.weight_files import check_tensors, read_header
 
 WEIGHTS_NAME = "ae.safetensors"
 CONFIG_NAME = "ae_config.json"
@@ -25,8 +25,8 @@ def load_weights(path: str | Path, wanted: Mapping[str, torch.Tensor]) -> dict[s
         wanted: state of the network (the meta device suffices), whose names and shapes the file must have.
 
     Raises:
-        ConfigError: no such file, or it is of a network of other sizes; names the first tensors at fault.
-        DataError: the file is damaged.
+        ConfigError: no such file.
+        CheckpointError: it is damaged, or of a network of other sizes; names the first tensors at fault.
     """
     check_weights(path, wanted)
     return load_file(path)
@@ -36,26 +36,13 @@ def check_weights(path: str | Path, wanted: Mapping[str, torch.Tensor]) -> None:
     """Compares the header of a weights file with a network; the arguments and errors of `load_weights`."""
     if not Path(path).is_file():
         raise ConfigError(f"vision.weights = {str(path)!r}: no such file; name the autoencoder's safetensors file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise DataError(
-            f"{path}: not a readable safetensors file ({error}); fetch or export the weights again"
-        ) from error
-    faults = [f"{name} is missing" for name in wanted if name not in found]
-    faults += [f"{name} is not part of the network" for name in found if name not in wanted]
-    faults += [
-        f"{name} has shape {found[name]}, not {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in found and found[name] != tuple(wanted[name].shape)
-    ]
-    if faults:
-        rest = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise ConfigError(
-            f"{path}: {'; '.join(faults[:3])}{rest}. The weights must fit vision.num_bits, channels, channel_mult and "
-            f"num_res_blocks; {CONFIG_NAME} beside the file states its sizes (z_channels, ch, ch_mult, num_res_blocks)"
-        )
+    check_tensors(
+        Path(path),
+        read_header(Path(path)),
+        {name: tensor.shape for name, tensor in wanted.items()},
+        "The weights must fit vision.num_bits, channels, channel_mult and num_res_blocks; "
+        f"{CONFIG_NAME} beside the file states its sizes (z_channels, ch, ch_mult, num_res_blocks)",
+    )
 
 
 def save_weights(folder: str | Path, state: Mapping[str, torch.Tensor], published_config: Mapping[str, object]) -> None:

@@ -226,12 +226,12 @@ def fewer_queries(folder: Path) -> None:
 
 
 FAULTS = {
-    "missing tensor": (drop_tensor, ["model.layers.2.mlp.up_proj.weight", "missing", "model.safetensors", "[96, 64]"]),
+    "missing tensor": (drop_tensor, ["model.layers.2.mlp.up_proj.weight is missing", "model.safetensors", "[96, 64]"]),
     "extra tensor": (add_tensor, ["fc3", "projector.safetensors", "no tensor of this network"]),
     "wrong shape": (reshape_tensor, ["net.input_proj.weight", "[128, 8]", "expected [128, 16]"]),
     "mixed dtypes": (retype_tensor, ["model.norm.weight", "torch.float32", "expected torch.bfloat16"]),
     "no weights' dtype": (integer_tensor, ["model.norm.weight is I8"]),
-    "cut file": (cut_file, ["model.safetensors", "cannot be read", "fetch"]),
+    "cut file": (cut_file, ["model.safetensors", "not a readable safetensors file", "fetch"]),
     "missing file": (lambda folder: (folder / "projector.safetensors").unlink(), ["projector.safetensors"]),
     "index out of the folder": (index_out_of_folder, ["../model.safetensors", "no name of a file"]),
     "too few query tokens": (more_queries, ["15 query tokens", "need 63"]),
@@ -240,7 +240,10 @@ FAULTS = {
         lambda folder: edit_config(folder, architectures=["LlamaForCausalLM"]),
         ["LlamaForCausalLM", "Qwen3ForCausalLM"],
     ),
-    "other rows than entries": (lambda folder: edit_config(folder, vocab_size=600), ["vocab_size = 600", f"has {NUM_ENTRIES + 256 + 15} entries"]),
+    "other rows than entries": (
+        lambda folder: edit_config(folder, vocab_size=600),
+        ["vocab_size = 600", f"has {NUM_ENTRIES + 256 + 15} entries"],
+    ),
     "two rotary bases": (lambda folder: edit_config(folder, rope_theta=5e5), ["rope_theta = 500000.0", "disagree"]),
     "scaled positions": (
         lambda folder: edit_config(folder, rope_scaling={"rope_type": "yarn"}),

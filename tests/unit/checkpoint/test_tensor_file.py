@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from bitdance_scale.checkpoint.tensor_file import TensorFileWriter, TensorSpec
+from bitdance_scale.checkpoint.tensor_file import TensorFileWriter
+from bitdance_scale.weight_files import TensorSpec
 
 TENSORS = {
     "b": torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).bfloat16(),
