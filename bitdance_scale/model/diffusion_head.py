@@ -29,6 +29,7 @@ NUM_TIME_FEATURES = 256
 TIME_SCALE = 1000.0
 MAX_TIME_PERIOD = 10000.0
 NUM_MODULATIONS = 6
+NUM_FINAL_MODULATIONS = 2
 
 
 def time_features(t_B: torch.Tensor) -> torch.Tensor:
@@ -93,6 +94,11 @@ class DiffusionHead(nn.Module):
         """
         self._check_blocks(noisy_BPC)
         return _to_bits(self.net(noisy_BPC, t_B, cond_BPZ))
+
+    @property
+    def modulations_per_channel(self) -> int:
+        """Numbers per token and channel of D that `modulations` gives for one time."""
+        return NUM_MODULATIONS * len(self.net.ada_ln_blocks) + NUM_FINAL_MODULATIONS
 
     def embed_times(self, t_T: torch.Tensor) -> torch.Tensor:
         """Flow times [T] as the modulations take them, [T, D] in the dtype of the parameters."""
@@ -231,12 +237,12 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, num_bits: int, linears: LinearFactory) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
-        self.ada_ln_modulation = linears.column(width, 2 * width, gather_output=True)
+        self.ada_ln_modulation = linears.column(width, NUM_FINAL_MODULATIONS * width, gather_output=True)
         self.linear = linears.replicated(width, num_bits)
 
     def forward(self, x_BPD: torch.Tensor, modulation_BPE: torch.Tensor) -> torch.Tensor:
         """Logits [B, P, C] of the bits; the modulation is the output [B, P, 2 D] of `ada_ln_modulation`."""
-        scale, shift = modulation_BPE.chunk(2, dim=-1)
+        scale, shift = modulation_BPE.chunk(NUM_FINAL_MODULATIONS, dim=-1)
         return self.linear(modulate(self.norm(x_BPD), scale, shift))
 
 
