@@ -20,7 +20,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 from transformers.utils import logging
 
 from bitdance_scale.config.published import HEAD_CONFIG_NAME, MODEL_CONFIG_NAME, read_head, read_model
-from bitdance_scale.config.schema import ModelSection, TextSection, VisionSection
+from bitdance_scale.config.schema import HeadSection, ModelSection, TextSection, VisionSection
 from bitdance_scale.errors import CheckpointError, ConfigError, DataError
 from bitdance_scale.model.diffusion_head import DiffusionHead
 from bitdance_scale.model.linears import PlainLinears
@@ -59,6 +59,41 @@ class PublishedModel:
     text: TextTokenizer
 
 
+@dataclass(frozen=True)
+class PublishedSections:
+    """What the configuration files of a published folder say.
+
+    Attributes:
+        model: the backbone.
+        vocab_size: rows of its embedding.
+        head: the diffusion head.
+        vision: the autoencoder and the block side.
+    """
+
+    model: ModelSection
+    vocab_size: int
+    head: HeadSection
+    vision: VisionSection
+
+
+def read_sections(folder: str | Path) -> PublishedSections:
+    """Reads the configuration files of a published folder.
+
+    Raises:
+        CheckpointError: there is no such folder, or a file is missing, damaged or does not fit the others.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; name a published BitDance folder, the one with config.json")
+    config = _read_json(folder / MODEL_CONFIG_NAME)
+    model = read_model(config, str(folder / MODEL_CONFIG_NAME))
+    sizes = _vision_sizes(folder / VISION_CONFIG_NAME)
+    head_config, where = _read_json(folder / HEAD_CONFIG_NAME), str(folder / HEAD_CONFIG_NAME)
+    head, block_side = read_head(head_config, where, model.hidden_size, sizes["num_bits"])
+    vision = VisionSection(weights=str(folder / VISION_WEIGHTS_NAME), block_side=block_side, **sizes)
+    return PublishedSections(model, config["vocab_size"], head, vision)
+
+
 def load_published(folder: str | Path, dtype: torch.dtype, device: torch.device) -> PublishedModel:
     """Loads a published folder.
 
@@ -71,33 +106,23 @@ def load_published(folder: str | Path, dtype: torch.dtype, device: torch.device)
         CheckpointError: a file is missing, damaged or does not fit the others; names file and tensor.
         ConfigError: the folder holds no usable tokenizer.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; name a published BitDance folder, the one with config.json")
-    config = _read_json(folder / MODEL_CONFIG_NAME)
-    section = read_model(config, str(folder / MODEL_CONFIG_NAME))
-    sizes = _vision_sizes(folder / VISION_CONFIG_NAME)
-    head_config = _read_json(folder / HEAD_CONFIG_NAME)
-    where = str(folder / HEAD_CONFIG_NAME)
-    head_section, block_side = read_head(head_config, where, section.hidden_size, sizes["num_bits"])
-    vision_section = VisionSection(weights=str(folder / VISION_WEIGHTS_NAME), block_side=block_side, **sizes)
-    text_section = TextSection(path=str(folder), max_caption_tokens=MAX_PROMPT_TOKENS)
-    text = load_text_tokenizer(text_section, vision_section.block_tokens)
-    if text.vocab_size > config["vocab_size"]:
+    folder, sections = Path(folder), read_sections(folder)
+    block_tokens = sections.vision.block_tokens
+    text = load_text_tokenizer(TextSection(path=str(folder), max_caption_tokens=MAX_PROMPT_TOKENS), block_tokens)
+    if text.vocab_size > sections.vocab_size:
         raise CheckpointError(
-            f"{folder}: the tokenizer with its resolution and {vision_section.block_tokens - 1} query tokens has "
-            f"{text.vocab_size} entries, {MODEL_CONFIG_NAME} gives the embedding {config['vocab_size']} rows; {_REMEDY}"
+            f"{folder}: the tokenizer with its resolution and {block_tokens - 1} query tokens has {text.vocab_size} "
+            f"entries, {MODEL_CONFIG_NAME} gives the embedding {sections.vocab_size} rows; {_REMEDY}"
         )
     with torch.device("meta"):
-        head = DiffusionHead(
-            head_section, section.hidden_size, sizes["num_bits"], vision_section.block_tokens, PlainLinears()
-        )
-        projector = Projector(sizes["num_bits"], section.hidden_size, PlainLinears())
-    backbone = _load_backbone(folder, section, config["vocab_size"], dtype, device)
+        num_bits, hidden_size = sections.vision.num_bits, sections.model.hidden_size
+        head = DiffusionHead(sections.head, hidden_size, num_bits, block_tokens, PlainLinears())
+        projector = Projector(num_bits, hidden_size, PlainLinears())
+    backbone = _load_backbone(folder, sections.model, sections.vocab_size, dtype, device)
     _fill(head, folder / HEAD_WEIGHTS_NAME, dtype, device)
     _fill(projector, folder / PROJECTOR_WEIGHTS_NAME, dtype, device)
     try:
-        vision = VisionTokenizer(vision_section, device, dtype=dtype)
+        vision = VisionTokenizer(sections.vision, device, dtype=dtype)
     except (ConfigError, DataError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return PublishedModel(backbone, projector, head, vision, text)

@@ -8,6 +8,7 @@ Shape suffixes: B blocks (one per image), P tokens per block, C bits, K draws.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ class FlowSolver:
         sampler: `euler_maruyama` or `euler`.
 
     Raises:
-        ConfigError: an unknown sampler or no step.
+        ConfigError: an unknown sampler, no step, or a guidance that is not finite.
     """
 
     num_steps: int
@@ -51,6 +52,8 @@ class FlowSolver:
             raise ConfigError(f"sampler = {self.sampler!r}: must be one of {', '.join(SAMPLERS)}")
         if self.num_steps < 1:
             raise ConfigError(f"number of sampling steps = {self.num_steps}: must be at least 1")
+        if not math.isfinite(self.guidance):
+            raise ConfigError(f"guidance scale = {self.guidance}: must be a finite number; 1 is no guidance")
 
     @property
     def is_guided(self) -> bool:
