@@ -48,7 +48,6 @@ class Qwen3Blocks:
         solver: FlowSolver,
         uses_graphs: bool | None = None,
     ) -> None:
-        backbone.set_attn_implementation(BLOCK_ATTENTION)
         self._backbone, self._projector, self._solver = backbone, projector, solver
         self._device, self._dtype = backbone.device, backbone.dtype
         self._uses_graphs = self._device.type == "cuda" if uses_graphs is None else uses_graphs
@@ -64,6 +63,7 @@ class Qwen3Blocks:
     def start(self, layout: DecodeLayout) -> None:
         """Reads the prefixes [B, L]."""
         self._layout = layout
+        self._backbone.set_attn_implementation(BLOCK_ATTENTION)
         # The last block is never read.
         needed = layout.position_ids.shape[1] - layout.block_tokens
         self._make_memory(layout.num_sequences, max(needed, layout.prefix_length))
