@@ -93,7 +93,7 @@ class TimedBlocks:
 
 
 def random_model(name: str, block_side: int, dtype: torch.dtype, device: torch.device) -> PublishedModel:
-    """Random weights of the sizes of a preset or of `small`, with the published autoencoder or a small one."""
+    """Random weights; the published autoencoder for Qwen3's sizes, a small one for `small` and `demo`."""
     torch.manual_seed(0)
     if name == "small":
         section, head_section, vision_sizes = SMALL, SMALL_HEAD, SMALL_VISION
@@ -101,7 +101,7 @@ def random_model(name: str, block_side: int, dtype: torch.dtype, device: torch.d
         section, head_section, vision_sizes = (
             ModelSection(**PRESETS[name]["model"]),
             HeadSection(**PRESETS[name]["head"]),
-            {},
+            SMALL_VISION if name == "demo" else {},
         )
     with torch.device(device):
         config = qwen3_config(section, VOCAB_SIZE)

@@ -99,7 +99,8 @@ def sample_block(predict: Predict, noise_KBPC: torch.Tensor, solver: FlowSolver)
         float32 [B, P, C] of -1 and 1.
     """
     x_BPC = solve_flow(predict, noise_KBPC, solver)
-    return torch.where(x_BPC > 0, 1.0, -1.0)
+    # `torch.where` of two numbers copies them to the device, which a CUDA graph cannot record.
+    return (x_BPC > 0).float() * 2 - 1
 
 
 def solve_flow(predict: Predict, noise_KBPC: torch.Tensor, solver: FlowSolver) -> torch.Tensor:
