@@ -127,16 +127,13 @@ def waiter(device: torch.device) -> Callable[[], None]:
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
-def measure(function: Callable[[int], object], num_images: int, wait: Callable[[], None]) -> tuple[list[float], object]:
-    """Seconds of images 0, 1, .., and what the last one gave."""
-    seconds, result = [], None
-    for seed in range(num_images):
-        wait()
-        begun = time.perf_counter()
-        result = function(seed)
-        wait()
-        seconds.append(time.perf_counter() - begun)
-    return seconds, result
+def measure(function: Callable[[], torch.Tensor], wait: Callable[[], None]) -> tuple[float, float, torch.Tensor]:
+    """(seconds on the clock, seconds of processor time, result) of one call."""
+    wait()
+    clock, processor = time.perf_counter(), time.process_time()
+    result = function()
+    wait()
+    return time.perf_counter() - clock, time.process_time() - processor, result
 
 
 def compare(model: PublishedModel, task: Task, num_images: int, has_baseline: bool) -> None:
@@ -161,21 +158,29 @@ def compare(model: PublishedModel, task: Task, num_images: int, has_baseline: bo
         vision.decode(bits[0], task.grid)
         return bits
 
-    (first, *others), bits = measure(ours, 1 + num_images, wait)
-    print(f"generate: {np.median(others):.3f} s an image (median of {num_images}), the first of its size {first:.3f} s")
-    if has_baseline:
-        (_, *literal_others), expected = measure(literal, 1 + num_images, wait)
+    ways = {"generate": ours} | ({"literal": literal} if has_baseline else {})
+    # One after the other, image by image, so that other programs on the machine disturb both alike.
+    runs = {name: [] for name in ways}
+    for seed in range(1 + num_images):
+        for name, way in ways.items():
+            runs[name].append(measure(lambda: way(seed), wait))
+    medians = {name: [float(np.median([run[i] for run in runs[name][1:]])) for i in (0, 1)] for name in ways}
+    for name, (clock, processor) in medians.items():
         print(
-            f"literal:  {np.median(literal_others):.3f} s an image; "
-            f"ratio {np.median(literal_others) / np.median(others):.2f}"
+            f"{name}: {clock:.3f} s an image on the clock, {processor:.3f} s of processor time (medians of {num_images}); "
+            f"the first of its size {runs[name][0][0]:.3f} s"
         )
-        share = (bits == expected).float().mean().item()
-        print(f"equal bits: {share:.6f}")
+    if has_baseline:
+        ratios = [medians["literal"][i] / medians["generate"][i] for i in (0, 1)]
+        print(f"literal over generate: {ratios[0]:.2f} on the clock, {ratios[1]:.2f} of processor time")
+        pairs = [(run[2], other[2]) for run, other in zip(runs["generate"], runs["literal"], strict=True)]
+        share = float(np.mean([(one == other).float().mean().item() for one, other in pairs]))
+        print(f"equal bits: {share:.6f} of {sum(one.numel() for one, _ in pairs)}")
         if model.backbone.dtype is torch.float32 and device.type == "cpu" and share < 1:
             sys.exit("error: the same weights and noise must give the same bits in float32")
     timed = TimedBlocks(blocks, wait)
     bits = decode_blocks(timed, layout(), task.noise(model, 0))
-    (seconds,), _ = measure(lambda seed: vision.decode(bits[0], task.grid), 1, wait)
+    seconds, _, _ = measure(lambda: vision.decode(bits[0], task.grid), wait)
     parts = timed.seconds | {"autoencoder": seconds}
     total = sum(parts.values())
     print("breakdown: " + ", ".join(f"{name} {value:.3f} s ({value / total:.0%})" for name, value in parts.items()))
