@@ -8,6 +8,7 @@ Shape suffixes: B blocks (one per image), P tokens per block, C bits, K draws.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class FlowSolver:
         """Normal tensors per block: the start and one per stochastic step."""
         return 1 if self.sampler == "euler" else self.num_steps + 1
 
-    @property
+    @functools.cached_property
     def times(self) -> tuple[float, ...]:
         """The flow time of every evaluation of the head."""
         if self.sampler == "euler":
