@@ -49,7 +49,8 @@ from bitdance_scale.config.schema import NetworkConfig
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.sequence.tokenizer_files import write_tokenizer
 from bitdance_scale.sequence.tokens import TextTokenizer, load_text_tokenizer
-from bitdance_scale.vision.autoencoder import Autoencoder, published_config
+from bitdance_scale.vision.autoencoder import published_config
+from bitdance_scale.vision.tokenizer import make_autoencoder
 from bitdance_scale.vision.weights import CONFIG_NAME as AE_CONFIG_NAME
 from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
 from bitdance_scale.vision.weights import check_weights
@@ -132,7 +133,7 @@ def open_checkpoint(
             f"need {network.vision.block_tokens - 1}, and the release's folders hold no more"
         )
     with torch.device("meta"):
-        check_weights(network.vision.weights, Autoencoder(**_autoencoder_sizes(network)).state_dict())
+        check_weights(network.vision.weights, make_autoencoder(network.vision).state_dict())
     stored = StoredTensors(path / TENSORS_DIR)
     check_network(path, stored.index, network, text.vocab_size)
     chosen = (

@@ -4,7 +4,7 @@ Prompts of different length are padded on the left, so that all images of a batc
 time. With guidance the unconditional prompts form the second half of the batch and share the state of the first.
 
 Shape suffixes: B sequences, I images (B / 2 under guidance), L prefix positions, S positions, P vision tokens per
-block, C bits, D hidden size.
+block, C bits, D hidden size, K draws.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch
 from bitdance_scale.model.attention import visible
 from bitdance_scale.sequence.grid import block_raster_cells
 from bitdance_scale.sequence.layout import ImageTokens, image_prefix_ids
-from bitdance_scale.sequence.noise import Purpose, generator
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,10 @@ def lay_out(
     )
 
 
+# The noise of the next block, N(0, 1), float32 [K, I, P, C]: the start tensor, then one per stochastic step.
+Draw = Callable[[], torch.Tensor]
+
+
 class BlockModel(Protocol):
     """A backbone with its head, one block at a time."""
 
@@ -99,8 +102,8 @@ class BlockModel(Protocol):
         """Reads the prefixes; the next block to draw is the first."""
         ...
 
-    def draw_block(self, cells: torch.Tensor, draw: Callable[[int], torch.Tensor]) -> torch.Tensor:
-        """Draws the next block of every image, bits [I, P, C], at `cells` [P, 2] from the noise `draw(step)`."""
+    def draw_block(self, cells: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """Draws the next block of every image, bits [I, P, C], at `cells` [P, 2] from the noise `draw()`."""
         ...
 
     def extend(self, bits: torch.Tensor, cells: torch.Tensor) -> None:
@@ -108,33 +111,29 @@ class BlockModel(Protocol):
         ...
 
 
-class ImageNoise:
-    """The noise of a batch of images: image i draws from its own stream, whatever batch it is in.
-
-    Draw order of one block: a start tensor, then one tensor per solver step (published release).
-    """
-
-    def __init__(self, seed: int, image_numbers: Sequence[int], shape: tuple[int, int], device: torch.device) -> None:
-        self._streams = [generator(seed, Purpose.SAMPLE_IMAGE, 0, number) for number in image_numbers]
-        self._shape, self._device = shape, device
-
-    def __call__(self, step: int) -> torch.Tensor:
-        """The next tensor, N(0, 1), float32 [I, P, C]; `step` only names it."""
-        rows = [stream.standard_normal(self._shape, dtype=np.float32) for stream in self._streams]
-        return torch.from_numpy(np.stack(rows)).to(self._device)
-
-
 @torch.no_grad()
-def decode_blocks(model: BlockModel, layout: DecodeLayout, noise: Callable[[int], torch.Tensor]) -> torch.Tensor:
+def decode_blocks(
+    model: BlockModel, layout: DecodeLayout, draw: Draw, on_block: Callable[[], None] | None = None
+) -> torch.Tensor:
     """Draws all blocks of a batch of images.
+
+    Args:
+        model: backbone and head.
+        layout: the sequences of the batch.
+        draw: the noise, asked once per block.
+        on_block: called after every block.
 
     Returns:
         float32 [I, h * w, C] of -1 and 1, in block raster order.
     """
     model.start(layout)
-    block_cells = layout.cells.split(layout.block_tokens)
-    blocks = [model.draw_block(block_cells[0], noise)]
-    for read, drawn in zip(block_cells[:-1], block_cells[1:], strict=True):
-        model.extend(blocks[-1], read)
-        blocks.append(model.draw_block(drawn, noise))
+    blocks: list[torch.Tensor] = []
+    read = None
+    for cells in layout.cells.split(layout.block_tokens):
+        if read is not None:
+            model.extend(blocks[-1], read)
+        blocks.append(model.draw_block(cells, draw))
+        read = cells
+        if on_block is not None:
+            on_block()
     return torch.cat(blocks, dim=1)

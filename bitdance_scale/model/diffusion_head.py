@@ -3,14 +3,17 @@
 A small transformer with full attention among the P tokens of a block, modulated per token by the flow time and by the
 backbone's hidden state z (adaLN). Parameter names are those of the published release.
 
+The modulations depend on time and condition but not on the noisy bits. Training computes them on the way; a sampler,
+which knows all its times, computes those of many steps together (`DiffusionHead.modulations`) and then only denoises.
+
 Shape suffixes: B blocks, P tokens per block, C bits, D head width, Z condition size, N attention heads of this rank,
-K channels per head, F time features.
+K channels per head, F time features, T flow times.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from einops import rearrange
@@ -26,6 +29,7 @@ NUM_TIME_FEATURES = 256
 TIME_SCALE = 1000.0
 MAX_TIME_PERIOD = 10000.0
 NUM_MODULATIONS = 6
+NUM_FINAL_MODULATIONS = 2
 
 
 def time_features(t_B: torch.Tensor) -> torch.Tensor:
@@ -88,10 +92,44 @@ class DiffusionHead(nn.Module):
         Raises:
             ValueError: the blocks do not hold `block_tokens` tokens.
         """
+        self._check_blocks(noisy_BPC)
+        return _to_bits(self.net(noisy_BPC, t_B, cond_BPZ))
+
+    @property
+    def modulations_per_channel(self) -> int:
+        """Numbers per token and channel of D that `modulations` gives for one time."""
+        return NUM_MODULATIONS * len(self.net.ada_ln_blocks) + NUM_FINAL_MODULATIONS
+
+    def embed_times(self, t_T: torch.Tensor) -> torch.Tensor:
+        """Flow times [T] as the modulations take them, [T, D] in the dtype of the parameters."""
+        return self.net.embed_times(t_T)
+
+    def embed_condition(self, cond_BPZ: torch.Tensor) -> torch.Tensor:
+        """The condition as the modulations take it, [B, P, D] in the dtype of the parameters."""
+        return self.net.embed_condition(cond_BPZ)
+
+    def modulations(self, time_TD: torch.Tensor, cond_BPD: torch.Tensor) -> list[torch.Tensor]:
+        """The modulations of every pair of a time and a condition.
+
+        Args:
+            time_TD: flow times, from `embed_times`.
+            cond_BPD: conditions, from `embed_condition`.
+
+        Returns:
+            [T, B, P, 6 D] of each adaLN module and [T, B, P, 2 D] of the final layer: element t of each, together, is
+            what `denoise` takes.
+        """
+        y_TBPD = functional.silu(time_TD[:, None, None] + cond_BPD)
+        return [linear(y_TBPD) for linear in self.net.modulation_linears()]
+
+    def denoise(self, noisy_BPC: torch.Tensor, modulations: Iterable[torch.Tensor]) -> torch.Tensor:
+        """`forward` with its modulations at hand: [B, P, 6 D] of each adaLN module, [B, P, 2 D] of the final layer."""
+        self._check_blocks(noisy_BPC)
+        return _to_bits(self.net.denoise(noisy_BPC, modulations))
+
+    def _check_blocks(self, noisy_BPC: torch.Tensor) -> None:
         if noisy_BPC.shape[1] != self.block_tokens:
             raise ValueError(f"blocks hold {noisy_BPC.shape[1]} tokens, the head was built for {self.block_tokens}")
-        # Sigmoid in float32: bfloat16 cannot tell predictions near -1 and 1 apart.
-        return 2 * torch.sigmoid(self.net(noisy_BPC, t_B, cond_BPZ).float()) - 1
 
 
 class HeadNetwork(nn.Module):
@@ -113,16 +151,32 @@ class HeadNetwork(nn.Module):
 
     def forward(self, noisy_BPC: torch.Tensor, t_B: torch.Tensor, cond_BPZ: torch.Tensor) -> torch.Tensor:
         """Logits [B, P, C] in the dtype of the parameters; arguments as in `DiffusionHead.forward`."""
-        dtype = self.input_proj.weight.dtype
-        x_BPD = self.input_proj(noisy_BPC.to(dtype))
-        time_BD = self.time_embed(time_features(t_B).to(dtype))
-        y_BPD = functional.silu(time_BD[:, None] + self.cond_embed(cond_BPZ.to(dtype)))
+        y_BPD = functional.silu(self.embed_times(t_B)[:, None] + self.embed_condition(cond_BPZ))
+        # One by one as the blocks ask for them: no modulation is held before its blocks run.
+        return self.denoise(noisy_BPC, (linear(y_BPD) for linear in self.modulation_linears()))
+
+    def embed_times(self, t_T: torch.Tensor) -> torch.Tensor:
+        """Flow times [T] -> [T, D]."""
+        return self.time_embed(time_features(t_T).to(self.input_proj.weight.dtype))
+
+    def embed_condition(self, cond_BPZ: torch.Tensor) -> torch.Tensor:
+        """[B, P, Z] -> [B, P, D]."""
+        return self.cond_embed(cond_BPZ.to(self.input_proj.weight.dtype))
+
+    def modulation_linears(self) -> list[nn.Module]:
+        """The linears of the modulations in the order in which `denoise` uses their outputs."""
+        return [*self.ada_ln_blocks, self.final_layer.ada_ln_modulation]
+
+    def denoise(self, noisy_BPC: torch.Tensor, modulations: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Logits [B, P, C] under modulations [B, P, 6 D] of each adaLN module and [B, P, 2 D] of the final layer."""
+        outputs = iter(modulations)
+        x_BPD = self.input_proj(noisy_BPC.to(self.input_proj.weight.dtype))
         for index, block in enumerate(self.res_blocks):
             # Consecutive blocks share one adaLN module, and so its output.
             if index % self.blocks_per_adaln == 0:
-                modulations = self.ada_ln_blocks[index // self.blocks_per_adaln](y_BPD).chunk(NUM_MODULATIONS, dim=-1)
-            x_BPD = self.call_block(block, x_BPD, modulations)
-        return self.final_layer(x_BPD, y_BPD)
+                block_modulations = next(outputs).chunk(NUM_MODULATIONS, dim=-1)
+            x_BPD = self.call_block(block, x_BPD, block_modulations)
+        return self.final_layer(x_BPD, next(outputs))
 
 
 class TimeEmbedding(nn.Module):
@@ -183,13 +237,18 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, num_bits: int, linears: LinearFactory) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
-        self.ada_ln_modulation = linears.column(width, 2 * width, gather_output=True)
+        self.ada_ln_modulation = linears.column(width, NUM_FINAL_MODULATIONS * width, gather_output=True)
         self.linear = linears.replicated(width, num_bits)
 
-    def forward(self, x_BPD: torch.Tensor, y_BPD: torch.Tensor) -> torch.Tensor:
-        """Logits [B, P, C] of the bits."""
-        scale, shift = self.ada_ln_modulation(y_BPD).chunk(2, dim=-1)
+    def forward(self, x_BPD: torch.Tensor, modulation_BPE: torch.Tensor) -> torch.Tensor:
+        """Logits [B, P, C] of the bits; the modulation is the output [B, P, 2 D] of `ada_ln_modulation`."""
+        scale, shift = modulation_BPE.chunk(NUM_FINAL_MODULATIONS, dim=-1)
         return self.linear(modulate(self.norm(x_BPD), scale, shift))
+
+
+def _to_bits(logits_BPC: torch.Tensor) -> torch.Tensor:
+    # Sigmoid in float32: bfloat16 cannot tell predictions near -1 and 1 apart.
+    return 2 * torch.sigmoid(logits_BPC.float()) - 1
 
 
 def _call(block: nn.Module, *inputs: object) -> torch.Tensor:

@@ -9,14 +9,14 @@ Shape suffixes: S new positions, B sequences, I images, P vision tokens per bloc
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.generate.decode import DecodeLayout
-from bitdance_scale.generate.sampler import sample_block
+from bitdance_scale.generate.decode import DecodeLayout, Draw
+from bitdance_scale.generate.head_steps import HeadSteps
+from bitdance_scale.generate.sampler import FlowSolver, sample_block
 from bitdance_scale.model.positions import rotary_frequencies
 from bitdance_scale.parallel.backbone import remember_keys, whole_sequences
 from bitdance_scale.parallel.topology import Topology
@@ -33,7 +33,8 @@ class StageDecoder:
     def __init__(self, engine: ZeroEngine, config: RunConfig, topology: Topology) -> None:
         self._engine, self._config, self._topology = engine, config, topology
         self._first, self._last = engine.stages[0], engine.stages[-1]
-        self._is_guided = config.sample.guidance != 1.0
+        section = config.sample
+        self._solver = FlowSolver(section.num_steps, section.guidance, section.sampler)
         self._hidden: torch.Tensor | None = None
 
     @property
@@ -61,6 +62,8 @@ class StageDecoder:
         self._layout = layout
         self._num_read = 0
         self._embedded: list[torch.Tensor] = []
+        if self._last.is_last:
+            self._head_steps = HeadSteps(self._last.head, self._solver, self._topology.device)
         rows = self._first.embed_tokens(layout.prefix_ids) if self._first.is_first else None
         self._read(rows, layout.prefix_length)
 
@@ -74,21 +77,14 @@ class StageDecoder:
             rows = rows.view(*repeated.shape[:2], -1).transpose(0, 1)
         self._read(rows, len(cells))
 
-    def draw_block(self, cells: torch.Tensor, draw: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    def draw_block(self, cells: torch.Tensor, draw: Draw) -> torch.Tensor:
         """Draws the next block of every image on the last stage and tells it to all; float32 [I, P, C]."""
-        section = self._config.sample
         if self._last.is_last:
             hidden_BPD = self._hidden.transpose(0, 1)
             condition_BPD = self._last.conditions(hidden_BPD, cells.expand(len(hidden_BPD), -1, -1))
-            bits = sample_block(
-                lambda noisy, time: self._last.head(noisy, time, condition_BPD),
-                draw,
-                num_steps=section.num_steps,
-                guidance=section.guidance,
-                sampler=section.sampler,
-            )
+            bits = sample_block(self._head_steps.bind(condition_BPD), draw(), self._solver)
         else:
-            num_images = self._layout.num_sequences // (2 if self._is_guided else 1)
+            num_images = self._layout.num_sequences // (2 if self._solver.is_guided else 1)
             shape = (num_images, self._layout.block_tokens, self._config.vision.num_bits)
             bits = torch.empty(shape, dtype=torch.float32, device=self._topology.device)
         if self._topology.pipeline_size > 1:

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.generate.decode import ImageNoise, decode_blocks, lay_out
+from bitdance_scale.generate.decode import decode_blocks, lay_out
+from bitdance_scale.generate.noise import ImageNoise
+from bitdance_scale.generate.sampler import FlowSolver
 from bitdance_scale.parallel.decode import StageDecoder
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import ZeroEngine
@@ -61,10 +63,12 @@ def _draw_batch(
     topology: Topology,
 ) -> torch.Tensor:
     """Bits of a batch of images, float32 [I, h * w, C]."""
-    if config.sample.guidance != 1.0:
+    section, vision = config.sample, config.vision
+    solver = FlowSolver(section.num_steps, section.guidance, section.sampler)
+    if solver.is_guided:
         prompts = prompts + [text.unconditional_ids()] * len(prompts)
-    vision = config.vision
     layout = lay_out(prompts, grid, vision.block_side, text.image_tokens, topology.device)
-    noise = ImageNoise(config.sample.seed, numbers, (vision.block_tokens, vision.num_bits), topology.device)
+    shape = (solver.num_draws, vision.block_tokens, vision.num_bits)
+    noise = ImageNoise(section.seed, numbers, shape, topology.device)
     with StageDecoder(engine, config, topology) as decoder:
         return decode_blocks(decoder, layout, noise)

@@ -15,32 +15,44 @@ from bitdance_scale.vision.bits import pack_bits, unpack_bits
 from bitdance_scale.vision.weights import load_weights
 
 
+def make_autoencoder(section: VisionSection) -> Autoencoder:
+    """The autoencoder of a section's sizes, not yet with its weights."""
+    return Autoencoder(
+        num_bits=section.num_bits,
+        channels=section.channels,
+        channel_mult=section.channel_mult,
+        num_res_blocks=section.num_res_blocks,
+    )
+
+
 class VisionTokenizer:
     """The autoencoder of a run, loaded and frozen: uint8 images to bits in block raster order, and bits to images.
 
     Args:
         section: sizes and weights file of the autoencoder, and the block side.
-        device: where it runs; it computes in float32.
+        device: where it runs.
         max_batch_px: images of one size are encoded together up to this many pixels (one image at least).
+        dtype: what it computes in; bits are stored and trained on as float32 gives them.
 
     Raises:
         ConfigError: the weights file is missing.
         CheckpointError: it is damaged, or does not fit the sizes of the section.
     """
 
-    def __init__(self, section: VisionSection, device: torch.device | str, max_batch_px: int = 1 << 20) -> None:
+    def __init__(
+        self,
+        section: VisionSection,
+        device: torch.device | str,
+        max_batch_px: int = 1 << 20,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.section = section
-        self.device = torch.device(device)
+        self.device, self.dtype = torch.device(device), dtype
         self.max_batch_px = max_batch_px
         with torch.device("meta"):
-            self.autoencoder = Autoencoder(
-                num_bits=section.num_bits,
-                channels=section.channels,
-                channel_mult=section.channel_mult,
-                num_res_blocks=section.num_res_blocks,
-            )
+            self.autoencoder = make_autoencoder(section)
         weights = load_weights(section.weights, self.autoencoder.state_dict())
-        self.autoencoder.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+        self.autoencoder.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
         self.autoencoder.to(self.device).eval().requires_grad_(False)
 
     def encode(self, images: Sequence[torch.Tensor]) -> list[np.ndarray]:
@@ -90,7 +102,7 @@ class VisionTokenizer:
             )
         p = self.section.block_side
         latents = rearrange(tokens, "(h w p1 p2) c -> 1 c (h p1) (w p2)", h=height // p, w=width // p, p1=p, p2=p)
-        pixels = self.autoencoder.decode(latents.to(self.device))
+        pixels = self.autoencoder.decode(latents.to(self.device, self.dtype)).float()
         return rearrange((127.5 * pixels + 128).clamp(0, 255).to(torch.uint8), "1 c h w -> h w c").cpu()
 
     @torch.no_grad()
@@ -98,7 +110,7 @@ class VisionTokenizer:
         """uint8 [N, H, W, 3] to packed bits uint8 [N, h * w, C / 8]."""
         pixels = rearrange(images.to(self.device), "n h w c -> n c h w").float() / 127.5 - 1
         p = self.section.block_side
-        bits = self.autoencoder.encode(pixels.contiguous())
+        bits = self.autoencoder.encode(pixels.to(self.dtype).contiguous())
         return pack_bits(rearrange(bits, "n c (h p1) (w p2) -> n (h w p1 p2) c", p1=p, p2=p)).cpu().numpy()
 
     def _checked_size(self, i: int, image: torch.Tensor) -> tuple[int, int]:

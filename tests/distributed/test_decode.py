@@ -19,13 +19,14 @@ GRID = (4, 6)
 def _decode(rank: int, config, num_micro: int = 1) -> tuple[torch.Tensor, torch.Tensor | None, float]:
     """(bits, the last block's hidden states, loss of a training step taken after the decoding)."""
     engine, topology = make_engine(config)
-    from bitdance_scale.generate.decode import ImageNoise, decode_blocks, lay_out
+    from bitdance_scale.generate.decode import decode_blocks, lay_out
+    from bitdance_scale.generate.noise import ImageNoise
     from bitdance_scale.parallel.decode import StageDecoder
     from bitdance_scale.parallel.step import train_step
 
     train_step(engine, step_inputs(config, topology, num_micro, 0), config.loss, 1e-3, topology)
     layout = lay_out(PROMPTS, GRID, config.vision.block_side, TOKENS, topology.device)
-    shape = (config.vision.block_tokens, config.vision.num_bits)
+    shape = (config.sample.num_steps + 1, config.vision.block_tokens, config.vision.num_bits)
     with StageDecoder(engine, config, topology) as decoder:
         bits = decode_blocks(decoder, layout, ImageNoise(3, [0, 1], shape, topology.device))
         hidden = decoder.last_hidden

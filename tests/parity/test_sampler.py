@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bitdance_scale.generate.sampler import sample_block, solve_flow
+from bitdance_scale.generate.sampler import FlowSolver, sample_block, solve_flow
 
 SHAPE = (3, 4, 8)
 
@@ -22,6 +22,11 @@ def stand_in_for_head(seed: int):
         return torch.tanh(x @ mixing + offsets[: len(x)] + t[:, None, None])
 
     return predict
+
+
+def at_times(predict, solver: FlowSolver):
+    """The stand-in asked by the number of the step."""
+    return lambda x, step: predict(x, torch.full((len(x),), solver.times[step]))
 
 
 def loop_velocity(predict, x, t, guidance):
@@ -59,25 +64,23 @@ def test_sampler_against_loop(kind, guidance, num_steps):
     predict = stand_in_for_head(3)
     numbers = torch.Generator().manual_seed(4)
     draws = [torch.randn(SHAPE, generator=numbers) for _ in range(num_steps + 1)]
-    drawn, evaluated = [], []
+    evaluated = []
 
-    def draw(number: int) -> torch.Tensor:
-        drawn.append(number)
-        return draws[number]
-
-    def observed(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        evaluated.append((len(x), len(t), len(set(t.tolist()))))
-        return predict(x, t)
+    def observed(x: torch.Tensor, step: int) -> torch.Tensor:
+        evaluated.append((len(x), step))
+        return at_times(predict, solver)(x, step)
 
     expected = sample_by_loop(predict, draws, num_steps, guidance, kind)
-    found = solve_flow(observed, draw, num_steps=num_steps, guidance=guidance, sampler=kind)
+    solver = FlowSolver(num_steps, guidance, kind)
+    assert solver.num_draws == (1 if kind == "euler" else num_steps + 1)
+    noise = torch.stack(draws[: solver.num_draws])
+    found = solve_flow(observed, noise, solver)
     # Up to 31 steps, each rounding a float32 state of order 1 to 10; a time differs by 1e-7 at most.
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
     batch = SHAPE[0] if guidance == 1.0 else 2 * SHAPE[0]
-    assert evaluated == [(batch, batch, 1)] * (num_steps + (kind == "euler_maruyama"))
-    assert drawn == ([0] if kind == "euler" else list(range(num_steps + 1)))
-    bits = sample_block(predict, draws.__getitem__, num_steps=num_steps, guidance=guidance, sampler=kind)
+    assert evaluated == [(batch, step) for step in range(num_steps + (kind == "euler_maruyama"))]
+    bits = sample_block(at_times(predict, solver), noise, solver)
     assert torch.equal(bits, torch.where(found > 0, 1.0, -1.0))
 
 
@@ -85,25 +88,22 @@ def test_sampler_against_loop(kind, guidance, num_steps):
 def test_a_head_that_knows_the_bits_reaches_them(kind):
     numbers = torch.Generator().manual_seed(5)
     bits = torch.where(torch.randn(SHAPE, generator=numbers) > 0, 1.0, -1.0)
-    found = sample_block(
-        lambda x, t: bits, lambda number: torch.randn(SHAPE, generator=numbers), num_steps=20, sampler=kind
-    )
-    assert torch.equal(found, bits)
+    solver = FlowSolver(20, sampler=kind)
+    noise = torch.randn(solver.num_draws, *SHAPE, generator=numbers)
+    assert torch.equal(sample_block(lambda x, step: bits, noise, solver), bits)
 
 
 def test_stochastic_steps_keep_the_distribution_of_the_flow():
     """With data N(0, 1) the flow at time t is N(0, t^2 + (1 - t)^2), and the ideal head is linear."""
     numbers = torch.Generator().manual_seed(6)
-    shape = (1000, 4, 16)
+    solver = FlowSolver(200)
 
     def ideal(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         t = t[:, None, None]
         return x * t / (t**2 + (1 - t) ** 2)
 
-    def draw(number: int) -> torch.Tensor:
-        return torch.randn(shape, generator=numbers)
-
-    final = solve_flow(ideal, draw, num_steps=200, guidance=1.0, sampler="euler_maruyama")
+    noise = torch.randn(solver.num_draws, 500, 4, 32, generator=numbers)
+    final = solve_flow(at_times(ideal, solver), noise, solver)
     # 64000 draws know a variance to 0.6 %; 200 steps leave a discretisation error of about 1 %. A wrong factor in
     # drift or noise moves it by 10 % or more.
     assert final.var().item() == pytest.approx(1.0, abs=0.03)

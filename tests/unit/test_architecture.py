@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from pathlib import Path
 
@@ -25,7 +26,13 @@ def num_lines(path: Path) -> int:
 def test_imports_keep_the_layers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     # import-linter finds the package through the working directory, as its command line does.
     monkeypatch.chdir(ROOT)
-    status = cli.lint_imports(config_filename="setup.cfg", no_cache=True)
+    try:
+        status = cli.lint_imports(config_filename="setup.cfg", no_cache=True)
+    finally:
+        # It configures logging for a command line, which silences every logger that exists.
+        for logger in logging.root.manager.loggerDict.values():
+            if isinstance(logger, logging.Logger):
+                logger.disabled = False
     assert status == cli.EXIT_STATUS_SUCCESS, capsys.readouterr().out
 
 

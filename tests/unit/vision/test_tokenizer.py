@@ -95,6 +95,15 @@ def test_half_precision_weights_are_computed_in_float32(folder: Path, tmp_path: 
     assert not any(parameter.requires_grad for parameter in tokenizer.autoencoder.parameters())
 
 
+def test_bfloat16_decodes_about_the_same_image(folder: Path, tokenizer: VisionTokenizer):
+    (packed,) = tokenizer.encode(random_images((32, 48)))
+    narrow = VisionTokenizer(section(folder), "cpu", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in narrow.autoencoder.parameters()} == {torch.bfloat16}
+    found, expected = (each.decode(packed, (8, 12)).float() for each in (narrow, tokenizer))
+    # bfloat16 carries 8 bits: a step or two of 255 per layer, of which there are about a dozen.
+    assert (found - expected).abs().mean() < 3
+
+
 def test_weights_are_written_with_their_published_sizes(folder: Path):
     assert sorted(path.name for path in folder.iterdir()) == ["ae.safetensors", "ae_config.json"]
     config = json.loads((folder / "ae_config.json").read_text())
