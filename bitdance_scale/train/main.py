@@ -17,6 +17,7 @@ from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import BitDanceError, ConfigError
 from bitdance_scale.observe.console import setup_logging
 from bitdance_scale.parallel.topology import Topology, make_topology, start_process_group
+from bitdance_scale.train.exit_record import record_exit
 from bitdance_scale.train.signals import EXIT_REQUEUE, StopRequest
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,14 @@ def main(description: str, arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0: finished; 2: refused or failed with an error the user can mend; 75: stopped on request, saved, run it again.
+        A launcher that cannot see it reads it from the file of `exit_record.py`.
     """
+    code = _main(description, arguments)
+    record_exit(code)
+    return code
+
+
+def _main(description: str, arguments: Sequence[str] | None) -> int:
     options = _parse(description, arguments)
     rank = int(os.environ.get("RANK", "0"))
     try:

@@ -1,0 +1,147 @@
+#!/bin/bash
+# Trains one stage on the nodes that Slurm gave: pre-flight, torchrun on every node, requeue after a requested stop.
+# The .sbatch files call it as `launch.sh STAGE ENTRY_POINT CONFIG [section.key=value ...]`; docs/cluster.md explains it.
+#
+# Variables, all optional; sbatch passes them on from the shell that submits:
+#   CONFIG             another configuration file than the stage's own (read by the .sbatch files)
+#   VENV               virtual environment on the shared file system [.venv]
+#   CONTAINER          image for pyxis/enroot, used in place of VENV
+#   CONTAINER_MOUNTS   mounts beside the repository's own folder, host:container[,host:container ...]
+#   PYTHON             interpreter [$VENV/bin/python; in a container python3]
+#   PROCS_PER_NODE     processes on a node [the GPUs that Slurm gave on a node]
+#   MASTER_PORT        first of the ports used on the first node [20000 + job id modulo 10000]
+#   LOG_ROOT           folder for logs, on the shared file system [runs/slurm]
+#   MAX_FAULTS         how often the job requeues itself after a fault before it fails for good [2]
+#   PREFLIGHT          0: start without looking at the nodes [1]
+#   PREFLIGHT_OPTIONS  limits of the pre-flight: `python -m cluster.preflight --help`
+#   SRUN_OPTIONS       further options of srun, for a site that needs them
+#   CHAIN              1: submit the stages after this one as well, each to start when the one before has finished
+#   CHAIN_OPTIONS      options of sbatch for every job of a chain, such as "--account=art --nodes=32"
+set -euo pipefail
+
+readonly EXIT_REFUSED=2 EXIT_BAD_NODE=3 EXIT_REQUEUE=75
+readonly REPEAT_S=10 # between two requests to stop
+readonly WAIT_S=300  # that nodes have to end after the first one has
+
+stage=$1 entry_point=$2 config=$3
+shift 3
+
+say() { echo "$(date '+%F %T') launch: $*"; }
+
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    [[ ${CHAIN:-0} == 1 ]] && exec bash cluster/chain.sh "" "$stage" "$@"
+    say "not inside a job: sbatch cluster/$stage.sbatch, or CHAIN=1 bash cluster/$stage.sbatch for it and what follows" >&2
+    exit "$EXIT_REFUSED"
+fi
+
+restart=${SLURM_RESTART_COUNT:-0}
+job_logs=$(realpath -m "${LOG_ROOT:-runs/slurm}")/$SLURM_JOB_ID
+logs=$job_logs/$restart
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+num_gpus=${SLURM_GPUS_ON_NODE:-0}
+num_procs=${PROCS_PER_NODE:-$num_gpus}
+port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+if ((num_procs == 0)); then
+    say "no GPUs in this job and no PROCS_PER_NODE: ask for GPUs (--gpus-per-node) or set PROCS_PER_NODE" >&2
+    exit "$EXIT_REFUSED"
+fi
+mkdir -p "$logs"
+# Where the trainer's first rank leaves its exit code: torchrun turns every code but 0 into 1.
+export BITDANCE_EXIT_RECORD=$logs/exit_code
+# shellcheck source=cluster/nccl.sh
+source cluster/nccl.sh
+
+if ((restart == 0)) && [[ ${CHAIN:-0} == 1 ]]; then
+    bash cluster/chain.sh "$SLURM_JOB_ID" "$stage" "$@"
+fi
+
+on_nodes=(
+    srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1
+    # One task a node owns all its cores; srun does not take this from the job.
+    --cpus-per-task="$SLURM_CPUS_ON_NODE" --cpu-bind=none
+    # Nodes end seconds apart; the first must not take the others down while they write their last words.
+    --kill-on-bad-exit=0 --wait="$WAIT_S"
+    --output="$logs/%N.log" --open-mode=append
+)
+read -ra site_options <<<"${SRUN_OPTIONS:-}"
+on_nodes+=("${site_options[@]}")
+if [[ -n ${CONTAINER:-} ]]; then
+    on_nodes+=(
+        --container-image="$CONTAINER" --container-workdir="$PWD"
+        --container-mounts="$PWD:$PWD,$job_logs:$job_logs${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+    )
+    python=${PYTHON:-python3}
+else
+    python=${PYTHON:-${VENV:-.venv}/bin/python}
+fi
+
+# Slurm signals this shell ahead of the time limit (USR1, by the --signal line of the .sbatch) and on preemption (TERM).
+is_stop_asked=0
+trap 'is_stop_asked=1' USR1 TERM
+
+# Runs a command on the nodes, passes a request to stop on to it, and waits: step_code.
+run_step() {
+    local step timer
+    "${on_nodes[@]}" "$@" &
+    step=$!
+    while kill -0 "$step" 2>/dev/null; do
+        # Again and again: the first may come before the tasks listen.
+        ((is_stop_asked == 0)) || kill -USR1 "$step" 2>/dev/null || true
+        sleep "$REPEAT_S" &
+        timer=$!
+        wait -n "$step" "$timer" || true
+        kill "$timer" 2>/dev/null || true
+    done
+    step_code=0
+    wait "$step" || step_code=$?
+}
+
+# Puts the job back into the queue, unless somebody cancelled it or Slurm has requeued it itself; never returns.
+requeue() {
+    local state
+    state=$(scontrol show job -o "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]* Reason=[A-Za-z]*')
+    if [[ $state != JobState=RUNNING* && $state != *Reason=TimeLimit ]]; then
+        say "$1; not requeued from here, as the job is no longer running ($state)"
+    elif scontrol requeue "$SLURM_JOB_ID"; then
+        say "$1; requeued, goes on from the last checkpoint"
+    else
+        say "$1; Slurm refused to requeue (JobRequeue in slurm.conf?): submit again to go on" >&2
+    fi
+    exit "$EXIT_REQUEUE"
+}
+
+say "$stage, job $SLURM_JOB_ID, start $((restart + 1)): ${#nodes[@]} nodes (${SLURM_JOB_NODELIST}), $num_procs processes each; logs in $logs"
+
+if [[ ${PREFLIGHT:-1} != 0 ]]; then
+    read -ra limits <<<"${PREFLIGHT_OPTIONS:-}"
+    run_step "$python" -m cluster.preflight "$logs/preflight" --nodes "${nodes[@]}" --port "$((port + 1))" \
+        --gpus "$num_gpus" --procs "$num_procs" "${limits[@]}"
+    ((is_stop_asked == 0)) || requeue "stopped on request during the pre-flight"
+    cat "$logs/preflight/verdict.txt" 2>/dev/null ||
+        say "pre-flight: ${nodes[0]}: no verdict; it must start Python and write to $logs: see $logs/${nodes[0]}.log" >&2
+    ((step_code == 0)) || exit "$EXIT_BAD_NODE"
+fi
+
+run_step "$python" -m cluster.node --nodes "${#nodes[@]}" --procs "$num_procs" --head "${nodes[0]}" --port "$port" \
+    --id "$SLURM_JOB_ID.$restart" --logs "$logs" -- "$entry_point" "$config" "$@"
+
+outcome=$(cat "$BITDANCE_EXIT_RECORD" 2>/dev/null || echo "no exit code of the trainer, srun's $step_code")
+case $outcome in
+0)
+    say "the run is complete"
+    exit 0
+    ;;
+"$EXIT_REQUEUE")
+    rm -f "$job_logs/faults"
+    requeue "stopped on request and saved"
+    ;;
+"$EXIT_REFUSED")
+    say "refused: see $logs/${nodes[0]}.log" >&2
+    exit "$EXIT_REFUSED"
+    ;;
+esac
+faults=$(($(cat "$job_logs/faults" 2>/dev/null || echo 0) + 1))
+echo "$faults" >"$job_logs/faults"
+((faults > ${MAX_FAULTS:-2})) || requeue "fault $faults ($outcome; see $logs/*.log), ${MAX_FAULTS:-2} are allowed"
+say "failed for good after $faults faults ($outcome); see $logs/*.log" >&2
+exit 1

@@ -1,0 +1,243 @@
+"""Looks at every node of a job before it trains and names the bad ones; run by srun, one process per node.
+
+    srun ... python -m cluster.preflight FOLDER --nodes NODE ... --port PORT --gpus N --procs P [limits]
+
+Each node writes a report to FOLDER, which has to be shared: GPUs and their memory, its clock at a common moment, the
+bandwidth of an all-reduce over its own processes and with its neighbours. Nodes are measured alone and in pairs, never
+all at once: a collective over all nodes that hangs does not say whose fault it is. The first node reads the reports,
+writes `verdict.txt` and ends with code 1 when a node is bad. Without GPUs it checks what is there, over gloo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cluster.verdict import Finding, Gpu, Limits, Report, judge, pairings
+
+GIB = 2**30
+POLL_S = 0.2
+VERDICT = "verdict.txt"
+# For every phase. Python from a shared file system takes minutes to start on hundreds of nodes at once.
+TIMEOUT_S = 300.0
+
+
+class Preflight:
+    """The pre-flight of one node; the report on disk is renewed before every phase, so that a hang leaves its name.
+
+    Args:
+        options: the command line.
+        node_index: number of this node in `options.nodes`.
+    """
+
+    def __init__(self, options: argparse.Namespace, node_index: int) -> None:
+        self._options, self._index = options, node_index
+        self._store: dist.TCPStore | None = None
+        self.report = Report(options.nodes[node_index])
+
+    def run(self) -> Report:
+        """All phases; a failure is written down and the next phase begun."""
+        options, nodes = self._options, self._options.nodes
+        with self._phase("look at the GPUs", "CUDA works"):
+            self._set(gpus=_gpus())
+        with self._phase("read the common clock", "every node reaches the first one's port"):
+            self._set(clock_s=self._common_clock())
+        if options.procs > 1:
+            with self._phase("all-reduce over its own GPUs", "it works"):
+                gbs = self._all_reduce(options.nodes[self._index], options.port + 1, 0, 1)
+                self._set(local_gbs=gbs)
+        for number, pairs in enumerate(pairings(len(nodes))):
+            for pair in pairs:
+                if self._index in pair:
+                    self._measure_pair(pair, options.port + 2 + number)
+        self._set(phase="done")
+        return self.report
+
+    def end_together(self, text: str | None) -> None:
+        """Waits for the verdict, which the first node gives as `text`: srun ends a step some time after its first task."""
+        if self._store is None:
+            return
+        # The first node may be gone already, and that is an end as well.
+        with contextlib.suppress(RuntimeError):
+            if text is None:
+                self._store.wait(["verdict"], datetime.timedelta(seconds=3 * TIMEOUT_S))
+            else:
+                self._store.set("verdict", text)
+
+    def _measure_pair(self, pair: tuple[int, int], port: int) -> None:
+        head, other = (self._options.nodes[index] for index in pair)
+        partner = other if self._index == pair[0] else head
+        gbs = None
+        # Whose fault a failure is, the verdict says.
+        with contextlib.suppress(RuntimeError):
+            self._set(phase=f"all-reduce with {partner}")
+            gbs = self._all_reduce(head, port, pair.index(self._index), 2)
+        self._set(pairs=(*self.report.pairs, (partner, gbs)))
+
+    def _set(self, **fields: object) -> None:
+        self.report = dataclasses.replace(self.report, **fields)
+        path = self._options.folder / f"{self.report.node}.json"
+        aside = path.with_suffix(".writing")
+        aside.write_text(self.report.to_json())
+        aside.replace(path)
+
+    @contextlib.contextmanager
+    def _phase(self, phase: str, rule: str) -> Iterator[None]:
+        self._set(phase=phase)
+        try:
+            yield
+        except RuntimeError as error:
+            print(f"{phase}: {error}", file=sys.stderr, flush=True)
+            # The first line says it; the rest is in the node's log.
+            self._set(errors=(*self.report.errors, (rule, f"{phase}: {str(error).splitlines()[0]}")))
+
+    def _common_clock(self) -> float:
+        """This node's clock when the first node says so; it waits for all nodes, for a time."""
+        options, is_head = self._options, self._index == 0
+        timeout = datetime.timedelta(seconds=TIMEOUT_S)
+        # Lives until the verdict.
+        self._store = dist.TCPStore(
+            options.nodes[0], options.port, is_master=is_head, timeout=timeout, wait_for_workers=False
+        )
+        if self._store.check(["now"]):
+            raise RuntimeError(f"started {TIMEOUT_S / 2:g} s after the first node")
+        self._store.add("arrived", 1)
+        if is_head:
+            deadline_s = time.monotonic() + TIMEOUT_S / 2
+            # Who comes later is left out: it would read its clock at another moment.
+            while self._store.add("arrived", 0) < len(options.nodes) and time.monotonic() < deadline_s:
+                time.sleep(POLL_S)
+            self._store.set("now", "")
+        self._store.wait(["now"])
+        return time.time()
+
+    def _all_reduce(self, head: str, port: int, node: int, num_nodes: int) -> float:
+        """Bus bandwidth in GB/s of an all-reduce over the processes of `num_nodes` nodes, of which this is number `node`.
+
+        Raises:
+            RuntimeError: a process failed, or it took too long.
+        """
+        procs = self._options.procs
+        processes = []
+        for local_rank in range(procs):
+            variables = {
+                "RANK": str(node * procs + local_rank),
+                "WORLD_SIZE": str(num_nodes * procs),
+                "LOCAL_RANK": str(local_rank),
+                "MASTER_ADDR": head,
+                "MASTER_PORT": str(port),
+                "PROBE_TIMEOUT_S": str(TIMEOUT_S / 2),
+                "OMP_NUM_THREADS": "1",
+            }
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "cluster.probe"],
+                    env=os.environ | variables,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        deadline_s = time.monotonic() + TIMEOUT_S
+        try:
+            while any(process.poll() is None for process in processes):
+                if any(process.poll() not in (None, 0) for process in processes):
+                    break
+                if time.monotonic() > deadline_s:
+                    raise RuntimeError(f"not finished after {TIMEOUT_S:g} s")
+                time.sleep(POLL_S)
+            failed = [str(rank) for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
+            if failed:
+                raise RuntimeError(f"process {', '.join(failed)} of the node failed")
+            return float(processes[0].stdout.read())
+        finally:
+            for process in processes:
+                process.kill()
+                process.communicate()
+
+
+def wait_for_reports(folder: Path, nodes: Sequence[str], timeout_s: float) -> dict[str, Report | None]:
+    """The reports of all nodes, as soon as all are done or the time is over."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        reports = {node: _read(folder / f"{node}.json") for node in nodes}
+        is_done = all(report is not None and report.phase == "done" for report in reports.values())
+        if is_done or time.monotonic() > deadline_s:
+            return reports
+        time.sleep(POLL_S)
+
+
+def verdict_text(reports: dict[str, Report | None], findings: Sequence[Finding]) -> str:
+    """What was found, for the job's log: bad nodes by name, else what was measured."""
+    if findings:
+        bad = ",".join(dict.fromkeys(finding.node for finding in findings))
+        lines = [f"pre-flight: {finding}" for finding in findings]
+        return "\n".join([*lines, f"pre-flight: not started; submit again with --exclude={bad}"]) + "\n"
+    seen = [report for report in reports.values() if report is not None]
+    gpus = {f"{len(report.gpus)} x {report.gpus[0].name}" if report.gpus else "no GPUs" for report in seen}
+    parts = [f"{len(seen)} nodes are good ({', '.join(sorted(gpus))})"]
+    local = [report.local_gbs for report in seen if report.local_gbs is not None]
+    pairs = [gbs for report in seen for _, gbs in report.pairs if gbs is not None]
+    for name, values in (("within a node", local), ("between nodes", pairs)):
+        parts += [f"all-reduce {name} {min(values):.3g} to {max(values):.3g} GB/s"] if values else []
+    clocks = [report.clock_s for report in seen if report.clock_s is not None]
+    parts += [f"clocks within {max(clocks) - min(clocks):.2f} s"] if len(clocks) > 1 else []
+    return f"pre-flight: {'; '.join(parts)}\n"
+
+
+def _read(path: Path) -> Report | None:
+    try:
+        return Report.from_json(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        # Before anything of this process lies there, but for its context of some hundred MiB.
+        free, total = torch.cuda.mem_get_info(index)
+        gpus.append(Gpu(torch.cuda.get_device_name(index), total / GIB, (total - free) / GIB))
+    return tuple(gpus)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs this node's part; on the first node the exit code is 1 when any node is bad."""
+    limits = {field.name: field for field in dataclasses.fields(Limits) if field.name != "num_gpus"}
+    parser = argparse.ArgumentParser(description="Checks the nodes of a Slurm job before it trains.")
+    parser.add_argument("folder", type=Path, help="folder of the reports, on the shared file system")
+    parser.add_argument("--nodes", nargs="+", required=True, help="names of all nodes, in Slurm's order")
+    parser.add_argument("--port", type=int, required=True, help="first of five free ports, the same on every node")
+    parser.add_argument("--gpus", type=int, required=True, help="GPUs that Slurm gave on each node")
+    parser.add_argument("--procs", type=int, required=True, help="processes of an all-reduce on each node")
+    for name, field in limits.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=field.default, help=f"[{field.default}]")
+    options = parser.parse_args(arguments)
+    index = int(os.environ["SLURM_NODEID"])
+    options.folder.mkdir(parents=True, exist_ok=True)
+    preflight = Preflight(options, index)
+    preflight.run()
+    if index > 0:
+        preflight.end_together(None)
+        return 0
+    # Another node may run into time limits that this one did not.
+    reports = wait_for_reports(options.folder, options.nodes, 2 * TIMEOUT_S)
+    findings = judge(reports, Limits(options.gpus, **{name: getattr(options, name) for name in limits}))
+    text = verdict_text(reports, findings)
+    (options.folder / VERDICT).write_text(text)
+    preflight.end_together(text)
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

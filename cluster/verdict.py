@@ -1,0 +1,244 @@
+"""Which node is bad: decisions of the pre-flight on what the nodes have reported; no node is touched here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+# Fewer do not say which of them is the odd one.
+MIN_NODES_TO_COMPARE = 3
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU before the start: sizes in GiB."""
+
+    name: str
+    total_gib: float
+    used_gib: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a node found out about itself, as far as it came.
+
+    Attributes:
+        phase: what the node was doing when it wrote this; "done" at the end.
+        errors: what failed, as (rule that was broken, message).
+        gpus: the GPUs that CUDA sees.
+        clock_s: its clock at a moment that was the same on all nodes, within milliseconds.
+        local_gbs: bus bandwidth of an all-reduce over its own processes; None when not measured.
+        pairs: (other node, bus bandwidth of an all-reduce over both); None when it failed.
+    """
+
+    node: str
+    phase: str = "start"
+    errors: tuple[tuple[str, str], ...] = ()
+    gpus: tuple[Gpu, ...] = ()
+    clock_s: float | None = None
+    local_gbs: float | None = None
+    pairs: tuple[tuple[str, float | None], ...] = ()
+
+    def to_json(self) -> str:
+        """The report as text for its file."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Reads what `to_json` wrote."""
+        fields = json.loads(text)
+        fields["gpus"] = tuple(Gpu(**gpu) for gpu in fields["gpus"])
+        for name in ("errors", "pairs"):
+            fields[name] = tuple(tuple(entry) for entry in fields[name])
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a good node keeps.
+
+    Attributes:
+        num_gpus: GPUs that Slurm gave on each node; 0 when it does not count them.
+        max_used_gib: memory of a GPU that may be in use before the start.
+        max_skew_s: distance of a clock from the others.
+        min_share: part of the median bandwidth that a node must reach.
+        min_local_gbs, min_pair_gbs: bandwidth that every node must reach whatever the others do.
+    """
+
+    num_gpus: int
+    max_used_gib: float = 2.0
+    max_skew_s: float = 2.0
+    min_share: float = 0.6
+    min_local_gbs: float = 0.0
+    min_pair_gbs: float = 0.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong with a node."""
+
+    node: str
+    found: str
+    rule: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.found}; rule: {self.rule}; fix: {self.fix}"
+
+
+def judge(reports: Mapping[str, Report | None], limits: Limits) -> list[Finding]:
+    """Everything wrong, in the order of the nodes.
+
+    Args:
+        reports: per node of the job its report; None when none was found.
+        limits: what a good node keeps.
+    """
+    found = [report for report in reports.values() if report is not None]
+    findings: list[Finding] = []
+    for node, report in reports.items():
+        if report is None:
+            findings.append(
+                Finding(
+                    node,
+                    "no report of it arrived in the shared log folder",
+                    "every node starts Python and writes to the folder",
+                    "look into the node's log; mount the shared file system there",
+                )
+            )
+            continue
+        findings += [Finding(node, message, rule, "look into the node's log") for rule, message in report.errors]
+        if report.phase != "done":
+            findings.append(
+                Finding(
+                    node,
+                    f"it did not come beyond: {report.phase}",
+                    "every node finishes the pre-flight in time",
+                    "look into the node's log",
+                )
+            )
+    findings += _judge_gpus(found, limits) + _judge_clocks(found, limits) + _judge_bandwidth(found, limits)
+    order = list(reports)
+    return sorted(findings, key=lambda finding: order.index(finding.node))
+
+
+def pairings(num_nodes: int) -> list[list[tuple[int, int]]]:
+    """Pairs of nodes to measure, as rounds in which every node is in one pair at most.
+
+    The pairs are the edges of a ring, so that from three nodes on each is measured with two others: where both are slow,
+    the node is at fault and not its partner.
+    """
+    if num_nodes < 2:
+        return []
+    if num_nodes == 2:
+        return [[(0, 1)]]
+    edges = [(node, (node + 1) % num_nodes) for node in range(num_nodes)]
+    is_odd = num_nodes % 2
+    rounds = [edges[0 : num_nodes - is_odd : 2], edges[1::2]]
+    return [*rounds, [edges[-1]]] if is_odd else rounds
+
+
+def _judge_gpus(reports: Sequence[Report], limits: Limits) -> list[Finding]:
+    findings = []
+    counts = [len(report.gpus) for report in reports if report.phase != "start"]
+    num_gpus = limits.num_gpus or (statistics.mode(counts) if counts else 0)
+    count_rule = f"{num_gpus}, as {'Slurm gave' if limits.num_gpus else 'on most nodes'}"
+    largest_gib = max((gpu.total_gib for report in reports for gpu in report.gpus), default=0.0)
+    for report in reports:
+        # A node that was ended before it looked has a finding already.
+        if len(report.gpus) != num_gpus and report.phase != "start":
+            findings.append(
+                Finding(
+                    report.node,
+                    f"CUDA sees {len(report.gpus)} GPUs",
+                    count_rule,
+                    "nvidia-smi and dmesg on the node tell which is lost; leave the node out until it was restarted",
+                )
+            )
+        for index, gpu in enumerate(report.gpus):
+            # Drivers of one version differ by some MiB.
+            if gpu.total_gib < 0.98 * largest_gib:
+                findings.append(
+                    Finding(
+                        report.node,
+                        f"GPU {index} ({gpu.name}) has {gpu.total_gib:.1f} GiB",
+                        f"GPUs of one size, the largest has {largest_gib:.1f} GiB",
+                        "ask for one kind with --constraint or --gres, or leave the node out",
+                    )
+                )
+            if gpu.used_gib > limits.max_used_gib:
+                findings.append(
+                    Finding(
+                        report.node,
+                        f"GPU {index} holds {gpu.used_gib:.1f} GiB before the start",
+                        f"at most {limits.max_used_gib:g} GiB (--max-used-gib)",
+                        "end the process that nvidia-smi shows on the node",
+                    )
+                )
+    return findings
+
+
+def _judge_clocks(reports: Sequence[Report], limits: Limits) -> list[Finding]:
+    clocks = {report.node: report.clock_s for report in reports if report.clock_s is not None}
+    if len(clocks) < 2:
+        return []
+    # Of two, either may be wrong; the first is taken as right.
+    is_comparable = len(clocks) >= MIN_NODES_TO_COMPARE
+    right_s = statistics.median(clocks.values()) if is_comparable else next(iter(clocks.values()))
+    reference = "the median of all nodes" if is_comparable else f"the clock of {next(iter(clocks))}"
+    return [
+        Finding(
+            node,
+            f"its clock is {clock_s - right_s:+.1f} s from {reference}",
+            f"at most {limits.max_skew_s:g} s (--max-skew-s)",
+            "start chrony or ntpd on the node",
+        )
+        for node, clock_s in clocks.items()
+        if abs(clock_s - right_s) > limits.max_skew_s
+    ]
+
+
+def _judge_bandwidth(reports: Sequence[Report], limits: Limits) -> list[Finding]:
+    findings = []
+    local = {report.node: report.local_gbs for report in reports if report.local_gbs is not None}
+    local_rule, local_gbs = _bandwidth_rule(list(local.values()), limits.min_share, limits.min_local_gbs)
+    for node, value in local.items():
+        if value < local_gbs:
+            findings.append(
+                Finding(
+                    node,
+                    f"all-reduce over its own GPUs {value:.3g} GB/s",
+                    local_rule,
+                    "nvidia-smi topo -m and nvlink -s on the node; leave it out",
+                )
+            )
+    measured = [value for report in reports for _, value in report.pairs if value is not None]
+    pair_rule, pair_gbs = _bandwidth_rule(measured, limits.min_share, limits.min_pair_gbs)
+    for report in reports:
+        # One good pair clears a node: the other's partner is the slow one.
+        if not report.pairs or any(value is not None and value >= pair_gbs for _, value in report.pairs):
+            continue
+        pairs = ", ".join(
+            f"with {other} " + ("failed" if value is None else f"{value:.3g} GB/s") for other, value in report.pairs
+        )
+        alone = len(report.pairs) == 1
+        findings.append(
+            Finding(
+                report.node,
+                f"all-reduce {pairs}" + (" (or the other node is at fault)" if alone else ""),
+                pair_rule,
+                "ibstat and the switch's error counters; leave the node out",
+            )
+        )
+    return findings
+
+
+def _bandwidth_rule(values: Sequence[float], min_share: float, least_gbs: float) -> tuple[str, float]:
+    """The rule in words and the bandwidth it asks for."""
+    if len(values) < MIN_NODES_TO_COMPARE:
+        return f"it works and reaches {least_gbs:g} GB/s", least_gbs
+    median_gbs = statistics.median(values)
+    wanted_gbs = max(least_gbs, min_share * median_gbs)
+    return f"at least {wanted_gbs:.3g} GB/s, the median is {median_gbs:.3g} (--min-share {min_share:g})", wanted_gbs
