@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup pretrain test docs clean
+.PHONY: help setup pretrain test test-slurm docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
 
 setup: $(STAMP)  ## .venv with the pinned dependencies
 
@@ -46,6 +46,9 @@ pretrain: setup  ## draw the demo images, train on them; ARGS= overrides setting
 
 test: setup  ## all tests; ARGS= goes to pytest
 	$(BIN)/python -m pytest $(ARGS)
+
+test-slurm: setup  ## the launch scripts on a Slurm of one node; as root on Debian; ARGS= goes to pytest
+	bash tests/slurm/run.sh $(BIN)/python $(ARGS)
 
 docs: setup  ## regenerate docs/config.md and docs/rules.md
 	$(BIN)/python tools/write_config_docs.py

@@ -48,6 +48,8 @@ fi
 mkdir -p "$logs"
 # Where the trainer's first rank leaves its exit code: torchrun turns every code but 0 into 1.
 export BITDANCE_EXIT_RECORD=$logs/exit_code
+# This checkout, in a container that does not have the package and in an environment that has another.
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 # shellcheck source=cluster/nccl.sh
 source cluster/nccl.sh
 
@@ -58,7 +60,7 @@ fi
 on_nodes=(
     srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1
     # One task a node owns all its cores; srun does not take this from the job.
-    --cpus-per-task="$SLURM_CPUS_ON_NODE" --cpu-bind=none
+    --cpus-per-task="$SLURM_CPUS_ON_NODE"
     # Nodes end seconds apart; the first must not take the others down while they write their last words.
     --kill-on-bad-exit=0 --wait="$WAIT_S"
     --output="$logs/%N.log" --open-mode=append

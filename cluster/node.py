@@ -84,8 +84,11 @@ class Relay:
         next_s = 0.0
         while process.poll() is None:
             if self.is_asked and time.monotonic() >= next_s:
-                for worker in children(process.pid):
+                workers = children(process.pid)
+                for worker in workers:
                     _ask_to_stop(worker)
+                if next_s == 0.0:
+                    print(f"node: asked to stop, passed on to {len(workers)} processes", flush=True)
                 next_s = time.monotonic() + REPEAT_S
             time.sleep(POLL_S)
         return process.returncode

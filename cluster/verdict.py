@@ -28,7 +28,7 @@ class Report:
     Attributes:
         phase: what the node was doing when it wrote this; "done" at the end.
         errors: what failed, as (rule that was broken, message).
-        gpus: the GPUs that CUDA sees.
+        gpus: the GPUs that CUDA sees; None when it did not come to look.
         clock_s: its clock at a moment that was the same on all nodes, within milliseconds.
         local_gbs: bus bandwidth of an all-reduce over its own processes; None when not measured.
         pairs: (other node, bus bandwidth of an all-reduce over both); None when it failed.
@@ -37,7 +37,7 @@ class Report:
     node: str
     phase: str = "start"
     errors: tuple[tuple[str, str], ...] = ()
-    gpus: tuple[Gpu, ...] = ()
+    gpus: tuple[Gpu, ...] | None = None
     clock_s: float | None = None
     local_gbs: float | None = None
     pairs: tuple[tuple[str, float | None], ...] = ()
@@ -50,7 +50,8 @@ class Report:
     def from_json(cls, text: str) -> Report:
         """Reads what `to_json` wrote."""
         fields = json.loads(text)
-        fields["gpus"] = tuple(Gpu(**gpu) for gpu in fields["gpus"])
+        if fields["gpus"] is not None:
+            fields["gpus"] = tuple(Gpu(**gpu) for gpu in fields["gpus"])
         for name in ("errors", "pairs"):
             fields[name] = tuple(tuple(entry) for entry in fields[name])
         return cls(**fields)
@@ -142,27 +143,26 @@ def pairings(num_nodes: int) -> list[list[tuple[int, int]]]:
 
 def _judge_gpus(reports: Sequence[Report], limits: Limits) -> list[Finding]:
     findings = []
-    counts = [len(report.gpus) for report in reports if report.phase != "start"]
-    num_gpus = limits.num_gpus or (statistics.mode(counts) if counts else 0)
+    looked = {report.node: report.gpus for report in reports if report.gpus is not None}
+    num_gpus = limits.num_gpus or statistics.mode([len(gpus) for gpus in looked.values()] or [0])
     count_rule = f"{num_gpus}, as {'Slurm gave' if limits.num_gpus else 'on most nodes'}"
-    largest_gib = max((gpu.total_gib for report in reports for gpu in report.gpus), default=0.0)
-    for report in reports:
-        # A node that was ended before it looked has a finding already.
-        if len(report.gpus) != num_gpus and report.phase != "start":
+    largest_gib = max((gpu.total_gib for gpus in looked.values() for gpu in gpus), default=0.0)
+    for node, gpus in looked.items():
+        if len(gpus) != num_gpus:
             findings.append(
                 Finding(
-                    report.node,
-                    f"CUDA sees {len(report.gpus)} GPUs",
+                    node,
+                    f"CUDA sees {len(gpus)} GPUs",
                     count_rule,
                     "nvidia-smi and dmesg on the node tell which is lost; leave the node out until it was restarted",
                 )
             )
-        for index, gpu in enumerate(report.gpus):
+        for index, gpu in enumerate(gpus):
             # Drivers of one version differ by some MiB.
             if gpu.total_gib < 0.98 * largest_gib:
                 findings.append(
                     Finding(
-                        report.node,
+                        node,
                         f"GPU {index} ({gpu.name}) has {gpu.total_gib:.1f} GiB",
                         f"GPUs of one size, the largest has {largest_gib:.1f} GiB",
                         "ask for one kind with --constraint or --gres, or leave the node out",
@@ -171,7 +171,7 @@ def _judge_gpus(reports: Sequence[Report], limits: Limits) -> list[Finding]:
             if gpu.used_gib > limits.max_used_gib:
                 findings.append(
                     Finding(
-                        report.node,
+                        node,
                         f"GPU {index} holds {gpu.used_gib:.1f} GiB before the start",
                         f"at most {limits.max_used_gib:g} GiB (--max-used-gib)",
                         "end the process that nvidia-smi shows on the node",

@@ -119,6 +119,9 @@ def _train(config: RunConfig, topology: Topology, run_folder: Path, stop: StopRe
         (run_folder / "config.toml").write_text(dump_toml(config))
     if not trainer.train(stop):
         logger.warning("stopped on request after step %d and saved; run again to go on", trainer.progress.step)
+        # All leave together: torchrun kills the others soon after the first that ends with a code, and the first rank
+        # may take longer over closing its W&B run.
+        dist.barrier()
         return EXIT_REQUEUE
     if topology.rank == 0:
         print("\n" + show_result(run_folder), flush=True)

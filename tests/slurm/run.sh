@@ -1,0 +1,125 @@
+#!/bin/bash
+# Starts a Slurm of one node, runs the tests of the launch scripts on it and stops it: run.sh PYTHON [options of pytest].
+# Nothing outside a temporary folder is touched, but for what apt installs and, where the host's name has no address, a
+# line in /etc/hosts. No systemd and no cgroups are needed.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+readonly LIMIT_S=420 # for the tests; they take two to three minutes on two cores
+python=$1
+shift
+
+if [[ $(id -u) != 0 ]]; then
+    echo "test-slurm: skipped: starting Slurm's daemons takes root (sudo make test-slurm)"
+    exit 0
+fi
+
+missing=()
+for package in slurmctld:slurm-wlm slurmd:slurm-wlm sbatch:slurm-wlm munged:munge mungekey:munge shellcheck:shellcheck; do
+    command -v "${package%%:*}" >/dev/null || missing+=("${package##*:}")
+done
+if ((${#missing[@]})); then
+    echo "test-slurm: installing ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get -qq update
+    apt-get -qq install -y --no-install-recommends "${missing[@]}" >/dev/null
+fi
+
+shellcheck -x cluster/*.sh cluster/*.sbatch tests/slurm/run.sh .ci/run
+
+folder=$(mktemp -d /tmp/slurm-test.XXXXXX)
+chmod 755 "$folder"
+export SLURM_CONF=$folder/slurm.conf
+
+stop_daemon() { # name
+    local pid
+    pid=$(cat "$folder/$1.pid" 2>/dev/null) || return 0
+    kill "$pid" 2>/dev/null || return 0
+    for _ in {1..50}; do
+        kill -0 "$pid" 2>/dev/null || return 0
+        sleep 0.1
+    done
+    kill -KILL "$pid" 2>/dev/null || true
+}
+
+stop_slurm() {
+    local code=$?
+    trap - EXIT
+    if ((code != 0)); then
+        tail -n 20 "$folder"/*.log "$folder"/munge/*.log 2>/dev/null || true
+    fi
+    # Of jobs that a failed test has left behind.
+    squeue --noheader --format=%i 2>/dev/null | xargs --no-run-if-empty scancel --hurry 2>/dev/null || true
+    for _ in {1..30}; do
+        [[ -n $(squeue --noheader 2>/dev/null) ]] || break
+        sleep 0.5
+    done
+    stop_daemon slurmd
+    stop_daemon slurmctld
+    stop_daemon munge/munged
+    rm -rf "$folder"
+    exit "$code"
+}
+trap stop_slurm EXIT
+
+host=$(uname -n)
+host=${host%%.*}
+getent hosts "$host" >/dev/null || echo "127.0.0.1 $host" >>/etc/hosts
+mapfile -t ports < <("$python" -c '
+import socket
+sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+print(*(s.getsockname()[1] for s in sockets), sep="\n")')
+memory_mib=$(awk '/MemTotal/ {print int($2 / 1024 * 0.9)}' /proc/meminfo)
+
+cat >"$SLURM_CONF" <<CONF
+ClusterName=test
+SlurmctldHost=$host(127.0.0.1)
+SlurmUser=root
+AuthType=auth/munge
+# A requeued job waits until its credential has expired, by default two minutes.
+AuthInfo=socket=$folder/munge/socket,cred_expire=5
+SlurmctldPort=${ports[0]}
+SlurmdPort=${ports[1]}
+StateSaveLocation=$folder/state
+SlurmdSpoolDir=$folder/spool
+SlurmctldPidFile=$folder/slurmctld.pid
+SlurmdPidFile=$folder/slurmd.pid
+SlurmctldLogFile=$folder/slurmctld.log
+SlurmdLogFile=$folder/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+MpiDefault=none
+ReturnToService=2
+JobRequeue=1
+KillWait=15
+SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
+# A job in the partition urgent takes the node from one in the partition train.
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$memory_mib State=UNKNOWN
+PartitionName=train Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=120 State=UP
+PartitionName=urgent Nodes=ALL Default=NO MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF State=UP
+CONF
+
+mkdir -p "$folder/state" "$folder/spool" "$folder/munge"
+chown munge "$folder/munge"
+runuser -u munge -- mungekey --create --keyfile="$folder/munge/key"
+runuser -u munge -- munged --key-file="$folder/munge/key" --socket="$folder/munge/socket" \
+    --pid-file="$folder/munge/munged.pid" --log-file="$folder/munge/munged.log" --seed-file="$folder/munge/seed"
+slurmctld
+slurmd
+for _ in {1..60}; do
+    [[ $(sinfo --noheader --format=%t 2>/dev/null | head -n1) == idle* ]] && break
+    sleep 0.5
+done
+[[ $(sinfo --noheader --format=%t | head -n1) == idle* ]] || {
+    echo "test-slurm: the node did not become idle within 30 s" >&2
+    sinfo >&2
+    exit 1
+}
+
+timeout --kill-after=20 "$LIMIT_S" "$python" -m pytest -m slurm tests/slurm "$@"
