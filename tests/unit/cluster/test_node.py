@@ -1,0 +1,75 @@
+"""A node's part of a launch: the command of torchrun, and requests to stop on their way to the workers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from cluster.node import children, torchrun_command
+
+ROOT = Path(__file__).parents[3]
+# Starts a worker in a session of its own, as torchrun does, and ends with it. The worker listens late.
+LAUNCHER = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:], start_new_session=True).returncode)"
+WORKER = """
+import pathlib, signal, sys, time
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(2)
+signal.signal(signal.SIGUSR1, lambda number, frame: sys.exit(75))
+time.sleep(60)
+"""
+RUN = """
+import sys
+from cluster import node
+node.REPEAT_S = 0.5
+with node.Relay() as relay:
+    sys.exit(relay.run([sys.executable, "-c", *sys.argv[1:]]))
+"""
+
+
+def test_ranks_follow_the_order_of_the_nodes():
+    options = argparse.Namespace(
+        nodes=4,
+        procs=8,
+        head="n0",
+        port=20000,
+        id="17.2",
+        logs=Path("logs"),
+        command=["entry.py", "a.toml", "run.steps=3"],
+    )
+    command = torchrun_command(options, 3, "n3")
+    assert command[1:3] == ["-m", "torch.distributed.run"] and command[-3:] == options.command
+    assert {"--nnodes=4", "--node-rank=3", "--nproc-per-node=8", "--master-addr=n0", "--rdzv-id=17.2"} <= set(command)
+    assert "--log-dir=logs/ranks/n3" in command
+
+
+def test_request_reaches_a_worker_that_does_not_listen_yet(tmp_path):
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        is_up = tmp_path / number.name
+        process = subprocess.Popen(
+            [sys.executable, "-c", RUN, LAUNCHER, sys.executable, "-c", WORKER, is_up],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        try:
+            deadline_s = time.monotonic() + 60
+            while not is_up.exists():
+                assert time.monotonic() < deadline_s
+                time.sleep(0.05)
+            # As Slurm does: every process of the step.
+            (launcher,) = children(process.pid)
+            (worker,) = children(launcher)
+            for pid in (process.pid, launcher, worker):
+                os.kill(pid, number)
+            assert process.wait(timeout=60) == 75
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_children_of_a_process_that_has_ended_are_none():
+    assert children(2**22 + 1) == []

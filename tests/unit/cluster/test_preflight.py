@@ -1,0 +1,73 @@
+"""The pre-flight as nodes run it, on this machine: good, with a node that is missing, with processes that fail."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster import preflight
+from cluster.probe import bus_gbs
+from cluster.verdict import Finding, Report
+
+ROOT = Path(__file__).parents[3]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start(folder: Path, index: int, port: int, num_procs: int, *nodes: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"SLURM_NODEID": str(index), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "cluster.preflight", folder, "--nodes", *nodes, "--port", port]
+    command += ["--gpus", 0, "--procs", num_procs]
+    return subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes would share a GPU")
+def test_two_nodes_that_are_good(tmp_path):
+    # Two names of one machine.
+    nodes, port = ("localhost", "127.0.0.1"), free_port()
+    processes = [start(tmp_path, index, port, 1, *nodes) for index in (0, 1)]
+    printed = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    verdict = (tmp_path / preflight.VERDICT).read_text()
+    assert "2 nodes are good (no GPUs)" in verdict and "between nodes" in verdict and "clocks within 0.0" in verdict
+    for name, other in (nodes, nodes[::-1]):
+        report = Report.from_json((tmp_path / f"{name}.json").read_text())
+        assert report.phase == "done" and report.errors == () and report.gpus == ()
+        ((partner, gbs),) = report.pairs
+        assert partner == other and gbs > 0
+
+
+def test_missing_node_is_waited_for_and_then_named(tmp_path):
+    (tmp_path / "n0.json").write_text(Report("n0", phase="done").to_json())
+    reports = preflight.wait_for_reports(tmp_path, ["n0", "n1"], timeout_s=0.3)
+    assert reports["n0"].phase == "done" and reports["n1"] is None
+
+
+def test_verdict_names_every_bad_node_once():
+    found = [Finding("n1", "a", "b", "c"), Finding("n1", "d", "e", "f"), Finding("n4", "g", "h", "i")]
+    text = preflight.verdict_text({}, found)
+    assert text.splitlines()[0] == "pre-flight: n1: a; rule: b; fix: c"
+    assert text.rstrip().endswith("--exclude=n1,n4")
+
+
+def test_failed_process_of_the_probe_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight.sys, "executable", "/bin/false")
+    options = preflight.argparse.Namespace(nodes=["n0"], procs=2, folder=tmp_path, port=1)
+    with pytest.raises(RuntimeError, match=r"process 0, 1 of the node failed|process [01] of the node failed"):
+        preflight.Preflight(options, 0)._all_reduce("localhost", 1, 0, 1)
+
+
+def test_bus_bandwidth_counts_what_a_link_carries():
+    # A ring of 4 sends 2 x 3 pieces of a quarter over every link.
+    assert bus_gbs(4 * 10**9, 4, 2.0) == pytest.approx(3.0)

@@ -1,0 +1,31 @@
+"""The exit code that a launcher reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bitdance_scale.train.exit_record import EXIT_RECORD
+from bitdance_scale.train.main import EXIT_REFUSED, main
+
+DEMO = str(Path(__file__).parents[3] / "pipelines/configs/demo.toml")
+
+
+@pytest.mark.parametrize(("override", "code"), [("run.stepz=3", EXIT_REFUSED), ("run.steps=3", 0)])
+def test_first_rank_leaves_the_code(override, code, tmp_path, monkeypatch, capsys):
+    record = tmp_path / "exit_code"
+    monkeypatch.setenv(EXIT_RECORD, str(record))
+    monkeypatch.setenv("RANK", "1")
+    assert main("test", [DEMO, override, "--print-config"]) == code
+    assert not record.exists()
+    monkeypatch.setenv("RANK", "0")
+    assert main("test", [DEMO, override, "--print-config"]) == code
+    assert record.read_text() == f"{code}\n"
+
+
+def test_nobody_asks_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv(EXIT_RECORD, raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert main("test", [DEMO, "--print-config"]) == 0
+    assert list(tmp_path.iterdir()) == []
