@@ -38,6 +38,9 @@ restart=${SLURM_RESTART_COUNT:-0}
 job_logs=$(realpath -m "${LOG_ROOT:-runs/slurm}")/$SLURM_JOB_ID
 logs=$job_logs/$restart
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+# By the address that Slurm uses, as a node's name need not have one.
+head=$(scontrol show node -o "${nodes[0]}" | grep -o ' NodeAddr=[^ ]*')
+head=${head#*=}
 num_gpus=${SLURM_GPUS_ON_NODE:-0}
 num_procs=${PROCS_PER_NODE:-$num_gpus}
 port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
@@ -52,6 +55,8 @@ export BITDANCE_EXIT_RECORD=$logs/exit_code
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 # shellcheck source=cluster/nccl.sh
 source cluster/nccl.sh
+# shellcheck source=cluster/requeue.sh
+source cluster/requeue.sh
 
 if ((restart == 0)) && [[ ${CHAIN:-0} == 1 ]]; then
     bash cluster/chain.sh "$SLURM_JOB_ID" "$stage" "$@"
@@ -98,33 +103,19 @@ run_step() {
     wait "$step" || step_code=$?
 }
 
-# Puts the job back into the queue, unless somebody cancelled it or Slurm has requeued it itself; never returns.
-requeue() {
-    local state
-    state=$(scontrol show job -o "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]* Reason=[A-Za-z]*')
-    if [[ $state != JobState=RUNNING* && $state != *Reason=TimeLimit ]]; then
-        say "$1; not requeued from here, as the job is no longer running ($state)"
-    elif scontrol requeue "$SLURM_JOB_ID"; then
-        say "$1; requeued, goes on from the last checkpoint"
-    else
-        say "$1; Slurm refused to requeue (JobRequeue in slurm.conf?): submit again to go on" >&2
-    fi
-    exit "$EXIT_REQUEUE"
-}
-
 say "$stage, job $SLURM_JOB_ID, start $((restart + 1)): ${#nodes[@]} nodes (${SLURM_JOB_NODELIST}), $num_procs processes each; logs in $logs"
 
 if [[ ${PREFLIGHT:-1} != 0 ]]; then
     read -ra limits <<<"${PREFLIGHT_OPTIONS:-}"
-    run_step "$python" -m cluster.preflight "$logs/preflight" --nodes "${nodes[@]}" --port "$((port + 1))" \
-        --gpus "$num_gpus" --procs "$num_procs" "${limits[@]}"
+    run_step "$python" -m cluster.preflight "$logs/preflight" --nodes "${nodes[@]}" --head "$head" \
+        --port "$((port + 1))" --gpus "$num_gpus" --procs "$num_procs" "${limits[@]}"
     ((is_stop_asked == 0)) || requeue "stopped on request during the pre-flight"
     cat "$logs/preflight/verdict.txt" 2>/dev/null ||
         say "pre-flight: ${nodes[0]}: no verdict; it must start Python and write to $logs: see $logs/${nodes[0]}.log" >&2
-    ((step_code == 0)) || exit "$EXIT_BAD_NODE"
+    ((step_code == 0)) || end_by_bad_nodes
 fi
 
-run_step "$python" -m cluster.node --nodes "${#nodes[@]}" --procs "$num_procs" --head "${nodes[0]}" --port "$port" \
+run_step "$python" -m cluster.node --nodes "${#nodes[@]}" --procs "$num_procs" --head "$head" --port "$port" \
     --id "$SLURM_JOB_ID.$restart" --logs "$logs" -- "$entry_point" "$config" "$@"
 
 outcome=$(cat "$BITDANCE_EXIT_RECORD" 2>/dev/null || echo "no exit code of the trainer, srun's $step_code")
@@ -142,8 +133,4 @@ case $outcome in
     exit "$EXIT_REFUSED"
     ;;
 esac
-faults=$(($(cat "$job_logs/faults" 2>/dev/null || echo 0) + 1))
-echo "$faults" >"$job_logs/faults"
-((faults > ${MAX_FAULTS:-2})) || requeue "fault $faults ($outcome; see $logs/*.log), ${MAX_FAULTS:-2} are allowed"
-say "failed for good after $faults faults ($outcome); see $logs/*.log" >&2
-exit 1
+end_by_fault "$outcome" 1

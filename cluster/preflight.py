@@ -1,6 +1,6 @@
 """Looks at every node of a job before it trains and names the bad ones; run by srun, one process per node.
 
-    srun ... python -m cluster.preflight FOLDER --nodes NODE ... --port PORT --gpus N --procs P [limits]
+    srun ... python -m cluster.preflight FOLDER --nodes NODE ... --head ADDRESS --port PORT --gpus N --procs P [limits]
 
 Each node writes a report to FOLDER, which has to be shared: GPUs and their memory, its clock at a common moment, the
 bandwidth of an all-reduce over its own processes and with its neighbours. Nodes are measured alone and in pairs, never
@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from cluster.verdict import Finding, Gpu, Limits, Report, judge, pairings
 GIB = 2**30
 POLL_S = 0.2
 VERDICT = "verdict.txt"
+BAD_NODES = "bad_nodes"
 # For every phase. Python from a shared file system takes minutes to start on hundreds of nodes at once.
 TIMEOUT_S = 300.0
 
@@ -55,7 +57,7 @@ class Preflight:
             self._set(clock_s=self._common_clock())
         if options.procs > 1:
             with self._phase("all-reduce over its own GPUs", "it works"):
-                gbs = self._all_reduce(options.nodes[self._index], options.port + 1, 0, 1)
+                gbs = self._all_reduce("127.0.0.1", options.port + 1, 0, 1)
                 self._set(local_gbs=gbs)
         for number, pairs in enumerate(pairings(len(nodes))):
             for pair in pairs:
@@ -76,12 +78,12 @@ class Preflight:
                 self._store.set("verdict", text)
 
     def _measure_pair(self, pair: tuple[int, int], port: int) -> None:
-        head, other = (self._options.nodes[index] for index in pair)
-        partner = other if self._index == pair[0] else head
+        partner = self._options.nodes[pair[1] if self._index == pair[0] else pair[0]]
         gbs = None
         # Whose fault a failure is, the verdict says.
         with contextlib.suppress(RuntimeError):
             self._set(phase=f"all-reduce with {partner}")
+            head = self._connected_store().get(f"address/{pair[0]}").decode()
             gbs = self._all_reduce(head, port, pair.index(self._index), 2)
         self._set(pairs=(*self.report.pairs, (partner, gbs)))
 
@@ -108,8 +110,9 @@ class Preflight:
         timeout = datetime.timedelta(seconds=TIMEOUT_S)
         # Lives until the verdict.
         self._store = dist.TCPStore(
-            options.nodes[0], options.port, is_master=is_head, timeout=timeout, wait_for_workers=False
+            options.head, options.port, is_master=is_head, timeout=timeout, wait_for_workers=False
         )
+        self._store.set(f"address/{self._index}", options.head if is_head else _own_address(options.head, options.port))
         if self._store.check(["now"]):
             raise RuntimeError(f"started {TIMEOUT_S / 2:g} s after the first node")
         self._store.add("arrived", 1)
@@ -121,6 +124,11 @@ class Preflight:
             self._store.set("now", "")
         self._store.wait(["now"])
         return time.time()
+
+    def _connected_store(self) -> dist.TCPStore:
+        if self._store is None:
+            raise RuntimeError("the first node was not reached")
+        return self._store
 
     def _all_reduce(self, head: str, port: int, node: int, num_nodes: int) -> float:
         """Bus bandwidth in GB/s of an all-reduce over the processes of `num_nodes` nodes, of which this is number `node`.
@@ -177,12 +185,18 @@ def wait_for_reports(folder: Path, nodes: Sequence[str], timeout_s: float) -> di
         time.sleep(POLL_S)
 
 
+def bad_nodes(findings: Sequence[Finding], num_nodes: int) -> list[str]:
+    """The nodes to go on without; none when most are bad: then the fault is not of nodes, and others would be no better."""
+    bad = list(dict.fromkeys(finding.node for finding in findings))
+    return bad if 2 * len(bad) <= num_nodes else []
+
+
 def verdict_text(reports: dict[str, Report | None], findings: Sequence[Finding]) -> str:
     """What was found, for the job's log: bad nodes by name, else what was measured."""
     if findings:
         bad = ",".join(dict.fromkeys(finding.node for finding in findings))
         lines = [f"pre-flight: {finding}" for finding in findings]
-        return "\n".join([*lines, f"pre-flight: not started; submit again with --exclude={bad}"]) + "\n"
+        return "\n".join([*lines, f"pre-flight: not started; bad nodes, as sbatch takes them: --exclude={bad}"]) + "\n"
     seen = [report for report in reports.values() if report is not None]
     gpus = {f"{len(report.gpus)} x {report.gpus[0].name}" if report.gpus else "no GPUs" for report in seen}
     parts = [f"{len(seen)} nodes are good ({', '.join(sorted(gpus))})"]
@@ -202,6 +216,14 @@ def _read(path: Path) -> Report | None:
         return None
 
 
+def _own_address(other: str, port: int) -> str:
+    """The address by which this machine is reached from where `other` is; nothing is sent."""
+    family, kind, protocol, _, address = socket.getaddrinfo(other, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)
+        return probe.getsockname()[0]
+
+
 def _gpus() -> tuple[Gpu, ...]:
     gpus = []
     for index in range(torch.cuda.device_count()):
@@ -217,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Checks the nodes of a Slurm job before it trains.")
     parser.add_argument("folder", type=Path, help="folder of the reports, on the shared file system")
     parser.add_argument("--nodes", nargs="+", required=True, help="names of all nodes, in Slurm's order")
+    parser.add_argument("--head", required=True, help="address of the first node")
     parser.add_argument("--port", type=int, required=True, help="first of five free ports, the same on every node")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs that Slurm gave on each node")
     parser.add_argument("--procs", type=int, required=True, help="processes of an all-reduce on each node")
@@ -235,6 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     findings = judge(reports, Limits(options.gpus, **{name: getattr(options, name) for name in limits}))
     text = verdict_text(reports, findings)
     (options.folder / VERDICT).write_text(text)
+    (options.folder / BAD_NODES).write_text(",".join(bad_nodes(findings, len(options.nodes))))
     preflight.end_together(text)
     return 1 if findings else 0
 

@@ -1,11 +1,12 @@
 #!/bin/bash
-# Starts a Slurm of one node, runs the tests of the launch scripts on it and stops it: run.sh PYTHON [options of pytest].
-# Nothing outside a temporary folder is touched, but for what apt installs and, where the host's name has no address, a
-# line in /etc/hosts. No systemd and no cgroups are needed.
+# Starts a Slurm on this machine, runs the tests of the launch scripts on it and stops it: run.sh PYTHON [options of pytest].
+# One machine plays three nodes, each with a slurmd of its own and all cores. Nothing outside a temporary folder is touched,
+# but for what apt installs; no systemd and no cgroups are needed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 readonly LIMIT_S=900 # for the tests; they take about three minutes on two free cores
+readonly NODES=(n1 n2 n3)
 python=$1
 shift
 
@@ -54,7 +55,9 @@ stop_slurm() {
         [[ -n $(squeue --noheader 2>/dev/null) ]] || break
         sleep 0.5
     done
-    stop_daemon slurmd
+    for node in "${NODES[@]}"; do
+        stop_daemon "$node"
+    done
     stop_daemon slurmctld
     stop_daemon munge/munged
     rm -rf "$folder"
@@ -64,12 +67,15 @@ trap stop_slurm EXIT
 
 host=$(uname -n)
 host=${host%%.*}
-getent hosts "$host" >/dev/null || echo "127.0.0.1 $host" >>/etc/hosts
 mapfile -t ports < <("$python" -c '
 import socket
-sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
 print(*(s.getsockname()[1] for s in sockets), sep="\n")')
 memory_mib=$(awk '/MemTotal/ {print int($2 / 1024 * 0.9)}' /proc/meminfo)
+nodes=$(for i in "${!NODES[@]}"; do
+    echo "NodeName=${NODES[i]} NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[i + 1]}" \
+        "CPUs=$(nproc) RealMemory=$memory_mib State=UNKNOWN"
+done)
 
 cat >"$SLURM_CONF" <<CONF
 ClusterName=test
@@ -79,13 +85,12 @@ AuthType=auth/munge
 # A requeued job waits until its credential has expired, by default two minutes.
 AuthInfo=socket=$folder/munge/socket,cred_expire=5
 SlurmctldPort=${ports[0]}
-SlurmdPort=${ports[1]}
 StateSaveLocation=$folder/state
-SlurmdSpoolDir=$folder/spool
+SlurmdSpoolDir=$folder/spool.%n
 SlurmctldPidFile=$folder/slurmctld.pid
-SlurmdPidFile=$folder/slurmd.pid
+SlurmdPidFile=$folder/%n.pid
 SlurmctldLogFile=$folder/slurmctld.log
-SlurmdLogFile=$folder/slurmd.log
+SlurmdLogFile=$folder/%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -97,27 +102,31 @@ ReturnToService=2
 JobRequeue=1
 KillWait=15
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
-# A job in the partition urgent takes the node from one in the partition train.
+# A job in the partition urgent takes nodes from one in the partition train.
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$memory_mib State=UNKNOWN
+$nodes
 PartitionName=train Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=120 State=UP
 PartitionName=urgent Nodes=ALL Default=NO MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF State=UP
 CONF
 
-mkdir -p "$folder/state" "$folder/spool" "$folder/munge"
+mkdir -p "$folder/state" "$folder/munge"
 chown munge "$folder/munge"
 runuser -u munge -- mungekey --create --keyfile="$folder/munge/key"
 runuser -u munge -- munged --key-file="$folder/munge/key" --socket="$folder/munge/socket" \
     --pid-file="$folder/munge/munged.pid" --log-file="$folder/munge/munged.log" --seed-file="$folder/munge/seed"
 slurmctld
-slurmd
+for node in "${NODES[@]}"; do
+    mkdir "$folder/spool.$node"
+    slurmd -N "$node"
+done
+idle_nodes() { sinfo --noheader --partition=train --states=idle --responding --format=%D 2>/dev/null; }
 for _ in {1..60}; do
-    [[ $(sinfo --noheader --format=%t 2>/dev/null | head -n1) == idle* ]] && break
+    [[ $(idle_nodes) == "${#NODES[@]}" ]] && break
     sleep 0.5
 done
-[[ $(sinfo --noheader --format=%t | head -n1) == idle* ]] || {
-    echo "test-slurm: the node did not become idle within 30 s" >&2
+[[ $(idle_nodes) == "${#NODES[@]}" ]] || {
+    echo "test-slurm: the nodes did not become idle within 30 s" >&2
     sinfo >&2
     exit 1
 }

@@ -1,4 +1,4 @@
-"""Stands in for an entry point where only the launch is tested: `stand_in.py CONFIG crash|wait FILE`."""
+"""Stands in for an entry point where only the launch is tested: `stand_in.py CONFIG crash|wait|finish FILE`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from bitdance_scale.train.signals import EXIT_REQUEUE
 
 
 def main() -> int:
-    """Ends with a fault, or waits to be stopped, as a trainer is, and says in FILE that it does."""
+    """Ends with a fault, or well, or waits to be stopped, as a trainer is, and says in FILE that it does."""
     _, _, mode, file = sys.argv
     if mode == "crash":
         raise RuntimeError("the stand-in's fault")
+    if mode == "finish":
+        record_exit(0)
+        return 0
     requests: list[int] = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: requests.append(number))

@@ -13,14 +13,24 @@ STAGES = {"pt": "pretrain.py", "ct": "continue_train.py", "sft": "sft.py", "dist
 # The trainer's code comes from OUTCOME; without it the trainer had a fault.
 SRUN = """
 printf '%s|' "$@" >>"$CALLS"; echo >>"$CALLS"
-[[ " $* " == *" cluster.node "* ]] || exit "${PREFLIGHT_CODE:-0}"
+if [[ " $* " != *" cluster.node "* ]]; then
+    mkdir -p "$LOG_ROOT/17/0/preflight"
+    [[ -z ${BAD_NODES:-} ]] || echo "$BAD_NODES" >"$LOG_ROOT/17/0/preflight/bad_nodes"
+    exit "${PREFLIGHT_CODE:-0}"
+fi
 [[ -z ${OUTCOME:-} ]] || echo "$OUTCOME" >"$BITDANCE_EXIT_RECORD"
 [[ ${OUTCOME:-} == 0 ]]
 """
 SCONTROL = """
 case $1 in
-show) [[ $2 == hostnames ]] && printf 'n0\\nn1\\n' || echo "JobId=17 ${STATE:-JobState=RUNNING Reason=None} Requeue=1" ;;
-requeue) echo "requeue $2" >>"$CALLS" ;;
+show)
+    case $2 in
+    hostnames) printf 'n0\\nn1\\n' ;;
+    node) echo "NodeName=$4 NodeAddr=10.0.0.1 State=ALLOCATED" ;;
+    job) echo "JobId=17 ${STATE:-JobState=RUNNING Reason=None} ExcNodeList=${EXCLUDED:-(null)} Requeue=1" ;;
+    esac
+    ;;
+*) echo "$*" >>"$CALLS" ;;
 esac
 """
 SBATCH = """
@@ -74,9 +84,9 @@ def test_stage_starts_its_entry_point_with_its_settings(slurm, stage):
     code, printed, calls = slurm(f"cluster/{stage}.sbatch", "run.steps=3", "data.shards=['a b']", OUTCOME="0", **JOB)
     assert code == 0, printed
     preflight, train = calls
-    assert "|--nodes|n0|n1|--port|20018|--gpus|8|--procs|8|" in preflight
+    assert "|--nodes|n0|n1|--head|10.0.0.1|--port|20018|--gpus|8|--procs|8|" in preflight
     assert "--nodes=2|--ntasks=2|--ntasks-per-node=1|--cpus-per-task=96|" in train
-    assert "|.venv/bin/python|-m|cluster.node|--nodes|2|--procs|8|--head|n0|--port|20017|--id|17.0|" in train
+    assert "|.venv/bin/python|-m|cluster.node|--nodes|2|--procs|8|--head|10.0.0.1|--port|20017|--id|17.0|" in train
     entry = f"|--|pipelines/{STAGES[stage]}|pipelines/configs/{stage}_14b.toml|"
     assert entry in train and train.endswith("|run.steps=3|data.shards=['a b']|")
     previous = dict(zip(list(STAGES)[1:], STAGES, strict=False)).get(stage)
@@ -97,7 +107,7 @@ def test_container_takes_the_place_of_the_environment(slurm):
         ({"OUTCOME": "0"}, 0, False, "the run is complete"),
         ({"OUTCOME": "2"}, 2, False, "refused: see"),
         ({"OUTCOME": "75"}, 75, True, "stopped on request and saved; requeued"),
-        ({}, 75, True, "fault 1 (no exit code of the trainer, srun's 1"),
+        ({}, 75, True, "fault 1 of 2 that are allowed (no exit code of the trainer, srun's 1"),
         ({"MAX_FAULTS": "0"}, 1, False, "failed for good after 1 faults"),
         ({"OUTCOME": "75", "STATE": "JobState=COMPLETING Reason=None"}, 75, False, "not requeued from here"),
         ({"OUTCOME": "75", "STATE": "JobState=COMPLETING Reason=TimeLimit"}, 75, True, "requeued"),
@@ -109,6 +119,13 @@ def test_end_of_the_trainer_decides(slurm, variables, code, is_requeued, message
     found, printed, calls = slurm("cluster/pt.sbatch", **(JOB | variables))
     assert found == code, printed
     assert ("requeue 17" in calls) is is_requeued and message in printed
+
+
+@pytest.mark.parametrize(("excluded", "expected"), [("", "n1"), ("n7,n8", "n1,n7,n8")])
+def test_job_goes_on_without_its_bad_node(slurm, excluded, expected):
+    code, printed, calls = slurm("cluster/pt.sbatch", PREFLIGHT_CODE="1", BAD_NODES="n1", EXCLUDED=excluded, **JOB)
+    assert code == 75 and calls[-2:] == ["requeue 17", f"update JobId=17 ExcNodeList={expected}"], printed
+    assert not any("cluster.node" in call for call in calls)
 
 
 def test_faults_are_counted_over_starts_and_forgiven_by_a_stop(slurm):

@@ -25,7 +25,7 @@ def free_port() -> int:
 
 def start(folder: Path, index: int, port: int, num_procs: int, *nodes: str) -> subprocess.Popen[str]:
     environment = os.environ | {"SLURM_NODEID": str(index), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "cluster.preflight", folder, "--nodes", *nodes, "--port", port]
+    command = [sys.executable, "-m", "cluster.preflight", folder, "--nodes", *nodes, "--head", nodes[0], "--port", port]
     command += ["--gpus", 0, "--procs", num_procs]
     return subprocess.Popen(
         list(map(str, command)), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -59,6 +59,12 @@ def test_verdict_names_every_bad_node_once():
     text = preflight.verdict_text({}, found)
     assert text.splitlines()[0] == "pre-flight: n1: a; rule: b; fix: c"
     assert text.rstrip().endswith("--exclude=n1,n4")
+
+
+def test_job_goes_on_without_few_bad_nodes_only():
+    found = [Finding("n1", "a", "b", "c"), Finding("n1", "d", "e", "f"), Finding("n4", "g", "h", "i")]
+    assert preflight.bad_nodes(found, 4) == ["n1", "n4"]
+    assert preflight.bad_nodes(found, 3) == [] == preflight.bad_nodes([], 3)
 
 
 def test_failed_process_of_the_probe_is_an_error(tmp_path, monkeypatch):
