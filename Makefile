@@ -47,7 +47,7 @@ pretrain: setup  ## draw the demo images, train on them; ARGS= overrides setting
 test: setup  ## all tests; ARGS= goes to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
-test-slurm: setup  ## the launch scripts on a Slurm of one node; as root on Debian; ARGS= goes to pytest
+test-slurm: setup  ## the launch scripts on a Slurm that it starts; as root on Debian; ARGS= goes to pytest
 	bash tests/slurm/run.sh $(BIN)/python $(ARGS)
 
 docs: setup  ## regenerate docs/config.md and docs/rules.md

@@ -68,7 +68,7 @@ on_nodes=(
     --cpus-per-task="$SLURM_CPUS_ON_NODE"
     # Nodes end seconds apart; the first must not take the others down while they write their last words.
     --kill-on-bad-exit=0 --wait="$WAIT_S"
-    --output="$logs/%N.log" --open-mode=append
+    --output="$logs/%n-%N.log" --open-mode=append
 )
 read -ra site_options <<<"${SRUN_OPTIONS:-}"
 on_nodes+=("${site_options[@]}")
@@ -111,7 +111,7 @@ if [[ ${PREFLIGHT:-1} != 0 ]]; then
         --port "$((port + 1))" --gpus "$num_gpus" --procs "$num_procs" "${limits[@]}"
     ((is_stop_asked == 0)) || requeue "stopped on request during the pre-flight"
     cat "$logs/preflight/verdict.txt" 2>/dev/null ||
-        say "pre-flight: ${nodes[0]}: no verdict; it must start Python and write to $logs: see $logs/${nodes[0]}.log" >&2
+        say "pre-flight: ${nodes[0]}: no verdict; it must start Python and write to $logs: see $logs/0-*.log" >&2
     ((step_code == 0)) || end_by_bad_nodes
 fi
 
@@ -129,7 +129,7 @@ case $outcome in
     requeue "stopped on request and saved"
     ;;
 "$EXIT_REFUSED")
-    say "refused: see $logs/${nodes[0]}.log" >&2
+    say "refused: see $logs/0-*.log" >&2
     exit "$EXIT_REFUSED"
     ;;
 esac

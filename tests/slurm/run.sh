@@ -74,7 +74,7 @@ print(*(s.getsockname()[1] for s in sockets), sep="\n")')
 memory_mib=$(awk '/MemTotal/ {print int($2 / 1024 * 0.9)}' /proc/meminfo)
 nodes=$(for i in "${!NODES[@]}"; do
     echo "NodeName=${NODES[i]} NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[i + 1]}" \
-        "CPUs=$(nproc) RealMemory=$memory_mib State=UNKNOWN"
+        "CPUs=$(getconf _NPROCESSORS_ONLN) RealMemory=$memory_mib State=UNKNOWN"
 done)
 
 cat >"$SLURM_CONF" <<CONF
