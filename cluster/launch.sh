@@ -38,9 +38,6 @@ restart=${SLURM_RESTART_COUNT:-0}
 job_logs=$(realpath -m "${LOG_ROOT:-runs/slurm}")/$SLURM_JOB_ID
 logs=$job_logs/$restart
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-# By the address that Slurm uses, as a node's name need not have one.
-head=$(scontrol show node -o "${nodes[0]}" | grep -o ' NodeAddr=[^ ]*')
-head=${head#*=}
 num_gpus=${SLURM_GPUS_ON_NODE:-0}
 num_procs=${PROCS_PER_NODE:-$num_gpus}
 port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
@@ -57,6 +54,9 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 source cluster/nccl.sh
 # shellcheck source=cluster/requeue.sh
 source cluster/requeue.sh
+# By the address that Slurm uses, as a node's name need not have one.
+head=$(ask_slurm show node -o "${nodes[0]}" | grep -o ' NodeAddr=[^ ]*')
+head=${head#*=}
 
 if ((restart == 0)) && [[ ${CHAIN:-0} == 1 ]]; then
     bash cluster/chain.sh "$SLURM_JOB_ID" "$stage" "$@"
@@ -75,6 +75,8 @@ on_nodes+=("${site_options[@]}")
 if [[ -n ${CONTAINER:-} ]]; then
     on_nodes+=(
         --container-image="$CONTAINER" --container-workdir="$PWD"
+        # Where the image has a value of its own, pyxis would keep that.
+        --container-env=PYTHONPATH
         --container-mounts="$PWD:$PWD,$job_logs:$job_logs${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
     )
     python=${PYTHON:-python3}

@@ -20,6 +20,7 @@ for package in slurmctld:slurm-wlm slurmd:slurm-wlm sbatch:slurm-wlm munged:mung
     command -v "${package%%:*}" >/dev/null || missing+=("${package##*:}")
 done
 if ((${#missing[@]})); then
+    mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
     echo "test-slurm: installing ${missing[*]}"
     export DEBIAN_FRONTEND=noninteractive
     apt-get -qq update

@@ -57,8 +57,8 @@ def submit(folder: Path, *command: object, **variables: str) -> str:
     return slurm("sbatch", *options, *command, **variables)
 
 
-def submit_stand_in(folder: Path, mode: str, **variables: str) -> str:
-    options = ("--exclusive", "--ntasks-per-node=1", "--requeue", "--open-mode=append", "--signal=B:USR1@60")
+def submit_stand_in(folder: Path, mode: str, *more_options: str, **variables: str) -> str:
+    options = ("--exclusive", "--ntasks-per-node=1", "--requeue", "--open-mode=append", *more_options)
     entry = ("cluster/launch.sh", "stand_in", "tests/slurm/stand_in.py", "none.toml", mode, folder / "waits")
     return submit(folder, *options, *entry, **variables)
 
@@ -133,6 +133,14 @@ def test_stopped_and_preempted_job_ends_as_the_uninterrupted_one(tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == NUM_STEPS
 
 
+@pytest.fixture(scope="module")
+def limited_job(tmp_path_factory) -> tuple[str, Path]:
+    """A job of one node that Slurm signals half a minute ahead of its limit of one; it waits beside other tests."""
+    folder = tmp_path_factory.mktemp("limited")
+    return submit_stand_in(folder, "wait", "--nodes=1", "--time=1", "--signal=B:USR1@30"), folder / "job.log"
+
+
+@pytest.mark.usefixtures("limited_job")
 def test_refused_settings_end_the_job_at_once(tmp_path):
     job = submit(tmp_path, "cluster/pt.sbatch", "run.stepz=3", f"run.root={tmp_path}", CONFIG=DEMO)
     end = wait_for_end(job, tmp_path / "job.log")
@@ -155,6 +163,17 @@ def test_cancelled_job_does_not_come_back(tmp_path):
     wait_until(lambda: "not requeued" in log.read_text(), log)
     end = wait_for_end(job, log)
     assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "0"), log.read_text()
+
+
+def test_job_requeues_itself_ahead_of_its_time_limit(limited_job):
+    job, log = limited_job
+    try:
+        wait_until(lambda: show(job)["Restarts"] == "1", log)
+        text = log.read_text()
+        assert "stopped on request and saved; requeued" in text and "TIME LIMIT" not in text
+    finally:
+        slurm("scancel", job)
+        wait_for_end(job, log)
 
 
 def test_bad_node_is_named_and_left_out(tmp_path):

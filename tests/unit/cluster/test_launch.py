@@ -97,7 +97,10 @@ def test_container_takes_the_place_of_the_environment(slurm):
     variables = {"CONTAINER": "train.sqsh", "CONTAINER_MOUNTS": "/data:/data", "OUTCOME": "0"}
     _, _, calls = slurm("cluster/pt.sbatch", **variables, **JOB)
     for call in calls:
-        assert f"|--container-image=train.sqsh|--container-workdir={ROOT}|--container-mounts={ROOT}:{ROOT}," in call
+        assert (
+            f"|--container-image=train.sqsh|--container-workdir={ROOT}|--container-env=PYTHONPATH|--container-mounts={ROOT}:{ROOT},"
+            in call
+        )
         assert ",/data:/data|python3|-m|cluster." in call
 
 
