@@ -26,10 +26,21 @@ class RunSection:
     root: str = setting("runs", doc="Folder that holds the run folders.")
     seed: int = setting(0, doc="Seed of everything random: initial weights, data order, noise.")
     steps: int = setting(doc="Optimiser steps in all; a run resumed at this step is complete.")
+    stage: str = setting(
+        "pt", doc="Stage of training: pt, ct, sft or distill; each starts from the one before it, or from a release."
+    )
     start_from: str = setting(
         "",
         doc="Where a new run takes its weights from: a checkpoint, a run folder or a converted release, of any layout "
         "and dtype; optimiser and counters start anew. Empty: random weights.",
+    )
+    start_from_any: bool = setting(
+        False, doc="Whether the start may be of any stage, and of a run that has not finished its own."
+    )
+    new_queries: str = setting(
+        "repeat",
+        doc="How query tokens that the start lacks begin, in distillation: repeat (the trained ones in turn), mean (of "
+        "the trained ones, with small noise) or noise (normal, `model.init_std`).",
     )
     dtype: str = setting(
         "bfloat16", doc="Dtype of weights and activations: float32 or bfloat16 (master weights are float32 in both)."

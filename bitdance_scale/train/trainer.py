@@ -12,9 +12,8 @@ import torch.distributed as dist
 
 from bitdance_scale.checkpoint.agreement import on_first_rank
 from bitdance_scale.checkpoint.folder import CheckpointFolder
-from bitdance_scale.checkpoint.index import read_index
-from bitdance_scale.checkpoint.start import check_network, find_checkpoint, load_weights
-from bitdance_scale.checkpoint.state import TENSORS_DIR, TrainState, load_checkpoint, save_checkpoint
+from bitdance_scale.checkpoint.start import find_checkpoint, load_weights
+from bitdance_scale.checkpoint.state import TrainState, load_checkpoint, save_checkpoint
 from bitdance_scale.config.load import dump_toml
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import TrainingError
@@ -32,6 +31,7 @@ from bitdance_scale.train.run_observer import RunObserver
 from bitdance_scale.train.sampling import draw_samples
 from bitdance_scale.train.shared_index import shared_index
 from bitdance_scale.train.signals import StopRequest
+from bitdance_scale.train.stage_start import Start, check_start
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
 logger = logging.getLogger(__name__)
@@ -157,20 +157,23 @@ class Trainer:
         self._saved_step = state.step
         logger.info("resumed from %s", path)
 
-    def _find_start(self) -> Path:
-        """The checkpoint that `run.start_from` means, which must be of this network."""
+    def _find_start(self) -> Start:
+        """What `run.start_from` means, and whether the stage can start from it."""
         path = find_checkpoint(self.config.run.start_from)
-        network, vocab_size = self.config.network, self._text.vocab_size
-        on_first_rank(None, lambda: check_network(path, read_index(path / TENSORS_DIR), network, vocab_size))
-        return path
+        return on_first_rank(None, lambda: check_start(path, self.config))
 
-    def _start(self, path: Path) -> None:
-        values = self._engine.optimizer_values()
+    def _start(self, start: Start) -> None:
         prefix = "master."
+        values = self._engine.optimizer_values()
         masters = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
-        digest = self._text.digest
-        self._release = load_weights(path, self._engine.model_values(), masters, tokenizer_digest=digest)
-        logger.info("started from the weights of %s", path)
+        self._release = load_weights(
+            start.path,
+            self._engine.model_values(),
+            masters,
+            tokenizer_digest=start.tokenizer_digest,
+            new_queries=start.new_queries,
+        )
+        logger.info("started from the weights of %s", start.path)
 
     def _prepare(self, packs: Sequence[Pack], step: int) -> list[PackInputs]:
         """The micro-batches of a step on the device; called in the feed's thread."""
