@@ -194,7 +194,7 @@ def test_refusals_name_the_fault(override, message, capsys, monkeypatch, tmp_pat
         assert result.returncode == EXIT_REFUSED and message in result.stderr
         assert "Traceback" not in result.stderr
         return
-    assert main("test", arguments) == EXIT_REFUSED
+    assert main("pt", arguments) == EXIT_REFUSED
     assert message in capsys.readouterr().err
 
 
@@ -202,7 +202,7 @@ def test_printed_config_loads_back(capsys, monkeypatch, tmp_path):
     from bitdance_scale.config.load import load_config
 
     monkeypatch.chdir(ROOT)
-    assert main("test", [DEMO, "optim.lr=5e-4", "--print-config"]) == 0
+    assert main("pt", [DEMO, "optim.lr=5e-4", "--print-config"]) == 0
     printed = tmp_path / "printed.toml"
     printed.write_text(capsys.readouterr().out)
     assert load_config(printed) == load_config(DEMO, ["optim.lr=5e-4"])
