@@ -211,6 +211,18 @@ class CheckpointSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateSection:
+    """Losses on held-out images, always the same ones with the same noise and flow times."""
+
+    shards: tuple[str, ...] = setting((), doc="Held-out WebDataset tars, as `data.shards`; empty: no evaluation.")
+    every_steps: int = setting(
+        1000, doc="Steps between evaluations; there is one before the first step and at the end."
+    )
+    images: int = setting(256, doc="Images, mixed over the resolution classes as in training.")
+    seed: int = setting(0, doc="Seed of which images, of noise and of flow times.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleSection:
     """Images drawn from the model while it trains."""
 
@@ -261,6 +273,7 @@ class RunConfig:
     checkpoint: CheckpointSection
     sample: SampleSection
     observe: ObserveSection
+    evaluate: EvaluateSection = dataclasses.field(default_factory=EvaluateSection)
 
     @property
     def network(self) -> NetworkConfig:

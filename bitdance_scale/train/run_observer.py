@@ -14,7 +14,14 @@ from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.observe.console import Progress, loss_table
 from bitdance_scale.observe.figures import image_grid, loss_curve
 from bitdance_scale.observe.flops import count_parameters
-from bitdance_scale.observe.metrics import METRICS_FILE, MetricsWriter, StepMetrics, read_metrics
+from bitdance_scale.observe.metrics import (
+    METRICS_FILE,
+    Evaluation,
+    MetricsWriter,
+    StepMetrics,
+    append_evaluation,
+    read_metrics,
+)
 from bitdance_scale.observe.wandb_sink import WandbSink
 from bitdance_scale.parallel.split import stage_split
 from bitdance_scale.parallel.topology import Topology
@@ -64,6 +71,22 @@ class RunObserver:
             self._writer.write(metrics)
             self._wandb.log(metrics.step, metrics)
             self._console.update(metrics)
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """Records the losses on held-out images everywhere."""
+        if self._is_active:
+            append_evaluation(self._run_folder, evaluation)
+            self._wandb.log_evaluation(evaluation)
+            by_class = ", ".join(f"{side} px {loss:.4f}" for side, loss in evaluation.vision_by_class.items())
+            by_time = " ".join(f"{loss:.3f}" for loss in evaluation.vision_by_time)
+            logger.info(
+                "held out after step %d: vision %.4f (%s; by flow time %s), text %.4f",
+                evaluation.step,
+                evaluation.vision,
+                by_class,
+                by_time,
+                evaluation.text,
+            )
 
     def samples(self, step: int, images: Sequence[np.ndarray]) -> None:
         """Writes the grid of a step's pictures, uint8 [H, W, 3] each, one per prompt."""

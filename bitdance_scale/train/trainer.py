@@ -24,6 +24,7 @@ from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.sequence.tokens import load_text_tokenizer
+from bitdance_scale.train.evaluate import Evaluator
 from bitdance_scale.train.feed import StepFeed
 from bitdance_scale.train.progress import Progress, StepMeter, learning_rate, progress_fields
 from bitdance_scale.train.reading import StepReader
@@ -60,6 +61,7 @@ class Trainer:
         self._index = shared_index(config.data.shards, config.data.index_dir, topology.device)
         latest = self._checkpoints.latest()
         start = self._find_start() if latest is None and config.run.start_from else None
+        self._evaluator = Evaluator.read(config, self._text, self._vision, topology) if config.evaluate.shards else None
         self._engine = build_engine(config, self._text.vocab_size, topology)
         self._loader_state: dict[str, object] | None = None
         self.progress = Progress()
@@ -91,6 +93,9 @@ class Trainer:
             StepReader(config, self._index, self._text, self._vision, topology, self._loader_state) as reader,
             StepFeed(reader.next_step, self._prepare, progress.step, config.run.steps, topology.device) as feed,
         ):
+            if progress.step == 0:
+                self._evaluate(observer)
+                meter.pause()
             while not self.is_complete:
                 fed = feed.take()
                 lr = learning_rate(config.optim, progress.step)
@@ -102,6 +107,8 @@ class Trainer:
                 self._check_skipped(num_skipped_in_a_row)
                 if self._is_due(config.observe.log_every_steps):
                     observer.step(meter.metrics(losses, outcome, lr))
+                if self._is_due(config.evaluate.every_steps):
+                    self._evaluate(observer)
                 if stop.agreed(dist.group.WORLD, topology.device):
                     self.save()
                     return False
@@ -156,6 +163,10 @@ class Trainer:
         )
         self._saved_step = state.step
         logger.info("resumed from %s", path)
+
+    def _evaluate(self, observer: RunObserver) -> None:
+        if self._evaluator is not None:
+            observer.evaluation(self._evaluator.evaluate(self._engine, self.progress.step))
 
     def _find_start(self) -> Start:
         """What `run.start_from` means, and whether the stage can start from it."""
