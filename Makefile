@@ -42,6 +42,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt tests/transformers-4.57.txt
 
 pretrain: setup  ## draw the demo images, train on them; ARGS= overrides settings, NPROC= processes
 	$(BIN)/python tools/make_demo_shards.py data/demo --images 4000
+	$(BIN)/python tools/make_demo_shards.py data/demo_held_out --images 200 --seed 1000
 	$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$(NPROC) pipelines/pretrain.py $(CONFIG) $(ARGS)
 
 test: setup  ## all tests; ARGS= goes to pytest
@@ -54,5 +55,5 @@ docs: setup  ## regenerate docs/config.md and docs/rules.md
 	$(BIN)/python tools/write_config_docs.py
 
 clean:  ## remove the environment, caches and the demo's images
-	rm -rf $(VENV) data/demo build *.egg-info .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) data/demo data/demo_held_out build *.egg-info .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -45,8 +45,8 @@ def qwen_like() -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     names = ["<|endoftext|>", *MARKUP_TOKENS]
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    # As in Qwen3, an added token that is not marked special.
-    tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    # As in Qwen3, added tokens that are not marked special. With them no two ranks share the rows evenly.
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in ("<think>", "</think>")])
     return tokenizer
 
 

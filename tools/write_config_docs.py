@@ -30,7 +30,7 @@ def config_page() -> str:
         "",
         "A run is one TOML file and any number of overrides: `pretrain.py CONFIG section.key=value ...`, each value",
         'written as in TOML (a bare word is a string). A top-level `extends = "other.toml"` lays the file over another,',
-        "one level deep. Later layers win: defaults, `model.preset`, the extended file, the file, the overrides.",
+        "which may extend a third. Later layers win: defaults, `model.preset`, the extended files, the file, the overrides.",
         "`--print-config` prints the resolved tree; the run folder keeps it as `config.toml`.",
         "",
     ]

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from bitdance_scale.errors import CheckpointError
+from bitdance_scale.errors import BitDanceError, CheckpointError
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None, str |
     """(result, error, its message); every kind of error, since the other ranks must hear of each."""
     try:
         return action(), None, None
-    except CheckpointError as error:
+    except BitDanceError as error:
         return None, error, str(error)
     except Exception as error:
         logger.debug("a checkpoint step failed", exc_info=True)

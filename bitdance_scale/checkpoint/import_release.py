@@ -33,6 +33,7 @@ from bitdance_scale.checkpoint.names import (
     PublishedTensor,
     published_tensors,
 )
+from bitdance_scale.checkpoint.new_rows import around_mean
 from bitdance_scale.checkpoint.outcome import check_outcome, new_folder, write_report
 from bitdance_scale.checkpoint.release_source import Source, autoencoder_config
 from bitdance_scale.checkpoint.sharded import StreamedValue
@@ -48,8 +49,6 @@ from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
 from bitdance_scale.weight_files import TensorSpec
 
 TOKENIZER_DIR = "tokenizer"
-# New embedding rows lie around the mean of the old ones, a tenth as far from it as those do.
-NEW_ROW_SPREAD = 0.1
 _CHUNK_BYTES = 64 * 2**20
 
 Progress = Callable[[int], None]
@@ -83,7 +82,7 @@ def import_release(source: Source, out: Path, *, is_forced: bool = False, progre
         loader={},
         optimizer={"step": 0, "skipped_steps": 0},
         tokenizer_digest=source.tokenizer.digest,
-        release=source.inert | {"dtypes": dtypes},
+        release=source.inert | {"kind": source.kind, "dtypes": dtypes},
     )
     with new_folder(out) as folder:
         (folder / TOKENIZER_DIR).mkdir()
@@ -101,7 +100,7 @@ def import_release(source: Source, out: Path, *, is_forced: bool = False, progre
             folder,
             {
                 "source": str(source.folder),
-                "kind": "Qwen3" if source.new_parts else "BitDance",
+                "kind": source.kind,
                 "config_sha256": text_digest(config_text),
                 "autoencoder_sha256": file_digest(folder / AE_WEIGHTS_NAME),
                 "new_embedding_rows": source.tokenizer.vocab_size - source.num_old_rows,
@@ -175,7 +174,7 @@ def _draw(source: Source, tensor: NamedTensor) -> torch.Tensor:
 
 
 def _new_rows(source: Source, tensor: NamedTensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of the added tokens: the mean of the old rows, and normal noise of `NEW_ROW_SPREAD` times their spread.
+    """Rows of the added tokens: the mean of the old rows, and normal noise of a tenth of their spread.
 
     Mean and spread are per channel. The rows that a Qwen3 holds beyond its tokenizer's entries were never trained and
     do not count; the new rows take their place.
@@ -192,7 +191,7 @@ def _new_rows(source: Source, tensor: NamedTensor, dtype: torch.dtype) -> torch.
     num_new = tensor.shape[0] - source.num_old_rows
     generator = named_generator(source.new_parts.seed, tensor.name, "cpu")
     noise = torch.randn(num_new, tensor.shape[1], dtype=torch.float64, generator=generator)
-    return (mean + NEW_ROW_SPREAD * spread * noise).to(dtype)
+    return around_mean(mean, spread, noise).to(dtype)
 
 
 def _compare(source: Source, stored: StoredTensors, progress: Progress) -> dict[str, str]:

@@ -72,6 +72,11 @@ class Source:
     inert: dict[str, object]
 
     @property
+    def kind(self) -> str:
+        """What the folder is: BitDance or Qwen3."""
+        return "BitDance" if self.new_parts is None else "Qwen3"
+
+    @property
     def num_old_rows(self) -> int:
         """Rows of the embedding that come from the source."""
         return self.tokenizer.vocab_size - self.tokenizer.num_new_entries

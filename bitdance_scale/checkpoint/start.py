@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint import Metadata
 
-from bitdance_scale.checkpoint.agreement import on_first_rank
+from bitdance_scale.checkpoint.agreement import on_all_ranks, on_first_rank
 from bitdance_scale.checkpoint.folder import LATEST_NAME, CheckpointFolder
 from bitdance_scale.checkpoint.index import read_index
 from bitdance_scale.checkpoint.manifest import MANIFEST_NAME
-from bitdance_scale.checkpoint.names import our_tensors
+from bitdance_scale.checkpoint.names import EMBEDDING, OUTPUT, our_tensors
+from bitdance_scale.checkpoint.new_rows import NewQueries, fill_rows, first_rows
 from bitdance_scale.checkpoint.sharded import load_sharded
 from bitdance_scale.checkpoint.state import (
     MASTER_PREFIX,
@@ -21,6 +22,7 @@ from bitdance_scale.checkpoint.state import (
     TENSORS_DIR,
     read_fitting_state,
 )
+from bitdance_scale.checkpoint.stored import StoredTensors
 from bitdance_scale.config.published import MODEL_CONFIG_NAME
 from bitdance_scale.config.schema import NetworkConfig
 from bitdance_scale.errors import CheckpointError
@@ -67,6 +69,7 @@ def load_weights(
     masters: Mapping[str, ShardedValue],
     *,
     tokenizer_digest: str,
+    new_queries: NewQueries | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, Any]:
     """Fills the weights of a model and their float32 masters in place from a checkpoint; a collective.
@@ -77,7 +80,8 @@ def load_weights(
         path: a committed checkpoint.
         model: what this rank holds of the parameters, by global name, in any dtype.
         masters: what it holds of their float32 masters.
-        tokenizer_digest: of the text tokenizer in use.
+        tokenizer_digest: of the text tokenizer that the checkpoint must have been trained with.
+        new_queries: query tokens that the checkpoint lacks; None: none.
         group: the ranks that take part; None: all, or this process alone without a process group.
 
     Returns:
@@ -93,9 +97,32 @@ def load_weights(
     has_masters = any(name.startswith(MASTER_PREFIX) for name in index.state_dict_metadata)
     prefix = MASTER_PREFIX if has_masters else MODEL_PREFIX
     for values in (model, masters):
-        wanted = {prefix + name: value for name, value in values.items()}
+        wanted = {prefix + name: _known_rows(name, value, new_queries) for name, value in values.items()}
         load_sharded(tensors, wanted, group, prefix=prefix, converts_dtype=True)
+    if new_queries is not None:
+        # Small reads that every rank makes; where one fails, the file system has failed between two reads of one file.
+        on_all_ranks(group, lambda: _fill_new_rows(StoredTensors(tensors), prefix, (model, masters), new_queries))
     return state.release
+
+
+def _known_rows(name: str, value: ShardedValue, new_queries: NewQueries | None) -> ShardedValue:
+    """What the checkpoint has of a value."""
+    if new_queries is None or name not in (EMBEDDING, OUTPUT):
+        return value
+    return first_rows(value, new_queries.num_old_rows)
+
+
+def _fill_new_rows(
+    stored: StoredTensors, prefix: str, groups: Sequence[Mapping[str, ShardedValue]], new_queries: NewQueries
+) -> None:
+    num_old = new_queries.num_old_rows
+    for name in (EMBEDDING, OUTPUT):
+        if prefix + name in stored:
+            trained = stored.read_rows(prefix + name, num_old - new_queries.num_trained, num_old)
+            rows = new_queries.rows(name, trained)
+            for values in groups:
+                if name in values:
+                    fill_rows(values[name], num_old, rows)
 
 
 def _find(where: Path) -> Path | None:

@@ -101,6 +101,21 @@ def _shares_are_exact(config: RunConfig, world_size: int) -> Iterator[str]:
         )
 
 
+@RULES.rule("evaluate.images", "evaluate.shards", "data.classes")
+def _evaluation_has_every_class(config: RunConfig, world_size: int) -> Iterator[str]:
+    """`evaluate.images` gives every class a whole number of images at its share.
+
+    The losses of two evaluations are compared; both must be of the same mix.
+    """
+    shares = [image_class.share for image_class in config.data.classes]
+    multiple = sum(shares) // math.gcd(*shares)
+    if config.evaluate.shards and config.evaluate.images % multiple:
+        yield (
+            f"evaluate.images = {config.evaluate.images}: must be a multiple of {multiple} for shares "
+            f"{':'.join(map(str, shares))}; use {nearest_multiples(config.evaluate.images, multiple)}"
+        )
+
+
 @RULES.rule("data.max_pack_tokens", "data.pack_multiple", "data.classes", "text.max_caption_tokens", "vision")
 def _largest_sample_fits_a_pack(config: RunConfig, world_size: int) -> Iterator[str]:
     """`data.max_pack_tokens` holds the largest bucket with the longest caption, its markup and the query tokens.

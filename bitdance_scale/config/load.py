@@ -1,7 +1,7 @@
 """Reads, prints, hashes and describes configurations.
 
-Layers, later ones win: the schema's defaults, the preset that `model.preset` names, the file that `extends` names, the
-file itself, the overrides of the command line. TOML, because YAML reads `1e-5` as a string and lets a repeated key win.
+Layers, later ones win: the schema's defaults, the preset that `model.preset` names, the files that `extends` names,
+the file itself, the overrides of the command line. TOML, because YAML reads `1e-5` as a string and lets a repeated key win.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[Sc
 
     Args:
         path: the file. Its top-level key `extends` may name one other file, relative to it, whose settings it
-            changes; that file may not extend another. Tables merge key by key, lists are replaced.
+            changes, and so on. Tables merge key by key, lists are replaced.
         overrides: `section.key=value`, the value written as in TOML; a value that is no TOML is taken as a string.
         schema: dataclass of the tree.
 
@@ -124,23 +124,26 @@ def describe(schema: type) -> str:
 
 
 def _read_layers(path: Path) -> list[tuple[str, dict[str, object]]]:
-    """The file as a layer, preceded by the one it extends."""
-    values = _read_toml(path)
-    if "extends" not in values:
-        return [(str(path), values)]
-    extended = values.pop("extends")
-    if not isinstance(extended, str):
-        raise ConfigError(f"{path}: extends = {extended!r}: expected the path of one TOML file, relative to this one")
-    base_path = path.parent / extended
-    if not base_path.is_file():
-        raise ConfigError(f"{path}: extends = {extended!r}: there is no file {base_path}; correct the path")
-    base = _read_toml(base_path)
-    if "extends" in base:
-        raise ConfigError(
-            f"{base_path}: extends = {base['extends']!r}: {path} extends this file already, and only one level is "
-            f"allowed; let {path.name} extend {base['extends']!r} itself, or merge the two"
-        )
-    return [(str(base_path), base), (str(path), values)]
+    """The file as a layer, preceded by those it extends, the first of them first."""
+    layers: list[tuple[str, dict[str, object]]] = []
+    seen: list[Path] = []
+    while True:
+        seen.append(path.resolve())
+        values = _read_toml(path)
+        extended = values.pop("extends", None)
+        layers.insert(0, (str(path), values))
+        if extended is None:
+            return layers
+        if not isinstance(extended, str):
+            raise ConfigError(
+                f"{path}: extends = {extended!r}: expected the path of one TOML file, relative to this one"
+            )
+        base = path.parent / extended
+        if not base.is_file():
+            raise ConfigError(f"{path}: extends = {extended!r}: there is no file {base}; correct the path")
+        if base.resolve() in seen:
+            raise ConfigError(f"{path}: extends = {extended!r}: that file extends this one; remove one of the two")
+        path = base
 
 
 def _read_toml(path: Path) -> dict[str, object]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.config.stages import NEW_QUERIES, STAGES
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "run.root": NonEmpty(),
     "run.seed": _SEED,
     "run.steps": _COUNT,
+    "run.stage": Choice(tuple(STAGES)),
+    "run.new_queries": Choice(NEW_QUERIES),
     "run.dtype": Choice(("float32", "bfloat16")),
     "model.num_layers": _COUNT,
     "model.hidden_size": _COUNT,
@@ -166,6 +169,10 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "loss.text_weight": _NOT_NEGATIVE,
     "checkpoint.every_steps": _COUNT,
     "checkpoint.keep": _COUNT,
+    "evaluate.shards[]": NonEmpty(),
+    "evaluate.every_steps": _COUNT,
+    "evaluate.images": _COUNT,
+    "evaluate.seed": _SEED,
     "sample.every_steps": _NOT_NEGATIVE,
     "sample.prompts[]": NonEmpty(),
     "sample.size_px[]": _COUNT,

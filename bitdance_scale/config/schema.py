@@ -26,10 +26,21 @@ class RunSection:
     root: str = setting("runs", doc="Folder that holds the run folders.")
     seed: int = setting(0, doc="Seed of everything random: initial weights, data order, noise.")
     steps: int = setting(doc="Optimiser steps in all; a run resumed at this step is complete.")
+    stage: str = setting(
+        "pt", doc="Stage of training: pt, ct, sft or distill; each starts from the one before it, or from a release."
+    )
     start_from: str = setting(
         "",
         doc="Where a new run takes its weights from: a checkpoint, a run folder or a converted release, of any layout "
         "and dtype; optimiser and counters start anew. Empty: random weights.",
+    )
+    start_from_any: bool = setting(
+        False, doc="Whether the start may be of any stage, and of a run that has not finished its own."
+    )
+    new_queries: str = setting(
+        "repeat",
+        doc="How query tokens that the start lacks begin, in distillation: repeat (the trained ones in turn), mean (of "
+        "the trained ones, with small noise) or noise (normal, `model.init_std`).",
     )
     dtype: str = setting(
         "bfloat16", doc="Dtype of weights and activations: float32 or bfloat16 (master weights are float32 in both)."
@@ -200,6 +211,18 @@ class CheckpointSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateSection:
+    """Losses on held-out images, always the same ones with the same noise and flow times."""
+
+    shards: tuple[str, ...] = setting((), doc="Held-out WebDataset tars, as `data.shards`; empty: no evaluation.")
+    every_steps: int = setting(
+        1000, doc="Steps between evaluations; there is one before the first step and at the end."
+    )
+    images: int = setting(256, doc="Images, mixed over the resolution classes as in training.")
+    seed: int = setting(0, doc="Seed of which images, of noise and of flow times.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleSection:
     """Images drawn from the model while it trains."""
 
@@ -250,6 +273,7 @@ class RunConfig:
     checkpoint: CheckpointSection
     sample: SampleSection
     observe: ObserveSection
+    evaluate: EvaluateSection = dataclasses.field(default_factory=EvaluateSection)
 
     @property
     def network(self) -> NetworkConfig:

@@ -74,3 +74,11 @@ def flow_loss(
     error_BPC = velocity(pred_BPC, noisy_BPC, t_B) - velocity(bits_BPC, noisy_BPC, t_B)
     num_blocks, block_tokens, num_bits = error_BPC.shape
     return error_BPC.square().sum() / num_bits, num_blocks * block_tokens
+
+
+def block_losses(
+    pred_BPC: torch.Tensor, bits_BPC: torch.Tensor, noisy_BPC: torch.Tensor, t_B: torch.Tensor
+) -> torch.Tensor:
+    """The flow loss of every block, a mean over its tokens and bits, float32 [B]; arguments as in `flow_loss`."""
+    error_BPC = velocity(pred_BPC, noisy_BPC, t_B) - velocity(bits_BPC, noisy_BPC, t_B)
+    return error_BPC.square().mean(dim=(1, 2))

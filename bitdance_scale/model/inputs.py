@@ -41,6 +41,7 @@ class PackInputs:
         num_vision_targets: M * P, or 0 when the pack predicts no image: it then carries one block of weight 0, so that
             every rank calls the same modules, as ZeRO-3 requires.
         num_text_targets: T, or 0 likewise.
+        reports_blocks: whether the model also returns the flow loss of every predicted block.
     """
 
     token_ids: torch.Tensor
@@ -58,9 +59,12 @@ class PackInputs:
     text_targets: torch.Tensor
     num_vision_targets: int
     num_text_targets: int
+    reports_blocks: bool = False
 
 
-def make_inputs(pack: Pack, noise: PackNoise, config: RunConfig, device: torch.device) -> PackInputs:
+def make_inputs(
+    pack: Pack, noise: PackNoise, config: RunConfig, device: torch.device, *, reports_blocks: bool = False
+) -> PackInputs:
     """Moves an encoded pack and its noise to the device and derives mask, positions, flips and flow times."""
     on_device = functools.partial(to_device, device=device)
     assert pack.vision_bits is not None, "the images of the pack are not encoded yet"
@@ -93,4 +97,5 @@ def make_inputs(pack: Pack, noise: PackNoise, config: RunConfig, device: torch.d
         text_targets=on_device(text_targets),
         num_vision_targets=len(pack.predict_positions),
         num_text_targets=len(pack.text_positions),
+        reports_blocks=reports_blocks,
     )

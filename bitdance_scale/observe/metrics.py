@@ -13,6 +13,7 @@ from types import TracebackType
 from bitdance_scale.errors import DataError
 
 METRICS_FILE = "metrics.jsonl"
+EVALUATION_FILE = "evaluation.jsonl"
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,45 @@ class StepMetrics:
                 values[name] = math.nan
         values["images_by_class"] = {int(side): count for side, count in values["images_by_class"].items()}
         return StepMetrics(**values)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Losses on held-out images with fixed noise, over all ranks.
+
+    Flow times are spread evenly over 0 .. 1, unlike those of training, so that every part of the flow is seen as well as
+    any other; the vision losses are therefore compared with each other and not with `StepMetrics.loss_vision`.
+
+    Attributes:
+        step: optimiser steps taken.
+        vision: flow loss, a mean over all predicted vision tokens (Eq. 7).
+        vision_by_class: the same by resolution class (`side_px`).
+        vision_by_time: the same by flow time, in equal parts of 0 .. 1.
+        text: cross-entropy in nats, a mean over the text targets.
+    """
+
+    step: int
+    vision: float
+    vision_by_class: dict[int, float]
+    vision_by_time: tuple[float, ...]
+    text: float
+
+    def to_json(self) -> str:
+        """One line of strict JSON, without the line end; numbers that are not finite are null."""
+        values = dataclasses.asdict(self)
+        values["vision_by_class"] = {side: _finite(loss) for side, loss in self.vision_by_class.items()}
+        values["vision_by_time"] = [_finite(loss) for loss in self.vision_by_time]
+        return json.dumps({name: _finite(value) for name, value in values.items()}, allow_nan=False)
+
+
+def append_evaluation(run_folder: Path, evaluation: Evaluation) -> None:
+    """Adds a line to `evaluation.jsonl`; lines of this step or later ones, of work that was lost, are dropped."""
+    path = run_folder / EVALUATION_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] < evaluation.step]
+    copy = path.with_name(path.name + ".writing")
+    copy.write_text("".join(line + "\n" for line in [*kept, evaluation.to_json()]), encoding="utf-8")
+    copy.replace(path)
 
 
 class MetricsWriter:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from bitdance_scale.config.schema import ObserveSection
 from bitdance_scale.errors import ConfigError
-from bitdance_scale.observe.metrics import StepMetrics
+from bitdance_scale.observe.metrics import Evaluation, StepMetrics
 
 if TYPE_CHECKING:
     import wandb
@@ -84,6 +84,17 @@ class WandbSink:
         values = {name: value for name, value in vars(metrics).items() if name not in ("step", "images_by_class")}
         by_class = {f"images_by_class/{side}_px": count for side, count in metrics.images_by_class.items()}
         self._run.log({name: value for name, value in values.items() if value is not None} | by_class, step=step)
+
+    def log_evaluation(self, evaluation: Evaluation) -> None:
+        """Adds the losses of an evaluation under `evaluate`, by resolution class and by flow time."""
+        if self._run is None:
+            return
+        values = {"evaluate/vision": evaluation.vision, "evaluate/text": evaluation.text}
+        values |= {f"evaluate/vision_{side}_px": loss for side, loss in evaluation.vision_by_class.items()}
+        parts = len(evaluation.vision_by_time)
+        for part, loss in enumerate(evaluation.vision_by_time):
+            values[f"evaluate/vision_time_{part / parts:.1f}_{(part + 1) / parts:.1f}"] = loss
+        self._run.log(values, step=evaluation.step)
 
     def log_image(self, step: int, path: Path, caption: str) -> None:
         """Adds a picture file under `samples`."""

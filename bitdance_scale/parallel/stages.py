@@ -25,7 +25,7 @@ from torch import nn
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.diffusion_head import DiffusionHead
-from bitdance_scale.model.flow import flow_loss, interpolate
+from bitdance_scale.model.flow import block_losses, flow_loss, interpolate
 from bitdance_scale.model.inputs import PackInputs
 from bitdance_scale.model.positions import sincos_2d
 from bitdance_scale.model.projector import Projector
@@ -117,7 +117,7 @@ class Stage(nn.Module):
         self.decoder.set_input_tensor(tensor)
 
     def forward(self, inputs: PackInputs) -> torch.Tensor:
-        """Hidden states [S, 1, D] for the next stage; on the last stage the loss sums, float32 [2]: vision, text."""
+        """Hidden states [S, 1, D] for the next stage; on the last stage what `losses` returns."""
         hidden_SBD = self.embed_pack(inputs) if self.is_first else None
         if self.is_first and self.config.sequence_parallel:
             hidden_SBD = scatter_to_sequence_parallel_region(hidden_SBD)
@@ -127,7 +127,7 @@ class Stage(nn.Module):
         if self.config.sequence_parallel:
             # What follows sums its gradient over the ranks itself, so each has the whole gradient and keeps its part.
             hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=False)
-        return self.loss_sums(hidden_SBD[:, 0], inputs)
+        return self.losses(hidden_SBD[:, 0], inputs)
 
     def embed_pack(self, inputs: PackInputs) -> torch.Tensor:
         """Embeds text tokens and bits into [S, 1, D]."""
@@ -149,15 +149,21 @@ class Stage(nn.Module):
         positions = sincos_2d(cells.flatten(0, 1), self.hidden_size).view(hidden_MPD.shape)
         return hidden_MPD + positions.to(hidden_MPD.dtype)
 
-    def loss_sums(self, hidden_SD: torch.Tensor, inputs: PackInputs) -> torch.Tensor:
-        """Sums of the flow loss over vision targets and of the cross-entropy over text targets, float32 [2]."""
+    def losses(self, hidden_SD: torch.Tensor, inputs: PackInputs) -> torch.Tensor:
+        """Sums of the flow loss over vision targets and of the cross-entropy over text targets, float32 [2].
+
+        With `inputs.reports_blocks` the flow loss of each of the M predicted blocks follows: float32 [2 + M].
+        """
         condition_MPD = self.conditions(hidden_SD[inputs.predict_positions], inputs.predict_cells)
         noisy_MPC = interpolate(inputs.clean_bits, inputs.noise, inputs.time)
         predicted_MPC = self.head(noisy_MPC, inputs.time, condition_MPD)
         vision, _ = flow_loss(predicted_MPC, inputs.clean_bits, noisy_MPC, inputs.time)
         text = self.text_loss_sum(hidden_SD[inputs.text_positions], inputs.text_targets)
         weights = vision.new_tensor([float(inputs.num_vision_targets > 0), float(inputs.num_text_targets > 0)])
-        return torch.stack([vision, text]) * weights
+        sums = torch.stack([vision, text]) * weights
+        if not inputs.reports_blocks:
+            return sums
+        return torch.cat([sums, block_losses(predicted_MPC, inputs.clean_bits, noisy_MPC, inputs.time)])
 
     def text_loss_sum(self, hidden_TD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
         """Cross-entropy summed over text targets, over the vocabulary split between tensor-parallel ranks."""

@@ -77,6 +77,31 @@ def train_step(
     return losses, engine.step(lr)
 
 
+@torch.no_grad()
+def forward_only(engine: ZeroEngine, batch: Sequence[PackInputs], topology: Topology) -> list[torch.Tensor]:
+    """What the last stage returns of every micro-batch of this replica, without gradients; nothing on other stages."""
+    if engine.tied is not None:
+        engine.tied.share_weight()
+    if topology.pipeline_size == 1:
+        return [engine.stages[0](inputs) for inputs in batch]
+
+    def keep_output(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return output[0], output.new_zeros((), dtype=torch.int), output
+
+    def forward_step(inputs: object, stage: torch.nn.Module) -> tuple[torch.Tensor, object]:
+        return stage(next(inputs)), keep_output
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(batch) for _ in engine.stages],
+        model=engine.stages,
+        num_microbatches=len(batch),
+        seq_length=0,  # unused, as in training
+        micro_batch_size=1,
+        forward_only=True,
+    )
+
+
 def _loss(sums: torch.Tensor, counts: TargetCounts, section: LossSection, topology: Topology) -> torch.Tensor:
     """This micro-batch's part of the global loss, times the replicas that the engine will average over."""
     loss = combine(sums[0], sums[1], counts.num_vision, counts.num_text, section)

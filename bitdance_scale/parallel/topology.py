@@ -44,6 +44,11 @@ class Topology:
     ends_group: dist.ProcessGroup | None
 
     @property
+    def device_name(self) -> str:
+        """What the maker calls this rank's device; `cpu` without CUDA."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
+    @property
     def rank(self) -> int:
         return dist.get_rank()
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from bitdance_scale.config.load import describe, dump_toml, load_config
 from bitdance_scale.config.rules import check
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.config.stages import STAGES
 from bitdance_scale.errors import BitDanceError, ConfigError
 from bitdance_scale.observe.console import setup_logging
 from bitdance_scale.parallel.topology import Topology, make_topology, start_process_group
@@ -25,23 +26,28 @@ logger = logging.getLogger(__name__)
 EXIT_REFUSED = 2
 
 
-def main(description: str, arguments: Sequence[str] | None = None) -> int:
-    """Runs training as the command line says.
+def main(stage: str, arguments: Sequence[str] | None = None) -> int:
+    """Runs a stage of training as the command line says.
+
+    Args:
+        stage: a name of `config.stages.STAGES`; the configuration must be of it.
+        arguments: of the command line; None: the process's own.
 
     Returns:
         0: finished; 2: refused or failed with an error the user can mend; 75: stopped on request, saved, run it again.
         A launcher that cannot see it reads it from the file of `exit_record.py`.
     """
-    code = _main(description, arguments)
+    code = _main(stage, arguments)
     record_exit(code)
     return code
 
 
-def _main(description: str, arguments: Sequence[str] | None) -> int:
-    options = _parse(description, arguments)
+def _main(stage: str, arguments: Sequence[str] | None) -> int:
+    options = _parse(stage, arguments)
     rank = int(os.environ.get("RANK", "0"))
     try:
         config = load_config(options.config, options.overrides)
+        _check_stage(stage, config, options.config)
         check(config, int(os.environ.get("WORLD_SIZE", "1")))
         if options.print_config:
             if rank == 0:
@@ -55,9 +61,19 @@ def _main(description: str, arguments: Sequence[str] | None) -> int:
         return EXIT_REFUSED
 
 
-def _parse(description: str, arguments: Sequence[str] | None) -> argparse.Namespace:
+def _check_stage(stage: str, config: RunConfig, path: Path) -> None:
+    if config.run.stage != stage and config.run.stage in STAGES:
+        entry_point = STAGES[config.run.stage].entry_point
+        raise ConfigError(
+            f"{path}: run.stage = {config.run.stage!r}, but {STAGES[stage].entry_point} runs stage {stage!r}; start it "
+            f"with {entry_point}, or set run.stage={stage}"
+        )
+
+
+def _parse(stage: str, arguments: Sequence[str] | None) -> argparse.Namespace:
+    title = STAGES[stage].title.capitalize()
     parser = argparse.ArgumentParser(
-        description=description,
+        description=f"{title} of BitDance on WebDataset shards (stage {stage} of arXiv 2602.14041 Table 4).",
         epilog="settings:\n" + describe(RunConfig),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -60,8 +60,7 @@ class StepMeter:
     def __init__(self, config: RunConfig, vocab_size: int, topology: Topology, progress: Progress) -> None:
         self._config, self._vocab_size, self._topology = config, vocab_size, topology
         self.progress = progress
-        name = torch.cuda.get_device_name() if topology.device.type == "cuda" else "cpu"
-        self._peak = peak_flops(name, config.run.dtype)
+        self._peak = peak_flops(topology.device_name, config.run.dtype)
         self._restart()
 
     def _restart(self) -> None:

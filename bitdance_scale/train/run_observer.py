@@ -13,10 +13,17 @@ import numpy as np
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.observe.console import Progress, loss_table
 from bitdance_scale.observe.figures import image_grid, loss_curve
-from bitdance_scale.observe.flops import count_parameters
-from bitdance_scale.observe.metrics import METRICS_FILE, MetricsWriter, StepMetrics, read_metrics
+from bitdance_scale.observe.flops import count_parameters, peak_flops, step_flops
+from bitdance_scale.observe.metrics import (
+    METRICS_FILE,
+    Evaluation,
+    MetricsWriter,
+    StepMetrics,
+    append_evaluation,
+    read_metrics,
+)
 from bitdance_scale.observe.wandb_sink import WandbSink
-from bitdance_scale.parallel.split import stage_split
+from bitdance_scale.parallel.split import stage_split, typical_counts
 from bitdance_scale.parallel.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -24,6 +31,8 @@ logger = logging.getLogger(__name__)
 RUN_ID_FILE = "run_id.txt"
 CURVE_FILE = "loss_curve.png"
 GRID_COLUMNS = 4
+# Utilisation at which the length of a run is estimated beforehand; what it really is, `mfu` says.
+TYPICAL_MFU = 0.4
 
 
 class RunObserver:
@@ -65,6 +74,22 @@ class RunObserver:
             self._wandb.log(metrics.step, metrics)
             self._console.update(metrics)
 
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """Records the losses on held-out images everywhere."""
+        if self._is_active:
+            append_evaluation(self._run_folder, evaluation)
+            self._wandb.log_evaluation(evaluation)
+            by_class = ", ".join(f"{side} px {loss:.4f}" for side, loss in evaluation.vision_by_class.items())
+            by_time = " ".join(f"{loss:.3f}" for loss in evaluation.vision_by_time)
+            logger.info(
+                "held out after step %d: vision %.4f (%s; by flow time %s), text %.4f",
+                evaluation.step,
+                evaluation.vision,
+                by_class,
+                by_time,
+                evaluation.text,
+            )
+
     def samples(self, step: int, images: Sequence[np.ndarray]) -> None:
         """Writes the grid of a step's pictures, uint8 [H, W, 3] each, one per prompt."""
         if self._is_active:
@@ -105,9 +130,23 @@ def _summary(config: RunConfig, topology: Topology, vocab_size: int, resumed_ste
     layout += ", sequence parallel" if parallel.sequence_parallel else ""
     if parallel.num_stages > 1:
         layout += f", layers per stage {' + '.join(map(str, stage_split(config, vocab_size)))}"
-    steps = f"steps {resumed_step} to {config.run.steps}, {config.data.global_batch} images each"
+    steps = f"steps {resumed_step} to {config.run.steps}, {_step_size(config, topology, vocab_size, resumed_step)}"
     engines = f"ZeRO-{parallel.zero_stage}, recompute {parallel.recompute}, {config.run.dtype}"
     return f"parameters: {sizes}\nlayout: {layout}, {engines}\n{steps}"
+
+
+def _step_size(config: RunConfig, topology: Topology, vocab_size: int, resumed_step: int) -> str:
+    """What a step holds on the configured mix with typical captions, and how long the run takes on a known device."""
+    num_images, counts = typical_counts(config)
+    batch = config.data.global_batch
+    flops = step_flops(config, vocab_size, counts).training / num_images * batch
+    text = f"{batch:,} images, about {counts.num_positions / num_images * batch:,.0f} tokens and {flops:.2e} FLOP each"
+    peak = peak_flops(topology.device_name, config.run.dtype)
+    if peak is None:
+        return text
+    step_s = flops / (topology.world_size * peak * TYPICAL_MFU)
+    days = step_s * (config.run.steps - resumed_step) / 86_400
+    return f"{text}; {step_s:.1f} s a step and {days:.1f} days at {TYPICAL_MFU:.0%} of the devices' peak"
 
 
 def _run_id(run_folder: Path) -> str:

@@ -12,9 +12,8 @@ import torch.distributed as dist
 
 from bitdance_scale.checkpoint.agreement import on_first_rank
 from bitdance_scale.checkpoint.folder import CheckpointFolder
-from bitdance_scale.checkpoint.index import read_index
-from bitdance_scale.checkpoint.start import check_network, find_checkpoint, load_weights
-from bitdance_scale.checkpoint.state import TENSORS_DIR, TrainState, load_checkpoint, save_checkpoint
+from bitdance_scale.checkpoint.start import find_checkpoint, load_weights
+from bitdance_scale.checkpoint.state import TrainState, load_checkpoint, save_checkpoint
 from bitdance_scale.config.load import dump_toml
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import TrainingError
@@ -25,6 +24,7 @@ from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.sequence.tokens import load_text_tokenizer
+from bitdance_scale.train.evaluate import Evaluator
 from bitdance_scale.train.feed import StepFeed
 from bitdance_scale.train.progress import Progress, StepMeter, learning_rate, progress_fields
 from bitdance_scale.train.reading import StepReader
@@ -32,6 +32,7 @@ from bitdance_scale.train.run_observer import RunObserver
 from bitdance_scale.train.sampling import draw_samples
 from bitdance_scale.train.shared_index import shared_index
 from bitdance_scale.train.signals import StopRequest
+from bitdance_scale.train.stage_start import Start, check_start
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Trainer:
         self._index = shared_index(config.data.shards, config.data.index_dir, topology.device)
         latest = self._checkpoints.latest()
         start = self._find_start() if latest is None and config.run.start_from else None
+        self._evaluator = Evaluator.read(config, self._text, self._vision, topology) if config.evaluate.shards else None
         self._engine = build_engine(config, self._text.vocab_size, topology)
         self._loader_state: dict[str, object] | None = None
         self.progress = Progress()
@@ -91,6 +93,9 @@ class Trainer:
             StepReader(config, self._index, self._text, self._vision, topology, self._loader_state) as reader,
             StepFeed(reader.next_step, self._prepare, progress.step, config.run.steps, topology.device) as feed,
         ):
+            if progress.step == 0:
+                self._evaluate(observer)
+                meter.pause()
             while not self.is_complete:
                 fed = feed.take()
                 lr = learning_rate(config.optim, progress.step)
@@ -102,6 +107,8 @@ class Trainer:
                 self._check_skipped(num_skipped_in_a_row)
                 if self._is_due(config.observe.log_every_steps):
                     observer.step(meter.metrics(losses, outcome, lr))
+                if self._is_due(config.evaluate.every_steps):
+                    self._evaluate(observer)
                 if stop.agreed(dist.group.WORLD, topology.device):
                     self.save()
                     return False
@@ -157,20 +164,27 @@ class Trainer:
         self._saved_step = state.step
         logger.info("resumed from %s", path)
 
-    def _find_start(self) -> Path:
-        """The checkpoint that `run.start_from` means, which must be of this network."""
-        path = find_checkpoint(self.config.run.start_from)
-        network, vocab_size = self.config.network, self._text.vocab_size
-        on_first_rank(None, lambda: check_network(path, read_index(path / TENSORS_DIR), network, vocab_size))
-        return path
+    def _evaluate(self, observer: RunObserver) -> None:
+        if self._evaluator is not None:
+            observer.evaluation(self._evaluator.evaluate(self._engine, self.progress.step))
 
-    def _start(self, path: Path) -> None:
-        values = self._engine.optimizer_values()
+    def _find_start(self) -> Start:
+        """What `run.start_from` means, and whether the stage can start from it."""
+        path = find_checkpoint(self.config.run.start_from)
+        return on_first_rank(None, lambda: check_start(path, self.config))
+
+    def _start(self, start: Start) -> None:
         prefix = "master."
+        values = self._engine.optimizer_values()
         masters = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
-        digest = self._text.digest
-        self._release = load_weights(path, self._engine.model_values(), masters, tokenizer_digest=digest)
-        logger.info("started from the weights of %s", path)
+        self._release = load_weights(
+            start.path,
+            self._engine.model_values(),
+            masters,
+            tokenizer_digest=start.tokenizer_digest,
+            new_queries=start.new_queries,
+        )
+        logger.info("started from the weights of %s", start.path)
 
     def _prepare(self, packs: Sequence[Pack], step: int) -> list[PackInputs]:
         """The micro-batches of a step on the device; called in the feed's thread."""

@@ -27,5 +27,6 @@ def small_demo(folder: Path, *, num_steps: int, save_every: int) -> list[str]:
         f"run.steps={num_steps}",
         f"checkpoint.every_steps={save_every}",
         "sample.every_steps=0",
+        "evaluate.shards=[]",
         "observe.wandb_mode=disabled",
     ]

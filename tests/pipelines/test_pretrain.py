@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import statistics
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bitdance_scale.observe.metrics import METRICS_FILE, read_metrics
+from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE, read_metrics
 from bitdance_scale.train.main import EXIT_REFUSED, main
 from bitdance_scale.train.signals import EXIT_REQUEUE
 
@@ -34,6 +35,7 @@ def shards(tmp_path_factory) -> Path:
 
 
 def _command(launcher: list[str], shards: Path, root: Path, **settings: object) -> list[str]:
+    settings = {"evaluate__shards": "[]"} | settings
     overrides = [f"{name.replace('__', '.')}={value}" for name, value in settings.items()]
     return [*launcher, "pipelines/pretrain.py", DEMO, f"data.shards=['{shards}']", f"run.root='{root}'", *overrides]
 
@@ -46,7 +48,16 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(shards, tmp_path_factory) -> tuple[Path, list[str], str]:
+def held_out(tmp_path_factory) -> Path:
+    from tools.make_demo_shards import write_shards
+
+    folder = tmp_path_factory.mktemp("held_out")
+    write_shards(folder, num_images=60, per_shard=60, seed=1000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(shards, held_out, tmp_path_factory) -> tuple[Path, list[str], str]:
     """A short demo run on two processes: (run folder, its command, what it printed)."""
     root = tmp_path_factory.mktemp("runs")
     command = _command(
@@ -58,6 +69,8 @@ def finished(shards, tmp_path_factory) -> tuple[Path, list[str], str]:
         optim__warmup_steps=5,
         sample__num_steps=5,
         checkpoint__every_steps=20,
+        evaluate__shards=f"['{held_out}']",
+        evaluate__every_steps=20,
     )
     result = _run(command)
     assert result.returncode == 0, result.stderr[-4000:]
@@ -70,6 +83,16 @@ def test_run_learns(finished):
     # A step's loss scatters by some 10 % with the flow times it draws, a mean over ten steps by 3 %. An untrained head
     # predicts 0 for every bit; learning only which bits are mostly set brings about a quarter.
     assert statistics.mean(losses[-10:]) < 0.85 * statistics.mean(losses[:3])
+
+
+def test_held_out_losses_fall(finished):
+    lines = [json.loads(line) for line in (finished[0] / EVALUATION_FILE).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 20, 40]
+    # The untrained head predicts 0 for every bit: the loss of a block is then known but for its clamp near t = 1.
+    assert lines[0]["vision"] > lines[1]["vision"] > lines[2]["vision"] and lines[0]["text"] > lines[2]["text"]
+    assert {*lines[0]["vision_by_class"]} == {"32", "64", "128"} and len(lines[0]["vision_by_time"]) == 5
+    # The last part of the flow is the hardest to see from the first loss on: its velocities are the largest.
+    assert max(lines[0]["vision_by_time"]) == lines[0]["vision_by_time"][-1]
 
 
 def test_run_leaves_everything(finished):
@@ -194,7 +217,7 @@ def test_refusals_name_the_fault(override, message, capsys, monkeypatch, tmp_pat
         assert result.returncode == EXIT_REFUSED and message in result.stderr
         assert "Traceback" not in result.stderr
         return
-    assert main("test", arguments) == EXIT_REFUSED
+    assert main("pt", arguments) == EXIT_REFUSED
     assert message in capsys.readouterr().err
 
 
@@ -202,7 +225,7 @@ def test_printed_config_loads_back(capsys, monkeypatch, tmp_path):
     from bitdance_scale.config.load import load_config
 
     monkeypatch.chdir(ROOT)
-    assert main("test", [DEMO, "optim.lr=5e-4", "--print-config"]) == 0
+    assert main("pt", [DEMO, "optim.lr=5e-4", "--print-config"]) == 0
     printed = tmp_path / "printed.toml"
     printed.write_text(capsys.readouterr().out)
     assert load_config(printed) == load_config(DEMO, ["optim.lr=5e-4"])

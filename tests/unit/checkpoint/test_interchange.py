@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from bitdance_scale.checkpoint import export_release as export_module
 from bitdance_scale.checkpoint import outcome
 from bitdance_scale.checkpoint.export_release import export_release, open_checkpoint
-from bitdance_scale.checkpoint.import_release import NEW_ROW_SPREAD, import_release
+from bitdance_scale.checkpoint.import_release import import_release
 from bitdance_scale.checkpoint.names import Part, our_tensors
+from bitdance_scale.checkpoint.new_rows import NEW_ROW_SPREAD
 from bitdance_scale.checkpoint.release_source import NewParts, open_source
 from bitdance_scale.checkpoint.start import find_checkpoint
 from bitdance_scale.checkpoint.stored import StoredTensors

@@ -89,7 +89,7 @@ def test_malformed_override_is_refused(config_path: Path, override: str) -> None
         ("optm.lr=1", "unknown section 'optm'; did you mean 'optim'?"),
         ("run.wandb_mode=offline", "did you mean 'observe.wandb_mode'?"),
         ("steps=3", "did you mean 'run.steps'?"),
-        ("run.zzz=3", "legal names: name, root, seed, steps, start_from, dtype"),
+        ("run.zzz=3", "legal names: name, root, seed, steps, stage, start_from, start_from_any, new_queries, dtype"),
     ],
 )
 def test_unknown_name_is_refused_with_the_nearest(config_path: Path, override: str, expected: str) -> None:
@@ -155,15 +155,19 @@ def test_problems_name_the_layer_they_come_from(config_path: Path) -> None:
     assert f"{config_path}: vision.num_bits = '16'" in message
 
 
-def test_extends_goes_one_level(config_path: Path) -> None:
+def test_extends_goes_on_until_a_file_that_extends_none(config_path: Path) -> None:
     middle, child = config_path.parent / "middle.toml", config_path.parent / "child.toml"
-    middle.write_text('extends = "legal.toml"\n')
-    child.write_text('extends = "middle.toml"\n')
-    assert "only one level is allowed" in refusal(child)
+    middle.write_text('extends = "legal.toml"\n[run]\nsteps = 7\nseed = 1\n')
+    child.write_text('extends = "middle.toml"\n[run]\nseed = 2\n')
+    config = load_config(child)
+    assert (config.run.name, config.run.steps, config.run.seed) == ("toy", 7, 2)
     child.write_text('extends = "absent.toml"\n')
     assert "there is no file" in refusal(child)
     child.write_text("extends = 3\n")
     assert "expected the path of one TOML file" in refusal(child)
+    middle.write_text('extends = "child.toml"\n')
+    child.write_text('extends = "middle.toml"\n')
+    assert "that file extends this one" in refusal(child)
 
 
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ UNCONSTRAINED = {
     "head.time_mean",
     "data.index_dir",
     "run.start_from",
+    "run.start_from_any",
     "sample.use_cache",
 }
 

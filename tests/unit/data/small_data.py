@@ -52,7 +52,7 @@ class CharacterTokenizer(TextTokenizer):
     def __init__(self, block_tokens: int = 4, max_caption_tokens: int = 64) -> None:
         markup = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
         added = [f"<|res_{cells}|>" for cells in range(1, 257)] + [f"<|query_{n}|>" for n in range(1, block_tokens)]
-        super().__init__([*map(chr, range(256)), *markup, *added], block_tokens, max_caption_tokens)
+        super().__init__([*map(chr, range(256)), *markup, *added], len(added), block_tokens, max_caption_tokens)
 
     def _encode(self, text: str) -> list[int]:
         return list(text.encode())

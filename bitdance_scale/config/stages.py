@@ -1,0 +1,54 @@
+"""The stages of training (arXiv 2602.14041 Table 4) and the rules of their order.
+
+What a stage trains on and how long is in its TOML file (`pipelines/configs/`); what is here is only what follows what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from bitdance_scale.config.rule import RuleSet
+from bitdance_scale.config.schema import RunConfig
+
+RULES = RuleSet()
+NEW_QUERIES = ("repeat", "mean", "noise")
+
+
+@dataclass(frozen=True)
+class TrainingStage:
+    """A stage of training.
+
+    Attributes:
+        title: what it is called in words.
+        follows: the stage whose weights it starts from; empty for the first.
+        entry_point: the script that runs it.
+        changes_block_side: whether its blocks may be larger than those of its start.
+    """
+
+    title: str
+    follows: str
+    entry_point: str
+    changes_block_side: bool = False
+
+
+STAGES: Mapping[str, TrainingStage] = {
+    "pt": TrainingStage("pretraining", "", "pipelines/pretrain.py"),
+    "ct": TrainingStage("continued training", "pt", "pipelines/continue_train.py"),
+    "sft": TrainingStage("supervised fine-tuning", "ct", "pipelines/sft.py"),
+    "distill": TrainingStage("distillation", "sft", "pipelines/distill.py", changes_block_side=True),
+}
+
+
+@RULES.rule("run.stage", "run.start_from")
+def _later_stages_start_from_weights(config: RunConfig, world_size: int) -> Iterator[str]:
+    """`run.start_from` is set in every stage but pretraining.
+
+    Continued training, fine-tuning and distillation go on from weights (arXiv 2602.14041 Sec. 4.3).
+    """
+    stage = STAGES[config.run.stage]
+    if stage.follows and not config.run.start_from:
+        yield (
+            f"run.start_from = '': {stage.title} goes on from weights; name the run of stage {stage.follows!r} "
+            f"(run.start_from=runs/NAME) or a converted release"
+        )

@@ -1,0 +1,10 @@
+"""Fine-tunes BitDance on chosen data: `torchrun pipelines/sft.py CONFIG [section.key=value ...]`."""
+
+from __future__ import annotations
+
+import sys
+
+from bitdance_scale.train.main import main
+
+if __name__ == "__main__":
+    sys.exit(main("sft"))
