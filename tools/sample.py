@@ -67,12 +67,16 @@ def read_requests(path: Path, size: tuple[int, int], seed: int) -> list[Request]
     """The images that a prompt file asks for, in its order; empty lines are skipped.
 
     Raises:
-        ConfigError: no such file, no prompt in it, or a line that is not as described above; names the line.
+        ConfigError: no such file, not text, no prompt in it, or a line that is not as described above; names the line.
     """
     if not path.is_file():
         raise ConfigError(f"--prompts {path}: no such file")
     requests: list[Request] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts {path}: cannot be read as UTF-8 text ({error}); save it so") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         fields = _parse_line(f"{path}:{number}", line) if path.suffix == ".jsonl" else {"prompt": line.strip()}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ import torch
 import bitdance_scale
 from bitdance_scale.checkpoint.digest import file_digest, text_digest
 from bitdance_scale.checkpoint.names import Part, PublishedTensor, published_tensors
-from bitdance_scale.checkpoint.outcome import check_outcome, new_folder, write_report
-from bitdance_scale.checkpoint.published import PART_FILES, PublishedTensors
+from bitdance_scale.checkpoint.outcome import Progress, check_outcome, new_folder, write_report
+from bitdance_scale.checkpoint.published import PART_FILES, PublishedTensors, row_chunks
 from bitdance_scale.checkpoint.start import check_network, find_checkpoint
 from bitdance_scale.checkpoint.state import (
     CONFIG_NAME,
@@ -50,7 +50,7 @@ from bitdance_scale.errors import CheckpointError
 from bitdance_scale.sequence.tokenizer_files import write_tokenizer
 from bitdance_scale.sequence.tokens import TextTokenizer, load_text_tokenizer
 from bitdance_scale.vision.autoencoder import published_config
-from bitdance_scale.vision.tokenizer import make_autoencoder
+from bitdance_scale.vision.tokenizer import autoencoder_sizes, make_autoencoder
 from bitdance_scale.vision.weights import CONFIG_NAME as AE_CONFIG_NAME
 from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
 from bitdance_scale.vision.weights import check_weights
@@ -59,9 +59,6 @@ from bitdance_scale.weight_files import TensorSpec
 MAX_FILE_BYTES = 5 * 10**9
 # What weights that started at random are published in; a release's own dtypes are kept.
 DEFAULT_DTYPES: Mapping[Part, str] = {Part.BACKBONE: "bfloat16", Part.HEAD: "float32", Part.PROJECTOR: "float32"}
-_CHUNK_BYTES = 64 * 2**20
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -168,7 +165,7 @@ def export_release(export: Export, out: Path, *, is_forced: bool = False, progre
     with new_folder(out) as folder:
         write_tokenizer(network.text, export.tokenizer, folder)
         shutil.copyfile(autoencoder, folder / AE_WEIGHTS_NAME)
-        _write_json(folder / AE_CONFIG_NAME, published_config(**_autoencoder_sizes(network)))
+        _write_json(folder / AE_CONFIG_NAME, published_config(**autoencoder_sizes(network.vision)))
         _write_json(folder / MODEL_CONFIG_NAME, _model_config(export))
         inert = export.state.release.get("head", {})
         _write_json(
@@ -192,16 +189,6 @@ def export_release(export: Export, out: Path, *, is_forced: bool = False, progre
                 "tensor_sha256": {part.value: digests[part] for part in Part},
             },
         )
-
-
-def _autoencoder_sizes(network: NetworkConfig) -> dict[str, Any]:
-    vision = network.vision
-    return {
-        "num_bits": vision.num_bits,
-        "channels": vision.channels,
-        "channel_mult": vision.channel_mult,
-        "num_res_blocks": vision.num_res_blocks,
-    }
 
 
 def _model_config(export: Export) -> dict[str, Any]:
@@ -257,12 +244,10 @@ def _chunks(export: Export, tensor: PublishedTensor, spec: TensorSpec) -> Iterat
     """The values of a published tensor, some rows at a time."""
     # Read in the stored dtype, which is at most four bytes wide.
     row_bytes = max(1, torch.Size(tensor.shape[1:]).numel()) * 4
-    step = max(1, _CHUNK_BYTES // row_bytes)
     for ours, shared in tensor.rows:
         stored = export.source(ours, spec.dtype)
-        for start in range(shared.start, shared.start + shared.num_rows, step):
-            stop = min(start + step, shared.start + shared.num_rows)
-            yield export.stored.read_rows(stored, start, stop).to(spec.dtype)
+        for start, stop in row_chunks(shared.num_rows, row_bytes):
+            yield export.stored.read_rows(stored, shared.start + start, shared.start + stop).to(spec.dtype)
 
 
 def _read_back(folder: Path, part: Part, digests: Mapping[str, str], progress: Progress) -> None:
@@ -270,10 +255,9 @@ def _read_back(folder: Path, part: Part, digests: Mapping[str, str], progress: P
     written = PublishedTensors(folder, part)
     for name, wanted in digests.items():
         spec = written.found[name]
-        step = max(1, _CHUNK_BYTES // max(1, spec.num_bytes // spec.shape[0]))
         digest = hashlib.sha256()
-        for start in range(0, spec.shape[0], step):
-            values = written.read_rows(name, start, min(start + step, spec.shape[0]))
+        for start, stop in row_chunks(spec.shape[0], spec.num_bytes // spec.shape[0]):
+            values = written.read_rows(name, start, stop)
             digest.update(values.view(-1).view(torch.uint8).numpy())
             progress(values.nbytes)
         if digest.hexdigest() != wanted:

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,8 @@ from bitdance_scale.checkpoint.names import (
     published_tensors,
 )
 from bitdance_scale.checkpoint.new_rows import around_mean
-from bitdance_scale.checkpoint.outcome import check_outcome, new_folder, write_report
+from bitdance_scale.checkpoint.outcome import Progress, check_outcome, new_folder, write_report
+from bitdance_scale.checkpoint.published import row_chunks
 from bitdance_scale.checkpoint.release_source import Source, autoencoder_config
 from bitdance_scale.checkpoint.sharded import StreamedValue
 from bitdance_scale.checkpoint.start import CHECKPOINTS_DIR
@@ -49,9 +50,6 @@ from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
 from bitdance_scale.weight_files import TensorSpec
 
 TOKENIZER_DIR = "tokenizer"
-_CHUNK_BYTES = 64 * 2**20
-
-Progress = Callable[[int], None]
 
 
 def import_release(source: Source, out: Path, *, is_forced: bool = False, progress: Progress = lambda _: None) -> None:
@@ -182,7 +180,7 @@ def _new_rows(source: Source, tensor: NamedTensor, dtype: torch.dtype) -> torch.
     assert source.new_parts is not None
     total = torch.zeros(tensor.shape[1], dtype=torch.float64)
     squares = torch.zeros_like(total)
-    for start, stop in _chunks(source.num_old_rows, tensor.shape[1] * 8):
+    for start, stop in row_chunks(source.num_old_rows, tensor.shape[1] * 8):
         rows = source.parts[tensor.part].read_rows(tensor.rows[0].published, start, stop).double()
         total += rows.sum(dim=0)
         squares += rows.square().sum(dim=0)
@@ -222,11 +220,5 @@ def _kept_rows(source: Source, tensor: PublishedTensor) -> Iterator[tuple[str, i
     row_bytes = max(1, torch.Size(tensor.shape[1:]).numel()) * source.parts[tensor.part].dtype.itemsize
     for ours, shared in tensor.rows:
         num_rows = min(shared.num_rows, source.num_old_rows) if ours in (EMBEDDING, OUTPUT) else shared.num_rows
-        for start, stop in _chunks(num_rows, row_bytes):
+        for start, stop in row_chunks(num_rows, row_bytes):
             yield ours, shared.start + start, shared.published_start + start, stop - start
-
-
-def _chunks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    step = max(1, _CHUNK_BYTES // row_bytes)
-    for start in range(0, num_rows, step):
-        yield start, min(start + step, num_rows)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from bitdance_scale.checkpoint import durable
 from bitdance_scale.errors import CheckpointError
 
 REPORT_NAME = "conversion_report.json"
+Progress = Callable[[int], None]
+"""Told how many bytes were done."""
 _WRITING = ".writing"
 _REPLACED = ".replaced"
 
@@ -29,6 +31,7 @@ def check_outcome(out: Path, *, is_forced: bool, num_bytes: int) -> None:
     Raises:
         CheckpointError: it is there already, its parent is not, or the disk has no room for it.
     """
+    _restore(out)
     if out.exists() or out.is_symlink():
         if not is_forced:
             raise CheckpointError(f"{out}: is there already; name another folder, or pass --force to replace it")
@@ -58,6 +61,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     aside, replaced = out.with_name(out.name + _WRITING), out.with_name(out.name + _REPLACED)
     try:
+        _restore(out)
         for left in (aside, replaced):
             if left.exists():
                 shutil.rmtree(left)
@@ -71,12 +75,20 @@ def new_folder(out: Path) -> Iterator[Path]:
             os.rename(aside, out)
             durable.sync(out.parent)
         except BaseException:
+            _restore(out)
             shutil.rmtree(aside, ignore_errors=True)
             raise
         if replaced.exists():
             shutil.rmtree(replaced)
     except OSError as error:
         raise CheckpointError(f"{out}: not written ({error}); nothing is left of the attempt") from error
+
+
+def _restore(out: Path) -> None:
+    """Puts an earlier result back whose replacement was interrupted after it had been moved out of the way."""
+    replaced = out.with_name(out.name + _REPLACED)
+    if replaced.exists() and not out.exists():
+        os.rename(replaced, out)
 
 
 def write_report(folder: Path, content: Mapping[str, Any]) -> None:

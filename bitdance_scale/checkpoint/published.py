@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +17,14 @@ PART_FILES: Mapping[Part, str] = {
     Part.PROJECTOR: "projector.safetensors",
 }
 _FIX = "Take all files from one release"
+_CHUNK_BYTES = 64 * 2**20
+
+
+def row_chunks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of parts of a tensor of so many rows, which are read one at a time: 64 MiB each, or one row."""
+    step = max(1, _CHUNK_BYTES // row_bytes)
+    for start in range(0, num_rows, step):
+        yield start, min(start + step, num_rows)
 
 
 class PublishedTensors:

@@ -18,7 +18,7 @@ from bitdance_scale.config.published import (
     read_model,
 )
 from bitdance_scale.config.schema import HeadSection, NetworkConfig, TextSection, VisionSection
-from bitdance_scale.errors import CheckpointError
+from bitdance_scale.errors import CheckpointError, ConfigError
 from bitdance_scale.sequence.tokens import TextTokenizer, load_text_tokenizer
 from bitdance_scale.vision.autoencoder import Autoencoder, published_sizes
 from bitdance_scale.vision.weights import CONFIG_NAME as AE_CONFIG_NAME
@@ -134,6 +134,8 @@ def open_source(folder: Path, new_parts: NewParts | None) -> Source:
             f"{folder}: has no {HEAD_CONFIG_NAME}; a plain Qwen3 folder also needs --autoencoder, the weights file of the "
             "vision tokenizer"
         )
+    if new_parts is not None:
+        _check_options(new_parts)
     config = read_json(config_path)
     model = read_model(config, str(config_path))
     autoencoder = new_parts.autoencoder if new_parts else folder / AE_WEIGHTS_NAME
@@ -168,6 +170,15 @@ def autoencoder_config(weights: Path) -> Path:
     """
     own = weights.with_name(weights.stem + "_config.json")
     return own if own.is_file() else weights.with_name(AE_CONFIG_NAME)
+
+
+def _check_options(new_parts: NewParts) -> None:
+    for name in ("block_side", "head_width", "head_blocks", "head_adaln"):
+        value = getattr(new_parts, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if not 0 <= new_parts.seed < 2**31:
+        raise ConfigError(f"--seed {new_parts.seed}: must be from 0 to 2^31 - 1")
 
 
 def _check(source: Source, num_rows: int) -> None:

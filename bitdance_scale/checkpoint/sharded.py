@@ -96,6 +96,7 @@ def load_sharded(
     *,
     prefix: str = "",
     converts_dtype: bool = False,
+    is_verified: bool = False,
 ) -> None:
     """Fills the pieces of `values` in place from a folder that `save_sharded` wrote under any layout; a collective.
 
@@ -105,6 +106,7 @@ def load_sharded(
         group: the ranks that take part; None: all, or this process alone without a process group.
         prefix: the part of the checkpoint that is wanted; each of its tensors must be held by some rank.
         converts_dtype: whether tensors of another dtype are converted rather than refused.
+        is_verified: whether the content of the files was compared with their digests just before.
 
     Raises:
         CheckpointError: on every rank, before any tensor is written to: the checkpoint lacks a tensor, or holds one
@@ -113,10 +115,11 @@ def load_sharded(
     """
     index = on_first_rank(group, lambda: read_index(folder))
     rank, num_ranks = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
+    checked = [] if is_verified else _files_to_check(index, prefix, num_ranks)[rank]
     with _dcp_errors(f"{folder}: not loaded", group):
         dcp.load(
             dict(values),
-            storage_reader=SafetensorsReader(folder, index, _files_to_check(index, prefix, num_ranks)[rank]),
+            storage_reader=SafetensorsReader(folder, index, checked),
             planner=_LoadPieces(prefix, converts_dtype),
             process_group=group,
             no_dist=not dist.is_initialized(),

@@ -96,9 +96,9 @@ def load_weights(
     index = on_first_rank(group, lambda: read_index(tensors))
     has_masters = any(name.startswith(MASTER_PREFIX) for name in index.state_dict_metadata)
     prefix = MASTER_PREFIX if has_masters else MODEL_PREFIX
-    for values in (model, masters):
+    for values, is_verified in ((model, False), (masters, True)):
         wanted = {prefix + name: _known_rows(name, value, new_queries) for name, value in values.items()}
-        load_sharded(tensors, wanted, group, prefix=prefix, converts_dtype=True)
+        load_sharded(tensors, wanted, group, prefix=prefix, converts_dtype=True, is_verified=is_verified)
     if new_queries is not None:
         # Small reads that every rank makes; where one fails, the file system has failed between two reads of one file.
         on_all_ranks(group, lambda: _fill_new_rows(StoredTensors(tensors), prefix, (model, masters), new_queries))

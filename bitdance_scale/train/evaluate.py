@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -55,7 +56,9 @@ class Evaluator:
             config.data, shards=section.shards, global_batch=section.images, text_drop=0.0, image_to_text_share=0.0
         )
         held_out = dataclasses.replace(config, data=data, run=dataclasses.replace(config.run, seed=section.seed))
-        index = shared_index(section.shards, "", topology.device)
+        # Beside the shards, or where the run's own index is: the shards may be in a place that is read only.
+        index_dir = str(Path(config.data.index_dir) / "held_out") if config.data.index_dir else ""
+        index = shared_index(section.shards, index_dir, topology.device)
         with StepReader(held_out, index, text, vision, topology, None) as reader:
             return cls(config, reader.next_step().packs, topology)
 
@@ -73,9 +76,10 @@ class Evaluator:
         sides = [resolution.side_px for resolution in config.data.classes]
         # [class, part of the time, (sum of block losses, blocks)], and the same of the text in one more class.
         totals = torch.zeros(len(sides) + 1, NUM_TIME_PARTS, 2, dtype=torch.float64)
-        for pack, noise, output in zip(self._packs, noises, outputs, strict=False):
-            self._add_blocks(totals, pack, noise, output[2:].double().cpu())
-            totals[-1, 0] += torch.tensor([float(output[1]), len(pack.text_positions)], dtype=torch.float64)
+        if engine.stages[-1].is_last:
+            for pack, noise, output in zip(self._packs, noises, outputs, strict=True):
+                self._add_blocks(totals, pack, noise, output[2:].double().cpu())
+                totals[-1, 0] += torch.tensor([float(output[1]), len(pack.text_positions)], dtype=torch.float64)
         totals = totals.to(topology.device)
         if topology.pipeline_size > 1:
             dist.broadcast(totals, topology.last_stage_rank, group=topology.pipeline_group)

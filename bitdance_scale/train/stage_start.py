@@ -51,6 +51,11 @@ def check_start(path: Path, config: RunConfig) -> Start:
             f"vision.block_side = {new}: {path} was trained with {old}; only stage distill makes blocks larger. Set "
             f"vision.block_side={old}, or run pipelines/distill.py"
         )
+    if old == 1 and new > 1 and config.run.new_queries != "noise":
+        raise ConfigError(
+            f"run.new_queries = {config.run.new_queries!r}: {path} has blocks of one token and no query token to go by; "
+            "set run.new_queries=noise"
+        )
     text = load_text_tokenizer(config.text, old**2)
     expected = dataclasses.replace(config.network, vision=dataclasses.replace(config.vision, block_side=old))
     check_network(path, read_index(path / TENSORS_DIR), expected, text.vocab_size)

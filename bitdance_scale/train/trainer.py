@@ -107,13 +107,13 @@ class Trainer:
                 self._check_skipped(num_skipped_in_a_row)
                 if self._is_due(config.observe.log_every_steps):
                     observer.step(meter.metrics(losses, outcome, lr))
-                if self._is_due(config.evaluate.every_steps):
-                    self._evaluate(observer)
                 if stop.agreed(dist.group.WORLD, topology.device):
                     self.save()
                     return False
                 if self._is_due(config.checkpoint.every_steps):
                     self.save()
+                if self._is_due(config.evaluate.every_steps):
+                    self._evaluate(observer)
                 if config.sample.prompts and config.sample.every_steps and self._is_due(config.sample.every_steps):
                     observer.samples(progress.step, self.draw_samples())
                 meter.pause()

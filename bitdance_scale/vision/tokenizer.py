@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +16,14 @@ from bitdance_scale.vision.bits import pack_bits, unpack_bits
 from bitdance_scale.vision.weights import load_weights
 
 
+def autoencoder_sizes(section: VisionSection) -> dict[str, Any]:
+    """The sizes of a section's autoencoder, by the names of `Autoencoder`'s arguments."""
+    return {name: getattr(section, name) for name in ("num_bits", "channels", "channel_mult", "num_res_blocks")}
+
+
 def make_autoencoder(section: VisionSection) -> Autoencoder:
     """The autoencoder of a section's sizes, not yet with its weights."""
-    return Autoencoder(
-        num_bits=section.num_bits,
-        channels=section.channels,
-        channel_mult=section.channel_mult,
-        num_res_blocks=section.num_res_blocks,
-    )
+    return Autoencoder(**autoencoder_sizes(section))
 
 
 class VisionTokenizer:

@@ -29,7 +29,7 @@ fi
 
 shellcheck -x cluster/*.sh cluster/*.sbatch tests/slurm/run.sh .ci/run
 
-folder=$(mktemp -d /tmp/slurm-test.XXXXXX)
+folder=$(mktemp -d -t slurm-test.XXXXXX)
 chmod 755 "$folder"
 export SLURM_CONF=$folder/slurm.conf
 

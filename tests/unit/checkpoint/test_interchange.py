@@ -287,6 +287,13 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match="resolution or query tokens already"):
             open_source(copy, new_parts(autoencoder))
 
+    @pytest.mark.parametrize(
+        ("option", "message"), [({"block_side": 0}, "--block-side 0"), ({"seed": -1}, "--seed -1")]
+    )
+    def test_options_that_are_no_sizes(self, tmp_path, autoencoder, option, message):
+        with pytest.raises(BitDanceError, match=f"{message}: must be"):
+            open_source(write_plain_qwen3(tmp_path / "qwen3"), new_parts(autoencoder, **option))
+
     def test_options_that_do_not_belong_to_the_folder(self, published, tmp_path, autoencoder):
         with pytest.raises(CheckpointError, match="leave out --autoencoder"):
             open_source(published, new_parts(autoencoder))
@@ -356,6 +363,33 @@ class TestOutcome:
         monkeypatch.setattr(TensorFileWriter, "write", full)
         with pytest.raises(CheckpointError, match="No space left on device"):
             export_release(open_checkpoint(imported), out, is_forced=True)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+        assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+    @pytest.mark.parametrize("is_killed", [False, True])
+    def test_a_replacement_that_fails_half_way_gives_the_earlier_folder_back(
+        self, imported, tmp_path, monkeypatch, is_killed
+    ):
+        """Between the two renames the earlier folder has another name, and is the only finished one."""
+        out = tmp_path / "out"
+        export_release(open_checkpoint(imported), out)
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        if is_killed:
+            os.rename(out, tmp_path / "out.replaced")
+        else:
+            rename = os.rename
+
+            def fail(source, target):
+                if Path(source).name == "out.writing":
+                    raise OSError(5, "Input/output error")
+                rename(source, target)
+
+            monkeypatch.setattr(outcome.os, "rename", fail)
+            with pytest.raises(CheckpointError, match="Input/output error"):
+                export_release(open_checkpoint(imported), out, is_forced=True)
+            monkeypatch.undo()
+        with pytest.raises(CheckpointError, match="is there already"):
+            export_release(open_checkpoint(imported), out)
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
         assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
