@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup pretrain test test-slurm docs clean
+.PHONY: help setup demo-data pretrain recipe test test-slurm docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,10 +40,16 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt tests/transformers-4.57.txt
 	@$(PIP) install --no-deps --upgrade --target $(VENV)/transformers-4.57 --requirement tests/transformers-4.57.txt
 	@touch $@
 
-pretrain: setup  ## draw the demo images, train on them; ARGS= overrides settings, NPROC= processes
+demo-data: setup
 	$(BIN)/python tools/make_demo_shards.py data/demo --images 4000
 	$(BIN)/python tools/make_demo_shards.py data/demo_held_out --images 200 --seed 1000
+
+pretrain: demo-data  ## draw the demo images, train on them; ARGS= overrides settings, NPROC= processes
 	$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$(NPROC) pipelines/pretrain.py $(CONFIG) $(ARGS)
+
+recipe: demo-data  ## all four stages of the demo, export, scene scores and a report; ARGS= goes to tools/recipe.py
+	$(BIN)/python tools/recipe.py $(addprefix pipelines/configs/,demo.toml ct_demo.toml sft_demo.toml distill_demo.toml) \
+		--nproc $(NPROC) $(ARGS)
 
 test: setup  ## all tests; ARGS= goes to pytest
 	$(BIN)/python -m pytest $(ARGS)

@@ -125,6 +125,11 @@ def make_scene(seed: int, index: int) -> Scene:
     return _Composer(np.random.default_rng([seed, index])).compose()
 
 
+def colors_on(background: str) -> tuple[str, ...]:
+    """Those of `COLORS` that stand out from one of `BACKGROUNDS`."""
+    return tuple(name for name, rgb in COLORS.items() if _contrast(rgb, BACKGROUNDS[background]) > MIN_CONTRAST)
+
+
 def render(scene: Scene) -> Image.Image:
     """Draws the scene: an RGB image of `scene.size_px`."""
     width, height = scene.size_px
@@ -132,7 +137,7 @@ def render(scene: Scene) -> Image.Image:
     for item in scene.objects:
         box = (max(4, round(item.extent[0] * width)), max(4, round(item.extent[1] * height)))
         corner = (round(item.centre[0] * width - box[0] / 2), round(item.centre[1] * height - box[1] / 2))
-        image.paste(COLORS[item.color], corner, _shape_mask(item.shape, box))
+        image.paste(COLORS[item.color], corner, shape_mask(item.shape, box))
     if scene.text is not None:
         font = _font(_font_size(scene.text, round(0.82 * width), round(0.6 * height)))
         ImageDraw.Draw(image).text((width / 2, height / 2), scene.text, COLORS[scene.text_color], font, anchor="mm")
@@ -146,9 +151,7 @@ class _Composer:
         self.rng = rng
         self.size_px = self._size_px()
         self.background = self._pick(tuple(BACKGROUNDS))
-        self.colors = tuple(
-            name for name, rgb in COLORS.items() if _contrast(rgb, BACKGROUNDS[self.background]) > MIN_CONTRAST
-        )
+        self.colors = colors_on(self.background)
         self.shading = (0.0, 0.0) if rng.random() < 0.5 else tuple(np.round(rng.uniform(-1, 1, 2), 3).tolist())
 
     def compose(self) -> Scene:
@@ -304,7 +307,7 @@ def _shaded_background(scene: Scene) -> np.ndarray:
     return (np.array(BACKGROUNDS[scene.background]) + shade).clip(0, 255).astype(np.uint8)
 
 
-def _shape_mask(shape: str, box_px: tuple[int, int]) -> Image.Image:
+def shape_mask(shape: str, box_px: tuple[int, int]) -> Image.Image:
     """Coverage of the shape in a box of (width, height) pixels, mode L, anti-aliased."""
     return _drawn_large(shape).resize(box_px, Image.Resampling.BILINEAR)
 

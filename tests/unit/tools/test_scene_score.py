@@ -1,0 +1,149 @@
+"""The scene scorer: it reads drawn scenes right, and pictures of other scenes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+import score_scenes
+from demo_scenes import SHAPES, Scene, SceneObject, colors_on, make_scene, render
+from PIL import Image
+from scene_prompts import CATEGORIES, Asked, Wanted, judge, parse_caption
+from scene_reading import SeenObject, SeenScene, read_scene
+
+from bitdance_scale.errors import ConfigError
+
+
+def as_jpeg(image: Image.Image) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=88, subsampling=0)
+    return Image.open(buffer)
+
+
+def one(shape: str, color: str, background: str, side_px: int = 64, size: float = 0.5) -> Scene:
+    item = SceneObject(shape, color, (0.5, 0.5), (size, size))
+    return Scene("colors", "", (side_px, side_px), background, (0.4, -0.7), (item,))
+
+
+def seen(*objects: tuple[str, str, tuple[float, float]]) -> SeenScene:
+    found = tuple(SeenObject(shape, color, centre, (0.2, 0.2), 0.9) for shape, color, centre in objects)
+    return SeenScene("white", found)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("background", ["cream", "navy"])
+def test_every_shape_and_colour_is_read_back(shape: str, background: str) -> None:
+    for color in colors_on(background):
+        scene = one(shape, color, background)
+        found = read_scene(as_jpeg(render(scene)))
+        assert [(item.shape, item.color) for item in found.objects] == [(shape, color)], color
+        assert found.background == background
+        assert np.allclose(found.objects[0].centre, (0.5, 0.5), atol=0.03)
+        assert np.allclose(found.objects[0].extent, (0.5, 0.5), atol=0.12)
+
+
+def test_drawn_scenes_score_at_least_97_percent() -> None:
+    scenes = score_scenes.choose_scenes(12)
+    scored = score_scenes.score_pictures(scenes, (as_jpeg(render(scene)) for scene in scenes))
+    summary = score_scenes.summarize(scored)
+    assert summary["overall"] >= 0.97 and summary["overall_exact"] >= 0.95, summary
+    assert list(summary["correct"]) == list(CATEGORIES) and summary["num_pictures"] == 72
+
+
+def test_pictures_of_other_scenes_score_low() -> None:
+    """Every picture against the caption of another scene of its category."""
+    scenes = score_scenes.choose_scenes(8)
+    others = scenes[6:] + scenes[:6]
+    summary = score_scenes.summarize(score_scenes.score_pictures(scenes, (render(scene) for scene in others)))
+    assert summary["overall"] < 0.15, summary
+
+
+@pytest.mark.parametrize("color", [(128, 128, 128), (20, 20, 30)])
+def test_a_picture_without_objects_shows_none(color: tuple[int, int, int]) -> None:
+    noise = np.random.default_rng(0).normal(0, 3, (64, 96, 3))
+    image = Image.fromarray((np.array(color) + noise).clip(0, 255).astype(np.uint8))
+    assert read_scene(image).objects == ()
+
+
+def test_a_blob_has_no_shape() -> None:
+    y, x = np.mgrid[-1:1:64j, -1:1:64j]
+    # A crescent: none of the eight.
+    is_blob = (np.hypot(x, y) < 0.7) & (np.hypot(x - 0.35, y) > 0.55)
+    pixels = np.where(is_blob[..., None], (214, 40, 40), (244, 244, 242)).astype(np.uint8)
+    (found,) = read_scene(Image.fromarray(pixels)).objects
+    assert found.shape is None and found.color == "red"
+
+
+def test_touching_objects_of_two_colours_are_two() -> None:
+    objects = (
+        SceneObject("square", "red", (0.3, 0.5), (0.42, 0.42)),
+        SceneObject("square", "blue", (0.68, 0.5), (0.42, 0.42)),
+    )
+    scene = dataclasses.replace(one("square", "red", "white", side_px=128), objects=objects)
+    found = read_scene(render(scene)).objects
+    assert {(item.shape, item.color) for item in found} == {("square", "red"), ("square", "blue")}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_captions_say_what_their_scene_has(seed: int) -> None:
+    for index in range(300):
+        scene = make_scene(seed, index)
+        if scene.category == "words":
+            with pytest.raises(ConfigError, match="must be of the demo's grammar"):
+                parse_caption(scene.caption)
+            continue
+        asked = parse_caption(scene.caption)
+        assert asked.category == scene.category
+        assert asked.count + len(asked.objects) - 1 == len(scene.objects)
+        for wanted, item in zip(asked.objects, scene.objects, strict=False):
+            assert wanted.shape == item.shape and wanted.color in (None, item.color)
+        assert asked.background in (None, scene.background)
+        truth = SeenScene(
+            scene.background,
+            tuple(SeenObject(item.shape, item.color, item.centre, item.extent, 1.0) for item in scene.objects),
+        )
+        verdict = judge(asked, truth)
+        assert verdict.is_correct and verdict.is_exact and verdict.is_background_right in (None, True)
+
+
+def test_verdicts_follow_geneval() -> None:
+    circle, star = ("circle", "red", (0.2, 0.5)), ("star", "blue", (0.8, 0.5))
+    ring = ("ring", "green", (0.5, 0.1))
+    both = seen(circle, star)
+    assert judge(Asked("single_object", (Wanted("star", None),)), both).is_correct
+    assert not judge(Asked("single_object", (Wanted("star", None),)), both).is_exact
+    assert not judge(Asked("colors", (Wanted("star", "red"),)), both).is_correct
+    left = Asked("position", (Wanted("circle", "red"), Wanted("star", "blue")), relation="to the left of")
+    assert judge(left, both).is_exact and not judge(left, seen(circle, star, ring)).is_exact
+    assert not judge(dataclasses.replace(left, relation="to the right of"), both).is_correct
+    assert not judge(dataclasses.replace(left, relation="above"), both).is_correct
+    assert judge(Asked("position", (Wanted("circle", "red"),), place="at the left"), both).is_correct
+    assert not judge(Asked("position", (Wanted("circle", "red"),), place="in the center"), both).is_correct
+    two = Asked("counting", (Wanted("circle", None),), 2)
+    assert not judge(two, both).is_correct and judge(two, seen(circle, circle, star)).is_correct
+    assert not judge(two, seen(circle, circle, circle)).is_correct
+    # One object cannot be both of two.
+    twice = Asked("two_objects", (Wanted("star", None), Wanted("star", None)))
+    assert not judge(twice, both).is_correct
+
+
+@pytest.mark.parametrize("caption", ["", "a red house", "a circle next to a square", "six red circles", "a circle and"])
+def test_other_captions_are_refused(caption: str) -> None:
+    with pytest.raises(ConfigError, match="must be of the demo's grammar"):
+        parse_caption(caption)
+
+
+def test_the_tool_scores_drawn_scenes(tmp_path, monkeypatch, capsys) -> None:
+    out = tmp_path / "scores"
+    score_scenes.main(["--real", "--out", str(out), "--per-category", "2"])
+    assert json.loads((out / "score.json").read_text())["overall"] == 1.0
+    lines = [json.loads(line) for line in (out / "pictures.jsonl").read_text().splitlines()]
+    assert [line["number"] for line in lines] == list(range(12)) and len(list(out.glob("0*.png"))) == 12
+    assert "overall" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="is there already"):
+        score_scenes.main(["--real", "--out", str(out)])
+    with pytest.raises(SystemExit, match="name a published folder"):
+        score_scenes.main(["--out", str(tmp_path / "other")])

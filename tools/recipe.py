@@ -1,0 +1,224 @@
+"""Runs the stages one after another, exports each, scores what it draws, and writes a report of one page.
+
+    python tools/recipe.py pipelines/configs/{demo,ct_demo,sft_demo,distill_demo}.toml --out runs/recipe
+    python tools/recipe.py CONFIG... --out OUT --thorough     # also an untrained model, sampling steps and guidance
+
+The configurations are runs of demo scenes in the order of the stages, each starting from the one before. What is done
+already is not done again: a run that is complete, an export and a score of the same checkpoint. In OUT: a folder per
+stage with its published model and scores, and report.html, which needs no other file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipe_report import ScoredModel, StageReport, write_report
+
+from bitdance_scale.config.load import load_config
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.config.stages import STAGES
+from bitdance_scale.errors import BitDanceError, ConfigError
+
+TOOLS = Path(__file__).resolve().parent
+STEPS, GUIDANCE = (10, 25, 50), (1.0, 2.0, 3.0, 5.0, 7.5)
+USUAL_STEPS, USUAL_GUIDANCE = 25, 3.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A score to be made.
+
+    Attributes:
+        stage: name of the stage's folder.
+        side_px: side of the pictures.
+        steps: sampling steps per block.
+        guidance: guidance scale.
+        real: whether the pictures are real ones, encoded and decoded.
+    """
+
+    stage: str
+    side_px: int
+    steps: int = USUAL_STEPS
+    guidance: float = USUAL_GUIDANCE
+    real: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        if self.real:
+            return f"real_{self.side_px}px"
+        return f"{self.side_px}px_{self.steps}steps_guidance{self.guidance:g}"
+
+
+def plan_jobs(stages: Sequence[str], sides_px: dict[str, list[int]], is_thorough: bool) -> list[Job]:
+    """The scores of a recipe: every stage at the sides it is trained on, the tokenizer's limit, and the sweeps.
+
+    Args:
+        stages: names in order, of which `untrained` may be one.
+        sides_px: sides that each stage is scored at.
+        is_thorough: whether sampling steps and guidance of the last two stages are swept.
+    """
+    jobs = [Job(stage, side) for stage in stages for side in sides_px[stage]]
+    last = stages[-1]
+    jobs += [Job(last, side, real=True) for side in sorted({side for sides in sides_px.values() for side in sides})]
+    if is_thorough:
+        for stage in stages[-2:]:
+            side = sides_px[stage][0]
+            jobs += [Job(stage, side, steps=steps) for steps in STEPS]
+            jobs += [Job(stage, side, guidance=guidance) for guidance in GUIDANCE]
+    return list(dict.fromkeys(jobs))
+
+
+class Recipe:
+    """A sequence of stages and its results.
+
+    Args:
+        configs: one configuration file per stage.
+        out: folder of the results.
+        num_processes: of each training run.
+        per_category: pictures per category and score.
+
+    Raises:
+        ConfigError: a configuration is not valid, or does not start from the one before.
+    """
+
+    def __init__(self, configs: Sequence[Path], out: Path, num_processes: int, per_category: int) -> None:
+        self.paths = list(configs)
+        self.configs = [load_config(path) for path in configs]
+        for before, config, path in zip(self.configs, self.configs[1:], self.paths[1:], strict=False):
+            if Path(config.run.start_from) != run_folder(before):
+                raise ConfigError(
+                    f"{path}: run.start_from = {config.run.start_from!r}: must be {str(run_folder(before))!r}, the run "
+                    "of the configuration before it"
+                )
+        names = [config.run.stage for config in self.configs]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"the configurations are of the stages {', '.join(names)}: each may come once")
+        self.out, self.num_processes, self.per_category = out, num_processes, per_category
+        self.seconds: dict[str, float] = {}
+
+    def train(self, number: int, overrides: Sequence[str] = ()) -> Path:
+        """Runs a stage to its end and returns its folder."""
+        config = self.configs[number]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc_per_node={self.num_processes}", STAGES[config.run.stage].entry_point]
+        begun_s = time.monotonic()
+        _run([*command, str(self.paths[number]), *overrides], TOOLS.parent)
+        self.seconds[config.run.stage] = round(time.monotonic() - begun_s, 1)
+        return run_folder(config)
+
+    def train_untrained(self) -> Path:
+        """A run of one step of warm-up, for a model that has learned nothing."""
+        config = self.configs[0]
+        folder = Path(config.run.root) / f"{config.run.name}_untrained"
+        keep = ["run.steps=1", f"run.name={folder.name}", "optim.lr=1e-9", "evaluate.shards=[]", "sample.every_steps=0"]
+        self.train(0, keep)
+        return folder
+
+    def export(self, stage: str, run: Path) -> None:
+        """Writes the published folder of a run's newest checkpoint, unless that is there."""
+        folder = self.out / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        source = {"run": str(run), "run_id": (run / "run_id.txt").read_text().strip(), "checkpoint": _newest(run)}
+        marker = folder / "source.json"
+        if marker.is_file() and json.loads(marker.read_text()) == source and (folder / "published").is_dir():
+            return
+        shutil.rmtree(folder)
+        folder.mkdir()
+        _run([sys.executable, str(TOOLS / "convert_to_hf.py"), str(run), str(folder / "published")])
+        marker.write_text(json.dumps(source, indent=2) + "\n")
+
+    def score(self, jobs: Sequence[Job]) -> None:
+        """Makes the scores that are not there yet, one per core at a time."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(self._score, jobs))
+
+    def _score(self, job: Job) -> None:
+        folder = self.out / job.stage
+        out, writing = folder / job.name, folder / f".{job.name}.writing"
+        if (out / "score.json").is_file():
+            if json.loads((out / "score.json").read_text())["settings"]["per_category"] == self.per_category:
+                return
+            shutil.rmtree(out)
+        shutil.rmtree(writing, ignore_errors=True)
+        command = [sys.executable, str(TOOLS / "score_scenes.py"), str(folder / "published"), "--out", str(writing)]
+        command += ["--size", f"{job.side_px}x{job.side_px}", "--steps", str(job.steps)]
+        command += ["--guidance", str(job.guidance), "--per-category", str(self.per_category), "--no-pictures"]
+        _run([*command, "--real"] if job.real else command)
+        writing.rename(out)
+
+    def report(self, jobs: Sequence[Job]) -> Path:
+        """Writes report.html from what is there."""
+        stages = [
+            StageReport(config.run.stage, STAGES[config.run.stage].title, run_folder(config), config)
+            for config in self.configs
+        ]
+        scores = [ScoredModel(job.stage, job.name, self.out / job.stage / job.name) for job in jobs]
+        return write_report(self.out / "report.html", stages, scores)
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where the run writes."""
+    return Path(config.run.root) / config.run.name
+
+
+def sides_of(config: RunConfig) -> list[int]:
+    """Sides in pixels of the squares that a stage is scored at: that of its samples first, then its largest class."""
+    largest = max(resolution.side_px for resolution in config.data.classes if resolution.share > 0)
+    return list(dict.fromkeys([config.sample.size_px[0], largest]))
+
+
+def _newest(run: Path) -> str:
+    return (run / "checkpoints" / "latest").read_text().strip()
+
+
+def _run(command: Sequence[str], folder: Path | None = None) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    done = subprocess.run(command, cwd=folder, env=environment)
+    if done.returncode:
+        raise BitDanceError(f"exit status {done.returncode} of: {' '.join(command)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", type=Path, nargs="+", help="configurations in the order of the stages")
+    parser.add_argument("--out", type=Path, default=Path("runs/recipe"), help="results (default: %(default)s)")
+    parser.add_argument("--nproc", type=int, default=2, help="processes of each run (default: %(default)s)")
+    parser.add_argument("--per-category", type=int, default=10, help="pictures per category (default: %(default)s)")
+    parser.add_argument("--thorough", action="store_true", help="an untrained model and the sweeps as well")
+    options = parser.parse_args(arguments)
+    begun_s = time.monotonic()
+    try:
+        recipe = Recipe(options.configs, options.out, options.nproc, options.per_category)
+        names, sides = [], {}
+        if options.thorough:
+            names.append("untrained")
+            sides["untrained"] = sides_of(recipe.configs[0])
+            recipe.export("untrained", recipe.train_untrained())
+        for number, config in enumerate(recipe.configs):
+            names.append(config.run.stage)
+            sides[config.run.stage] = sides_of(config)
+            recipe.export(config.run.stage, recipe.train(number))
+        jobs = plan_jobs(names, sides, options.thorough)
+        recipe.score(jobs)
+        path = recipe.report(jobs)
+    except BitDanceError as error:
+        print(f"recipe: {error}", file=sys.stderr)
+        return 1
+    print(f"{path}: {(time.monotonic() - begun_s) / 60:.1f} minutes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
