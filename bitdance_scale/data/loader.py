@@ -67,6 +67,7 @@ class LoadedStep:
         packs: its packs, in order; after a resume inside the step, those that remain.
         state: resumes after the step.
         images_by_class: planned samples of the *global* batch, by side of the resolution class in pixels.
+        images_by_source: planned samples of the global batches of the run up to this one, by name of the source.
         num_holes: samples of this replica that could not be used.
         wait_s: seconds the consumer waited for the packs.
     """
@@ -75,6 +76,7 @@ class LoadedStep:
     packs: list[LoadedPack]
     state: LoaderState
     images_by_class: dict[int, int]
+    images_by_source: dict[str, int]
     num_holes: int
     wait_s: float
 
@@ -189,6 +191,7 @@ class Loader:
             packs=packs,
             state=packs[-1].state,
             images_by_class=self.plan.images_by_class(packs[-1].step),
+            images_by_source=self.plan.images_by_source(packs[-1].step + 1),
             num_holes=sum(pack.num_holes for pack in packs),
             wait_s=sum(pack.wait_s for pack in packs),
         )

@@ -8,6 +8,7 @@ from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.index import Index
 from bitdance_scale.data.loader import Loader
 from bitdance_scale.data.loader_state import LoaderState
+from bitdance_scale.data.plan import StreamUse
 from bitdance_scale.parallel.agreement import together
 from bitdance_scale.parallel.broadcast import ReadStep, SharedStep, share_step
 from bitdance_scale.parallel.topology import Topology
@@ -22,12 +23,14 @@ class StepReport:
     Attributes:
         loader: state that resumes after the step, JSON values.
         images_by_class: resolution class (`side_px`) -> images planned in the global batch.
+        images_by_source: name of the source -> images planned since the start of the run; empty with `data.shards`.
         num_holes: images of this replica that could not be used.
         wait_s: seconds that this replica waited for its loader.
     """
 
     loader: dict[str, object]
     images_by_class: dict[int, int]
+    images_by_source: dict[str, int]
     num_holes: int
     wait_s: float
 
@@ -69,6 +72,10 @@ class StepReader:
         if self._loader is not None:
             self._loader.close()
 
+    def uses(self, num_steps: int) -> list[StreamUse]:
+        """What so many steps take of every source, on a rank that reads (the first one does); elsewhere nothing."""
+        return [] if self._loader is None else self._loader.plan.uses(num_steps)
+
     def next_step(self) -> SharedStep:
         """The packs of the next step with their images encoded; the report is a `StepReport`."""
         read = None
@@ -80,5 +87,7 @@ class StepReader:
     @staticmethod
     def _read(loader: Loader) -> ReadStep:
         step = loader.next_step()
-        report = StepReport(step.state.to_dict(), step.images_by_class, step.num_holes, step.wait_s)
+        report = StepReport(
+            step.state.to_dict(), step.images_by_class, step.images_by_source, step.num_holes, step.wait_s
+        )
         return ReadStep([loaded.pack for loaded in step.packs], [loaded.images for loaded in step.packs], report)
