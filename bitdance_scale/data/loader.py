@@ -95,7 +95,7 @@ class Loader:
     Args:
         config: the run.
         tokenizer: text tokenizer; captions are tokenised in the planning thread.
-        index: the data set.
+        index: the data set, divided into `data.active_sources`.
         data_rank: this replica, 0 <= data_rank < num_data_ranks.
         num_data_ranks: data-parallel replicas.
         state: where to go on; None starts at step 0.
@@ -106,7 +106,7 @@ class Loader:
 
     Raises:
         CheckpointError: `state` is of another data set, seed or plan.
-        DataError: a resolution class has no samples. While iterating: too many holes.
+        DataError: a resolution class or a source has no samples. While iterating: too many holes.
         ConfigError: while iterating, a batch that does not fit the packs (see `packing.partition_batch`).
     """
 

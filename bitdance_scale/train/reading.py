@@ -42,7 +42,7 @@ class StepReader:
 
     Args:
         config: the run.
-        index: the data set, from `shared_index`.
+        index: the data set, from `shared_index.py`.
         text: text tokenizer.
         vision: encodes the images.
         topology: the ranks.
