@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from bitdance_scale.config.schema import RunConfig
@@ -23,16 +24,16 @@ class StepReport:
     Attributes:
         loader: state that resumes after the step, JSON values.
         images_by_class: resolution class (`side_px`) -> images planned in the global batch.
-        images_by_source: name of the source -> images planned since the start of the run; empty with `data.shards`.
         num_holes: images of this replica that could not be used.
         wait_s: seconds that this replica waited for its loader.
+        images_by_source: name of the source -> images planned since the start of the run; empty with `data.shards`.
     """
 
     loader: dict[str, object]
     images_by_class: dict[int, int]
-    images_by_source: dict[str, int]
     num_holes: int
     wait_s: float
+    images_by_source: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 class StepReader:
@@ -88,6 +89,6 @@ class StepReader:
     def _read(loader: Loader) -> ReadStep:
         step = loader.next_step()
         report = StepReport(
-            step.state.to_dict(), step.images_by_class, step.images_by_source, step.num_holes, step.wait_s
+            step.state.to_dict(), step.images_by_class, step.num_holes, step.wait_s, step.images_by_source
         )
         return ReadStep([loaded.pack for loaded in step.packs], [loaded.images for loaded in step.packs], report)
