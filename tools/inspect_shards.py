@@ -1,24 +1,28 @@
 """Shows what is in WebDataset shards: counts, faults, and a picture grid of samples with captions and buckets.
 
     python tools/inspect_shards.py data/demo --config pipelines/configs/demo.toml --count 24 --out grid.png
+    python tools/inspect_shards.py --config pipelines/configs/demo.toml        # what the configuration trains on
 
 A sample is drawn as it lies in the shard; under it stand its stored size, the bucket it is trained at in each
 resolution class, and its caption. Without --config the classes are 256, 512 and 1024 px with the sizes that the
-published release samples at.
+published release samples at. Without DATASET the shards are those of --config, each source counted by itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import textwrap
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 from bitdance_scale.config.load import load_config
-from bitdance_scale.config.schema import ResolutionClass
+from bitdance_scale.config.rules import check
+from bitdance_scale.config.schema import DataSection, ResolutionClass
 from bitdance_scale.data.buckets import assign_buckets, class_buckets
 from bitdance_scale.data.captions import CaptionStatus
 from bitdance_scale.data.decode import decode_image
@@ -28,6 +32,7 @@ from bitdance_scale.data.permutation import Permutation
 from bitdance_scale.data.reader import ShardReader
 from bitdance_scale.data.shards import expand_shards
 from bitdance_scale.errors import BitDanceError
+from bitdance_scale.train.shared_index import training_index
 
 _RELEASE_CLASSES = (
     ResolutionClass(side_px=256, share=2, buckets_px=((256, 256),)),
@@ -50,13 +55,28 @@ def report(index: Index, classes: Sequence[ResolutionClass], max_upscale: float)
     lines.append("captions: " + ", ".join(f"{status.name.lower()} {statuses[status]}" for status in CaptionStatus))
     for fault, shards in index.faults().items():
         lines.append(f"{fault}: {sum(shards.values())} in {len(shards)} shards, first {next(iter(shards))}")
+    return "\n".join(lines + _class_lines(index, range(len(index)), classes, max_upscale))
+
+
+def source_report(index: Index, data: DataSection) -> str:
+    """Share of every source of a run and its samples in every class by bucket; `index` is divided into the sources."""
+    lines = []
+    for source, samples in zip(data.active_sources, index.sources, strict=True):
+        lines.append(f"source {source.name}: share {source.share}, {len(samples)} samples")
+        lines += [f"  {line}" for line in _class_lines(index, samples, data.classes, data.max_upscale)]
+    return "\n".join(lines)
+
+
+def _class_lines(index: Index, samples: range, classes: Sequence[ResolutionClass], max_upscale: float) -> list[str]:
+    heights, widths = index.height_px[samples.start : samples.stop], index.width_px[samples.start : samples.stop]
+    lines = []
     for resolution in classes:
         buckets = class_buckets(resolution)
-        rows = assign_buckets(index.height_px, index.width_px, buckets, max_upscale)
+        rows = assign_buckets(heights, widths, buckets, max_upscale)
         counts = np.bincount(rows[rows >= 0], minlength=len(buckets))
         shares = ", ".join(f"{h}x{w} {count}" for (h, w), count in zip(buckets.tolist(), counts, strict=True) if count)
         lines.append(f"class {resolution.side_px} px: {counts.sum()} samples (height x width: {shares or 'none'})")
-    return "\n".join(lines)
+    return lines
 
 
 def draw_grid(index: Index, classes: Sequence[ResolutionClass], max_upscale: float, count: int, out: str) -> None:
@@ -100,20 +120,30 @@ def _describe(index: Index, sample: int, classes: Sequence[ResolutionClass], max
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", nargs="+", help="tars, folders, globs or brace lists")
+    parser.add_argument("dataset", nargs="*", help="tars, folders, globs or brace lists; none: those of --config")
     parser.add_argument("--config", help="run configuration whose data.classes and data.max_upscale are used")
     parser.add_argument("--index-dir", default="", help="index folder; default: .bitdance_index beside the first shard")
     parser.add_argument("--count", type=int, default=24, help="samples drawn")
     parser.add_argument("--out", default="shards.png", help="picture to write")
     arguments = parser.parse_args()
+    if not arguments.dataset and not arguments.config:
+        parser.error("name a DATASET or a --config")
     try:
-        shards = expand_shards(arguments.dataset)
-        index = build_index(shards, arguments.index_dir or default_index_dir(shards))
         classes, max_upscale = _RELEASE_CLASSES, 1.0
         if arguments.config:
-            data = load_config(arguments.config).data
+            config = load_config(arguments.config)
+            data = config.data
             classes, max_upscale = data.classes, data.max_upscale
+        if arguments.dataset:
+            shards = expand_shards(arguments.dataset)
+            index = build_index(shards, arguments.index_dir or default_index_dir(shards))
+        else:
+            check(config, config.parallel.tensor * config.parallel.pipeline)
+            data = dataclasses.replace(data, index_dir=arguments.index_dir or data.index_dir)
+            index = training_index(data, torch.device("cpu"))
         print(report(index, classes, max_upscale))
+        if not arguments.dataset and data.sources:
+            print(source_report(index, data))
         draw_grid(index, classes, max_upscale, arguments.count, arguments.out)
     except BitDanceError as error:
         sys.exit(f"error: {error}")

@@ -14,7 +14,68 @@ MAX_MARKUP_TOKENS = 32
 NUM_RESOLUTION_TOKENS = 256
 """`<|res_1|>` .. `<|res_256|>`: an image has at most this many latent cells along a side (published release)."""
 
+MAX_SOURCE_SHARES = 10_000
+"""The shares of the sources, in lowest terms, add up to no more: a table of so many rows is made of them."""
+
 RULES = RuleSet()
+
+
+@RULES.rule("data.shards", "data.sources")
+def _data_is_named_once(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Either `data.shards` or `data.sources` names the data.
+
+    `data.shards` is one source; beside others its share would be anyone's guess.
+    """
+    data = config.data
+    if data.shards and data.sources:
+        names = ", ".join(source.name for source in data.sources)
+        yield (
+            f"data.shards = {list(data.shards)} and data.sources = {names}: only one of the two may name the data; set "
+            "data.shards = [] (in the file that extends another, or on the command line) to train on the sources, or "
+            "data.sources = [] to train on data.shards"
+        )
+    elif not data.shards and not data.sources:
+        yield (
+            "data.shards = [] and data.sources = []: there is no data; name tars in data.shards, or several sources in "
+            "[[data.sources]]"
+        )
+
+
+@RULES.rule("data.sources")
+def _sources_have_distinct_names(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Sources have different names.
+
+    Their images are counted by name.
+    """
+    names = [source.name for source in config.data.sources]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            yield (
+                f"data.sources[{index}].name = {name!r}: data.sources[{names.index(name)}] has this name; rename one, or "
+                "make them one source with the shards of both"
+            )
+
+
+@RULES.rule("data.sources")
+def _source_shares_can_be_kept(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Some source has a share, and the shares in lowest terms add up to at most 10,000.
+
+    The mix is exact after as many images of a class as the shares in lowest terms add up to; that must come about.
+    """
+    shares = [source.share for source in config.data.sources]
+    if not shares:
+        return
+    if not any(shares):
+        yield (
+            f"data.sources[].share = {':'.join(map(str, shares))}: at least one must be greater than 0; give a share to "
+            "every source that is to be trained on"
+        )
+    elif sum(shares) // math.gcd(*shares) > MAX_SOURCE_SHARES:
+        yield (
+            f"data.sources[].share = {':'.join(map(str, shares))}: the shares in lowest terms add up to "
+            f"{sum(shares) // math.gcd(*shares)} and must to at most {MAX_SOURCE_SHARES}; round them, to per cent or "
+            "per mille for instance"
+        )
 
 
 @RULES.rule("data.classes", "vision.channel_mult", "vision.block_side")

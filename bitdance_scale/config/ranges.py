@@ -75,6 +75,17 @@ class FolderName:
 
 
 @dataclass(frozen=True)
+class Identifier:
+    """A short name of ASCII letters, digits and underscores that does not begin with a digit."""
+
+    def __contains__(self, value: str) -> bool:
+        return value.isascii() and value.isidentifier() and len(value) <= _LONGEST_IDENTIFIER
+
+    def __str__(self) -> str:
+        return f"a name of at most {_LONGEST_IDENTIFIER} letters, digits and underscores that begins with no digit"
+
+
+@dataclass(frozen=True)
 class Split:
     """How layers are dealt to stages: a word, or a list with the layers of every stage."""
 
@@ -85,8 +96,9 @@ class Split:
         return "auto, even or a list with the number of layers of every stage"
 
 
-Constraint = Range | Choice | NonEmpty | FolderName | Split
+Constraint = Range | Choice | NonEmpty | FolderName | Identifier | Split
 
+_LONGEST_IDENTIFIER = 40
 _COUNT = Range(1)
 _NOT_NEGATIVE = Range(0)
 _POSITIVE = Range(0, is_low_open=True)
@@ -132,8 +144,11 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "text.kind": Choice(("huggingface", "sentencepiece")),
     "text.path": NonEmpty(),
     "text.max_caption_tokens": _COUNT,
-    "data.shards": NonEmpty(),
     "data.shards[]": NonEmpty(),
+    "data.sources[].name": Identifier(),
+    "data.sources[].shards": NonEmpty(),
+    "data.sources[].shards[]": NonEmpty(),
+    "data.sources[].share": _NOT_NEGATIVE,
     "data.global_batch": _COUNT,
     "data.classes": NonEmpty(),
     "data.classes[].side_px": _COUNT,

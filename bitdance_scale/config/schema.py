@@ -130,10 +130,24 @@ class ResolutionClass:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """One of several sources that are mixed by share."""
+
+    name: str = setting(doc="Its name in metrics and messages.")
+    shards: tuple[str, ...] = setting(doc="Its WebDataset tars, as `data.shards`; no tar may be in two sources.")
+    share: int = setting(doc="Its part of every resolution class, relative to the other sources; 0 leaves it out.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSection:
     """The image-text data and how it is batched."""
 
-    shards: tuple[str, ...] = setting(doc="WebDataset tars: files, folders, globs or brace lists.")
+    shards: tuple[str, ...] = setting(
+        (), doc="WebDataset tars of the only source: files, folders, globs or brace lists. Several: `data.sources`."
+    )
+    sources: tuple[DataSource, ...] = setting(
+        (), doc="Sources mixed by exact share, instead of `data.shards`; `data.shards = []` clears an inherited one."
+    )
     index_dir: str = setting("", doc="Folder of the index; empty: `.bitdance_index` beside the first shard.")
     global_batch: int = setting(doc="Images per optimiser step.")
     classes: tuple[ResolutionClass, ...] = setting(doc="Resolution classes, mixed exactly in every global batch.")
@@ -147,6 +161,13 @@ class DataSection:
     )
     read_threads: int = setting(2, doc="Threads that read and decode.")
     prefetch_steps: int = setting(2, doc="Global batches read ahead.")
+
+    @property
+    def active_sources(self) -> tuple[DataSource, ...]:
+        """The sources that are trained on; `data.shards` is one without a name."""
+        if not self.sources:
+            return (DataSource(name="", shards=self.shards, share=1),)
+        return tuple(source for source in self.sources if source.share > 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Image-text data, from tars to packs: index, plan, pack, read, decode.
 
-    shards.py    data.shards                    -> paths of tars
+    shards.py    data.shards, data.sources      -> paths of tars
     index.py     paths                          -> Index: where every sample lies, its size and its caption
     plan.py      (seed, index, config, step)    -> PlannedBatch: the ordered samples of one global batch
     packing.py   lengths of a global batch      -> packs of every data-parallel rank

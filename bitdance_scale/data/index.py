@@ -55,7 +55,8 @@ class Index:
 
     Attributes:
         hash: hexadecimal digest of what a plan depends on.
-        shards: table of the shards, in the order of `data.shards`.
+        shards: table of the shards, in the order of `data.shards`; those of a source lie together.
+        sources: samples of each source, which lie together; one range unless the index was `divided`.
         shard: int32 [N], row in `shards`.
         image_offset: int64 [N], first byte of the image in its shard.
         image_bytes: int64 [N], its length.
@@ -75,9 +76,19 @@ class Index:
         self.height_px = columns["height_px"]
         self.width_px = columns["width_px"]
         self.caption_status = columns["caption_status"]
+        self.sources: tuple[range, ...] = (range(len(self)),)
 
     def __len__(self) -> int:
         return len(self.shard)
+
+    def divided(self, num_shards: Sequence[int]) -> Index:
+        """The same index, its first `num_shards[0]` shards the first source, the next `num_shards[1]` the second, ..."""
+        assert sum(num_shards) == len(self.shards), (num_shards, len(self.shards))
+        samples_before = np.cumsum([0, *(entry.num_samples for entry in self.shards)])
+        stops = samples_before[np.cumsum([0, *num_shards])].tolist()
+        divided = Index(self.hash, self.shards, self.columns)
+        divided.sources = tuple(range(start, stop) for start, stop in zip(stops, stops[1:], strict=False))
+        return divided
 
     def caption(self, sample: int) -> str:
         """Caption of a sample; empty unless its `caption_status` is USABLE."""
@@ -111,6 +122,11 @@ class Index:
 def default_index_dir(shards: Sequence[str]) -> str:
     """`.bitdance_index` beside the first shard, where the index goes when `data.index_dir` is empty."""
     return str(Path(shards[0]).parent / ".bitdance_index")
+
+
+def sources_index_dir(names: Sequence[str], shards: Sequence[str]) -> str:
+    """The same for sources of these names: another folder, so that a run on the first one alone keeps its own."""
+    return f"{default_index_dir(shards)}_{'_'.join(names)}"
 
 
 def build_index(shards: Sequence[str], index_dir: str | Path) -> Index:

@@ -67,6 +67,7 @@ class LoadedStep:
         packs: its packs, in order; after a resume inside the step, those that remain.
         state: resumes after the step.
         images_by_class: planned samples of the *global* batch, by side of the resolution class in pixels.
+        images_by_source: planned samples of the global batches of the run up to this one, by name of the source.
         num_holes: samples of this replica that could not be used.
         wait_s: seconds the consumer waited for the packs.
     """
@@ -75,6 +76,7 @@ class LoadedStep:
     packs: list[LoadedPack]
     state: LoaderState
     images_by_class: dict[int, int]
+    images_by_source: dict[str, int]
     num_holes: int
     wait_s: float
 
@@ -93,7 +95,7 @@ class Loader:
     Args:
         config: the run.
         tokenizer: text tokenizer; captions are tokenised in the planning thread.
-        index: the data set.
+        index: the data set, divided into `data.active_sources`.
         data_rank: this replica, 0 <= data_rank < num_data_ranks.
         num_data_ranks: data-parallel replicas.
         state: where to go on; None starts at step 0.
@@ -104,7 +106,7 @@ class Loader:
 
     Raises:
         CheckpointError: `state` is of another data set, seed or plan.
-        DataError: a resolution class has no samples. While iterating: too many holes.
+        DataError: a resolution class or a source has no samples. While iterating: too many holes.
         ConfigError: while iterating, a batch that does not fit the packs (see `packing.partition_batch`).
     """
 
@@ -189,6 +191,7 @@ class Loader:
             packs=packs,
             state=packs[-1].state,
             images_by_class=self.plan.images_by_class(packs[-1].step),
+            images_by_source=self.plan.images_by_source(packs[-1].step + 1),
             num_holes=sum(pack.num_holes for pack in packs),
             wait_s=sum(pack.wait_s for pack in packs),
         )

@@ -59,8 +59,8 @@ class LoaderState:
         if self.index_hash != expected.index_hash:
             raise CheckpointError(
                 f"the checkpoint was trained on the data set with index {self.index_hash}, data.shards now gives "
-                f"{expected.index_hash}: shards were added, removed, reordered or changed. Restore data.shards, or "
-                "start a new run from the checkpoint's weights."
+                f"{expected.index_hash}: shards (or data.sources) were added, removed, reordered or changed. Restore "
+                "them, or start a new run from the checkpoint's weights."
             )
         if self.seed != expected.seed:
             raise CheckpointError(
@@ -69,8 +69,9 @@ class LoaderState:
             )
         if self.plan_hash != expected.plan_hash:
             raise CheckpointError(
-                "the checkpoint was trained with another data.global_batch, data.classes or data.max_upscale: the data "
-                "order would not go on. Restore them, or start a new run from the checkpoint's weights."
+                "the checkpoint was trained with another data.global_batch, data.classes, data.max_upscale or "
+                "data.sources (names, shares, which shards are whose): the data order would not go on. Restore them, or "
+                "start a new run from the checkpoint's weights."
             )
         if self.pack and self.num_data_ranks != expected.num_data_ranks:
             raise CheckpointError(

@@ -27,8 +27,8 @@ def split_name(name: str) -> tuple[str, str] | None:
     return None if key is None else (key, extension.lower())
 
 
-def expand_braces(spec: str) -> list[str]:
-    """Shard names of a webdataset brace list such as `data/{00000..00099}.tar`.
+def expand_braces(spec: str, setting: str = "data.shards") -> list[str]:
+    """Shard names of a webdataset brace list such as `data/{00000..00099}.tar`; `setting` is what messages call it.
 
     Raises:
         DataError: unbalanced braces or an unset `${variable}`.
@@ -38,7 +38,7 @@ def expand_braces(spec: str) -> list[str]:
     # webdataset asserts that the variables are set.
     except (ValueError, AssertionError) as error:
         raise DataError(
-            f"data.shards: {spec!r} is no valid brace list ({error}). Write it as 'data/{{00000..00099}}.tar'."
+            f"{setting}: {spec!r} is no valid brace list ({error}). Write it as 'data/{{00000..00099}}.tar'."
         ) from error
 
 

@@ -42,6 +42,8 @@ class StepMetrics:
         memory_bytes: highest memory in use on any rank so far.
         holes: samples since the start of the run that could not be read and were left out.
         skipped_steps: steps since the start of the run whose gradients were not finite and changed nothing.
+        images_by_source: name of the source -> images of it planned since the start of the run, holes not left out;
+            empty where `data.shards` is the only source.
     """
 
     step: int
@@ -62,6 +64,7 @@ class StepMetrics:
     memory_bytes: int
     holes: int = 0
     skipped_steps: int = 0
+    images_by_source: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         """One line of strict JSON, without the line end."""
@@ -76,6 +79,9 @@ class StepMetrics:
             ValueError: the line is no JSON object, or has other fields than a `StepMetrics`.
         """
         values = json.loads(line)
+        if isinstance(values, dict):
+            # Came later; lines without it are of runs with one source.
+            values.setdefault("images_by_source", {})
         expected = {field.name for field in dataclasses.fields(StepMetrics)}
         if not isinstance(values, dict) or values.keys() != expected:
             raise ValueError(f"expected a JSON object with the fields {sorted(expected)}")

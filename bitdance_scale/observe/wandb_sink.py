@@ -81,9 +81,14 @@ class WandbSink:
         """Adds one point; steps that the W&B run has already are dropped by it."""
         if self._run is None:
             return
-        values = {name: value for name, value in vars(metrics).items() if name not in ("step", "images_by_class")}
-        by_class = {f"images_by_class/{side}_px": count for side, count in metrics.images_by_class.items()}
-        self._run.log({name: value for name, value in values.items() if value is not None} | by_class, step=step)
+        values = {
+            name: value
+            for name, value in vars(metrics).items()
+            if value is not None and name not in ("step", "images_by_class", "images_by_source")
+        }
+        values |= {f"images_by_class/{side}_px": count for side, count in metrics.images_by_class.items()}
+        values |= {f"images_by_source/{source}": count for source, count in metrics.images_by_source.items()}
+        self._run.log(values, step=step)
 
     def log_evaluation(self, evaluation: Evaluation) -> None:
         """Adds the losses of an evaluation under `evaluate`, by resolution class and by flow time."""

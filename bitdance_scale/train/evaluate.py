@@ -53,7 +53,12 @@ class Evaluator:
         """
         section = config.evaluate
         data = dataclasses.replace(
-            config.data, shards=section.shards, global_batch=section.images, text_drop=0.0, image_to_text_share=0.0
+            config.data,
+            shards=section.shards,
+            sources=(),
+            global_batch=section.images,
+            text_drop=0.0,
+            image_to_text_share=0.0,
         )
         held_out = dataclasses.replace(config, data=data, run=dataclasses.replace(config.run, seed=section.seed))
         # Beside the shards, or where the run's own index is: the shards may be in a place that is read only.

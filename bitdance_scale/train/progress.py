@@ -61,6 +61,8 @@ class StepMeter:
         self._config, self._vocab_size, self._topology = config, vocab_size, topology
         self.progress = progress
         self._peak = peak_flops(topology.device_name, config.run.dtype)
+        # No count of ours: the plan knows it of any step.
+        self._images_by_source: dict[str, int] = {}
         self._restart()
 
     def _restart(self) -> None:
@@ -88,6 +90,7 @@ class StepMeter:
         progress.skipped_steps += int(is_skipped)
         for side_px, count in report.images_by_class.items():
             progress.images_by_class[side_px] = progress.images_by_class.get(side_px, 0) + count
+        self._images_by_source = report.images_by_source
         self._num_steps += 1
         self._wait_s += wait_s
         self._images += planned - int(holes)
@@ -125,6 +128,7 @@ class StepMeter:
             memory_bytes=int(memory),
             holes=progress.holes,
             skipped_steps=progress.skipped_steps,
+            images_by_source=dict(self._images_by_source),
         )
         self._restart()
         return metrics

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.index import Index
 from bitdance_scale.data.loader import Loader
 from bitdance_scale.data.loader_state import LoaderState
+from bitdance_scale.data.plan import StreamUse
 from bitdance_scale.parallel.agreement import together
 from bitdance_scale.parallel.broadcast import ReadStep, SharedStep, share_step
 from bitdance_scale.parallel.topology import Topology
@@ -24,12 +26,14 @@ class StepReport:
         images_by_class: resolution class (`side_px`) -> images planned in the global batch.
         num_holes: images of this replica that could not be used.
         wait_s: seconds that this replica waited for its loader.
+        images_by_source: name of the source -> images planned since the start of the run; empty with `data.shards`.
     """
 
     loader: dict[str, object]
     images_by_class: dict[int, int]
     num_holes: int
     wait_s: float
+    images_by_source: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 class StepReader:
@@ -39,7 +43,7 @@ class StepReader:
 
     Args:
         config: the run.
-        index: the data set, from `shared_index`.
+        index: the data set, from `shared_index.py`.
         text: text tokenizer.
         vision: encodes the images.
         topology: the ranks.
@@ -69,6 +73,10 @@ class StepReader:
         if self._loader is not None:
             self._loader.close()
 
+    def uses(self, num_steps: int) -> list[StreamUse]:
+        """What so many steps take of every source, on a rank that reads (the first one does); elsewhere nothing."""
+        return [] if self._loader is None else self._loader.plan.uses(num_steps)
+
     def next_step(self) -> SharedStep:
         """The packs of the next step with their images encoded; the report is a `StepReport`."""
         read = None
@@ -80,5 +88,7 @@ class StepReader:
     @staticmethod
     def _read(loader: Loader) -> ReadStep:
         step = loader.next_step()
-        report = StepReport(step.state.to_dict(), step.images_by_class, step.num_holes, step.wait_s)
+        report = StepReport(
+            step.state.to_dict(), step.images_by_class, step.num_holes, step.wait_s, step.images_by_source
+        )
         return ReadStep([loaded.pack for loaded in step.packs], [loaded.images for loaded in step.packs], report)

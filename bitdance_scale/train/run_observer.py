@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.data.plan import StreamUse
 from bitdance_scale.observe.console import Progress, loss_table
 from bitdance_scale.observe.figures import image_grid, loss_curve
 from bitdance_scale.observe.flops import count_parameters, peak_flops, step_flops
@@ -67,6 +68,11 @@ class RunObserver:
             self._writer.close()
             self._wandb.finish()
 
+    def sources(self, uses: Sequence[StreamUse]) -> None:
+        """Says what the whole run takes of every source."""
+        if self._is_active:
+            logger.info(sources_summary(uses))
+
     def step(self, metrics: StepMetrics) -> None:
         """Records a logged step everywhere."""
         if self._is_active:
@@ -95,6 +101,26 @@ class RunObserver:
         if self._is_active:
             path = write_samples(self._run_folder, step, images, self._config.sample.prompts)
             self._wandb.log_image(step, path, f"step {step}")
+
+
+def sources_summary(uses: Sequence[StreamUse]) -> str:
+    """One line per source: images that the run takes of it, and how often it goes through those of each class."""
+    by_source: dict[str, list[StreamUse]] = {}
+    for use in uses:
+        by_source.setdefault(use.source, []).append(use)
+    num_images = sum(use.num_images for use in uses)
+    lines = []
+    for name, streams in by_source.items():
+        taken = sum(use.num_images for use in streams)
+        parts = [
+            f"{use.side_px} px {use.epochs:.3g} epochs of {use.num_samples:,} images"
+            if use.num_samples
+            else f"{use.side_px} px none is large enough, its share goes to the other sources"
+            for use in streams
+        ]
+        title = f"source {name}" if name else "data"
+        lines.append(f"{title}: {taken:,} images in all, {taken / num_images:.2%}; {', '.join(parts)}")
+    return "\n".join(lines)
 
 
 def samples_path(run_folder: Path, step: int) -> Path:

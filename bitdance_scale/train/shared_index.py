@@ -7,9 +7,34 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from bitdance_scale.data.index import Index, build_index, default_index_dir, open_index
-from bitdance_scale.data.shards import expand_shards
+from bitdance_scale.config.schema import DataSection
+from bitdance_scale.data.index import Index, build_index, default_index_dir, open_index, sources_index_dir
+from bitdance_scale.data.shards import expand_shards, expand_sources
+from bitdance_scale.errors import DataError
 from bitdance_scale.parallel.agreement import together
+
+
+def training_index(data: DataSection, device: torch.device) -> Index:
+    """The index of everything that a run trains on, divided into its sources; otherwise as `shared_index`."""
+    sources = data.active_sources
+    if len(sources) == 1:
+        return shared_index(sources[0].shards, data.index_dir, device)
+    with together(device):
+        by_source = expand_sources(sources)
+    shards = [path for paths in by_source for path in paths]
+    index_dir = data.index_dir or sources_index_dir([source.name for source in sources], by_source[0])
+    with together(device):
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            build_index(shards, index_dir)
+    with together(device):
+        index = open_index(index_dir)
+        if [entry.path for entry in index.shards] != shards:
+            raise DataError(
+                f"{index_dir}: the index is of other shards than data.sources names now: shards came or went while the "
+                "job started, or another job builds its index there. Start again, or set data.index_dir to a folder of "
+                "this run's own."
+            )
+    return index.divided([len(paths) for paths in by_source])
 
 
 def shared_index(specs: Sequence[str], index_dir: str, device: torch.device) -> Index:

@@ -30,7 +30,7 @@ from bitdance_scale.train.progress import Progress, StepMeter, learning_rate, pr
 from bitdance_scale.train.reading import StepReader
 from bitdance_scale.train.run_observer import RunObserver
 from bitdance_scale.train.sampling import draw_samples
-from bitdance_scale.train.shared_index import shared_index
+from bitdance_scale.train.shared_index import training_index
 from bitdance_scale.train.signals import StopRequest
 from bitdance_scale.train.stage_start import Start, check_start
 from bitdance_scale.vision.tokenizer import VisionTokenizer
@@ -58,7 +58,7 @@ class Trainer:
         self._vision = VisionTokenizer(config.vision, topology.device)
         self._checkpoints = CheckpointFolder(run_folder / "checkpoints", keep=config.checkpoint.keep)
         # Before the model, which takes minutes to build at full size.
-        self._index = shared_index(config.data.shards, config.data.index_dir, topology.device)
+        self._index = training_index(config.data, topology.device)
         latest = self._checkpoints.latest()
         start = self._find_start() if latest is None and config.run.start_from else None
         self._evaluator = Evaluator.read(config, self._text, self._vision, topology) if config.evaluate.shards else None
@@ -93,6 +93,7 @@ class Trainer:
             StepReader(config, self._index, self._text, self._vision, topology, self._loader_state) as reader,
             StepFeed(reader.next_step, self._prepare, progress.step, config.run.steps, topology.device) as feed,
         ):
+            observer.sources(reader.uses(config.run.steps))
             if progress.step == 0:
                 self._evaluate(observer)
                 meter.pause()

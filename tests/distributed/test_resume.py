@@ -21,7 +21,15 @@ KILL_STEP = 4
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory) -> list[str]:
-    return small_demo(tmp_path_factory.mktemp("material"), num_steps=NUM_STEPS, save_every=SAVE_EVERY)
+    folder = tmp_path_factory.mktemp("material")
+    overrides = small_demo(folder, num_steps=NUM_STEPS, save_every=SAVE_EVERY)
+    # Its two tars as two sources: the place in the data is that of four streams more.
+    tars = sorted((folder / "shards").glob("*.tar"))
+    sources = [
+        f"{{name='{name}', share={share}, shards=['{tar}']}}"
+        for (name, share), tar in zip((("open", 3), ("own", 2)), tars, strict=True)
+    ]
+    return [*overrides, "data.shards=[]", f"data.sources=[{', '.join(sources)}]"]
 
 
 def _run(rank: int, root: str, overrides: list[str], kill: str | None) -> tuple[str, int]:
@@ -84,3 +92,7 @@ def test_killed_run_ends_as_the_uninterrupted_one(material, uninterrupted, tmp_p
             expected.tokens,
             expected.images_by_class,
         )
+        # 3 : 2 of the classes' 2, 7 and 1 images a step: less than one image off in each of the three classes.
+        assert found.images_by_source == expected.images_by_source
+        assert sum(found.images_by_source.values()) == 10 * found.step
+        assert abs(found.images_by_source["own"] - 4 * found.step) < 3

@@ -11,6 +11,15 @@ from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
 
 ONE_CLASS = "data.classes=[{{side_px=64, share=1, buckets_px=[{}]}}]"
+
+
+def sources(*names_and_shares: str | int) -> list[str]:
+    """Overrides that replace the shards by sources, given as name, share, name, share, ..."""
+    pairs = zip(names_and_shares[::2], names_and_shares[1::2], strict=True)
+    tables = ", ".join(f"{{name='{name}', share={share}, shards=['data/{name}']}}" for name, share in pairs)
+    return ["data.shards=[]", f"data.sources=[{tables}]"]
+
+
 # Any finite number or either truth value, or names that their readers check.
 UNCONSTRAINED = {
     "model.preset",
@@ -18,6 +27,7 @@ UNCONSTRAINED = {
     "parallel.sequence_parallel",
     "head.time_mean",
     "data.index_dir",
+    "data.sources",
     "run.start_from",
     "run.start_from_any",
     "sample.use_cache",
@@ -34,6 +44,30 @@ def violations(path: Path, *overrides: str, world_size: int = 1) -> list[str]:
 @pytest.mark.parametrize("world_size", [1, 2, 20])
 def test_legal_configuration_passes(config_path: Path, world_size: int) -> None:
     check(load_config(config_path), world_size)
+
+
+def test_sources_pass_with_a_share_of_0_and_with_shares_that_reduce(config_path: Path) -> None:
+    config = load_config(config_path, sources("open", 200_000, "off", 0, "own_2", 100_000))
+    check(config, 2)
+    assert [source.name for source in config.data.active_sources] == ["open", "own_2"]
+    assert config.data.active_sources[1].shards == ("data/own_2",)
+    (only,) = load_config(config_path).data.active_sources
+    assert (only.name, only.shards) == ("", ("data/{00000..00003}.tar",))
+
+
+def test_a_file_may_turn_the_shards_of_the_one_it_extends_into_sources_and_back(config_path: Path) -> None:
+    tables = "".join(f'[[data.sources]]\nname = "{n}"\nshards = ["{n}"]\nshare = 1\n' for n in "ab")
+    child, grandchild = config_path.with_name("child.toml"), config_path.with_name("grandchild.toml")
+    child.write_text(f'extends = "{config_path.name}"\n[data]\nshards = []\n{tables}')
+    check(load_config(child), 1)
+    # A list replaces a list: nothing of the two sources is left.
+    grandchild.write_text("""extends = "child.toml"\ndata.sources = []\ndata.shards = ["c"]\n""")
+    for config in (load_config(grandchild), load_config(child, ["data.sources=[]", "data.shards=['c']"])):
+        check(config, 1)
+        assert [source.shards for source in config.data.active_sources] == [("c",)]
+    child.write_text(f'extends = "{config_path.name}"\n{tables}')
+    (message,) = violations(child)
+    assert "only one of the two may name the data; set data.shards = [] (in the file that extends another" in message
 
 
 @pytest.mark.parametrize("preset", ["qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b"])
@@ -142,7 +176,22 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
     "tokenizer kind": (["text.kind=hf"], 1, ["text.kind = 'hf'", "huggingface, sentencepiece"]),
     "ZeRO stage": (["parallel.zero_stage=0"], 1, ["parallel.zero_stage = 0", "one of 1, 2, 3"]),
     "empty prompt": (['sample.prompts=["x", " "]'], 1, ["sample.prompts[1] = ' '", "not empty"]),
-    "no shards": (["data.shards=[]"], 1, ["data.shards = ()", "not empty"]),
+    "no shards": (["data.shards=[]"], 1, ["data.shards = [] and data.sources = []", "no data", "name tars"]),
+    "shards and sources": (
+        [sources("a", 1, "b", 1)[1]],
+        1,
+        ["data.shards = ['data/{00000..00003}.tar'] and data.sources = a, b", "data.shards = []", "data.sources = []"],
+    ),
+    "source twice": (sources("a", 1, "b", 2, "a", 0), 1, ["data.sources[2].name = 'a'", "sources[0] has", "rename"]),
+    "source name": (sources("a b", 1), 1, ["data.sources[0].name = 'a b'", "letters, digits and underscores"]),
+    "source share": (sources("a", 1, "b", -1), 1, ["data.sources[1].share = -1", "at least 0", "legal value is 0"]),
+    "no source share": (sources("a", 0, "b", 0), 1, ["data.sources[].share = 0:0", "at least one", "give a share"]),
+    "fine shares": (sources("a", 20_000, "b", 2), 1, ["share = 20000:2", "add up to 10001", "at most 10000", "round"]),
+    "source without shards": (
+        ["data.shards=[]", "data.sources=[{name='a', share=1, shards=[]}]"],
+        1,
+        ["data.sources[0].shards = ()", "not empty"],
+    ),
     "bucket number": ([ONE_CLASS.format("[64, 0]")], 1, ["data.classes[0].buckets_px[0][1] = 0", "at least 1"]),
 }
 

@@ -72,6 +72,20 @@ def test_every_stage_starts_from_the_one_before(size):
         before = config.run.name
 
 
+def test_the_example_of_several_sources_is_legal_and_mixes_as_it_says(tmp_path):
+    """docs/stages.md: 3 : 1 of 2,320 images, 1,740 and 580."""
+    section = (ROOT / "docs" / "stages.md").read_text(encoding="utf-8").split("## Several sources in a stage")[1]
+    example = tmp_path / "example.toml"
+    example.write_text(section.split("```toml\n")[1].split("```")[0].replace("sft_14b", str(CONFIGS / "sft_14b")))
+    config = load_config(example)
+    check(config, 64)
+    shares = {source.name: source.share for source in config.data.active_sources}
+    images = {name: config.data.global_batch * share // sum(shares.values()) for name, share in shares.items()}
+    assert images == {"open": 1740, "generated": 580}
+    # Of both classes alike: each has a whole number of the shares' sum.
+    assert config.data.global_batch // 2 % sum(shares.values()) == 0
+
+
 def test_entry_points_are_there():
     for stage in STAGES.values():
         assert (ROOT / stage.entry_point).is_file()

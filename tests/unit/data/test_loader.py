@@ -10,13 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from bitdance_scale.config.schema import DataSource, RunConfig
 from bitdance_scale.data import loader as loader_module
 from bitdance_scale.data.index import Index, build_index
 from bitdance_scale.data.loader import LoadedPack, Loader
 from bitdance_scale.data.loader_state import LoaderState
 from bitdance_scale.errors import CheckpointError, ConfigError, DataError
 from bitdance_scale.sequence.pack import Pack
+from bitdance_scale.train.shared_index import training_index
 from tests.unit.data.small_data import encode_image, sample_members, write_tar
 
 
@@ -137,6 +140,77 @@ def test_states_of_another_run_are_refused(index, data_set, make_config, tokeniz
             next(loader)
     with pytest.raises(CheckpointError, match="expected the fields"):
         LoaderState.from_dict({"step": 3})
+
+
+@pytest.fixture
+def mixed(data_set, make_config, tmp_path: Path) -> tuple[RunConfig, Index]:
+    """A run on two folders of shards, 2 : 1, and its index."""
+    folders = {"open": data_set[:2], "own": data_set[2:]}
+    for name, shards in folders.items():
+        (tmp_path / name).mkdir()
+        for shard in shards:
+            shutil.copy2(shard, tmp_path / name)
+    sources = tuple(
+        DataSource(name=name, shards=(str(tmp_path / name),), share=share) for name, share in (("open", 2), ("own", 1))
+    )
+    config = make_config(sources=sources, max_pack_tokens=176, image_to_text_share=0.2)
+    return config, training_index(config.data, torch.device("cpu"))
+
+
+def test_sources_are_read_in_their_shares_by_any_number_of_ranks(mixed, tokenizer) -> None:
+    config, index = mixed
+    runs = []
+    for size in (1, 2, 3):
+        loaders = [Loader(config, tokenizer, index, rank, size) for rank in range(size)]
+        steps = [[loader.next_step() for loader in loaders] for _ in range(6)]
+        for loader in loaders:
+            loader.close()
+        runs.append([sorted(s for one in step for pack in one.packs for s in contents(pack)) for step in steps])
+        own = [sum(key in index.sources[1] for key, *_ in samples) for samples in runs[-1]]
+        # Of 6 and 4 images a step, a third: exact in the small class, and in both after every third step.
+        assert sum(own[:3]) == sum(own[3:]) == 10
+        for number, step in enumerate(steps):
+            expected = {"open": 10 * (number + 1) - sum(own[: number + 1]), "own": sum(own[: number + 1])}
+            assert all(one.images_by_source == expected for one in step)
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_state_of_sources_resumes_after_every_pack_and_is_as_small(mixed, tokenizer) -> None:
+    config, index = mixed
+    with Loader(config, tokenizer, index, 1, 2) as loader:
+        packs = [next(loader) for _ in range(9)]
+        boundary = next(pack for pack in packs if pack.is_last_in_step)
+        expected = loader.next_step().images_by_source
+    for number, loaded in enumerate(packs[:-1]):
+        text = json.dumps(loaded.state.to_dict())
+        assert len(text) < 1024
+        with Loader(config, tokenizer, index, 1, 2, LoaderState.from_dict(json.loads(text))) as resumed:
+            assert_equal_packs(next(resumed), packs[number + 1])
+    # Counts of the run are right after a resume on other ranks: they are of the plan.
+    with Loader(config, tokenizer, index, 0, 1, boundary.state) as resumed:
+        while (step := resumed.next_step()).step < loader.state.step - 1:
+            pass
+    assert step.images_by_source == expected
+
+
+def test_states_of_other_sources_are_refused(mixed, tokenizer) -> None:
+    config, index = mixed
+    with Loader(config, tokenizer, index, 0, 1) as loader:
+        state = loader.next_step().state
+    first, second = config.data.sources
+    for sources in (
+        (dataclasses.replace(first, share=3), second),
+        (first, dataclasses.replace(second, name="bought")),
+    ):
+        changed = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
+        with pytest.raises(CheckpointError, match="or data.sources .names, shares, which shards are whose."):
+            Loader(changed, tokenizer, index, 0, 1, state)
+    with pytest.raises(CheckpointError, match="which shards are whose"):
+        Loader(config, tokenizer, index.divided([1, 2]), 0, 1, state)
+    alone = dataclasses.replace(first, share=1), dataclasses.replace(second, share=0)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=alone))
+    with pytest.raises(CheckpointError, match="index .*now gives .*or data.sources"):
+        Loader(config, tokenizer, training_index(config.data, torch.device("cpu")), 0, 1, state)
 
 
 def broken_data_set(tmp_path: Path, num_good: int, num_broken: int) -> list[str]:

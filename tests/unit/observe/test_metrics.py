@@ -40,6 +40,16 @@ def test_written_metrics_are_read_back(tmp_path):
     assert read_metrics(tmp_path / METRICS_FILE) == [point(1), point(2, mfu=0.45, holes=3, skipped_steps=1)]
 
 
+def test_sources_are_read_back_and_lines_from_before_there_were_any_as_well(tmp_path):
+    write(tmp_path, range(1, 2), resumed_step=0)
+    path = tmp_path / METRICS_FILE
+    old = {name: value for name, value in json.loads(path.read_text()).items() if name != "images_by_source"}
+    path.write_text(json.dumps(old) + "\n")
+    with MetricsWriter(tmp_path, resumed_step=1) as writer:
+        writer.write(point(2, images_by_source={"open": 12, "own": 4}))
+    assert [metrics.images_by_source for metrics in read_metrics(path)] == [{}, {"open": 12, "own": 4}]
+
+
 def test_lines_are_strict_json_even_when_the_loss_is_not_finite(tmp_path):
     with MetricsWriter(tmp_path, resumed_step=0) as writer:
         writer.write(point(1, loss=math.nan, grad_norm=math.inf))

@@ -15,6 +15,7 @@ import pytest
 from bitdance_scale.config.schema import ObserveSection
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.observe import wandb_sink
+from bitdance_scale.observe.metrics import StepMetrics
 from bitdance_scale.observe.wandb_sink import WandbSink
 
 PROGRAM = """
@@ -173,3 +174,26 @@ def test_a_disabled_sink_takes_everything(tmp_path):
     sink.log(1, None)
     sink.log_image(1, tmp_path / "absent.png", "nothing")
     sink.finish()
+
+
+def test_counts_of_classes_and_sources_are_points_of_their_own(tmp_path):
+    sink = WandbSink(ObserveSection(wandb_mode="disabled"), tmp_path, {}, run_id="abc123")
+    points = []
+    sink._run = SimpleNamespace(log=lambda values, step: points.append((step, values)))
+    sink.log(
+        3,
+        StepMetrics(
+            step=3, images=8, tokens=900, loss=1.5, loss_vision=1.4, loss_text=10.0, grad_norm=2.0, lr=1e-4, step_s=0.5,
+            data_wait_s=0.01, tokens_per_s=1800.0, images_per_s=16.0, mfu=None, images_by_class={256: 2, 512: 6},
+            padding_share=0.05, memory_bytes=2**30, images_by_source={"open": 5, "own": 3},
+        ),
+    )  # fmt: skip
+    ((step, values),) = points
+    counts = {name: value for name, value in values.items() if name.startswith("images_by")}
+    assert step == 3 and "mfu" not in values and values["loss"] == 1.5
+    assert counts == {
+        "images_by_class/256_px": 2,
+        "images_by_class/512_px": 6,
+        "images_by_source/open": 5,
+        "images_by_source/own": 3,
+    }

@@ -38,6 +38,30 @@ def test_reports_and_draws(tmp_path: Path, monkeypatch, capsys) -> None:
     assert Image.open(tmp_path / "grid.png").size[0] == 1440
 
 
+def test_without_a_data_set_the_sources_of_the_configuration_are_counted(tmp_path: Path, monkeypatch, capsys) -> None:
+    write_tar(tmp_path / "open" / "0.tar", {str(n): sample_members(64, 64, "a cat", n) for n in range(3)})
+    write_tar(tmp_path / "own" / "0.tar", {"0": sample_members(40, 40, "a dog", 9)})
+    sources = "".join(
+        f'[[data.sources]]\nname = "{name}"\nshare = {share}\nshards = ["{tmp_path / name}"]\n'
+        for name, share in (("open", 3), ("own", 1))
+    )
+    config = tmp_path / "mixed.toml"
+    demo = Path(__file__).parents[3] / "pipelines" / "configs" / "demo.toml"
+    config.write_text(f'extends = "{demo}"\n[data]\nshards = []\nindex_dir = "{tmp_path / "index"}"\n{sources}')
+    run(monkeypatch, "--config", str(config), "--count", "4", "--out", str(tmp_path / "grid.png"))
+    printed = capsys.readouterr().out
+    assert "4 samples in 2 shards" in printed and (tmp_path / "grid.png").is_file()
+    first, second = printed.split("source open: share 3, 3 samples\n")[1].split("source own: share 1, 1 samples\n")
+    assert "  class 64 px: 3 samples (height x width: 64x64 3)" in first
+    assert "  class 32 px: 1 samples" in second and "  class 64 px: 0 samples" in second
+    config.write_text(f'extends = "{demo}"\n{sources}')
+    with pytest.raises(SystemExit, match="only one of the two may name the data"):
+        run(monkeypatch, "--config", str(config))
+    with pytest.raises(SystemExit):
+        run(monkeypatch)
+    assert "name a DATASET or a --config" in capsys.readouterr().err
+
+
 def test_a_missing_data_set_ends_in_one_line(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(SystemExit, match="error: data.shards: shard .*none' .* does not exist"):
         run(monkeypatch, str(tmp_path / "none"))

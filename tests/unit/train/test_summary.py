@@ -5,7 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from bitdance_scale.config.load import load_config
-from bitdance_scale.train.run_observer import _summary
+from bitdance_scale.data.plan import StreamUse
+from bitdance_scale.train.run_observer import _summary, sources_summary
 
 
 def test_a_14b_run_says_what_it_costs():
@@ -30,3 +31,19 @@ def test_on_an_unknown_device_no_time_is_claimed():
     ranks = SimpleNamespace(tensor_size=1, pipeline_size=1, data_size=2, world_size=2, device_name="cpu")
     text = _summary(config, ranks, 755, resumed_step=100)
     assert "steps 100 to 800, 10 images" in text and "days" not in text
+
+
+def test_sources_say_what_the_run_takes_of_them():
+    uses = [
+        StreamUse("open", 512, 1_000, 1_500),
+        StreamUse("open", 1024, 400, 2_000),
+        StreamUse("own", 512, 50, 500),
+        StreamUse("own", 1024, 0, 0),
+    ]
+    assert sources_summary(uses).splitlines() == [
+        "source open: 3,500 images in all, 87.50%; 512 px 1.5 epochs of 1,000 images, 1024 px 5 epochs of 400 images",
+        "source own: 500 images in all, 12.50%; 512 px 10 epochs of 50 images, 1024 px none is large enough, its share "
+        "goes to the other sources",
+    ]
+    (line,) = sources_summary([StreamUse("", 512, 8, 2)]).splitlines()
+    assert line == "data: 2 images in all, 100.00%; 512 px 0.25 epochs of 8 images"
