@@ -74,11 +74,11 @@ class RunObserver:
             self._wandb.log(metrics.step, metrics)
             self._console.update(metrics)
 
-    def evaluation(self, evaluation: Evaluation) -> None:
-        """Records the losses on held-out images everywhere."""
+    def evaluation(self, evaluation: Evaluation, images: int) -> None:
+        """Records the losses on held-out images everywhere; `images`: those trained on so far."""
         if self._is_active:
             append_evaluation(self._run_folder, evaluation)
-            self._wandb.log_evaluation(evaluation)
+            self._wandb.log_evaluation(evaluation, images)
             by_class = ", ".join(f"{side} px {loss:.4f}" for side, loss in evaluation.vision_by_class.items())
             by_time = " ".join(f"{loss:.3f}" for loss in evaluation.vision_by_time)
             logger.info(
@@ -94,7 +94,7 @@ class RunObserver:
         """Writes the grid of a step's pictures, uint8 [H, W, 3] each, one per prompt."""
         if self._is_active:
             path = write_samples(self._run_folder, step, images, self._config.sample.prompts)
-            self._wandb.log_image(step, path, f"step {step}")
+            self._wandb.log_image(step, "samples", path, f"step {step}")
 
 
 def samples_path(run_folder: Path, step: int) -> Path:
