@@ -1,4 +1,4 @@
-"""Pictures for people: the curves of a run and grids of sampled images."""
+"""Pictures for people: grids of sampled images, and files that are whole."""
 
 from __future__ import annotations
 
@@ -9,18 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
-
-from bitdance_scale.observe.metrics import StepMetrics
-
-BLUE, ORANGE, GREEN, GREY = "#1f6fb4", "#d9722b", "#2f8f4e", "#7a7a7a"
-DPI = 130
-# Time constant of the smoothed curve, as a share of the logged steps.
-SMOOTHED_SHARE = 1 / 40
 
 # Smaller pictures are enlarged to about this side, by whole factors.
 CELL_SIDE_PX = 256
@@ -28,47 +18,6 @@ MARGIN_PX = 12
 FONT_PER_CELL = 1 / 16
 LINE_HEIGHT = 1.3
 TEXT_COLOUR = (30, 30, 30)
-
-
-def loss_curve(metrics: Sequence[StepMetrics], path: Path) -> None:
-    """Draws losses, gradient norm, learning rate and speed of a run as one PNG of four panels.
-
-    The faint lines are the logged steps, the strong ones their moving average, which lags a little.
-
-    Args:
-        metrics: logged steps, oldest first; at least one.
-        path: PNG to write; its folder is made, and a file there is replaced whole.
-    """
-    steps = np.array([point.step for point in metrics])
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    (vision_axes, text_axes), (norm_axes, speed_axes) = figure.subplots(2, 2)
-
-    _draw(vision_axes, steps, metrics, lambda point: point.loss, "total", ORANGE)
-    _draw(vision_axes, steps, metrics, lambda point: point.loss_vision, "vision", BLUE)
-    vision_axes.set_title("Flow loss, and the total with the weighted text loss")
-    vision_axes.legend(frameon=False)
-
-    _draw(text_axes, steps, metrics, lambda point: point.loss_text, "text", GREEN)
-    text_axes.set_title("Text cross-entropy (nats per target)")
-
-    _draw(norm_axes, steps, metrics, lambda point: point.grad_norm, "gradient norm", BLUE)
-    norm_axes.set_yscale("log")
-    norm_axes.set_title("Gradient norm before clipping (left), learning rate (right)")
-    rate_axes = norm_axes.twinx()
-    rate_axes.plot(steps, [point.lr for point in metrics], color=GREY, linestyle="--")
-    rate_axes.set_ylim(bottom=0)
-    rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    rate_axes.spines["top"].set_visible(False)
-    rate_axes.tick_params(colors=GREY)
-
-    _draw(speed_axes, steps, metrics, lambda point: point.images_per_s, "images/s", GREEN)
-    speed_axes.set_ylim(bottom=0)
-    speed_axes.set_title("Images per second, all ranks")
-
-    last = metrics[-1]
-    figure.suptitle(f"{last.step:,} steps, {last.images:,} images, {last.tokens:,} tokens")
-    _write(path, lambda target: figure.savefig(target, dpi=DPI, format="png"))
 
 
 def image_grid(images: Sequence[np.ndarray], captions: Sequence[str], path: Path, columns: int) -> None:
@@ -118,27 +67,15 @@ def image_grid(images: Sequence[np.ndarray], captions: Sequence[str], path: Path
                 middle = left + (width - font.getlength(line)) / 2
                 pen.text((middle, text_top + number * line_px), line, fill=TEXT_COLOUR, font=font)
         top += height
-    _write(path, lambda target: sheet.save(target, format="PNG"))
+    write_whole(path, lambda target: sheet.save(target, format="PNG"))
 
 
-def smooth(values: np.ndarray) -> np.ndarray:
-    """Exponential moving average over about a fortieth of the points, its start not drawn towards 0.
-
-    Args:
-        values: float [n].
-
-    Returns:
-        float [n]; values that are not finite are left out, and NaN stands before the first finite one.
-    """
-    decay = 1 - 1 / max(1.0, len(values) * SMOOTHED_SHARE)
-    total, weight = 0.0, 0.0
-    smoothed = np.full(len(values), np.nan)
-    for index, value in enumerate(values):
-        if math.isfinite(value):
-            total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
-        if weight > 0:
-            smoothed[index] = total / weight
-    return smoothed
+def write_whole(path: Path, save: Callable[[Path], object]) -> None:
+    """Saves aside and renames, so that a viewer never sees half a picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".writing")
+    save(aside)
+    os.replace(aside, path)
 
 
 def wrap_caption(caption: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[str]:
@@ -153,34 +90,6 @@ def wrap_caption(caption: str, font: ImageFont.FreeTypeFont, width_px: int) -> l
     return textwrap.wrap(caption, 1)
 
 
-def _draw(
-    axes: Axes,
-    steps: np.ndarray,
-    metrics: Sequence[StepMetrics],
-    value: Callable[[StepMetrics], float],
-    label: str,
-    colour: str,
-) -> None:
-    """Plots one value: raw and faint, smoothed and strong."""
-    values = np.array([value(point) for point in metrics], dtype=np.float64)
-    values[~np.isfinite(values)] = np.nan
-    is_single = len(values) == 1
-    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, smooth(values), color=colour, linewidth=1.8, label=label, marker="o" if is_single else None)
-    axes.set_xlabel("step")
-    axes.grid(alpha=0.25)
-    axes.spines["top"].set_visible(False)
-    axes.spines["right"].set_visible(False)
-
-
 def _enlarge(image: np.ndarray) -> Image.Image:
     factor = max(1, CELL_SIDE_PX // max(image.shape[:2]))
     return Image.fromarray(image.repeat(factor, axis=0).repeat(factor, axis=1))
-
-
-def _write(path: Path, save: Callable[[Path], object]) -> None:
-    """Saves aside and renames, so that a viewer never sees half a picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".writing")
-    save(aside)
-    os.replace(aside, path)

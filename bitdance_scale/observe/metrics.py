@@ -6,14 +6,18 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TypeVar
 
 from bitdance_scale.errors import DataError
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.jsonl"
+
+Line = TypeVar("Line")
 
 
 @dataclass(frozen=True)
@@ -78,13 +82,7 @@ class StepMetrics:
         Raises:
             ValueError: the line is no JSON object, or has other fields than a `StepMetrics`.
         """
-        values = json.loads(line)
-        if isinstance(values, dict):
-            # Came later; lines without it are of runs with one source.
-            values.setdefault("images_by_source", {})
-        expected = {field.name for field in dataclasses.fields(StepMetrics)}
-        if not isinstance(values, dict) or values.keys() != expected:
-            raise ValueError(f"expected a JSON object with the fields {sorted(expected)}")
+        values = _fields(line, StepMetrics)
         for name, value in values.items():
             if value is None and name != "mfu":
                 values[name] = math.nan
@@ -120,14 +118,30 @@ class Evaluation:
         values["vision_by_time"] = [_finite(loss) for loss in self.vision_by_time]
         return json.dumps({name: _finite(value) for name, value in values.items()}, allow_nan=False)
 
+    @staticmethod
+    def from_json(line: str) -> Evaluation:
+        """Reads a line of `to_json`; null is read as NaN.
+
+        Raises:
+            ValueError: the line is no JSON object, or has other fields than an `Evaluation`.
+        """
+        values = _fields(line, Evaluation)
+        return Evaluation(
+            step=values["step"],
+            vision=_number(values["vision"]),
+            vision_by_class={int(side): _number(loss) for side, loss in values["vision_by_class"].items()},
+            vision_by_time=tuple(_number(loss) for loss in values["vision_by_time"]),
+            text=_number(values["text"]),
+        )
+
 
 def append_evaluation(run_folder: Path, evaluation: Evaluation) -> None:
     """Adds a line to `evaluation.jsonl`; lines of this step or later ones, of work that was lost, are dropped."""
     path = run_folder / EVALUATION_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] < evaluation.step]
+    lines = read_evaluations(path) if path.exists() else []
+    kept = [line for line in lines if line.step < evaluation.step]
     copy = path.with_name(path.name + ".writing")
-    copy.write_text("".join(line + "\n" for line in [*kept, evaluation.to_json()]), encoding="utf-8")
+    copy.write_text("".join(line.to_json() + "\n" for line in [*kept, evaluation]), encoding="utf-8")
     copy.replace(path)
 
 
@@ -177,20 +191,34 @@ def read_metrics(path: Path) -> list[StepMetrics]:
         DataError: a line other than the last cannot be read.
         FileNotFoundError: there is no such file.
     """
+    return _read_lines(path, StepMetrics.from_json, "metrics")
+
+
+def read_evaluations(path: Path) -> list[Evaluation]:
+    """Reads an evaluation file, oldest step first; a torn last line is left out.
+
+    Raises:
+        DataError: a line other than the last cannot be read.
+        FileNotFoundError: there is no such file.
+    """
+    return _read_lines(path, Evaluation.from_json, "held-out losses")
+
+
+def _read_lines(path: Path, from_json: Callable[[str], Line], what: str) -> list[Line]:
     # A machine that lost power can leave bytes that are no UTF-8 at the end of the file.
     lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
-    metrics = []
+    values = []
     for number, line in enumerate(lines, start=1):
         try:
-            metrics.append(StepMetrics.from_json(line))
+            values.append(from_json(line))
         except ValueError as error:
             if number == len(lines):
                 break
             raise DataError(
-                f"{path}, line {number}: {error}; every line holds the metrics of one step. "
+                f"{path}, line {number}: {error}; every line holds the {what} of one step. "
                 f"Delete the line, or move the file away to start a new one"
             ) from error
-    return metrics
+    return values
 
 
 def _keep_steps(path: Path, last_step: int) -> None:
@@ -202,6 +230,20 @@ def _keep_steps(path: Path, last_step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     copy.replace(path)
+
+
+def _fields(line: str, kind: type) -> dict[str, Any]:
+    """The JSON object of a line, with the fields of a dataclass and no others; fields with a default may be absent."""
+    values = json.loads(line)
+    expected = {field.name for field in dataclasses.fields(kind)}
+    required = {field.name for field in dataclasses.fields(kind) if field.default_factory is dataclasses.MISSING}
+    if not isinstance(values, dict) or not required <= values.keys() <= expected:
+        raise ValueError(f"expected a JSON object with the fields {sorted(expected)}")
+    return values
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _finite(value: object) -> object:

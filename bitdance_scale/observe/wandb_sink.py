@@ -25,6 +25,46 @@ logger = logging.getLogger(__name__)
 DEFAULT_KEY_HOST = "api.wandb.ai"
 # Training waits for the server at the start only; later wandb buffers and retries by itself.
 INIT_TIMEOUT_S = 30.0
+GIB = 2**30
+
+# Field of `StepMetrics` or `Evaluation` -> name in W&B, which shows the part before the slash as one section of panels.
+# Every field is here, so none is dropped in silence. `{}` is the resolution class, the source or the part of the flow time.
+PANELS = {
+    "step": "progress/step",
+    "images": "progress/images",
+    "tokens": "progress/tokens",
+    "loss": "loss/total",
+    "loss_vision": "loss/flow",
+    "loss_text": "loss/text",
+    "vision": "evaluate/flow",
+    "vision_by_class": "evaluate/flow_{}_px",
+    "vision_by_time": "evaluate/flow_time_{}",
+    "text": "evaluate/text",
+    "grad_norm": "optim/grad_norm",
+    "lr": "optim/lr",
+    "skipped_steps": "optim/skipped_steps",
+    "step_s": "speed/step_s",
+    "tokens_per_s": "speed/tokens_per_s",
+    "images_per_s": "speed/images_per_s",
+    "mfu": "speed/mfu",
+    "memory_bytes": "speed/memory_gib",
+    "data_wait_s": "data/wait_s",
+    "padding_share": "data/padding_share",
+    "images_by_class": "data/images_{}_px",
+    "images_by_source": "data/images_of_{}",
+    "holes": "data/holes",
+}
+# The one value that is no field: of a step's time, the share in which training waited for the loader.
+WAIT_SHARE = "data/wait_share"
+# What W&B's table of runs shows of a section's metrics.
+SUMMARIES = {
+    "progress": "last",
+    "loss": "last",
+    "evaluate": "min",
+    "optim": "last",
+    "speed": "last",
+    "data": "last",
+}
 
 
 class WandbSink:
@@ -79,35 +119,21 @@ class WandbSink:
 
     def log(self, step: int, metrics: StepMetrics) -> None:
         """Adds one point; steps that the W&B run has already are dropped by it."""
-        if self._run is None:
-            return
-        values = {
-            name: value
-            for name, value in vars(metrics).items()
-            if value is not None and name not in ("step", "images_by_class", "images_by_source")
-        }
-        values |= {f"images_by_class/{side}_px": count for side, count in metrics.images_by_class.items()}
-        values |= {f"images_by_source/{source}": count for source, count in metrics.images_by_source.items()}
-        self._run.log(values, step=step)
+        if self._run is not None:
+            self._run.log(panel_values(metrics) | {WAIT_SHARE: metrics.data_wait_s / metrics.step_s}, step=step)
 
-    def log_evaluation(self, evaluation: Evaluation) -> None:
-        """Adds the losses of an evaluation under `evaluate`, by resolution class and by flow time."""
-        if self._run is None:
-            return
-        values = {"evaluate/vision": evaluation.vision, "evaluate/text": evaluation.text}
-        values |= {f"evaluate/vision_{side}_px": loss for side, loss in evaluation.vision_by_class.items()}
-        parts = len(evaluation.vision_by_time)
-        for part, loss in enumerate(evaluation.vision_by_time):
-            values[f"evaluate/vision_time_{part / parts:.1f}_{(part + 1) / parts:.1f}"] = loss
-        self._run.log(values, step=evaluation.step)
+    def log_evaluation(self, evaluation: Evaluation, images: int) -> None:
+        """Adds the losses of an evaluation; `images`: those seen so far, another x-axis."""
+        if self._run is not None:
+            self._run.log(panel_values(evaluation) | {PANELS["images"]: images}, step=evaluation.step)
 
-    def log_image(self, step: int, path: Path, caption: str) -> None:
-        """Adds a picture file under `samples`."""
+    def log_image(self, step: int, name: str, path: Path, caption: str) -> None:
+        """Adds a picture file under `name`."""
         if self._run is None:
             return
         import wandb
 
-        self._run.log({"samples": wandb.Image(str(path), caption=caption)}, step=step)
+        self._run.log({name: wandb.Image(str(path), caption=caption)}, step=step)
 
     def finish(self) -> None:
         """Waits until everything is written, or uploaded, and ends this process's part of the run."""
@@ -119,7 +145,7 @@ class WandbSink:
         """Starts the run in `self.mode`; what wandb captures beyond the metrics is switched off."""
         import wandb
 
-        return wandb.init(
+        run = wandb.init(
             project=section.wandb_project,
             name=run_folder.name,
             id=run_id,
@@ -132,6 +158,25 @@ class WandbSink:
                 silent=True, console="off", disable_git=True, disable_code=True, init_timeout=INIT_TIMEOUT_S
             ),
         )
+        run.define_metric(PANELS["step"], hidden=True)
+        for name, summary in SUMMARIES.items():
+            run.define_metric(f"{name}/*", step_metric=PANELS["step"], summary=summary)
+        return run
+
+
+def panel_values(record: StepMetrics | Evaluation) -> dict[str, float]:
+    """What is logged of a record, by the names in `PANELS`; what is None, unknown here, is left out."""
+    values = {}
+    for key, value in vars(record).items():
+        name = PANELS[key]
+        if isinstance(value, Mapping):
+            values |= {name.format(part): number for part, number in value.items()}
+        elif isinstance(value, tuple):
+            # No flow times: W&B takes a dot for a path into a nested value, whose definitions it then does not apply.
+            values |= {name.format(f"{part}_of_{len(value)}"): number for part, number in enumerate(value, start=1)}
+        elif value is not None:
+            values[name] = value / GIB if key == "memory_bytes" else value
+    return values
 
 
 def choose_mode(setting: str, wandb_settings: wandb.Settings) -> str:

@@ -112,7 +112,7 @@ def _run(config: RunConfig) -> int:
 def _train(config: RunConfig, topology: Topology, run_folder: Path, stop: StopRequest) -> int:
     # Imported late: it takes seconds, and a refused configuration should not wait for it.
     from bitdance_scale.checkpoint.agreement import on_first_rank
-    from bitdance_scale.train.run_observer import show_result, write_samples
+    from bitdance_scale.train.run_observer import draw_overview, show_result, write_samples
     from bitdance_scale.train.trainer import Trainer
 
     trainer = Trainer(config, topology, run_folder)
@@ -123,6 +123,7 @@ def _train(config: RunConfig, topology: Topology, run_folder: Path, stop: StopRe
             images = trainer.draw_samples()
             if topology.rank == 0:
                 write_samples(run_folder, step, images, config.sample.prompts)
+                draw_overview(run_folder)
                 print("\n" + show_result(run_folder), flush=True)
         logger.info(
             "the run %s is complete at step %d; extend it with run.steps=%d, or start another with run.name=NAME",

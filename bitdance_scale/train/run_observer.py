@@ -1,4 +1,4 @@
-"""Everything a run shows: console, metrics.jsonl, W&B, sample grids and, at its end, the table and the curve."""
+"""Everything a run shows: console, metrics.jsonl, W&B, sample grids, the page that draws it, and the table at its end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.plan import StreamUse
 from bitdance_scale.observe.console import Progress, loss_table
-from bitdance_scale.observe.figures import image_grid, loss_curve
+from bitdance_scale.observe.figures import image_grid, write_whole
 from bitdance_scale.observe.flops import count_parameters, peak_flops, step_flops
 from bitdance_scale.observe.metrics import (
     METRICS_FILE,
@@ -23,6 +23,7 @@ from bitdance_scale.observe.metrics import (
     append_evaluation,
     read_metrics,
 )
+from bitdance_scale.observe.overview import overview, read_run
 from bitdance_scale.observe.wandb_sink import WandbSink
 from bitdance_scale.parallel.split import stage_split, typical_counts
 from bitdance_scale.parallel.topology import Topology
@@ -30,7 +31,7 @@ from bitdance_scale.parallel.topology import Topology
 logger = logging.getLogger(__name__)
 
 RUN_ID_FILE = "run_id.txt"
-CURVE_FILE = "loss_curve.png"
+OVERVIEW_FILE = "overview.png"
 GRID_COLUMNS = 4
 # Utilisation at which the length of a run is estimated beforehand; what it really is, `mfu` says.
 TYPICAL_MFU = 0.4
@@ -58,6 +59,7 @@ class RunObserver:
         self._writer = MetricsWriter(run_folder, resumed_step)
         self._wandb = WandbSink(config.observe, run_folder, dataclasses.asdict(config), _run_id(run_folder))
         self._console = Progress(config.run.steps, resumed_step)
+        self._last_step, self._drawn_step = resumed_step, -1
 
     def __enter__(self) -> RunObserver:
         return self
@@ -66,6 +68,8 @@ class RunObserver:
         if self._is_active:
             self._console.close()
             self._writer.close()
+            if self._drawn_step < self._last_step:
+                self._draw_overview()
             self._wandb.finish()
 
     def sources(self, uses: Sequence[StreamUse]) -> None:
@@ -79,12 +83,13 @@ class RunObserver:
             self._writer.write(metrics)
             self._wandb.log(metrics.step, metrics)
             self._console.update(metrics)
+            self._last_step = metrics.step
 
-    def evaluation(self, evaluation: Evaluation) -> None:
-        """Records the losses on held-out images everywhere."""
+    def evaluation(self, evaluation: Evaluation, images: int) -> None:
+        """Records the losses on held-out images everywhere; `images`: those trained on so far."""
         if self._is_active:
             append_evaluation(self._run_folder, evaluation)
-            self._wandb.log_evaluation(evaluation)
+            self._wandb.log_evaluation(evaluation, images)
             by_class = ", ".join(f"{side} px {loss:.4f}" for side, loss in evaluation.vision_by_class.items())
             by_time = " ".join(f"{loss:.3f}" for loss in evaluation.vision_by_time)
             logger.info(
@@ -95,12 +100,31 @@ class RunObserver:
                 by_time,
                 evaluation.text,
             )
+            self._last_step = evaluation.step
+            self._draw_overview()
 
     def samples(self, step: int, images: Sequence[np.ndarray]) -> None:
         """Writes the grid of a step's pictures, uint8 [H, W, 3] each, one per prompt."""
         if self._is_active:
             path = write_samples(self._run_folder, step, images, self._config.sample.prompts)
-            self._wandb.log_image(step, path, f"step {step}")
+            self._wandb.log_image(step, "samples", path, f"step {step}")
+
+    def _draw_overview(self) -> None:
+        try:
+            path = draw_overview(self._run_folder)
+            self._wandb.log_image(self._last_step, "overview", path, f"step {self._last_step}")
+        except Exception:
+            # No run ends over its picture.
+            logger.warning("%s could not be drawn", OVERVIEW_FILE, exc_info=True)
+        self._drawn_step = self._last_step
+
+
+def draw_overview(run_folder: Path) -> Path:
+    """Draws the page of a run from what its folder holds."""
+    path = run_folder / OVERVIEW_FILE
+    page = overview([read_run(run_folder)])
+    write_whole(path, lambda target: target.write_bytes(page))
+    return path
 
 
 def sources_summary(uses: Sequence[StreamUse]) -> str:
@@ -137,11 +161,10 @@ def write_samples(run_folder: Path, step: int, images: Sequence[np.ndarray], pro
 
 
 def show_result(run_folder: Path) -> str:
-    """Draws the loss curve of a run and returns its loss table with the places of everything written."""
+    """The loss table of a run, and the places of everything written."""
     metrics = read_metrics(run_folder / METRICS_FILE)
-    loss_curve(metrics, run_folder / CURVE_FILE)
     grids = sorted((run_folder / "samples").glob("step_*.png"))
-    places = [f"loss curve   {run_folder / CURVE_FILE}", f"metrics      {run_folder / METRICS_FILE}"]
+    places = [f"overview     {run_folder / OVERVIEW_FILE}", f"metrics      {run_folder / METRICS_FILE}"]
     places += [f"samples      {grids[-1]}"] if grids else []
     places += [f"checkpoints  {run_folder / 'checkpoints'}"]
     places += [f"W&B          {run_folder / 'wandb'}"] if (run_folder / "wandb").exists() else []

@@ -167,7 +167,7 @@ class Trainer:
 
     def _evaluate(self, observer: RunObserver) -> None:
         if self._evaluator is not None:
-            observer.evaluation(self._evaluator.evaluate(self._engine, self.progress.step))
+            observer.evaluation(self._evaluator.evaluate(self._engine, self.progress.step), self.progress.images)
 
     def _find_start(self) -> Start:
         """What `run.start_from` means, and whether the stage can start from it."""

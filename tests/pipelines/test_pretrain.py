@@ -97,8 +97,8 @@ def test_held_out_losses_fall(finished):
 
 def test_run_leaves_everything(finished):
     folder, _, printed = finished
-    assert "loss curve" in printed and "images/s" in printed
-    for name in ("loss_curve.png", "samples/step_000040.png"):
+    assert "overview" in printed and "images/s" in printed
+    for name in ("overview.png", "samples/step_000040.png"):
         assert np.asarray(Image.open(folder / name).convert("RGB")).std() > 5, f"{name} is blank"
     assert (folder / "checkpoints" / "latest").read_text().strip() == "step_00000040"
     assert list((folder / "wandb").glob("offline-run-*"))

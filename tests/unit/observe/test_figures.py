@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageFont
 
-from bitdance_scale.observe.figures import CELL_SIDE_PX, MARGIN_PX, image_grid, loss_curve, smooth, wrap_caption
-from tests.unit.observe.test_metrics import point
+from bitdance_scale.observe.figures import CELL_SIDE_PX, MARGIN_PX, image_grid, wrap_caption, write_whole
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-@pytest.mark.parametrize("num_steps", [1, 2, 300])
-def test_a_curve_of_any_length_is_drawn(tmp_path, num_steps):
-    path = tmp_path / "figures" / "loss.png"
-    metrics = [point(step, loss=math.nan if step == 2 else 1.0) for step in range(1, num_steps + 1)]
-    loss_curve(metrics, path)
-    assert Image.open(path).size == (1430, 910)
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_smoothing_averages_from_the_first_value_on():
-    # Equal up to the rounding of the running sums.
-    np.testing.assert_allclose(smooth(np.full(400, 7.0)), 7.0, rtol=1e-12)
-    # 400 points have a time constant of 10: the weight of the k-th last value is 0.9^k.
-    values = np.random.default_rng(0).random(400)
-    weights = 0.9 ** np.arange(6)[::-1]
-    np.testing.assert_allclose(smooth(values)[5], (weights * values[:6]).sum() / weights.sum(), rtol=1e-12)
-
-
-def test_smoothing_leaves_out_what_is_not_finite():
-    assert smooth(np.array([np.nan, 1.0, np.inf, 3.0])).tolist()[1:] == [1.0, 1.0, 3.0]
-    assert np.isnan(smooth(np.array([np.nan, np.nan]))).all()
 
 
 def test_a_small_picture_is_enlarged_pixel_by_pixel(tmp_path):
@@ -75,3 +51,18 @@ def test_wrong_input_is_refused(tmp_path):
         image_grid([picture(8, 8)], [], tmp_path / "grid.png", columns=1)
     with pytest.raises(ValueError, match=r"float32 \[8, 8, 3\]"):
         image_grid([picture(8, 8).astype(np.float32)], ["a"], tmp_path / "grid.png", columns=1)
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "figures" / "page.png"
+    write_whole(path, lambda target: target.write_bytes(b"old"))
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, _fill_the_disk)
+    assert path.read_bytes() == b"old"
+    write_whole(path, lambda target: target.write_bytes(b"new"))
+    assert path.read_bytes() == b"new" and list(path.parent.iterdir()) == [path]
+
+
+def _fill_the_disk(target: Path) -> None:
+    target.write_bytes(b"n")
+    raise OSError("disk full")

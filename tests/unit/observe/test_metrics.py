@@ -14,7 +14,16 @@ from pathlib import Path
 import pytest
 
 from bitdance_scale.errors import DataError
-from bitdance_scale.observe.metrics import METRICS_FILE, MetricsWriter, StepMetrics, read_metrics
+from bitdance_scale.observe.metrics import (
+    EVALUATION_FILE,
+    METRICS_FILE,
+    Evaluation,
+    MetricsWriter,
+    StepMetrics,
+    append_evaluation,
+    read_evaluations,
+    read_metrics,
+)
 
 POINT = StepMetrics(
     step=1, images=8, tokens=900, loss=1.5, loss_vision=1.4, loss_text=10.0, grad_norm=2.0, lr=1e-4, step_s=0.5,
@@ -124,3 +133,22 @@ def test_written_lines_survive_sigkill(tmp_path):
             assert process.stdout.readline() == "written\n"
         process.send_signal(signal.SIGKILL)
     assert len(read_metrics(tmp_path / METRICS_FILE)) >= 50
+
+
+def evaluation(step: int, loss: float = 0.5) -> Evaluation:
+    return Evaluation(step, loss, {256: 0.4, 512: math.nan}, (0.1, loss), 9.0)
+
+
+def test_evaluations_are_read_back_and_those_of_lost_work_are_dropped(tmp_path):
+    path = tmp_path / EVALUATION_FILE
+    for step in (0, 20, 40):
+        append_evaluation(tmp_path, evaluation(step))
+    path.write_text(path.read_text() + '{"step": 60, "vis')
+    assert [line.step for line in read_evaluations(path)] == [0, 20, 40]
+    append_evaluation(tmp_path, evaluation(20, loss=math.inf))
+    first, last = read_evaluations(path)
+    assert first.vision_by_class[256] == 0.4 and math.isnan(first.vision_by_class[512])
+    assert last.step == 20 and math.isnan(last.vision) and math.isnan(last.vision_by_time[1]) and last.text == 9.0
+    path.write_text('{"step": 0}\n' + first.to_json())
+    with pytest.raises(DataError, match="evaluation.jsonl, line 1: .*held-out losses"):
+        read_evaluations(path)

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import pty
 import socket
+import struct
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from wandb.proto import wandb_internal_pb2
+from wandb.proto.wandb_internal_pb2 import HistoryItem, SummaryItem
 
 from bitdance_scale.config.schema import ObserveSection
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.observe import wandb_sink
-from bitdance_scale.observe.metrics import StepMetrics
-from bitdance_scale.observe.wandb_sink import WandbSink
+from bitdance_scale.observe.metrics import Evaluation, StepMetrics
+from bitdance_scale.observe.wandb_sink import PANELS, SUMMARIES, WAIT_SHARE, WandbSink, panel_values
+from tests.unit.observe.test_metrics import POINT
 
 PROGRAM = """
+import dataclasses
 import sys
 from pathlib import Path
 import numpy as np
 from bitdance_scale.config.schema import ObserveSection
 from bitdance_scale.observe.figures import image_grid
-from bitdance_scale.observe.metrics import StepMetrics
+from bitdance_scale.observe.metrics import Evaluation, StepMetrics
 from bitdance_scale.observe.wandb_sink import WandbSink
 
 folder = Path(sys.argv[1])
@@ -36,8 +45,10 @@ point = StepMetrics(
 )
 sink.log(1, point)
 image_grid([np.zeros((8, 8, 3), dtype=np.uint8)], ["black"], folder / "grid.png", columns=1)
-sink.log_image(1, folder / "grid.png", "black")
-sink.log(2, point)
+sink.log_evaluation(Evaluation(1, 0.5, {256: 0.4, 512: 0.6}, (0.3, 0.7), 9.0), images=8)
+sink.log_image(1, "samples", folder / "grid.png", "black")
+sink.log(2, dataclasses.replace(point, step=2, loss_vision=1.6, mfu=0.25))
+sink.log_evaluation(Evaluation(3, 0.8, {256: 0.7, 512: 0.9}, (0.6, 1.0), 9.0), images=24)
 sink.finish()
 print(sink.mode)
 """
@@ -73,6 +84,73 @@ def test_without_a_key_the_run_is_offline_silent_and_off_the_network(tmp_path):
     (folder,) = (run_folder / "wandb").glob("offline-run-*-abc123")
     assert (folder / "run-abc123.wandb").stat().st_size > 0
     assert list(folder.glob("files/media/images/samples_1_*.png"))
+    check_points(folder / "run-abc123.wandb")
+
+
+def check_points(path: Path) -> None:
+    """What PROGRAM logged is in the run, under sections over the optimiser step, with the summaries meant."""
+    records = list(read_run(path))
+    points = [values(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
+    assert [point["progress/step"] for point in points] == [1, 2, 3] == [point["_step"] for point in points]
+    # The last has no metrics of its own step: images are an x-axis all the same.
+    assert [point["progress/images"] for point in points] == [8, 8, 24]
+    assert points[0]["loss/flow"] == 1.4 and points[0]["data/images_512_px"] == 6
+    assert points[0]["speed/memory_gib"] == 1.0 and points[0]["data/wait_share"] == 0.02
+    assert points[0]["evaluate/flow_512_px"] == 0.6 and points[0]["evaluate/flow_time_2_of_2"] == 0.7
+    assert "speed/mfu" not in points[0] and points[1]["speed/mfu"] == 0.25
+
+    summary = {}
+    for record in records:
+        summary |= values(record.summary.update)
+    named = {name: value for name, value in summary.items() if name.partition("/")[0] in SUMMARIES}
+    assert len(named) == 26 and named.pop("progress/step") == 3
+    # What no definition covers would be a bare number.
+    for name, value in named.items():
+        assert list(value) == [SUMMARIES[name.partition("/")[0]]], name
+    assert summary["loss/flow"] == {"last": 1.6} and summary["evaluate/flow"] == {"min": 0.5}
+
+    definitions = {record.metric.glob_name: record.metric.step_metric for record in records if record.metric.glob_name}
+    assert definitions == {f"{section}/*": "progress/step" for section in SUMMARIES}
+
+
+def read_run(path: Path) -> Iterator[wandb_internal_pb2.Record]:
+    """The records of a .wandb file: a header of 7 bytes, then LevelDB's log format."""
+    content, position, record = path.read_bytes(), 7, b""
+    while position + 7 <= len(content):
+        left_in_block = 32768 - position % 32768
+        if left_in_block < 7:
+            position += left_in_block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        record += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        # 1: whole, 4: the last part.
+        if kind in (1, 4):
+            yield wandb_internal_pb2.Record.FromString(record)
+            record = b""
+
+
+def values(items: Iterable[HistoryItem | SummaryItem]) -> dict[str, Any]:
+    return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+
+
+@pytest.mark.parametrize("record", [StepMetrics, Evaluation])
+def test_every_field_has_a_panel(record):
+    assert {field.name for field in dataclasses.fields(record)} <= PANELS.keys()
+    assert {name.partition("/")[0] for name in PANELS.values()} == SUMMARIES.keys()
+
+
+def test_every_value_is_logged_once():
+    point = dataclasses.replace(POINT, mfu=0.4, images_by_source={"open": 5, "own": 3, "drawn": 0})
+    logged = panel_values(point)
+    parts = (point.images_by_class, point.images_by_source)
+    assert len(logged) == len(dataclasses.fields(StepMetrics)) - len(parts) + sum(map(len, parts))
+    assert logged["data/images_of_own"] == 3
+    assert logged["loss/flow"] == point.loss_vision and logged["data/images_256_px"] == 2
+    evaluation = Evaluation(1, 0.5, {256: 0.4, 512: 0.6}, (0.1, 0.2, 0.3), 9.0)
+    assert list(panel_values(evaluation).values()) == [1, 0.5, 0.4, 0.6, 0.1, 0.2, 0.3, 9.0]
+    # W&B takes a dot for a path, and does not find its definition.
+    assert not any("." in name for name in [*logged, *panel_values(evaluation), WAIT_SHARE])
 
 
 UNREACHABLE = """
@@ -172,28 +250,5 @@ def test_online_without_a_key_is_refused_instead_of_asking(monkeypatch, tmp_path
 def test_a_disabled_sink_takes_everything(tmp_path):
     sink = WandbSink(ObserveSection(wandb_mode="disabled"), tmp_path, {}, "x")
     sink.log(1, None)
-    sink.log_image(1, tmp_path / "absent.png", "nothing")
+    sink.log_image(1, "samples", tmp_path / "absent.png", "nothing")
     sink.finish()
-
-
-def test_counts_of_classes_and_sources_are_points_of_their_own(tmp_path):
-    sink = WandbSink(ObserveSection(wandb_mode="disabled"), tmp_path, {}, run_id="abc123")
-    points = []
-    sink._run = SimpleNamespace(log=lambda values, step: points.append((step, values)))
-    sink.log(
-        3,
-        StepMetrics(
-            step=3, images=8, tokens=900, loss=1.5, loss_vision=1.4, loss_text=10.0, grad_norm=2.0, lr=1e-4, step_s=0.5,
-            data_wait_s=0.01, tokens_per_s=1800.0, images_per_s=16.0, mfu=None, images_by_class={256: 2, 512: 6},
-            padding_share=0.05, memory_bytes=2**30, images_by_source={"open": 5, "own": 3},
-        ),
-    )  # fmt: skip
-    ((step, values),) = points
-    counts = {name: value for name, value in values.items() if name.startswith("images_by")}
-    assert step == 3 and "mfu" not in values and values["loss"] == 1.5
-    assert counts == {
-        "images_by_class/256_px": 2,
-        "images_by_class/512_px": 6,
-        "images_by_source/open": 5,
-        "images_by_source/own": 3,
-    }

@@ -1,0 +1,412 @@
+"""One page about a run, or several: losses, optimiser, speed and data, drawn from the files in its folder."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import math
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from bitdance_scale.observe.metrics import (
+    EVALUATION_FILE,
+    METRICS_FILE,
+    Evaluation,
+    StepMetrics,
+    read_evaluations,
+    read_metrics,
+)
+from bitdance_scale.observe.panel import (
+    GREY,
+    TITLE_PAD,
+    draw_line,
+    finish,
+    last_value,
+    legend,
+    note,
+    short,
+    show_from_zero,
+    show_range,
+    smooth,
+    thin,
+)
+
+CONFIG_FILE = "config.toml"
+GIB = 2**30
+SIZE_INCHES, DPI = (17, 10.5), 120
+MARGINS = {"left": 0.042, "right": 0.992, "bottom": 0.052, "wspace": 0.24, "hspace": 0.32}
+HEADER_LINE_INCHES = 0.25
+BLUE, GREEN, ORANGE, RED = "#1f6fb4", "#2f8f4e", "#d9722b", "#c22f2f"
+# Of runs drawn over each other; their series are told apart by lightness.
+RUN_COLOURS = (BLUE, ORANGE, GREEN, "#8a4fb0", RED, "#8c6239", "#d0559f", GREY)
+LIGHTEST = 0.35
+CLASS_COLOURS, TIME_COLOURS = "viridis", "plasma"
+# A panel of losses need not show their start: this share of the logged steps, and the evaluation of the untrained model
+# where its loss is so much above those that follow.
+START_SHARE = 0.02
+MIN_LATER, DWARFING = 3, 2.0
+# Evaluations up to which each is marked.
+MAX_MARKED = 40
+
+Record = TypeVar("Record", StepMetrics, Evaluation)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What the files of a run folder say of it.
+
+    Attributes:
+        name: the run's.
+        metrics: logged steps, oldest first, each step once.
+        evaluations: losses on held-out images, likewise.
+        clip_norm: gradient norm above which steps were clipped; None where it is not known or none were.
+    """
+
+    name: str
+    metrics: Sequence[StepMetrics]
+    evaluations: Sequence[Evaluation]
+    clip_norm: float | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """The last step known of."""
+        return max((record.step for records in (self.metrics, self.evaluations) for record in records[-1:]), default=0)
+
+    @property
+    def trained_s(self) -> float:
+        """Seconds spent in steps: saving, sampling and evaluating left out."""
+        steps = [0, *(point.step for point in self.metrics)]
+        return sum((step - before) * point.step_s for before, step, point in zip(steps, steps[1:], self.metrics))
+
+    def summary(self) -> str:
+        """Its length in steps, images, tokens and time."""
+        if not self.metrics:
+            return "no step logged yet"
+        last = self.metrics[-1]
+        time = datetime.timedelta(seconds=round(self.trained_s))
+        return f"{last.step:,} steps, {last.images:,} images, {short(last.tokens)} tokens, {time} of training"
+
+
+def read_run(run_folder: Path) -> RunRecord:
+    """Reads a run folder, also while the run writes to it or after it was killed.
+
+    Raises:
+        DataError: a line other than the last of a file cannot be read.
+        FileNotFoundError: there is no metrics file.
+    """
+    evaluations, config = run_folder / EVALUATION_FILE, run_folder / CONFIG_FILE
+    clip_norm = None
+    if config.exists():
+        clip_norm = tomllib.loads(config.read_text(encoding="utf-8")).get("optim", {}).get("clip_norm") or None
+    return RunRecord(
+        name=run_folder.resolve().name,
+        metrics=_each_once(read_metrics(run_folder / METRICS_FILE)),
+        evaluations=_each_once(read_evaluations(evaluations)) if evaluations.exists() else [],
+        clip_norm=clip_norm,
+    )
+
+
+def overview(runs: Sequence[RunRecord], *, one_after_another: bool = False) -> bytes:
+    """Draws one page of runs; returns the PNG.
+
+    In the panels of training, the faint line is the logged steps and the strong one their mean over neighbours.
+    Panels of a single run name its last values. The start of a long run may lie above the panels of losses.
+
+    Args:
+        runs: at least one; `read_run` makes them.
+        one_after_another: the runs are stages, each beginning where the one before it ended; else they are drawn over
+            each other, in a colour each.
+    """
+    is_overlaid = len(runs) > 1 and not one_after_another
+    offsets = [0]
+    for run in runs[:-1]:
+        offsets.append(offsets[-1] + run.num_steps if one_after_another else 0)
+    tracks = [
+        _Track(run, offset, number, RUN_COLOURS[number % len(RUN_COLOURS)] if is_overlaid else None)
+        for number, (run, offset) in enumerate(zip(runs, offsets, strict=True))
+    ]
+    figure = Figure(figsize=SIZE_INCHES, dpi=DPI)
+    FigureCanvasAgg(figure)
+    header_inches = _head(figure, tracks, one_after_another)
+    # Fixed places: to find them out, matplotlib would draw the page twice more.
+    figure.subplots_adjust(top=1 - (header_inches + 0.5) / SIZE_INCHES[1], **MARGINS)
+    panels = figure.subplots(3, 4, sharex=True)
+    _draw_losses(panels[0], tracks)
+    _draw_optimiser(panels[1, 0], panels[1, 1], tracks)
+    _draw_speed(panels[1, 2], panels[1, 3], panels[2, 0], tracks)
+    _draw_resources(panels[2, 1], panels[2, 2], panels[2, 3], tracks)
+    for axes in panels.flat:
+        finish(axes, offsets[1:] if one_after_another else [])
+    for axes in panels[-1]:
+        axes.set_xlabel("optimiser step")
+    if len(runs) == 1 and runs[0].num_steps == 0:
+        panels[0, 0].set_xlim(0, 1)
+    page = io.BytesIO()
+    figure.savefig(page, format="png")
+    return page.getvalue()
+
+
+@dataclass(frozen=True)
+class _Track:
+    """A run as it lies on the page: where its steps begin, its number, and its colour where runs are overlaid."""
+
+    run: RunRecord
+    offset: int
+    number: int
+    hue: str | None
+
+    def curve(self, records: Sequence[Record], value: Callable[[Record], float]) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values [n] of some records; NaN for what is not finite."""
+        values = np.array([value(record) for record in records], dtype=np.float64)
+        values[~np.isfinite(values)] = np.nan
+        return np.array([record.step for record in records], dtype=np.int64) + self.offset, values
+
+
+def _draw_losses(panels: Sequence[Axes], tracks: Sequence[_Track]) -> None:
+    flow, text, by_class, by_time = panels
+    _training(flow, tracks, "Flow loss, training", "flow loss", lambda point: point.loss_vision, BLUE, ".3f")
+    _training(text, tracks, "Text loss, training", "nats per text token", lambda point: point.loss_text, GREEN, ".3f")
+    show_range(
+        flow, [_after_start(track.curve(track.run.metrics, lambda point: point.loss_vision)[1]) for track in tracks]
+    )
+    show_range(
+        text,
+        [
+            *(_after_start(track.curve(track.run.metrics, lambda point: point.loss_text)[1]) for track in tracks),
+            *(track.curve(track.run.evaluations[1:], lambda line: line.text)[1] for track in tracks),
+        ],
+    )
+    for track in tracks:
+        steps, values = track.curve(track.run.evaluations, lambda line: line.text)
+        colour = track.hue or ORANGE
+        size = 6 if len(steps) <= MAX_MARKED else 3
+        text.plot(steps, values, "D", color=colour, markeredgecolor="white", markersize=size, zorder=5)
+    if any(track.run.evaluations for track in tracks):
+        text.set_title("Text loss, training and held out", loc="left", pad=TITLE_PAD)
+        colours = (GREY, GREY) if tracks[0].hue else (GREEN, ORANGE)
+        marks = [Line2D([], [], color=colours[0]), Line2D([], [], color=colours[1], marker="D", linestyle="")]
+        legend(text, marks, ["training", "held out"])
+
+    sides = sorted({side for track in tracks for line in track.run.evaluations for side in line.vision_by_class})
+    _held_out(
+        by_class,
+        tracks,
+        "Held-out flow loss by size (px)",
+        [str(side) for side in sides],
+        [lambda line, side=side: line.vision_by_class.get(side, math.nan) for side in sides],
+        CLASS_COLOURS,
+    )
+    parts = max((len(line.vision_by_time) for track in tracks for line in track.run.evaluations), default=0)
+    _held_out(
+        by_time,
+        tracks,
+        "Held-out flow loss by flow time",
+        [f"{part / parts:.2g}–{(part + 1) / parts:.2g}" for part in range(parts)],
+        [lambda line, part=part: (*line.vision_by_time, *[math.nan] * parts)[part] for part in range(parts)],
+        TIME_COLOURS,
+    )
+
+
+def _draw_optimiser(norm: Axes, rate: Axes, tracks: Sequence[_Track]) -> None:
+    title = "Gradient norm before clipping"
+    _training(norm, tracks, title, "gradient norm", lambda point: point.grad_norm, BLUE, ".3g")
+    norms = [track.curve(track.run.metrics, lambda point: point.grad_norm)[1] for track in tracks]
+    show_range(norm, [*norms, [track.run.clip_norm or math.nan for track in tracks]])
+    marks = {}
+    for track in tracks:
+        # Each run in a row of its own at the top of the panel.
+        height = 0.97 - 0.05 * track.number * (track.hue is not None)
+        steps, norms = track.curve(track.run.metrics, lambda point: point.grad_norm)
+        clip_norm = track.run.clip_norm
+        if clip_norm is not None and len(steps):
+            limit = norm.plot([steps[0], steps[-1]], [clip_norm] * 2, "--", color=track.hue or GREY, linewidth=1)
+            marks["limit" if len(tracks) > 1 else f"limit {clip_norm:g}"] = limit[0]
+            clipped = steps[norms > clip_norm]
+            if len(clipped):
+                heights = np.full(len(clipped), height)
+                where = norm.get_xaxis_transform()
+                mark = norm.plot(clipped, heights, "|", color=track.hue or ORANGE, transform=where)[0]
+                share = f" ({len(clipped) / len(steps):.1%} of steps)" if len(tracks) == 1 else ""
+                marks["clipped" + share] = mark
+        skipped = np.diff([0, *(point.skipped_steps for point in track.run.metrics)]) > 0
+        if skipped.any():
+            heights, where = np.full(skipped.sum(), height), norm.get_xaxis_transform()
+            style = {"color": RED, "markeredgewidth": 2, "clip_on": False, "zorder": 6}
+            marks["skipped (not finite)"] = norm.plot(steps[skipped], heights, "x", transform=where, **style)[0]
+    if marks:
+        legend(norm, [*marks.values()], [*marks.keys()])
+
+    rate.set_title("Learning rate", loc="left", pad=TITLE_PAD)
+    rate.set_ylabel("learning rate")
+    for track in tracks:
+        steps, values = track.curve(track.run.metrics, lambda point: point.lr)
+        draw_line(rate, *thin(steps, values), track.hue or ORANGE)
+        if len(tracks) == 1 and len(values):
+            last_value(rate, short(values[-1]))
+    show_from_zero(rate)
+
+
+def _draw_speed(images: Axes, tokens: Axes, mfu: Axes, tracks: Sequence[_Track]) -> None:
+    _training(images, tracks, "Images per second, all ranks", "images / s", lambda point: point.images_per_s, GREEN)
+    _training(tokens, tracks, "Tokens per second, all ranks", "tokens / s", lambda point: point.tokens_per_s, GREEN)
+    if any(point.mfu is not None for track in tracks for point in track.run.metrics):
+        unit = "% of the devices' peak"
+        _training(mfu, tracks, "MFU", unit, lambda point: 100 * _or_nan(point.mfu), GREEN, ".1f", " %")
+    else:
+        # A panel is not left empty for a number that this device cannot have.
+        _training(mfu, tracks, "Time of a step", "seconds", lambda point: point.step_s, GREEN, ".3g", " s")
+        mfu.text(0.02, 0.03, "MFU: the device's peak is not known", transform=mfu.transAxes, fontsize=8, color=GREY)
+    for axes in (images, tokens, mfu):
+        show_from_zero(axes)
+
+
+def _draw_resources(wait: Axes, memory: Axes, classes: Axes, tracks: Sequence[_Track]) -> None:
+    title = "Waiting for data"
+    _training(
+        wait, tracks, title, "% of a step", lambda point: 100 * point.data_wait_s / point.step_s, ORANGE, ".1f", " %"
+    )
+    # One in a hundred is not to look like much.
+    show_from_zero(wait, 5.0)
+
+    memory.set_title("Memory, fullest rank", loc="left", pad=TITLE_PAD)
+    memory.set_ylabel("GiB")
+    for track in tracks:
+        steps, values = track.curve(track.run.metrics, lambda point: point.memory_bytes / GIB)
+        draw_line(memory, *thin(steps, values), track.hue or BLUE)
+        if len(tracks) == 1 and len(values):
+            last_value(memory, f"{values[-1]:.3g} GiB")
+    show_from_zero(memory)
+
+    holes = sum(track.run.metrics[-1].holes for track in tracks if track.run.metrics)
+    classes.set_title("Images seen by size (px)", loc="left", pad=TITLE_PAD)
+    if holes:
+        style = {"transform": classes.transAxes, "fontsize": 8, "color": GREY, "ha": "right"}
+        classes.text(0.98, 0.03, f"{holes:,} could not be read", **style)
+    classes.set_ylabel("images")
+    sides = sorted({side for track in tracks for point in track.run.metrics[-1:] for side in point.images_by_class})
+    for index, side in enumerate(sides):
+        for track in tracks:
+            steps, values = track.curve(track.run.metrics, lambda point, side=side: point.images_by_class.get(side, 0))
+            draw_line(classes, *thin(steps, values), _series_colour(track.hue, index, len(sides), CLASS_COLOURS))
+    _series_legend(classes, tracks, [str(side) for side in sides], CLASS_COLOURS)
+    show_from_zero(classes)
+    if not sides:
+        note(classes, "none yet")
+
+
+def _training(
+    axes: Axes,
+    tracks: Sequence[_Track],
+    title: str,
+    unit: str,
+    value: Callable[[StepMetrics], float],
+    colour: str,
+    form: str = ",.3g",
+    suffix: str = "",
+) -> None:
+    """One value of the logged steps: raw and faint, smoothed and strong; the last smoothed one at the top right."""
+    axes.set_title(title, loc="left", pad=TITLE_PAD)
+    axes.set_ylabel(unit)
+    for track in tracks:
+        steps, values = track.curve(track.run.metrics, value)
+        smoothed = smooth(values)
+        axes.plot(*thin(steps, values), color=track.hue or colour, alpha=0.28, linewidth=0.7)
+        draw_line(axes, *thin(steps, smoothed), track.hue or colour)
+        if len(tracks) == 1 and len(values) and math.isfinite(smoothed[-1]):
+            last_value(axes, format(smoothed[-1], form if abs(smoothed[-1]) < 1000 else ",.0f") + suffix)
+    if not any(track.run.metrics for track in tracks):
+        note(axes, "none yet")
+
+
+def _held_out(
+    axes: Axes,
+    tracks: Sequence[_Track],
+    title: str,
+    labels: Sequence[str],
+    values: Sequence[Callable[[Evaluation], float]],
+    palette: str,
+) -> None:
+    """Series of the evaluations, one per label."""
+    axes.set_title(title, loc="left", pad=TITLE_PAD)
+    axes.set_ylabel("flow loss")
+    for track in tracks:
+        marker = "o" if len(track.run.evaluations) <= MAX_MARKED else ""
+        for index, value in enumerate(values):
+            colour = _series_colour(track.hue, index, len(values), palette)
+            axes.plot(
+                *track.curve(track.run.evaluations, value), color=colour, marker=marker, markersize=4, linewidth=1.8
+            )
+    show_range(axes, [curve for track in tracks for curve in _without_untrained(track, values)])
+    _series_legend(axes, tracks, labels, palette)
+    if not any(track.run.evaluations for track in tracks):
+        note(axes, "no evaluation")
+
+
+def _after_start(values: np.ndarray) -> np.ndarray:
+    return values[math.ceil(START_SHARE * len(values)) :] if len(values) >= 1 / START_SHARE else values
+
+
+def _without_untrained(track: _Track, values: Sequence[Callable[[Evaluation], float]]) -> list[np.ndarray]:
+    """The series of a run's evaluations; without that before its first step, where it dwarfs the others."""
+    lines = track.run.evaluations
+    later = lines[1:]
+    if len(later) >= MIN_LATER and lines[0].step == 0 and lines[0].vision > DWARFING * max(x.vision for x in later):
+        lines = later
+    return [track.curve(lines, value)[1] for value in values]
+
+
+def _series_legend(axes: Axes, tracks: Sequence[_Track], labels: Sequence[str], palette: str) -> None:
+    hue = "#404040" if tracks[0].hue else None
+    colours = [_series_colour(hue, index, len(labels), palette) for index in range(len(labels))]
+    handles = [Line2D([], [], color=colour, linewidth=2.5) for colour in colours]
+    if handles:
+        legend(axes, handles, labels)
+
+
+def _series_colour(hue: str | None, index: int, count: int, palette: str) -> str:
+    """Of a palette, or the run's own in a lightness of the series'."""
+    place = index / (count - 1) if count > 1 else 1.0
+    if hue is None:
+        return to_hex(colormaps[palette](0.85 * place))
+    strength = LIGHTEST + (1 - LIGHTEST) * place
+    return to_hex([1 - strength * (1 - part) for part in to_rgb(hue)])
+
+
+def _head(figure: Figure, tracks: Sequence[_Track], one_after_another: bool) -> float:
+    """Names and lengths of the runs above the panels; returns the height taken, in inches."""
+    names = [f"{track.run.name}: {track.run.summary()}" for track in tracks]
+    if len(tracks) > 1 and not one_after_another:
+        handles = [Line2D([], [], color=track.hue, linewidth=3) for track in tracks]
+        num_columns = 1 if len(tracks) <= 3 else 2
+        figure.legend(handles, names, loc="upper center", ncols=num_columns, frameon=False, fontsize=11)
+        return 0.15 + HEADER_LINE_INCHES * math.ceil(len(tracks) / num_columns)
+    if one_after_another:
+        names = [f"from step {track.offset:,} on, {name}" for track, name in zip(tracks, names, strict=True)]
+    top = 1 - 0.1 / SIZE_INCHES[1]
+    figure.suptitle("\n".join(names), fontsize=14 if len(names) == 1 else 11, y=top, va="top")
+    return 0.15 + HEADER_LINE_INCHES * len(names)
+
+
+def _each_once(records: Sequence[Record]) -> list[Record]:
+    """Where a step comes again, what stood from there on was work that was lost."""
+    kept: list[Record] = []
+    for record in records:
+        while kept and kept[-1].step >= record.step:
+            kept.pop()
+        kept.append(record)
+    return kept
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value

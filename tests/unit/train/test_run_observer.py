@@ -1,0 +1,86 @@
+"""The page of a run is drawn when there is something new on it, and no run ends over it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from bitdance_scale.config.load import load_config
+from bitdance_scale.observe.metrics import Evaluation
+from bitdance_scale.train import run_observer
+from bitdance_scale.train.run_observer import OVERVIEW_FILE, RunObserver, show_result
+from tests.unit.observe.test_metrics import point
+
+EVALUATION = Evaluation(2, 0.5, {256: 0.4, 512: 0.6}, (0.3, 0.7), 9.0)
+
+
+class Sink:
+    """In W&B's place: keeps the images."""
+
+    images: list[tuple[int, str]]
+
+    def __init__(self, *_: object) -> None:
+        Sink.images = []
+
+    def log_image(self, step: int, name: str, path: Path, caption: str) -> None:
+        assert Image.open(path).size == (2040, 1260) and caption == f"step {step}"
+        Sink.images.append((step, name))
+
+    def log(self, *_: object) -> None:
+        pass
+
+    log_evaluation = log
+    finish = log
+
+
+@pytest.fixture
+def observe(monkeypatch, tmp_path):
+    monkeypatch.setattr(run_observer, "WandbSink", Sink)
+    config = load_config("pipelines/configs/demo.toml")
+
+    def make(rank: int = 0) -> RunObserver:
+        ranks = SimpleNamespace(
+            rank=rank, tensor_size=1, pipeline_size=1, data_size=2, world_size=2, device_name="cpu"
+        )  # fmt: skip
+        return RunObserver(config, ranks, tmp_path, vocab_size=755, resumed_step=0)
+
+    return make
+
+
+def test_the_page_is_drawn_at_evaluations_and_at_the_end(observe, tmp_path):
+    with observe() as observer:
+        observer.step(point(1))
+        assert not (tmp_path / OVERVIEW_FILE).exists()
+        observer.step(point(2))
+        observer.evaluation(EVALUATION, 16)
+        assert Sink.images == [(2, "overview")]
+        observer.step(point(3))
+    assert Sink.images == [(2, "overview"), (3, "overview")]
+    assert f"overview     {tmp_path / OVERVIEW_FILE}" in show_result(tmp_path)
+
+
+def test_the_page_of_the_last_step_is_drawn_once(observe):
+    with observe() as observer:
+        observer.step(point(2))
+        observer.evaluation(EVALUATION, 16)
+    assert Sink.images == [(2, "overview")]
+
+
+def test_a_run_goes_on_where_the_page_cannot_be_drawn(observe, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(run_observer, "overview", lambda runs: 1 / 0)
+    with observe() as observer:
+        observer.step(point(2))
+        observer.evaluation(EVALUATION, 16)
+        observer.step(point(3))
+    assert "overview.png could not be drawn" in caplog.text and Sink.images == []
+    assert not (tmp_path / OVERVIEW_FILE).exists()
+
+
+def test_other_ranks_show_nothing(observe, tmp_path):
+    with observe(rank=1) as observer:
+        observer.step(point(2))
+        observer.evaluation(EVALUATION, 16)
+    assert list(tmp_path.iterdir()) == []
