@@ -94,7 +94,7 @@ def _stage_row(stage: StageReport, run: RunRecord) -> dict[str, object]:
         "tokens a block": stage.config.vision.block_side**2,
         "steps": run.metrics[-1].step,
         "images": run.metrics[-1].images,
-        "minutes": round(run.trained_s / 60, 1),
+        "minutes": f"{run.trained_s / 60:.1f}",
         "flow loss": round(sum(point.loss_vision for point in last) / len(last), 4),
         "text loss": round(sum(point.loss_text for point in last) / len(last), 4),
     }
@@ -124,7 +124,7 @@ def _table(rows: Sequence[dict[str, object]]) -> str:
 def _cell(value: object) -> str:
     if value is None:
         return ""
-    return f"{value:.3f}" if isinstance(value, float) and value < 10 else str(value)
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _picture_of(path: Path) -> str:

@@ -16,6 +16,8 @@ from bitdance_scale.errors import ConfigError
 CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
 MAX_PLACE_ERROR = 0.16
 """Furthest from its place, as a share of the side; the places of the demo lie 0.26 apart."""
+MAX_CLUTTER = 0.5
+"""Most clutter of a picture that can be right: among enough debris some has the shape of a circle."""
 MIN_OFFSET = 0.1
 """Least distance along the asked direction, as a share of that side."""
 
@@ -65,7 +67,8 @@ class Verdict:
     """A picture against its caption.
 
     Attributes:
-        is_correct: GenEval's rule: what was asked is there, other objects do not matter (except in counting).
+        is_correct: GenEval's rule: what was asked is there, other objects do not matter (except in counting); but
+            never in a picture that is mostly clutter.
         is_exact: it is there and nothing else is.
         is_background_right: None where the caption does not ask for one.
     """
@@ -118,6 +121,7 @@ def judge(asked: Asked, seen: SeenScene) -> Verdict:
         is_correct = any(a is not b and _lies(a, b, asked.relation) for a in first for b in second)
     else:
         is_correct = any(_is_at(item, asked.place) for item in first)
+    is_correct = is_correct and seen.clutter <= MAX_CLUTTER
     num_asked = asked.count + len(asked.objects) - 1
     is_background_right = None if asked.background is None else seen.background == asked.background
     return Verdict(is_correct, is_correct and len(seen.objects) == num_asked, is_background_right)

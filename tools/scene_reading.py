@@ -53,10 +53,17 @@ class SeenObject:
 
 @dataclass(frozen=True)
 class SeenScene:
-    """What a picture shows: the nearest of `BACKGROUNDS`, and the objects from the largest to the smallest."""
+    """What a picture shows.
+
+    Attributes:
+        background: the nearest of `BACKGROUNDS`.
+        objects: from the largest to the smallest.
+        clutter: share of the foreground that belongs to no object with a shape, 0..1; 0 without foreground.
+    """
 
     background: str
     objects: tuple[SeenObject, ...]
+    clutter: float = 0.0
 
 
 def read_scene(image: Image.Image) -> SeenScene:
@@ -67,7 +74,7 @@ def read_scene(image: Image.Image) -> SeenScene:
     distance = np.linalg.norm(pixels - background, axis=-1)
     # Half-way between background and object is where an anti-aliased edge runs; each object has its own contrast, so a
     # low threshold finds the regions, and `_silhouette` draws their edge.
-    regions, count = ndimage.label(distance > 45.0)
+    regions, _ = ndimage.label(distance > 45.0)
     objects = []
     min_pixels = MIN_AREA * distance.size
     for number, box in enumerate(ndimage.find_objects(regions), 1):
@@ -81,7 +88,11 @@ def read_scene(image: Image.Image) -> SeenScene:
     grounds = _weighted(np.array(list(BACKGROUNDS.values()), dtype=np.float32))
     middle = background.reshape(-1, 3).mean(axis=0)
     name = list(BACKGROUNDS)[int(np.linalg.norm(grounds - middle, axis=-1).argmin())]
-    return SeenScene(name, tuple(item for _, item in sorted(objects, key=lambda pair: -pair[0])))
+    objects.sort(key=lambda pair: -pair[0])
+    foreground = int((regions > 0).sum())
+    in_shapes = sum(area for area, item in objects if item.shape is not None)
+    clutter = 1 - min(in_shapes / foreground, 1.0) if foreground else 0.0
+    return SeenScene(name, tuple(item for _, item in objects), clutter)
 
 
 def _enlarged(image: Image.Image) -> Image.Image:

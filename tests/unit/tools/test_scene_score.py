@@ -130,6 +130,18 @@ def test_verdicts_follow_geneval() -> None:
     assert not judge(twice, both).is_correct
 
 
+def test_a_circle_among_debris_is_not_right() -> None:
+    scene = one("circle", "red", "white", side_px=128, size=0.3)
+    pixels = np.asarray(render(scene)).copy()
+    assert judge(parse_caption("a red circle"), read_scene(Image.fromarray(pixels))).is_correct
+    for column in range(0, 128, 16):
+        pixels[2:34, column : column + 3] = pixels[96:126, column : column + 3].repeat(2, axis=0)[:32] // 4
+        pixels[94:126, column : column + 3] = (38, 96, 214)
+    found = read_scene(Image.fromarray(pixels))
+    assert any(item.shape == "circle" and item.color == "red" for item in found.objects) and found.clutter > 0.5
+    assert not judge(parse_caption("a red circle"), found).is_correct
+
+
 @pytest.mark.parametrize("caption", ["", "a red house", "a circle next to a square", "six red circles", "a circle and"])
 def test_other_captions_are_refused(caption: str) -> None:
     with pytest.raises(ConfigError, match="must be of the demo's grammar"):
