@@ -1,0 +1,138 @@
+"""Ablations on demo scenes: variants of one stage trained alike, and judged under the same conditions.
+
+    PYTHONPATH=. python benchmarks/ablations.py pretraining --steps 800 --seeds 1 2
+    PYTHONPATH=. python benchmarks/ablations.py distillation --steps 100 --teacher runs/sft_demo
+
+Every variant trains as `torchrun pipelines/..` would, from the demo's configuration with the overrides below, as many steps and
+about as many tokens as the others. Then its weights are evaluated with the held-out images, resolution classes, noise and
+flow times of all variants, without bit flips, so that losses differ by the weights only. Printed are a table in Markdown and
+JSON; ratios are to the first variant of the same seed. The demo's images must be there (`make demo-data`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitdance_scale.config.load import load_config
+from bitdance_scale.config.stages import STAGES
+from bitdance_scale.observe.metrics import EVALUATION_FILE, Evaluation, read_evaluations
+
+CONFIGS = Path("pipelines/configs")
+ONLY_64_PX = "data.classes=[{side_px=64, share=1, buckets_px=[[64, 64], [48, 80], [48, 64]]}]"
+QUIET = ("observe.wandb_mode=disabled", "sample.every_steps=0")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Variants of one stage.
+
+    Attributes:
+        config: configuration of all.
+        variants: name -> overrides; the first is what the others are compared with.
+    """
+
+    config: Path
+    variants: dict[str, tuple[str, ...]]
+
+
+STUDIES = {
+    "pretraining": Study(
+        CONFIGS / "demo.toml",
+        {
+            "as in the paper": (),
+            "no text loss": ("loss.text_weight=0",),
+            "no bit flips": ("vision.flip_max=0",),
+            # 12 images of 64 px are as many tokens as 10 of the mix.
+            "64 px alone": (ONLY_64_PX, "data.global_batch=12"),
+        },
+    ),
+    "distillation": Study(
+        CONFIGS / "distill_demo.toml",
+        {
+            "new queries: repeat": ("run.new_queries=repeat",),
+            "new queries: mean": ("run.new_queries=mean",),
+            "new queries: noise": ("run.new_queries=noise",),
+        },
+    ),
+}
+
+
+def train(config: Path, folder: Path, overrides: Sequence[str], num_processes: int) -> Path:
+    """Runs a configuration as the run `folder` to its end, or goes on with it."""
+    entry_point = STAGES[load_config(config, [f"run.name={folder.name}"]).run.stage].entry_point
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    command += [entry_point, str(config), f"run.root={folder.parent}", f"run.name={folder.name}", *QUIET, *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"} | os.environ)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return folder
+
+
+def judge(config: Path, run: Path, num_processes: int) -> Evaluation:
+    """Losses of a run's weights under the conditions of `config`, without bit flips.
+
+    They are those before the first step of a run that starts from them.
+    """
+    overrides = [f"run.start_from={run}", "run.start_from_any=true", "run.steps=1", "optim.lr=1e-12"]
+    judged = train(config, run.with_name(f"{run.name}_judged"), [*overrides, "vision.flip_max=0"], num_processes)
+    return read_evaluations(judged / EVALUATION_FILE)[0]
+
+
+def run_study(study: Study, options: argparse.Namespace) -> list[dict[str, object]]:
+    """One row per variant and seed."""
+    rows = []
+    for seed in options.seeds:
+        for number, (name, overrides) in enumerate(study.variants.items()):
+            common = [f"run.steps={options.steps}", f"run.seed={seed}", f"evaluate.every_steps={options.steps}"]
+            if options.teacher is not None:
+                common += [f"run.start_from={options.teacher}"]
+            folder = options.root / f"{options.study}_{number}_seed{seed}"
+            train(study.config, folder, [*common, *overrides], options.nproc)
+            found = judge(study.config, folder, options.nproc)
+            losses = {f"{side} px": loss for side, loss in found.vision_by_class.items()}
+            rows.append({"variant": name, "seed": seed, "flow": found.vision} | losses | {"text": found.text})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def table(rows: Sequence[dict[str, object]]) -> str:
+    """Markdown: means over the seeds, and the ratio to the first variant with its range over the seeds."""
+    columns = [name for name in rows[0] if name not in ("variant", "seed")]
+    first = {row["seed"]: row for row in rows if row["variant"] == rows[0]["variant"]}
+    lines = [f"| variant | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        cells = []
+        for column in columns:
+            own = [row for row in rows if row["variant"] == name]
+            ratios = [row[column] / first[row["seed"]][column] for row in own]
+            cell = f"{statistics.fmean(row[column] for row in own):.4f} ({statistics.fmean(ratios):.3f}"
+            cells.append(cell + (f", {min(ratios):.3f} to {max(ratios):.3f})" if len(ratios) > 1 else ")"))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--steps", type=int, required=True, help="optimiser steps of every variant")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="seeds of weights, data order and noise")
+    parser.add_argument("--teacher", type=Path, help="run that distillation starts from, if not the demo's")
+    parser.add_argument("--root", type=Path, default=Path("runs/ablations"), help="folder of the runs")
+    parser.add_argument("--nproc", type=int, default=2, help="processes of each run (default: %(default)s)")
+    options = parser.parse_args()
+    rows = run_study(STUDIES[options.study], options)
+    print(f"\n{table(rows)}\n")
+    print(json.dumps({"study": options.study, "steps": options.steps, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
