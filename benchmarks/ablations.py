@@ -51,6 +51,7 @@ STUDIES = {
             "no text loss": ("loss.text_weight=0",),
             "no bit flips": ("vision.flip_max=0",),
             # 12 images of 64 px are as many tokens as 10 of the mix.
+            "fully causal mask": ("model.mask=causal",),
             "64 px alone": (ONLY_64_PX, "data.global_batch=12"),
         },
     ),
@@ -76,12 +77,13 @@ def train(config: Path, folder: Path, overrides: Sequence[str], num_processes: i
     return folder
 
 
-def judge(config: Path, run: Path, num_processes: int) -> Evaluation:
-    """Losses of a run's weights under the conditions of `config`, without bit flips.
+def judge(config: Path, run: Path, variant: Sequence[str], num_processes: int) -> Evaluation:
+    """Losses of a run's weights under the conditions of `config`, without bit flips; only the model is the variant's.
 
     They are those before the first step of a run that starts from them.
     """
-    overrides = [f"run.start_from={run}", "run.start_from_any=true", "run.steps=1", "optim.lr=1e-12"]
+    overrides = [*(setting for setting in variant if setting.startswith("model."))]
+    overrides += [f"run.start_from={run}", "run.start_from_any=true", "run.steps=1", "optim.lr=1e-12"]
     judged = train(config, run.with_name(f"{run.name}_judged"), [*overrides, "vision.flip_max=0"], num_processes)
     return read_evaluations(judged / EVALUATION_FILE)[0]
 
@@ -96,7 +98,7 @@ def run_study(study: Study, options: argparse.Namespace) -> list[dict[str, objec
                 common += [f"run.start_from={options.teacher}"]
             folder = options.root / f"{options.study}_{number}_seed{seed}"
             train(study.config, folder, [*common, *overrides], options.nproc)
-            found = judge(study.config, folder, options.nproc)
+            found = judge(study.config, folder, overrides, options.nproc)
             losses = {f"{side} px": loss for side, loss in found.vision_by_class.items()}
             rows.append({"variant": name, "seed": seed, "flow": found.vision} | losses | {"text": found.text})
             print(json.dumps(rows[-1]), flush=True)

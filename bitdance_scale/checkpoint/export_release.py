@@ -46,7 +46,7 @@ from bitdance_scale.config.published import (
     published_model,
 )
 from bitdance_scale.config.schema import NetworkConfig
-from bitdance_scale.errors import CheckpointError
+from bitdance_scale.errors import CheckpointError, ConfigError
 from bitdance_scale.sequence.tokenizer_files import write_tokenizer
 from bitdance_scale.sequence.tokens import TextTokenizer, load_text_tokenizer
 from bitdance_scale.vision.autoencoder import published_config
@@ -119,6 +119,11 @@ def open_checkpoint(
     overrides = [f"text.path={json.dumps(str(tokenizer))}"] if tokenizer else []
     overrides += [f"vision.weights={json.dumps(str(autoencoder))}"] if autoencoder else []
     network = load_network(config_path, overrides)
+    if network.model.mask != "block":
+        raise ConfigError(
+            f"{config_path}: model.mask = {network.model.mask!r}: the release's code lets all positions of a block see "
+            "each other and would compute something else; only models of mask 'block' can be exported"
+        )
     text = load_text_tokenizer(network.text, network.vision.block_tokens)
     if text.digest != state.tokenizer_digest:
         raise CheckpointError(

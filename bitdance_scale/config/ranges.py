@@ -124,6 +124,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "model.norm_eps": _POSITIVE,
     "model.rope_base": Range(1, is_low_open=True),
     "model.init_std": _POSITIVE,
+    "model.mask": Choice(("block", "causal")),
     "model.attention": Choice(("auto", "flex", "dense")),
     "head.width": _COUNT,
     "head.num_blocks": _COUNT,

@@ -64,6 +64,11 @@ class ModelSection:
     rope_base: float = setting(1e6, doc="Base of the rotary position frequencies.")
     tie_embeddings: bool = setting(False, doc="Whether the output projection is the token embedding itself.")
     init_std: float = setting(0.02, doc="Standard deviation of the normal initial weights.")
+    mask: str = setting(
+        "block",
+        doc="Who sees whom within a block of vision tokens: block (all each other, the release) or causal (only those "
+        "before; the ablation of Table 14, which cannot be exported).",
+    )
     attention: str = setting(
         "auto", doc="Attention of the backbone: flex (FlexAttention), dense, or auto (flex on CUDA, dense elsewhere)."
     )

@@ -18,7 +18,7 @@ import torch
 
 from bitdance_scale.model.attention import visible
 from bitdance_scale.sequence.grid import block_raster_cells
-from bitdance_scale.sequence.layout import ImageTokens, image_prefix_ids
+from bitdance_scale.sequence.layout import ImageTokens, attention_groups, image_prefix_ids
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,7 @@ def lay_out(
         prefix_ids[index, padding:] = row
         document_ids[index, :padding] = -1
         position_ids[index, padding:] = np.arange(len(row) + num_vision)
-    first_group = length - size
-    groups = first_group + np.arange(1 + num_vision // size)
-    block_ids = np.concatenate([np.arange(first_group), np.repeat(groups, size)])
+    block_ids = attention_groups(length - size, num_vision, 0, tokens).astype(np.int64)
     return DecodeLayout(
         prefix_ids=torch.from_numpy(prefix_ids).to(device),
         position_ids=torch.from_numpy(position_ids).to(device),

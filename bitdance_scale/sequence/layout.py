@@ -6,7 +6,8 @@ One text-to-image sample (arXiv 2602.14041 Sec. 4.3, `[bos] {text} [boi] [res_i]
 
 The P positions `<|res_w|>, <|query_1|>, ..` predict the first block, block m predicts block m + 1, and the last block
 predicts nothing (Sec. 3.3). Attention is causal, but positions of one block (and of the group `<|res_w|>` and queries)
-all see each other. Samples of a pack do not see each other.
+all see each other, unless `ImageTokens.is_causal` takes that away (the ablation of Table 14). Samples of a pack do not
+see each other.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ class ImageTokens:
         vision_start, vision_end: ids of `<|vision_start|>` and `<|vision_end|>`.
         resolution: ids of `<|res_1|>`, `<|res_2|>`, ..; the token of n cells is `resolution[n - 1]`.
         queries: ids of `<|query_1|>` .. `<|query_{P-1}|>`.
+        is_causal: whether positions of one block see only those before them.
     """
 
     vision_start: int
     vision_end: int
     resolution: tuple[int, ...]
     queries: tuple[int, ...]
+    is_causal: bool = False
 
     @property
     def block_tokens(self) -> int:
@@ -54,6 +57,27 @@ def image_prefix_ids(grid: tuple[int, int], tokens: ImageTokens) -> np.ndarray:
         raise ValueError(f"grid {grid}: sides must be within 1..{limit}, one resolution token each")
     resolution = (tokens.resolution[height - 1], tokens.resolution[width - 1])
     return np.array([tokens.vision_start, *resolution, *tokens.queries], dtype=np.int64)
+
+
+def attention_groups(num_before: int, num_vision: int, num_after: int, tokens: ImageTokens) -> np.ndarray:
+    """Attention group of every position of a sample; a position sees the groups up to its own.
+
+    Args:
+        num_before: positions before `<|res_w|>`.
+        num_vision: vision tokens, a multiple of P.
+        num_after: positions behind them.
+        tokens: size of a block, and whether its positions see each other.
+
+    Returns:
+        int32 [num_before + P + num_vision + num_after], from 0 on.
+    """
+    size = tokens.block_tokens
+    if tokens.is_causal:
+        return np.arange(num_before + size + num_vision + num_after, dtype=np.int32)
+    # A plain position is a group of its own; `<|res_w|>` with the queries is one group, and so is every vision block.
+    sizes = [np.ones(num_before), np.full(1 + num_vision // size, size), np.ones(num_after)]
+    sizes = np.concatenate(sizes).astype(np.int64)
+    return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
 
 
 def pack_samples(samples: Sequence[Sample], tokens: ImageTokens, pack_multiple: int) -> Pack:
@@ -115,11 +139,6 @@ def _append_sample(rows: _Rows, document: int, sample: Sample, tokens: ImageToke
     token_ids = np.concatenate(
         [sample.before_ids, prefix, np.zeros(num_vision, dtype=np.int64), [tokens.vision_end], sample.after_ids]
     )
-    # A plain position is a group of its own; `<|res_w|>` with the queries is one group, and so is every vision block.
-    group_sizes = np.concatenate(
-        [np.ones(queries_start), np.full(1 + num_vision // size, size), np.ones(1 + num_after)]
-    ).astype(np.int64)
-    block_ids = np.repeat(np.arange(len(group_sizes), dtype=np.int32), group_sizes)
 
     # The P positions before a block predict it: token i of the image is predicted at queries_start + i.
     predicted = np.arange(num_vision if sample.predicts_image else 0, dtype=np.int64)
@@ -134,7 +153,7 @@ def _append_sample(rows: _Rows, document: int, sample: Sample, tokens: ImageToke
         token_ids=token_ids,
         position_ids=np.arange(length, dtype=np.int64),
         document_ids=np.full(length, document, dtype=np.int32),
-        block_ids=block_ids,
+        block_ids=attention_groups(queries_start, num_vision, 1 + num_after, tokens),
         vision_positions=start + vision_start + np.arange(num_vision, dtype=np.int64),
         vision_cells=block_raster_cells(sample.grid, _side(size)),
         predict_positions=start + queries_start + predicted,

@@ -12,6 +12,7 @@ The added tokens follow the tokenizer's last entry: `<|res_1|>` .. `<|res_256|>`
 from __future__ import annotations
 
 import abc
+import dataclasses
 import hashlib
 import json
 import re
@@ -105,12 +106,13 @@ class TextTokenizer(abc.ABC):
         return self._assistant_turn_ids.copy()
 
 
-def load_text_tokenizer(section: TextSection, block_tokens: int) -> TextTokenizer:
+def load_text_tokenizer(section: TextSection, block_tokens: int, is_causal: bool = False) -> TextTokenizer:
     """Loads the tokenizer of a run and adds the resolution and query tokens.
 
     Args:
         section: kind and path; only local files are read and no code of the folder is run.
         block_tokens: P, vision tokens per block; P - 1 query tokens are added.
+        is_causal: whether positions of one block see only those before them (`ImageTokens`).
 
     Raises:
         ConfigError: there is no such file or folder, it holds no tokenizer of that kind, or one without what the
@@ -120,6 +122,7 @@ def load_text_tokenizer(section: TextSection, block_tokens: int) -> TextTokenize
     if section.kind not in load:
         raise ConfigError(f"text.kind = {section.kind!r}: must be one of {', '.join(load)}")
     tokenizer = load[section.kind](section, block_tokens)
+    tokenizer.image_tokens = dataclasses.replace(tokenizer.image_tokens, is_causal=is_causal)
     if "\n" not in tokenizer.decode(tokenizer.encode("user\n")):
         raise ConfigError(
             f"text.path = {section.path!r}: this tokenizer loses line breaks, which the chat markup needs; train a "

@@ -39,7 +39,7 @@ def check_start(path: Path, config: RunConfig) -> Start:
 
     Raises:
         ConfigError: it is of a stage that this one does not follow, of a run that has not finished, of blocks of another
-            side than the stage may start from.
+            side than the stage may start from, or of another mask.
         CheckpointError: it is damaged, or of another network.
     """
     state, network = read_state(path), load_network(path / CONFIG_NAME)
@@ -55,6 +55,11 @@ def check_start(path: Path, config: RunConfig) -> Start:
         raise ConfigError(
             f"run.new_queries = {config.run.new_queries!r}: {path} has blocks of one token and no query token to go by; "
             "set run.new_queries=noise"
+        )
+    if network.model.mask != config.model.mask:
+        raise ConfigError(
+            f"model.mask = {config.model.mask!r}: {path} was trained with {network.model.mask!r}; set model.mask="
+            f"{network.model.mask}"
         )
     text = load_text_tokenizer(config.text, old**2)
     expected = dataclasses.replace(config.network, vision=dataclasses.replace(config.vision, block_side=old))

@@ -54,7 +54,9 @@ class Trainer:
 
     def __init__(self, config: RunConfig, topology: Topology, run_folder: Path) -> None:
         self.config, self.topology, self.run_folder = config, topology, run_folder
-        self._text = load_text_tokenizer(config.text, config.vision.block_tokens)
+        self._text = load_text_tokenizer(
+            config.text, config.vision.block_tokens, is_causal=config.model.mask == "causal"
+        )
         self._vision = VisionTokenizer(config.vision, topology.device)
         self._checkpoints = CheckpointFolder(run_folder / "checkpoints", keep=config.checkpoint.keep)
         # Before the model, which takes minutes to build at full size.

@@ -82,7 +82,7 @@ def test_decoding_runs_through_interleaved_stages_and_a_tied_embedding():
             torch.testing.assert_close(found, hidden, rtol=1e-4, atol=1e-5)
 
 
-def _teacher_forced(rank: int, config) -> tuple[torch.Tensor, torch.Tensor]:
+def _teacher_forced(rank: int, config, is_causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(hidden states of a whole pack at predicting positions, the same from block-by-block decoding)."""
     engine, topology = make_engine(config)
     from bitdance_scale.generate.decode import lay_out
@@ -92,8 +92,8 @@ def _teacher_forced(rank: int, config) -> tuple[torch.Tensor, torch.Tensor]:
     from bitdance_scale.sequence.pack import Sample
 
     stage, model = engine.stages[0], config.model
-    prompt = PROMPTS[0]
-    pack = pack_samples([Sample(0, GRID, prompt, np.array([7]), 1, 1)], TOKENS, 1)
+    prompt, tokens = PROMPTS[0], dataclasses.replace(TOKENS, is_causal=is_causal)
+    pack = pack_samples([Sample(0, GRID, prompt, np.array([7]), 1, 1)], tokens, 1)
     bits = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], size=(24, 8)).astype(np.float32))
     with torch.no_grad():
         text = stage.embed_tokens(torch.from_numpy(pack.token_ids)[None])
@@ -102,12 +102,13 @@ def _teacher_forced(rank: int, config) -> tuple[torch.Tensor, torch.Tensor]:
         document, block = pack.document_ids, pack.block_ids
         # The rule read position by position, as the independent side.
         mask = [
-            [document[i] == document[j] and block[j] <= block[i] for j in range(len(block))] for i in range(len(block))
+            [document[i] == document[j] and (j <= i if is_causal else block[j] <= block[i]) for j in range(len(block))]
+            for i in range(len(block))
         ]
         rotary = rotary_frequencies(torch.from_numpy(pack.position_ids), model.head_dim, model.rope_base)
         hidden = stage.decoder(rows, attention_mask=torch.tensor(mask)[None, None], rotary_pos_emb=rotary)
         whole = hidden[torch.from_numpy(pack.predict_positions), 0]
-        layout = lay_out([prompt, PROMPTS[1]], GRID, config.vision.block_side, TOKENS, topology.device)
+        layout = lay_out([prompt, PROMPTS[1]], GRID, config.vision.block_side, tokens, topology.device)
         parts = []
         with StageDecoder(engine, config, topology) as decoder:
             decoder.start(layout)
@@ -118,7 +119,8 @@ def _teacher_forced(rank: int, config) -> tuple[torch.Tensor, torch.Tensor]:
     return whole, torch.cat(parts)
 
 
-def test_decoding_equals_the_teacher_forced_pack():
-    whole, decoded = run_ranks(1, _teacher_forced, _config(use_cache=True))[0]
+@pytest.mark.parametrize("is_causal", [False, True], ids=["block", "causal"])
+def test_decoding_equals_the_teacher_forced_pack(is_causal):
+    whole, decoded = run_ranks(1, _teacher_forced, _config(use_cache=True), is_causal)[0]
     # float32 rounding: the same products in batches of another size.
     torch.testing.assert_close(decoded, whole, rtol=1e-5, atol=1e-5)

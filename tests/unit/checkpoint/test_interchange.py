@@ -17,13 +17,14 @@ from bitdance_scale.checkpoint import export_release as export_module
 from bitdance_scale.checkpoint import outcome
 from bitdance_scale.checkpoint.export_release import export_release, open_checkpoint
 from bitdance_scale.checkpoint.import_release import import_release
+from bitdance_scale.checkpoint.manifest import write_manifest
 from bitdance_scale.checkpoint.names import Part, our_tensors
 from bitdance_scale.checkpoint.new_rows import NEW_ROW_SPREAD
 from bitdance_scale.checkpoint.release_source import NewParts, open_source
 from bitdance_scale.checkpoint.start import find_checkpoint
 from bitdance_scale.checkpoint.stored import StoredTensors
 from bitdance_scale.checkpoint.tensor_file import TensorFileWriter
-from bitdance_scale.errors import BitDanceError, CheckpointError
+from bitdance_scale.errors import BitDanceError, CheckpointError, ConfigError
 from bitdance_scale.model.initial import draw_initial
 from bitdance_scale.sequence.tokens import load_text_tokenizer
 from tests.released import (
@@ -306,6 +307,17 @@ class TestRefusals:
         tokenizer.save_pretrained(other)
         with pytest.raises(CheckpointError, match="another text tokenizer than is in .*other; name its own"):
             open_checkpoint(imported, tokenizer=other)
+
+    def test_a_checkpoint_of_a_mask_that_the_release_does_not_know(self, imported, tmp_path):
+        run = shutil.copytree(imported, tmp_path / "run")
+        folder = find_checkpoint(run)
+        config = folder / "config.toml"
+        assert 'mask = "block"' in config.read_text()
+        config.write_text(config.read_text().replace('mask = "block"', 'mask = "causal"'))
+        (folder / "manifest.json").unlink()
+        write_manifest(folder)
+        with pytest.raises(ConfigError, match="model.mask = 'causal': .* only models of mask 'block' can be exported"):
+            open_checkpoint(run)
 
     def test_a_checkpoint_that_is_damaged(self, imported, tmp_path):
         run = shutil.copytree(imported, tmp_path / "run")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -33,6 +35,16 @@ def test_sequence_of_a_text_to_image_sample():
     assert pack.predict_tokens.tolist() == list(range(8))
     assert pack.text_positions.tolist() == [0, 1]
     assert pack.text_targets.tolist() == [101, 102]
+
+
+def test_blocks_see_themselves_unless_the_mask_is_causal():
+    sample = text_to_image(5, (2, 4), num_text=3)
+    block = pack_samples([sample], TOKENS, pack_multiple=1)
+    causal = pack_samples([sample], dataclasses.replace(TOKENS, is_causal=True), pack_multiple=1)
+    assert block.block_ids.tolist() == [0, 1, 2, 3, 4, *[5] * 4, *[6] * 4, *[7] * 4, 8, 9]
+    assert causal.block_ids.tolist() == list(range(19))
+    for name in ("token_ids", "position_ids", "predict_positions", "predict_tokens", "text_positions"):
+        np.testing.assert_array_equal(getattr(causal, name), getattr(block, name))
 
 
 def test_image_to_text_predicts_its_caption_only():

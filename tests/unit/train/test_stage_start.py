@@ -119,3 +119,10 @@ def test_another_network_is_refused(released):
     wider = dataclasses.replace(config, model=dataclasses.replace(config.model, ffn_size=128))
     with pytest.raises(CheckpointError, match=r"mlp.linear_fc1.weight has shape \[192, 64\], expected \[256, 64\]"):
         check_start(find_checkpoint(released), wider)
+
+
+def test_another_mask_is_refused(released):
+    config = config_for(released, "ct")
+    causal = dataclasses.replace(config, model=dataclasses.replace(config.model, mask="causal"))
+    with pytest.raises(ConfigError, match="model.mask = 'causal': .* was trained with 'block'; set model.mask=block"):
+        check_start(find_checkpoint(released), causal)
