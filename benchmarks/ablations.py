@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from launch import run_ranks
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.stages import STAGES
@@ -69,11 +68,8 @@ STUDIES = {
 def train(config: Path, folder: Path, overrides: Sequence[str], num_processes: int) -> Path:
     """Runs a configuration as the run `folder` to its end, or goes on with it."""
     entry_point = STAGES[load_config(config, [f"run.name={folder.name}"]).run.stage].entry_point
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    command += [entry_point, str(config), f"run.root={folder.parent}", f"run.name={folder.name}", *QUIET, *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"} | os.environ)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    run = [f"run.root={folder.parent}", f"run.name={folder.name}"]
+    run_ranks(num_processes, entry_point, [str(config), *run, *QUIET, *overrides])
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Starts `workload.py` on several ranks of this machine and reads its result."""
+"""Starts scripts on several ranks of this machine."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ from pathlib import Path
 WORKLOAD = Path(__file__).parent / "workload.py"
 
 
-def run_workload(num_ranks: int, arguments: Sequence[str], timeout_s: float = 600.0) -> dict[str, object]:
-    """The JSON line of one run; raises RuntimeError with what the ranks said when it fails."""
+def run_ranks(num_ranks: int, script: str, arguments: Sequence[str], timeout_s: float | None = None) -> str:
+    """What a script printed; raises RuntimeError with what the ranks said when it fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
     done = subprocess.run(
-        [*command, str(WORKLOAD), *arguments],
+        [*command, script, *arguments],
         capture_output=True,
         text=True,
         timeout=timeout_s,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
-    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+        raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def run_workload(num_ranks: int, arguments: Sequence[str], timeout_s: float = 600.0) -> dict[str, object]:
+    """The JSON line of one run of `workload.py`; otherwise as `run_ranks`."""
+    output = run_ranks(num_ranks, str(WORKLOAD), arguments, timeout_s)
+    return json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))

@@ -105,16 +105,13 @@ class Recipe:
         if len(set(names)) < len(names):
             raise ConfigError(f"the configurations are of the stages {', '.join(names)}: each may come once")
         self.out, self.num_processes, self.per_category = out, num_processes, per_category
-        self.seconds: dict[str, float] = {}
 
     def train(self, number: int, overrides: Sequence[str] = ()) -> Path:
         """Runs a stage to its end and returns its folder."""
         config = self.configs[number]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc_per_node={self.num_processes}", STAGES[config.run.stage].entry_point]
-        begun_s = time.monotonic()
         _run([*command, str(self.paths[number]), *overrides], TOOLS.parent)
-        self.seconds[config.run.stage] = round(time.monotonic() - begun_s, 1)
         return run_folder(config)
 
     def train_untrained(self) -> Path:

@@ -141,14 +141,8 @@ def _parts(region: np.ndarray, pixels: np.ndarray, palette: np.ndarray) -> list[
     parts = []
     for color in colors:
         labels, count = ndimage.label(ndimage.binary_opening(region & (owner == color)))
-        pieces = [labels == number for number in range(1, count + 1)]
-        parts += [(list(COLORS)[color], piece) for piece in pieces if not _is_rim(piece)]
+        parts += [(list(COLORS)[color], labels == number) for number in range(1, count + 1)]
     return parts
-
-
-def _is_rim(piece: np.ndarray) -> bool:
-    """Whether it is thin everywhere, as the mixed colours of an edge are."""
-    return not ndimage.binary_erosion(piece, iterations=3).any()
 
 
 def _silhouette(part: np.ndarray, distance: np.ndarray) -> np.ndarray:

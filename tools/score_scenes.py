@@ -168,7 +168,7 @@ def _images(arguments: argparse.Namespace, scenes: Sequence[Scene]) -> Iterator[
     size = parse_size(arguments.size)
     if arguments.folder is None:
         return real_pictures(scenes, None, min(size))
-    pipeline = BitDancePipeline.from_pretrained(arguments.folder, torch.float32 if arguments.float32 else None)
+    pipeline = BitDancePipeline.from_pretrained(arguments.folder)
     if arguments.real:
         return real_pictures(scenes, pipeline.model.vision, min(size))
     return draw_pictures(
@@ -210,7 +210,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale, 1 for none (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=25, help="pictures drawn together (default: %(default)s)")
-    parser.add_argument("--float32", action="store_true", help="compute in float32 on a GPU too")
     parser.add_argument("--no-pictures", dest="pictures", action="store_false", help="write no single pictures")
     try:
         _run(parser.parse_args(arguments))

@@ -21,19 +21,8 @@ def training_index(data: DataSection, device: torch.device) -> Index:
         return shared_index(sources[0].shards, data.index_dir, device)
     with together(device):
         by_source = expand_sources(sources)
-    shards = [path for paths in by_source for path in paths]
     index_dir = data.index_dir or sources_index_dir([source.name for source in sources], by_source[0])
-    with together(device):
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            build_index(shards, index_dir)
-    with together(device):
-        index = open_index(index_dir)
-        if [entry.path for entry in index.shards] != shards:
-            raise DataError(
-                f"{index_dir}: the index is of other shards than data.sources names now: shards came or went while the "
-                "job started, or another job builds its index there. Start again, or set data.index_dir to a folder of "
-                "this run's own."
-            )
+    index = _built_once([path for paths in by_source for path in paths], index_dir, device)
     return index.divided([len(paths) for paths in by_source])
 
 
@@ -49,9 +38,20 @@ def shared_index(specs: Sequence[str], index_dir: str, device: torch.device) -> 
         DataError: on every rank, what is wrong with the shards.
     """
     with together(device):
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            shards = expand_shards(specs)
-            build_index(shards, index_dir or default_index_dir(shards))
+        shards = expand_shards(specs)
+    return _built_once(shards, index_dir or default_index_dir(shards), device)
+
+
+def _built_once(shards: Sequence[str], index_dir: str, device: torch.device) -> Index:
     with together(device):
-        index = open_index(index_dir or default_index_dir(expand_shards(specs)))
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            build_index(shards, index_dir)
+    with together(device):
+        index = open_index(index_dir)
+        if [entry.path for entry in index.shards] != list(shards):
+            raise DataError(
+                f"{index_dir}: the index is of other shards than the configuration names now: shards came or went while "
+                "the job started, or another job builds its index there. Start again, or set data.index_dir to a folder "
+                "of this run's own."
+            )
     return index

@@ -15,9 +15,19 @@ if [[ $(id -u) != 0 ]]; then
     exit 0
 fi
 
-bash tests/slurm/install.sh
+missing=()
+for package in slurmctld:slurm-wlm slurmd:slurm-wlm sbatch:slurm-wlm munged:munge mungekey:munge shellcheck:shellcheck; do
+    command -v "${package%%:*}" >/dev/null || missing+=("${package##*:}")
+done
+if ((${#missing[@]})); then
+    mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
+    echo "test-slurm: installing ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get -qq update
+    apt-get -qq install -y --no-install-recommends "${missing[@]}" >/dev/null
+fi
 
-shellcheck -x cluster/*.sh cluster/*.sbatch tests/slurm/*.sh .ci/run
+shellcheck -x cluster/*.sh cluster/*.sbatch tests/slurm/run.sh .ci/run
 
 folder=$(mktemp -d -t slurm-test.XXXXXX)
 chmod 755 "$folder"

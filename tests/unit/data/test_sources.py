@@ -81,7 +81,6 @@ def test_classes_and_sources_are_less_than_one_off_at_every_prefix(mixture: tupl
     # The classes come as they do without sources.
     labels = Apportionment(class_shares).labels(0, len(columns["side_px"]))
     np.testing.assert_array_equal(columns["side_px"], np.array(sides)[labels])
-    excess = np.zeros(len(data.sources))
     is_complete = True
     for side in sides:
         shares = np.array(
@@ -277,5 +276,5 @@ def test_an_index_that_another_job_replaced_is_refused(data_set, source_section,
     monkeypatch.setattr(
         "bitdance_scale.train.shared_index.build_index", lambda shards, folder: build_index(data_set, folder)
     )
-    with pytest.raises(DataError, match="of other shards than data.sources names now"):
+    with pytest.raises(DataError, match="of other shards than the configuration names now"):
         training_index(data, torch.device("cpu"))

@@ -96,11 +96,12 @@ def test_only_an_empty_folder_is_written_to(folder, tmp_path, monkeypatch):
         ('{"prompt": "a", "seed": -1}', "seed = -1: must be an integer"),
         ('{"prompt": "a", "height": "32"}', "height = '32': must be a number of pixels"),
         ('{"prompt": "a", "height": 31}', "height = 31"),
+        (b'{"prompt": "a fl\xf6te"}', "cannot be read as UTF-8 text .*; save it so"),
     ],
 )
 def test_faulty_prompt_files_are_refused(folder, tmp_path, monkeypatch, content, message):
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(content)
+    prompts.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SystemExit, match=message):
         run(monkeypatch, folder, "--prompts", prompts, "--out", tmp_path / "out", *FAST)
     assert not (tmp_path / "out").exists()
