@@ -1,4 +1,4 @@
-"""Whether a checkpoint is a fit start for a stage, and what the stage changes in it."""
+"""Whether a run can go on from a checkpoint: a stage from another's weights, or the same run from its own."""
 
 from __future__ import annotations
 
@@ -6,16 +6,28 @@ import dataclasses
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bitdance_scale.checkpoint.index import read_index
 from bitdance_scale.checkpoint.new_rows import NewQueries
 from bitdance_scale.checkpoint.start import check_network
 from bitdance_scale.checkpoint.state import CONFIG_NAME, TENSORS_DIR, TrainState, read_state
 from bitdance_scale.config.load import load_network
-from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.config.schema import NetworkConfig, RunConfig
 from bitdance_scale.config.stages import STAGES
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.sequence.tokens import load_text_tokenizer
+
+SAME_SETTINGS = (
+    ("model", "mask"),
+    ("model", "rope_base"),
+    ("model", "norm_eps"),
+    ("model", "num_heads"),
+    ("model", "num_kv_heads"),
+    ("model", "head_dim"),
+    ("head", "head_dim"),
+)
+"""Section and name of the settings that decide what the parameters compute and do not show in all of their shapes."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,7 @@ def check_start(path: Path, config: RunConfig) -> Start:
 
     Raises:
         ConfigError: it is of a stage that this one does not follow, of a run that has not finished, of blocks of another
-            side than the stage may start from, or of another mask.
+            side than the stage may start from, or trained with another of `SAME_SETTINGS`.
         CheckpointError: it is damaged, or of another network.
     """
     state, network = read_state(path), load_network(path / CONFIG_NAME)
@@ -56,11 +68,7 @@ def check_start(path: Path, config: RunConfig) -> Start:
             f"run.new_queries = {config.run.new_queries!r}: {path} has blocks of one token and no query token to go by; "
             "set run.new_queries=noise"
         )
-    if network.model.mask != config.model.mask:
-        raise ConfigError(
-            f"model.mask = {config.model.mask!r}: {path} was trained with {network.model.mask!r}; set model.mask="
-            f"{network.model.mask}"
-        )
+    _check_meaning(path, network, config)
     text = load_text_tokenizer(config.text, old**2)
     expected = dataclasses.replace(config.network, vision=dataclasses.replace(config.vision, block_side=old))
     check_network(path, read_index(path / TENSORS_DIR), expected, text.vocab_size)
@@ -77,11 +85,40 @@ def check_start(path: Path, config: RunConfig) -> Start:
     return Start(path, text.digest, new_queries)
 
 
+def check_resume(path: Path, config: RunConfig) -> None:
+    """Compares a run's own checkpoint, found whole, with the configuration that is to go on with it; reads no tensor.
+
+    Raises:
+        ConfigError: it is of another stage, or was trained with another of `SAME_SETTINGS`.
+    """
+    network, stage = load_network(path / CONFIG_NAME), _run_section(path).get("stage", config.run.stage)
+    if stage != config.run.stage:
+        raise ConfigError(
+            f"run.name = {config.run.name!r}: {path} is of stage {stage!r}, and this is stage {config.run.stage!r}; give "
+            "the run another name"
+        )
+    _check_meaning(path, network, config)
+
+
+def _check_meaning(path: Path, network: NetworkConfig, config: RunConfig) -> None:
+    """Other values would fit the tensors and make another function of them."""
+    for section, name in SAME_SETTINGS:
+        found, wanted = (getattr(getattr(tree, section), name) for tree in (network, config))
+        if found != wanted:
+            raise ConfigError(
+                f"{section}.{name} = {wanted!r}: {path} was trained with {found!r}; set {section}.{name}={found}"
+            )
+
+
+def _run_section(path: Path) -> dict[str, Any]:
+    return tomllib.loads((path / CONFIG_NAME).read_text(encoding="utf-8")).get("run", {})
+
+
 def _check_order(path: Path, state: TrainState, config: RunConfig) -> None:
     """The stage of the checkpoint's run against the one that is to start."""
     stage = STAGES[config.run.stage]
     anyway = "or set run.start_from_any=true to start anyway"
-    run = tomllib.loads((path / CONFIG_NAME).read_text(encoding="utf-8")).get("run", {})
+    run = _run_section(path)
     if "steps" not in run:
         # An import: no stage has made it.
         if stage.follows and state.release.get("kind") == "Qwen3":

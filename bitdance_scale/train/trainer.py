@@ -32,7 +32,7 @@ from bitdance_scale.train.run_observer import RunObserver
 from bitdance_scale.train.sampling import draw_samples
 from bitdance_scale.train.shared_index import training_index
 from bitdance_scale.train.signals import StopRequest
-from bitdance_scale.train.stage_start import Start, check_start
+from bitdance_scale.train.stage_start import Start, check_resume, check_start
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,8 @@ class Trainer:
         # Before the model, which takes minutes to build at full size.
         self._index = training_index(config.data, topology.device)
         latest = self._checkpoints.latest()
+        if latest is not None:
+            on_first_rank(None, lambda: check_resume(latest, config))
         start = self._find_start() if latest is None and config.run.start_from else None
         self._evaluator = Evaluator.read(config, self._text, self._vision, topology) if config.evaluate.shards else None
         self._engine = build_engine(config, self._text.vocab_size, topology)

@@ -152,10 +152,17 @@ def test_stopped_run_saves_and_goes_on(shards, tmp_path):
     assert [point.step for point in read_metrics(metrics)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_checkpoint_of_another_model_is_refused(finished):
-    result = _run([*finished[1], "model.num_layers=3"])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.num_layers=3", "decoder.layers.3"),
+        ("model.mask=causal", "was trained with 'block'; set model.mask=block"),
+    ],
+)
+def test_checkpoint_of_another_model_is_refused(finished, override, message):
+    result = _run([*finished[1], override])
     assert result.returncode != 0
-    assert "CheckpointError" in result.stderr and "decoder.layers.3" in result.stderr
+    assert "CheckpointError" in result.stderr and message in result.stderr
     assert (finished[0] / "checkpoints" / "latest").read_text().strip() == "step_00000040"
 
 

@@ -18,7 +18,7 @@ from bitdance_scale.checkpoint.state import CONFIG_NAME
 from bitdance_scale.config.load import load_network
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import CheckpointError, ConfigError
-from bitdance_scale.train.stage_start import check_start
+from bitdance_scale.train.stage_start import check_resume, check_start
 from tests.distributed.toy import toy_config
 from tests.released import HEAD, write_autoencoder, write_plain_qwen3, write_published
 
@@ -121,8 +121,32 @@ def test_another_network_is_refused(released):
         check_start(find_checkpoint(released), wider)
 
 
-def test_another_mask_is_refused(released):
-    config = config_for(released, "ct")
-    causal = dataclasses.replace(config, model=dataclasses.replace(config.model, mask="causal"))
-    with pytest.raises(ConfigError, match="model.mask = 'causal': .* was trained with 'block'; set model.mask=block"):
-        check_start(find_checkpoint(released), causal)
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("model", "mask", "causal"),
+        ("model", "rope_base", 5e5),
+        ("model", "norm_eps", 1e-5),
+        ("model", "num_heads", 4),
+        ("model", "num_kv_heads", 1),
+        ("model", "head_dim", 8),
+        ("head", "head_dim", 8),
+    ],
+)
+def test_settings_that_fit_the_tensors_and_change_their_meaning_are_refused(released, tmp_path, section, name, value):
+    run = as_run_of(released, tmp_path, "ct", step=5, steps=5)
+    path, config = find_checkpoint(run), config_for(run, "ct")
+    check_resume(path, config)
+    old = getattr(getattr(config, section), name)
+    assert old != value
+    changed = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: value})})
+    message = rf"{section}.{name} = {value!r}: .* was trained with {old!r}; set {section}.{name}={old}"
+    for check in (check_start, check_resume):
+        with pytest.raises(ConfigError, match=message):
+            check(path, changed)
+
+
+def test_a_run_does_not_go_on_as_another_stage(released, tmp_path):
+    run = as_run_of(released, tmp_path, "ct", step=5, steps=5)
+    with pytest.raises(ConfigError, match="of stage 'ct', and this is stage 'sft'; give the run another name"):
+        check_resume(find_checkpoint(run), config_for(run, "sft"))
