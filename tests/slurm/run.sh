@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-readonly LIMIT_S=900 # for the tests; they take about three minutes on two free cores
+readonly LIMIT_S=1800 # for the tests; they take about three minutes on two free cores
 readonly NODES=(n1 n2 n3)
 python=$1
 shift
@@ -15,19 +15,9 @@ if [[ $(id -u) != 0 ]]; then
     exit 0
 fi
 
-missing=()
-for package in slurmctld:slurm-wlm slurmd:slurm-wlm sbatch:slurm-wlm munged:munge mungekey:munge shellcheck:shellcheck; do
-    command -v "${package%%:*}" >/dev/null || missing+=("${package##*:}")
-done
-if ((${#missing[@]})); then
-    mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
-    echo "test-slurm: installing ${missing[*]}"
-    export DEBIAN_FRONTEND=noninteractive
-    apt-get -qq update
-    apt-get -qq install -y --no-install-recommends "${missing[@]}" >/dev/null
-fi
+bash tests/slurm/install.sh
 
-shellcheck -x cluster/*.sh cluster/*.sbatch tests/slurm/run.sh .ci/run
+shellcheck -x cluster/*.sh cluster/*.sbatch tests/slurm/*.sh .ci/run
 
 folder=$(mktemp -d -t slurm-test.XXXXXX)
 chmod 755 "$folder"
