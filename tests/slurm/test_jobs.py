@@ -169,7 +169,8 @@ def test_cancelled_job_does_not_come_back(tmp_path):
 def test_job_requeues_itself_ahead_of_its_time_limit(limited_job):
     job, log = limited_job
     try:
-        wait_until(lambda: show(job)["Restarts"] == "1", log)
+        # On busy cores it may have gone round more than once by now.
+        wait_until(lambda: int(show(job)["Restarts"]) >= 1, log)
         text = log.read_text()
         assert "stopped on request and saved; requeued" in text and "TIME LIMIT" not in text
     finally:
