@@ -135,12 +135,41 @@ class ResolutionClass:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CaptionChoice:
+    """One of several captions of a sample, of which one is drawn each time."""
+
+    source: str = setting(
+        doc="caption (the .txt, or without one `caption` of the .json), another text member by its extension (alt.txt), "
+        "or a field of a JSON member (json:re_caption)."
+    )
+    share: int = setting(1, doc="How often it is drawn, relative to the others that the sample has.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFilter:
+    """A range that a value of a sample must lie in."""
+
+    column: str = setting(
+        doc="height_px, width_px, short_side_px, long_side_px, pixels, aspect (long over short side), or a numeric field "
+        "of the records, such as punsafe."
+    )
+    min: float = setting(float("-inf"), doc="Least value kept.")
+    max: float = setting(float("inf"), doc="Greatest value kept.")
+    missing: str = setting("drop", doc="What becomes of samples without a value: drop or keep.")
+    source: str = setting("", doc="The source (`data.sources[].name`) that it is for; empty: all.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSource:
     """One of several sources that are mixed by share."""
 
     name: str = setting(doc="Its name in metrics and messages.")
     shards: tuple[str, ...] = setting(doc="Its WebDataset tars, as `data.shards`; no tar may be in two sources.")
     share: int = setting(doc="Its part of every resolution class, relative to the other sources; 0 leaves it out.")
+    has_borders: bool = setting(
+        False,
+        doc="Whether img2dataset padded its images to squares (resize_mode=border); the borders are cropped away.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +182,11 @@ class DataSection:
     sources: tuple[DataSource, ...] = setting(
         (), doc="Sources mixed by exact share, instead of `data.shards`; `data.shards = []` clears an inherited one."
     )
+    has_borders: bool = setting(False, doc="`data.sources[].has_borders` of `data.shards`.")
+    captions: tuple[CaptionChoice, ...] = setting(
+        (CaptionChoice(source="caption"),), doc="Captions of a sample; one of those that it has is drawn, by share."
+    )
+    filters: tuple[DataFilter, ...] = setting((), doc="Samples outside any of these ranges are left out.")
     index_dir: str = setting("", doc="Folder of the index; empty: `.bitdance_index` beside the first shard.")
     global_batch: int = setting(doc="Images per optimiser step.")
     classes: tuple[ResolutionClass, ...] = setting(doc="Resolution classes, mixed exactly in every global batch.")
@@ -171,7 +205,7 @@ class DataSection:
     def active_sources(self) -> tuple[DataSource, ...]:
         """The sources that are trained on; `data.shards` is one without a name."""
         if not self.sources:
-            return (DataSource(name="", shards=self.shards, share=1),)
+            return (DataSource(name="", shards=self.shards, share=1, has_borders=self.has_borders),)
         return tuple(source for source in self.sources if source.share > 0)
 
 

@@ -45,7 +45,9 @@ def read_size_px(data: bytes) -> tuple[int, int]:
         return _upright_size_px(image)
 
 
-def decode_image(data: bytes, stored_px: tuple[int, int], bucket_px: tuple[int, int]) -> np.ndarray:
+def decode_image(
+    data: bytes, stored_px: tuple[int, int], bucket_px: tuple[int, int], content_px: tuple[int, int] | None = None
+) -> np.ndarray:
     """Decodes an image, resizes it to cover the bucket and crops the centre.
 
     One Lanczos pass with antialiasing over the centred region that has the bucket's aspect.
@@ -54,6 +56,7 @@ def decode_image(data: bytes, stored_px: tuple[int, int], bucket_px: tuple[int, 
         data: a JPEG, PNG or WebP file.
         stored_px: (height, width) that the index has for it.
         bucket_px: (height, width) wanted.
+        content_px: (height, width) of the picture in the middle of the stored image, the rest is border; None: all.
 
     Returns:
         uint8 [height, width, 3], RGB.
@@ -75,7 +78,11 @@ def decode_image(data: bytes, stored_px: tuple[int, int], bucket_px: tuple[int, 
     if orientation in _UPRIGHT:
         pixels = pixels.transpose(_UPRIGHT[orientation])
     height, width = bucket_px
-    region = centre_region(size_px, bucket_px)
+    content = content_px or size_px
+    # The border above and left of the picture; of an odd one the smaller half, as img2dataset pads.
+    top, left = ((size - side) // 2 for size, side in zip(size_px, content, strict=True))
+    box = centre_region(content, bucket_px)
+    region = (box[0] + left, box[1] + top, box[2] + left, box[3] + top)
     return np.asarray(pixels.resize((width, height), Image.Resampling.LANCZOS, box=region))
 
 

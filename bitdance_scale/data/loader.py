@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.data.borders import content_px
 from bitdance_scale.data.captions import CaptionStatus
 from bitdance_scale.data.decode import decode_image
 from bitdance_scale.data.index import Index
-from bitdance_scale.data.ledger import FaultLedger, SampleFault
+from bitdance_scale.data.ledger import FaultCause, FaultLedger, SampleFault
 from bitdance_scale.data.loader_state import LoaderState
 from bitdance_scale.data.packing import CostModel, partition_batch
 from bitdance_scale.data.plan import Plan, PlannedBatch
@@ -221,18 +222,26 @@ class Loader:
         key = int(batch.samples[place])
         height, width = batch.bucket_px[place].tolist()
         grid = (height // self._config.vision.downsample, width // self._config.vision.downsample)
-        caption = self._index.caption(key)
+        caption = self._caption(batch, place, key)
         if batch.is_image_to_text[place]:
             return image_to_text_sample(self._tokenizer, key, caption, grid)
         return text_to_image_sample(
             self._tokenizer, key, caption, grid, is_caption_dropped=bool(batch.is_caption_dropped[place])
         )
 
+    def _caption(self, batch: PlannedBatch, place: int, key: int) -> str:
+        if batch.caption[place] < 0:
+            return ""
+        source = self._config.data.captions[batch.caption[place]].source
+        alternatives = self._index.alternatives(key, source)
+        return alternatives[int(batch.alternative[place] * len(alternatives))]
+
     def _submit(self, batch: PlannedBatch, place: int) -> Future[_Image]:
         height, width = batch.bucket_px[place].tolist()
-        return self._pool.submit(self._read_image, int(batch.samples[place]), (height, width))
+        has_borders = self._config.data.active_sources[batch.source[place]].has_borders
+        return self._pool.submit(self._read_image, int(batch.samples[place]), (height, width), has_borders)
 
-    def _read_image(self, sample: int, bucket_px: tuple[int, int]) -> _Image:
+    def _read_image(self, sample: int, bucket_px: tuple[int, int], has_borders: bool) -> _Image:
         """The pixels of a sample, or why there are none; runs in the pool."""
         index = self._index
         try:
@@ -242,7 +251,8 @@ class Loader:
                 int(index.image_bytes[sample]),
                 int(index.header_crc[sample]),
             )
-            return decode_image(data, index.size_px(sample), bucket_px)
+            content = content_px(index, slice(sample, sample + 1), has_borders)
+            return decode_image(data, index.size_px(sample), bucket_px, (int(content[0][0]), int(content[1][0])))
         except SampleFault as fault:
             return fault
 
@@ -253,7 +263,7 @@ class Loader:
         for sample, result in zip(samples, results, strict=True):
             shard = self._index.shard_path(sample.key)
             self.ledger.record_read()
-            caption_fault = CaptionStatus(self._index.caption_status[sample.key]).fault
+            caption_fault = self._caption_fault(sample.key)
             if caption_fault is not None:
                 self.ledger.record_caption(caption_fault, shard)
             if isinstance(result, SampleFault):
@@ -267,6 +277,11 @@ class Loader:
             kept, images = [_without_targets(samples[0])], [self._gray_image(samples[0])]
         pack = pack_samples(kept, self._tokenizer.image_tokens, self._config.data.pack_multiple)
         return pack, images
+
+    def _caption_fault(self, key: int) -> FaultCause | None:
+        """Why the sample has no caption at all, by the first place to look for one; None where it has one."""
+        statuses = [CaptionStatus(self._index.status(choice.source)[key]) for choice in self._config.data.captions]
+        return None if CaptionStatus.USABLE in statuses else statuses[0].fault
 
     def _gray_image(self, sample: Sample) -> np.ndarray:
         height, width = (cells * self._config.vision.downsample for cells in sample.grid)

@@ -1,4 +1,4 @@
-"""Reads samples by offset from shards that stay open; home of webdataset's naming and shard-list rules.
+"""Reads samples by offset from shards that stay open; home of webdataset's shard-list rules.
 
 webdataset's own stream is not used: a plan needs any sample at any time, and a stream cannot be resumed at one.
 """
@@ -11,20 +11,10 @@ import zlib
 from collections import OrderedDict
 
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import base_plus_ext
 
 from bitdance_scale.data.ledger import FaultCause, SampleFault
 from bitdance_scale.data.tar_scan import BLOCK_BYTES
 from bitdance_scale.errors import DataError
-
-
-def split_name(name: str) -> tuple[str, str] | None:
-    """(key, extension in lower case) of a tar member by webdataset's rule; None for names without one or the other.
-
-    The extension starts at the first dot of the file name: `a/0001.syn.json` has key `a/0001`, extension `syn.json`.
-    """
-    key, extension = base_plus_ext(name)
-    return None if key is None else (key, extension.lower())
 
 
 def expand_braces(spec: str, setting: str = "data.shards") -> list[str]:

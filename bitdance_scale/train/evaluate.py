@@ -59,11 +59,13 @@ class Evaluator:
             global_batch=section.images,
             text_drop=0.0,
             image_to_text_share=0.0,
+            filters=(),
         )
         held_out = dataclasses.replace(config, data=data, run=dataclasses.replace(config.run, seed=section.seed))
         # Beside the shards, or where the run's own index is: the shards may be in a place that is read only.
         index_dir = str(Path(config.data.index_dir) / "held_out") if config.data.index_dir else ""
-        index = shared_index(section.shards, index_dir, topology.device)
+        captions = [choice.source for choice in data.captions]
+        index = shared_index(section.shards, index_dir, data.max_hole_share, topology.device, captions)
         with StepReader(held_out, index, text, vision, topology, None) as reader:
             return cls(config, reader.next_step().packs, topology)
 

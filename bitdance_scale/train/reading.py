@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.data.filters import FilterCount
 from bitdance_scale.data.index import Index
 from bitdance_scale.data.loader import Loader
 from bitdance_scale.data.loader_state import LoaderState
@@ -76,6 +77,10 @@ class StepReader:
     def uses(self, num_steps: int) -> list[StreamUse]:
         """What so many steps take of every source, on a rank that reads (the first one does); elsewhere nothing."""
         return [] if self._loader is None else self._loader.plan.uses(num_steps)
+
+    def filter_counts(self) -> dict[str, list[FilterCount]]:
+        """What the filters leave out, by source, on a rank that reads; elsewhere nothing."""
+        return {} if self._loader is None else self._loader.plan.filter_counts()
 
     def next_step(self) -> SharedStep:
         """The packs of the next step with their images encoded; the report is a `StepReport`."""

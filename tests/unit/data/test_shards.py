@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from bitdance_scale.data.reader import split_name
 from bitdance_scale.data.shards import expand_shards
 from bitdance_scale.errors import DataError
 
@@ -55,8 +54,3 @@ def test_nothing_and_remote_shards_are_refused() -> None:
         expand_shards([])
     with pytest.raises(DataError, match="only local files"):
         expand_shards(["s3://bucket/{00000..00001}.tar"])
-
-
-def test_names_split_at_the_first_dot() -> None:
-    assert split_name("x/0001.SYN.json") == ("x/0001", "syn.json")
-    assert split_name("README") is None
