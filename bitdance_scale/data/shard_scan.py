@@ -31,6 +31,7 @@ _IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _META_NAME = re.compile(rb"__[^/]*__($|/)")
 _SIZE_FIELDS = ("height", "width", "original_height", "original_width")
 _MAX_SCORES = 64
+_NUMBERS = {int, float, bool}
 _MAX_SIDE_PX = 2**31
 
 COLUMN_DTYPES: dict[str, type] = {
@@ -123,7 +124,7 @@ def scan_shard(read: ReadRange, total_bytes: int, captions: Sequence[str] = (DEF
     record_extensions = {"json", *(source.extension for source in sources if source.field is not None)}
     names: list[bytes] = []
     rows: list[tuple[int, ...]] = []
-    records: list[dict[str, Any]] = []
+    scores = _Scores()
     found: list[list[tuple[bytes, CaptionStatus]]] = [[] for _ in sources]
     for key, sample in samples.items():
         image = next((sample[extension] for extension in _IMAGE_EXTENSIONS if extension in sample), None)
@@ -141,7 +142,7 @@ def scan_shard(read: ReadRange, total_bytes: int, captions: Sequence[str] = (DEF
                 continue
         names.append(key)
         rows.append((image.offset, image.num_bytes, image.header_crc, *sizes))
-        records.append(record)
+        scores.add(record)
         for source, texts in zip(sources, found, strict=True):
             texts.append(source.find(sample, parsed))
     values = zip(*rows, strict=True) if rows else [()] * len(COLUMN_DTYPES)
@@ -154,7 +155,7 @@ def scan_shard(read: ReadRange, total_bytes: int, captions: Sequence[str] = (DEF
             source.name: (Texts.of([text for text, _ in texts]), np.array([status for _, status in texts], np.uint8))
             for source, texts in zip(sources, found, strict=True)
         },
-        scores=_scores(records),
+        scores=scores.columns(),
         faults={str(fault): count for fault, count in faults.items() if count},
         damages=tuple(scan.damages),
     )
@@ -221,20 +222,36 @@ def _side(value: object) -> int:
     return value if type(value) is int and 0 < value < _MAX_SIDE_PX else 0
 
 
-def _scores(records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """The numeric fields of records, but for the sizes."""
-    layouts = dict.fromkeys(map(tuple, records))
-    fields = dict.fromkeys(field for layout in layouts for field in layout if field not in _SIZE_FIELDS)
-    scores: dict[str, np.ndarray] = {}
-    for field in fields:
-        values = [record.get(field) for record in records]
-        if {int, float, bool} & set(map(type, values)) and len(scores) < _MAX_SCORES:
-            scores[field] = np.array([_number(value) for value in values], np.float32)
-    return scores
+class _Scores:
+    """Collects the numeric fields of records, but for the sizes; records of one layout are transposed together."""
+
+    def __init__(self) -> None:
+        self._num_records = 0
+        self._by_layout: dict[tuple[str, ...], tuple[list[int], list[tuple[object, ...]]]] = {}
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Takes the record of the next sample."""
+        rows, values = self._by_layout.setdefault(tuple(record), ([], []))
+        rows.append(self._num_records)
+        values.append(tuple(record.values()))
+        self._num_records += 1
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Field -> float32 [n], NaN where a sample has no number there."""
+        columns: dict[str, np.ndarray] = {}
+        for layout, (rows, values) in self._by_layout.items():
+            for field, found in zip(layout, zip(*values, strict=True), strict=False):
+                if field in _SIZE_FIELDS or not _NUMBERS & set(map(type, found)):
+                    continue
+                if field not in columns and len(columns) == _MAX_SCORES:
+                    continue
+                column = columns.setdefault(field, np.full(self._num_records, np.nan, np.float32))
+                column[rows] = [_number(value) for value in found]
+        return columns
 
 
 def _number(value: object) -> float:
     try:
-        return float(value) if isinstance(value, int | float) else np.nan
+        return float(value) if type(value) in _NUMBERS else np.nan
     except OverflowError:
         return np.nan
