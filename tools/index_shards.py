@@ -1,6 +1,7 @@
 """Builds the index of WebDataset shards ahead of training, and reports what is in them.
 
     python tools/index_shards.py /data/laion --workers 16
+    python tools/index_shards.py s3://bucket/laion --index-dir /shared/laion_index
     python tools/index_shards.py '/data/laion/{00000..09999}.tar' --captions json:re_caption --plot laion.png
 
 Only shards that are new or changed since the last time are read; a build that was stopped goes on where it was. The
@@ -17,11 +18,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from bitdance_scale.config.schema import S3Section
 from bitdance_scale.data.captions import DEFAULT_SOURCE
 from bitdance_scale.data.index import Index, ShardEntry, default_index_dir
 from bitdance_scale.data.index_build import build_index
 from bitdance_scale.data.index_report import lost_samples, summary, suspicious_shards
 from bitdance_scale.data.shards import expand_shards
+from bitdance_scale.data.store import Stores
 from bitdance_scale.errors import BitDanceError
 
 _SHORT_SIDES_PX = (0, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
@@ -81,7 +84,7 @@ def _bars(values: np.ndarray, edges: tuple[float, ...]) -> list[str]:
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", nargs="+", help="tars, folders, globs or brace lists")
+    parser.add_argument("dataset", nargs="+", help="tars, folders, globs or brace lists; s3://BUCKET/..")
     parser.add_argument("--index-dir", default="", help="index folder; default: .bitdance_index beside the first shard")
     parser.add_argument(
         "--captions",
@@ -91,10 +94,17 @@ def main() -> int:
         help="captions to keep beside `caption`: members by extension (alt.txt), or fields (json:re_caption)",
     )
     parser.add_argument("--workers", type=int, help="processes that read; default: by the amount to read")
+    parser.add_argument("--endpoint-url", default="", help="of an S3-compatible store (data.s3.endpoint_url)")
+    parser.add_argument("--profile", default="", help="of boto3's credentials (data.s3.profile)")
+    parser.add_argument("--anonymous", action="store_true", help="unsigned requests to S3 (data.s3.anonymous)")
     parser.add_argument("--plot", default="", metavar="PNG", help="draws the distributions to this picture")
     arguments = parser.parse_args()
     try:
-        shards = expand_shards(arguments.dataset, "DATASET")
+        section = S3Section(
+            endpoint_url=arguments.endpoint_url, profile=arguments.profile, anonymous=arguments.anonymous
+        )
+        stores = Stores(section)
+        shards = expand_shards(arguments.dataset, "DATASET", stores)
         captions = tuple(dict.fromkeys((DEFAULT_SOURCE, *arguments.captions)))
         index_dir = arguments.index_dir or default_index_dir(shards)
         with tqdm(total=len(shards), unit="shard", disable=None) as bar:

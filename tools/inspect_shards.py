@@ -87,12 +87,7 @@ def draw_grid(index: Index, classes: Sequence[ResolutionClass], max_upscale: flo
     reader = ShardReader()
     for axis, sample in zip(axes.flat, samples.tolist(), strict=False):
         try:
-            data = reader.read(
-                index.shard_path(sample),
-                int(index.image_offset[sample]),
-                int(index.image_bytes[sample]),
-                int(index.header_crc[sample]),
-            )
+            data = reader.image(index, sample)
             axis.imshow(decode_image(data, index.size_px(sample), index.size_px(sample)))
         except SampleFault as fault:
             axis.text(0.5, 0.5, textwrap.fill(str(fault), 24), ha="center", va="center", color="red", fontsize=8)

@@ -170,6 +170,8 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "data.max_hole_share": _PROBABILITY,
     "data.read_threads": _COUNT,
     "data.prefetch_steps": _COUNT,
+    "data.s3.read_timeout_s": _POSITIVE,
+    "data.s3.deadline_s": _POSITIVE,
     "parallel.tensor": _COUNT,
     "parallel.pipeline": _COUNT,
     "parallel.virtual_stages": _COUNT,

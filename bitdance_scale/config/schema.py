@@ -173,6 +173,19 @@ class DataSource:
 
 
 @dataclass(frozen=True, kw_only=True)
+class S3Section:
+    """How shards on S3 (`s3://BUCKET/KEY`) are reached; credentials come through boto3's own chain."""
+
+    endpoint_url: str = setting("", doc="Endpoint of an S3-compatible store; empty: as boto3 finds it, or Amazon's.")
+    profile: str = setting("", doc="Profile of boto3's credentials; empty: the default one.")
+    anonymous: bool = setting(False, doc="Whether requests go unsigned, to public buckets.")
+    read_timeout_s: float = setting(30.0, doc="Seconds without a byte after which a request is made again.")
+    deadline_s: float = setting(
+        300.0, doc="Seconds without progress, over all repetitions, after which a range counts as unreadable."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSection:
     """The image-text data and how it is batched."""
 
@@ -200,6 +213,7 @@ class DataSection:
     )
     read_threads: int = setting(2, doc="Threads that read and decode.")
     prefetch_steps: int = setting(2, doc="Global batches read ahead.")
+    s3: S3Section = dataclasses.field(default_factory=S3Section)
 
     @property
     def active_sources(self) -> tuple[DataSource, ...]:

@@ -21,6 +21,7 @@ import orjson
 
 from bitdance_scale.data.captions import SEPARATOR
 from bitdance_scale.data.shard_scan import COLUMN_DTYPES, ShardContent
+from bitdance_scale.data.store import S3_SCHEME
 from bitdance_scale.data.tar_scan import Damage
 from bitdance_scale.errors import DataError
 
@@ -34,9 +35,9 @@ class ShardEntry:
     """A shard as it was when indexed.
 
     Attributes:
-        path: absolute path of the tar.
+        path: absolute path of the tar, or `s3://BUCKET/KEY`.
         num_bytes: its length.
-        tag: with the length, what tells that it changed: modification time in nanoseconds.
+        tag: with the length, what tells that it changed (`store.ShardState`).
         num_samples: its samples in the index.
         faults: `shard_scan.IndexFault` -> how often the scan found it.
         damages: where the tar is broken.
@@ -192,7 +193,16 @@ def content_index(entry: ShardEntry, content: ShardContent) -> Index:
 
 
 def default_index_dir(shards: Sequence[str]) -> str:
-    """`.bitdance_index` beside the first shard, where the index goes when `data.index_dir` is empty."""
+    """`.bitdance_index` beside the first shard, where the index goes when `data.index_dir` is empty.
+
+    Raises:
+        DataError: the shard is on S3, and an index is a folder.
+    """
+    if shards[0].startswith(S3_SCHEME):
+        raise DataError(
+            f"data.index_dir is empty and {shards[0]} lies on S3: name a folder for the index that all ranks see "
+            "(data.index_dir, or --index-dir of a tool)."
+        )
     return str(Path(shards[0]).parent / ".bitdance_index")
 
 
@@ -241,6 +251,7 @@ def columns_folder(content: str) -> str:
 
 def _entry(index_dir: Path, shard: dict[str, object]) -> ShardEntry:
     values = dict(shard)
-    values["path"] = os.path.abspath(index_dir / values["path"])
+    if not values["path"].startswith(S3_SCHEME):
+        values["path"] = os.path.abspath(index_dir / values["path"])
     values["damages"] = tuple(Damage(**damage) for damage in values["damages"])
     return ShardEntry(**values)

@@ -39,6 +39,8 @@ from bitdance_scale.data.index import (
     score_column,
 )
 from bitdance_scale.data.shard_scan import COLUMN_DTYPES, scan_shard
+from bitdance_scale.data.store import S3_SCHEME, ReadError, ShardState, Stores
+from bitdance_scale.data.tar_scan import WINDOW_BYTES
 from bitdance_scale.errors import DataError
 
 _PARTS_NAME = ".parts"
@@ -46,6 +48,7 @@ _PART_SAMPLES = 1 << 20
 _PART_SECONDS = 60.0
 _BYTES_PER_WORKER = 1 << 31
 _MAX_WORKERS = 32
+_REMOTE_WINDOW_BYTES = 16 << 20
 _Progress = Callable[[ShardEntry], None]
 
 
@@ -75,8 +78,10 @@ class _Task:
     """A shard to scan."""
 
     path: str
-    num_bytes: int
-    tag: str
+    state: ShardState
+
+
+_Scan = Callable[[_Task], Index]
 
 
 def build_index(
@@ -86,6 +91,7 @@ def build_index(
     captions: Sequence[str] = (DEFAULT_SOURCE,),
     num_workers: int | None = None,
     progress: _Progress | None = None,
+    stores: Stores | None = None,
 ) -> Index:
     """Brings the index of a list of shards up to date and opens it; one process of a job calls this.
 
@@ -97,12 +103,14 @@ def build_index(
         captions: sources of captions to keep (`captions.CaptionSource`); those that the index has already stay.
         num_workers: processes that scan; None: by the amount to read, this process alone for little.
         progress: called for every shard that was scanned.
+        stores: how shards are read; None: by default.
 
     Raises:
         DataError: a shard is missing or cannot be read, no shard holds an image, or the folder cannot be written.
     """
     index_dir = Path(index_dir)
-    tasks = [_stat(path) for path in shards]
+    stores = stores or Stores()
+    tasks = [_Task(path, state) for path, state in zip(shards, stores.states(shards), strict=True)]
     try:
         old = open_index(index_dir) if (index_dir / TABLE_NAME).exists() else None
         if old is not None:
@@ -113,7 +121,8 @@ def build_index(
         known = _pieces(index for index in (*parts.values(), old) if index is not None)
         known = {task: piece for task, piece in known.items() if set(captions) <= set(piece.index.captions)}
         missing = [task for task in dict.fromkeys(tasks) if task not in known]
-        known |= _scan_all(missing, captions, num_workers, partial(_save_part, index_dir, parts), progress)
+        scan = partial(scan_file, captions=captions, stores=stores)
+        known |= _scan_all(missing, scan, num_workers, partial(_save_part, index_dir, parts), progress)
         pieces = [known[task] for task in tasks]
         if not sum(piece.entry.num_samples for piece in pieces):
             raise DataError(
@@ -130,36 +139,24 @@ def build_index(
     return open_index(index_dir)
 
 
-def scan_file(task: _Task, captions: Sequence[str]) -> Index:
+def scan_file(task: _Task, captions: Sequence[str], stores: Stores) -> Index:
     """The index of one shard.
 
     Raises:
         DataError: it cannot be opened or read.
     """
+    total_bytes = task.state.num_bytes
+
+    def read(offset: int, num_bytes: int) -> bytes:
+        return stores.read(task.path, offset, max(0, min(num_bytes, total_bytes - offset)), task.state.tag)
+
+    window_bytes = _REMOTE_WINDOW_BYTES if task.path.startswith(S3_SCHEME) else WINDOW_BYTES
     try:
-        descriptor = os.open(task.path, os.O_RDONLY)
-        try:
-            content = scan_shard(
-                lambda offset, num_bytes: os.pread(descriptor, num_bytes, offset), task.num_bytes, captions
-            )
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise _cannot_open(task.path, error) from error
-    entry = ShardEntry(task.path, task.num_bytes, task.tag, len(content), content.faults, content.damages)
+        content = scan_shard(read, total_bytes, captions, window_bytes)
+    except ReadError as error:
+        raise DataError(f"{task.path}: cannot read the shard ({error}). Correct data.shards or restore it.") from error
+    entry = ShardEntry(task.path, total_bytes, task.state.tag, len(content), content.faults, content.damages)
     return content_index(entry, content)
-
-
-def _stat(path: str) -> _Task:
-    try:
-        stat = os.stat(path)
-    except OSError as error:
-        raise _cannot_open(path, error) from error
-    return _Task(path, stat.st_size, str(stat.st_mtime_ns))
-
-
-def _cannot_open(path: str, error: OSError) -> DataError:
-    return DataError(f"{path}: cannot open the shard ({error.strerror}). Correct data.shards or restore the file.")
 
 
 def _is_of(index: Index, tasks: Sequence[_Task]) -> bool:
@@ -167,7 +164,7 @@ def _is_of(index: Index, tasks: Sequence[_Task]) -> bool:
 
 
 def _task_of(entry: ShardEntry) -> _Task:
-    return _Task(entry.path, entry.num_bytes, entry.tag)
+    return _Task(entry.path, ShardState(entry.num_bytes, entry.tag))
 
 
 def _pieces(indexes: Iterator[Index]) -> dict[_Task, _Piece]:
@@ -186,19 +183,19 @@ def _all_faults(pieces: Sequence[_Piece]) -> dict[str, dict[str, int]]:
 
 def _scan_all(
     tasks: Sequence[_Task],
-    captions: Sequence[str],
+    scan: _Scan,
     num_workers: int | None,
     save: Callable[[Sequence[_Piece]], dict[_Task, _Piece]],
     progress: _Progress | None,
 ) -> dict[_Task, _Piece]:
     """Scans shards and saves what was scanned now and then; the rest stays in memory."""
     if num_workers is None:
-        num_workers = min(sum(task.num_bytes for task in tasks) // _BYTES_PER_WORKER, _num_cores(), _MAX_WORKERS)
+        num_workers = min(sum(task.state.num_bytes for task in tasks) // _BYTES_PER_WORKER, _num_cores(), _MAX_WORKERS)
     found: dict[_Task, _Piece] = {}
     unsaved: list[_Piece] = []
     saved_s = time.monotonic()
     try:
-        for index in _scanned(tasks, captions, num_workers):
+        for index in _scanned(tasks, scan, num_workers):
             unsaved.append(_Piece(index.shards[0], index, 0))
             if progress is not None:
                 progress(index.shards[0])
@@ -214,13 +211,13 @@ def _scan_all(
     return found | {_task_of(piece.entry): piece for piece in unsaved}
 
 
-def _scanned(tasks: Sequence[_Task], captions: Sequence[str], num_workers: int) -> Iterator[Index]:
+def _scanned(tasks: Sequence[_Task], scan: _Scan, num_workers: int) -> Iterator[Index]:
     if num_workers < 2 or len(tasks) < 2:
-        yield from (scan_file(task, captions) for task in tasks)
+        yield from map(scan, tasks)
         return
     # Forked from a server that has no threads and no CUDA.
     with ProcessPoolExecutor(min(num_workers, len(tasks)), mp_context=get_context("forkserver")) as pool:
-        futures: list[Future[Index]] = [pool.submit(scan_file, task, captions) for task in tasks]
+        futures: list[Future[Index]] = [pool.submit(scan, task) for task in tasks]
         try:
             yield from (future.result() for future in as_completed(futures))
         finally:
@@ -280,8 +277,7 @@ def _write(pieces: Sequence[_Piece], captions: Sequence[str], index_dir: Path) -
             **{score_column(field): digests[score_column(field)] for field in scores},
         },
         "shards": [
-            {**dataclasses.asdict(piece.entry), "path": os.path.relpath(piece.entry.path, os.path.abspath(index_dir))}
-            for piece in pieces
+            {**dataclasses.asdict(piece.entry), "path": _stored_path(piece.entry.path, index_dir)} for piece in pieces
         ],
     }
     temporary = index_dir / f".building_{uuid.uuid4().hex}"
@@ -290,6 +286,10 @@ def _write(pieces: Sequence[_Piece], captions: Sequence[str], index_dir: Path) -
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(index_dir / TABLE_NAME)
+
+
+def _stored_path(path: str, index_dir: Path) -> str:
+    return path if path.startswith(S3_SCHEME) else os.path.relpath(path, os.path.abspath(index_dir))
 
 
 def _write_columns(

@@ -26,6 +26,7 @@ from bitdance_scale.data.packing import CostModel, partition_batch
 from bitdance_scale.data.plan import Plan, PlannedBatch
 from bitdance_scale.data.prefetch import Prefetcher
 from bitdance_scale.data.reader import ShardReader
+from bitdance_scale.data.store import Stores
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.sequence.layout import num_positions, pack_samples
 from bitdance_scale.sequence.pack import Pack, Sample
@@ -135,7 +136,7 @@ class Loader:
         self._data_rank = data_rank
         self._num_data_ranks = num_data_ranks
         self._cost_model = CostModel.of_model(config.model)
-        self._reader = ShardReader()
+        self._reader = ShardReader(Stores(config.data.s3))
         self._pool = ThreadPoolExecutor(config.data.read_threads, thread_name_prefix="data-reader")
         self._current: _StepInFlight | None = None
         self._is_closed = False
@@ -245,12 +246,7 @@ class Loader:
         """The pixels of a sample, or why there are none; runs in the pool."""
         index = self._index
         try:
-            data = self._reader.read(
-                index.shard_path(sample),
-                int(index.image_offset[sample]),
-                int(index.image_bytes[sample]),
-                int(index.header_crc[sample]),
-            )
+            data = self._reader.image(index, sample)
             content = content_px(index, slice(sample, sample + 1), has_borders)
             return decode_image(data, index.size_px(sample), bucket_px, (int(content[0][0]), int(content[1][0])))
         except SampleFault as fault:

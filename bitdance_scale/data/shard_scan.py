@@ -24,7 +24,7 @@ import orjson
 from bitdance_scale.data.captions import DEFAULT_SOURCE, MAX_TEXT_BYTES, CaptionSource, CaptionStatus
 from bitdance_scale.data.decode import read_size_px
 from bitdance_scale.data.ledger import SampleFault
-from bitdance_scale.data.tar_scan import Damage, Members, ReadRange, TarScan
+from bitdance_scale.data.tar_scan import WINDOW_BYTES, Damage, Members, ReadRange, TarScan
 
 _IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # Members that webdataset keeps for itself.
@@ -108,17 +108,23 @@ _Sample = dict[str, Any]
 """Extension -> `_Image`, or bytes of a text or record, or None for a member that is not looked at."""
 
 
-def scan_shard(read: ReadRange, total_bytes: int, captions: Sequence[str] = (DEFAULT_SOURCE,)) -> ShardContent:
+def scan_shard(
+    read: ReadRange,
+    total_bytes: int,
+    captions: Sequence[str] = (DEFAULT_SOURCE,),
+    window_bytes: int = WINDOW_BYTES,
+) -> ShardContent:
     """Reads headers, captions and records of a tar.
 
     Args:
         read: reads a range of the tar.
         total_bytes: its length.
         captions: sources of captions to keep (`captions.CaptionSource`).
+        window_bytes: how much of it is read at a time.
     """
     sources = [CaptionSource.parse(name) for name in captions]
     faults: Counter[str] = Counter()
-    scan = TarScan(read, total_bytes)
+    scan = TarScan(read, total_bytes, window_bytes)
     samples = _group(scan, read, {"json", *(e for source in sources for e in source.extensions)}, faults)
     faults[IndexFault.DAMAGED_TAR] = len(scan.damages)
     record_extensions = {"json", *(source.extension for source in sources if source.field is not None)}

@@ -25,7 +25,7 @@ from bitdance_scale.data.index_build import build_index
 from bitdance_scale.data.shards import expand_shards
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.observe.console import setup_logging
-from bitdance_scale.train.shared_index import shared_index
+from bitdance_scale.train.shared_index import image_index
 from bitdance_scale.train.tokenizer_evaluation import Reconstruction, evaluate, summary, to_pixels
 from bitdance_scale.train.tokenizer_objective import TokenizerObjective
 from bitdance_scale.vision.autoencoder import Autoencoder, published_config
@@ -62,7 +62,7 @@ def train_tokenizer(config: TokenizerConfig) -> dict[tuple[int, int], Reconstruc
         if ranks.rank == 0:
             _start_folder(folder, config)
         data = config.data
-        train_index = shared_index(data.shards, data.index_dir, data.max_hole_share, ranks.device)
+        train_index = image_index(data.shards, data.index_dir, data.max_hole_share, ranks.device)
         # The held-out images are read on rank 0 only, which evaluates alone.
         held_out = _held_out_images(config) if ranks.rank == 0 else {}
         autoencoder = _build(config).to(ranks.device)

@@ -40,7 +40,7 @@ def test_is_built_once_and_only_changed_shards_are_read(data_set: list[str], tmp
     shards = [shutil.copy2(path, tmp_path) for path in data_set]
     scanned = []
     scan = index_build.scan_file
-    monkeypatch.setattr(index_build, "scan_file", lambda task, *rest: scanned.append(task.path) or scan(task, *rest))
+    monkeypatch.setattr(index_build, "scan_file", lambda task, **rest: scanned.append(task.path) or scan(task, **rest))
     first = build_index(shards[:2], tmp_path / "index")
     assert scanned == shards[:2]
     assert build_index(shards[:2], tmp_path / "index").hash == first.hash
@@ -176,11 +176,11 @@ def test_a_stopped_build_goes_on_where_it_was(data_set: list[str], tmp_path: Pat
     scanned = []
     scan = index_build.scan_file
 
-    def scan_two(task, captions):
+    def scan_two(task, captions, stores):
         if len(scanned) == 2:
             raise KeyboardInterrupt
         scanned.append(task.path)
-        return scan(task, captions)
+        return scan(task, captions, stores)
 
     monkeypatch.setattr(index_build, "scan_file", scan_two)
     with pytest.raises(KeyboardInterrupt):

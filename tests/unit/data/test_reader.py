@@ -10,6 +10,7 @@ import pytest
 
 from bitdance_scale.data.ledger import FaultCause, SampleFault
 from bitdance_scale.data.reader import ShardReader
+from bitdance_scale.data.store import Stores
 from tests.unit.data.small_data import members_of, write_tar
 
 
@@ -24,7 +25,7 @@ def test_threads_share_few_descriptors(tmp_path: Path) -> None:
     ]
     jobs = [(path, *member) for path in shards for member in members_of(path)]
     before = num_open_files()
-    reader = ShardReader(max_open_shards=3)
+    reader = ShardReader(Stores(max_open_files=3))
     with ThreadPoolExecutor(8) as pool:
         contents = list(pool.map(lambda job: reader.read(*job), jobs * 5))
     assert contents == [bytes([s, k]) * (100 + k) for s in range(12) for k in range(8)] * 5

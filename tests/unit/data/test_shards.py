@@ -49,8 +49,8 @@ def test_missing_shards(folder: Path, spec: str, message: str) -> None:
         names(folder, spec)
 
 
-def test_nothing_and_remote_shards_are_refused() -> None:
+def test_nothing_and_other_stores_are_refused() -> None:
     with pytest.raises(DataError, match="data.shards is empty"):
         expand_shards([])
-    with pytest.raises(DataError, match="only local files"):
-        expand_shards(["s3://bucket/{00000..00001}.tar"])
+    with pytest.raises(DataError, match="only local files and s3://"):
+        expand_shards(["gs://bucket/{00000..00001}.tar"])
