@@ -28,7 +28,7 @@ from bitdance_scale.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 18
 _MAX_CONNECTIONS = 64
 _CONNECT_TIMEOUT_S = 10
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 20.0
