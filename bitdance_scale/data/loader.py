@@ -8,7 +8,10 @@ and every order, is the same however the threads were timed.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import logging
 import time
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +35,11 @@ from bitdance_scale.sequence.layout import num_positions, pack_samples
 from bitdance_scale.sequence.pack import Pack, Sample
 from bitdance_scale.sequence.tokens import TextTokenizer, image_to_text_sample, text_to_image_sample
 
+logger = logging.getLogger(__name__)
+
+STALL_S = 30.0
+"""An image that is waited for longer is named, again and again."""
+
 _Image = np.ndarray | SampleFault
 
 
@@ -46,7 +54,7 @@ class LoadedPack:
         step: optimiser step it belongs to.
         num_packs_in_step: packs of the step, the same on all replicas.
         is_last_in_step: whether the step is complete with it.
-        num_holes: planned samples that could not be used and are left out.
+        faults: cause -> planned samples with it; those with a cause that `is_hole` are left out.
         wait_s: seconds the consumer waited for it.
     """
 
@@ -56,8 +64,13 @@ class LoadedPack:
     step: int
     num_packs_in_step: int
     is_last_in_step: bool
-    num_holes: int
+    faults: Counter[FaultCause]
     wait_s: float
+
+    @property
+    def num_holes(self) -> int:
+        """Planned samples that could not be used and are left out."""
+        return sum(count for cause, count in self.faults.items() if cause.is_hole)
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,8 @@ class LoadedStep:
         state: resumes after the step.
         images_by_class: planned samples of the *global* batch, by side of the resolution class in pixels.
         images_by_source: planned samples of the global batches of the run up to this one, by name of the source.
-        num_holes: samples of this replica that could not be used.
+        faults: cause -> samples of this replica with it.
+        num_ready: steps read ahead of this one, all of their images included, when it was taken.
         wait_s: seconds the consumer waited for the packs.
     """
 
@@ -79,8 +93,14 @@ class LoadedStep:
     state: LoaderState
     images_by_class: dict[int, int]
     images_by_source: dict[str, int]
-    num_holes: int
+    faults: Counter[FaultCause]
+    num_ready: int
     wait_s: float
+
+    @property
+    def num_holes(self) -> int:
+        """Samples of this replica that could not be used."""
+        return sum(pack.num_holes for pack in self.packs)
 
 
 @dataclass(frozen=True)
@@ -89,6 +109,11 @@ class _StepInFlight:
 
     step: int
     packs: list[list[tuple[Sample, Future[_Image]]]]
+
+    @property
+    def is_read(self) -> bool:
+        """Whether all of its images are there."""
+        return all(image.done() for pack in self.packs for _, image in pack)
 
 
 class Loader:
@@ -139,6 +164,7 @@ class Loader:
         self._reader = ShardReader(Stores(config.data.s3))
         self._pool = ThreadPoolExecutor(config.data.read_threads, thread_name_prefix="data-reader")
         self._current: _StepInFlight | None = None
+        self._ahead: deque[_StepInFlight] = deque()
         self._is_closed = False
         self._steps = Prefetcher(self._start_step, start.step, config.data.prefetch_steps)
 
@@ -164,6 +190,7 @@ class Loader:
         begun_s = time.monotonic()
         if self._current is None:
             self._current = self._steps.take()
+            self._ahead.popleft()
         flight = self._current
         if self.state.pack >= len(flight.packs):
             raise CheckpointError(
@@ -172,16 +199,15 @@ class Loader:
                 "resume from a checkpoint at a step boundary."
             )
         planned = flight.packs[self.state.pack]
-        results = [image.result() for _, image in planned]
+        results = [self._wait_for(sample, image) for sample, image in planned]
         wait_s = time.monotonic() - begun_s
-        pack, images = self._assemble([sample for sample, _ in planned], results)
+        pack, images, faults = self._assemble([sample for sample, _ in planned], results)
         is_last = self.state.pack + 1 == len(flight.packs)
         step, number = (flight.step + 1, 0) if is_last else (flight.step, self.state.pack + 1)
         self.state = dataclasses.replace(self.state, step=step, pack=number)
         if is_last:
             self._current = None
-        num_holes = sum(isinstance(result, SampleFault) for result in results)
-        return LoadedPack(pack, images, self.state, flight.step, len(flight.packs), is_last, num_holes, wait_s)
+        return LoadedPack(pack, images, self.state, flight.step, len(flight.packs), is_last, faults, wait_s)
 
     def next_step(self) -> LoadedStep:
         """All packs of the next step (of the current one those that remain)."""
@@ -194,7 +220,8 @@ class Loader:
             state=packs[-1].state,
             images_by_class=self.plan.images_by_class(packs[-1].step),
             images_by_source=self.plan.images_by_source(packs[-1].step + 1),
-            num_holes=sum(pack.num_holes for pack in packs),
+            faults=sum((pack.faults for pack in packs), Counter()),
+            num_ready=self._num_ready(),
             wait_s=sum(pack.wait_s for pack in packs),
         )
 
@@ -217,7 +244,31 @@ class Loader:
         for number, places in enumerate(ranks[self._data_rank]):
             places = places if number >= num_done else []
             packs.append([(samples[place], self._submit(batch, place)) for place in places])
-        return _StepInFlight(step, packs)
+        flight = _StepInFlight(step, packs)
+        self._ahead.append(flight)
+        return flight
+
+    def _num_ready(self) -> int:
+        """Steps ahead of those taken, from the next one on, that are read completely."""
+        ready = itertools.takewhile(lambda flight: flight.is_read, list(self._ahead))
+        return sum(1 for _ in ready)
+
+    def _wait_for(self, sample: Sample, image: Future[_Image]) -> _Image:
+        """The image when it is read; names what is waited for where that takes long."""
+        begun_s = time.monotonic()
+        while True:
+            try:
+                return image.result(STALL_S)
+            except TimeoutError:
+                index, key = self._index, sample.key
+                logger.warning(
+                    "waiting for %s: sample %s, %d bytes from byte %d on, for %.0f s now",
+                    index.shard_path(key),
+                    index.name(key),
+                    index.image_bytes[key],
+                    index.image_offset[key],
+                    time.monotonic() - begun_s,
+                )
 
     def _sample(self, batch: PlannedBatch, place: int) -> Sample:
         key = int(batch.samples[place])
@@ -252,8 +303,11 @@ class Loader:
         except SampleFault as fault:
             return fault
 
-    def _assemble(self, samples: list[Sample], results: list[_Image]) -> tuple[Pack, list[np.ndarray]]:
+    def _assemble(
+        self, samples: list[Sample], results: list[_Image]
+    ) -> tuple[Pack, list[np.ndarray], Counter[FaultCause]]:
         """Lays out the samples whose image is there, and counts the others."""
+        faults: Counter[FaultCause] = Counter()
         kept: list[Sample] = []
         images: list[np.ndarray] = []
         for sample, result in zip(samples, results, strict=True):
@@ -262,8 +316,10 @@ class Loader:
             caption_fault = self._caption_fault(sample.key)
             if caption_fault is not None:
                 self.ledger.record_caption(caption_fault, shard)
+                faults[caption_fault] += 1
             if isinstance(result, SampleFault):
                 self.ledger.record_hole(result, shard, self._index.name(sample.key))
+                faults[result.cause] += 1
             else:
                 kept.append(sample)
                 images.append(result)
@@ -272,7 +328,7 @@ class Loader:
             # Every rank must run every pack of the step, so an empty one cannot be skipped.
             kept, images = [_without_targets(samples[0])], [self._gray_image(samples[0])]
         pack = pack_samples(kept, self._tokenizer.image_tokens, self._config.data.pack_multiple)
-        return pack, images
+        return pack, images, faults
 
     def _caption_fault(self, key: int) -> FaultCause | None:
         """Why the sample has no caption at all, by the first place to look for one; None where it has one."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.filters import FilterCount
 from bitdance_scale.data.index import Index
+from bitdance_scale.data.ledger import FaultCause
 from bitdance_scale.data.loader import Loader
 from bitdance_scale.data.loader_state import LoaderState
 from bitdance_scale.data.plan import StreamUse
@@ -25,14 +26,16 @@ class StepReport:
     Attributes:
         loader: state that resumes after the step, JSON values.
         images_by_class: resolution class (`side_px`) -> images planned in the global batch.
-        num_holes: images of this replica that could not be used.
+        faults: cause (`ledger.FaultCause`) -> images of this replica with it.
+        num_ready: steps that this replica had read ahead.
         wait_s: seconds that this replica waited for its loader.
         images_by_source: name of the source -> images planned since the start of the run; empty with `data.shards`.
     """
 
     loader: dict[str, object]
     images_by_class: dict[int, int]
-    num_holes: int
+    faults: dict[FaultCause, int]
+    num_ready: int
     wait_s: float
     images_by_source: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -94,6 +97,11 @@ class StepReader:
     def _read(loader: Loader) -> ReadStep:
         step = loader.next_step()
         report = StepReport(
-            step.state.to_dict(), step.images_by_class, step.num_holes, step.wait_s, step.images_by_source
+            loader=step.state.to_dict(),
+            images_by_class=step.images_by_class,
+            faults=dict(step.faults),
+            num_ready=step.num_ready,
+            wait_s=step.wait_s,
+            images_by_source=step.images_by_source,
         )
         return ReadStep([loaded.pack for loaded in step.packs], [loaded.images for loaded in step.packs], report)

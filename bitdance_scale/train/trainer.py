@@ -164,6 +164,7 @@ class Trainer:
             tokens=state.tokens,
             images_by_class={int(side_px): count for side_px, count in state.images_by_class.items()},
             holes=state.holes,
+            faults=dict(state.faults),
             skipped_steps=state.optimizer["skipped_steps"],
         )
         self._saved_step = state.step
