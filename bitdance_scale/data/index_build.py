@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import logging
 import os
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -43,11 +44,14 @@ from bitdance_scale.data.store import S3_SCHEME, ReadError, ShardState, Stores
 from bitdance_scale.data.tar_scan import WINDOW_BYTES
 from bitdance_scale.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 _PARTS_NAME = ".parts"
 _PART_SAMPLES = 1 << 20
 _PART_SECONDS = 60.0
 _BYTES_PER_WORKER = 1 << 31
 _MAX_WORKERS = 32
+_TASKS_PER_WORKER = 4
 _REMOTE_WINDOW_BYTES = 16 << 20
 _Progress = Callable[[ShardEntry], None]
 
@@ -112,7 +116,7 @@ def build_index(
     stores = stores or Stores()
     tasks = [_Task(path, state) for path, state in zip(shards, stores.states(shards), strict=True)]
     try:
-        old = open_index(index_dir) if (index_dir / TABLE_NAME).exists() else None
+        old = _open_old(index_dir)
         if old is not None:
             captions = tuple(dict.fromkeys((*old.captions, *captions)))
             if old.captions == captions and _is_of(old, tasks):
@@ -217,15 +221,32 @@ def _scanned(tasks: Sequence[_Task], scan: _Scan, num_workers: int) -> Iterator[
         return
     # Forked from a server that has no threads and no CUDA.
     with ProcessPoolExecutor(min(num_workers, len(tasks)), mp_context=get_context("forkserver")) as pool:
-        futures: list[Future[Index]] = [pool.submit(scan, task) for task in tasks]
+        waiting = iter(tasks)
+        # Few at a time: every result that nobody has taken is in memory.
+        running = {pool.submit(scan, task) for task in itertools.islice(waiting, _TASKS_PER_WORKER * num_workers)}
         try:
-            yield from (future.result() for future in as_completed(futures))
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                running |= {pool.submit(scan, task) for task in itertools.islice(waiting, len(done))}
+                while done:
+                    yield done.pop().result()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0))
+
+
+def _open_old(index_dir: Path) -> Index | None:
+    """The index that is there; None where there is none that this version can read, so that it is built anew."""
+    if not (index_dir / TABLE_NAME).exists():
+        return None
+    try:
+        return open_index(index_dir)
+    except DataError as error:
+        logger.warning("%s It is built anew.", error)
+        return None
 
 
 def _open_parts(index_dir: Path) -> dict[Path, Index]:

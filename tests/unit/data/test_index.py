@@ -218,6 +218,16 @@ def test_names_split_as_in_webdataset(tmp_path: Path) -> None:
     assert [index.name(i) for i in range(len(index))] == [key for key, ext in parts if key and ext.lower() == "jpg"]
 
 
+def test_an_index_that_cannot_be_read_is_built_anew(data_set: list[str], tmp_path: Path, caplog) -> None:
+    whole = build_index(data_set, tmp_path / "index")
+    table_path = tmp_path / "index" / "index.json"
+    table = json.loads(table_path.read_text())
+    for content in (json.dumps(table | {"format": 1}), "{"):
+        table_path.write_text(content)
+        assert build_index(data_set, tmp_path / "index").hash == whole.hash
+    assert "format 1, this version reads 2" in caplog.text and "built anew" in caplog.text
+
+
 def test_caption_sources(tmp_path: Path) -> None:
     record = {"width": 16, "height": 16, "caption": "open", "re_caption": "again"}
     synthetic = {"syn_text": [" one ", "", "two"], "other": 5}
