@@ -200,6 +200,9 @@ class DataSection:
         (CaptionChoice(source="caption"),), doc="Captions of a sample; one of those that it has is drawn, by share."
     )
     filters: tuple[DataFilter, ...] = setting((), doc="Samples outside any of these ranges are left out.")
+    bits_dir: str = setting(
+        "", doc="Folder of bit shards that tools/encode_shards.py made of this data; the images are not read then."
+    )
     index_dir: str = setting("", doc="Folder of the index; empty: `.bitdance_index` beside the first shard.")
     global_batch: int = setting(doc="Images per optimiser step.")
     classes: tuple[ResolutionClass, ...] = setting(doc="Resolution classes, mixed exactly in every global batch.")

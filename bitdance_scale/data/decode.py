@@ -13,6 +13,8 @@ from PIL import Image, UnidentifiedImageError
 
 from bitdance_scale.data.ledger import FaultCause, SampleFault
 
+DECODE_VERSION = 1
+"""Another where the same file would give other pixels."""
 # 8192 x 8192: 200 MB decoded, more than any bucket can use; a header that claims more is a fault before decoding.
 MAX_IMAGE_PIXELS = 1 << 26
 

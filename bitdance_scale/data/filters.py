@@ -94,6 +94,12 @@ class KeptSamples:
         start, count = part.start // 8, part.stop - part.start
         return np.unpackbits(self._bitmap[start : start + -(-count // 8)], count=count).astype(bool)
 
+    def of(self, numbers: np.ndarray) -> np.ndarray | bool:
+        """bool [n] of any of the source's samples, by their numbers in it; True: all."""
+        if self._bitmap is None:
+            return True
+        return (self._bitmap[numbers >> 3] >> (7 - (numbers & 7)).astype(np.uint8)) & 1 == 1
+
 
 def describe(count: FilterCount) -> str:
     """One line of a report."""

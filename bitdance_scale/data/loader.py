@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.data.bit_shards import BitStore, recipe
 from bitdance_scale.data.borders import content_px
 from bitdance_scale.data.captions import CaptionStatus
 from bitdance_scale.data.decode import decode_image
@@ -41,6 +42,7 @@ STALL_S = 30.0
 """An image that is waited for longer is named, again and again."""
 
 _Image = np.ndarray | SampleFault
+"""Pixels uint8 [height, width, 3], or vision tokens uint8 [h * w, C / 8], or why there are none."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class LoadedPack:
 
     Attributes:
         pack: the laid-out samples, images not encoded (`vision_bits` None).
-        images: uint8 [height, width, 3] of every sample of the pack, in its order.
+        images: uint8 [height, width, 3] of every sample of the pack, in its order; none where the pack has its bits.
         state: resumes after this pack.
         step: optimiser step it belongs to.
         num_packs_in_step: packs of the step, the same on all replicas.
@@ -162,6 +164,9 @@ class Loader:
         self._num_data_ranks = num_data_ranks
         self._cost_model = CostModel.of_model(config.model)
         self._reader = ShardReader(Stores(config.data.s3))
+        self._bits: BitStore | None = None
+        if config.data.bits_dir:
+            self._bits = BitStore(config.data.bits_dir, index, recipe(config.data, config.vision))
         self._pool = ThreadPoolExecutor(config.data.read_threads, thread_name_prefix="data-reader")
         self._current: _StepInFlight | None = None
         self._ahead: deque[_StepInFlight] = deque()
@@ -180,6 +185,8 @@ class Loader:
         self._steps.close()
         self._pool.shutdown(cancel_futures=True)
         self._reader.close()
+        if self._bits is not None:
+            self._bits.close()
 
     def __iter__(self) -> Iterator[LoadedPack]:
         return self
@@ -290,6 +297,8 @@ class Loader:
 
     def _submit(self, batch: PlannedBatch, place: int) -> Future[_Image]:
         height, width = batch.bucket_px[place].tolist()
+        if self._bits is not None:
+            return self._pool.submit(self._read_bits, self._bits, int(batch.samples[place]), int(batch.side_px[place]))
         has_borders = self._config.data.active_sources[batch.source[place]].has_borders
         return self._pool.submit(self._read_image, int(batch.samples[place]), (height, width), has_borders)
 
@@ -300,6 +309,14 @@ class Loader:
             data = self._reader.image(index, sample)
             content = content_px(index, slice(sample, sample + 1), has_borders)
             return decode_image(data, index.size_px(sample), bucket_px, (int(content[0][0]), int(content[1][0])))
+        except SampleFault as fault:
+            return fault
+
+    @staticmethod
+    def _read_bits(store: BitStore, sample: int, side_px: int) -> _Image:
+        """The vision tokens of a sample, or why there are none; runs in the pool."""
+        try:
+            return store.read(sample, side_px)
         except SampleFault as fault:
             return fault
 
@@ -326,8 +343,10 @@ class Loader:
         self.ledger.check()
         if not kept:
             # Every rank must run every pack of the step, so an empty one cannot be skipped.
-            kept, images = [_without_targets(samples[0])], [self._gray_image(samples[0])]
+            kept, images = [_without_targets(samples[0])], [self._nothing(samples[0])]
         pack = pack_samples(kept, self._tokenizer.image_tokens, self._config.data.pack_multiple)
+        if self._bits is not None:
+            return pack.with_bits(np.concatenate(images)), [], faults
         return pack, images, faults
 
     def _caption_fault(self, key: int) -> FaultCause | None:
@@ -335,9 +354,13 @@ class Loader:
         statuses = [CaptionStatus(self._index.status(choice.source)[key]) for choice in self._config.data.captions]
         return None if CaptionStatus.USABLE in statuses else statuses[0].fault
 
-    def _gray_image(self, sample: Sample) -> np.ndarray:
-        height, width = (cells * self._config.vision.downsample for cells in sample.grid)
-        return np.full((height, width, 3), 128, dtype=np.uint8)
+    def _nothing(self, sample: Sample) -> np.ndarray:
+        """A grey image, or bits of -1, of a sample's size."""
+        height, width = sample.grid
+        if self._bits is not None:
+            return np.zeros((height * width, self._config.vision.num_bits // 8), dtype=np.uint8)
+        cell_px = self._config.vision.downsample
+        return np.full((height * cell_px, width * cell_px, 3), 128, dtype=np.uint8)
 
 
 def _without_targets(sample: Sample) -> Sample:

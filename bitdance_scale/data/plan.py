@@ -137,6 +137,20 @@ class Plan:
         names = [source.name for source in self._data.active_sources]
         return {name: kept.counts for name, kept in zip(names, self._kept, strict=True)}
 
+    def buckets_px(self, samples: np.ndarray, side_px: int) -> np.ndarray:
+        """int32 [n, 2], (height, width) at which a class trains each of any samples; 0 where it never draws one."""
+        buckets = np.zeros((len(samples), 2), np.int32)
+        for stream in next(mix for mix in self._mixes if mix.side_px == side_px).streams:
+            own = self._index.sources[stream.source]
+            places = np.flatnonzero((samples >= own.start) & (samples < own.stop))
+            places = places[stream.is_drawn(samples[places])]
+            buckets[places] = stream.buckets_px(samples[places])
+        return buckets
+
+    def source_of(self, sample: int) -> int:
+        """Number in `data.active_sources` of a sample's source."""
+        return next(number for number, samples in enumerate(self._index.sources) if sample in samples)
+
     def batch(self, step: int) -> PlannedBatch:
         """The global batch of an optimiser step, 0 <= step."""
         start, stop = step * self._data.global_batch, (step + 1) * self._data.global_batch
@@ -264,7 +278,7 @@ class _Stream:
         self._has_borders = data.active_sources[source].has_borders
         self._buckets = class_buckets(resolution)
         samples = index.sources[source]
-        self._first = samples.start
+        self._first, self._kept = samples.start, kept
         self._eligible = EligibleSamples(
             len(samples),
             lambda part: (self._rows(slice(part.start + self._first, part.stop + self._first)) >= 0) & kept(part),
@@ -289,6 +303,10 @@ class _Stream:
     def buckets_px(self, samples: np.ndarray) -> np.ndarray:
         """int32 [n, 2], bucket of each sample."""
         return self._buckets[self._rows(samples)]
+
+    def is_drawn(self, samples: np.ndarray) -> np.ndarray:
+        """bool [n], whether any of the source's samples is among those that are drawn."""
+        return (self._rows(samples) >= 0) & self._kept.of(samples - self._first)
 
     def _rows(self, samples: np.ndarray | slice) -> np.ndarray:
         """int16 [n], row of each sample's bucket, or -1."""

@@ -60,6 +60,7 @@ class Evaluator:
             text_drop=0.0,
             image_to_text_share=0.0,
             filters=(),
+            bits_dir="",
         )
         held_out = dataclasses.replace(config, data=data, run=dataclasses.replace(config.run, seed=section.seed))
         # Beside the shards, or where the run's own index is: the shards may be in a place that is read only.

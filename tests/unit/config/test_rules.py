@@ -26,6 +26,7 @@ UNCONSTRAINED = {
     "model.tie_embeddings",
     "parallel.sequence_parallel",
     "head.time_mean",
+    "data.bits_dir",
     "data.filters",
     "data.filters[].max",
     "data.filters[].min",
