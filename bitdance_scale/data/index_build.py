@@ -8,6 +8,7 @@ never more than one piece in memory.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import itertools
 import logging
@@ -17,6 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -156,11 +158,24 @@ def scan_file(task: _Task, captions: Sequence[str], stores: Stores) -> Index:
 
     window_bytes = _REMOTE_WINDOW_BYTES if task.path.startswith(S3_SCHEME) else WINDOW_BYTES
     try:
-        content = scan_shard(read, total_bytes, captions, window_bytes)
+        with _no_collection():
+            content = scan_shard(read, total_bytes, captions, window_bytes)
     except ReadError as error:
         raise DataError(f"{task.path}: cannot read the shard ({error}). Correct data.shards or restore it.") from error
     entry = ShardEntry(task.path, total_bytes, task.state.tag, len(content), content.faults, content.damages)
     return content_index(entry, content)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A scan makes millions of small objects without a cycle among them, which the collector would go through."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _is_of(index: Index, tasks: Sequence[_Task]) -> bool:

@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -97,8 +97,7 @@ class ShardContent:
         return len(self.names.lengths)
 
 
-@dataclass(frozen=True)
-class _Image:
+class _Image(NamedTuple):
     offset: int
     num_bytes: int
     header_crc: int
@@ -147,7 +146,7 @@ def scan_shard(
                 faults[IndexFault.UNREADABLE_SIZE] += 1
                 continue
         names.append(key)
-        rows.append((image.offset, image.num_bytes, image.header_crc, *sizes))
+        rows.append((*image, *sizes))
         scores.add(record)
         for source, texts in zip(sources, found, strict=True):
             texts.append(source.find(sample, parsed))
@@ -158,7 +157,7 @@ def scan_shard(
         },
         names=Texts.of(names),
         captions={
-            source.name: (Texts.of([text for text, _ in texts]), np.array([status for _, status in texts], np.uint8))
+            source.name: (Texts.of([text for text, _ in texts]), np.fromiter((status for _, status in texts), np.uint8))
             for source, texts in zip(sources, found, strict=True)
         },
         scores=scores.columns(),
