@@ -109,24 +109,28 @@ class S3Store:
         """
         found: dict[str, ShardState] = {}
         for folder in dict.fromkeys(path.rpartition("/")[0] + "/" for path in paths):
-            found |= self._listed(folder)
+            found |= self._listed(folder, is_flat=True)
         for path in paths:
             if path not in found:
                 raise DataError(f"{path}: there is no such object. Correct data.shards or restore it.")
         return {path: found[path] for path in paths}
 
-    def list(self, prefix: str) -> list[str]:
+    def list(self, prefix: str, is_flat: bool) -> list[str]:
         """As `Stores.list`."""
-        return sorted(self._listed(prefix))
+        return sorted(self._listed(prefix, is_flat))
 
-    def _listed(self, prefix: str) -> dict[str, ShardState]:
+    def _listed(self, prefix: str, is_flat: bool) -> dict[str, ShardState]:
         bucket, key = split_path(prefix)
         found: dict[str, ShardState] = {}
         token: str | None = None
 
         def page() -> bool:
             nonlocal token
-            request = {"Bucket": bucket, "Prefix": key} | ({"ContinuationToken": token} if token else {})
+            request = {"Bucket": bucket, "Prefix": key}
+            if is_flat:
+                request["Delimiter"] = "/"
+            if token:
+                request["ContinuationToken"] = token
             response = self._client.list_objects_v2(**request)
             for entry in response.get("Contents", ()):
                 found[f"{S3_SCHEME}{bucket}/{entry['Key']}"] = ShardState(entry["Size"], entry["ETag"])

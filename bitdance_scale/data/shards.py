@@ -95,7 +95,7 @@ def _objects(candidate: str, setting: str, stores: Stores | None) -> list[str]:
         return [candidate]
     pattern = candidate if candidate.endswith(".tar") else candidate.rstrip("/") + "/*.tar"
     start = min(pattern.find(character) for character in _GLOB_CHARACTERS if character in pattern)
-    listed = (stores or Stores()).list(pattern[:start])
+    listed = (stores or Stores()).list(pattern[:start], is_flat="/" not in pattern[start:])
     # As in the glob of files, no star stands for a slash.
     found = [path for path in listed if path.count("/") == pattern.count("/") and fnmatchcase(path, pattern)]
     if not found:

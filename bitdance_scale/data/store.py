@@ -91,13 +91,17 @@ class Stores:
         found = self._objects().states(remote) if remote else {}
         return [found[path] if path in found else _file_state(path) for path in paths]
 
-    def list(self, prefix: str) -> list[str]:
-        """Paths of all objects below `s3://bucket/prefix`, sorted.
+    def list(self, prefix: str, is_flat: bool) -> list[str]:
+        """Paths of all objects that begin with `s3://bucket/prefix`, sorted.
+
+        Args:
+            prefix: what they begin with.
+            is_flat: whether those with another slash behind it are left out.
 
         Raises:
             DataError: the bucket cannot be listed.
         """
-        return self._objects().list(prefix)
+        return self._objects().list(prefix, is_flat)
 
     def close(self) -> None:
         """Forgets open files; each closes when the last read in it ends."""
