@@ -26,7 +26,9 @@ from bitdance_scale.config.schema import DataSection, ResolutionClass
 from bitdance_scale.data.buckets import assign_buckets, class_buckets
 from bitdance_scale.data.captions import CaptionStatus
 from bitdance_scale.data.decode import decode_image
-from bitdance_scale.data.index import Index, build_index, default_index_dir
+from bitdance_scale.data.index import Index, default_index_dir
+from bitdance_scale.data.index_build import build_index
+from bitdance_scale.data.index_report import summary
 from bitdance_scale.data.ledger import SampleFault
 from bitdance_scale.data.permutation import Permutation
 from bitdance_scale.data.reader import ShardReader
@@ -50,12 +52,7 @@ _CAPTION_LINES = 3
 
 def report(index: Index, classes: Sequence[ResolutionClass], max_upscale: float) -> str:
     """Counts of an index: samples, captions, faults of the scan, and the samples of every class by bucket."""
-    lines = [f"{len(index)} samples in {len(index.shards)} shards, index {index.hash}"]
-    statuses = np.bincount(index.caption_status, minlength=len(CaptionStatus))
-    lines.append("captions: " + ", ".join(f"{status.name.lower()} {statuses[status]}" for status in CaptionStatus))
-    for fault, shards in index.faults().items():
-        lines.append(f"{fault}: {sum(shards.values())} in {len(shards)} shards, first {next(iter(shards))}")
-    return "\n".join(lines + _class_lines(index, range(len(index)), classes, max_upscale))
+    return "\n".join(summary(index) + _class_lines(index, range(len(index)), classes, max_upscale))
 
 
 def source_report(index: Index, data: DataSection) -> str:
@@ -90,12 +87,7 @@ def draw_grid(index: Index, classes: Sequence[ResolutionClass], max_upscale: flo
     reader = ShardReader()
     for axis, sample in zip(axes.flat, samples.tolist(), strict=False):
         try:
-            data = reader.read(
-                index.shard_path(sample),
-                int(index.image_offset[sample]),
-                int(index.image_bytes[sample]),
-                int(index.header_crc[sample]),
-            )
+            data = reader.image(index, sample)
             axis.imshow(decode_image(data, index.size_px(sample), index.size_px(sample)))
         except SampleFault as fault:
             axis.text(0.5, 0.5, textwrap.fill(str(fault), 24), ha="center", va="center", color="red", fontsize=8)
@@ -110,7 +102,8 @@ def _describe(index: Index, sample: int, classes: Sequence[ResolutionClass], max
         buckets = class_buckets(resolution)
         row = assign_buckets(np.array([height]), np.array([width]), buckets, max_upscale)[0]
         parts.append("-" if row < 0 else "{}x{}".format(*buckets[row]))
-    caption = index.caption(sample) or f"({CaptionStatus(index.caption_status[sample]).name.lower()} caption)"
+    status = CaptionStatus(index.status(index.captions[0])[sample])
+    caption = index.caption(sample) or f"({status.name.lower()} caption)"
     lines = textwrap.wrap(caption, _CAPTION_COLUMNS, max_lines=_CAPTION_LINES, placeholder=" ..")
     # A dollar sign would start mathematical notation.
     text = "\n".join(lines).replace("$", r"\$")

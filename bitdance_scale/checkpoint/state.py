@@ -54,6 +54,7 @@ class TrainState:
         tokenizer_digest: digest of the text tokenizer; other tokens would give the embedding rows another meaning.
         images_by_class: images seen per resolution class, by `side_px` as text (a JSON key).
         holes: images that could not be used.
+        faults: images with a fault, by cause.
         release: what the folder that the weights came from says and the configuration has no place for, to be written
             back as it was (`checkpoint/published.py`); empty for weights that started at random. JSON values.
     """
@@ -66,6 +67,7 @@ class TrainState:
     tokenizer_digest: str
     images_by_class: dict[str, int] = dataclasses.field(default_factory=dict)
     holes: int = 0
+    faults: dict[str, int] = dataclasses.field(default_factory=dict)
     release: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -157,8 +159,8 @@ def read_state(path: Path) -> TrainState:
     file = path / TRAIN_STATE_NAME
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        # The last field came later; checkpoints without it are those of weights that started at random.
-        content.setdefault("release", {})
+        # The last fields came later; checkpoints without a release are those of weights that started at random.
+        content = {"faults": {}, "release": {}} | content
         return TrainState(**{field.name: content[field.name] for field in dataclasses.fields(TrainState)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: damaged ({type(error).__name__}: {error}); load another checkpoint") from error

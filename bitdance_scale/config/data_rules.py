@@ -78,6 +78,54 @@ def _source_shares_can_be_kept(config: RunConfig, world_size: int) -> Iterator[s
         )
 
 
+@RULES.rule("data.has_borders", "data.sources")
+def _borders_are_said_once(config: RunConfig, world_size: int) -> Iterator[str]:
+    """`data.has_borders` goes with `data.shards`; each of `data.sources` has its own.
+
+    One source may have been padded to squares and another not.
+    """
+    if config.data.has_borders and config.data.sources:
+        yield "data.has_borders = true beside data.sources: set has_borders in those of the sources that have borders"
+
+
+@RULES.rule("data.captions")
+def _captions_are_distinct(config: RunConfig, world_size: int) -> Iterator[str]:
+    """`data.captions` names every caption once, as an extension or as EXTENSION:FIELD.
+
+    Its shares say how often it is drawn.
+    """
+    names = [choice.source for choice in config.data.captions]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            yield f"data.captions[{index}].source = {name!r}: it is there already; add up the shares and name it once"
+        extension, separator, field = name.partition(":")
+        if not extension or (separator and not field):
+            yield (
+                f"data.captions[{index}].source = {name!r}: must be caption, an extension or EXTENSION:FIELD; write "
+                "json:re_caption for the field re_caption of the .json"
+            )
+
+
+@RULES.rule("data.filters", "data.sources")
+def _filters_keep_something(config: RunConfig, world_size: int) -> Iterator[str]:
+    """A filter has a range, which is not empty, and is for a source that there is.
+
+    Another filter would keep everything, or nothing.
+    """
+    names = {source.name for source in config.data.sources}
+    for index, rule in enumerate(config.data.filters):
+        where = f"data.filters[{index}] ({rule.column})"
+        if math.isnan(rule.min) or math.isnan(rule.max) or rule.min > rule.max:
+            yield f"{where}: min = {rule.min:g} and max = {rule.max:g}: nothing lies between; set min <= max"
+        elif math.isinf(rule.min) and math.isinf(rule.max) and rule.missing == "keep":
+            yield f"{where}: keeps everything; set min, max or missing = 'drop'"
+        if rule.source and rule.source not in names:
+            yield (
+                f"{where}: source = {rule.source!r}: there is none of this name in data.sources; name one of "
+                f"{', '.join(sorted(names)) or 'none'}, or leave it empty for all"
+            )
+
+
 @RULES.rule("data.classes", "vision.channel_mult", "vision.block_side")
 def _blocks_tile_buckets(config: RunConfig, world_size: int) -> Iterator[str]:
     """Every bucket side is a multiple of the downsampling factor x `vision.block_side`.

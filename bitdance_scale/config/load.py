@@ -245,6 +245,9 @@ def _toml_value(value: object) -> str:
     if isinstance(value, str):
         # A JSON string is a TOML basic string but for DEL, which TOML wants escaped.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if dataclasses.is_dataclass(value):
+        pairs = (f"{field.name} = {_toml_value(getattr(value, field.name))}" for field in dataclasses.fields(value))
+        return f"{{ {', '.join(pairs)} }}"
     assert isinstance(value, tuple), f"{value!r} has no TOML form"
     return f"[{', '.join(_toml_value(item) for item in value)}]"
 

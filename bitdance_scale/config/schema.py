@@ -135,12 +135,54 @@ class ResolutionClass:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CaptionChoice:
+    """One of several captions of a sample, of which one is drawn each time."""
+
+    source: str = setting(
+        doc="caption (the .txt, or without one `caption` of the .json), another text member by its extension (alt.txt), "
+        "or a field of a JSON member (json:re_caption)."
+    )
+    share: int = setting(1, doc="How often it is drawn, relative to the others that the sample has.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFilter:
+    """A range that a value of a sample must lie in."""
+
+    column: str = setting(
+        doc="height_px, width_px, short_side_px, long_side_px, pixels, aspect (long over short side), or a numeric field "
+        "of the records, such as punsafe."
+    )
+    min: float = setting(float("-inf"), doc="Least value kept.")
+    max: float = setting(float("inf"), doc="Greatest value kept.")
+    missing: str = setting("drop", doc="What becomes of samples without a value: drop or keep.")
+    source: str = setting("", doc="The source (`data.sources[].name`) that it is for; empty: all.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSource:
     """One of several sources that are mixed by share."""
 
     name: str = setting(doc="Its name in metrics and messages.")
     shards: tuple[str, ...] = setting(doc="Its WebDataset tars, as `data.shards`; no tar may be in two sources.")
     share: int = setting(doc="Its part of every resolution class, relative to the other sources; 0 leaves it out.")
+    has_borders: bool = setting(
+        False,
+        doc="Whether img2dataset padded its images to squares (resize_mode=border); the borders are cropped away.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class S3Section:
+    """How shards on S3 (`s3://BUCKET/KEY`) are reached; credentials come through boto3's own chain."""
+
+    endpoint_url: str = setting("", doc="Endpoint of an S3-compatible store; empty: as boto3 finds it, or Amazon's.")
+    profile: str = setting("", doc="Profile of boto3's credentials; empty: the default one.")
+    anonymous: bool = setting(False, doc="Whether requests go unsigned, to public buckets.")
+    read_timeout_s: float = setting(30.0, doc="Seconds without a byte after which a request is made again.")
+    deadline_s: float = setting(
+        300.0, doc="Seconds without progress, over all repetitions, after which a range counts as unreadable."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +194,14 @@ class DataSection:
     )
     sources: tuple[DataSource, ...] = setting(
         (), doc="Sources mixed by exact share, instead of `data.shards`; `data.shards = []` clears an inherited one."
+    )
+    has_borders: bool = setting(False, doc="`data.sources[].has_borders` of `data.shards`.")
+    captions: tuple[CaptionChoice, ...] = setting(
+        (CaptionChoice(source="caption"),), doc="Captions of a sample; one of those that it has is drawn, by share."
+    )
+    filters: tuple[DataFilter, ...] = setting((), doc="Samples outside any of these ranges are left out.")
+    bits_dir: str = setting(
+        "", doc="Folder of bit shards that tools/encode_shards.py made of this data; the images are not read then."
     )
     index_dir: str = setting("", doc="Folder of the index; empty: `.bitdance_index` beside the first shard.")
     global_batch: int = setting(doc="Images per optimiser step.")
@@ -166,12 +216,13 @@ class DataSection:
     )
     read_threads: int = setting(2, doc="Threads that read and decode.")
     prefetch_steps: int = setting(2, doc="Global batches read ahead.")
+    s3: S3Section = dataclasses.field(default_factory=S3Section)
 
     @property
     def active_sources(self) -> tuple[DataSource, ...]:
         """The sources that are trained on; `data.shards` is one without a name."""
         if not self.sources:
-            return (DataSource(name="", shards=self.shards, share=1),)
+            return (DataSource(name="", shards=self.shards, share=1, has_borders=self.has_borders),)
         return tuple(source for source in self.sources if source.share > 0)
 
 

@@ -7,12 +7,14 @@ mix to the data set; the paper's mix by image count (2:7:1) is a property of the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from bitdance_scale.config.schema import ResolutionClass
 from bitdance_scale.data.decode import MAX_IMAGE_PIXELS
 
-_SAMPLES_PER_CHUNK = 1 << 20
+SAMPLES_PER_CHUNK = 1 << 20
 _GROUP_BITS = 512
 
 
@@ -56,15 +58,15 @@ class EligibleSamples:
     """The samples that a class can draw, as a bitmap: N / 8 bytes, so that 500 M samples take 63 MB.
 
     Args:
-        height_px, width_px: [N], stored sizes of all samples.
-        buckets, max_upscale: as in `assign_buckets`.
+        num_samples: N.
+        is_eligible: tells it of a range of them, bool [n]; asked in chunks.
     """
 
-    def __init__(self, height_px: np.ndarray, width_px: np.ndarray, buckets: np.ndarray, max_upscale: float) -> None:
-        chunks = []
-        for start in range(0, len(height_px), _SAMPLES_PER_CHUNK):
-            part = slice(start, start + _SAMPLES_PER_CHUNK)
-            chunks.append(np.packbits(assign_buckets(height_px[part], width_px[part], buckets, max_upscale) >= 0))
+    def __init__(self, num_samples: int, is_eligible: Callable[[slice], np.ndarray]) -> None:
+        chunks = [
+            np.packbits(is_eligible(slice(start, min(start + SAMPLES_PER_CHUNK, num_samples))))
+            for start in range(0, num_samples, SAMPLES_PER_CHUNK)
+        ]
         bitmap = np.concatenate([*chunks, np.zeros(0, dtype=np.uint8)])
         bitmap = np.pad(bitmap, (0, -len(bitmap) % (_GROUP_BITS // 8)))
         self._groups = bitmap.reshape(-1, _GROUP_BITS // 8)

@@ -110,7 +110,7 @@ class CropStream:
         room = min(side / crop for side, crop in zip(stored, crop_px, strict=True))
         zoom = rng.uniform(1.0, max(1.0, min(self._max_zoom, room)))
         scaled = tuple(max(crop, int(crop * zoom)) for crop in crop_px)
-        image = decode_image(read_image(self._reader, self._index, sample), stored, scaled)
+        image = decode_image(self._reader.image(self._index, sample), stored, scaled)
         top, left = (int(rng.integers(side - crop + 1)) for side, crop in zip(scaled, crop_px, strict=True))
         return image[top : top + crop_px[0], left : left + crop_px[1]]
 
@@ -153,16 +153,10 @@ def centre_crops(index: Index, crop_px: tuple[int, int], num_images: int) -> np.
     crops = []
     for sample in large_enough(index, crop_px)[:num_images].tolist():
         try:
-            crops.append(decode_image(read_image(reader, index, sample), index.size_px(sample), crop_px))
+            crops.append(decode_image(reader.image(index, sample), index.size_px(sample), crop_px))
         except SampleFault as fault:
             raise DataError(
                 f"{index.shard_path(sample)}: sample {index.name(sample)}: {fault}; held-out images must be readable"
             ) from fault
     reader.close()
     return np.stack(crops)
-
-
-def read_image(reader: ShardReader, index: Index, sample: int) -> bytes:
-    """The image file of a sample."""
-    offset, num_bytes, crc = index.image_offset[sample], index.image_bytes[sample], index.header_crc[sample]
-    return reader.read(index.shard_path(sample), int(offset), int(num_bytes), int(crc))

@@ -1,35 +1,33 @@
-"""The index: where every sample of a data set lies, its stored size and its caption, in memory-mapped columns.
+"""The index: where every sample of a data set lies, its stored size, captions and scores, in memory-mapped columns.
 
-Built once by one process (`build_index`), then opened by all (`open_index`). In the index folder, `index.json` holds
-the shard table and names a folder of columns, one `.npy` each; both appear by rename, so a reader sees an old build or
-a new one, never half of one. The columns of a superseded build stay until their folder is deleted, for runs that have
-it open.
+`index_build.py` makes it once; `open_index` opens it everywhere. In the index folder, `index.json` holds the shard table
+and names a folder of columns, one `.npy` each; both appear by rename, so a reader sees an old build or a new one, never
+half of one. The columns of a superseded build stay until their folder is deleted, for runs that have it open.
 
-A sample is known by its position in the index, which is its key everywhere (`Sample.key`). The index hash covers
-everything a plan depends on (order, sizes, captions, places in the shards) and not where the shards lie, so that a
-moved data set resumes.
+A sample is known by its position in the index, which is its key everywhere (`Sample.key`). The index hash covers order,
+sizes and places in the shards, and not where the shards lie, so that a moved data set resumes; captions and scores have
+digests of their own, for the plans that use them.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import os
-import shutil
-import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import orjson
 
-from bitdance_scale.data.shard_scan import COLUMN_DTYPES, ShardContent, scan_shard
+from bitdance_scale.data.captions import SEPARATOR
+from bitdance_scale.data.shard_scan import COLUMN_DTYPES, ShardContent
+from bitdance_scale.data.store import S3_SCHEME
+from bitdance_scale.data.tar_scan import Damage
 from bitdance_scale.errors import DataError
 
-_FORMAT = 1
-_TABLE_NAME = "index.json"
-_TEXT_COLUMNS = ("caption", "name")
+FORMAT = 2
+TABLE_NAME = "index.json"
+NAME = "name"
 
 
 @dataclass(frozen=True)
@@ -37,45 +35,64 @@ class ShardEntry:
     """A shard as it was when indexed.
 
     Attributes:
-        path: absolute path of the tar.
-        num_bytes, mtime_ns: size and modification time, by which a changed shard is noticed.
+        path: absolute path of the tar, or `s3://BUCKET/KEY`.
+        num_bytes: its length.
+        tag: with the length, what tells that it changed (`store.ShardState`).
         num_samples: its samples in the index.
         faults: `shard_scan.IndexFault` -> how often the scan found it.
+        damages: where the tar is broken.
     """
 
     path: str
     num_bytes: int
-    mtime_ns: int
+    tag: str
     num_samples: int
     faults: dict[str, int]
+    damages: tuple[Damage, ...] = ()
 
 
 class Index:
     """All samples of a data set, in columns; N samples.
 
     Attributes:
-        hash: hexadecimal digest of what a plan depends on.
+        hash: hexadecimal digest of order, sizes and places.
         shards: table of the shards, in the order of `data.shards`; those of a source lie together.
+        captions: sources of captions that are kept (`captions.CaptionSource`).
+        digests: hexadecimal digest of each caption source and score.
         sources: samples of each source, which lie together; one range unless the index was `divided`.
+        columns: the arrays below by name, those of texts in two: `NAME_start` int64 [N + 1] and `NAME_text` uint8.
         shard: int32 [N], row in `shards`.
         image_offset: int64 [N], first byte of the image in its shard.
         image_bytes: int64 [N], its length.
         header_crc: uint32 [N], CRC-32 of its tar header.
         height_px, width_px: int32 [N], stored size.
-        caption_status: uint8 [N], `captions.CaptionStatus`.
+        original_height_px, original_width_px: int32 [N], size before img2dataset resized it; 0: not known.
     """
 
-    def __init__(self, digest: str, shards: tuple[ShardEntry, ...], columns: dict[str, np.ndarray]) -> None:
+    def __init__(
+        self,
+        shards: tuple[ShardEntry, ...],
+        columns: Mapping[str, np.ndarray],
+        *,
+        captions: Sequence[str],
+        scores: Sequence[str],
+        digest: str = "",
+        digests: Mapping[str, str] | None = None,
+    ) -> None:
         self.hash = digest
         self.shards = shards
         self.columns = columns
+        self.captions = tuple(captions)
+        self.scores = tuple(scores)
+        self.digests = digests or {}
         self.shard = columns["shard"]
         self.image_offset = columns["image_offset"]
         self.image_bytes = columns["image_bytes"]
         self.header_crc = columns["header_crc"]
         self.height_px = columns["height_px"]
         self.width_px = columns["width_px"]
-        self.caption_status = columns["caption_status"]
+        self.original_height_px = columns["original_height_px"]
+        self.original_width_px = columns["original_width_px"]
         self.sources: tuple[range, ...] = (range(len(self)),)
 
     def __len__(self) -> int:
@@ -86,17 +103,41 @@ class Index:
         assert sum(num_shards) == len(self.shards), (num_shards, len(self.shards))
         samples_before = np.cumsum([0, *(entry.num_samples for entry in self.shards)])
         stops = samples_before[np.cumsum([0, *num_shards])].tolist()
-        divided = Index(self.hash, self.shards, self.columns)
+        divided = Index(
+            self.shards,
+            self.columns,
+            captions=self.captions,
+            scores=self.scores,
+            digest=self.hash,
+            digests=self.digests,
+        )
         divided.sources = tuple(range(start, stop) for start, stop in zip(stops, stops[1:], strict=False))
         return divided
 
-    def caption(self, sample: int) -> str:
-        """Caption of a sample; empty unless its `caption_status` is USABLE."""
-        return self._text("caption", sample).decode("utf-8")
+    def caption(self, sample: int, source: str | None = None) -> str:
+        """First alternative of a caption of a sample; empty unless its status is USABLE.
+
+        Args:
+            sample: position in the index.
+            source: one of `captions`; None: the first.
+        """
+        return self.alternatives(sample, source)[0]
+
+    def alternatives(self, sample: int, source: str | None = None) -> list[str]:
+        """All alternatives of it."""
+        return self._text(caption_column(source or self.captions[0]), sample).decode("utf-8").split(SEPARATOR)
+
+    def status(self, source: str) -> np.ndarray:
+        """uint8 [N], `captions.CaptionStatus` of a caption source."""
+        return self.columns[caption_column(source) + "_status"]
+
+    def score(self, field: str) -> np.ndarray:
+        """float32 [N], a numeric field of the records; NaN where a sample has none."""
+        return self.columns[score_column(field)]
 
     def name(self, sample: int) -> str:
         """Key of a sample inside its shard."""
-        return self._text("name", sample).decode("utf-8", errors="surrogateescape")
+        return self._text(NAME, sample).decode("utf-8", errors="surrogateescape")
 
     def shard_path(self, sample: int) -> str:
         """Path of the shard that holds a sample."""
@@ -119,8 +160,49 @@ class Index:
         return self.columns[f"{column}_text"][starts[sample] : starts[sample + 1]].tobytes()
 
 
+def caption_column(source: str) -> str:
+    """Name of the columns of a caption source."""
+    return f"caption.{source}"
+
+
+def score_column(field: str) -> str:
+    """Name of the column of a score."""
+    return f"score.{field}"
+
+
+def column_files(captions: Sequence[str], scores: Sequence[str]) -> dict[str, str]:
+    """Column -> file name; a source or field may hold what no file name can."""
+    files = {name: name for name in ("shard", *COLUMN_DTYPES, f"{NAME}_start", f"{NAME}_text")}
+    for number, source in enumerate(captions):
+        files |= {
+            f"{caption_column(source)}_{part}": f"caption_{number}_{part}" for part in ("start", "text", "status")
+        }
+    return files | {score_column(field): f"score_{number}" for number, field in enumerate(scores)}
+
+
+def content_index(entry: ShardEntry, content: ShardContent) -> Index:
+    """What a scan found, as the index of one shard, without digests."""
+    columns = {**content.columns, "shard": np.zeros(len(content), np.int32)}
+    texts = {NAME: content.names} | {caption_column(name): text for name, (text, _) in content.captions.items()}
+    for name, text in texts.items():
+        columns[f"{name}_start"] = np.concatenate([np.zeros(1, np.int64), np.cumsum(text.lengths)])
+        columns[f"{name}_text"] = np.frombuffer(text.joined, np.uint8)
+    columns |= {f"{caption_column(name)}_status": status for name, (_, status) in content.captions.items()}
+    columns |= {score_column(field): values for field, values in content.scores.items()}
+    return Index((entry,), columns, captions=tuple(content.captions), scores=tuple(content.scores))
+
+
 def default_index_dir(shards: Sequence[str]) -> str:
-    """`.bitdance_index` beside the first shard, where the index goes when `data.index_dir` is empty."""
+    """`.bitdance_index` beside the first shard, where the index goes when `data.index_dir` is empty.
+
+    Raises:
+        DataError: the shard is on S3, and an index is a folder.
+    """
+    if shards[0].startswith(S3_SCHEME):
+        raise DataError(
+            f"data.index_dir is empty and {shards[0]} lies on S3: name a folder for the index that all ranks see "
+            "(data.index_dir, or --index-dir of a tool)."
+        )
     return str(Path(shards[0]).parent / ".bitdance_index")
 
 
@@ -129,151 +211,47 @@ def sources_index_dir(names: Sequence[str], shards: Sequence[str]) -> str:
     return f"{default_index_dir(shards)}_{'_'.join(names)}"
 
 
-def build_index(shards: Sequence[str], index_dir: str | Path) -> Index:
-    """Brings the index of a list of shards up to date and opens it; one process of a job calls this.
-
-    Shards that an existing index there knows by path, size and modification time are not read again.
-
-    Args:
-        shards: paths of tars, as `shards.expand_shards` gives them; their order is the order of the samples.
-        index_dir: folder of the index, made if absent.
-
-    Raises:
-        DataError: a shard is missing, cut or damaged (naming byte and fix), no shard holds an image, or the folder
-            cannot be written.
-    """
-    index_dir = Path(index_dir)
-    old = open_index(index_dir) if (index_dir / _TABLE_NAME).exists() else None
-    stats = [_stat(path) for path in shards]
-    known = {} if old is None else {(e.path, e.num_bytes, e.mtime_ns): row for row, e in enumerate(old.shards)}
-    rows = [known.get((path, stat.st_size, stat.st_mtime_ns)) for path, stat in zip(shards, stats, strict=True)]
-    if old is not None and rows == list(range(len(old.shards))):
-        return old
-
-    starts = np.cumsum([0, *(entry.num_samples for entry in (() if old is None else old.shards))])
-    contents = [
-        scan_shard(path) if row is None else _content_of(old, row, int(starts[row]))
-        for path, row in zip(shards, rows, strict=True)
-    ]
-    entries = tuple(
-        ShardEntry(path, stat.st_size, stat.st_mtime_ns, len(content.names), content.faults)
-        for path, stat, content in zip(shards, stats, contents, strict=True)
-    )
-    columns = _join(contents)
-    if not len(columns["shard"]):
-        faults = {path: content.faults for path, content in zip(shards, contents, strict=True)}
-        raise DataError(
-            f"data.shards: no usable image in {len(shards)} shards ({faults}). Samples need a .jpg, .png or .webp "
-            "member and, beside it, .txt and .json of the same key."
-        )
-    index = Index(_digest(entries, columns), entries, columns)
-    try:
-        _write(index, index_dir)
-    except OSError as error:
-        raise DataError(
-            f"{index_dir}: cannot write the index ({error}). Set data.index_dir to a writable folder."
-        ) from error
-    return open_index(index_dir)
-
-
 def open_index(index_dir: str | Path) -> Index:
-    """Opens the index that `build_index` left in a folder.
+    """Opens the index that `index_build.build_index` left in a folder.
 
     Raises:
         DataError: there is none, or it is damaged or of another format.
     """
     index_dir = Path(index_dir)
-    table_path = index_dir / _TABLE_NAME
+    table_path = index_dir / TABLE_NAME
     try:
-        table = json.loads(table_path.read_text(encoding="utf-8"))
-        if table["format"] != _FORMAT:
+        table = orjson.loads(table_path.read_bytes())
+        if table["format"] != FORMAT:
             raise DataError(
-                f"{table_path}: format {table['format']}, this version reads {_FORMAT}. Delete {index_dir} to build it "
+                f"{table_path}: format {table['format']}, this version reads {FORMAT}. Delete {index_dir} to build it "
                 "anew."
             )
-        entries = tuple(
-            ShardEntry(os.path.abspath(index_dir / shard["path"]), **{k: v for k, v in shard.items() if k != "path"})
-            for shard in table["shards"]
+        entries = tuple(_entry(index_dir, shard) for shard in table["shards"])
+        folder = index_dir / columns_folder(table["content"])
+        columns = {
+            name: np.load(folder / f"{file}.npy", mmap_mode="r", allow_pickle=False)
+            for name, file in column_files(table["captions"], table["scores"]).items()
+        }
+        return Index(
+            entries,
+            columns,
+            captions=table["captions"],
+            scores=table["scores"],
+            digest=table["hash"],
+            digests=table["digests"],
         )
-        names = ("shard", *COLUMN_DTYPES, *(f"{t}_{part}" for t in _TEXT_COLUMNS for part in ("start", "text")))
-        folder = index_dir / _columns_name(table["hash"])
-        columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{table_path}: no usable index ({error!r}). Delete {index_dir} to build it anew.") from error
-    return Index(table["hash"], entries, columns)
 
 
-def _columns_name(digest: str) -> str:
-    return f"columns_{digest[:16]}"
+def columns_folder(content: str) -> str:
+    """Name of the folder of the columns with this digest."""
+    return f"columns_{content[:16]}"
 
 
-def _stat(path: str) -> os.stat_result:
-    try:
-        return os.stat(path)
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot open the shard ({error.strerror}). Correct data.shards or restore the file."
-        ) from error
-
-
-def _content_of(index: Index, row: int, start: int) -> ShardContent:
-    """What a scan of an indexed shard would find; its samples lie together from `start` on."""
-    samples = range(start, start + index.shards[row].num_samples)
-    return ShardContent(
-        columns={name: index.columns[name][samples.start : samples.stop] for name in COLUMN_DTYPES},
-        captions=[index._text("caption", sample) for sample in samples],
-        names=[index._text("name", sample) for sample in samples],
-        faults=index.shards[row].faults,
-    )
-
-
-def _join(contents: Sequence[ShardContent]) -> dict[str, np.ndarray]:
-    columns = {name: np.concatenate([content.columns[name] for content in contents]) for name in COLUMN_DTYPES}
-    counts = [len(content.names) for content in contents]
-    columns["shard"] = np.repeat(np.arange(len(contents), dtype=np.int32), counts)
-    for column, texts in (
-        ("caption", [text for content in contents for text in content.captions]),
-        ("name", [text for content in contents for text in content.names]),
-    ):
-        columns[f"{column}_start"] = np.cumsum([0, *map(len, texts)], dtype=np.int64)
-        # One byte more than needed: an empty array cannot be mapped.
-        columns[f"{column}_text"] = np.frombuffer(b"".join(texts) + b"\0", dtype=np.uint8)
-    return columns
-
-
-def _digest(entries: Sequence[ShardEntry], columns: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256(f"bitdance index {_FORMAT}".encode())
-    digest.update(np.array([entry.num_bytes for entry in entries], dtype=np.int64).tobytes())
-    for name in sorted(columns):
-        digest.update(name.encode())
-        digest.update(columns[name].tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _write(index: Index, index_dir: Path) -> None:
-    """Columns first, then the table that names them, each by rename."""
-    index_dir.mkdir(parents=True, exist_ok=True)
-    folder = index_dir / _columns_name(index.hash)
-    if not folder.exists():
-        building = index_dir / f".building_{uuid.uuid4().hex}"
-        building.mkdir()
-        try:
-            for name, column in index.columns.items():
-                np.save(building / f"{name}.npy", column, allow_pickle=False)
-            building.rename(folder)
-        except OSError:
-            shutil.rmtree(building, ignore_errors=True)
-            # Another job may have built the same index meanwhile.
-            if not folder.exists():
-                raise
-    shards = [
-        {**dataclasses.asdict(entry), "path": os.path.relpath(entry.path, os.path.abspath(index_dir))}
-        for entry in index.shards
-    ]
-    table = {"format": _FORMAT, "hash": index.hash, "shards": shards}
-    temporary = index_dir / f".building_{uuid.uuid4().hex}"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(table, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(index_dir / _TABLE_NAME)
+def _entry(index_dir: Path, shard: dict[str, object]) -> ShardEntry:
+    values = dict(shard)
+    if not values["path"].startswith(S3_SCHEME):
+        values["path"] = os.path.abspath(index_dir / values["path"])
+    values["damages"] = tuple(Damage(**damage) for damage in values["damages"])
+    return ShardEntry(**values)

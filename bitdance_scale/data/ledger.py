@@ -28,6 +28,11 @@ class FaultCause(enum.StrEnum):
     MISSING_CAPTION = "missing_caption"
     INVALID_CAPTION = "invalid_caption"
 
+    @property
+    def is_hole(self) -> bool:
+        """Whether the sample is left out."""
+        return self not in (FaultCause.EMPTY_CAPTION, FaultCause.MISSING_CAPTION, FaultCause.INVALID_CAPTION)
+
 
 class SampleFault(Exception):
     """One sample cannot be read or decoded; the loader turns it into a hole.

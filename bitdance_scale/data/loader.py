@@ -8,7 +8,10 @@ and every order, is the same however the threads were timed.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import logging
 import time
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,21 +19,30 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.data.bit_shards import BitStore, recipe
+from bitdance_scale.data.borders import content_px
 from bitdance_scale.data.captions import CaptionStatus
 from bitdance_scale.data.decode import decode_image
 from bitdance_scale.data.index import Index
-from bitdance_scale.data.ledger import FaultLedger, SampleFault
+from bitdance_scale.data.ledger import FaultCause, FaultLedger, SampleFault
 from bitdance_scale.data.loader_state import LoaderState
 from bitdance_scale.data.packing import CostModel, partition_batch
 from bitdance_scale.data.plan import Plan, PlannedBatch
 from bitdance_scale.data.prefetch import Prefetcher
 from bitdance_scale.data.reader import ShardReader
+from bitdance_scale.data.store import Stores
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.sequence.layout import num_positions, pack_samples
 from bitdance_scale.sequence.pack import Pack, Sample
 from bitdance_scale.sequence.tokens import TextTokenizer, image_to_text_sample, text_to_image_sample
 
+logger = logging.getLogger(__name__)
+
+STALL_S = 30.0
+"""An image that is waited for longer is named, again and again."""
+
 _Image = np.ndarray | SampleFault
+"""Pixels uint8 [height, width, 3], or vision tokens uint8 [h * w, C / 8], or why there are none."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +51,12 @@ class LoadedPack:
 
     Attributes:
         pack: the laid-out samples, images not encoded (`vision_bits` None).
-        images: uint8 [height, width, 3] of every sample of the pack, in its order.
+        images: uint8 [height, width, 3] of every sample of the pack, in its order; none where the pack has its bits.
         state: resumes after this pack.
         step: optimiser step it belongs to.
         num_packs_in_step: packs of the step, the same on all replicas.
         is_last_in_step: whether the step is complete with it.
-        num_holes: planned samples that could not be used and are left out.
+        faults: cause -> planned samples with it; those with a cause that `is_hole` are left out.
         wait_s: seconds the consumer waited for it.
     """
 
@@ -54,8 +66,13 @@ class LoadedPack:
     step: int
     num_packs_in_step: int
     is_last_in_step: bool
-    num_holes: int
+    faults: Counter[FaultCause]
     wait_s: float
+
+    @property
+    def num_holes(self) -> int:
+        """Planned samples that could not be used and are left out."""
+        return sum(count for cause, count in self.faults.items() if cause.is_hole)
 
 
 @dataclass(frozen=True)
@@ -68,7 +85,8 @@ class LoadedStep:
         state: resumes after the step.
         images_by_class: planned samples of the *global* batch, by side of the resolution class in pixels.
         images_by_source: planned samples of the global batches of the run up to this one, by name of the source.
-        num_holes: samples of this replica that could not be used.
+        faults: cause -> samples of this replica with it.
+        num_ready: steps read ahead of this one, all of their images included, when it was taken.
         wait_s: seconds the consumer waited for the packs.
     """
 
@@ -77,8 +95,14 @@ class LoadedStep:
     state: LoaderState
     images_by_class: dict[int, int]
     images_by_source: dict[str, int]
-    num_holes: int
+    faults: Counter[FaultCause]
+    num_ready: int
     wait_s: float
+
+    @property
+    def num_holes(self) -> int:
+        """Samples of this replica that could not be used."""
+        return sum(pack.num_holes for pack in self.packs)
 
 
 @dataclass(frozen=True)
@@ -87,6 +111,11 @@ class _StepInFlight:
 
     step: int
     packs: list[list[tuple[Sample, Future[_Image]]]]
+
+    @property
+    def is_read(self) -> bool:
+        """Whether all of its images are there."""
+        return all(image.done() for pack in self.packs for _, image in pack)
 
 
 class Loader:
@@ -134,9 +163,13 @@ class Loader:
         self._data_rank = data_rank
         self._num_data_ranks = num_data_ranks
         self._cost_model = CostModel.of_model(config.model)
-        self._reader = ShardReader()
+        self._reader = ShardReader(Stores(config.data.s3))
+        self._bits: BitStore | None = None
+        if config.data.bits_dir:
+            self._bits = BitStore(config.data.bits_dir, index, recipe(config.data, config.vision))
         self._pool = ThreadPoolExecutor(config.data.read_threads, thread_name_prefix="data-reader")
         self._current: _StepInFlight | None = None
+        self._ahead: deque[_StepInFlight] = deque()
         self._is_closed = False
         self._steps = Prefetcher(self._start_step, start.step, config.data.prefetch_steps)
 
@@ -152,6 +185,8 @@ class Loader:
         self._steps.close()
         self._pool.shutdown(cancel_futures=True)
         self._reader.close()
+        if self._bits is not None:
+            self._bits.close()
 
     def __iter__(self) -> Iterator[LoadedPack]:
         return self
@@ -162,6 +197,7 @@ class Loader:
         begun_s = time.monotonic()
         if self._current is None:
             self._current = self._steps.take()
+            self._ahead.popleft()
         flight = self._current
         if self.state.pack >= len(flight.packs):
             raise CheckpointError(
@@ -170,16 +206,15 @@ class Loader:
                 "resume from a checkpoint at a step boundary."
             )
         planned = flight.packs[self.state.pack]
-        results = [image.result() for _, image in planned]
+        results = [self._wait_for(sample, image) for sample, image in planned]
         wait_s = time.monotonic() - begun_s
-        pack, images = self._assemble([sample for sample, _ in planned], results)
+        pack, images, faults = self._assemble([sample for sample, _ in planned], results)
         is_last = self.state.pack + 1 == len(flight.packs)
         step, number = (flight.step + 1, 0) if is_last else (flight.step, self.state.pack + 1)
         self.state = dataclasses.replace(self.state, step=step, pack=number)
         if is_last:
             self._current = None
-        num_holes = sum(isinstance(result, SampleFault) for result in results)
-        return LoadedPack(pack, images, self.state, flight.step, len(flight.packs), is_last, num_holes, wait_s)
+        return LoadedPack(pack, images, self.state, flight.step, len(flight.packs), is_last, faults, wait_s)
 
     def next_step(self) -> LoadedStep:
         """All packs of the next step (of the current one those that remain)."""
@@ -192,7 +227,8 @@ class Loader:
             state=packs[-1].state,
             images_by_class=self.plan.images_by_class(packs[-1].step),
             images_by_source=self.plan.images_by_source(packs[-1].step + 1),
-            num_holes=sum(pack.num_holes for pack in packs),
+            faults=sum((pack.faults for pack in packs), Counter()),
+            num_ready=self._num_ready(),
             wait_s=sum(pack.wait_s for pack in packs),
         )
 
@@ -215,62 +251,116 @@ class Loader:
         for number, places in enumerate(ranks[self._data_rank]):
             places = places if number >= num_done else []
             packs.append([(samples[place], self._submit(batch, place)) for place in places])
-        return _StepInFlight(step, packs)
+        flight = _StepInFlight(step, packs)
+        self._ahead.append(flight)
+        return flight
+
+    def _num_ready(self) -> int:
+        """Steps ahead of those taken, from the next one on, that are read completely."""
+        ready = itertools.takewhile(lambda flight: flight.is_read, list(self._ahead))
+        return sum(1 for _ in ready)
+
+    def _wait_for(self, sample: Sample, image: Future[_Image]) -> _Image:
+        """The image when it is read; names what is waited for where that takes long."""
+        begun_s = time.monotonic()
+        while True:
+            try:
+                return image.result(STALL_S)
+            except TimeoutError:
+                index, key = self._index, sample.key
+                logger.warning(
+                    "waiting for %s: sample %s, %d bytes from byte %d on, for %.0f s now",
+                    index.shard_path(key),
+                    index.name(key),
+                    index.image_bytes[key],
+                    index.image_offset[key],
+                    time.monotonic() - begun_s,
+                )
 
     def _sample(self, batch: PlannedBatch, place: int) -> Sample:
         key = int(batch.samples[place])
         height, width = batch.bucket_px[place].tolist()
         grid = (height // self._config.vision.downsample, width // self._config.vision.downsample)
-        caption = self._index.caption(key)
+        caption = self._caption(batch, place, key)
         if batch.is_image_to_text[place]:
             return image_to_text_sample(self._tokenizer, key, caption, grid)
         return text_to_image_sample(
             self._tokenizer, key, caption, grid, is_caption_dropped=bool(batch.is_caption_dropped[place])
         )
 
+    def _caption(self, batch: PlannedBatch, place: int, key: int) -> str:
+        if batch.caption[place] < 0:
+            return ""
+        source = self._config.data.captions[batch.caption[place]].source
+        alternatives = self._index.alternatives(key, source)
+        return alternatives[int(batch.alternative[place] * len(alternatives))]
+
     def _submit(self, batch: PlannedBatch, place: int) -> Future[_Image]:
         height, width = batch.bucket_px[place].tolist()
-        return self._pool.submit(self._read_image, int(batch.samples[place]), (height, width))
+        if self._bits is not None:
+            return self._pool.submit(self._read_bits, self._bits, int(batch.samples[place]), int(batch.side_px[place]))
+        has_borders = self._config.data.active_sources[batch.source[place]].has_borders
+        return self._pool.submit(self._read_image, int(batch.samples[place]), (height, width), has_borders)
 
-    def _read_image(self, sample: int, bucket_px: tuple[int, int]) -> _Image:
+    def _read_image(self, sample: int, bucket_px: tuple[int, int], has_borders: bool) -> _Image:
         """The pixels of a sample, or why there are none; runs in the pool."""
         index = self._index
         try:
-            data = self._reader.read(
-                index.shard_path(sample),
-                int(index.image_offset[sample]),
-                int(index.image_bytes[sample]),
-                int(index.header_crc[sample]),
-            )
-            return decode_image(data, index.size_px(sample), bucket_px)
+            data = self._reader.image(index, sample)
+            content = content_px(index, slice(sample, sample + 1), has_borders)
+            return decode_image(data, index.size_px(sample), bucket_px, (int(content[0][0]), int(content[1][0])))
         except SampleFault as fault:
             return fault
 
-    def _assemble(self, samples: list[Sample], results: list[_Image]) -> tuple[Pack, list[np.ndarray]]:
+    @staticmethod
+    def _read_bits(store: BitStore, sample: int, side_px: int) -> _Image:
+        """The vision tokens of a sample, or why there are none; runs in the pool."""
+        try:
+            return store.read(sample, side_px)
+        except SampleFault as fault:
+            return fault
+
+    def _assemble(
+        self, samples: list[Sample], results: list[_Image]
+    ) -> tuple[Pack, list[np.ndarray], Counter[FaultCause]]:
         """Lays out the samples whose image is there, and counts the others."""
+        faults: Counter[FaultCause] = Counter()
         kept: list[Sample] = []
         images: list[np.ndarray] = []
         for sample, result in zip(samples, results, strict=True):
             shard = self._index.shard_path(sample.key)
             self.ledger.record_read()
-            caption_fault = CaptionStatus(self._index.caption_status[sample.key]).fault
+            caption_fault = self._caption_fault(sample.key)
             if caption_fault is not None:
                 self.ledger.record_caption(caption_fault, shard)
+                faults[caption_fault] += 1
             if isinstance(result, SampleFault):
                 self.ledger.record_hole(result, shard, self._index.name(sample.key))
+                faults[result.cause] += 1
             else:
                 kept.append(sample)
                 images.append(result)
         self.ledger.check()
         if not kept:
             # Every rank must run every pack of the step, so an empty one cannot be skipped.
-            kept, images = [_without_targets(samples[0])], [self._gray_image(samples[0])]
+            kept, images = [_without_targets(samples[0])], [self._nothing(samples[0])]
         pack = pack_samples(kept, self._tokenizer.image_tokens, self._config.data.pack_multiple)
-        return pack, images
+        if self._bits is not None:
+            return pack.with_bits(np.concatenate(images)), [], faults
+        return pack, images, faults
 
-    def _gray_image(self, sample: Sample) -> np.ndarray:
-        height, width = (cells * self._config.vision.downsample for cells in sample.grid)
-        return np.full((height, width, 3), 128, dtype=np.uint8)
+    def _caption_fault(self, key: int) -> FaultCause | None:
+        """Why the sample has no caption at all, by the first place to look for one; None where it has one."""
+        statuses = [CaptionStatus(self._index.status(choice.source)[key]) for choice in self._config.data.captions]
+        return None if CaptionStatus.USABLE in statuses else statuses[0].fault
+
+    def _nothing(self, sample: Sample) -> np.ndarray:
+        """A grey image, or bits of -1, of a sample's size."""
+        height, width = sample.grid
+        if self._bits is not None:
+            return np.zeros((height * width, self._config.vision.num_bits // 8), dtype=np.uint8)
+        cell_px = self._config.vision.downsample
+        return np.full((height * cell_px, width * cell_px, 3), 128, dtype=np.uint8)
 
 
 def _without_targets(sample: Sample) -> Sample:

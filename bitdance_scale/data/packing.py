@@ -15,6 +15,7 @@ from bitdance_scale.config.schema import ModelSection
 from bitdance_scale.errors import ConfigError
 
 _MAX_SWAPS_PER_RANK = 8
+_MAX_PARTNERS = 8
 # Ranks this close to the mean are even: a further swap gains less than the step time varies.
 _EVEN_SHARE = 1e-3
 
@@ -134,18 +135,21 @@ def _deal(packs: list[list[int]], costs: np.ndarray, num_ranks: int) -> list[lis
 
 
 def _even_out(ranks: list[list[list[int]]], lengths: np.ndarray, costs: np.ndarray, capacity: int) -> None:
-    """Swaps samples between the dearest rank and the cheapest, in place, while that lowers the dearer of the two."""
+    """Swaps samples between the dearest rank and one of the cheapest, in place, while that lowers the dearer of the two."""
     rank_costs = np.array([sum(costs[pack].sum() for pack in rank) for rank in ranks])
     for _ in range(_MAX_SWAPS_PER_RANK * len(ranks)):
-        dearest, cheapest = int(rank_costs.argmax()), int(rank_costs.argmin())
-        gap = int(rank_costs[dearest] - rank_costs[cheapest])
-        if gap <= _EVEN_SHARE * rank_costs.mean():
-            return
-        gain = _swap_best(ranks[dearest], ranks[cheapest], lengths, costs, capacity, gap)
+        dearest, gain = int(rank_costs.argmax()), 0
+        for cheap in np.argsort(rank_costs, kind="stable")[:_MAX_PARTNERS].tolist():
+            gap = int(rank_costs[dearest] - rank_costs[cheap])
+            if gap <= _EVEN_SHARE * rank_costs.mean():
+                return
+            gain = _swap_best(ranks[dearest], ranks[cheap], lengths, costs, capacity, gap)
+            if gain > 0:
+                break
         if gain <= 0:
             return
         rank_costs[dearest] -= gain
-        rank_costs[cheapest] += gain
+        rank_costs[cheap] += gain
 
 
 def _swap_best(

@@ -8,6 +8,7 @@ with the same batches.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import hashlib
 import json
@@ -18,9 +19,11 @@ import numpy as np
 
 from bitdance_scale.config.schema import DataSection, ResolutionClass
 from bitdance_scale.data.apportion import Apportionment
+from bitdance_scale.data.borders import content_px
 from bitdance_scale.data.buckets import EligibleSamples, assign_buckets, class_buckets
 from bitdance_scale.data.captions import CaptionStatus
-from bitdance_scale.data.index import Index
+from bitdance_scale.data.filters import FilterCount, KeptSamples
+from bitdance_scale.data.index import Index, score_column
 from bitdance_scale.data.permutation import Permutation, uniform
 from bitdance_scale.errors import DataError
 
@@ -31,6 +34,8 @@ class _Draw(enum.IntEnum):
     ORDER = 1
     CAPTION_DROP = 2
     IMAGE_TO_TEXT = 3
+    CAPTION = 4
+    ALTERNATIVE = 5
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class PlannedBatch:
         epoch: int64 [B], how often the source has been through its samples of the class.
         is_caption_dropped: bool [B], trained without caption, by chance (guidance) or because it has none.
         is_image_to_text: bool [B], trained to describe the image; never together with a dropped caption.
+        caption: int8 [B], number in `data.captions` of the caption drawn; -1 where the sample has none.
+        alternative: float64 [B] in [0, 1), which of its alternatives, where there are several.
     """
 
     step: int
@@ -56,6 +63,8 @@ class PlannedBatch:
     epoch: np.ndarray
     is_caption_dropped: np.ndarray
     is_image_to_text: np.ndarray
+    caption: np.ndarray
+    alternative: np.ndarray
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -92,7 +101,8 @@ class Plan:
         data: the data section of the configuration.
 
     Raises:
-        DataError: no sample is large enough for one of the classes, or none of a source for any class.
+        DataError: no sample is large enough for one of the classes, or none of a source for any class; a filter asks for
+            what the index has not.
     """
 
     def __init__(self, seed: int, index: Index, data: DataSection) -> None:
@@ -101,22 +111,45 @@ class Plan:
         self._data = data
         self._seed = seed
         self._apportionment = Apportionment([resolution.share for resolution in classes])
-        self._mixes = [_SourceMix(seed, index, resolution, data) for resolution in classes]
+        self._kept = [
+            KeptSamples(index, samples, source, data.filters)
+            for samples, source in zip(index.sources, data.active_sources, strict=True)
+        ]
+        self._mixes = [_SourceMix(seed, index, resolution, data, self._kept) for resolution in classes]
         self.hash = _plan_hash(seed, index, data)
         used = {stream.source for mix in self._mixes for stream in mix.streams}
         for number, source in enumerate(data.active_sources):
             if number not in used:
                 raise DataError(
                     f"data.sources: none of the {len(index.sources[number])} images of source {source.name!r} fills a "
-                    f"bucket of any class with data.max_upscale={data.max_upscale:g}, so that its share cannot be kept. "
-                    "Set its share to 0, add larger images to it, add a class of smaller buckets or raise "
-                    "data.max_upscale."
+                    f"bucket of any class with data.max_upscale={data.max_upscale:g} and passes data.filters, so that its "
+                    "share cannot be kept. Set its share to 0, add larger images to it, add a class of smaller buckets, "
+                    "raise data.max_upscale or widen the filters."
                 )
 
     @property
     def num_eligible(self) -> dict[int, int]:
         """Samples that each class draws from, by its side in pixels."""
         return {mix.side_px: sum(stream.num_samples for stream in mix.streams) for mix in self._mixes}
+
+    def filter_counts(self) -> dict[str, list[FilterCount]]:
+        """What the filters leave out, by source."""
+        names = [source.name for source in self._data.active_sources]
+        return {name: kept.counts for name, kept in zip(names, self._kept, strict=True)}
+
+    def buckets_px(self, samples: np.ndarray, side_px: int) -> np.ndarray:
+        """int32 [n, 2], (height, width) at which a class trains each of any samples; 0 where it never draws one."""
+        buckets = np.zeros((len(samples), 2), np.int32)
+        for stream in next(mix for mix in self._mixes if mix.side_px == side_px).streams:
+            own = self._index.sources[stream.source]
+            places = np.flatnonzero((samples >= own.start) & (samples < own.stop))
+            places = places[stream.is_drawn(samples[places])]
+            buckets[places] = stream.buckets_px(samples[places])
+        return buckets
+
+    def source_of(self, sample: int) -> int:
+        """Number in `data.active_sources` of a sample's source."""
+        return next(number for number, samples in enumerate(self._index.sources) if sample in samples)
 
     def batch(self, step: int) -> PlannedBatch:
         """The global batch of an optimiser step, 0 <= step."""
@@ -128,17 +161,22 @@ class Plan:
         sides, buckets = np.empty(size, np.int32), np.empty((size, 2), np.int32)
         sources = np.empty(size, np.int16)
         is_dropped, is_image_to_text = np.empty(size, bool), np.empty(size, bool)
+        captions, alternatives = np.empty(size, np.int8), np.empty(size)
         for number, mix in enumerate(self._mixes):
             for stream, places, begin in mix.deal(np.flatnonzero(labels == number), int(first[number])):
                 chosen, epoch = stream.draw(begin, len(places))
-                has_caption = self._index.caption_status[chosen] == CaptionStatus.USABLE
+                caption = self._choose_captions(chosen, self._chances(_Draw.CAPTION, stream, epoch, chosen))
+                captions[places], has_caption = caption, caption >= 0
+                alternatives[places] = self._chances(_Draw.ALTERNATIVE, stream, epoch, chosen)
                 samples[places], epochs[places], sides[places] = chosen, epoch, stream.side_px
                 sources[places], buckets[places] = stream.source, stream.buckets_px(chosen)
                 to_text = self._chances(_Draw.IMAGE_TO_TEXT, stream, epoch, chosen) < self._data.image_to_text_share
                 is_image_to_text[places] = to_text & has_caption
                 dropped = self._chances(_Draw.CAPTION_DROP, stream, epoch, chosen) < self._data.text_drop
                 is_dropped[places] = (dropped & ~to_text) | ~has_caption
-        return PlannedBatch(step, samples, sides, buckets, sources, epochs, is_dropped, is_image_to_text)
+        return PlannedBatch(
+            step, samples, sides, buckets, sources, epochs, is_dropped, is_image_to_text, captions, alternatives
+        )
 
     def images_by_class(self, step: int) -> dict[int, int]:
         """Samples of each resolution class in the global batch of a step, by its side in pixels."""
@@ -165,6 +203,14 @@ class Plan:
             for mix, size, count in zip(self._mixes, sizes, counts, strict=True)
         ]
 
+    def _choose_captions(self, samples: np.ndarray, chances: np.ndarray) -> np.ndarray:
+        """int8 [n], one of the captions that each sample has, by share; -1 where it has none."""
+        shares = np.array([choice.share for choice in self._data.captions])
+        statuses = [self._index.status(choice.source)[samples] for choice in self._data.captions]
+        sums = np.cumsum((np.stack(statuses) == CaptionStatus.USABLE) * shares[:, None], axis=0)
+        chosen = (sums > chances * sums[-1]).argmax(axis=0)
+        return np.where(sums[-1] > 0, chosen, -1).astype(np.int8)
+
     def _chances(self, draw: _Draw, stream: _Stream, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
         """float64 [n] in [0, 1), keyed by (seed, purpose, class, epoch, sample)."""
         chances = np.empty(len(samples))
@@ -177,20 +223,22 @@ class Plan:
 class _SourceMix:
     """How the samples of one resolution class are dealt out to the sources that have any for it."""
 
-    def __init__(self, seed: int, index: Index, resolution: ResolutionClass, data: DataSection) -> None:
+    def __init__(
+        self, seed: int, index: Index, resolution: ResolutionClass, data: DataSection, kept: Sequence[KeptSamples]
+    ) -> None:
         sources = data.active_sources
         assert len(index.sources) == len(sources), (index.sources, sources)
         self.side_px = resolution.side_px
-        every = [_Stream(seed, index, resolution, data.max_upscale, number) for number in range(len(sources))]
+        every = [_Stream(seed, index, resolution, data, number, kept[number]) for number in range(len(sources))]
         # Without samples a source leaves its share in this class to the others, in proportion to theirs.
         self.streams = [stream for stream in every if stream.num_samples]
         if not self.streams:
             largest = int(np.argmax(np.minimum(index.height_px, index.width_px)))
             raise DataError(
                 f"data.classes: none of the {len(index)} images fills a bucket of class {resolution.side_px} px with "
-                f"data.max_upscale={data.max_upscale:g}; the one with the longest short side has (height, width) "
-                f"{index.size_px(largest)}. Set the share of the class to 0, give it smaller buckets, add larger "
-                "images or raise data.max_upscale."
+                f"data.max_upscale={data.max_upscale:g} and passes data.filters; the one with the longest short side has "
+                f"(height, width) {index.size_px(largest)}. Set the share of the class to 0, give it smaller buckets, add "
+                "larger images, raise data.max_upscale or widen the filters."
             )
         self._apportionment = Apportionment([sources[stream.source].share for stream in self.streams])
 
@@ -214,16 +262,27 @@ class _SourceMix:
 class _Stream:
     """The endless sequence of samples of one source in one resolution class."""
 
-    def __init__(self, seed: int, index: Index, resolution: ResolutionClass, max_upscale: float, source: int) -> None:
+    def __init__(
+        self,
+        seed: int,
+        index: Index,
+        resolution: ResolutionClass,
+        data: DataSection,
+        source: int,
+        kept: KeptSamples,
+    ) -> None:
         self.side_px, self.source = resolution.side_px, source
         self._seed = seed
         self._index = index
-        self._max_upscale = max_upscale
+        self._max_upscale = data.max_upscale
+        self._has_borders = data.active_sources[source].has_borders
         self._buckets = class_buckets(resolution)
         samples = index.sources[source]
-        self._first = samples.start
-        part = slice(samples.start, samples.stop)
-        self._eligible = EligibleSamples(index.height_px[part], index.width_px[part], self._buckets, max_upscale)
+        self._first, self._kept = samples.start, kept
+        self._eligible = EligibleSamples(
+            len(samples),
+            lambda part: (self._rows(slice(part.start + self._first, part.stop + self._first)) >= 0) & kept(part),
+        )
         self.num_samples = len(self._eligible)
         # One source has the order that it had when there were no others.
         self._order_key = (source,) if len(index.sources) > 1 else ()
@@ -243,8 +302,16 @@ class _Stream:
 
     def buckets_px(self, samples: np.ndarray) -> np.ndarray:
         """int32 [n, 2], bucket of each sample."""
-        heights, widths = self._index.height_px[samples], self._index.width_px[samples]
-        return self._buckets[assign_buckets(heights, widths, self._buckets, self._max_upscale)]
+        return self._buckets[self._rows(samples)]
+
+    def is_drawn(self, samples: np.ndarray) -> np.ndarray:
+        """bool [n], whether any of the source's samples is among those that are drawn."""
+        return (self._rows(samples) >= 0) & self._kept.of(samples - self._first)
+
+    def _rows(self, samples: np.ndarray | slice) -> np.ndarray:
+        """int16 [n], row of each sample's bucket, or -1."""
+        sides = content_px(self._index, samples, self._has_borders)
+        return assign_buckets(*sides, self._buckets, self._max_upscale)
 
 
 def _plan_hash(seed: int, index: Index, data: DataSection) -> str:
@@ -252,7 +319,10 @@ def _plan_hash(seed: int, index: Index, data: DataSection) -> str:
     classes: Sequence[object] = [
         (resolution.side_px, resolution.share, resolution.buckets_px) for resolution in data.classes
     ]
-    decisive = [seed, index.hash, data.global_batch, data.max_upscale, classes]
+    captions = [(choice.source, choice.share, index.digests.get(choice.source)) for choice in data.captions]
+    filters = [(dataclasses.astuple(rule), index.digests.get(score_column(rule.column))) for rule in data.filters]
+    borders = [source.has_borders for source in data.active_sources]
+    decisive = [seed, index.hash, data.global_batch, data.max_upscale, classes, captions, filters, borders]
     if len(index.sources) > 1:
         names_and_shares = [(source.name, source.share) for source in data.active_sources]
         decisive += [names_and_shares, [(samples.start, samples.stop) for samples in index.sources]]

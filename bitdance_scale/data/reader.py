@@ -1,30 +1,19 @@
-"""Reads samples by offset from shards that stay open; home of webdataset's naming and shard-list rules.
+"""Reads samples by offset; home of webdataset's shard-list rules.
 
 webdataset's own stream is not used: a plan needs any sample at any time, and a stream cannot be resumed at one.
 """
 
 from __future__ import annotations
 
-import os
-import threading
 import zlib
-from collections import OrderedDict
 
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import base_plus_ext
 
+from bitdance_scale.data.index import Index
 from bitdance_scale.data.ledger import FaultCause, SampleFault
+from bitdance_scale.data.store import ReadError, Stores
 from bitdance_scale.data.tar_scan import BLOCK_BYTES
 from bitdance_scale.errors import DataError
-
-
-def split_name(name: str) -> tuple[str, str] | None:
-    """(key, extension in lower case) of a tar member by webdataset's rule; None for names without one or the other.
-
-    The extension starts at the first dot of the file name: `a/0001.syn.json` has key `a/0001`, extension `syn.json`.
-    """
-    key, extension = base_plus_ext(name)
-    return None if key is None else (key, extension.lower())
 
 
 def expand_braces(spec: str, setting: str = "data.shards") -> list[str]:
@@ -43,18 +32,26 @@ def expand_braces(spec: str, setting: str = "data.shards") -> list[str]:
 
 
 class ShardReader:
-    """Reads byte ranges of local shards; safe to use from several threads.
+    """Reads members of shards by offset; safe to use from several threads.
 
     Args:
-        max_open_shards: shards kept open; the least recently used is closed first.
+        stores: where shards lie; None: the default ones.
     """
 
-    def __init__(self, max_open_shards: int = 128) -> None:
-        self._max_open_shards = max_open_shards
-        self._lock = threading.Lock()
-        self._open: OrderedDict[str, _OpenShard] = OrderedDict()
+    def __init__(self, stores: Stores | None = None) -> None:
+        self._stores = stores or Stores()
 
-    def read(self, path: str, offset: int, num_bytes: int, header_crc: int) -> bytes:
+    def image(self, index: Index, sample: int) -> bytes:
+        """The image file of a sample.
+
+        Raises:
+            SampleFault: it cannot be read, or is no longer the indexed one.
+        """
+        entry = index.shards[index.shard[sample]]
+        offset, num_bytes = int(index.image_offset[sample]), int(index.image_bytes[sample])
+        return self.read(entry.path, offset, num_bytes, int(index.header_crc[sample]), entry.tag)
+
+    def read(self, path: str, offset: int, num_bytes: int, header_crc: int, tag: str = "") -> bytes:
         """The content of one tar member.
 
         Args:
@@ -62,16 +59,17 @@ class ShardReader:
             offset: first byte of the content; the 512 bytes before it are the member's tar header.
             num_bytes: length of the content.
             header_crc: CRC-32 of that header when the shard was indexed.
+            tag: of the shard when it was indexed (`store.Stores.read`).
 
         Raises:
             SampleFault: the range cannot be read, or the header there is no longer the indexed one.
         """
         place = f"bytes {offset}..{offset + num_bytes}"
         try:
-            shard = self._shard(path)
-            data = os.pread(shard.descriptor, BLOCK_BYTES + num_bytes, offset - BLOCK_BYTES)
-        except OSError as error:
-            raise SampleFault(FaultCause.READ_FAILED, f"{place}: {error.strerror}") from error
+            data = self._stores.read(path, offset - BLOCK_BYTES, BLOCK_BYTES + num_bytes, tag)
+        except ReadError as error:
+            cause = FaultCause.SHARD_CHANGED if error.is_changed else FaultCause.READ_FAILED
+            raise SampleFault(cause, f"{place}: {error}") from error
         if len(data) < BLOCK_BYTES + num_bytes:
             raise SampleFault(FaultCause.READ_FAILED, f"{place}: the shard ends before them")
         if zlib.crc32(data[:BLOCK_BYTES]) != header_crc:
@@ -79,28 +77,5 @@ class ShardReader:
         return data[BLOCK_BYTES:]
 
     def close(self) -> None:
-        """Forgets the open shards; each closes when the last read in it ends."""
-        with self._lock:
-            self._open.clear()
-
-    def _shard(self, path: str) -> _OpenShard:
-        with self._lock:
-            shard = self._open.get(path)
-            if shard is None:
-                shard = self._open[path] = _OpenShard(path)
-                if len(self._open) > self._max_open_shards:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(path)
-            return shard
-
-
-class _OpenShard:
-    """A descriptor that closes with its last reference, so that eviction never closes it under a reading thread."""
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+        """Forgets open shards."""
+        self._stores.close()

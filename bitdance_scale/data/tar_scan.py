@@ -1,160 +1,266 @@
-"""Walks the headers of a tar file without touching the data between them.
+"""Walks the headers of a tar, past whatever is damaged in it.
 
 The standard tarfile module and webdataset's stream both end quietly where a tar is cut or damaged, which loses the
-samples behind that point for ever; here every such place is a DataError that names it.
+samples behind that point for ever. Here every such place is recorded, and the walk goes on at the next sound header.
+
+A tar is read in windows, so that a local file and an object in a store are walked alike. Runs of plain headers, which
+are nearly all of a data set's, are followed by their sizes alone and then checked together; any other header is looked
+at by itself.
 """
 
 from __future__ import annotations
 
-import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from bitdance_scale.errors import DataError
+import numpy as np
 
 BLOCK_BYTES = 512
+WINDOW_BYTES = 1 << 20
+ReadRange = Callable[[int, int], bytes]
+"""(offset, number of bytes) -> these bytes; fewer where the tar ends."""
+
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
-_REGULAR_TYPES = (b"0", b"\0", b"7")
-_DATALESS_TYPES = (b"1", b"2", b"3", b"4", b"5", b"6")
-_READ_BYTES = 1 << 20
+_MAGIC = b"ustar"
+_REGULAR_KINDS = frozenset(b"0\0007")
+_DATALESS_KINDS = frozenset(b"123456")
+_KIND, _PREFIX = 156, 345
+_CHECKSUM = slice(148, 156)
+# A checksum counts its own field as eight spaces (POSIX ustar).
+_CHECKSUM_SPACES = 8 * 0x20
+_LANES = np.uint64(0x00FF00FF00FF00FF)
+_OCTAL_WEIGHTS = 8 ** np.arange(5, -1, -1)
 
 
 @dataclass(frozen=True)
-class Member:
-    """A regular file in a tar.
+class Members:
+    """Regular files of a tar, in file order, n of them.
 
     Attributes:
-        name: its path in the tar.
-        offset: first byte of its content in the tar; its header is the 512 bytes before.
-        num_bytes: length of its content.
-        header_crc: CRC-32 of its header (name, size, times, owner), by which a reader notices a replaced shard.
+        window: bytes of the tar, with the headers of these files and what happens to lie between.
+        start: place of the window in the tar.
+        names: their paths in the tar, as bytes.
+        offsets: first byte of each content in the tar; its header is the 512 bytes before.
+        num_bytes: length of each content.
+        header_crcs: CRC-32 of each header (name, size, times, owner), by which a reader notices a replaced shard.
     """
 
-    name: str
+    window: bytes
+    start: int
+    names: list[bytes]
+    offsets: list[int]
+    num_bytes: list[int]
+    header_crcs: list[int]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Where a tar is not as a tar must be.
+
+    Attributes:
+        offset: byte of the tar.
+        problem: what is wrong there, in words.
+    """
+
     offset: int
-    num_bytes: int
-    header_crc: int
+    problem: str
 
 
-def scan_members(path: str) -> Iterator[Member]:
-    """Yields the regular files of a tar (ustar, GNU or pax), in file order.
+class TarScan:
+    """The regular files of a tar (ustar, GNU or pax). Iterate once; `damages` is complete then.
 
-    Raises:
-        DataError: the tar is missing, cut, has a damaged header or data behind its end-of-archive mark; the message
-            names file and byte.
+    Args:
+        read: reads a range of the tar.
+        total_bytes: length of the tar.
+        window_bytes: how much is read at a time.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot open the shard ({error.strerror}). Correct data.shards or restore the file."
-        ) from error
-    try:
-        yield from _walk(path, descriptor, os.fstat(descriptor).st_size)
-    finally:
-        os.close(descriptor)
 
+    def __init__(self, read: ReadRange, total_bytes: int, window_bytes: int = WINDOW_BYTES) -> None:
+        self.damages: list[Damage] = []
+        self._read = read
+        self._total_bytes = total_bytes
+        self._window_bytes = window_bytes
+        # What GNU and pax headers say of the member after them.
+        self._overrides: dict[str, bytes] = {}
 
-def _walk(path: str, descriptor: int, file_bytes: int) -> Iterator[Member]:
-    offset = 0
-    overrides: dict[str, str] = {}
-    while True:
-        header = os.pread(descriptor, BLOCK_BYTES, offset)
-        if len(header) < BLOCK_BYTES:
-            raise _damage(path, offset, "the tar ends without an end-of-archive mark, so it was cut")
-        if header == _ZERO_BLOCK:
-            _check_end(path, descriptor, offset)
-            return
-        if not _is_checksum_right(header):
-            raise _damage(path, offset, "the tar header fails its checksum")
-        kind = header[156:157]
-        num_bytes = 0 if kind in _DATALESS_TYPES else _size(path, offset, header, overrides)
-        content = offset + BLOCK_BYTES
-        end = content + -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
-        if end > file_bytes:
-            member = f"member {_name(header, overrides)!r} of {num_bytes} bytes"
-            raise _damage(path, offset, f"{member} reaches past the end of the file ({file_bytes} bytes): it was cut")
-        if kind in _REGULAR_TYPES:
-            yield Member(_name(header, overrides), content, num_bytes, zlib.crc32(header))
-            overrides = {}
-        elif kind == b"L":
-            overrides["path"] = _text(os.pread(descriptor, num_bytes, content))
-        elif kind == b"x":
-            overrides |= _pax_records(path, offset, os.pread(descriptor, num_bytes, content))
-        elif kind in (b"g", b"K"):
-            pass
-        elif kind in _DATALESS_TYPES:
-            overrides = {}
+    def __iter__(self) -> Iterator[Members]:
+        window, start, position = b"", 0, 0
+        while position is not None:
+            if not start <= position <= start + len(window) - BLOCK_BYTES:
+                window, start = self._read(position, self._window_bytes), position
+            members = Members(window, start, [], [], [], [])
+            if not self._overrides:
+                position = self._take_run(members, position)
+            header = window[position - start : position - start + BLOCK_BYTES]
+            # A header beyond the window is read with the next one, which starts there; what that lacks, the tar lacks.
+            if len(header) == BLOCK_BYTES or position == start:
+                position = self._take_one(members, position, header)
+            if members.names:
+                yield members
+
+    def _take_run(self, members: Members, position: int) -> int:
+        """Takes the plain headers that follow each other from `position` on; returns the place behind them."""
+        window, start = members.window, members.start
+        headers: list[bytes] = []
+        places: list[int] = []
+        sizes: list[int] = []
+        place, last, room = position - start, len(window) - BLOCK_BYTES, self._total_bytes - start
+        while place <= last:
+            header = window[place : place + BLOCK_BYTES]
+            if header[_KIND] not in _REGULAR_KINDS:
+                break
+            try:
+                size = int(header[124:135], 8)
+            except ValueError:
+                break
+            end = place + BLOCK_BYTES + (size + BLOCK_BYTES - 1) // BLOCK_BYTES * BLOCK_BYTES
+            if size < 0 or end > room:
+                break
+            headers.append(header)
+            places.append(start + place)
+            sizes.append(size)
+            place = end
+        count = _num_sound(headers)
+        if count < len(headers):
+            place = places[count] - start
+            headers, places, sizes = headers[:count], places[:count], sizes[:count]
+        if any(header[_PREFIX] for header in headers):
+            members.names.extend(map(_name, headers))
         else:
-            raise _damage(path, offset, f"tar member type {kind!r} is not supported")
-        offset = end
+            members.names.extend([header[:100].partition(b"\0")[0] for header in headers])
+        members.offsets.extend([place + BLOCK_BYTES for place in places])
+        members.num_bytes.extend(sizes)
+        members.header_crcs.extend(map(zlib.crc32, headers))
+        return start + place
+
+    def _take_one(self, members: Members, position: int, header: bytes) -> int | None:
+        """Takes any header; returns the place of the next, None at the end of the tar."""
+        if len(header) < BLOCK_BYTES:
+            self._note(position, "the tar ends without an end-of-archive mark, so it was cut")
+            return None
+        if header == _ZERO_BLOCK:
+            goes_on = self._first_byte(position)
+            if goes_on is None:
+                return None
+            return self._resume(position, f"an empty header, but data goes on at byte {goes_on}")
+        if not _is_checksum_right(header):
+            return self._resume(position, "the tar header fails its checksum")
+        kind, content = header[_KIND], position + BLOCK_BYTES
+        size = 0 if kind in _DATALESS_KINDS else self._size(header)
+        if size is None:
+            return self._resume(position, "the tar header holds no valid size")
+        end = content + (size + BLOCK_BYTES - 1) // BLOCK_BYTES * BLOCK_BYTES
+        name = self._overrides.get("path") or _name(header)
+        if end > self._total_bytes:
+            member = f"member {_text(name)!r} of {size} bytes"
+            problem = f"{member} reaches past the end of the file ({self._total_bytes} bytes): it was cut"
+            return self._resume(position, problem)
+        if kind in _REGULAR_KINDS:
+            members.names.append(name)
+            members.offsets.append(content)
+            members.num_bytes.append(size)
+            members.header_crcs.append(zlib.crc32(header))
+        if kind == ord("L"):
+            self._overrides["path"] = self._read(content, size).partition(b"\0")[0]
+        elif kind == ord("x"):
+            records = _pax_records(self._read(content, size))
+            if records is None:
+                return self._resume(position, "the pax header is malformed")
+            self._overrides |= records
+        elif kind not in b"gK":
+            self._overrides = {}
+            if kind not in _REGULAR_KINDS | _DATALESS_KINDS:
+                self._note(position, f"tar member type {chr(kind)!r} is not supported")
+        return end
+
+    def _note(self, position: int, problem: str) -> None:
+        self.damages.append(Damage(position, problem))
+
+    def _resume(self, position: int, problem: str) -> int | None:
+        """Records damage; returns the place of the next sound header behind it, None where there is none."""
+        self._note(position, problem)
+        self._overrides = {}
+        place = position + BLOCK_BYTES
+        while len(window := self._read(place, self._window_bytes)) >= BLOCK_BYTES:
+            table = np.frombuffer(window, np.uint8)[: len(window) // BLOCK_BYTES * BLOCK_BYTES].reshape(-1, BLOCK_BYTES)
+            for row in np.flatnonzero((table[:, 257:262] == np.frombuffer(_MAGIC, np.uint8)).all(axis=1)).tolist():
+                if _is_checksum_right(table[row].tobytes()):
+                    return place + row * BLOCK_BYTES
+            place += table.size
+        return None
+
+    def _first_byte(self, position: int) -> int | None:
+        """Place of the first byte from `position` on that is not zero."""
+        while window := self._read(position, self._window_bytes):
+            rest = window.lstrip(b"\0")
+            if rest:
+                return position + len(window) - len(rest)
+            position += len(window)
+        return None
+
+    def _size(self, header: bytes) -> int | None:
+        try:
+            if "size" in self._overrides:
+                size = int(self._overrides["size"])
+            elif header[124] & 0x80:
+                # GNU base-256 for members of 8 GiB and more.
+                size = int.from_bytes(header[125:136], "big")
+            else:
+                size = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
+        except ValueError:
+            return None
+        return size if size >= 0 else None
 
 
-def _damage(path: str, offset: int, problem: str) -> DataError:
-    return DataError(
-        f"{path}: byte {offset}: {problem}. Fetch or write the shard again, or remove it from data.shards."
-    )
+def _num_sound(headers: list[bytes]) -> int:
+    """How many headers from the first on have the right checksum."""
+    if not headers:
+        return 0
+    joined = b"".join(headers)
+    # Sums of bytes, four at a time in 16-bit lanes: 128 bytes per lane stay below 2^16.
+    words = np.frombuffer(joined, np.uint64).reshape(len(headers), -1)
+    lanes = (words & _LANES).sum(axis=1) + ((words >> np.uint64(8)) & _LANES).sum(axis=1)
+    fields = np.frombuffer(joined, np.uint8).reshape(len(headers), -1)[:, _CHECKSUM].astype(np.int64)
+    found = lanes.view(np.uint16).reshape(-1, 4).sum(axis=1, dtype=np.int64) - fields.sum(axis=1) + _CHECKSUM_SPACES
+    digits = fields[:, :6] - ord("0")
+    is_sound = ((digits >= 0) & (digits < 8)).all(axis=1) & (digits @ _OCTAL_WEIGHTS == found)
+    for row in np.flatnonzero(~is_sound).tolist():
+        # Written another way, or wrong.
+        if not _is_checksum_right(headers[row]):
+            return row
+    return len(headers)
 
 
 def _is_checksum_right(header: bytes) -> bool:
-    """The checksum field counts as eight spaces (POSIX ustar)."""
+    field = header[_CHECKSUM]
     try:
-        stored = int(header[148:156].rstrip(b"\0 ") or b"-1", 8)
+        stored = int(field.rstrip(b"\0 ") or b"-1", 8)
     except ValueError:
         return False
-    return stored == sum(header) - sum(header[148:156]) + 8 * 0x20
+    return stored == sum(header) - sum(field) + _CHECKSUM_SPACES
 
 
-def _size(path: str, offset: int, header: bytes, overrides: dict[str, str]) -> int:
-    try:
-        if "size" in overrides:
-            size = int(overrides["size"])
-        elif header[124] & 0x80:
-            # GNU base-256 for members of 8 GiB and more.
-            size = int.from_bytes(header[125:136], "big")
-        else:
-            size = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
-    except ValueError as error:
-        raise _damage(path, offset, "the tar header holds no valid size") from error
-    if size < 0:
-        raise _damage(path, offset, "the tar header holds a negative size")
-    return size
-
-
-def _name(header: bytes, overrides: dict[str, str]) -> str:
-    if "path" in overrides:
-        return overrides["path"]
-    name = _text(header[:100])
+def _name(header: bytes) -> bytes:
+    name = header[:100].partition(b"\0")[0]
     # Only POSIX ustar has a prefix field; GNU headers ("ustar  ") keep other things there.
-    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
-    return f"{prefix}/{name}" if prefix else name
+    prefix = header[_PREFIX:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
+    return prefix + b"/" + name if prefix else name
 
 
-def _text(field: bytes) -> str:
-    return field.split(b"\0", 1)[0].decode("utf-8", errors="surrogateescape")
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", errors="backslashreplace")
 
 
-def _pax_records(path: str, offset: int, content: bytes) -> dict[str, str]:
-    """Records are "<length> <key>=<value>\\n", the length counting the whole record."""
-    records: dict[str, str] = {}
+def _pax_records(content: bytes) -> dict[str, bytes] | None:
+    """Records are "<length> <key>=<value>\\n", the length counting the whole record; None: they are not."""
+    records: dict[str, bytes] = {}
     while content.strip(b"\0"):
-        length_text, separator, rest = content.partition(b" ")
-        if not separator or not length_text.isdigit() or int(length_text) <= len(length_text) + 1:
-            raise _damage(path, offset, "the pax header is malformed")
-        record = rest[: int(length_text) - len(length_text) - 1]
+        length, separator, rest = content.partition(b" ")
+        if not separator or not length.isdigit() or int(length) <= len(length) + 1:
+            return None
+        record = rest[: int(length) - len(length) - 1]
         key, _, value = record.rstrip(b"\n").partition(b"=")
-        records[_text(key)] = _text(value)
-        content = content[int(length_text) :]
+        records[key.decode("utf-8", errors="replace")] = value
+        content = content[int(length) :]
     return records
-
-
-def _check_end(path: str, descriptor: int, offset: int) -> None:
-    """Everything behind the first zero block must be padding: a zeroed block in the middle is damage, not the end."""
-    position = offset
-    while chunk := os.pread(descriptor, _READ_BYTES, position):
-        rest = chunk.lstrip(b"\0")
-        if rest:
-            problem = f"an empty header, but data goes on at byte {position + len(chunk) - len(rest)}"
-            raise _damage(path, offset, problem)
-        position += len(chunk)

@@ -45,6 +45,9 @@ class StepMetrics:
         padding_share: share of the step's positions that are padding, in 0..1.
         memory_bytes: highest memory in use on any rank so far.
         holes: samples since the start of the run that could not be read and were left out.
+        faults: cause (`ledger.FaultCause`) -> samples with it since the start of the run: the holes by cause, and samples
+            trained without a caption.
+        steps_ready: steps that had been read ahead when this one was taken, on the replica with the fewest.
         skipped_steps: steps since the start of the run whose gradients were not finite and changed nothing.
         images_by_source: name of the source -> images of it planned since the start of the run, holes not left out;
             empty where `data.shards` is the only source.
@@ -67,6 +70,8 @@ class StepMetrics:
     padding_share: float
     memory_bytes: int
     holes: int = 0
+    faults: dict[str, int] = dataclasses.field(default_factory=dict)
+    steps_ready: int = 0
     skipped_steps: int = 0
     images_by_source: dict[str, int] = dataclasses.field(default_factory=dict)
 

@@ -28,7 +28,7 @@ INIT_TIMEOUT_S = 30.0
 GIB = 2**30
 
 # Field of `StepMetrics` or `Evaluation` -> name in W&B, which shows the part before the slash as one section of panels.
-# Every field is here, so none is dropped in silence. `{}` is the resolution class, the source or the part of the flow time.
+# Every field is here, so none is dropped in silence. `{}` is the class, source, cause or part of the flow time.
 PANELS = {
     "step": "progress/step",
     "images": "progress/images",
@@ -53,6 +53,8 @@ PANELS = {
     "images_by_class": "data/images_{}_px",
     "images_by_source": "data/images_of_{}",
     "holes": "data/holes",
+    "faults": "data/faults_{}",
+    "steps_ready": "data/steps_ready",
 }
 # The one value that is no field: of a step's time, the share in which training waited for the loader.
 WAIT_SHARE = "data/wait_share"

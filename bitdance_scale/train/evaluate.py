@@ -21,7 +21,7 @@ from bitdance_scale.sequence.noise import PackNoise, Purpose, pack_noise
 from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.sequence.tokens import TextTokenizer
 from bitdance_scale.train.reading import StepReader
-from bitdance_scale.train.shared_index import shared_index
+from bitdance_scale.train.shared_index import training_index
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
 # Equal parts of the flow time in which losses are told apart.
@@ -59,11 +59,13 @@ class Evaluator:
             global_batch=section.images,
             text_drop=0.0,
             image_to_text_share=0.0,
+            filters=(),
+            bits_dir="",
         )
         held_out = dataclasses.replace(config, data=data, run=dataclasses.replace(config.run, seed=section.seed))
         # Beside the shards, or where the run's own index is: the shards may be in a place that is read only.
         index_dir = str(Path(config.data.index_dir) / "held_out") if config.data.index_dir else ""
-        index = shared_index(section.shards, index_dir, topology.device)
+        index = training_index(dataclasses.replace(data, index_dir=index_dir), topology.device)
         with StepReader(held_out, index, text, vision, topology, None) as reader:
             return cls(config, reader.next_step().packs, topology)
 

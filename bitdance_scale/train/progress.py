@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from bitdance_scale.config.schema import OptimSection, RunConfig
+from bitdance_scale.data.ledger import FaultCause
 from bitdance_scale.observe.flops import PackCounts, count_pack, peak_flops, step_flops, utilisation
 from bitdance_scale.observe.memory import memory_bytes
 from bitdance_scale.observe.metrics import StepMetrics
@@ -36,6 +37,7 @@ class Progress:
         tokens: positions seen, padding left out.
         images_by_class: resolution class (`side_px`) -> images planned.
         holes: images that could not be used.
+        faults: cause (`ledger.FaultCause`) -> images with it, those trained without their caption too.
         skipped_steps: steps refused because a gradient was not finite.
     """
 
@@ -44,6 +46,7 @@ class Progress:
     tokens: int = 0
     images_by_class: dict[int, int] = field(default_factory=dict)
     holes: int = 0
+    faults: dict[str, int] = field(default_factory=dict)
     skipped_steps: int = 0
 
 
@@ -68,32 +71,37 @@ class StepMeter:
     def _restart(self) -> None:
         self._begun_s, self._num_steps, self._wait_s = time.monotonic(), 0, 0.0
         self._images, self._positions, self._padding, self._flops = 0, 0, 0, 0.0
+        self._num_ready = 0
 
     def add(self, packs: Sequence[Pack], report: StepReport, wait_s: float, is_skipped: bool) -> None:
         """Counts one step, in whose time `wait_s` seconds were spent waiting; one small sum over the replicas."""
         counts = sum((count_pack(pack) for pack in packs), PackCounts())
         num_padding = sum(pack.num_padding for pack in packs)
         flops = step_flops(self._config, self._vocab_size, counts).training
+        faults = [report.faults.get(cause, 0) for cause in FaultCause]
         totals = torch.tensor(
-            [counts.num_positions, num_padding, report.num_holes, flops],
-            dtype=torch.float64,
-            device=self._topology.device,
+            [counts.num_positions, num_padding, flops, *faults], dtype=torch.float64, device=self._topology.device
         )
         dist.all_reduce(totals, group=self._topology.data_group)
-        positions, padding, holes, total_flops = totals.tolist()
+        positions, padding, total_flops, *faults = totals.tolist()
+        by_cause = {cause: int(count) for cause, count in zip(FaultCause, faults, strict=True) if count}
+        holes = sum(count for cause, count in by_cause.items() if cause.is_hole)
         planned = sum(report.images_by_class.values())
         progress = self.progress
         progress.step += 1
-        progress.images += planned - int(holes)
+        progress.images += planned - holes
         progress.tokens += int(positions)
-        progress.holes += int(holes)
+        progress.holes += holes
+        for cause, count in by_cause.items():
+            progress.faults[str(cause)] = progress.faults.get(str(cause), 0) + count
         progress.skipped_steps += int(is_skipped)
         for side_px, count in report.images_by_class.items():
             progress.images_by_class[side_px] = progress.images_by_class.get(side_px, 0) + count
         self._images_by_source = report.images_by_source
         self._num_steps += 1
         self._wait_s += wait_s
-        self._images += planned - int(holes)
+        self._images += planned - holes
+        self._num_ready = report.num_ready
         self._positions += int(positions)
         self._padding += int(padding)
         self._flops += total_flops
@@ -101,10 +109,12 @@ class StepMeter:
     def metrics(self, losses: StepLosses, outcome: StepOutcome, lr: float) -> StepMetrics:
         """The metrics of the last step, speeds averaged since the previous logged one; two small collectives."""
         highest = torch.tensor(
-            [self._wait_s, memory_bytes(self._topology.device)], dtype=torch.float64, device=self._topology.device
+            [self._wait_s, memory_bytes(self._topology.device), -self._num_ready],
+            dtype=torch.float64,
+            device=self._topology.device,
         )
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-        wait_s, memory = highest.tolist()
+        wait_s, memory, lacking = highest.tolist()
         elapsed_s = time.monotonic() - self._begun_s
         progress = self.progress
         step_s = elapsed_s / self._num_steps
@@ -127,6 +137,8 @@ class StepMeter:
             padding_share=self._padding / max(1, self._padding + self._positions),
             memory_bytes=int(memory),
             holes=progress.holes,
+            faults=dict(progress.faults),
+            steps_ready=int(-lacking),
             skipped_steps=progress.skipped_steps,
             images_by_source=dict(self._images_by_source),
         )

@@ -6,7 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.data.filters import FilterCount
 from bitdance_scale.data.index import Index
+from bitdance_scale.data.ledger import FaultCause
 from bitdance_scale.data.loader import Loader
 from bitdance_scale.data.loader_state import LoaderState
 from bitdance_scale.data.plan import StreamUse
@@ -24,14 +26,16 @@ class StepReport:
     Attributes:
         loader: state that resumes after the step, JSON values.
         images_by_class: resolution class (`side_px`) -> images planned in the global batch.
-        num_holes: images of this replica that could not be used.
+        faults: cause (`ledger.FaultCause`) -> images of this replica with it.
+        num_ready: steps that this replica had read ahead.
         wait_s: seconds that this replica waited for its loader.
         images_by_source: name of the source -> images planned since the start of the run; empty with `data.shards`.
     """
 
     loader: dict[str, object]
     images_by_class: dict[int, int]
-    num_holes: int
+    faults: dict[FaultCause, int]
+    num_ready: int
     wait_s: float
     images_by_source: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -77,6 +81,10 @@ class StepReader:
         """What so many steps take of every source, on a rank that reads (the first one does); elsewhere nothing."""
         return [] if self._loader is None else self._loader.plan.uses(num_steps)
 
+    def filter_counts(self) -> dict[str, list[FilterCount]]:
+        """What the filters leave out, by source, on a rank that reads; elsewhere nothing."""
+        return {} if self._loader is None else self._loader.plan.filter_counts()
+
     def next_step(self) -> SharedStep:
         """The packs of the next step with their images encoded; the report is a `StepReport`."""
         read = None
@@ -89,6 +97,11 @@ class StepReader:
     def _read(loader: Loader) -> ReadStep:
         step = loader.next_step()
         report = StepReport(
-            step.state.to_dict(), step.images_by_class, step.num_holes, step.wait_s, step.images_by_source
+            loader=step.state.to_dict(),
+            images_by_class=step.images_by_class,
+            faults=dict(step.faults),
+            num_ready=step.num_ready,
+            wait_s=step.wait_s,
+            images_by_source=step.images_by_source,
         )
         return ReadStep([loaded.pack for loaded in step.packs], [loaded.images for loaded in step.packs], report)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.data.filters import FilterCount, describe
 from bitdance_scale.data.plan import StreamUse
 from bitdance_scale.observe.console import Progress, loss_table
 from bitdance_scale.observe.figures import image_grid, write_whole
@@ -72,9 +73,12 @@ class RunObserver:
                 self._draw_overview()
             self._wandb.finish()
 
-    def sources(self, uses: Sequence[StreamUse]) -> None:
-        """Says what the whole run takes of every source."""
+    def sources(self, uses: Sequence[StreamUse], filters: Mapping[str, Sequence[FilterCount]]) -> None:
+        """Says what the filters leave out, and what the whole run takes of every source."""
         if self._is_active:
+            for name, counts in filters.items():
+                for count in counts:
+                    logger.info("filter of %s: %s", f"source {name}" if name else "data", describe(count))
             logger.info(sources_summary(uses))
 
     def step(self, metrics: StepMetrics) -> None:

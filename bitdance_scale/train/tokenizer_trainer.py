@@ -20,11 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from bitdance_scale.config.load import dump_toml
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig, check_tokenizer
 from bitdance_scale.data.image_stream import CropStream, centre_crops
-from bitdance_scale.data.index import Index, build_index, default_index_dir
+from bitdance_scale.data.index import Index, default_index_dir
+from bitdance_scale.data.index_build import build_index
 from bitdance_scale.data.shards import expand_shards
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.observe.console import setup_logging
-from bitdance_scale.train.shared_index import shared_index
+from bitdance_scale.train.shared_index import image_index
 from bitdance_scale.train.tokenizer_evaluation import Reconstruction, evaluate, summary, to_pixels
 from bitdance_scale.train.tokenizer_objective import TokenizerObjective
 from bitdance_scale.vision.autoencoder import Autoencoder, published_config
@@ -60,7 +61,8 @@ def train_tokenizer(config: TokenizerConfig) -> dict[tuple[int, int], Reconstruc
         setup_logging(folder, ranks.rank)
         if ranks.rank == 0:
             _start_folder(folder, config)
-        train_index = shared_index(config.data.shards, config.data.index_dir, ranks.device)
+        data = config.data
+        train_index = image_index(data.shards, data.index_dir, data.max_hole_share, ranks.device)
         # The held-out images are read on rank 0 only, which evaluates alone.
         held_out = _held_out_images(config) if ranks.rank == 0 else {}
         autoencoder = _build(config).to(ranks.device)

@@ -97,7 +97,7 @@ class Trainer:
             StepReader(config, self._index, self._text, self._vision, topology, self._loader_state) as reader,
             StepFeed(reader.next_step, self._prepare, progress.step, config.run.steps, topology.device) as feed,
         ):
-            observer.sources(reader.uses(config.run.steps))
+            observer.sources(reader.uses(config.run.steps), reader.filter_counts())
             if progress.step == 0:
                 self._evaluate(observer)
                 meter.pause()
@@ -164,6 +164,7 @@ class Trainer:
             tokens=state.tokens,
             images_by_class={int(side_px): count for side_px, count in state.images_by_class.items()},
             holes=state.holes,
+            faults=dict(state.faults),
             skipped_steps=state.optimizer["skipped_steps"],
         )
         self._saved_step = state.step

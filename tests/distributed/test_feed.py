@@ -23,7 +23,9 @@ def _feed(rank: int) -> tuple[int, str]:
     dist.init_process_group("gloo")
     num_taken = 0
     try:
-        with StepFeed(lambda: SharedStep([0], StepReport({}, {}, 0, 0.0)), prepare, 0, 5, torch.device("cpu")) as feed:
+        with StepFeed(
+            lambda: SharedStep([0], StepReport({}, {}, {}, 0, 0.0)), prepare, 0, 5, torch.device("cpu")
+        ) as feed:
             while True:
                 feed.take()
                 num_taken += 1

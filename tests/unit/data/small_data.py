@@ -7,10 +7,13 @@ import json
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from bitdance_scale.data.index import Index, ShardEntry
+from bitdance_scale.data.tar_scan import TarScan
 from bitdance_scale.sequence.tokens import TextTokenizer
 
 Members = dict[str, bytes]
@@ -44,6 +47,25 @@ def write_tar(path: Path, samples: dict[str, Members]) -> Path:
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     return path
+
+
+def members_of(path: str) -> list[tuple[int, int, int]]:
+    """Offset, length and header CRC of the members of a tar, as `ShardReader.read` takes them."""
+    content = Path(path).read_bytes()
+    scan = TarScan(lambda offset, num_bytes: content[offset : offset + num_bytes], len(content))
+    return [place for m in scan for place in zip(m.offsets, m.num_bytes, m.header_crcs, strict=True)]
+
+
+def bare_index(
+    height_px: np.ndarray, width_px: np.ndarray, shards: tuple[ShardEntry, ...] = (), **columns: Any
+) -> Index:
+    """An index of sizes alone, and of other `columns`: nothing can be read by it. Scores are named `score.FIELD`."""
+    zeros = np.zeros(len(height_px), np.int64)
+    names = ("shard", "image_offset", "image_bytes", "header_crc", "original_height_px", "original_width_px")
+    found = dict.fromkeys(names, zeros) | {"height_px": height_px, "width_px": width_px} | columns
+    found.setdefault("caption.caption_status", zeros.astype(np.uint8))
+    scores = [name.removeprefix("score.") for name in columns if name.startswith("score.")]
+    return Index(shards, found, captions=("caption",), scores=scores, digest="bare")
 
 
 class CharacterTokenizer(TextTokenizer):

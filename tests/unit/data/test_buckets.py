@@ -63,11 +63,16 @@ def test_agrees_with_logarithms_one_by_one() -> None:
             assert row in fitting and distances[row] <= min(distances.values()) + 1e-12
 
 
+def eligible_squares(sides: np.ndarray) -> EligibleSamples:
+    buckets = class_buckets(CLASS)
+    return EligibleSamples(len(sides), lambda part: assign_buckets(sides[part], sides[part], buckets, 1.0) >= 0)
+
+
 @pytest.mark.parametrize("num_samples", [1, 511, 512, 513, 3000])
 def test_selects_the_eligible_in_order(num_samples: int) -> None:
     sides = np.random.default_rng(num_samples).choice([900, 1100], num_samples, p=[0.7, 0.3])
     sides[-1] = 1100
-    eligible = EligibleSamples(sides, sides, class_buckets(CLASS), 1.0)
+    eligible = eligible_squares(sides)
     expected = np.flatnonzero(sides >= 1024)
     assert len(eligible) == len(expected)
     assert np.array_equal(eligible.select(np.arange(len(expected))), expected)
@@ -77,5 +82,5 @@ def test_selects_the_eligible_in_order(num_samples: int) -> None:
 def test_gaps_of_many_groups_are_skipped() -> None:
     sides = np.full(5000, 900)
     sides[[3, 4000, 4999]] = 1100
-    eligible = EligibleSamples(sides, sides, class_buckets(CLASS), 1.0)
+    eligible = eligible_squares(sides)
     assert eligible.select(np.array([0, 1, 2])).tolist() == [3, 4000, 4999]

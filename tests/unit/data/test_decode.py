@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from bitdance_scale.data.decode import centre_region, decode_image, read_size_px
 from bitdance_scale.data.ledger import FaultCause, SampleFault
@@ -149,3 +150,43 @@ def test_random_damage_never_escapes_as_another_error() -> None:
                 assert decode_image(damaged.tobytes(), (40, 60), (16, 16)).shape == (16, 16, 3)
             except SampleFault:
                 pass
+
+
+def detailed_picture(height: int, width: int, seed: int) -> Image.Image:
+    """Noise whose amplitude falls with the frequency, about as in photographs."""
+    numbers = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    amplitude = 1 / np.maximum(frequency, 1 / max(height, width)) ** 1.3
+    planes = [
+        np.fft.irfft2(amplitude * np.exp(2j * np.pi * numbers.random(amplitude.shape)), s=(height, width))
+        for _ in range(3)
+    ]
+    pixels = np.stack(planes, axis=-1)
+    return Image.fromarray((128 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8))
+
+
+def decibels(found: np.ndarray, expected: np.ndarray) -> float:
+    return 10 * np.log10(255**2 / np.square(found.astype(float) - expected.astype(float)).mean())
+
+
+@pytest.mark.parametrize("size_px", [(512, 512), (513, 771), (400, 1003), (1037, 411)])
+@pytest.mark.parametrize("quality", [75, 95])
+def test_half_size_decoding_costs_less_than_one_decibel(size_px: tuple[int, int], quality: int, monkeypatch) -> None:
+    """Against the picture before it was compressed, resized whole."""
+    picture = detailed_picture(*size_px, seed=quality)
+    bucket_px = (192, 192)
+    box = centre_region(size_px, bucket_px)
+    truth = np.asarray(picture.resize((192, 192), Image.Resampling.LANCZOS, box=box))
+    data = saved(picture, "JPEG", quality=quality)
+    whole = np.asarray(Image.open(io.BytesIO(data)).resize((192, 192), Image.Resampling.LANCZOS, box=box))
+    sizes = []
+    load = JpegImageFile.load
+    monkeypatch.setattr(JpegImageFile, "load", lambda image: (sizes.append(image.size), load(image))[1])
+    found = decode_image(data, size_px, bucket_px)
+    assert sizes[0] == (-(-size_px[1] // 2), -(-size_px[0] // 2))
+    assert decibels(found, truth) > decibels(whole, truth) - 1
+    # Where the picture is not twice as large, nothing changes.
+    sizes.clear()
+    bucket_px = (min(size_px) // 2 + 1, min(size_px) // 2 + 1)
+    decode_image(data, size_px, bucket_px)
+    assert sizes[0] == size_px[::-1]

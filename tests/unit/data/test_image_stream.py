@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from bitdance_scale.data.image_stream import CropStream, centre_crops, large_enough
-from bitdance_scale.data.index import Index, build_index
+from bitdance_scale.data.index import Index
+from bitdance_scale.data.index_build import build_index
 from bitdance_scale.errors import DataError
 from tests.unit.data.small_data import sample_members, write_tar
 

@@ -6,15 +6,18 @@ import io
 import json
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from webdataset.tariterators import base_plus_ext
 
-from bitdance_scale.data import index as index_module
+from bitdance_scale.data import index_build
 from bitdance_scale.data.captions import CaptionStatus
-from bitdance_scale.data.index import build_index, default_index_dir, open_index
+from bitdance_scale.data.index import default_index_dir, open_index
+from bitdance_scale.data.index_build import build_index
 from bitdance_scale.errors import DataError
 from tests.unit.data.small_data import encode_image, sample_members, write_tar
 
@@ -36,8 +39,8 @@ def test_holds_every_sample(data_set: list[str], tmp_path: Path) -> None:
 def test_is_built_once_and_only_changed_shards_are_read(data_set: list[str], tmp_path: Path, monkeypatch) -> None:
     shards = [shutil.copy2(path, tmp_path) for path in data_set]
     scanned = []
-    scan = index_module.scan_shard
-    monkeypatch.setattr(index_module, "scan_shard", lambda path: scanned.append(path) or scan(path))
+    scan = index_build.scan_file
+    monkeypatch.setattr(index_build, "scan_file", lambda task, **rest: scanned.append(task.path) or scan(task, **rest))
     first = build_index(shards[:2], tmp_path / "index")
     assert scanned == shards[:2]
     assert build_index(shards[:2], tmp_path / "index").hash == first.hash
@@ -67,15 +70,17 @@ def test_hash_is_of_the_data_not_of_their_place(data_set: list[str], tmp_path: P
 
 
 def test_hash_covers_captions_and_sizes(tmp_path: Path) -> None:
-    """Three tars of equal length that differ in nothing but a caption, or a size, of equal length."""
+    """Three tars of equal length that differ in nothing but a caption, or a size, of equal length: digests tell."""
     base = sample_members(20, 30, "red")
     changed = [base, base | {"txt": b"tan"}, base | {"json": base["json"].replace(b"30", b"31")}]
-    hashes = set()
+    hashes = []
     for number, members in enumerate(changed):
         shard = write_tar(tmp_path / f"{number}.tar", {"0": members})
-        hashes.add(build_index([str(shard)], tmp_path / f"index_{number}").hash)
+        index = build_index([str(shard)], tmp_path / f"index_{number}")
+        hashes.append((index.hash, index.digests["caption"]))
     assert len({path.stat().st_size for path in tmp_path.glob("*.tar")}) == 1
-    assert len(hashes) == 3
+    (base, caption), same, other = hashes
+    assert same[0] == base != other[0] and same[1] != caption
 
 
 def test_equal_file_names_in_two_folders_stay_apart(tmp_path: Path) -> None:
@@ -108,7 +113,9 @@ def test_captions_sizes_and_faults(tmp_path: Path) -> None:
     }
     shard = str(write_tar(tmp_path / "0.tar", samples))
     index = build_index([shard], tmp_path / "index")
-    found = {index.name(i): (index.caption(i), CaptionStatus(index.caption_status[i]).name) for i in range(len(index))}
+    found = {
+        index.name(i): (index.caption(i), CaptionStatus(index.status("caption")[i]).name) for i in range(len(index))
+    }
     assert found == {
         "text": ("a cat", "USABLE"),
         "json": ("from json", "USABLE"),
@@ -151,15 +158,116 @@ def test_refusals(data_set: list[str], tmp_path: Path) -> None:
         open_index(tmp_path / "index")
     table = json.loads((tmp_path / "index" / "index.json").read_text())
     (tmp_path / "index" / "index.json").write_text(json.dumps(table | {"format": 99}))
-    with pytest.raises(DataError, match="format 99, this version reads 1"):
+    with pytest.raises(DataError, match="format 99, this version reads 2"):
         open_index(tmp_path / "index")
 
 
-def test_a_failed_build_leaves_the_old_index(data_set: list[str], tmp_path: Path) -> None:
+def test_a_failed_build_leaves_the_old_index(data_set: list[str], tmp_path: Path, monkeypatch) -> None:
     old = build_index(data_set[:1], tmp_path / "index")
-    cut = tmp_path / "cut.tar"
-    cut.write_bytes(Path(data_set[1]).read_bytes()[:5000])
-    with pytest.raises(DataError, match="cut.tar: byte"):
-        build_index([data_set[0], str(cut)], tmp_path / "index")
+    monkeypatch.setattr(index_build, "_write_columns", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(DataError, match="no space left"):
+        build_index(data_set, tmp_path / "index")
     assert open_index(tmp_path / "index").hash == old.hash
     assert not list((tmp_path / "index").glob(".building*"))
+
+
+def test_a_stopped_build_goes_on_where_it_was(data_set: list[str], tmp_path: Path, monkeypatch) -> None:
+    """What was scanned before a shard could not be read is kept, and read from there."""
+    scanned = []
+    scan = index_build.scan_file
+
+    def scan_two(task, captions, stores):
+        if len(scanned) == 2:
+            raise KeyboardInterrupt
+        scanned.append(task.path)
+        return scan(task, captions, stores)
+
+    monkeypatch.setattr(index_build, "scan_file", scan_two)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(data_set, tmp_path / "index")
+    scanned.clear()
+    index = build_index(data_set, tmp_path / "index")
+    assert scanned == data_set[2:]
+    monkeypatch.undo()
+    whole = build_index(data_set, tmp_path / "whole")
+    assert index.hash == whole.hash and index.digests == whole.digests
+    assert not list((tmp_path / "index" / ".parts").glob("*"))
+
+
+def test_processes_build_the_same(data_set: list[str], tmp_path: Path, monkeypatch) -> None:
+    alone = build_index(data_set, tmp_path / "alone")
+    monkeypatch.setattr(index_build, "_PART_SAMPLES", 1)
+    seen = []
+    index = build_index(data_set, tmp_path / "index", num_workers=2, progress=lambda entry: seen.append(entry.path))
+    assert sorted(seen) == sorted(data_set)
+    assert index.hash == alone.hash and index.digests == alone.digests
+    for name, column in alone.columns.items():
+        np.testing.assert_array_equal(index.columns[name], column)
+
+
+def test_names_split_as_in_webdataset(tmp_path: Path) -> None:
+    jpg = encode_image(16, 16)
+    names = ["0.jpg", "1.a.jpg", "x.y/2.JPG", "x.y/3", "x/y/4.jpg", "__meta__/5.jpg"]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(jpg)
+            tar.addfile(info, io.BytesIO(jpg))
+    index = build_index([str(tmp_path / "0.tar")], tmp_path / "index")
+    parts = [base_plus_ext(name) for name in names if not name.startswith("__")]
+    assert [index.name(i) for i in range(len(index))] == [key for key, ext in parts if key and ext.lower() == "jpg"]
+
+
+def test_an_index_that_cannot_be_read_is_built_anew(data_set: list[str], tmp_path: Path, caplog) -> None:
+    whole = build_index(data_set, tmp_path / "index")
+    table_path = tmp_path / "index" / "index.json"
+    table = json.loads(table_path.read_text())
+    for content in (json.dumps(table | {"format": 1}), "{"):
+        table_path.write_text(content)
+        assert build_index(data_set, tmp_path / "index").hash == whole.hash
+    assert "format 1, this version reads 2" in caplog.text and "built anew" in caplog.text
+
+
+def test_caption_sources(tmp_path: Path) -> None:
+    record = {"width": 16, "height": 16, "caption": "open", "re_caption": "again"}
+    synthetic = {"syn_text": [" one ", "", "two"], "other": 5}
+    members = {
+        "jpg": encode_image(16, 16),
+        "json": json.dumps(record).encode(),
+        "syn.json": json.dumps(synthetic).encode(),
+    }
+    shard = str(write_tar(tmp_path / "0.tar", {"0": members, "1": {**members, "txt": b"text"}}))
+    sources = ("json:re_caption", "caption", "syn.json:syn_text", "syn.json:other", "alt.txt")
+    index = build_index([shard], tmp_path / "index", captions=sources)
+    assert [index.caption(1, source) for source in sources] == ["again", "text", "one", "", ""]
+    assert index.alternatives(0, "syn.json:syn_text") == ["one", "two"] and index.caption(0, "caption") == "open"
+    assert [CaptionStatus(index.status(s)[0]).name for s in sources] == [
+        "USABLE",
+        "USABLE",
+        "USABLE",
+        "INVALID",
+        "MISSING",
+    ]
+    assert index.faults() == {}
+    fewer = build_index([shard], tmp_path / "index", captions=sources[1:2])
+    # What is there stays: another run may need it.
+    assert fewer.captions == sources and fewer.hash == index.hash
+
+
+def test_scores(tmp_path: Path) -> None:
+    """Numbers of the records, in shards that do not have the same ones; NaN is what Python writes for none."""
+    jpg, size = encode_image(16, 16), {"width": 16, "height": 16, "original_width": 64, "original_height": 48}
+    records = [
+        {"punsafe": 0.25, "url": "x"},
+        {"punsafe": None, "similarity": 1},
+        {"punsafe": float("nan"), "is_ai": True},
+    ]
+    shards = [
+        str(write_tar(tmp_path / f"{n}.tar", {"0": {"jpg": jpg, "json": json.dumps(record | size).encode()}}))
+        for n, record in enumerate(records)
+    ]
+    index = build_index(shards, tmp_path / "index")
+    found = {field: [None if np.isnan(v) else float(v) for v in index.score(field)] for field in index.scores}
+    assert found == {"punsafe": [0.25, None, None], "similarity": [None, 1, None], "is_ai": [None, None, 1]}
+    assert (index.original_height_px.tolist(), index.original_width_px.tolist()) == ([48] * 3, [64] * 3)
+    assert index.faults() == {}

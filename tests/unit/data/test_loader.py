@@ -14,7 +14,8 @@ import torch
 
 from bitdance_scale.config.schema import DataSource, RunConfig
 from bitdance_scale.data import loader as loader_module
-from bitdance_scale.data.index import Index, build_index
+from bitdance_scale.data.index import Index
+from bitdance_scale.data.index_build import build_index
 from bitdance_scale.data.loader import LoadedPack, Loader
 from bitdance_scale.data.loader_state import LoaderState
 from bitdance_scale.errors import CheckpointError, ConfigError, DataError

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from bitdance_scale.config.schema import ResolutionClass
-from bitdance_scale.data.index import Index, build_index
+from bitdance_scale.data.index import Index
+from bitdance_scale.data.index_build import build_index
 from bitdance_scale.data.plan import Plan
 from bitdance_scale.errors import DataError
+from tests.unit.data.small_data import bare_index
 
 
 @pytest.fixture
@@ -23,10 +25,8 @@ def synthetic_index(num_samples: int, seed: int = 0) -> Index:
     """Columns as of a scan, without shards; sides of 10 .. 70 px."""
     numbers = np.random.default_rng(seed)
     sizes = numbers.integers(10, 70, (2, num_samples)).astype(np.int32)
-    zeros = np.zeros(num_samples, dtype=np.int64)
     status = (numbers.random(num_samples) < 0.05).astype(np.uint8)
-    columns = {"shard": zeros, "image_offset": zeros, "image_bytes": zeros, "header_crc": zeros}
-    return Index("synthetic", (), columns | {"height_px": sizes[0], "width_px": sizes[1], "caption_status": status})
+    return bare_index(*sizes, **{"caption.caption_status": status})
 
 
 def test_batches_have_the_exact_mix_and_fitting_buckets(index: Index, make_config) -> None:
@@ -77,7 +77,7 @@ def test_draws_have_their_shares_and_spare_samples_without_caption(make_config) 
     index = synthetic_index(20_000)
     data = make_config(global_batch=5000, text_drop=0.1, image_to_text_share=0.2).data
     batch = Plan(0, index, data).batch(0)
-    has_caption = index.caption_status[batch.samples] == 0
+    has_caption = index.status("caption")[batch.samples] == 0
     assert batch.is_caption_dropped[~has_caption].all() and (~has_caption).sum() > 100
     assert not (batch.is_image_to_text & batch.is_caption_dropped).any()
     # Of about 4750 with a caption; five standard deviations are 0.029 and 0.020.

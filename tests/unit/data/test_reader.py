@@ -10,12 +10,8 @@ import pytest
 
 from bitdance_scale.data.ledger import FaultCause, SampleFault
 from bitdance_scale.data.reader import ShardReader
-from bitdance_scale.data.tar_scan import Member, scan_members
-from tests.unit.data.small_data import write_tar
-
-
-def read(reader: ShardReader, path: str, member: Member) -> bytes:
-    return reader.read(path, member.offset, member.num_bytes, member.header_crc)
+from bitdance_scale.data.store import Stores
+from tests.unit.data.small_data import members_of, write_tar
 
 
 def num_open_files() -> int:
@@ -27,11 +23,11 @@ def test_threads_share_few_descriptors(tmp_path: Path) -> None:
         str(write_tar(tmp_path / f"{s}.tar", {str(k): {"jpg": bytes([s, k]) * (100 + k)} for k in range(8)}))
         for s in range(12)
     ]
-    jobs = [(path, member) for path in shards for member in scan_members(path)]
+    jobs = [(path, *member) for path in shards for member in members_of(path)]
     before = num_open_files()
-    reader = ShardReader(max_open_shards=3)
+    reader = ShardReader(Stores(max_open_files=3))
     with ThreadPoolExecutor(8) as pool:
-        contents = list(pool.map(lambda job: read(reader, *job), jobs * 5))
+        contents = list(pool.map(lambda job: reader.read(*job), jobs * 5))
     assert contents == [bytes([s, k]) * (100 + k) for s in range(12) for k in range(8)] * 5
     assert num_open_files() - before <= 3
     reader.close()
@@ -40,16 +36,16 @@ def test_threads_share_few_descriptors(tmp_path: Path) -> None:
 
 def test_missing_cut_and_replaced_shards_are_faults(tmp_path: Path) -> None:
     path = str(write_tar(tmp_path / "0.tar", {"0": {"jpg": b"x" * 900}}))
-    member = next(scan_members(path))
+    member = members_of(path)[0]
     os.rename(path, f"{path}.gone")
     with pytest.raises(SampleFault, match="No such file") as missing:
-        read(ShardReader(), path, member)
+        ShardReader().read(path, *member)
     assert missing.value.cause == FaultCause.READ_FAILED
     Path(path).write_bytes(Path(f"{path}.gone").read_bytes()[:1000])
     with pytest.raises(SampleFault, match="the shard ends before them") as cut:
-        read(ShardReader(), path, member)
+        ShardReader().read(path, *member)
     assert cut.value.cause == FaultCause.READ_FAILED
     write_tar(tmp_path / "0.tar", {"1": {"jpg": b"y" * 900}})
     with pytest.raises(SampleFault, match="not behind the tar header that was indexed") as replaced:
-        read(ShardReader(), path, member)
+        ShardReader().read(path, *member)
     assert replaced.value.cause == FaultCause.SHARD_CHANGED

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from bitdance_scale.data.reader import split_name
 from bitdance_scale.data.shards import expand_shards
 from bitdance_scale.errors import DataError
 
@@ -50,13 +49,8 @@ def test_missing_shards(folder: Path, spec: str, message: str) -> None:
         names(folder, spec)
 
 
-def test_nothing_and_remote_shards_are_refused() -> None:
+def test_nothing_and_other_stores_are_refused() -> None:
     with pytest.raises(DataError, match="data.shards is empty"):
         expand_shards([])
-    with pytest.raises(DataError, match="only local files"):
-        expand_shards(["s3://bucket/{00000..00001}.tar"])
-
-
-def test_names_split_at_the_first_dot() -> None:
-    assert split_name("x/0001.SYN.json") == ("x/0001", "syn.json")
-    assert split_name("README") is None
+    with pytest.raises(DataError, match="only local files and s3://"):
+        expand_shards(["gs://bucket/{00000..00001}.tar"])

@@ -103,7 +103,7 @@ def check_points(path: Path) -> None:
     for record in records:
         summary |= values(record.summary.update)
     named = {name: value for name, value in summary.items() if name.partition("/")[0] in SUMMARIES}
-    assert len(named) == 26 and named.pop("progress/step") == 3
+    assert len(named) == 27 and named.pop("progress/step") == 3
     # What no definition covers would be a bare number.
     for name, value in named.items():
         assert list(value) == [SUMMARIES[name.partition("/")[0]]], name
@@ -141,11 +141,13 @@ def test_every_field_has_a_panel(record):
 
 
 def test_every_value_is_logged_once():
-    point = dataclasses.replace(POINT, mfu=0.4, images_by_source={"open": 5, "own": 3, "drawn": 0})
+    point = dataclasses.replace(
+        POINT, mfu=0.4, images_by_source={"open": 5, "own": 3, "drawn": 0}, faults={"bad_image": 2}
+    )
     logged = panel_values(point)
-    parts = (point.images_by_class, point.images_by_source)
+    parts = (point.images_by_class, point.images_by_source, point.faults)
     assert len(logged) == len(dataclasses.fields(StepMetrics)) - len(parts) + sum(map(len, parts))
-    assert logged["data/images_of_own"] == 3
+    assert logged["data/images_of_own"] == 3 and logged["data/faults_bad_image"] == 2
     assert logged["loss/flow"] == point.loss_vision and logged["data/images_256_px"] == 2
     evaluation = Evaluation(1, 0.5, {256: 0.4, 512: 0.6}, (0.1, 0.2, 0.3), 9.0)
     assert list(panel_values(evaluation).values()) == [1, 0.5, 0.4, 0.6, 0.1, 0.2, 0.3, 9.0]

@@ -31,7 +31,7 @@ def test_reports_and_draws(tmp_path: Path, monkeypatch, capsys) -> None:
     run(monkeypatch, str(tmp_path), "--count", "10", "--out", str(tmp_path / "grid.png"))
     printed = capsys.readouterr().out
     assert "3 samples in 1 shards" in printed
-    assert "captions: usable 2, empty 0, missing 1, invalid 0" in printed
+    assert "captions caption: usable 2, empty 0, missing 1, invalid 0" in printed
     assert "missing_image: 1 in 1 shards" in printed
     assert "class 256 px: 2 samples (height x width: 256x256 2)" in printed
     assert "class 512 px: 0 samples (height x width: none)" in printed

@@ -29,7 +29,7 @@ class Source:
         if number == self.broken:
             raise DataError(f"step {number} is unreadable")
         self.number += 1
-        return SharedStep([number], StepReport({"step": number + 1}, {}, 0, float(2**number)))
+        return SharedStep([number], StepReport({"step": number + 1}, {}, {}, 0, float(2**number)))
 
 
 def prepare(packs: list[int], step: int) -> list[tuple[int, int, str]]:

@@ -17,7 +17,7 @@ def test_rate_without_warmup_is_whole_at_once():
 
 def test_progress_fields_are_json_values():
     fields = progress_fields(
-        Progress(step=3, images=58, tokens=900, images_by_class={32: 12, 64: 42}, holes=2, skipped_steps=1)
+        Progress(3, 58, 900, images_by_class={32: 12, 64: 42}, holes=2, faults={"bad_image": 2}, skipped_steps=1)
     )
     assert fields == {
         "step": 3,
@@ -25,5 +25,6 @@ def test_progress_fields_are_json_values():
         "tokens": 900,
         "images_by_class": {"32": 12, "64": 42},
         "holes": 2,
+        "faults": {"bad_image": 2},
         "optimizer": {"skipped_steps": 1},
     }

@@ -1,0 +1,245 @@
+"""Index, decoding and reading from S3, each against a baseline in the same run; prints the rows of a table.
+
+    python benchmarks/reading.py index     # against tarfile, and webdataset's stream
+    python benchmarks/reading.py decode    # 1024 px JPEG to 512 px from a tar, against webdataset with Pillow
+    python benchmarks/reading.py s3        # one percent of broken requests against none; needs the test extras
+
+Shards are synthetic: records as img2dataset writes them, pictures of noise with the spectrum of photographs. Times of index
+and decoding are of the processor, so that others on the machine count less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import webdataset
+from PIL import Image
+
+from bitdance_scale.config.schema import S3Section
+from bitdance_scale.data.decode import centre_region, decode_image
+from bitdance_scale.data.index import Index
+from bitdance_scale.data.index_build import build_index
+from bitdance_scale.data.reader import ShardReader
+from bitdance_scale.data.s3 import S3Store
+from bitdance_scale.data.store import Stores
+from bitdance_scale.data.tar_scan import TarScan
+
+ROOT = Path(__file__).parents[1]
+LARGE_PX, SMALL_PX = (1024, 1024), (512, 512)
+REPEATS = 5
+
+
+def write_shard(path: Path, images: Sequence[bytes], size_px: tuple[int, int]) -> None:
+    """Samples of img2dataset's form, one per image."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, image in enumerate(images):
+            caption = f"a photograph of something, number {number}, seen on a rainy day in the north"
+            record = {
+                "url": f"https://example.com/images/{number:09d}.jpg",
+                "caption": caption,
+                "key": f"{number:09d}",
+                "status": "success",
+                "error_message": None,
+                "width": size_px[1],
+                "height": size_px[0],
+                "original_width": 2 * size_px[1],
+                "original_height": 2 * size_px[0],
+                "exif": "{}",
+                "sha256": "0123456789abcdef" * 4,
+                "punsafe": 0.01 * (number % 100),
+                "pwatermark": 0.2,
+                "similarity": 0.31,
+            }
+            members = {"jpg": image, "txt": caption.encode(), "json": json.dumps(record).encode()}
+            for extension, content in members.items():
+                info = tarfile.TarInfo(f"{number:09d}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def picture(size_px: tuple[int, int], seed: int) -> Image.Image:
+    """Noise whose amplitude falls with the frequency, about as in photographs."""
+    numbers = np.random.default_rng(seed)
+    height, width = size_px
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    amplitude = 1 / np.maximum(frequency, 1 / max(size_px)) ** 1.5
+    shape = amplitude.shape
+    planes = [np.fft.irfft2(amplitude * np.exp(2j * np.pi * numbers.random(shape)), s=size_px) for _ in range(3)]
+    pixels = np.stack(planes, axis=-1)
+    return Image.fromarray((128 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8))
+
+
+def jpeg(image: Image.Image, quality: int) -> bytes:
+    """The picture as a JPEG file."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def best(function: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
+    """Seconds of the quickest of several runs."""
+    times = []
+    for _ in range(REPEATS):
+        begun = clock()
+        function()
+        times.append(clock() - begun)
+    return min(times)
+
+
+def decibels(found: np.ndarray, expected: np.ndarray) -> float:
+    """Peak signal-to-noise ratio."""
+    return float(10 * np.log10(255**2 / np.square(found.astype(float) - expected.astype(float)).mean()))
+
+
+def row(name: str, value: float, unit: str, baseline: float) -> None:
+    """One line of a table."""
+    print(f"| {name} | {value:,.0f} {unit} | {value / baseline:.2f} |", flush=True)
+
+
+def bench_index(folder: Path, num_samples: int) -> None:
+    """Members per second of one core, pages warm: headers alone, and the whole index."""
+    numbers = np.random.default_rng(0)
+    write_shard(
+        folder / "0.tar", [numbers.bytes(int(numbers.integers(5000, 20000))) for _ in range(num_samples)], SMALL_PX
+    )
+    path, members = str(folder / "0.tar"), 3 * num_samples
+    total_bytes = os.path.getsize(path)
+    descriptor = os.open(path, os.O_RDONLY)
+
+    def headers() -> None:
+        for _ in TarScan(lambda offset, num_bytes: os.pread(descriptor, num_bytes, offset), total_bytes):
+            pass
+
+    def whole() -> None:
+        with tempfile.TemporaryDirectory(dir=folder) as index_dir:
+            assert len(build_index([path], index_dir, num_workers=1)) == num_samples
+
+    def with_tarfile() -> None:
+        with tarfile.open(path) as tar:
+            assert sum(1 for _ in tar) == members
+
+    def with_webdataset() -> None:
+        data = webdataset.WebDataset(path, shardshuffle=False)
+        assert sum(1 for sample in data if json.loads(sample["json"])["width"]) == num_samples
+
+    rates = [members / best(function) for function in (with_tarfile, with_webdataset, headers, whole)]
+    names = ("tarfile, headers alone", "webdataset, with the records", "ours, headers alone", "ours, the whole index")
+    for name, rate in zip(names, rates, strict=True):
+        row(name, rate, "members/s/core", rates[1] if "whole" in name or "webdataset" in name else rates[0])
+
+
+def bench_decode(folder: Path, num_images: int) -> None:
+    """Images per second, and what decoding at half size costs."""
+    pictures = [picture(LARGE_PX, seed) for seed in range(8)]
+    files = [jpeg(image, quality=90) for image in pictures]
+    write_shard(folder / "0.tar", [files[number % 8] for number in range(num_images)], LARGE_PX)
+    path = str(folder / "0.tar")
+    index = build_index([path], folder / "index")
+    reader = ShardReader()
+    box = centre_region(LARGE_PX, SMALL_PX)
+
+    def ours(sample: int) -> np.ndarray:
+        return decode_image(reader.image(index, sample), LARGE_PX, SMALL_PX)
+
+    def resized(image: Image.Image) -> np.ndarray:
+        return np.asarray(image.convert("RGB").resize(SMALL_PX[::-1], Image.Resampling.LANCZOS, box=box))
+
+    def alone() -> None:
+        for sample in range(num_images):
+            ours(sample)
+
+    def two_threads() -> None:
+        with ThreadPoolExecutor(2) as pool:
+            assert len(list(pool.map(ours, range(num_images)))) == num_images
+
+    def with_webdataset() -> None:
+        data = webdataset.WebDataset(path, shardshuffle=False)
+        assert (
+            sum(resized(Image.open(io.BytesIO(sample["jpg"]))).shape == (512, 512, 3) for sample in data) == num_images
+        )
+
+    baseline = num_images / best(with_webdataset)
+    row("webdataset + Pillow, whole decode and Lanczos", baseline, "images/s/core", baseline)
+    row("ours", num_images / best(alone), "images/s/core", baseline)
+    one, two = (num_images / best(function, time.monotonic) for function in (alone, two_threads))
+    print(f"| ours, two threads over one, by the clock | {two:,.0f} images/s | {two / one:.2f} |")
+    costs = []
+    for image, file in zip(pictures, files, strict=True):
+        truth = resized(image)
+        whole = resized(Image.open(io.BytesIO(file)))
+        costs.append((decibels(whole, truth), decibels(decode_image(file, LARGE_PX, SMALL_PX), truth)))
+    whole_db, half_db = np.mean(costs, axis=0)
+    print(f"PSNR against the picture before compression: whole decode {whole_db:.2f} dB, ours {half_db:.2f} dB")
+
+
+def bench_s3(folder: Path, num_samples: int) -> None:
+    """Samples per second through a proxy that breaks one percent of requests, against one that breaks none."""
+    import boto3
+
+    sys.path.insert(0, str(ROOT))
+    from tests.s3_server import CREDENTIALS, FaultInjector, s3_server
+
+    os.environ |= CREDENTIALS
+    numbers = np.random.default_rng(0)
+    files = [numbers.bytes(100_000) for _ in range(200)]
+    write_shard(folder / "0.tar", files, SMALL_PX)
+    with s3_server() as url, FaultInjector(url) as injector:
+        client = boto3.client("s3", endpoint_url=url)
+        client.create_bucket(Bucket="images")
+        client.upload_file(str(folder / "0.tar"), "images", "0.tar")
+        section = S3Section(endpoint_url=injector.url)
+        index = build_index(["s3://images/0.tar"], folder / "index", stores=Stores(section))
+        store = S3Store(section)
+        order = numbers.integers(len(index), size=num_samples)
+        rates = {}
+        for _ in range(2):
+            for share in (0.0, 0.01):
+                injector.share = share
+                rates[share] = max(rates.get(share, 0.0), _read_all(store, index, order, files))
+    row("no faults", rates[0.0], "samples/s", rates[0.0])
+    row("1 % of requests broken", rates[0.01], "samples/s", rates[0.0])
+    print(f"broken: {dict(injector.counts)}; repeated: {store.num_retries}; all samples intact")
+
+
+def _read_all(store: S3Store, index: Index, order: np.ndarray, files: Sequence[bytes]) -> float:
+    def read(sample: int) -> bytes:
+        offset, num_bytes = int(index.image_offset[sample]), int(index.image_bytes[sample])
+        return store.read("s3://images/0.tar", offset, num_bytes, index.shards[0].tag)
+
+    begun = time.monotonic()
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(read, order.tolist()))
+    elapsed = time.monotonic() - begun
+    assert all(content == files[sample] for content, sample in zip(found, order.tolist(), strict=True))
+    return len(order) / elapsed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("index", "decode", "s3"))
+    parser.add_argument("--samples", type=int, help="default: 20000, 64 and 1500")
+    options = parser.parse_args()
+    print("| what | rate | over the baseline |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        match options.what:
+            case "index":
+                bench_index(Path(folder), options.samples or 20000)
+            case "decode":
+                bench_decode(Path(folder), options.samples or 64)
+            case "s3":
+                bench_s3(Path(folder), options.samples or 1500)
+
+
+if __name__ == "__main__":
+    main()

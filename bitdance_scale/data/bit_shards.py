@@ -1,0 +1,294 @@
+"""Bit shards: the vision tokens of a data set, encoded ahead of training.
+
+Beside every image shard's place in the index stands one tar of a few large members: for each resolution class the packed
+bits of all its samples one after the other (1, 4 or 16 KiB each at 256, 512 or 1024 px), where each begins, its CRC-32, and
+why a sample has none. A table over all shards, in memory-mapped columns, finds any sample with one lookup and one read.
+
+Sizes, captions and scores stay in the index, and so does the plan: training from bits draws the same samples at the same
+buckets as training from images, and either can go on with the other's run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+import uuid
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitdance_scale.config.schema import DataSection, VisionSection
+from bitdance_scale.data.buckets import class_buckets
+from bitdance_scale.data.decode import DECODE_VERSION
+from bitdance_scale.data.index import Index
+from bitdance_scale.data.ledger import FaultCause, SampleFault
+from bitdance_scale.data.store import ReadError, Stores
+from bitdance_scale.errors import DataError
+
+FORMAT = 1
+TABLE_NAME = "bits.json"
+META_NAME = "meta.json"
+HAS_BITS, NOT_ENCODED = 0, 255
+_CAUSES = tuple(FaultCause)
+_COLUMNS = {"start": np.int64, "num_bytes": np.int32, "crc": np.uint32, "fault": np.uint8}
+
+Bits = bytes | FaultCause | None
+"""Of one sample in one class: packed bits, why there are none, or None where the class does not draw it."""
+
+
+@dataclass(frozen=True)
+class BitTable:
+    """Where the bits of n samples lie in one class.
+
+    Attributes:
+        start: int64 [n], first byte in the tar.
+        num_bytes: int32 [n].
+        crc: uint32 [n], CRC-32 of the bits.
+        fault: uint8 [n], `HAS_BITS`, `NOT_ENCODED`, or 1 + the number of a `FaultCause`.
+    """
+
+    start: np.ndarray
+    num_bytes: np.ndarray
+    crc: np.ndarray
+    fault: np.ndarray
+
+
+def recipe(data: DataSection, vision: VisionSection) -> dict[str, Any]:
+    """All that decides the bits of an image; bits of another recipe are refused. JSON values."""
+    with open(vision.weights, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "tokenizer": digest,
+        "num_bits": vision.num_bits,
+        "block_side": vision.block_side,
+        "decode": DECODE_VERSION,
+        "max_upscale": data.max_upscale,
+        "has_borders": [source.has_borders for source in data.active_sources],
+        "classes": {
+            str(resolution.side_px): class_buckets(resolution).tolist()
+            for resolution in data.classes
+            if resolution.share > 0
+        },
+    }
+
+
+def shard_file(row: int) -> str:
+    """Name of the bit shard of a row of the index's shard table."""
+    return f"{row:06d}.tar"
+
+
+def write_bit_shard(path: Path, meta: Mapping[str, Any], classes: Mapping[int, Sequence[Bits]]) -> None:
+    """Writes the bit shard of one image shard; it appears whole or not at all.
+
+    Args:
+        path: where it goes.
+        meta: what it is of (`shard_meta`).
+        classes: side in pixels -> bits of every sample of the shard.
+    """
+    temporary = path.with_name(f".building_{uuid.uuid4().hex}")
+    try:
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+            _add(tar, META_NAME, json.dumps(meta).encode())
+            for side_px, samples in classes.items():
+                contents = [sample if isinstance(sample, bytes) else b"" for sample in samples]
+                # The bits come first, so that their place does not hang on the tables.
+                start = tar.offset + tarfile.BLOCKSIZE
+                lengths = np.fromiter(map(len, contents), np.int32, len(contents))
+                columns = {
+                    "start": start + np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64)])[: len(contents)],
+                    "num_bytes": lengths,
+                    "crc": np.fromiter(map(zlib.crc32, contents), np.uint32, len(contents)),
+                    "fault": np.fromiter(map(_fault_code, samples), np.uint8, len(contents)),
+                }
+                _add(tar, f"{side_px}.bits", b"".join(contents))
+                for name, dtype in _COLUMNS.items():
+                    _add(tar, f"{side_px}.{name}", columns[name].astype(dtype).tobytes())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_tables(path: Path) -> tuple[dict[str, Any], dict[int, BitTable]]:
+    """Meta and tables of a bit shard.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    try:
+        with tarfile.open(path) as tar:
+            members = {member.name: member for member in tar if not member.name.endswith(".bits")}
+            meta = json.loads(_content(tar, members[META_NAME]))
+            tables = {
+                int(side_px): BitTable(
+                    **{
+                        name: np.frombuffer(_content(tar, members[f"{side_px}.{name}"]), dtype)
+                        for name, dtype in _COLUMNS.items()
+                    }
+                )
+                for side_px in meta["recipe"]["classes"]
+            }
+    except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: no usable bit shard ({error!r}). Delete it and run tools/encode_shards.py again."
+        ) from error
+    return meta, tables
+
+
+def shard_meta(index: Index, row: int, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What a bit shard says of itself: the recipe, and the image shard that it is of."""
+    samples = shard_samples(index, row)
+    digest = hashlib.sha256()
+    for column in (index.image_offset, index.image_bytes, index.header_crc, index.height_px, index.width_px):
+        digest.update(np.ascontiguousarray(column[samples.start : samples.stop]))
+    return {"format": FORMAT, "recipe": dict(recipe), "num_samples": len(samples), "samples": digest.hexdigest()}
+
+
+def shard_samples(index: Index, row: int) -> range:
+    """Positions of a shard's samples in the index."""
+    # The column is sorted, and there may be fifty thousand shards.
+    start = int(np.searchsorted(index.shard, row))
+    return range(start, start + index.shards[row].num_samples)
+
+
+def write_table(folder: Path, index: Index, recipe: Mapping[str, Any]) -> None:
+    """Joins the tables of all bit shards in a folder; the data set can be trained on then.
+
+    Raises:
+        DataError: a bit shard is missing, damaged, or of other images or another recipe.
+    """
+    sides = [int(side_px) for side_px in recipe["classes"]]
+    columns = {(side, name): _create(folder, side, name, len(index)) for side in sides for name in _COLUMNS}
+    start = 0
+    for row, entry in enumerate(index.shards):
+        path = folder / shard_file(row)
+        meta, tables = read_tables(path)
+        if meta != shard_meta(index, row, recipe):
+            raise DataError(
+                f"{path}: of other images or another recipe than {entry.path} now. Delete it and run "
+                "tools/encode_shards.py again."
+            )
+        stop = start + entry.num_samples
+        for (side, name), column in columns.items():
+            column[start:stop] = getattr(tables[side], name)
+        start = stop
+    for column in columns.values():
+        column.flush()
+    table = {"format": FORMAT, "recipe": dict(recipe), "index": index.hash, "num_shards": len(index.shards)}
+    temporary = folder / f".building_{uuid.uuid4().hex}"
+    temporary.write_text(json.dumps(table))
+    temporary.replace(folder / TABLE_NAME)
+
+
+class BitStore:
+    """The bits of a data set, by sample; safe to use from several threads.
+
+    Args:
+        folder: where `tools/encode_shards.py` put them.
+        index: the data set.
+        recipe: what the bits must be made by (`recipe`).
+
+    Raises:
+        DataError: there are none, or they are of other images or another recipe.
+    """
+
+    def __init__(self, folder: str | Path, index: Index, recipe: Mapping[str, Any]) -> None:
+        self._folder = Path(folder)
+        self._index = index
+        self._stores = Stores()
+        self._token_bytes = recipe["num_bits"] // 8
+        path = self._folder / TABLE_NAME
+        again = "Run tools/encode_shards.py with this configuration."
+        try:
+            table = json.loads(path.read_text())
+            found, index_hash = table["recipe"], table["index"]
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"data.bits_dir: {path}: no bits are there ({error!r}). {again}") from error
+        if index_hash != index.hash:
+            raise DataError(
+                f"data.bits_dir: {path}: of the data set with index {index_hash}, not {index.hash}. {again}"
+            )
+        for name, value in recipe.items():
+            if found.get(name) != value:
+                raise DataError(
+                    f"data.bits_dir: {path}: made with {name} = {found.get(name)}, now it is {value}. {again}"
+                )
+        self._tables = {int(side): self._open(int(side)) for side in recipe["classes"]}
+        self._paths = [str(self._folder / shard_file(row)) for row in range(len(index.shards))]
+
+    def read(self, sample: int, side_px: int) -> np.ndarray:
+        """uint8 [h * w, C / 8], the tokens of a sample in a class, in block raster order.
+
+        Raises:
+            SampleFault: the image could not be encoded, or its bits cannot be read.
+            DataError: it was left out when the shards were encoded.
+        """
+        table = self._tables[side_px]
+        fault = int(table.fault[sample])
+        if fault != HAS_BITS:
+            self._raise(sample, side_px, fault)
+        start, num_bytes = int(table.start[sample]), int(table.num_bytes[sample])
+        try:
+            data = self._stores.read(self._paths[self._index.shard[sample]], start, num_bytes)
+        except ReadError as error:
+            raise SampleFault(FaultCause.READ_FAILED, f"bits, bytes {start}..{start + num_bytes}: {error}") from error
+        if len(data) != num_bytes or zlib.crc32(data) != table.crc[sample]:
+            raise SampleFault(FaultCause.READ_FAILED, f"bits, bytes {start}..{start + num_bytes}: they are damaged")
+        return np.frombuffer(data, np.uint8).reshape(-1, self._token_bytes)
+
+    def close(self) -> None:
+        """Forgets open files."""
+        self._stores.close()
+
+    def _raise(self, sample: int, side_px: int, fault: int) -> None:
+        if fault == NOT_ENCODED:
+            raise DataError(
+                f"data.bits_dir: sample {self._index.name(sample)} of {self._index.shard_path(sample)} has no bits for "
+                f"class {side_px} px: filters left it out when the shards were encoded. Run tools/encode_shards.py with "
+                "this configuration."
+            )
+        raise SampleFault(_CAUSES[fault - 1], "when the shards were encoded")
+
+    def _open(self, side_px: int) -> BitTable:
+        try:
+            return BitTable(
+                **{name: np.load(_column_path(self._folder, side_px, name), mmap_mode="r") for name in _COLUMNS}
+            )
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"data.bits_dir: {self._folder}: damaged table ({error}). Run tools/encode_shards.py again."
+            ) from error
+
+
+def _fault_code(sample: Bits) -> int:
+    if isinstance(sample, bytes):
+        return HAS_BITS
+    return NOT_ENCODED if sample is None else 1 + _CAUSES.index(sample)
+
+
+def _create(folder: Path, side_px: int, name: str, length: int) -> np.memmap:
+    return np.lib.format.open_memmap(_column_path(folder, side_px, name), "w+", _COLUMNS[name], (length,))
+
+
+def _column_path(folder: Path, side_px: int, name: str) -> Path:
+    return folder / f"{side_px}.{name}.npy"
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None, member
+    content = file.read()
+    if len(content) != member.size:
+        raise ValueError(f"member {member.name} is cut short")
+    return content

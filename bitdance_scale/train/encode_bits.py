@@ -1,0 +1,196 @@
+"""Turns image shards into bit shards, shared out over the ranks of a job; what is there already stays."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from bitdance_scale.config.load import load_config
+from bitdance_scale.config.rules import check
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.data.bit_shards import (
+    Bits,
+    read_tables,
+    recipe,
+    shard_file,
+    shard_meta,
+    shard_samples,
+    write_bit_shard,
+    write_table,
+)
+from bitdance_scale.data.borders import content_px
+from bitdance_scale.data.decode import decode_image
+from bitdance_scale.data.index import Index
+from bitdance_scale.data.ledger import FaultCause, SampleFault
+from bitdance_scale.data.plan import Plan
+from bitdance_scale.data.reader import ShardReader
+from bitdance_scale.data.store import Stores
+from bitdance_scale.errors import BitDanceError, DataError
+from bitdance_scale.parallel.agreement import together
+from bitdance_scale.parallel.topology import start_process_group
+from bitdance_scale.train.shared_index import training_index
+from bitdance_scale.vision.tokenizer import VisionTokenizer
+
+logger = logging.getLogger(__name__)
+
+IMAGES_AT_ONCE = 64
+_WAIT_S = 14 * 24 * 3600.0
+
+
+class Encoder:
+    """Encodes the shards of a data set, one at a time.
+
+    Args:
+        config: the run that is to train on the bits.
+        index: its data set.
+        vision: the tokenizer.
+        folder: where bit shards go.
+        num_verified: samples of each shard that are read back and encoded once more, alone.
+    """
+
+    def __init__(
+        self, config: RunConfig, index: Index, vision: VisionTokenizer, folder: Path, num_verified: int
+    ) -> None:
+        self._config, self._index, self._vision, self._folder = config, index, vision, folder
+        self._num_verified = num_verified
+        self._plan = Plan(config.run.seed, index, config.data)
+        self._reader = ShardReader(Stores(config.data.s3))
+        self.recipe = recipe(config.data, config.vision)
+
+    def encode(self, row: int) -> bool:
+        """Makes the bit shard of a row of the shard table; returns False where it is there already.
+
+        Raises:
+            DataError: the bits written are not those that encoding gives again.
+        """
+        path, meta = self._folder / shard_file(row), shard_meta(self._index, row, self.recipe)
+        if path.exists():
+            try:
+                if read_tables(path)[0] == meta:
+                    return False
+            except DataError as error:
+                logger.warning("%s It is made anew.", error)
+        samples = shard_samples(self._index, row)
+        classes = {int(side): list(self._encoded(samples, int(side))) for side in self.recipe["classes"]}
+        write_bit_shard(path, meta, classes)
+        self._verify(path, samples, row)
+        return True
+
+    def _encoded(self, samples: range, side_px: int) -> Iterator[Bits]:
+        """The bits of a shard's samples in a class, in order."""
+        buckets = self._plan.buckets_px(np.arange(samples.start, samples.stop), side_px)
+        with ThreadPoolExecutor(self._config.data.read_threads) as pool:
+            for start in range(0, len(samples), IMAGES_AT_ONCE):
+                part = [
+                    (sample, (int(height), int(width)))
+                    for sample, (height, width) in zip(samples, buckets.tolist(), strict=True)
+                ][start : start + IMAGES_AT_ONCE]
+                images = list(pool.map(lambda task: self._image(*task), part))
+                bits = iter(self._vision.encode([torch.tensor(i) for i in images if isinstance(i, np.ndarray)]))
+                for (sample, _), image in zip(part, images, strict=True):
+                    if isinstance(image, SampleFault):
+                        self._check_lasting(sample, image)
+                        yield image.cause
+                    else:
+                        yield None if image is None else next(bits).tobytes()
+
+    def _check_lasting(self, sample: int, fault: SampleFault) -> None:
+        """What is wrong with an image stays so; that it could not be read may be of this hour."""
+        if fault.cause in (FaultCause.READ_FAILED, FaultCause.SHARD_CHANGED):
+            raise DataError(
+                f"{self._index.shard_path(sample)}: sample {self._index.name(sample)}: {fault}. Restore the shard and run "
+                "again: what is encoded stays."
+            ) from fault
+
+    def _image(self, sample: int, bucket_px: tuple[int, int]) -> np.ndarray | SampleFault | None:
+        if not bucket_px[0]:
+            return None
+        index = self._index
+        has_borders = self._config.data.active_sources[self._plan.source_of(sample)].has_borders
+        height, width = content_px(index, slice(sample, sample + 1), has_borders)
+        try:
+            data = self._reader.image(index, sample)
+            return decode_image(data, index.size_px(sample), bucket_px, (int(height[0]), int(width[0])))
+        except SampleFault as fault:
+            return fault
+
+    def _verify(self, path: Path, samples: range, row: int) -> None:
+        """Reads some bits back, and encodes their images once more."""
+        _, tables = read_tables(path)
+        chosen = np.random.default_rng([self._config.run.seed, row]).permutation(len(samples))[: self._num_verified]
+        content = path.read_bytes()
+        for side_px, table in tables.items():
+            buckets = self._plan.buckets_px(samples.start + chosen, side_px)
+            for place, bucket in zip(chosen.tolist(), buckets.tolist(), strict=True):
+                image = self._image(samples.start + place, tuple(bucket))
+                if not isinstance(image, np.ndarray):
+                    continue
+                start = int(table.start[place])
+                found = content[start : start + int(table.num_bytes[place])]
+                if found != self._vision.encode([torch.tensor(image)])[0].tobytes():
+                    name = self._index.name(samples.start + place)
+                    raise DataError(
+                        f"{path}: sample {name} at {side_px} px: encoding it alone gives other bits than together with "
+                        "others, or the file is damaged. Delete it and run again; if it comes back, the device does not "
+                        "compute reproducibly: encode on another."
+                    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of `tools/encode_shards.py`; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Encodes the images of a configuration into bit shards.")
+    parser.add_argument("config", type=Path, help="TOML file of the run that is to train on them")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the bit shards; the run's data.bits_dir")
+    parser.add_argument("--verify", type=int, default=4, help="samples of each shard to encode again (default: 4)")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    is_job = "RANK" in os.environ
+    rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        config = load_config(options.config, options.overrides)
+        check(config, config.parallel.tensor * config.parallel.pipeline)
+        if is_job:
+            # Ranks that are done wait for those that are not.
+            start_process_group(timeout_s=_WAIT_S)
+        _encode_all(config, options.out, options.verify, rank, num_ranks)
+    except BitDanceError as error:
+        if rank == 0:
+            print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def _encode_all(config: RunConfig, folder: Path, num_verified: int, rank: int, num_ranks: int) -> None:
+    # No bits are wanted where they are made.
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, bits_dir=""))
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+    index = training_index(config.data, device)
+    with together(device):
+        folder.mkdir(parents=True, exist_ok=True)
+        encoder = Encoder(config, index, VisionTokenizer(config.vision, device), folder, num_verified)
+        rows = range(rank, len(index.shards), num_ranks)
+        for done, row in enumerate(rows, start=1):
+            is_new = encoder.encode(row)
+            logger.info("rank %d: %d of %d shards, %s", rank, done, len(rows), "encoded" if is_new else "there already")
+    with together(device):
+        if rank == 0:
+            write_table(folder, index, encoder.recipe)
+            logger.info("%d samples in %s; train with data.bits_dir=%s", len(index), folder, folder)

@@ -1,0 +1,157 @@
+"""Bit shards: made by one process or two, refused where they do not fit, and trained on as images are, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bitdance_scale.config.load import load_config
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.data import bit_shards
+from bitdance_scale.data.bit_shards import BitStore, read_tables, recipe, shard_file
+from bitdance_scale.data.ledger import FaultCause, SampleFault
+from bitdance_scale.data.loader import Loader
+from bitdance_scale.errors import DataError
+from bitdance_scale.observe.metrics import METRICS_FILE, read_metrics
+from bitdance_scale.sequence.tokens import load_text_tokenizer
+from bitdance_scale.train import encode_bits
+from bitdance_scale.train.shared_index import training_index
+from bitdance_scale.vision.tokenizer import VisionTokenizer
+from tests.distributed.small_demo import small_demo
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "pipelines" / "configs" / "demo.toml"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory) -> list[str]:
+    """Of the demo, on 60 images in two shards, one of which is broken and three of which a filter leaves out."""
+    folder = tmp_path_factory.mktemp("material")
+    overrides = small_demo(folder, num_steps=3, save_every=100)
+    shard = sorted((folder / "shards").glob("*.tar"))[1]
+    content = bytearray(shard.read_bytes())
+    place = content.index(b"\xff\xd8\xff")
+    content[place : place + 200] = bytes(200)
+    shard.write_bytes(content)
+    return [*overrides, "data.filters=[{column='aspect', max=1.9}]", "data.max_hole_share=0.5"]
+
+
+@pytest.fixture(scope="module")
+def bits(overrides: list[str], tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bits")
+    assert encode_bits.main([str(DEMO), *overrides, "--out", str(folder)]) == 0
+    return folder
+
+
+def config_of(overrides: Sequence[str]) -> RunConfig:
+    return load_config(DEMO, [f"vision.weights={ROOT / 'pipelines/assets/demo/ae.safetensors'}", *overrides])
+
+
+def run(command: Sequence[object], num_processes: int) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*launcher, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+def test_fifty_steps_of_bits_are_those_of_images(overrides: list[str], bits: Path) -> None:
+    config = config_of(overrides)
+    index, text = training_index(config.data, CPU), load_text_tokenizer(config.text, config.vision.block_tokens)
+    vision = VisionTokenizer(config.vision, CPU)
+    with_bits = config_of([*overrides, f"data.bits_dir={bits}"])
+    num_holes = 0
+    with Loader(config, text, index, 0, 2) as images, Loader(with_bits, text, index, 0, 2) as encoded:
+        for _ in range(50):
+            for one, other in zip(images.next_step().packs, encoded.next_step().packs, strict=True):
+                assert (one.faults, one.state) == (other.faults, other.state) and other.images == []
+                np.testing.assert_array_equal(one.pack.token_ids, other.pack.token_ids)
+                np.testing.assert_array_equal(one.pack.sample_keys, other.pack.sample_keys)
+                expected = np.concatenate(vision.encode([torch.tensor(image) for image in one.images]))
+                np.testing.assert_array_equal(other.pack.vision_bits, expected)
+                num_holes += one.num_holes
+    assert num_holes > 0
+
+
+def test_a_run_on_bits_learns_the_same(overrides: list[str], bits: Path, tmp_path: Path) -> None:
+    losses = []
+    for name, more in (("images", []), ("bits", [f"data.bits_dir={bits}"])):
+        done = run(["pipelines/pretrain.py", DEMO, *overrides, f"run.root={tmp_path}", f"run.name={name}", *more], 1)
+        assert done.returncode == 0, done.stderr[-3000:]
+        losses.append([(point.loss, point.grad_norm) for point in read_metrics(tmp_path / name / METRICS_FILE)])
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def test_two_processes_share_the_work_and_go_on(overrides: list[str], bits: Path, tmp_path: Path) -> None:
+    shutil.copy2(bits / shard_file(0), tmp_path / shard_file(0))
+    (tmp_path / shard_file(1)).write_bytes(b"half a shard")
+    done = run(["tools/encode_shards.py", DEMO, *overrides, "--out", tmp_path], 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("there already") == 1 and "It is made anew" in done.stderr
+    for path in sorted(bits.iterdir()):
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_other_bits_are_refused(overrides: list[str], bits: Path, tmp_path: Path) -> None:
+    config = config_of(overrides)
+    index = training_index(config.data, CPU)
+    wanted = recipe(config.data, config.vision)
+    for change, message in (
+        ({"block_side": 8}, "made with block_side = 4, now it is 8"),
+        ({"tokenizer": "0"}, "made with tokenizer = "),
+        ({"max_upscale": 2.0}, "made with max_upscale = 1.0, now it is 2.0"),
+    ):
+        with pytest.raises(DataError, match=f"{message}.*Run tools/encode_shards.py"):
+            BitStore(bits, index, wanted | change)
+    with pytest.raises(DataError, match="no bits are there"):
+        BitStore(tmp_path, index, wanted)
+    other = training_index(config_of([*overrides, f"data.index_dir={tmp_path}"]).data, CPU)
+    other.hash = "another"
+    with pytest.raises(DataError, match="of the data set with index .* not another"):
+        BitStore(bits, other, wanted)
+
+
+def test_damage_is_a_hole_and_what_was_left_out_is_refused(overrides: list[str], bits: Path, tmp_path: Path) -> None:
+    config = config_of(overrides)
+    index = training_index(config.data, CPU)
+    folder = shutil.copytree(bits, tmp_path / "bits")
+    _, tables = read_tables(folder / shard_file(0))
+    table = tables[64]
+    first = int(np.flatnonzero(table.fault == bit_shards.HAS_BITS)[0])
+    left_out = int(np.flatnonzero(table.fault == bit_shards.NOT_ENCODED)[0])
+    with open(folder / shard_file(0), "r+b") as file:
+        file.seek(int(table.start[first]) + 3)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    store = BitStore(folder, index, recipe(config.data, config.vision))
+    with pytest.raises(SampleFault, match="they are damaged") as fault:
+        store.read(first, 64)
+    assert fault.value.cause == FaultCause.READ_FAILED
+    with pytest.raises(DataError, match="has no bits for class 64 px: filters left it out"):
+        store.read(left_out, 64)
+
+
+def test_an_image_that_cannot_be_read_stops_the_encoding(overrides: list[str], tmp_path: Path) -> None:
+    """It may be there again tomorrow; the bits would never be."""
+    config = config_of(overrides)
+    index = training_index(config.data, CPU)
+    moved = tmp_path / "moved.tar"
+    shutil.copy2(index.shards[0].path, moved)
+    encoder = encode_bits.Encoder(config, index, VisionTokenizer(config.vision, CPU), tmp_path, num_verified=0)
+    try:
+        os.truncate(index.shards[0].path, 2000)
+        with pytest.raises(DataError, match="Restore the shard and run again: what is encoded stays"):
+            encoder.encode(0)
+    finally:
+        shutil.copy2(moved, index.shards[0].path)
+    assert not list(tmp_path.glob("0*.tar"))

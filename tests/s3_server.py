@@ -1,0 +1,139 @@
+"""A real S3 server in a process of its own, and a proxy before it that breaks requests on purpose."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import random
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": "hush-hush", "AWS_DEFAULT_REGION": "us-east-1"}
+FAULTS = ("refused", "reset", "cut", "other_range", "slow_start")
+_START_TIMEOUT_S = 60
+_SLOW_S = 0.2
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[str]:
+    """Runs moto's server; yields its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | CREDENTIALS
+    )
+    try:
+        deadline_s = time.monotonic() + _START_TIMEOUT_S
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline_s, "moto's server did not start"
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+class FaultInjector:
+    """Forwards requests to a server and breaks a share of the reads.
+
+    Args:
+        target: URL of the server.
+        share: of the reads of objects that break, by each of `kinds` alike.
+        kinds: of `FAULTS`; `denied` answers 403 for good.
+        seed: of what breaks.
+
+    Attributes:
+        url: where it listens.
+        counts: how often each kind was made.
+        share, kinds: may be changed while it runs.
+    """
+
+    def __init__(self, target: str, share: float = 0.0, kinds: tuple[str, ...] = FAULTS, seed: int = 0) -> None:
+        self.share, self.kinds = share, kinds
+        self.counts: Counter[str] = Counter()
+        self._address = urlsplit(target).netloc
+        self._random = random.Random(seed)
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def __enter__(self) -> FaultInjector:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _fault(self, is_read: bool) -> str | None:
+        if not is_read or self._random.random() >= self.share:
+            return None
+        kind = self._random.choice(self.kinds)
+        self.counts[kind] += 1
+        return kind
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        injector = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                injector._forward(self, injector._fault("Range" in self.headers))
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        return Handler
+
+    def _forward(self, request: BaseHTTPRequestHandler, fault: str | None) -> None:
+        if fault in ("refused", "denied"):
+            request.send_response(503 if fault == "refused" else 403)
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
+        if fault == "reset":
+            _reset(request)
+            return
+        if fault == "slow_start":
+            time.sleep(_SLOW_S)
+        headers = dict(request.headers)
+        if fault == "other_range":
+            headers["Range"] = "bytes=0-99"
+        connection = http.client.HTTPConnection(self._address)
+        connection.request("GET", request.path, headers=headers)
+        response = connection.getresponse()
+        body = response.read()
+        connection.close()
+        request.send_response(response.status)
+        for name, value in response.getheaders():
+            if name.lower() not in ("connection", "content-length", "transfer-encoding", "date", "server"):
+                request.send_header(name, value)
+        request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        if fault == "cut":
+            request.wfile.write(body[: (len(body) + 1) // 2])
+            request.close_connection = True
+            return
+        request.wfile.write(body)
+
+
+def _reset(request: BaseHTTPRequestHandler) -> None:
+    """Ends the connection without a farewell."""
+    request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    request.connection.close()
+    request.close_connection = True
