@@ -7,6 +7,8 @@ since a step is as slow as its slowest rank.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +16,10 @@ import numpy as np
 from bitdance_scale.config.schema import ModelSection
 from bitdance_scale.errors import ConfigError
 
-_MAX_SWAPS_PER_RANK = 8
+_MAX_EXCHANGES_PER_RANK = 8
 _MAX_PARTNERS = 8
+# Exchanges that are tried for whether they fit the packs.
+_MAX_FITS = 8
 # Ranks this close to the mean are even: a further swap gains less than the step time varies.
 _EVEN_SHARE = 1e-3
 
@@ -50,7 +54,7 @@ def partition_batch(
     """Packs of every rank, as places in the global batch.
 
     The fewest packs per rank that fit; longest sample first into the cheapest pack that has room; packs to ranks so
-    that costs even out; then swaps between the dearest and the cheapest rank. No sample is dropped or repeated.
+    that costs even out; then exchanges between the dearest rank and the cheapest ones. No sample is dropped or repeated.
 
     Args:
         lengths: int64 [B], positions that each sample takes in a pack.
@@ -135,46 +139,89 @@ def _deal(packs: list[list[int]], costs: np.ndarray, num_ranks: int) -> list[lis
 
 
 def _even_out(ranks: list[list[list[int]]], lengths: np.ndarray, costs: np.ndarray, capacity: int) -> None:
-    """Swaps samples between the dearest rank and one of the cheapest, in place, while that lowers the dearer of the two."""
+    """Exchanges samples between the dearest rank and one of the cheapest, in place, while that lowers the dearer of the two.
+
+    One sample against one is not enough where a large image costs what four small ones do and a rank has a dozen: up to
+    two change sides each way.
+    """
     rank_costs = np.array([sum(costs[pack].sum() for pack in rank) for rank in ranks])
-    for _ in range(_MAX_SWAPS_PER_RANK * len(ranks)):
-        dearest, gain = int(rank_costs.argmax()), 0
+    for _ in range(_MAX_EXCHANGES_PER_RANK * len(ranks)):
+        dear, moved = int(rank_costs.argmax()), 0
         for cheap in np.argsort(rank_costs, kind="stable")[:_MAX_PARTNERS].tolist():
-            gap = int(rank_costs[dearest] - rank_costs[cheap])
+            gap = int(rank_costs[dear] - rank_costs[cheap])
             if gap <= _EVEN_SHARE * rank_costs.mean():
                 return
-            gain = _swap_best(ranks[dearest], ranks[cheap], lengths, costs, capacity, gap)
-            if gain > 0:
+            moved = _exchange(ranks, dear, cheap, lengths, costs, capacity, gap)
+            if moved:
                 break
-        if gain <= 0:
+        if not moved:
             return
-        rank_costs[dearest] -= gain
-        rank_costs[cheap] += gain
+        rank_costs[dear] -= moved
+        rank_costs[cheap] += moved
 
 
-def _swap_best(
-    dear: list[list[int]], cheap: list[list[int]], lengths: np.ndarray, costs: np.ndarray, capacity: int, gap: int
+def _exchange(
+    ranks: list[list[list[int]]],
+    dear: int,
+    cheap: int,
+    lengths: np.ndarray,
+    costs: np.ndarray,
+    capacity: int,
+    gap: int,
 ) -> int:
-    """Makes the swap of one sample of each side that best halves `gap`; returns the cost moved, 0 if none helps."""
-    ours, our_pack, _ = _flatten(dear, lengths, capacity)
-    theirs, their_pack, their_room = _flatten(cheap, lengths, capacity)
-    longer = lengths[ours][:, None] - lengths[theirs][None, :]
-    moved = costs[ours][:, None] - costs[theirs][None, :]
-    # The dearer sample is the longer one, so only the cheap side can run out of room.
-    is_possible = (longer <= their_room[None, :]) & (moved > 0) & (moved < gap)
-    distance = np.where(is_possible, np.abs(moved - gap / 2), np.inf)
-    row, column = np.unravel_index(int(distance.argmin()), distance.shape)
-    if not is_possible[row, column]:
-        return 0
-    dear_pack, cheap_pack = dear[our_pack[row]], cheap[their_pack[column]]
-    dear_pack[dear_pack.index(ours[row])] = int(theirs[column])
-    cheap_pack[cheap_pack.index(theirs[column])] = int(ours[row])
-    return int(moved[row, column])
+    """Makes the exchange that best halves the gap between two ranks and still fits their packs.
+
+    Returns:
+        The cost moved, 0 if no exchange narrows the gap.
+    """
+    ours, theirs = (np.array(sorted(place for pack in ranks[rank] for place in pack)) for rank in (dear, cheap))
+    our_subsets, their_subsets = _small_subsets(len(ours)), _small_subsets(len(theirs))
+    our_sums, their_sums = (
+        np.append(costs[places], 0)[subsets].sum(axis=1)
+        for places, subsets in ((ours, our_subsets), (theirs, their_subsets))
+    )
+    # For every subset of ours the one of theirs that brings the move nearest to half the gap.
+    order = np.argsort(their_sums, kind="stable")
+    wanted = our_sums - gap // 2
+    right = np.searchsorted(their_sums[order], wanted)
+    pairs = np.concatenate(
+        [np.stack([np.arange(len(our_sums)), order[np.clip(right - side, 0, len(order) - 1)]]) for side in (0, 1)],
+        axis=1,
+    )
+    moves = our_sums[pairs[0]] - their_sums[pairs[1]]
+    is_useful = (moves > 0) & (moves < gap)
+    pairs, moves = pairs[:, is_useful], moves[is_useful]
+    for choice in np.argsort(np.abs(2 * moves - gap), kind="stable")[:_MAX_FITS].tolist():
+        give, take = our_subsets[pairs[0, choice]], their_subsets[pairs[1, choice]]
+        give, take = ours[give[give < len(ours)]], theirs[take[take < len(theirs)]]
+        fitted = [
+            _refill(np.concatenate([np.setdiff1d(kept, lost), gained]), lengths, len(ranks[rank]), capacity)
+            for rank, kept, lost, gained in ((dear, ours, give, take), (cheap, theirs, take, give))
+        ]
+        if all(fitted):
+            ranks[dear], ranks[cheap] = fitted
+            return int(moves[choice])
+    return 0
 
 
-def _flatten(packs: list[list[int]], lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Samples of a rank, the pack each is in, and the room left in that pack."""
-    places = np.concatenate([np.array(pack, dtype=np.int64) for pack in packs])
-    number = np.repeat(np.arange(len(packs)), [len(pack) for pack in packs])
-    room = np.array([capacity - int(lengths[pack].sum()) for pack in packs])
-    return places, number, room[number]
+@functools.cache
+def _small_subsets(count: int) -> np.ndarray:
+    """int64 [s, 2], the subsets of at most two of `count` numbers; `count` itself stands for none."""
+    singles = [(number, count) for number in range(count)]
+    return np.array([(count, count), *singles, *itertools.combinations(range(count), 2)])
+
+
+def _refill(places: np.ndarray, lengths: np.ndarray, num_packs: int, capacity: int) -> list[list[int]]:
+    """Samples into so many packs, longest first into the fullest that has room; empty where they do not fit."""
+    packs: list[list[int]] = [[] for _ in range(num_packs)]
+    room = [capacity] * num_packs
+    for place in places[np.lexsort((places, -lengths[places]))].tolist():
+        length = int(lengths[place])
+        fitting = [pack for pack in range(num_packs) if room[pack] >= length]
+        if not fitting:
+            return []
+        pack = min(fitting, key=room.__getitem__)
+        packs[pack].append(place)
+        room[pack] -= length
+    _open_empty(packs)
+    return packs if all(packs) else []
