@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from bitdance_scale.data.index import Index
 from bitdance_scale.data.index_build import build_index
 from bitdance_scale.data.loader import LoadedPack, Loader
 from bitdance_scale.data.loader_state import LoaderState
+from bitdance_scale.data.reader import ShardReader
 from bitdance_scale.errors import CheckpointError, ConfigError, DataError
 from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.train.shared_index import training_index
@@ -319,3 +321,45 @@ def test_close_ends_all_threads(index, make_config, tokenizer) -> None:
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("data-")]
         with pytest.raises(ValueError, match="closed"):
             next(loader)
+
+
+def test_a_stalled_read_is_named(index, make_config, tokenizer, monkeypatch, caplog) -> None:
+    """Shard, sample and byte of what is waited for, while it is waited for."""
+    is_released = threading.Event()
+    read = ShardReader.image
+
+    def stall(reader: ShardReader, index: Index, sample: int) -> bytes:
+        assert is_released.wait(30)
+        return read(reader, index, sample)
+
+    monkeypatch.setattr(ShardReader, "image", stall)
+    monkeypatch.setattr(loader_module, "STALL_S", 0.05)
+    with Loader(make_config(), tokenizer, index, 0, 1) as loader:
+        threading.Timer(0.5, is_released.set).start()
+        step = loader.next_step()
+    first = step.packs[0].pack.sample_keys[0]
+    expected = (
+        f"waiting for {index.shard_path(first)}: sample {index.name(first)}, {index.image_bytes[first]} bytes from byte"
+    )
+    assert expected in caplog.text
+    assert step.num_holes == 0
+
+
+def test_steps_read_ahead_are_counted(index, make_config, tokenizer) -> None:
+    with Loader(make_config(prefetch_steps=3), tokenizer, index, 0, 1) as loader:
+        loader.next_step()
+        deadline_s = time.monotonic() + 30
+        while loader._num_ready() < 3:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        assert loader.next_step().num_ready >= 2
+
+
+def test_faults_of_a_step_are_told_by_cause(make_config, tokenizer, tmp_path: Path) -> None:
+    members = {"0": sample_members(40, 40, "a"), "1": sample_members(40, 40, None), "2": {"jpg": b"\xff\xd8"}}
+    members["2"] |= {"json": members["0"]["json"], "txt": b" "}
+    index = build_index([str(write_tar(tmp_path / "0.tar", members))], tmp_path / "index")
+    with Loader(make_config(global_batch=15), tokenizer, index, 0, 1) as loader:
+        step = loader.next_step()
+    counts = {str(cause): count for cause, count in step.faults.items()}
+    assert counts == {"missing_caption": 5, "empty_caption": 5, "bad_image": 5} and step.num_holes == 5
