@@ -89,12 +89,10 @@ class Encoder:
     def _encoded(self, samples: range, side_px: int) -> Iterator[Bits]:
         """The bits of a shard's samples in a class, in order."""
         buckets = self._plan.buckets_px(np.arange(samples.start, samples.stop), side_px)
+        tasks = list(zip(samples, map(tuple, buckets.tolist()), strict=True))
         with ThreadPoolExecutor(self._config.data.read_threads) as pool:
-            for start in range(0, len(samples), IMAGES_AT_ONCE):
-                part = [
-                    (sample, (int(height), int(width)))
-                    for sample, (height, width) in zip(samples, buckets.tolist(), strict=True)
-                ][start : start + IMAGES_AT_ONCE]
+            for start in range(0, len(tasks), IMAGES_AT_ONCE):
+                part = tasks[start : start + IMAGES_AT_ONCE]
                 images = list(pool.map(lambda task: self._image(*task), part))
                 bits = iter(self._vision.encode([torch.tensor(i) for i in images if isinstance(i, np.ndarray)]))
                 for (sample, _), image in zip(part, images, strict=True):
