@@ -127,7 +127,9 @@ class _Files:
 
     def read(self, path: str, offset: int, num_bytes: int) -> bytes:
         try:
-            return os.pread(self._file(path).descriptor, num_bytes, offset)
+            # The name keeps the descriptor open until the read has ended, should another thread evict it.
+            file = self._file(path)
+            return os.pread(file.descriptor, num_bytes, offset)
         except OSError as error:
             raise ReadError(error.strerror or str(error)) from error
 

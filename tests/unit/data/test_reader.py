@@ -34,6 +34,19 @@ def test_threads_share_few_descriptors(tmp_path: Path) -> None:
     assert num_open_files() == before
 
 
+def test_an_evicted_shard_stays_open_for_the_read_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(write_tar(tmp_path / "0.tar", {"0": {"jpg": b"x" * 900}}))
+    reader = ShardReader()
+    pread = os.pread
+
+    def pread_after_eviction(descriptor: int, num_bytes: int, offset: int) -> bytes:
+        reader.close()
+        return pread(descriptor, num_bytes, offset)
+
+    monkeypatch.setattr(os, "pread", pread_after_eviction)
+    assert reader.read(path, *members_of(path)[0]) == b"x" * 900
+
+
 def test_missing_cut_and_replaced_shards_are_faults(tmp_path: Path) -> None:
     path = str(write_tar(tmp_path / "0.tar", {"0": {"jpg": b"x" * 900}}))
     member = members_of(path)[0]
