@@ -12,6 +12,7 @@ and decoding are of the processor, so that others on the machine count less.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import os
@@ -217,7 +218,8 @@ def bench_bits(folder: Path, num_samples: int) -> None:
 
 
 def bench_s3(folder: Path, num_samples: int) -> None:
-    """Samples per second through a proxy that breaks one percent of requests, against one that breaks none."""
+    """Samples per second through a proxy that breaks one percent of requests, and from the node's cache, against one that
+    breaks none."""
     import boto3
 
     sys.path.insert(0, str(ROOT))
@@ -240,8 +242,12 @@ def bench_s3(folder: Path, num_samples: int) -> None:
             for share in (0.0, 0.01):
                 injector.share = share
                 rates[share] = max(rates.get(share, 0.0), _read_all(store, index, order, files))
+        cached = S3Store(dataclasses.replace(section, cache_dir=str(folder / "cache")))
+        filling, filled = (_read_all(cached, index, order, files) for _ in range(2))
     row("no faults", rates[0.0], "samples/s", rates[0.0])
     row("1 % of requests broken", rates[0.01], "samples/s", rates[0.0])
+    row("cache, while it fills", filling, "samples/s", rates[0.0])
+    row("cache, filled", filled, "samples/s", rates[0.0])
     print(f"broken: {dict(injector.counts)}; repeated: {store.num_retries}; all samples intact")
 
 

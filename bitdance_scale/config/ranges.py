@@ -172,6 +172,8 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "data.prefetch_steps": _COUNT,
     "data.s3.read_timeout_s": _POSITIVE,
     "data.s3.deadline_s": _POSITIVE,
+    "data.s3.cache_gb": _POSITIVE,
+    "data.s3.cache_block_mb": _COUNT,
     "parallel.tensor": _COUNT,
     "parallel.pipeline": _COUNT,
     "parallel.virtual_stages": _COUNT,

@@ -183,6 +183,11 @@ class S3Section:
     deadline_s: float = setting(
         300.0, doc="Seconds without progress, over all repetitions, after which a range counts as unreadable."
     )
+    cache_dir: str = setting(
+        "", doc="Folder on a disk of the node, for its processes together, that keeps what is read; empty: none."
+    )
+    cache_gb: float = setting(500.0, doc="What that folder may hold, in 10^9 bytes; all shards must fit.")
+    cache_block_mb: int = setting(8, doc="What is fetched for it at once, in 2^20 bytes.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,8 +135,9 @@ class Loader:
 
     Raises:
         CheckpointError: `state` is of another data set, seed or plan.
-        DataError: a resolution class or a source has no samples. While iterating: too many holes.
-        ConfigError: while iterating, a batch that does not fit the packs (see `packing.partition_batch`).
+        DataError: a resolution class or a source has no samples; a store cannot be made ready. While iterating: too
+            many holes.
+        ConfigError: the shards do not fit the node's cache; while iterating, a batch that does not fit the packs (see `packing.partition_batch`).
     """
 
     def __init__(
@@ -163,9 +164,12 @@ class Loader:
         self._data_rank = data_rank
         self._num_data_ranks = num_data_ranks
         self._cost_model = CostModel.of_model(config.model)
-        self._reader = ShardReader(Stores(config.data.s3))
+        stores = Stores(config.data.s3)
+        self._reader = ShardReader(stores)
         self._bits: BitStore | None = None
-        if config.data.bits_dir:
+        if not config.data.bits_dir:
+            stores.prepare((entry.path, entry.num_bytes) for entry in index.shards)
+        else:
             self._bits = BitStore(config.data.bits_dir, index, recipe(config.data, config.vision))
         self._pool = ThreadPoolExecutor(config.data.read_threads, thread_name_prefix="data-reader")
         self._current: _StepInFlight | None = None

@@ -23,8 +23,9 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 from urllib3.exceptions import HTTPError
 
 from bitdance_scale.config.schema import S3Section
+from bitdance_scale.data.block_cache import BlockCache
 from bitdance_scale.data.store import S3_SCHEME, ReadError, ShardState
-from bitdance_scale.errors import DataError
+from bitdance_scale.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,10 @@ class S3Store:
 
     Attributes:
         num_retries: requests that had to be repeated so far.
+        cache: what keeps the ranges read on this node, if anything.
+
+    Raises:
+        DataError: no client can be made of the section, or its cache cannot be used.
     """
 
     def __init__(self, section: S3Section, pause: Callable[[float], None] = time.sleep) -> None:
@@ -71,11 +76,21 @@ class S3Store:
             self._client = session.client("s3", endpoint_url=section.endpoint_url or None, config=config)
         except (BotoCoreError, ValueError) as error:
             raise DataError(f"data.s3: no client for S3 can be made ({error}). Correct data.s3.") from error
+        self.cache: BlockCache | None = None
+        if section.cache_dir:
+            max_bytes, block_bytes = int(section.cache_gb * 1e9), section.cache_block_mb << 20
+            self.cache = BlockCache(section.cache_dir, max_bytes, block_bytes, section.deadline_s)
 
     def read(self, path: str, offset: int, num_bytes: int, tag: str) -> bytes:
-        """As `Stores.read`."""
+        """As `Stores.read`; through the node's cache where there is one and `tag` says which object it is."""
         if num_bytes == 0:
             return b""
+        if self.cache is None or not tag:
+            return self._fetch(path, offset, num_bytes, tag)
+        key = f"{self._client.meta.endpoint_url}\n{path}\n{tag}"
+        return self.cache.read(key, offset, num_bytes, lambda *span: self._fetch(path, *span, tag))
+
+    def _fetch(self, path: str, offset: int, num_bytes: int, tag: str) -> bytes:
         bucket, key = split_path(path)
         received = bytearray()
         what = f"{path}, bytes {offset}..{offset + num_bytes}"
@@ -100,6 +115,20 @@ class S3Store:
 
         self._until_done(fetch, what, lambda: len(received))
         return bytes(received)
+
+    def prepare(self, num_bytes: int) -> None:
+        """Refuses a cache that cannot hold so many bytes, those of all shards.
+
+        Raises:
+            ConfigError: it is smaller.
+        """
+        section = self._section
+        if self.cache is not None and num_bytes > section.cache_gb * 1e9:
+            raise ConfigError(
+                f"data.s3.cache_gb={section.cache_gb:g}: the shards on S3 are {num_bytes / 1e9:,.3g} GB. Samples come in "
+                f"random order, so that each would fetch {section.cache_block_mb} MiB anew. Raise data.s3.cache_gb, or "
+                "set data.s3.cache_dir='' to read every sample by itself."
+            )
 
     def states(self, paths: Sequence[str]) -> dict[str, ShardState]:
         """Path -> state, by listing what the paths lie in: 1000 objects a request.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -80,6 +80,20 @@ class Stores:
         if path.startswith(S3_SCHEME):
             return self._objects().read(path, offset, num_bytes, tag)
         return self._files.read(path, offset, num_bytes)
+
+    def prepare(self, shards: Iterable[tuple[str, int]]) -> None:
+        """Makes ready to read shards at random, so that what is wrong with a store's settings shows at once.
+
+        Args:
+            shards: path and length in bytes of each.
+
+        Raises:
+            ConfigError: those on S3 do not fit the cache.
+            DataError: no client for S3 can be made, or its cache cannot be used.
+        """
+        num_bytes = sum(length for path, length in shards if path.startswith(S3_SCHEME))
+        if num_bytes:
+            self._objects().prepare(num_bytes)
 
     def states(self, paths: Sequence[str]) -> list[ShardState]:
         """The state of every shard.

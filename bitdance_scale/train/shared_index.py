@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -30,7 +31,8 @@ def training_index(data: DataSection, device: torch.device) -> Index:
     Raises:
         DataError: on every rank, what is wrong with the shards; that they lost too many samples, too.
     """
-    stores, sources = Stores(data.s3), data.active_sources
+    # Tar headers are read once: nothing for a cache.
+    stores, sources = Stores(dataclasses.replace(data.s3, cache_dir="")), data.active_sources
     by_source: list[list[str]] = []
     index_dir = data.index_dir
     with together(device):

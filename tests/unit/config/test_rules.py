@@ -34,6 +34,7 @@ UNCONSTRAINED = {
     "data.has_borders",
     "data.index_dir",
     "data.s3.anonymous",
+    "data.s3.cache_dir",
     "data.s3.endpoint_url",
     "data.s3.profile",
     "data.sources",

@@ -19,7 +19,7 @@ from bitdance_scale.data.reader import ShardReader
 from bitdance_scale.data.s3 import S3Store
 from bitdance_scale.data.shards import expand_shards
 from bitdance_scale.data.store import ReadError, Stores
-from bitdance_scale.errors import DataError
+from bitdance_scale.errors import ConfigError, DataError
 from tests.s3_server import CREDENTIALS, FAULTS, FaultInjector, s3_server
 
 BUCKET = "images"
@@ -145,6 +145,44 @@ def test_a_replaced_object_is_noticed(server: str, client, data_set: list[str], 
     assert fault.value.cause == FaultCause.SHARD_CHANGED
     again = build_index([path], tmp_path / "index", stores=Stores(section(server)))
     assert len(again) == 5
+
+
+def test_epochs_of_two_replicas_fetch_every_shard_once(
+    injector: FaultInjector, remote: list[str], data_set: list[str], tmp_path: Path, make_config, tokenizer
+) -> None:
+    """Through the node's cache, with half of all requests broken; pixels as from files."""
+    cached = section(injector.url, cache_dir=str(tmp_path / "cache"), cache_block_mb=1)
+    local = build_index(data_set, tmp_path / "local")
+    index = build_index(remote, tmp_path / "remote", stores=Stores(section(injector.url)))
+    injector.share = 0.5
+    config = make_config(remote, s3=cached)
+    loaders = [Loader(config, tokenizer, index, rank, 2) for rank in range(2)]
+    expected = [Loader(make_config(data_set), tokenizer, local, rank, 2) for rank in range(2)]
+    for _ in range(6):
+        for loader, reference in zip(loaders, expected, strict=True):
+            ours, theirs = loader.next_step(), reference.next_step()
+            assert ours.num_holes == 0
+            for one, other in zip(ours.packs, theirs.packs, strict=True):
+                assert all(np.array_equal(*images) for images in zip(one.images, other.images, strict=True))
+    # 60 samples of 3 shards of less than a block each.
+    assert sum(loader._reader._stores._s3.cache.num_fetches for loader in loaders) == 3
+    for loader in loaders + expected:
+        loader.close()
+
+
+def test_a_cache_that_the_shards_do_not_fit_is_refused(
+    server: str, remote: list[str], tmp_path: Path, make_config, tokenizer
+) -> None:
+    index = build_index(remote, tmp_path / "remote", stores=Stores(section(server)))
+    small = section(server, cache_dir=str(tmp_path / "cache"), cache_gb=1e-6)
+    with pytest.raises(
+        ConfigError, match=r"data.s3.cache_gb=1e-06: the shards on S3 are .* GB.*Raise data.s3.cache_gb"
+    ):
+        Loader(make_config(remote, s3=small), tokenizer, index, 0, 1)
+    (tmp_path / "file").write_text("")
+    unusable = section(server, cache_dir=str(tmp_path / "file" / "cache"))
+    with pytest.raises(DataError, match="data.s3.cache_dir=.*cannot be used"):
+        Loader(make_config(remote, s3=unusable), tokenizer, index, 0, 1)
 
 
 def test_folders_globs_and_brace_lists(server: str, client, remote: list[str]) -> None:
