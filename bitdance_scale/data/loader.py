@@ -30,11 +30,12 @@ from bitdance_scale.data.packing import CostModel, partition_batch
 from bitdance_scale.data.plan import Plan, PlannedBatch
 from bitdance_scale.data.prefetch import Prefetcher
 from bitdance_scale.data.reader import ShardReader
+from bitdance_scale.data.samples import SampleBuilder
 from bitdance_scale.data.store import Stores
 from bitdance_scale.errors import CheckpointError
-from bitdance_scale.sequence.layout import num_positions, pack_samples
+from bitdance_scale.sequence.layout import pack_samples
 from bitdance_scale.sequence.pack import Pack, Sample
-from bitdance_scale.sequence.tokens import TextTokenizer, image_to_text_sample, text_to_image_sample
+from bitdance_scale.sequence.tokens import TextTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +164,7 @@ class Loader:
         self._index = index
         self._data_rank = data_rank
         self._num_data_ranks = num_data_ranks
+        self._builder = SampleBuilder(config, index, tokenizer)
         self._cost_model = CostModel.of_model(config.model)
         stores = Stores(config.data.s3)
         self._reader = ShardReader(stores)
@@ -240,15 +242,15 @@ class Loader:
         """Plans a step and sets the reading of this rank's images going; runs in the planning thread."""
         data = self._config.data
         batch = self.plan.batch(step)
-        samples = [self._sample(batch, place) for place in range(len(batch))]
-        block_tokens = self._tokenizer.image_tokens.block_tokens
-        lengths = np.array(
-            [num_positions(len(s.before_ids), len(s.after_ids), s.grid, block_tokens) for s in samples], dtype=np.int64
-        )
+        samples = self._builder.build(batch)
         # A pack is padded to a multiple, so room beyond the last whole multiple cannot be used.
         max_pack_tokens = data.max_pack_tokens // data.pack_multiple * data.pack_multiple
         ranks = partition_batch(
-            lengths, self._num_data_ranks, max_pack_tokens, self._cost_model, self._config.parallel.packs_multiple
+            self._builder.lengths(samples),
+            self._num_data_ranks,
+            max_pack_tokens,
+            self._cost_model,
+            self._config.parallel.packs_multiple,
         )
         num_done = self._start.pack if step == self._start.step else 0
         packs: list[list[tuple[Sample, Future[_Image]]]] = []
@@ -280,24 +282,6 @@ class Loader:
                     index.image_offset[key],
                     time.monotonic() - begun_s,
                 )
-
-    def _sample(self, batch: PlannedBatch, place: int) -> Sample:
-        key = int(batch.samples[place])
-        height, width = batch.bucket_px[place].tolist()
-        grid = (height // self._config.vision.downsample, width // self._config.vision.downsample)
-        caption = self._caption(batch, place, key)
-        if batch.is_image_to_text[place]:
-            return image_to_text_sample(self._tokenizer, key, caption, grid)
-        return text_to_image_sample(
-            self._tokenizer, key, caption, grid, is_caption_dropped=bool(batch.is_caption_dropped[place])
-        )
-
-    def _caption(self, batch: PlannedBatch, place: int, key: int) -> str:
-        if batch.caption[place] < 0:
-            return ""
-        source = self._config.data.captions[batch.caption[place]].source
-        alternatives = self._index.alternatives(key, source)
-        return alternatives[int(batch.alternative[place] * len(alternatives))]
 
     def _submit(self, batch: PlannedBatch, place: int) -> Future[_Image]:
         height, width = batch.bucket_px[place].tolist()
