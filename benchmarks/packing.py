@@ -5,7 +5,8 @@
 The batches are those of Table 4 (arXiv 2602.14041) with the configured buckets; aspects are log-normal, wider than high in
 the median as photographs are, captions of log-normal length, median 45 tokens. Costs are those of the 14B backbone
 (`packing.CostModel`).
-Fixed packs are `data.pack_multiple = data.max_pack_tokens`: every pack is padded to the cap. The baseline is what each replica
+Fixed packs are `data.pack_multiple = data.max_pack_tokens`: every pack is padded to the cap, which `tools/pack_length.py`'s
+search chooses on other batches than it is measured on. The baseline is what each replica
 can do alone: its share of the batch in the order of the plan, a new pack where the next sample does not fit.
 """
 
@@ -24,13 +25,14 @@ from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.apportion import Apportionment
 from bitdance_scale.data.buckets import assign_buckets, class_buckets
+from bitdance_scale.data.pack_length import pack_lengths
 from bitdance_scale.data.packing import CostModel, partition_batch
 from bitdance_scale.sequence.layout import num_positions
 
 CONFIGS = Path(__file__).parents[1] / "pipelines" / "configs"
 STAGES = {"PT": "pt_14b.toml", "CT and SFT": "ct_14b.toml", "distillation": "distill_14b.toml"}
 REPLICAS = (64, 128, 192, 256)
-FIXED = {"PT": (8192, 16384), "CT and SFT": (8960, 17920, 21504), "distillation": (8704, 17280, 21504)}
+LONGEST = (8960, 21504)
 NUM_BATCHES = 6
 MEDIAN_CAPTION, SIGMA_CAPTION = 45, 0.6
 MEAN_LOG_ASPECT, SIGMA_LOG_ASPECT = 0.15, 0.4
@@ -116,9 +118,20 @@ def quality(config: RunConfig, num_ranks: int, cap: int, multiple: int, is_basel
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("variable", "fixed"), help="one of the tables; default: both")
     parser.add_argument("--plot", help="draws the slowest replica over the mean to this picture")
     options = parser.parse_args()
     print(machine())
+    if options.what != "fixed":
+        curves = variable_packs()
+        if options.plot:
+            plot(curves, options.plot)
+    if options.what != "variable":
+        fixed_packs()
+
+
+def variable_packs() -> dict[str, list[tuple[Quality, Quality]]]:
+    """Prints the table of packs of variable length; stage -> (baseline, ours) for every number of replicas."""
     print(
         "\n| stage | replicas | packs each | slowest, next-fit | slowest, ours | padding, next-fit | padding, ours | plan |"
     )
@@ -135,18 +148,27 @@ def main() -> None:
                 f"{ours.slowest:.4f} | {base.padding:.1%} | {ours.padding:.2%} | {ours.plan_ms:.0f} ms |",
                 flush=True,
             )
-    print("\n| stage, 128 replicas | fixed length | packs each | slowest | padding, next-fit | padding, ours |")
-    print("|---|---|---|---|---|---|")
-    for stage, lengths in FIXED.items():
-        config = load_config(CONFIGS / STAGES[stage])
-        for length in lengths:
+    return curves
+
+
+def fixed_packs() -> None:
+    """Prints the table of packs of one length, chosen on other batches."""
+    print(
+        "\n| stage, 128 replicas | longest | length chosen | packs each | slowest | padding, next-fit | padding, ours |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for stage, name in STAGES.items():
+        config = load_config(CONFIGS / name)
+        batches = [batch_lengths(config, seed) for seed in range(NUM_BATCHES, NUM_BATCHES + 4)]
+        for longest in LONGEST:
+            choices = pack_lengths(config, batches, [], 128, longest, config.data.pack_multiple)
+            length = min(choices, key=lambda choice: choice.padding_fixed).max_pack_tokens
             base, ours = (quality(config, 128, length, length, is_baseline) for is_baseline in (True, False))
             print(
-                f"| {stage} | {length:,} | {ours.packs:.0f} | {ours.slowest:.4f} | {base.padding:.1%} | {ours.padding:.1%} |",
+                f"| {stage} | {longest:,} | {length:,} | {ours.packs:.3g} | {ours.slowest:.4f} | {base.padding:.1%} | "
+                f"{ours.padding:.1%} |",
                 flush=True,
             )
-    if options.plot:
-        plot(curves, options.plot)
 
 
 def plot(curves: dict[str, list[tuple[Quality, Quality]]], out: str) -> None:

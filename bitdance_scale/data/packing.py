@@ -96,6 +96,11 @@ def partition_batch(
     return ranks
 
 
+def fits(lengths: np.ndarray, num_packs: int, max_pack_tokens: int, cost_model: CostModel) -> bool:
+    """Whether samples of `lengths` [n] go into so many packs the way `partition_batch` fills them."""
+    return _fill(lengths, cost_model.costs(lengths), num_packs, max_pack_tokens) is not None
+
+
 def _fill(lengths: np.ndarray, costs: np.ndarray, num_packs: int, capacity: int) -> list[list[int]] | None:
     """Longest first, each into the cheapest pack with room; should that leave one over, each into the fullest."""
     order = np.lexsort((np.arange(len(lengths)), -lengths)).tolist()
