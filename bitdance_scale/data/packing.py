@@ -7,8 +7,11 @@ since a step is as slow as its slowest rank.
 
 from __future__ import annotations
 
+import bisect
 import functools
+import heapq
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,21 +107,53 @@ def fits(lengths: np.ndarray, num_packs: int, max_pack_tokens: int, cost_model: 
 def _fill(lengths: np.ndarray, costs: np.ndarray, num_packs: int, capacity: int) -> list[list[int]] | None:
     """Longest first, each into the cheapest pack with room; should that leave one over, each into the fullest."""
     order = np.lexsort((np.arange(len(lengths)), -lengths)).tolist()
-    for prefers_cheapest in (True, False):
-        packs: list[list[int]] = [[] for _ in range(num_packs)]
-        pack_costs, room = np.zeros(num_packs, dtype=np.int64), np.full(num_packs, capacity, dtype=np.int64)
-        for place in order:
-            score = pack_costs if prefers_cheapest else room
-            pack = int(np.where(room >= lengths[place], score, np.inf).argmin())
-            if room[pack] < lengths[place]:
-                break
-            packs[pack].append(place)
-            pack_costs[pack] += costs[place]
-            room[pack] -= lengths[place]
-        else:
-            _open_empty(packs)
-            return packs
-    return None
+    sizes, prices = lengths.tolist(), costs.tolist()
+    packs = _fill_cheapest(order, sizes, prices, num_packs, capacity)
+    packs = packs or _fill_fullest(order, sizes, num_packs, capacity)
+    if packs is not None:
+        _open_empty(packs)
+    return packs
+
+
+def _fill_cheapest(
+    order: list[int], lengths: list[int], costs: list[int], num_packs: int, capacity: int
+) -> list[list[int]] | None:
+    """Samples in this order, longest first, each into the cheapest pack that has room; None where one has nowhere to go."""
+    packs: list[list[int]] = [[] for _ in range(num_packs)]
+    room = [capacity] * num_packs
+    # Packs without room for the present length, roomiest first: a shorter one may fit them again.
+    open_packs, set_aside = [(0, pack) for pack in range(num_packs)], []
+    for place in order:
+        length = lengths[place]
+        while set_aside and -set_aside[0][0] >= length:
+            _, pack, cost = heapq.heappop(set_aside)
+            heapq.heappush(open_packs, (cost, pack))
+        while open_packs and room[open_packs[0][1]] < length:
+            cost, pack = heapq.heappop(open_packs)
+            heapq.heappush(set_aside, (-room[pack], pack, cost))
+        if not open_packs:
+            return None
+        cost, pack = open_packs[0]
+        packs[pack].append(place)
+        room[pack] -= length
+        heapq.heapreplace(open_packs, (cost + costs[place], pack))
+    return packs
+
+
+def _fill_fullest(
+    order: list[int], lengths: Sequence[int] | dict[int, int], num_packs: int, capacity: int
+) -> list[list[int]] | None:
+    """Samples in this order, each into the fullest pack that has room; None where one has nowhere to go."""
+    packs: list[list[int]] = [[] for _ in range(num_packs)]
+    by_room = [(capacity, pack) for pack in range(num_packs)]
+    for place in order:
+        found = bisect.bisect_left(by_room, (lengths[place], 0))
+        if found == num_packs:
+            return None
+        room, pack = by_room.pop(found)
+        packs[pack].append(place)
+        bisect.insort(by_room, (room - lengths[place], pack))
+    return packs
 
 
 def _open_empty(packs: list[list[int]]) -> None:
@@ -198,9 +233,11 @@ def _exchange(
     pairs, moves = pairs[:, is_useful], moves[is_useful]
     for choice in np.argsort(np.abs(2 * moves - gap), kind="stable")[:_MAX_FITS].tolist():
         give, take = our_subsets[pairs[0, choice]], their_subsets[pairs[1, choice]]
-        give, take = ours[give[give < len(ours)]], theirs[take[take < len(theirs)]]
+        give, take = ours[give[give < len(ours)]].tolist(), theirs[take[take < len(theirs)]].tolist()
         fitted = [
-            _refill(np.concatenate([np.setdiff1d(kept, lost), gained]), lengths, len(ranks[rank]), capacity)
+            _refill(
+                [place for place in kept.tolist() if place not in lost] + gained, lengths, len(ranks[rank]), capacity
+            )
             for rank, kept, lost, gained in ((dear, ours, give, take), (cheap, theirs, take, give))
         ]
         if all(fitted):
@@ -216,17 +253,11 @@ def _small_subsets(count: int) -> np.ndarray:
     return np.array([(count, count), *singles, *itertools.combinations(range(count), 2)])
 
 
-def _refill(places: np.ndarray, lengths: np.ndarray, num_packs: int, capacity: int) -> list[list[int]]:
+def _refill(places: list[int], lengths: np.ndarray, num_packs: int, capacity: int) -> list[list[int]]:
     """Samples into so many packs, longest first into the fullest that has room; empty where they do not fit."""
-    packs: list[list[int]] = [[] for _ in range(num_packs)]
-    room = [capacity] * num_packs
-    for place in places[np.lexsort((places, -lengths[places]))].tolist():
-        length = int(lengths[place])
-        fitting = [pack for pack in range(num_packs) if room[pack] >= length]
-        if not fitting:
-            return []
-        pack = min(fitting, key=room.__getitem__)
-        packs[pack].append(place)
-        room[pack] -= length
+    sizes = dict(zip(places, lengths[places].tolist(), strict=True))
+    packs = _fill_fullest(sorted(places, key=lambda place: (-sizes[place], place)), sizes, num_packs, capacity)
+    if packs is None:
+        return []
     _open_empty(packs)
     return packs if all(packs) else []

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitdance_scale.config.schema import ModelSection
-from bitdance_scale.data.packing import CostModel, _open_empty, partition_batch
+from bitdance_scale.data.packing import CostModel, _fill_cheapest, _fill_fullest, _open_empty, partition_batch
 from bitdance_scale.errors import ConfigError
 
 QWEN3_14B = ModelSection(num_layers=40, hidden_size=5120, num_heads=40, num_kv_heads=8, ffn_size=17408)
@@ -113,3 +113,31 @@ def test_cost_model_counts_the_layer() -> None:
     weights = 2 * 5120 * 5120 + 2 * 5120 * 1024 + 3 * 5120 * 17408
     # Per pair of tokens: scores and values, a multiply-add each per channel, half of the pairs masked: 5120 in all.
     assert COST.quadratic == pytest.approx(5120 / weights, rel=1e-12)  # Two roundings of float64 at most.
+
+
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=60),
+    num_packs=st.integers(1, 12),
+    capacity=st.integers(60, 200),
+    prefers_cheapest=st.booleans(),
+)
+def test_filling_is_what_looking_at_every_pack_would_do(
+    lengths: list[int], num_packs: int, capacity: int, prefers_cheapest: bool
+) -> None:
+    """The heaps against the rule written out, ties to the first pack included."""
+    lengths = sorted(lengths, reverse=True)
+    costs = [length * length % 97 for length in lengths]
+    expected: list[list[int]] | None = [[] for _ in range(num_packs)]
+    for place, length in enumerate(lengths):
+        room = [capacity - sum(lengths[other] for other in pack) for pack in expected]
+        score = [sum(costs[other] for other in pack) for pack in expected] if prefers_cheapest else room
+        fitting = [pack for pack in range(num_packs) if room[pack] >= length]
+        if not fitting:
+            expected = None
+            break
+        expected[min(fitting, key=lambda pack: (score[pack], pack))].append(place)
+    order = list(range(len(lengths)))
+    if prefers_cheapest:
+        assert _fill_cheapest(order, lengths, costs, num_packs, capacity) == expected
+    else:
+        assert _fill_fullest(order, lengths, num_packs, capacity) == expected
