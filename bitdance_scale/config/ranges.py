@@ -183,6 +183,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "parallel.recompute": Choice(("none", "selective", "full")),
     "optim.lr": _POSITIVE,
     "optim.warmup_steps": _NOT_NEGATIVE,
+    "optim.decay_steps": _NOT_NEGATIVE,
     "optim.beta1": _DECAY,
     "optim.beta2": _DECAY,
     # AdamW divides in float32, whose smallest normal number this is: a smaller epsilon would count as 0.

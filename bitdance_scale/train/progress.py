@@ -22,9 +22,12 @@ from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.train.reading import StepReport
 
 
-def learning_rate(section: OptimSection, step: int) -> float:
-    """Rate of optimiser step `step`, from 0: linear warm-up, then constant (arXiv 2602.14041 Table 4)."""
-    return section.lr * min(1.0, (step + 1) / max(1, section.warmup_steps))
+def learning_rate(section: OptimSection, step: int, num_steps: int) -> float:
+    """Rate of optimiser step `step`, from 0, of `num_steps`: linear warm-up, then constant (arXiv 2602.14041 Table 4), then
+    down in a line over the last `decay_steps`, or over the whole of a shorter run."""
+    warmup = min(1.0, (step + 1) / max(1, section.warmup_steps))
+    decay = min(1.0, (num_steps - step) / max(1, min(section.decay_steps, num_steps)))
+    return section.lr * warmup * decay
 
 
 @dataclass

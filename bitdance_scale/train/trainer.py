@@ -103,7 +103,7 @@ class Trainer:
                 meter.pause()
             while not self.is_complete:
                 fed = feed.take()
-                lr = learning_rate(config.optim, progress.step)
+                lr = learning_rate(config.optim, progress.step, config.run.steps)
                 losses, outcome = train_step(self._engine, fed.batch, config.loss, lr, topology)
                 meter.add(fed.packs, fed.report, fed.wait_s, outcome.is_skipped)
                 # Of the step that was trained, not of the one that is read already.
