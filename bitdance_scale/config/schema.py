@@ -268,7 +268,9 @@ class OptimSection:
 
     lr: float = setting(1e-4, doc="Learning rate after warm-up.")
     warmup_steps: int = setting(2000, doc="Steps of linear warm-up from 0.")
-    decay_steps: int = setting(0, doc="Last steps of `run.steps`, over which the rate falls linearly to 0; 0: constant.")
+    decay_steps: int = setting(
+        0, doc="Last steps of `run.steps`, over which the rate falls linearly to 0; 0: constant."
+    )
     beta1: float = setting(0.9, doc="First-moment decay.")
     beta2: float = setting(0.95, doc="Second-moment decay.")
     eps: float = setting(1e-15, doc="AdamW epsilon.")

@@ -229,7 +229,8 @@ def open_index(index_dir: str | Path) -> Index:
         entries = tuple(_entry(index_dir, shard) for shard in table["shards"])
         folder = index_dir / columns_folder(table["content"])
         columns = {
-            name: np.load(folder / f"{file}.npy", mmap_mode="r", allow_pickle=False)
+            # As plain arrays: reading one number of np.memmap takes ten times as long.
+            name: np.asarray(np.load(folder / f"{file}.npy", mmap_mode="r", allow_pickle=False))
             for name, file in column_files(table["captions"], table["scores"]).items()
         }
         return Index(
