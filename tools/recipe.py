@@ -44,10 +44,12 @@ class Job:
         steps: sampling steps per block.
         guidance: guidance scale.
         real: whether the pictures are real ones, encoded and decoded.
+        per_category: pictures of each category.
     """
 
     stage: str
     side_px: int
+    per_category: int
     steps: int = USUAL_STEPS
     guidance: float = USUAL_GUIDANCE
     real: bool = False
@@ -60,23 +62,28 @@ class Job:
         return f"{self.side_px}px_{self.steps}steps_guidance{self.guidance:g}"
 
 
-def plan_jobs(stages: Sequence[str], sides_px: dict[str, list[int]], is_thorough: bool) -> list[Job]:
+def plan_jobs(
+    stages: Sequence[str], sides_px: dict[str, list[int]], per_category: int, sweep_per_category: int | None
+) -> list[Job]:
     """The scores of a recipe: every stage at the sides it is trained on, the tokenizer's limit, and the sweeps.
 
     Args:
         stages: names in order, of which `untrained` may be one.
         sides_px: sides that each stage is scored at.
-        is_thorough: whether sampling steps and guidance of the last two stages are swept.
+        per_category: pictures of each category.
+        sweep_per_category: the same where sampling steps and guidance of the last two stages are swept; None: no sweeps.
     """
-    jobs = [Job(stage, side) for stage in stages for side in sides_px[stage]]
+    jobs = [Job(stage, side, per_category) for stage in stages for side in sides_px[stage]]
     last = stages[-1]
-    jobs += [Job(last, side, real=True) for side in sorted({side for sides in sides_px.values() for side in sides})]
-    if is_thorough:
+    every_side = sorted({side for sides in sides_px.values() for side in sides})
+    jobs += [Job(last, side, per_category, real=True) for side in every_side]
+    if sweep_per_category is not None:
         for stage in stages[-2:]:
             side = sides_px[stage][0]
-            jobs += [Job(stage, side, steps=steps) for steps in STEPS]
-            jobs += [Job(stage, side, guidance=guidance) for guidance in GUIDANCE]
-    return list(dict.fromkeys(jobs))
+            jobs += [Job(stage, side, sweep_per_category, steps=steps) for steps in STEPS]
+            jobs += [Job(stage, side, sweep_per_category, guidance=guidance) for guidance in GUIDANCE]
+    # Of two that differ by their number of pictures alone, the first.
+    return list({(job.stage, job.name): job for job in reversed(jobs)}.values())[::-1]
 
 
 class Recipe:
@@ -86,13 +93,12 @@ class Recipe:
         configs: one configuration file per stage.
         out: folder of the results.
         num_processes: of each training run.
-        per_category: pictures per category and score.
 
     Raises:
         ConfigError: a configuration is not valid, or does not start from the one before.
     """
 
-    def __init__(self, configs: Sequence[Path], out: Path, num_processes: int, per_category: int) -> None:
+    def __init__(self, configs: Sequence[Path], out: Path, num_processes: int) -> None:
         self.paths = list(configs)
         self.configs = [load_config(path) for path in configs]
         for before, config, path in zip(self.configs, self.configs[1:], self.paths[1:], strict=False):
@@ -104,7 +110,7 @@ class Recipe:
         names = [config.run.stage for config in self.configs]
         if len(set(names)) < len(names):
             raise ConfigError(f"the configurations are of the stages {', '.join(names)}: each may come once")
-        self.out, self.num_processes, self.per_category = out, num_processes, per_category
+        self.out, self.num_processes = out, num_processes
 
     def train(self, number: int, overrides: Sequence[str] = ()) -> Path:
         """Runs a stage to its end and returns its folder."""
@@ -144,13 +150,13 @@ class Recipe:
         folder = self.out / job.stage
         out, writing = folder / job.name, folder / f".{job.name}.writing"
         if (out / "score.json").is_file():
-            if json.loads((out / "score.json").read_text())["settings"]["per_category"] == self.per_category:
+            if json.loads((out / "score.json").read_text())["settings"]["per_category"] == job.per_category:
                 return
             shutil.rmtree(out)
         shutil.rmtree(writing, ignore_errors=True)
         command = [sys.executable, str(TOOLS / "score_scenes.py"), str(folder / "published"), "--out", str(writing)]
         command += ["--size", f"{job.side_px}x{job.side_px}", "--steps", str(job.steps)]
-        command += ["--guidance", str(job.guidance), "--per-category", str(self.per_category), "--no-pictures"]
+        command += ["--guidance", str(job.guidance), "--per-category", str(job.per_category), "--no-pictures"]
         _run([*command, "--real"] if job.real else command)
         writing.rename(out)
 
@@ -194,20 +200,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--nproc", type=int, default=2, help="processes of each run (default: %(default)s)")
     parser.add_argument("--per-category", type=int, default=10, help="pictures per category (default: %(default)s)")
     parser.add_argument("--thorough", action="store_true", help="an untrained model and the sweeps as well")
+    parser.add_argument("--sweep-per-category", type=int, default=20, help="the same in sweeps (default: %(default)s)")
     options = parser.parse_args(arguments)
     begun_s = time.monotonic()
     try:
-        recipe = Recipe(options.configs, options.out, options.nproc, options.per_category)
+        recipe = Recipe(options.configs, options.out, options.nproc)
         names, sides = [], {}
         if options.thorough:
             names.append("untrained")
-            sides["untrained"] = sides_of(recipe.configs[0])
+            sides["untrained"] = sides_of(recipe.configs[0])[:1]
             recipe.export("untrained", recipe.train_untrained())
         for number, config in enumerate(recipe.configs):
             names.append(config.run.stage)
             sides[config.run.stage] = sides_of(config)
             recipe.export(config.run.stage, recipe.train(number))
-        jobs = plan_jobs(names, sides, options.thorough)
+        sweep_per_category = options.sweep_per_category if options.thorough else None
+        jobs = plan_jobs(names, sides, options.per_category, sweep_per_category)
         recipe.score(jobs)
         path = recipe.report(jobs)
     except BitDanceError as error:

@@ -64,19 +64,19 @@ def score(folder: Path, num_right: int) -> Path:
 
 
 def test_the_demo_configurations_make_a_recipe(tmp_path: Path) -> None:
-    found = Recipe(DEMO, tmp_path, 2, 5)
+    found = Recipe(DEMO, tmp_path, 2)
     assert [config.run.stage for config in found.configs] == ["pt", "ct", "sft", "distill"]
     assert [sides_of(config) for config in found.configs] == [[64, 128], [64, 128], [64, 128], [128]]
 
 
 def test_a_stage_must_start_from_the_one_before(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="sft_demo.toml: run.start_from = 'runs/ct_demo': must be 'runs/demo'"):
-        Recipe([DEMO[0], DEMO[2]], tmp_path, 2, 5)
+        Recipe([DEMO[0], DEMO[2]], tmp_path, 2)
 
 
 def test_jobs_cover_stages_limits_and_sweeps_once() -> None:
     sides = {"sft": [64, 128], "distill": [128]}
-    jobs = plan_jobs(["sft", "distill"], sides, is_thorough=False)
+    jobs = plan_jobs(["sft", "distill"], sides, 10, None)
     assert [(job.stage, job.name) for job in jobs] == [
         ("sft", "64px_25steps_guidance3"),
         ("sft", "128px_25steps_guidance3"),
@@ -84,9 +84,11 @@ def test_jobs_cover_stages_limits_and_sweeps_once() -> None:
         ("distill", "real_64px"),
         ("distill", "real_128px"),
     ]
-    thorough = plan_jobs(["sft", "distill"], sides, is_thorough=True)
+    thorough = plan_jobs(["sft", "distill"], sides, 10, 4)
     assert len({(job.stage, job.name) for job in thorough}) == len(thorough) == 5 + 2 * (2 + 4)
-    assert Job("distill", 128, steps=10) in thorough and Job("sft", 64, guidance=7.5) in thorough
+    assert Job("distill", 128, 4, steps=10) in thorough and Job("sft", 64, 4, guidance=7.5) in thorough
+    # What is a score anyway is not made again with fewer pictures.
+    assert Job("sft", 64, 10) in thorough and Job("sft", 64, 4) not in thorough
 
 
 def test_the_report_holds_everything(tmp_path: Path) -> None:
@@ -122,13 +124,13 @@ def test_scores_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(recipe, "_run", run)
     (tmp_path / "pt").mkdir()
-    made = Recipe(DEMO[:1], tmp_path, 2, 2)
-    jobs = [Job("pt", 64), Job("pt", 64, real=True)]
+    made = Recipe(DEMO[:1], tmp_path, 2)
+    jobs = [Job("pt", 64, 2), Job("pt", 64, 2, real=True)]
     made.score(jobs)
     made.score(jobs)
     assert len(calls) == 2 and sum("--real" in command for command in calls) == 1
     assert (tmp_path / "pt" / jobs[0].name / "score.json").is_file()
-    Recipe(DEMO[:1], tmp_path, 2, 3).score(jobs[:1])
+    made.score([Job("pt", 64, 3)])
     assert len(calls) == 3
 
 
