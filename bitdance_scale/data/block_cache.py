@@ -18,6 +18,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -40,6 +41,8 @@ _TOUCH_S = 60.0
 class BlockCache:
     """Blocks of objects in a folder; safe to use from several threads, processes and runs at once.
 
+    A disk that fails or is full once it runs costs the cache and not the run: there is a warning, and objects are read past it.
+
     Args:
         folder: on a disk of this node; made where it is missing.
         max_bytes: the files in it never take more.
@@ -60,8 +63,7 @@ class BlockCache:
         self._has_counted = self._has_warned = False
         try:
             (self._folder / "locks").mkdir(parents=True, exist_ok=True)
-            with self._claim("usage"):
-                pass
+            (self._folder / "locks" / "usage").touch()
         except OSError as error:
             raise DataError(
                 f"data.s3.cache_dir={folder}: cannot be used ({error.strerror}). Name a folder on a disk of the node "
@@ -87,25 +89,42 @@ class BlockCache:
 
     def _read_block(self, path: Path, start: int, begin: int, end: int, fetch: Callable[[int, int], bytes]) -> bytes:
         """Bytes `begin` .. `end` of the block of the object that starts at `start`."""
-        if (kept := _kept(path, begin, end)) is not None:
+        if (kept := self._kept(path, begin, end)) is not None:
             return kept
         with self._claim(str(int(path.name[:8], 16) % _NUM_LOCKS)) as is_ours:
             if not is_ours:
                 return fetch(start + begin, end - begin)
             # Whoever had the claim before may have fetched it.
-            if (kept := _kept(path, begin, end)) is not None:
+            if (kept := self._kept(path, begin, end)) is not None:
                 return kept
             content = fetch(start, self._block_bytes)
             self.num_fetches += 1
             self._keep(path, content)
         return content[begin:end]
 
+    def _kept(self, path: Path, begin: int, end: int) -> bytes | None:
+        """Bytes `begin` .. `end` of a block's file; None where there is none, or a damaged one, which is removed."""
+        try:
+            with open(path, "rb", buffering=0) as file:
+                content, stat = _checked(file.fileno(), begin, end), os.fstat(file.fileno())
+            if content is None:
+                logger.warning("%s: damaged; fetched anew", path)
+                path.unlink()
+            elif time.time() - stat.st_mtime > _TOUCH_S:
+                os.utime(path)
+            return content
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._warn(error)
+            return None
+
     def _path(self, key: str, block: int) -> Path:
         digest = hashlib.sha256(f"{key}\n{self._block_bytes}\n{block}".encode()).hexdigest()
         return self._folder / digest[:2] / digest[2:42]
 
     def _keep(self, path: Path, content: bytes) -> None:
-        """Writes a block, and makes room for it; a disk that is full or broken costs the cache, not the run."""
+        """Writes a block, and makes room for it."""
         table = np.array([zlib.crc32(content[at : at + _PAGE_BYTES]) for at in range(0, len(content), _PAGE_BYTES)])
         data = _HEADER.pack(_MAGIC, len(content)) + table.astype("<u4").tobytes() + content
         try:
@@ -121,9 +140,12 @@ class BlockCache:
                 part.replace(path)
                 (self._folder / "used_bytes").write_text(str(used + len(data)))
         except OSError as error:
-            if not self._has_warned:
-                logger.warning("data.s3.cache_dir=%s: %s; reading on without keeping", self._folder, error)
-            self._has_warned = True
+            self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._has_warned:
+            logger.warning("data.s3.cache_dir=%s: %s; reading past the cache", self._folder, error)
+        self._has_warned = True
 
     def _used_bytes(self) -> int:
         """What all blocks take, from the count that is kept beside them; counted anew once by every process."""
@@ -156,37 +178,24 @@ class BlockCache:
     @contextlib.contextmanager
     def _claim(self, name: str) -> Iterator[bool]:
         """Holds one of the folder's locks; False where it is not to be had in time. A process that dies lets go of it."""
-        with open(self._folder / "locks" / name, "w") as file:
-            deadline_s = time.monotonic() + self._patience_s
-            is_ours = True
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline_s:
-                        is_ours = False
-                        break
-                    time.sleep(_POLL_S)
-            # Closing the file lets go.
+        with contextlib.ExitStack() as stack:
+            is_ours = False
+            try:
+                # Closing the file lets go.
+                file = stack.enter_context(open(self._folder / "locks" / name, "w"))
+                is_ours = self._lock(file)
+            except OSError as error:
+                self._warn(error)
             yield is_ours
 
-
-def _kept(path: Path, begin: int, end: int) -> bytes | None:
-    """Bytes `begin` .. `end` of a block's file; None where there is none, or a damaged one, which is removed."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            content = _checked(file.fileno(), begin, end)
-            stat = os.fstat(file.fileno())
-            if content is not None:
-                if time.time() - stat.st_mtime > _TOUCH_S:
-                    os.utime(path)
-                return content
-            logger.warning("%s: damaged; fetched anew", path)
-            path.unlink()
-    except FileNotFoundError:
-        pass
-    return None
+    def _lock(self, file: IO[str]) -> bool:
+        deadline_s = time.monotonic() + self._patience_s
+        while time.monotonic() < deadline_s:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            time.sleep(_POLL_S)
+        return False
 
 
 def _checked(descriptor: int, begin: int, end: int) -> bytes | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import multiprocessing
 import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -181,6 +182,24 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(tmp_path: Path, monkeypatch
         assert cache.read("object", block * BLOCK, 9, fetch) == CONTENT[block * BLOCK : block * BLOCK + 9]
     assert caplog.text.count("No space left on device") == 1
     assert not block_files(tmp_path)
+
+
+def test_a_disk_that_fails_costs_the_cache_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    cache = make_cache(tmp_path / "cache")
+    assert cache.read("object", 0, 9, fetch) == CONTENT[:9]
+
+    def broken(*_: object) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", broken)
+        assert cache.read("object", 0, 9, fetch) == CONTENT[:9]
+    assert "Input/output error; reading past the cache" in caplog.text
+    shutil.rmtree(tmp_path / "cache")
+    assert cache.read("object", 5, 9, fetch) == CONTENT[5:14]
+    assert caplog.text.count("reading past the cache") == 1
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
