@@ -241,7 +241,8 @@ def _fields(line: str, kind: type) -> dict[str, Any]:
     """The JSON object of a line, with the fields of a dataclass and no others; fields with a default may be absent."""
     values = json.loads(line)
     expected = {field.name for field in dataclasses.fields(kind)}
-    required = {field.name for field in dataclasses.fields(kind) if field.default_factory is dataclasses.MISSING}
+    missing = dataclasses.MISSING
+    required = {f.name for f in dataclasses.fields(kind) if f.default is missing and f.default_factory is missing}
     if not isinstance(values, dict) or not required <= values.keys() <= expected:
         raise ValueError(f"expected a JSON object with the fields {sorted(expected)}")
     return values

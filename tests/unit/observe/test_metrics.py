@@ -49,10 +49,11 @@ def test_written_metrics_are_read_back(tmp_path):
     assert read_metrics(tmp_path / METRICS_FILE) == [point(1), point(2, mfu=0.45, holes=3, skipped_steps=1)]
 
 
-def test_sources_are_read_back_and_lines_from_before_there_were_any_as_well(tmp_path):
+def test_a_run_goes_on_over_lines_from_before_there_were_sources_and_faults(tmp_path):
     write(tmp_path, range(1, 2), resumed_step=0)
     path = tmp_path / METRICS_FILE
-    old = {name: value for name, value in json.loads(path.read_text()).items() if name != "images_by_source"}
+    later = ("images_by_source", "faults", "steps_ready")
+    old = {name: value for name, value in json.loads(path.read_text()).items() if name not in later}
     path.write_text(json.dumps(old) + "\n")
     with MetricsWriter(tmp_path, resumed_step=1) as writer:
         writer.write(point(2, images_by_source={"open": 12, "own": 4}))
