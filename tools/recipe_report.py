@@ -64,7 +64,7 @@ def write_report(path: Path, stages: Sequence[StageReport], scores: Sequence[Sco
         _table(stage_rows),
         '<p class="note">Held-out losses have fixed images, noise and uniform flow times; they compare with each other '
         "where two stages evaluate the same resolutions, and not with the training loss.</p>",
-        _picture(overview(runs, one_after_another=True), "all stages, one after another"),
+        _picture(Image.open(io.BytesIO(overview(runs, one_after_another=True))), "all stages, one after another"),
         "<h2>Scene score</h2>",
         _table(score_rows),
         '<p class="note">Share of pictures in which image analysis finds what the prompt asks for, by GenEval\'s rules; '
@@ -129,16 +129,17 @@ def _cell(value: object) -> str:
 
 def _picture_of(path: Path) -> str:
     """A picture file inlined, no larger than a page needs."""
-    image = Image.open(path).convert("RGB")
+    image = Image.open(path)
     image.thumbnail((MAX_PICTURE_PX, 4 * MAX_PICTURE_PX))
+    return _picture(image, path.stem)
+
+
+def _picture(image: Image.Image, description: str) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return _picture(buffer.getvalue(), path.stem)
-
-
-def _picture(png: bytes, description: str) -> str:
-    encoded = base64.b64encode(png).decode()
-    return f'<p><img alt="{html.escape(description)}" src="data:image/png;base64,{encoded}"></p>'
+    # A quarter of a PNG, so that a page can be mailed or kept with the code.
+    image.convert("RGB").save(buffer, "WEBP", quality=85, method=6)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return f'<p><img alt="{html.escape(description)}" src="data:image/webp;base64,{encoded}"></p>'
 
 
 def _machine() -> str:

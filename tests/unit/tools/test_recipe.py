@@ -104,7 +104,7 @@ def test_the_report_holds_everything(tmp_path: Path) -> None:
     page = path.read_text()
     # Nothing is fetched from elsewhere.
     assert not re.search(r'(src|href)="(?!data:)', page)
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/webp;base64,") == 3
     tables = json.loads(path.with_suffix(".json").read_text())
     assert [row["overall"] for row in tables["scores"]] == [0.5, 1.0]
     first, second = tables["stages"]
