@@ -50,8 +50,8 @@ STUDIES = {
             "no text loss": ("loss.text_weight=0",),
             "no bit flips": ("vision.flip_max=0",),
             "constant rate": ("optim.decay_steps=0",),
-            # 12 images of 64 px are as many tokens as 10 of the mix.
             "fully causal mask": ("model.mask=causal",),
+            # 12 images of 64 px are as many tokens as 10 of the mix.
             "64 px alone": (ONLY_64_PX, "data.global_batch=12"),
         },
     ),
