@@ -65,7 +65,7 @@ class Job:
 def plan_jobs(
     stages: Sequence[str], sides_px: dict[str, list[int]], per_category: int, sweep_per_category: int | None
 ) -> list[Job]:
-    """The scores of a recipe: every stage at the sides it is trained on, the tokenizer's limit, and the sweeps.
+    """The scores of a recipe: every stage at its sides, the tokenizer's limit, and the sweeps.
 
     Args:
         stages: names in order, of which `untrained` may be one.
@@ -82,8 +82,11 @@ def plan_jobs(
             side = sides_px[stage][0]
             jobs += [Job(stage, side, sweep_per_category, steps=steps) for steps in STEPS]
             jobs += [Job(stage, side, sweep_per_category, guidance=guidance) for guidance in GUIDANCE]
-    # Of two that differ by their number of pictures alone, the first.
-    return list({(job.stage, job.name): job for job in reversed(jobs)}.values())[::-1]
+    found: dict[tuple[str, str], Job] = {}
+    for job in jobs:
+        # What is a score anyway is not made again with the sweep's number of pictures.
+        found.setdefault((job.stage, job.name), job)
+    return list(found.values())
 
 
 class Recipe:

@@ -129,7 +129,7 @@ def _cell(value: object) -> str:
 
 def _picture_of(path: Path) -> str:
     """A picture file inlined, no larger than a page needs."""
-    image = Image.open(path)
+    image = Image.open(path).convert("RGB")
     image.thumbnail((MAX_PICTURE_PX, 4 * MAX_PICTURE_PX))
     return _picture(image, path.stem)
 

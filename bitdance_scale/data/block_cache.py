@@ -129,7 +129,7 @@ class BlockCache:
         data = _HEADER.pack(_MAGIC, len(content)) + table.astype("<u4").tobytes() + content
         try:
             with self._claim("usage") as is_ours:
-                if not is_ours:
+                if not is_ours or len(data) > self._max_bytes:
                     return
                 used = self._used_bytes()
                 if used + len(data) > self._max_bytes:

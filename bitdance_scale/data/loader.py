@@ -138,7 +138,8 @@ class Loader:
         CheckpointError: `state` is of another data set, seed or plan.
         DataError: a resolution class or a source has no samples; a store cannot be made ready. While iterating: too
             many holes.
-        ConfigError: the shards do not fit the node's cache; while iterating, a batch that does not fit the packs (see `packing.partition_batch`).
+        ConfigError: the shards do not fit the node's cache; while iterating, a batch that does not fit the packs (see
+            `packing.partition_batch`).
     """
 
     def __init__(
@@ -169,10 +170,10 @@ class Loader:
         stores = Stores(config.data.s3)
         self._reader = ShardReader(stores)
         self._bits: BitStore | None = None
-        if not config.data.bits_dir:
-            stores.prepare((entry.path, entry.num_bytes) for entry in index.shards)
-        else:
+        if config.data.bits_dir:
             self._bits = BitStore(config.data.bits_dir, index, recipe(config.data, config.vision))
+        else:
+            stores.prepare((entry.path, entry.num_bytes) for entry in index.shards)
         self._pool = ThreadPoolExecutor(config.data.read_threads, thread_name_prefix="data-reader")
         self._current: _StepInFlight | None = None
         self._ahead: deque[_StepInFlight] = deque()

@@ -109,7 +109,8 @@ def _fill(lengths: np.ndarray, costs: np.ndarray, num_packs: int, capacity: int)
     order = np.lexsort((np.arange(len(lengths)), -lengths)).tolist()
     sizes, prices = lengths.tolist(), costs.tolist()
     packs = _fill_cheapest(order, sizes, prices, num_packs, capacity)
-    packs = packs or _fill_fullest(order, sizes, num_packs, capacity)
+    if packs is None:
+        packs = _fill_fullest(order, sizes, num_packs, capacity)
     if packs is not None:
         _open_empty(packs)
     return packs

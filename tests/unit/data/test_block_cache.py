@@ -104,6 +104,12 @@ def test_the_bound_holds_and_the_least_recently_used_go(tmp_path: Path) -> None:
         assert sum(path.stat().st_size for path in block_files(tmp_path)) <= bound
 
 
+def test_a_block_larger_than_the_bound_is_not_kept(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path, BLOCK)
+    assert cache.read("object", 3, 9, fetch) == CONTENT[3:12]
+    assert not block_files(tmp_path)
+
+
 def test_what_a_dead_process_left_is_counted_or_removed(tmp_path: Path) -> None:
     make_cache(tmp_path).read("object", 0, 1, fetch)
     kept = block_files(tmp_path)[0]

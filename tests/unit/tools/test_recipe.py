@@ -86,6 +86,7 @@ def test_jobs_cover_stages_limits_and_sweeps_once() -> None:
     ]
     thorough = plan_jobs(["sft", "distill"], sides, 10, 4)
     assert len({(job.stage, job.name) for job in thorough}) == len(thorough) == 5 + 2 * (2 + 4)
+    assert thorough[:5] == jobs
     assert Job("distill", 128, 4, steps=10) in thorough and Job("sft", 64, 4, guidance=7.5) in thorough
     # What is a score anyway is not made again with fewer pictures.
     assert Job("sft", 64, 10) in thorough and Job("sft", 64, 4) not in thorough
