@@ -7,6 +7,8 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 NPROC ?= 2
+# Test processes side by side. What shares a fixture stays together; in the order of the files, as the longest come first.
+WORKERS ?= 2
 CONFIG ?= pipelines/configs/demo.toml
 # The stamp carries the folder: a copied checkout would otherwise run the package of the original.
 STAMP := $(VENV)/installed-$(shell pwd -P | cksum | cut -d' ' -f1)
@@ -51,8 +53,8 @@ recipe: demo-data  ## all four stages of the demo, export, scene scores and a re
 	$(BIN)/python tools/recipe.py $(addprefix pipelines/configs/,demo.toml ct_demo.toml sft_demo.toml distill_demo.toml) \
 		--nproc $(NPROC) $(ARGS)
 
-test: setup  ## all tests; ARGS= goes to pytest
-	$(BIN)/python -m pytest $(ARGS)
+test: setup  ## all tests; ARGS= goes to pytest, WORKERS= test processes side by side (0: in this one)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
 test-slurm: setup  ## the launch scripts on a Slurm that it starts; as root on Debian; ARGS= goes to pytest
 	bash tests/slurm/run.sh $(BIN)/python $(ARGS)

@@ -94,7 +94,7 @@ def _stage_row(stage: StageReport, run: RunRecord) -> dict[str, object]:
         "tokens a block": stage.config.vision.block_side**2,
         "steps": run.metrics[-1].step,
         "images": run.metrics[-1].images,
-        "minutes": f"{run.trained_s / 60:.1f}",
+        "minutes": round(run.trained_s / 60, 1),
         "flow loss": round(sum(point.loss_vision for point in last) / len(last), 4),
         "text loss": round(sum(point.loss_text for point in last) / len(last), 4),
     }
@@ -116,15 +116,16 @@ def _table(rows: Sequence[dict[str, object]]) -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(_cell(row.get(name)))}</td>" for name in columns) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td>{html.escape(_cell(name, row.get(name)))}</td>" for name in columns) + "</tr>" for row in rows
     )
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _cell(value: object) -> str:
+def _cell(name: str, value: object) -> str:
     if value is None:
         return ""
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    num_decimals = 1 if name == "minutes" else 3
+    return f"{value:.{num_decimals}f}" if isinstance(value, float) else str(value)
 
 
 def _picture_of(path: Path) -> str:
