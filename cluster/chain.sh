@@ -2,18 +2,24 @@
 # Submits stages that follow each other, each to start when the one before has finished (afterok):
 #   chain.sh JOB STAGE [section.key=value ...]
 # With a JOB id, which trains STAGE already, the stages after it; without ("") STAGE as well. The settings go to every
-# stage, but for run.start_from, which the first one keeps: a later stage starts from the run before it.
+# stage, but for run.start_from, which the first one keeps: a later stage starts from the run before it, as its file says
+# or under the run.root that is given.
 set -euo pipefail
 
 readonly STAGES=(pt ct sft distill)
 previous_job=$1 first=$2
 shift 2
 
-run_root=runs first_start=() settings=()
+if [[ -n ${CONFIG:-} ]]; then
+    echo "chain: CONFIG=$CONFIG is the file of one stage: put files of your own, named pt_14b.toml to distill_14b.toml," \
+        "into a folder and name it as CONFIG_ROOT" >&2
+    exit 2
+fi
+run_root="" first_start=() settings=()
 for setting in "$@"; do
     case $setting in
     run.name=*)
-        echo "chain: $setting: the stages of a chain are named pt_14b to distill_14b, as each starts from the one before;" \
+        echo "chain: $setting: the runs of a chain are named pt_14b to distill_14b, as each starts from the one before;" \
             "set run.root for another place" >&2
         exit 2
         ;;
@@ -28,6 +34,17 @@ for setting in "$@"; do
 done
 read -ra options <<<"${CHAIN_OPTIONS:-}"
 
+# Before the first job is submitted, and not when a later one starts.
+has_begun=0
+for stage in "${STAGES[@]}"; do
+    [[ $stage != "$first" ]] || has_begun=1
+    file=${CONFIG_ROOT:-pipelines/configs}/${stage}_14b.toml
+    if ((has_begun)) && [[ ! -f $file ]]; then
+        echo "chain: $file is not there: CONFIG_ROOT is the folder of the files of all stages of the chain" >&2
+        exit 2
+    fi
+done
+
 previous="" has_begun=0
 for stage in "${STAGES[@]}"; do
     if [[ $stage == "$first" ]]; then
@@ -36,7 +53,8 @@ for stage in "${STAGES[@]}"; do
         [[ -z $previous_job ]] || continue
         start=("${first_start[@]}")
     elif ((has_begun)); then
-        start=("run.start_from=$run_root/${previous}_14b")
+        # The files say so themselves, but for another place.
+        start=(${run_root:+"run.start_from=$run_root/${previous}_14b"})
         previous=$stage
     else
         continue
@@ -44,8 +62,7 @@ for stage in "${STAGES[@]}"; do
     dependency=()
     # A stage whose predecessor failed would otherwise stay in the queue for ever.
     [[ -z $previous_job ]] || dependency=("--dependency=afterok:$previous_job" --kill-on-invalid-dep=yes)
-    # CONFIG names the file of one stage; a chain uses the stages' own.
-    previous_job=$(env -u CONFIG CHAIN=0 sbatch --parsable "${options[@]}" "${dependency[@]}" "cluster/$stage.sbatch" \
+    previous_job=$(CHAIN=0 sbatch --parsable "${options[@]}" "${dependency[@]}" "cluster/$stage.sbatch" \
         "${settings[@]}" "${start[@]}")
     previous_job=${previous_job%%;*} # a cluster's name may follow
     echo "chain: $stage is job $previous_job${dependency[0]:+ (${dependency[0]#--})}"

@@ -34,7 +34,7 @@ show)
 esac
 """
 SBATCH = """
-printf '%s|' "$@" >>"$CALLS"; echo "CHAIN=$CHAIN CONFIG=${CONFIG:-}" >>"$CALLS"
+printf '%s|' "$@" >>"$CALLS"; echo "CHAIN=$CHAIN" >>"$CALLS"
 echo $((100 + $(wc -l <"$CALLS")))
 """
 
@@ -139,7 +139,7 @@ def test_faults_are_counted_over_starts_and_forgiven_by_a_stop(slurm):
 
 
 def test_chain_submits_the_stages_in_order(slurm):
-    variables = {"CHAIN": "1", "CHAIN_OPTIONS": "--account=art --nodes=32", "CONFIG": "own.toml"}
+    variables = {"CHAIN": "1", "CHAIN_OPTIONS": "--account=art --nodes=32"}
     settings = ("run.root='/big runs'", "run.start_from=imported", "run.seed=2")
     code, printed, calls = slurm("cluster/pt.sbatch", *settings, **variables)
     assert code == 0, printed
@@ -147,10 +147,10 @@ def test_chain_submits_the_stages_in_order(slurm):
     after = "--dependency=afterok:{}|--kill-on-invalid-dep=yes|"
     shared = "run.root='/big runs'|run.seed=2|"
     assert calls == [
-        f"{always}cluster/pt.sbatch|{shared}run.start_from=imported|CHAIN=0 CONFIG=",
-        f"{always}{after.format(101)}cluster/ct.sbatch|{shared}run.start_from=/big runs/pt_14b|CHAIN=0 CONFIG=",
-        f"{always}{after.format(102)}cluster/sft.sbatch|{shared}run.start_from=/big runs/ct_14b|CHAIN=0 CONFIG=",
-        f"{always}{after.format(103)}cluster/distill.sbatch|{shared}run.start_from=/big runs/sft_14b|CHAIN=0 CONFIG=",
+        f"{always}cluster/pt.sbatch|{shared}run.start_from=imported|CHAIN=0",
+        f"{always}{after.format(101)}cluster/ct.sbatch|{shared}run.start_from=/big runs/pt_14b|CHAIN=0",
+        f"{always}{after.format(102)}cluster/sft.sbatch|{shared}run.start_from=/big runs/ct_14b|CHAIN=0",
+        f"{always}{after.format(103)}cluster/distill.sbatch|{shared}run.start_from=/big runs/sft_14b|CHAIN=0",
     ]
 
 
@@ -160,7 +160,25 @@ def test_chain_inside_a_job_submits_what_follows_once(slurm):
         submitted = [call for call in calls if "cluster/" in call]
         assert len(submitted) == num_submitted
         if submitted:
-            assert "--dependency=afterok:17|" in submitted[0] and "run.start_from=runs/ct_14b" in submitted[0]
+            # Where a run starts from stands in its file, as long as no other root is given.
+            assert "--dependency=afterok:17|" in submitted[0] and "run.start_from" not in submitted[0]
+
+
+def test_chain_takes_the_files_of_a_folder(slurm, tmp_path):
+    for stage in ("sft", "distill"):
+        (tmp_path / f"{stage}_14b.toml").touch()
+    code, printed, calls = slurm("cluster/ct.sbatch", CHAIN="1", CONFIG_ROOT=str(tmp_path))
+    assert code == 2 and calls == [] and f"{tmp_path}/ct_14b.toml is not there" in printed
+    code, printed, calls = slurm("cluster/sft.sbatch", CHAIN="1", CONFIG_ROOT=str(tmp_path))
+    assert code == 0 and len(calls) == 2, printed
+    _, _, calls = slurm("cluster/sft.sbatch", OUTCOME="0", CONFIG_ROOT=str(tmp_path), **JOB)
+    assert f"pipelines/sft.py|{tmp_path}/sft_14b.toml|" in calls[-1]
+
+
+@pytest.mark.parametrize("job", [{}, JOB])
+def test_chain_refuses_the_file_of_one_stage(slurm, job):
+    code, printed, calls = slurm("cluster/pt.sbatch", CHAIN="1", CONFIG="own.toml", **job)
+    assert code == 2 and calls == [] and "CONFIG=own.toml" in printed and "CONFIG_ROOT" in printed
 
 
 def test_chain_refuses_one_name_for_all(slurm):
