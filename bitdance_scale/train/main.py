@@ -111,24 +111,17 @@ def _run(config: RunConfig) -> int:
 
 def _train(config: RunConfig, topology: Topology, run_folder: Path, stop: StopRequest) -> int:
     # Imported late: it takes seconds, and a refused configuration should not wait for it.
-    from bitdance_scale.checkpoint.agreement import on_first_rank
-    from bitdance_scale.train.run_observer import draw_overview, show_result, write_samples
+    from bitdance_scale.train.completion import complete
+    from bitdance_scale.train.run_observer import show_result
     from bitdance_scale.train.trainer import Trainer
 
     trainer = Trainer(config, topology, run_folder)
-    step = trainer.progress.step
     if trainer.is_complete:
-        if on_first_rank(None, lambda: _lacks_samples(config, run_folder, step)):
-            # The run was killed between its last checkpoint and its last pictures.
-            images = trainer.draw_samples()
-            if topology.rank == 0:
-                write_samples(run_folder, step, images, config.sample.prompts)
-                draw_overview(run_folder)
-                print("\n" + show_result(run_folder), flush=True)
+        complete(trainer, topology)
         logger.info(
             "the run %s is complete at step %d; extend it with run.steps=%d, or start another with run.name=NAME",
             run_folder,
-            step,
+            trainer.progress.step,
             2 * config.run.steps,
         )
         return 0
@@ -143,10 +136,3 @@ def _train(config: RunConfig, topology: Topology, run_folder: Path, stop: StopRe
     if topology.rank == 0:
         print("\n" + show_result(run_folder), flush=True)
     return 0
-
-
-def _lacks_samples(config: RunConfig, run_folder: Path, step: int) -> bool:
-    from bitdance_scale.train.run_observer import samples_path
-
-    is_wanted = bool(config.sample.prompts) and config.sample.every_steps > 0
-    return is_wanted and not samples_path(run_folder, step).exists()

@@ -16,8 +16,9 @@ from bitdance_scale.checkpoint.start import find_checkpoint, load_weights
 from bitdance_scale.checkpoint.state import TrainState, load_checkpoint, save_checkpoint
 from bitdance_scale.config.load import dump_toml
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.errors import TrainingError
+from bitdance_scale.errors import BitDanceError, TrainingError
 from bitdance_scale.model.inputs import PackInputs, make_inputs
+from bitdance_scale.observe.metrics import Evaluation
 from bitdance_scale.parallel.build import build_engine
 from bitdance_scale.parallel.step import train_step
 from bitdance_scale.parallel.topology import Topology
@@ -25,7 +26,7 @@ from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.sequence.tokens import load_text_tokenizer
 from bitdance_scale.train.evaluate import Evaluator
-from bitdance_scale.train.feed import StepFeed
+from bitdance_scale.train.feed import FedStep, StepFeed
 from bitdance_scale.train.progress import Progress, StepMeter, learning_rate, progress_fields
 from bitdance_scale.train.reading import StepReader
 from bitdance_scale.train.run_observer import RunObserver
@@ -87,7 +88,7 @@ class Trainer:
 
         Raises:
             TrainingError: gradients stayed non-finite for `optim.max_skipped_steps` steps.
-            DataError: the loader found too much unreadable data.
+            DataError: the loader found too much unreadable data; what was trained until then is saved.
         """
         config, topology, progress = self.config, self.topology, self.progress
         meter = StepMeter(config, self._text.vocab_size, topology, progress)
@@ -102,7 +103,7 @@ class Trainer:
                 self._evaluate(observer)
                 meter.pause()
             while not self.is_complete:
-                fed = feed.take()
+                fed = self._take(feed)
                 lr = learning_rate(config.optim, progress.step, config.run.steps)
                 losses, outcome = train_step(self._engine, fed.batch, config.loss, lr, topology)
                 meter.add(fed.packs, fed.report, fed.wait_s, outcome.is_skipped)
@@ -127,6 +128,12 @@ class Trainer:
     def draw_samples(self) -> list[np.ndarray]:
         """Draws the configured prompts; uint8 [H, W, 3] each on rank 0, nothing elsewhere."""
         return draw_samples(self._engine, self.config, self._text, self._vision, self.topology)
+
+    def evaluate(self) -> Evaluation | None:
+        """The losses on the held-out images, on all ranks alike; None: the run has none."""
+        if self._evaluator is None:
+            return None
+        return self._evaluator.evaluate(self._engine, self.progress.step)
 
     def save(self) -> None:
         """Commits a checkpoint of the present step, unless there is one."""
@@ -170,9 +177,18 @@ class Trainer:
         self._saved_step = state.step
         logger.info("resumed from %s", path)
 
+    def _take(self, feed: StepFeed) -> FedStep:
+        try:
+            return feed.take()
+        except BitDanceError:
+            # Raised on all ranks. Nothing is wrong with the steps before this one.
+            self.save()
+            raise
+
     def _evaluate(self, observer: RunObserver) -> None:
-        if self._evaluator is not None:
-            observer.evaluation(self._evaluator.evaluate(self._engine, self.progress.step), self.progress.images)
+        evaluation = self.evaluate()
+        if evaluation is not None:
+            observer.evaluation(evaluation, self.progress.images)
 
     def _find_start(self) -> Start:
         """What `run.start_from` means, and whether the stage can start from it."""

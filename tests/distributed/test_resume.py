@@ -17,6 +17,7 @@ NUM_RANKS = 2
 NUM_STEPS = 6
 SAVE_EVERY = 2
 KILL_STEP = 4
+FAULT_STEP = 3
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,10 @@ def material(tmp_path_factory) -> list[str]:
 
 
 def _run(rank: int, root: str, overrides: list[str], kill: str | None) -> tuple[str, int]:
-    """Trains in this process; `kill` names the moment of SIGKILL. Returns (digest of this rank's tensors, start step)."""
+    """Trains in this process; `kill` names the moment of SIGKILL, or is "data" for data that cannot be read.
+
+    Returns (digest of this rank's tensors, start step).
+    """
     from bitdance_scale.config.load import load_config
     from bitdance_scale.parallel.topology import make_topology, start_process_group
     from bitdance_scale.train.signals import StopRequest
@@ -48,7 +52,9 @@ def _run(rank: int, root: str, overrides: list[str], kill: str | None) -> tuple[
         if is_moment:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    if kill not in (None, "between"):
+    if kill == "data":
+        _break_data(rank)
+    elif kill not in (None, "between"):
         trainer._checkpoints._before = lambda action: die_if(trainer.progress.step == KILL_STEP and action == kill)
     with StopRequest() as stop:
         if kill == "between":
@@ -64,6 +70,23 @@ def _run(rank: int, root: str, overrides: list[str], kill: str | None) -> tuple[
     return digest.hexdigest(), start_step
 
 
+def _break_data(rank: int) -> None:
+    """On rank 1 the step after `FAULT_STEP` cannot be read."""
+    from bitdance_scale.errors import DataError
+    from bitdance_scale.train.reading import StepReader
+
+    read, num_read = StepReader._read, 0
+
+    def read_or_fail(loader):
+        nonlocal num_read
+        if rank == 1 and num_read == FAULT_STEP:
+            raise DataError("too many images cannot be read")
+        num_read += 1
+        return read(loader)
+
+    StepReader._read = staticmethod(read_or_fail)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(material, tmp_path_factory):
     root = tmp_path_factory.mktemp("uninterrupted")
@@ -72,12 +95,18 @@ def uninterrupted(material, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    # Before the manifest nothing of the save counts; after the rename all of it does, pointed at or not.
-    ("kill", "resumed_step"),
-    [("between", KILL_STEP), ("manifest", SAVE_EVERY), ("latest", SAVE_EVERY)],
+    # Before the manifest nothing of the save counts; after the rename all of it does, pointed at or not. What was trained
+    # before a fault of the data is saved between two checkpoints.
+    ("kill", "resumed_step", "message"),
+    [
+        ("between", KILL_STEP, "exit code -9"),
+        ("manifest", SAVE_EVERY, "exit code -9"),
+        ("latest", SAVE_EVERY, "exit code -9"),
+        ("data", FAULT_STEP, "too many images"),
+    ],
 )
-def test_killed_run_ends_as_the_uninterrupted_one(material, uninterrupted, tmp_path, kill, resumed_step):
-    with pytest.raises(AssertionError, match="exit code -9"):
+def test_broken_run_ends_as_the_uninterrupted_one(material, uninterrupted, tmp_path, kill, resumed_step, message):
+    with pytest.raises(AssertionError, match=message):
         run_ranks(NUM_RANKS, _run, str(tmp_path), material, kill)
     records = run_ranks(NUM_RANKS, _run, str(tmp_path), material, None)
     assert [step for _, step in records] == [resumed_step] * NUM_RANKS

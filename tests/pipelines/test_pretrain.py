@@ -109,14 +109,16 @@ def test_run_leaves_everything(finished):
     assert last.holes == 0 and last.tokens > 0 and 0 <= last.padding_share < 1
 
 
-def test_complete_run_says_so_and_draws_what_is_missing(finished):
-    grid = finished[0] / "samples" / "step_000040.png"
-    drawn = np.asarray(Image.open(grid))
-    # As if killed between the last checkpoint and the last pictures.
+def test_complete_run_says_so_and_makes_what_is_missing(finished):
+    grid, evaluations = finished[0] / "samples" / "step_000040.png", finished[0] / EVALUATION_FILE
+    drawn, evaluated = np.asarray(Image.open(grid)), evaluations.read_text()
+    # As if killed between the last checkpoint and what follows it.
     grid.unlink()
+    evaluations.write_text("".join(evaluated.splitlines(keepends=True)[:-1]))
     result = _run(finished[1])
     assert result.returncode == 0
     np.testing.assert_array_equal(np.asarray(Image.open(grid)), drawn)
+    assert evaluations.read_text() == evaluated
     assert "is complete at step 40" in result.stdout and "run.steps=80" in result.stdout
 
 
