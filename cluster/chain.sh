@@ -6,9 +6,10 @@
 # or under the run.root that is given.
 set -euo pipefail
 
-readonly STAGES=(pt ct sft distill)
+stages=(pt ct sft distill)
 previous_job=$1 first=$2
 shift 2
+while [[ ${stages[0]} != "$first" ]]; do stages=("${stages[@]:1}"); done
 
 if [[ -n ${CONFIG:-} ]]; then
     echo "chain: CONFIG=$CONFIG is the file of one stage: put files of your own, named pt_14b.toml to distill_14b.toml," \
@@ -35,30 +36,22 @@ done
 read -ra options <<<"${CHAIN_OPTIONS:-}"
 
 # Before the first job is submitted, and not when a later one starts.
-has_begun=0
-for stage in "${STAGES[@]}"; do
-    [[ $stage != "$first" ]] || has_begun=1
+for stage in "${stages[@]}"; do
     file=${CONFIG_ROOT:-pipelines/configs}/${stage}_14b.toml
-    if ((has_begun)) && [[ ! -f $file ]]; then
+    if [[ ! -f $file ]]; then
         echo "chain: $file is not there: CONFIG_ROOT is the folder of the files of all stages of the chain" >&2
         exit 2
     fi
 done
 
-previous="" has_begun=0
-for stage in "${STAGES[@]}"; do
-    if [[ $stage == "$first" ]]; then
-        has_begun=1
-        previous=$stage
-        [[ -z $previous_job ]] || continue
-        start=("${first_start[@]}")
-    elif ((has_begun)); then
-        # The files say so themselves, but for another place.
-        start=(${run_root:+"run.start_from=$run_root/${previous}_14b"})
-        previous=$stage
-    else
-        continue
-    fi
+previous=""
+for stage in "${stages[@]}"; do
+    start=("${first_start[@]}")
+    # Their files say it, unless run.root moves the runs.
+    [[ -z $previous ]] || start=(${run_root:+"run.start_from=$run_root/${previous}_14b"})
+    previous=$stage
+    # The job that calls this trains the first one.
+    [[ $stage != "$first" || -z $previous_job ]] || continue
     dependency=()
     # A stage whose predecessor failed would otherwise stay in the queue for ever.
     [[ -z $previous_job ]] || dependency=("--dependency=afterok:$previous_job" --kill-on-invalid-dep=yes)
