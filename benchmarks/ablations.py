@@ -21,7 +21,7 @@ from pathlib import Path
 from launch import run_ranks
 
 from bitdance_scale.config.load import load_config
-from bitdance_scale.config.stages import STAGES
+from bitdance_scale.config.training_stages import STAGES
 from bitdance_scale.observe.metrics import EVALUATION_FILE, Evaluation, read_evaluations
 
 CONFIGS = Path("pipelines/configs")

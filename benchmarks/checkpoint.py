@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from bitdance_scale.checkpoint import durable, storage
+from bitdance_scale.checkpoint import durable, tensor_storage
 from bitdance_scale.checkpoint.sharded import load_sharded, save_sharded
 from bitdance_scale.parallel.partition import Piece, ShardedValue
 from tests.distributed.peak_memory import PeakMemory
@@ -101,10 +101,10 @@ def measure(rank: int, folder: Path, num_layers: int, files_mib: list[int], roun
         for file_mib in files_mib:
             target = folder / f"sharded_{file_mib}"
             save = functools.partial(save_sharded, target, values, max_file_bytes=file_mib * MIB)
-            hashing, checking = Clock(storage.saved_digest), Clock(storage.find_change)
-            with mock.patch.object(storage, "saved_digest", hashing), PeakMemory() as saving:
+            hashing, checking = Clock(tensor_storage.saved_digest), Clock(tensor_storage.find_change)
+            with mock.patch.object(tensor_storage, "saved_digest", hashing), PeakMemory() as saving:
                 note(f"save {file_mib}", timed(save))
-            with mock.patch.object(storage, "find_change", checking), PeakMemory() as loading:
+            with mock.patch.object(tensor_storage, "find_change", checking), PeakMemory() as loading:
                 note(f"load {file_mib}", timed(functools.partial(load_sharded, target, values)))
             note(f"save digest {file_mib}", hashing.seconds)
             note(f"load digest {file_mib}", checking.seconds)

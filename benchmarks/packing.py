@@ -23,10 +23,10 @@ from matplotlib.figure import Figure
 from benchmarks.packs import machine
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.data.apportion import Apportionment
-from bitdance_scale.data.buckets import assign_buckets, class_buckets
-from bitdance_scale.data.pack_length import pack_lengths
-from bitdance_scale.data.packing import CostModel, partition_batch
+from bitdance_scale.data.plan.apportion import Apportionment
+from bitdance_scale.data.plan.buckets import assign_buckets, class_buckets
+from bitdance_scale.data.plan.pack_length import pack_lengths
+from bitdance_scale.data.plan.packing import CostModel, partition_batch
 from bitdance_scale.sequence.layout import num_positions
 
 CONFIGS = Path(__file__).parents[1] / "pipelines" / "configs"

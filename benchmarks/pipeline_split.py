@@ -15,7 +15,7 @@ from launch import run_workload
 from packs import machine
 
 from bitdance_scale.config.load import load_config
-from bitdance_scale.parallel.split import even_split, stage_costs, stage_split
+from bitdance_scale.parallel.stage_split import even_split, stage_costs, stage_split
 
 VOCAB_14B = 151940
 VOCAB = 1000

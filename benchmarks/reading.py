@@ -30,13 +30,13 @@ from PIL import Image
 
 from bitdance_scale.config.schema import S3Section
 from bitdance_scale.data import bit_shards
-from bitdance_scale.data.decode import centre_region, decode_image
-from bitdance_scale.data.index import Index
-from bitdance_scale.data.index_build import build_index
+from bitdance_scale.data.image_decode import centre_region, decode_image
+from bitdance_scale.data.index.build import build_index
+from bitdance_scale.data.index.index import Index
+from bitdance_scale.data.index.tar_scan import TarScan
 from bitdance_scale.data.reader import ShardReader
-from bitdance_scale.data.s3 import S3Store
-from bitdance_scale.data.store import Stores
-from bitdance_scale.data.tar_scan import TarScan
+from bitdance_scale.data.storage.s3 import S3Store
+from bitdance_scale.data.storage.stores import Stores
 
 ROOT = Path(__file__).parents[1]
 LARGE_PX, SMALL_PX = (1024, 1024), (512, 512)

@@ -7,7 +7,7 @@ A slice of the 14B model at full width on one GPU, eager and compiled (as many l
 torchrun --nproc_per_node=1 benchmarks/workload.py pipelines/configs/pt_14b.toml parallel.tensor=1 \
     parallel.sequence_parallel=false model.num_layers=8 --vocab 32000 --steps 10 [--compile]
 
-The packs are those of `data/typical.py`: the configured mix, captions as long as allowed, the same for every layout. Rank 0
+The packs are those of `data/plan/synthetic_packs.py`: the configured mix, captions as long as allowed, the same for every layout. Rank 0
 prints one line of JSON: the median step, tokens per second and model FLOPs utilisation (pairs of positions that see each
 other, the head, logits of text targets only; recomputation and the autoencoder left out), peak memory, and the seconds
 of processor time each rank's main thread spent in a step.
@@ -28,7 +28,7 @@ import torch.distributed as dist
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.rules import check
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.data.typical import typical_packs
+from bitdance_scale.data.plan.synthetic_packs import typical_packs
 from bitdance_scale.model.inputs import PackInputs, make_inputs
 from bitdance_scale.observe.flops import PackCounts, count_pack, peak_flops, step_flops, utilisation
 from bitdance_scale.observe.memory import memory_bytes

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from bitdance_scale.atomic_files import write_text
 from cluster.verdict import Finding, Gpu, Limits, Report, judge, pairings
 
 GIB = 2**30
@@ -89,10 +90,7 @@ class Preflight:
 
     def _set(self, **fields: object) -> None:
         self.report = dataclasses.replace(self.report, **fields)
-        path = self._options.folder / f"{self.report.node}.json"
-        aside = path.with_suffix(".writing")
-        aside.write_text(self.report.to_json())
-        aside.replace(path)
+        write_text(self._options.folder / f"{self.report.node}.json", self.report.to_json())
 
     @contextlib.contextmanager
     def _phase(self, phase: str, rule: str) -> Iterator[None]:
@@ -257,8 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reports = wait_for_reports(options.folder, options.nodes, 2 * TIMEOUT_S)
     findings = judge(reports, Limits(options.gpus, **{name: getattr(options, name) for name in limits}))
     text = verdict_text(reports, findings)
-    (options.folder / VERDICT).write_text(text)
-    (options.folder / BAD_NODES).write_text(",".join(bad_nodes(findings, len(options.nodes))))
+    write_text(options.folder / VERDICT, text)
+    write_text(options.folder / BAD_NODES, ",".join(bad_nodes(findings, len(options.nodes))))
     preflight.end_together(text)
     return 1 if findings else 0
 

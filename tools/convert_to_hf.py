@@ -18,8 +18,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bitdance_scale.checkpoint.export_release import export_release, open_checkpoint
-from bitdance_scale.checkpoint.names import Part
-from bitdance_scale.config.published import beyond_release
+from bitdance_scale.checkpoint.published_names import Part
+from bitdance_scale.config.published_config import beyond_release
 from bitdance_scale.errors import BitDanceError
 
 DTYPES = ("bfloat16", "float16", "float32")

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from bitdance_scale.data.image_stream import centre_crops
-from bitdance_scale.data.index import default_index_dir
-from bitdance_scale.data.index_build import build_index
-from bitdance_scale.data.shards import expand_shards
+from bitdance_scale.data.crop_stream import centre_crops
+from bitdance_scale.data.index.build import build_index
+from bitdance_scale.data.index.index import default_index_dir
+from bitdance_scale.data.storage.shards import expand_shards
 from bitdance_scale.errors import BitDanceError, ConfigError
 from bitdance_scale.train.tokenizer_evaluation import Reconstruction, evaluate, summary, to_pixels
 from bitdance_scale.vision.autoencoder import Autoencoder, published_sizes

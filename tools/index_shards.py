@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from bitdance_scale.config.schema import S3Section
 from bitdance_scale.data.captions import DEFAULT_SOURCE
-from bitdance_scale.data.index import Index, ShardEntry, default_index_dir
-from bitdance_scale.data.index_build import build_index
-from bitdance_scale.data.index_report import lost_samples, summary, suspicious_shards
-from bitdance_scale.data.shards import expand_shards
-from bitdance_scale.data.store import Stores
+from bitdance_scale.data.index.build import build_index
+from bitdance_scale.data.index.index import Index, ShardEntry, default_index_dir
+from bitdance_scale.data.index.report import lost_samples, summary, suspicious_shards
+from bitdance_scale.data.storage.shards import expand_shards
+from bitdance_scale.data.storage.stores import Stores
 from bitdance_scale.errors import BitDanceError
 
 _SHORT_SIDES_PX = (0, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)

@@ -17,22 +17,21 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.rules import check
 from bitdance_scale.config.schema import DataSection, ResolutionClass
-from bitdance_scale.data.buckets import assign_buckets, class_buckets
 from bitdance_scale.data.captions import CaptionStatus
-from bitdance_scale.data.decode import decode_image
-from bitdance_scale.data.index import Index, default_index_dir
-from bitdance_scale.data.index_build import build_index
-from bitdance_scale.data.index_report import summary
-from bitdance_scale.data.ledger import SampleFault
-from bitdance_scale.data.permutation import Permutation
+from bitdance_scale.data.data_errors import SampleFault
+from bitdance_scale.data.image_decode import decode_image
+from bitdance_scale.data.index.build import build_index
+from bitdance_scale.data.index.index import Index, default_index_dir
+from bitdance_scale.data.index.report import summary
+from bitdance_scale.data.plan.buckets import assign_buckets, class_buckets
+from bitdance_scale.data.plan.permutation import Permutation
 from bitdance_scale.data.reader import ShardReader
-from bitdance_scale.data.shards import expand_shards
+from bitdance_scale.data.storage.shards import expand_shards
 from bitdance_scale.errors import BitDanceError
 from bitdance_scale.train.shared_index import training_index
 
@@ -133,7 +132,7 @@ def main() -> None:
         else:
             check(config, config.parallel.tensor * config.parallel.pipeline)
             data = dataclasses.replace(data, index_dir=arguments.index_dir or data.index_dir)
-            index = training_index(data, torch.device("cpu"))
+            index = training_index(data)
         print(report(index, classes, max_upscale))
         if not arguments.dataset and data.sources:
             print(source_report(index, data))

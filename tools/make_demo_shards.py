@@ -12,8 +12,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
-import shutil
 import sys
 import tarfile
 import time
@@ -23,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from demo_scenes import make_scene, render
 
+from bitdance_scale.atomic_files import new_folder, write_text
 from bitdance_scale.errors import BitDanceError, DataError
 
 MARKER = "dataset.json"
@@ -57,18 +56,10 @@ def write_shards(out: str | Path, num_images: int, per_shard: int, seed: int, is
     arguments = {"kind": KIND, "num_images": num_images, "per_shard": per_shard, "seed": seed}
     if out.exists() and _is_complete(out, arguments, is_forced):
         return False
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.parent / f".{out.name}.writing-{os.getpid()}"
-    scratch.mkdir()
-    try:
+    with new_folder(out) as scratch:
         for shard, first in enumerate(range(0, num_images, per_shard)):
             _write_shard(scratch / f"{shard:05d}.tar", shard, range(first, min(first + per_shard, num_images)), seed)
-        (scratch / MARKER).write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
-        if out.exists():
-            shutil.rmtree(out)
-        scratch.rename(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        write_text(scratch / MARKER, json.dumps(arguments, indent=2) + "\n")
     return True
 
 

@@ -22,7 +22,7 @@ from bitdance_scale.config.rules import check
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import BitDanceError
 from bitdance_scale.model.attention import uses_flex
-from bitdance_scale.parallel.footprint import Bytes, Footprint, footprint
+from bitdance_scale.parallel.memory_estimate import Bytes, Footprint, footprint
 from bitdance_scale.sequence.tokens import load_text_tokenizer
 
 GIB = 2**30

@@ -16,14 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.rules import check
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.data.pack_length import PackLength, pack_lengths
-from bitdance_scale.data.plan import Plan
-from bitdance_scale.data.samples import SampleBuilder
+from bitdance_scale.data.plan.pack_length import PackLength, pack_lengths
+from bitdance_scale.data.plan.plan import Plan
+from bitdance_scale.data.sample_builder import SampleBuilder
 from bitdance_scale.errors import BitDanceError, ConfigError
 from bitdance_scale.sequence.tokens import load_text_tokenizer
 from bitdance_scale.train.shared_index import training_index
@@ -39,7 +38,7 @@ def step_lengths(config: RunConfig, num_steps: int) -> tuple[list[np.ndarray], l
     Raises:
         DataError: shards or tokenizer cannot be read.
     """
-    index = training_index(config.data, torch.device("cpu"))
+    index = training_index(config.data)
     tokenizer = load_text_tokenizer(config.text, config.vision.block_tokens, is_causal=config.model.mask == "causal")
     plan, builder = Plan(config.run.seed, index, config.data), SampleBuilder(config, index, tokenizer)
     batches = [plan.batch(step) for step in range(num_steps)]

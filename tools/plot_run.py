@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bitdance_scale.atomic_files import write_bytes
 from bitdance_scale.errors import BitDanceError
-from bitdance_scale.observe.figures import write_whole
 from bitdance_scale.observe.overview import overview, read_run
 
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     page = overview(runs, one_after_another=options.one_after_another)
-    write_whole(options.out, lambda target: target.write_bytes(page))
+    write_bytes(options.out, page)
     for run in runs:
         print(f"{run.name}: {run.summary()}")
     return 0

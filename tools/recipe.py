@@ -24,9 +24,10 @@ from pathlib import Path
 
 from recipe_report import ScoredModel, StageReport, write_report
 
+from bitdance_scale.atomic_files import new_folder, write_text
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.config.stages import STAGES
+from bitdance_scale.config.training_stages import STAGES
 from bitdance_scale.errors import BitDanceError, ConfigError
 
 TOOLS = Path(__file__).resolve().parent
@@ -142,7 +143,7 @@ class Recipe:
         shutil.rmtree(folder)
         folder.mkdir()
         _run([sys.executable, str(TOOLS / "convert_to_hf.py"), str(run), str(folder / "published")])
-        marker.write_text(json.dumps(source, indent=2) + "\n")
+        write_text(marker, json.dumps(source, indent=2) + "\n")
 
     def score(self, jobs: Sequence[Job]) -> None:
         """Makes the scores that are not there yet, one per core at a time."""
@@ -151,17 +152,16 @@ class Recipe:
 
     def _score(self, job: Job) -> None:
         folder = self.out / job.stage
-        out, writing = folder / job.name, folder / f".{job.name}.writing"
+        out = folder / job.name
         if (out / "score.json").is_file():
             if json.loads((out / "score.json").read_text())["settings"]["per_category"] == job.per_category:
                 return
             shutil.rmtree(out)
-        shutil.rmtree(writing, ignore_errors=True)
-        command = [sys.executable, str(TOOLS / "score_scenes.py"), str(folder / "published"), "--out", str(writing)]
+        command = [sys.executable, str(TOOLS / "score_scenes.py"), str(folder / "published")]
         command += ["--size", f"{job.side_px}x{job.side_px}", "--steps", str(job.steps)]
         command += ["--guidance", str(job.guidance), "--per-category", str(job.per_category), "--no-pictures"]
-        _run([*command, "--real"] if job.real else command)
-        writing.rename(out)
+        with new_folder(out) as writing:
+            _run([*command, "--out", str(writing), *(["--real"] if job.real else [])])
 
     def report(self, jobs: Sequence[Job]) -> Path:
         """Writes report.html from what is there."""

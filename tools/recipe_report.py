@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 from scene_prompts import CATEGORIES
 
+from bitdance_scale.atomic_files import write_text
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.observe.overview import RunRecord, overview, read_run
 
@@ -81,9 +82,9 @@ def write_report(path: Path, stages: Sequence[StageReport], scores: Sequence[Sco
             heading = f"Scored pictures after {stage.title}: {of_stage[0].name}"
             parts += [f"<h2>{html.escape(heading)}</h2>", _picture_of(of_stage[0].folder / "grid.png")]
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>BitDance recipe</title><style>{STYLE}</style>'
-    path.write_text(page + "\n".join(parts) + "</html>\n", encoding="utf-8")
+    write_text(path, page + "\n".join(parts) + "</html>\n")
     tables = {"stages": stage_rows, "scores": score_rows}
-    path.with_suffix(".json").write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+    write_text(path.with_suffix(".json"), json.dumps(tables, indent=1) + "\n")
     return path
 
 

@@ -27,8 +27,8 @@ import torch
 from tqdm import tqdm
 
 from bitdance_scale.errors import BitDanceError, ConfigError
-from bitdance_scale.generate.folder import read_sections
 from bitdance_scale.generate.pipeline import BitDancePipeline
+from bitdance_scale.generate.published_model import read_sections
 from bitdance_scale.generate.sampler import SAMPLERS, FlowSolver
 from bitdance_scale.generate.sizes import beyond_published, check_size
 from bitdance_scale.observe.figures import image_grid

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
 from demo_scenes import make_scene
+
+from bitdance_scale.atomic_files import write_bytes
 
 DEFAULT_OUT = Path(__file__).parents[1] / "pipelines" / "assets" / "demo" / "tokenizer.model"
 VOCAB_SIZE = 480
@@ -58,10 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--captions", type=int, default=8000, help="captions to train on (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the scenes (default: %(default)s)")
     options = parser.parse_args(arguments)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = options.out.with_suffix(".part")
-    unfinished.write_bytes(train(options.captions, options.seed))
-    os.replace(unfinished, options.out)
+    write_bytes(options.out, train(options.captions, options.seed))
     print(f"{options.out}: {options.out.stat().st_size} bytes, {VOCAB_SIZE} pieces")
     return 0
 

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 import bitdance_scale
+from bitdance_scale.atomic_files import write_text
+from bitdance_scale.checkpoint.conversion_folder import Progress, check_outcome, conversion_folder, write_report
 from bitdance_scale.checkpoint.digest import file_digest, text_digest
-from bitdance_scale.checkpoint.names import Part, PublishedTensor, published_tensors
-from bitdance_scale.checkpoint.outcome import Progress, check_outcome, new_folder, write_report
-from bitdance_scale.checkpoint.published import PART_FILES, PublishedTensors, row_chunks
-from bitdance_scale.checkpoint.start import check_network, find_checkpoint
-from bitdance_scale.checkpoint.state import (
+from bitdance_scale.checkpoint.published_names import Part, PublishedTensor, published_tensors
+from bitdance_scale.checkpoint.published_tensors import PART_FILES, PublishedTensors, row_chunks
+from bitdance_scale.checkpoint.run_checkpoint import (
     CONFIG_NAME,
     MASTER_PREFIX,
     MODEL_PREFIX,
@@ -35,10 +35,11 @@ from bitdance_scale.checkpoint.state import (
     TrainState,
     read_state,
 )
-from bitdance_scale.checkpoint.stored import StoredTensors
+from bitdance_scale.checkpoint.start_weights import check_network, find_checkpoint
+from bitdance_scale.checkpoint.stored_tensors import StoredTensors
 from bitdance_scale.checkpoint.tensor_file import TensorFileWriter
 from bitdance_scale.config.load import load_network
-from bitdance_scale.config.published import (
+from bitdance_scale.config.published_config import (
     HEAD_CONFIG_NAME,
     MODEL_CONFIG_NAME,
     beyond_release,
@@ -167,7 +168,7 @@ def export_release(export: Export, out: Path, *, is_forced: bool = False, progre
     check_outcome(out, is_forced=is_forced, num_bytes=export.num_bytes + autoencoder.stat().st_size)
     for file in export.stored.files(_sources(export)):
         export.stored.check(file)
-    with new_folder(out) as folder:
+    with conversion_folder(out) as folder:
         write_tokenizer(network.text, export.tokenizer, folder)
         shutil.copyfile(autoencoder, folder / AE_WEIGHTS_NAME)
         _write_json(folder / AE_CONFIG_NAME, published_config(**autoencoder_sizes(network.vision)))
@@ -275,4 +276,4 @@ def _read_back(folder: Path, part: Part, digests: Mapping[str, str], progress: P
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n")

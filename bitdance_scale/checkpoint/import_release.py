@@ -1,6 +1,6 @@
 """A published folder as a checkpoint that any layout loads: a BitDance release, or a plain Qwen3 to start from.
 
-Tensors are copied row block by row block (`checkpoint/names.py`), so that no tensor is ever whole in memory. What is made
+Tensors are copied row block by row block (`checkpoint/published_names.py`), so that no tensor is ever whole in memory. What is made
 is a run folder at step 0:
 
     config.toml                    [model] [head] [vision] [text] of the network, and run.start_from
@@ -23,24 +23,25 @@ from pathlib import Path
 import torch
 
 import bitdance_scale
+from bitdance_scale.atomic_files import write_text
 from bitdance_scale.checkpoint.boxes import Box
+from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
+from bitdance_scale.checkpoint.conversion_folder import Progress, check_outcome, conversion_folder, write_report
 from bitdance_scale.checkpoint.digest import file_digest, text_digest
-from bitdance_scale.checkpoint.folder import CheckpointFolder
-from bitdance_scale.checkpoint.names import (
+from bitdance_scale.checkpoint.new_rows import around_mean
+from bitdance_scale.checkpoint.published_names import (
     EMBEDDING,
     OUTPUT,
     NamedTensor,
     PublishedTensor,
     published_tensors,
 )
-from bitdance_scale.checkpoint.new_rows import around_mean
-from bitdance_scale.checkpoint.outcome import Progress, check_outcome, new_folder, write_report
-from bitdance_scale.checkpoint.published import row_chunks
+from bitdance_scale.checkpoint.published_tensors import row_chunks
 from bitdance_scale.checkpoint.release_source import Source, autoencoder_config
+from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME, MODEL_PREFIX, TENSORS_DIR, TrainState, save_checkpoint
 from bitdance_scale.checkpoint.sharded import StreamedValue
-from bitdance_scale.checkpoint.start import CHECKPOINTS_DIR
-from bitdance_scale.checkpoint.state import CONFIG_NAME, MODEL_PREFIX, TENSORS_DIR, TrainState, save_checkpoint
-from bitdance_scale.checkpoint.stored import StoredTensors
+from bitdance_scale.checkpoint.start_weights import CHECKPOINTS_DIR
+from bitdance_scale.checkpoint.stored_tensors import StoredTensors
 from bitdance_scale.config.load import dump_toml
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.model.initial import draw_initial, named_generator
@@ -82,12 +83,12 @@ def import_release(source: Source, out: Path, *, is_forced: bool = False, progre
         tokenizer_digest=source.tokenizer.digest,
         release=source.inert | {"kind": source.kind, "dtypes": dtypes},
     )
-    with new_folder(out) as folder:
+    with conversion_folder(out) as folder:
         (folder / TOKENIZER_DIR).mkdir()
         write_tokenizer(source.network.text, source.tokenizer, folder / TOKENIZER_DIR)
         shutil.copyfile(autoencoder, folder / AE_WEIGHTS_NAME)
         shutil.copyfile(autoencoder_config(autoencoder), folder / AE_CONFIG_NAME)
-        (folder / CONFIG_NAME).write_text(config_text, encoding="utf-8")
+        write_text(folder / CONFIG_NAME, config_text)
         checkpoints = CheckpointFolder(folder / CHECKPOINTS_DIR, keep=1)
         values = {tensor.name: _streamed(source, tensor, spec, progress) for tensor, spec in source.tensors()}
         save_checkpoint(checkpoints, state, values, {}, config_text)

@@ -10,7 +10,7 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bitdance_scale.checkpoint import durable
+from bitdance_scale.atomic_files import write_text
 from bitdance_scale.checkpoint.digest import file_digest, find_change, text_digest
 
 MANIFEST_NAME = "manifest.json"
@@ -23,7 +23,7 @@ def write_manifest(folder: Path) -> None:
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = {path.relative_to(folder).as_posix(): _describe(path) for path in paths}
     content = {"version": MANIFEST_VERSION, "files_sha256": _list_digest(files), "files": files}
-    durable.write_text(folder / MANIFEST_NAME, json.dumps(content, indent=1))
+    write_text(folder / MANIFEST_NAME, json.dumps(content, indent=1))
 
 
 def find_damage(folder: Path) -> str | None:

@@ -7,9 +7,16 @@ from pathlib import Path
 
 import torch
 
-from bitdance_scale.checkpoint.names import EMBEDDING, OUTPUT, NamedTensor, Part, our_tensors, published_tensors
-from bitdance_scale.checkpoint.published import PublishedTensors
-from bitdance_scale.config.published import (
+from bitdance_scale.checkpoint.published_names import (
+    EMBEDDING,
+    OUTPUT,
+    NamedTensor,
+    Part,
+    our_tensors,
+    published_tensors,
+)
+from bitdance_scale.checkpoint.published_tensors import PublishedTensors
+from bitdance_scale.config.published_config import (
     HEAD_CONFIG_NAME,
     MODEL_CONFIG_NAME,
     inert_head_settings,

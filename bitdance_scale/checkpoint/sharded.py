@@ -32,11 +32,11 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorPropertie
 from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from bitdance_scale.checkpoint.agreement import describe_failures, on_first_rank
 from bitdance_scale.checkpoint.boxes import Box, disjoint_parts
-from bitdance_scale.checkpoint.index import StoredFile, read_index
-from bitdance_scale.checkpoint.storage import SafetensorsReader, SafetensorsWriter
+from bitdance_scale.checkpoint.tensor_index import StoredFile, read_index
+from bitdance_scale.checkpoint.tensor_storage import SafetensorsReader, SafetensorsWriter
 from bitdance_scale.errors import CheckpointError
+from bitdance_scale.parallel.agreement import describe_failures, on_first_rank
 from bitdance_scale.parallel.partition import Piece, ShardedValue
 
 DEFAULT_MAX_FILE_BYTES = 128 * 2**20
@@ -113,7 +113,7 @@ def load_sharded(
             more, or one of another shape or dtype; a file is missing or is not what was written. Only a device that
             fails between this check and the reading leaves the tensors half filled.
     """
-    index = on_first_rank(group, lambda: read_index(folder))
+    index = on_first_rank(lambda: read_index(folder), group, other=CheckpointError)
     rank, num_ranks = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
     checked = [] if is_verified else _files_to_check(index, prefix, num_ranks)[rank]
     with _dcp_errors(f"{folder}: not loaded", group):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.config.stages import NEW_QUERIES, STAGES
+from bitdance_scale.config.training_stages import NEW_QUERIES, STAGES
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ rules that span settings, one function each: the first line of its docstring is 
 
 from __future__ import annotations
 
-from bitdance_scale.config import data_rules, model_rules, parallel_rules, stages
+from bitdance_scale.config import data_rules, model_rules, parallel_rules, training_stages
 from bitdance_scale.config.ranges import CONSTRAINTS, range_violations
 from bitdance_scale.config.rule import Rule
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
 
-RULES: tuple[Rule, ...] = (*model_rules.RULES, *parallel_rules.RULES, *data_rules.RULES, *stages.RULES)
+RULES: tuple[Rule, ...] = (*model_rules.RULES, *parallel_rules.RULES, *data_rules.RULES, *training_stages.RULES)
 
 
 def check(config: RunConfig, world_size: int) -> None:

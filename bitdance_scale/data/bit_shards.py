@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import tarfile
-import uuid
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +22,13 @@ from typing import Any
 
 import numpy as np
 
+from bitdance_scale.atomic_files import replacing, write_text
 from bitdance_scale.config.schema import DataSection, VisionSection
-from bitdance_scale.data.buckets import class_buckets
-from bitdance_scale.data.decode import DECODE_VERSION
-from bitdance_scale.data.index import Index
-from bitdance_scale.data.ledger import FaultCause, SampleFault
-from bitdance_scale.data.store import ReadError, Stores
+from bitdance_scale.data.data_errors import FaultCause, SampleFault
+from bitdance_scale.data.image_decode import DECODE_VERSION
+from bitdance_scale.data.index.index import Index
+from bitdance_scale.data.plan.buckets import class_buckets
+from bitdance_scale.data.storage.stores import ReadError, Stores
 from bitdance_scale.errors import DataError
 
 FORMAT = 1
@@ -91,27 +91,22 @@ def write_bit_shard(path: Path, meta: Mapping[str, Any], classes: Mapping[int, S
         meta: what it is of (`shard_meta`).
         classes: side in pixels -> bits of every sample of the shard.
     """
-    temporary = path.with_name(f".building_{uuid.uuid4().hex}")
-    try:
-        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-            _add(tar, META_NAME, json.dumps(meta).encode())
-            for side_px, samples in classes.items():
-                contents = [sample if isinstance(sample, bytes) else b"" for sample in samples]
-                # The bits come first, so that their place does not hang on the tables.
-                start = tar.offset + tarfile.BLOCKSIZE
-                lengths = np.fromiter(map(len, contents), np.int32, len(contents))
-                columns = {
-                    "start": start + np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64)])[: len(contents)],
-                    "num_bytes": lengths,
-                    "crc": np.fromiter(map(zlib.crc32, contents), np.uint32, len(contents)),
-                    "fault": np.fromiter(map(_fault_code, samples), np.uint8, len(contents)),
-                }
-                _add(tar, f"{side_px}.bits", b"".join(contents))
-                for name, dtype in _COLUMNS.items():
-                    _add(tar, f"{side_px}.{name}", columns[name].astype(dtype).tobytes())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, is_shared=True) as aside, tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
+        _add(tar, META_NAME, json.dumps(meta).encode())
+        for side_px, samples in classes.items():
+            contents = [sample if isinstance(sample, bytes) else b"" for sample in samples]
+            # The bits come first, so that their place does not hang on the tables.
+            start = tar.offset + tarfile.BLOCKSIZE
+            lengths = np.fromiter(map(len, contents), np.int32, len(contents))
+            columns = {
+                "start": start + np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64)])[: len(contents)],
+                "num_bytes": lengths,
+                "crc": np.fromiter(map(zlib.crc32, contents), np.uint32, len(contents)),
+                "fault": np.fromiter(map(_fault_code, samples), np.uint8, len(contents)),
+            }
+            _add(tar, f"{side_px}.bits", b"".join(contents))
+            for name, dtype in _COLUMNS.items():
+                _add(tar, f"{side_px}.{name}", columns[name].astype(dtype).tobytes())
 
 
 def read_tables(path: Path) -> tuple[dict[str, Any], dict[int, BitTable]]:
@@ -180,9 +175,7 @@ def write_table(folder: Path, index: Index, recipe: Mapping[str, Any]) -> None:
     for column in columns.values():
         column.flush()
     table = {"format": FORMAT, "recipe": dict(recipe), "index": index.hash, "num_shards": len(index.shards)}
-    temporary = folder / f".building_{uuid.uuid4().hex}"
-    temporary.write_text(json.dumps(table))
-    temporary.replace(folder / TABLE_NAME)
+    write_text(folder / TABLE_NAME, json.dumps(table), is_shared=True)
 
 
 class BitStore:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bitdance_scale.data.ledger import FaultCause
+from bitdance_scale.data.data_errors import FaultCause
 
 DEFAULT_SOURCE = "caption"
 MAX_TEXT_BYTES = 1 << 20

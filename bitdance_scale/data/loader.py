@@ -20,18 +20,18 @@ import numpy as np
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.bit_shards import BitStore, recipe
-from bitdance_scale.data.borders import content_px
 from bitdance_scale.data.captions import CaptionStatus
-from bitdance_scale.data.decode import decode_image
-from bitdance_scale.data.index import Index
-from bitdance_scale.data.ledger import FaultCause, FaultLedger, SampleFault
+from bitdance_scale.data.data_errors import FaultCause, FaultLedger, SampleFault
+from bitdance_scale.data.image_decode import decode_image
+from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.loader_state import LoaderState
-from bitdance_scale.data.packing import CostModel, partition_batch
-from bitdance_scale.data.plan import Plan, PlannedBatch
+from bitdance_scale.data.plan.borders import content_px
+from bitdance_scale.data.plan.packing import CostModel, partition_batch
+from bitdance_scale.data.plan.plan import Plan, PlannedBatch
 from bitdance_scale.data.prefetch import Prefetcher
 from bitdance_scale.data.reader import ShardReader
-from bitdance_scale.data.samples import SampleBuilder
-from bitdance_scale.data.store import Stores
+from bitdance_scale.data.sample_builder import SampleBuilder
+from bitdance_scale.data.storage.stores import Stores
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.sequence.layout import pack_samples
 from bitdance_scale.sequence.pack import Pack, Sample

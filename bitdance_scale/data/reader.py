@@ -9,10 +9,10 @@ import zlib
 
 from webdataset.shardlists import expand_urls
 
-from bitdance_scale.data.index import Index
-from bitdance_scale.data.ledger import FaultCause, SampleFault
-from bitdance_scale.data.store import ReadError, Stores
-from bitdance_scale.data.tar_scan import BLOCK_BYTES
+from bitdance_scale.data.data_errors import FaultCause, SampleFault
+from bitdance_scale.data.index.index import Index
+from bitdance_scale.data.index.tar_scan import BLOCK_BYTES
+from bitdance_scale.data.storage.stores import ReadError, Stores
 from bitdance_scale.errors import DataError
 
 

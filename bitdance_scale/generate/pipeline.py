@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 
 from bitdance_scale.errors import ConfigError
-from bitdance_scale.generate.backbone import Qwen3Blocks
-from bitdance_scale.generate.decode import decode_blocks, lay_out
-from bitdance_scale.generate.folder import PublishedModel, load_published
-from bitdance_scale.generate.noise import GeneratorNoise
+from bitdance_scale.generate.block_decode import decode_blocks, lay_out
+from bitdance_scale.generate.image_noise import GeneratorNoise
+from bitdance_scale.generate.published_model import PublishedModel, load_published
+from bitdance_scale.generate.qwen3_blocks import Qwen3Blocks
 from bitdance_scale.generate.sampler import FlowSolver
 from bitdance_scale.generate.sizes import check_size
 from bitdance_scale.vision.bits import pack_bits

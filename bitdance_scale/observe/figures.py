@@ -1,16 +1,17 @@
-"""Pictures for people: grids of sampled images, and files that are whole."""
+"""Pictures for people: grids of sampled images."""
 
 from __future__ import annotations
 
 import math
-import os
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
+
+from bitdance_scale.atomic_files import replacing
 
 # Smaller pictures are enlarged to about this side, by whole factors.
 CELL_SIDE_PX = 256
@@ -67,15 +68,8 @@ def image_grid(images: Sequence[np.ndarray], captions: Sequence[str], path: Path
                 middle = left + (width - font.getlength(line)) / 2
                 pen.text((middle, text_top + number * line_px), line, fill=TEXT_COLOUR, font=font)
         top += height
-    write_whole(path, lambda target: sheet.save(target, format="PNG"))
-
-
-def write_whole(path: Path, save: Callable[[Path], object]) -> None:
-    """Saves aside and renames, so that a viewer never sees half a picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".writing")
-    save(aside)
-    os.replace(aside, path)
+    with replacing(path) as aside:
+        sheet.save(aside, format="PNG")
 
 
 def wrap_caption(caption: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from bitdance_scale.atomic_files import write_text
 from bitdance_scale.errors import DataError
 
 METRICS_FILE = "metrics.jsonl"
@@ -145,9 +145,7 @@ def append_evaluation(run_folder: Path, evaluation: Evaluation) -> None:
     path = run_folder / EVALUATION_FILE
     lines = read_evaluations(path) if path.exists() else []
     kept = [line for line in lines if line.step < evaluation.step]
-    copy = path.with_name(path.name + ".writing")
-    copy.write_text("".join(line.to_json() + "\n" for line in [*kept, evaluation]), encoding="utf-8")
-    copy.replace(path)
+    write_text(path, "".join(line.to_json() + "\n" for line in [*kept, evaluation]))
 
 
 class MetricsWriter:
@@ -229,12 +227,7 @@ def _read_lines(path: Path, from_json: Callable[[str], Line], what: str) -> list
 def _keep_steps(path: Path, last_step: int) -> None:
     """Rewrites the file with the steps up to `last_step`, whole lines only, by way of a renamed copy."""
     kept = [metrics for metrics in read_metrics(path) if metrics.step <= last_step]
-    copy = path.with_name(path.name + ".writing")
-    with copy.open("w", encoding="utf-8") as file:
-        file.writelines(metrics.to_json() + "\n" for metrics in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    copy.replace(path)
+    write_text(path, "".join(metrics.to_json() + "\n" for metrics in kept))
 
 
 def _fields(line: str, kind: type) -> dict[str, Any]:

@@ -1,35 +1,117 @@
-"""Errors of one rank raised on all: a rank that gives up alone leaves the others waiting in a collective."""
+"""What one rank finds out and all ranks must act on: an error, a result of the first rank, a flag.
+
+A rank that gives up alone leaves the others waiting in a collective. Every step that may fail on some ranks only therefore
+runs inside `all_ranks` or `on_first_rank`, which are collectives themselves and raise the same error on every rank. Without
+a process group they are plain calls.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from bitdance_scale.errors import BitDanceError
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
 
 @contextlib.contextmanager
-def together(device: torch.device) -> Iterator[None]:
-    """Runs a block that may fail on some ranks of the job only, and raises its first error on all of them.
+def all_ranks(group: dist.ProcessGroup | None = None, *, other: type[BitDanceError] | None = None) -> Iterator[None]:
+    """Runs a block that may fail on some ranks, and raises on every rank when it failed on any.
 
-    One number is summed; the errors themselves travel only when there are any. Without a process group it does nothing.
+    One number is summed; the errors themselves travel only when there are any. The block must not communicate in the
+    group before it can fail.
 
     Args:
-        device: where the job's ranks communicate.
+        group: ranks that take part; None: all.
+        other: type that errors which are not ours, such as an OSError, are raised as; None: their own.
+
+    Raises:
+        BitDanceError: of the type of the first failing rank's error; the message names the ranks.
     """
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
+    if any_rank(error is not None, group):
+        errors = [_portable(error, other)]
+        if dist.is_initialized():
+            errors = [None] * dist.get_world_size(group)
+            dist.all_gather_object(errors, _portable(error, other), group=group)
+        raise _first(errors) from error
+
+
+def on_first_rank(
+    action: Callable[[], T], group: dist.ProcessGroup | None = None, *, other: type[BitDanceError] | None = None
+) -> T:
+    """Runs `action` on the group's first rank and returns its result, which must be picklable, on every rank.
+
+    Raises:
+        BitDanceError: on every rank, what the action raised; `other` as in `all_ranks`.
+    """
     if not dist.is_initialized():
-        if error is not None:
-            raise error
-        return
-    num_errors = torch.tensor([int(error is not None)], dtype=torch.int32, device=device)
-    dist.all_reduce(num_errors)
-    if num_errors.item():
-        errors: list[Exception | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-        raise next(found for found in errors if found is not None)
+        with all_ranks(other=other):
+            return action()
+    message: list[tuple[T | None, Exception | None]] = [(None, None)]
+    error: Exception | None = None
+    if dist.get_rank(group) == 0:
+        try:
+            message = [(action(), None)]
+        except Exception as caught:
+            error = caught
+            message = [(None, _portable(error, other))]
+    dist.broadcast_object_list(message, src=0 if group is None else dist.get_global_rank(group, 0), group=group)
+    result, failure = message[0]
+    if failure is not None:
+        raise failure from error
+    return result  # type: ignore[return-value]  # None only where T is.
+
+
+def any_rank(is_true: bool, group: dist.ProcessGroup | None = None) -> bool:
+    """Whether a flag is true on any rank of the group; a collective with one answer for all."""
+    if not dist.is_initialized():
+        return is_true
+    is_nccl = dist.get_backend(group) == "nccl"
+    flag = torch.tensor([int(is_true)], dtype=torch.int32, device="cuda" if is_nccl else "cpu")
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+    return bool(flag.item())
+
+
+def describe_failures(messages: Mapping[int, str], num_ranks: int) -> str:
+    """One message of the failing ranks' messages (rank -> message); what all ranks say is said once."""
+    if len(set(messages.values())) == 1 and len(messages) == num_ranks:
+        return next(iter(messages.values()))
+    return "; ".join(f"rank {rank}: {message}" for rank, message in sorted(messages.items()))
+
+
+def _portable(error: Exception | None, other: type[BitDanceError] | None) -> Exception | None:
+    """The error as it travels between ranks."""
+    if error is None or isinstance(error, BitDanceError):
+        return error
+    message = f"{type(error).__name__}: {error}"
+    if other is not None:
+        logger.debug("a step failed", exc_info=error)
+        return other(message)
+    try:
+        # Some exceptions are pickled and cannot be built again.
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(message)
+
+
+def _first(errors: list[Exception | None]) -> Exception:
+    failed = {rank: error for rank, error in enumerate(errors) if error is not None}
+    first = next(iter(failed.values()))
+    if not isinstance(first, BitDanceError):
+        return first
+    ours = {rank: str(error) for rank, error in failed.items() if isinstance(error, BitDanceError)}
+    return type(first)(describe_failures(ours, len(errors)))

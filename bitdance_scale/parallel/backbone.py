@@ -30,8 +30,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.attention import PackMask, attend
-from bitdance_scale.parallel.linears import without_sequence_parallel
-from bitdance_scale.parallel.split import stage_split
+from bitdance_scale.parallel.stage_split import stage_split
+from bitdance_scale.parallel.tensor_linears import without_sequence_parallel
 from bitdance_scale.parallel.topology import Topology
 
 

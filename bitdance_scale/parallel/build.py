@@ -6,8 +6,8 @@ import torch
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.parallel.initialise import initialise
-from bitdance_scale.parallel.names import name_parameters
-from bitdance_scale.parallel.stages import RankStages
+from bitdance_scale.parallel.parameter_names import name_parameters
+from bitdance_scale.parallel.pipeline_stages import RankStages
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import ZeroEngine
 

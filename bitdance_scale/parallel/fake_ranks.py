@@ -4,7 +4,7 @@ PyTorch's "fake" process-group backend answers every collective at once, and `Fa
 shape, dtype and storage size without memory. Stages, engines and schedules run on them unchanged, so that what they
 would allocate on a rank can be written down. Three places need telling where values do not exist; they are below.
 
-The process groups are global to the process: `parallel/footprint.py` gives every such rank a process of its own.
+The process groups are global to the process: `parallel/memory_estimate.py` gives every such rank a process of its own.
 """
 
 from __future__ import annotations

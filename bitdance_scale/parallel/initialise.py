@@ -10,7 +10,7 @@ import torch
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.initial import draw_initial
-from bitdance_scale.parallel.names import Parameters
+from bitdance_scale.parallel.parameter_names import Parameters
 
 
 def initialise(parameters: Parameters, config: RunConfig, device: torch.device) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from bitdance_scale.parallel.stages import Stage
+from bitdance_scale.parallel.pipeline_stages import Stage
 from bitdance_scale.parallel.topology import Topology
 
 

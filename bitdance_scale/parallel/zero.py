@@ -20,9 +20,9 @@ import torch
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.inputs import PackInputs
 from bitdance_scale.parallel.cpu import redirect_cuda_calls
-from bitdance_scale.parallel.names import Parameters, name_parameters
+from bitdance_scale.parallel.parameter_names import Parameters, name_parameters
 from bitdance_scale.parallel.partition import ShardedValue, fragment_pieces, whole_pieces
-from bitdance_scale.parallel.stages import RankStages, Stage
+from bitdance_scale.parallel.pipeline_stages import RankStages, Stage
 from bitdance_scale.parallel.tied import TiedEmbedding
 from bitdance_scale.parallel.topology import Topology
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bitdance_scale.atomic_files import write_text
 from bitdance_scale.config.schema import TextSection
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.sequence.tokens import TextTokenizer, load_text_tokenizer
@@ -161,4 +162,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bitdance_scale.checkpoint.agreement import on_first_rank
 from bitdance_scale.observe.metrics import EVALUATION_FILE, append_evaluation, read_evaluations
+from bitdance_scale.parallel.agreement import on_first_rank
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.train.run_observer import draw_overview, samples_path, show_result, write_samples
 from bitdance_scale.train.trainer import Trainer
@@ -11,7 +11,7 @@ from bitdance_scale.train.trainer import Trainer
 
 def complete(trainer: Trainer, topology: Topology) -> None:
     """Makes the losses on held-out images and the pictures of a run's last step, if they are not there; a collective."""
-    lacks_evaluation, lacks_samples = on_first_rank(None, lambda: (_lacks_evaluation(trainer), _lacks_samples(trainer)))
+    lacks_evaluation, lacks_samples = on_first_rank(lambda: (_lacks_evaluation(trainer), _lacks_samples(trainer)))
     step, folder = trainer.progress.step, trainer.run_folder
     evaluation = trainer.evaluate() if lacks_evaluation else None
     pictures = trainer.draw_samples() if lacks_samples else []

@@ -28,15 +28,15 @@ from bitdance_scale.data.bit_shards import (
     write_bit_shard,
     write_table,
 )
-from bitdance_scale.data.borders import content_px
-from bitdance_scale.data.decode import decode_image
-from bitdance_scale.data.index import Index
-from bitdance_scale.data.ledger import FaultCause, SampleFault
-from bitdance_scale.data.plan import Plan
+from bitdance_scale.data.data_errors import FaultCause, SampleFault
+from bitdance_scale.data.image_decode import decode_image
+from bitdance_scale.data.index.index import Index
+from bitdance_scale.data.plan.borders import content_px
+from bitdance_scale.data.plan.plan import Plan
 from bitdance_scale.data.reader import ShardReader
-from bitdance_scale.data.store import Stores
+from bitdance_scale.data.storage.stores import Stores
 from bitdance_scale.errors import BitDanceError, DataError
-from bitdance_scale.parallel.agreement import together
+from bitdance_scale.parallel.agreement import all_ranks
 from bitdance_scale.parallel.topology import start_process_group
 from bitdance_scale.train.shared_index import training_index
 from bitdance_scale.vision.tokenizer import VisionTokenizer
@@ -180,15 +180,15 @@ def _encode_all(config: RunConfig, folder: Path, num_verified: int, rank: int, n
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
-    index = training_index(config.data, device)
-    with together(device):
+    index = training_index(config.data)
+    with all_ranks():
         folder.mkdir(parents=True, exist_ok=True)
         encoder = Encoder(config, index, VisionTokenizer(config.vision, device), folder, num_verified)
         rows = range(rank, len(index.shards), num_ranks)
         for done, row in enumerate(rows, start=1):
             is_new = encoder.encode(row)
             logger.info("rank %d: %d of %d shards, %s", rank, done, len(rows), "encoded" if is_new else "there already")
-    with together(device):
+    with all_ranks():
         if rank == 0:
             write_table(folder, index, encoder.recipe)
             logger.info("%d samples in %s; train with data.bits_dir=%s", len(index), folder, folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from bitdance_scale.checkpoint.durable import replace_text
+from bitdance_scale.atomic_files import write_text
 
 # Environment variable with the file to write; the launcher names a new one for every start.
 EXIT_RECORD = "BITDANCE_EXIT_RECORD"
@@ -18,4 +18,4 @@ def record_exit(code: int) -> None:
     """
     path = os.environ.get(EXIT_RECORD)
     if path and os.environ.get("RANK", "0") == "0":
-        replace_text(Path(path), f"{code}\n")
+        write_text(Path(path), f"{code}\n")

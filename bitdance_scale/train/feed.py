@@ -14,7 +14,7 @@ import torch
 
 from bitdance_scale.errors import BitDanceError
 from bitdance_scale.model.inputs import PackInputs
-from bitdance_scale.parallel.agreement import together
+from bitdance_scale.parallel.agreement import all_ranks
 from bitdance_scale.parallel.broadcast import SharedStep
 from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.train.reading import StepReport
@@ -89,7 +89,7 @@ class StepFeed:
         assert self._ahead is not None, "all steps have been taken"
         shared, preparation = self._ahead
         self._ahead = None
-        with together(self._device):
+        with all_ranks():
             batch = preparation.result()
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)

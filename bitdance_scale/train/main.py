@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from bitdance_scale.atomic_files import write_text
 from bitdance_scale.config.load import describe, dump_toml, load_config
 from bitdance_scale.config.rules import check
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.config.stages import STAGES
+from bitdance_scale.config.training_stages import STAGES
 from bitdance_scale.errors import BitDanceError, ConfigError
 from bitdance_scale.observe.console import setup_logging
 from bitdance_scale.parallel.topology import Topology, make_topology, start_process_group
@@ -126,7 +127,7 @@ def _train(config: RunConfig, topology: Topology, run_folder: Path, stop: StopRe
         )
         return 0
     if topology.rank == 0:
-        (run_folder / "config.toml").write_text(dump_toml(config))
+        write_text(run_folder / "config.toml", dump_toml(config))
     if not trainer.train(stop):
         logger.warning("stopped on request after step %d and saved; run again to go on", trainer.progress.step)
         # All leave together: torchrun kills the others soon after the first that ends with a code, and the first rank

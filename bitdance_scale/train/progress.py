@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from bitdance_scale.config.schema import OptimSection, RunConfig
-from bitdance_scale.data.ledger import FaultCause
+from bitdance_scale.data.data_errors import FaultCause
 from bitdance_scale.observe.flops import PackCounts, count_pack, peak_flops, step_flops, utilisation
 from bitdance_scale.observe.memory import memory_bytes
 from bitdance_scale.observe.metrics import StepMetrics

@@ -6,13 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.data.filters import FilterCount
-from bitdance_scale.data.index import Index
-from bitdance_scale.data.ledger import FaultCause
+from bitdance_scale.data.data_errors import FaultCause
+from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.loader import Loader
 from bitdance_scale.data.loader_state import LoaderState
-from bitdance_scale.data.plan import StreamUse
-from bitdance_scale.parallel.agreement import together
+from bitdance_scale.data.plan.filters import FilterCount
+from bitdance_scale.data.plan.plan import StreamUse
+from bitdance_scale.parallel.agreement import all_ranks
 from bitdance_scale.parallel.broadcast import ReadStep, SharedStep, share_step
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.sequence.tokens import TextTokenizer
@@ -65,7 +65,7 @@ class StepReader:
     ) -> None:
         self._vision, self._topology = vision, topology
         self._loader: Loader | None = None
-        with together(topology.device):
+        with all_ranks():
             if topology.is_reader:
                 resumed = None if state is None else LoaderState.from_dict(state)
                 self._loader = Loader(config, text, index, topology.data_rank, topology.data_size, resumed)
@@ -88,7 +88,7 @@ class StepReader:
     def next_step(self) -> SharedStep:
         """The packs of the next step with their images encoded; the report is a `StepReport`."""
         read = None
-        with together(self._topology.device):
+        with all_ranks():
             if self._loader is not None:
                 read = self._read(self._loader)
         return share_step(read, self._vision, self._topology)

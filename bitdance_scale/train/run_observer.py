@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from bitdance_scale.atomic_files import write_bytes, write_text
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.data.filters import FilterCount, describe
-from bitdance_scale.data.plan import StreamUse
+from bitdance_scale.data.plan.filters import FilterCount, describe
+from bitdance_scale.data.plan.plan import StreamUse
 from bitdance_scale.observe.console import Progress, loss_table
-from bitdance_scale.observe.figures import image_grid, write_whole
+from bitdance_scale.observe.figures import image_grid
 from bitdance_scale.observe.flops import count_parameters, peak_flops, step_flops
 from bitdance_scale.observe.metrics import (
     METRICS_FILE,
@@ -26,7 +27,7 @@ from bitdance_scale.observe.metrics import (
 )
 from bitdance_scale.observe.overview import overview, read_run
 from bitdance_scale.observe.wandb_sink import WandbSink
-from bitdance_scale.parallel.split import stage_split, typical_counts
+from bitdance_scale.parallel.stage_split import stage_split, typical_counts
 from bitdance_scale.parallel.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ def draw_overview(run_folder: Path) -> Path:
     """Draws the page of a run from what its folder holds."""
     path = run_folder / OVERVIEW_FILE
     page = overview([read_run(run_folder)])
-    write_whole(path, lambda target: target.write_bytes(page))
+    write_bytes(path, page)
     return path
 
 
@@ -206,5 +207,5 @@ def _run_id(run_folder: Path) -> str:
     """The id of this run in W&B, the same after every resume."""
     path = run_folder / RUN_ID_FILE
     if not path.exists():
-        path.write_text(uuid.uuid4().hex[:12] + "\n")
-    return path.read_text().strip()
+        write_text(path, uuid.uuid4().hex[:12] + "\n")
+    return path.read_text(encoding="utf-8").strip()

@@ -6,9 +6,6 @@ import signal
 import time
 from types import FrameType, TracebackType
 
-import torch
-import torch.distributed as dist
-
 # Exit code of a run that has saved and wants to be started again (EX_TEMPFAIL of sysexits.h).
 EXIT_REQUEUE = 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -19,7 +16,7 @@ SAME_SIGINT_S = 1.0
 class StopRequest:
     """Turns SIGTERM, SIGUSR1 and SIGINT into a flag while its `with` block runs; a second SIGINT kills.
 
-    A signal may reach some ranks only, and at different steps; the trainer asks `agreed` after every step, so that all
+    A signal may reach some ranks only, and at different steps; all agree after every step, so that all
     ranks stop after the same one, save, and leave with `EXIT_REQUEUE`. Signals reach Python's main thread only, so the
     block must run there. torchrun forwards SIGTERM and SIGINT and kills its workers 30 seconds later; where a
     checkpoint takes longer, send SIGUSR1 to the workers themselves, ahead of time.
@@ -44,16 +41,10 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def agreed(self, group: dist.ProcessGroup, device: torch.device) -> bool:
-        """Whether any rank of the group has been asked to stop; a collective call, with one answer for all.
-
-        Args:
-            group: the ranks that must agree, normally all of them.
-            device: device the group communicates on.
-        """
-        flag = torch.tensor([int(self.signal_name is not None)], dtype=torch.int32, device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-        return bool(flag.item())
+    @property
+    def is_requested(self) -> bool:
+        """Whether this rank has been asked to stop; all ranks must agree (`parallel/agreement.any_rank`)."""
+        return self.signal_name is not None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._is_second_sigint():

@@ -19,10 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bitdance_scale.config.load import dump_toml
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig, check_tokenizer
-from bitdance_scale.data.image_stream import CropStream, centre_crops
-from bitdance_scale.data.index import Index, default_index_dir
-from bitdance_scale.data.index_build import build_index
-from bitdance_scale.data.shards import expand_shards
+from bitdance_scale.data.crop_stream import CropStream, centre_crops
+from bitdance_scale.data.index.build import build_index
+from bitdance_scale.data.index.index import Index, default_index_dir
+from bitdance_scale.data.storage.shards import expand_shards
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.observe.console import setup_logging
 from bitdance_scale.train.shared_index import image_index
@@ -62,7 +62,7 @@ def train_tokenizer(config: TokenizerConfig) -> dict[tuple[int, int], Reconstruc
         if ranks.rank == 0:
             _start_folder(folder, config)
         data = config.data
-        train_index = image_index(data.shards, data.index_dir, data.max_hole_share, ranks.device)
+        train_index = image_index(data.shards, data.index_dir, data.max_hole_share)
         # The held-out images are read on rank 0 only, which evaluates alone.
         held_out = _held_out_images(config) if ranks.rank == 0 else {}
         autoencoder = _build(config).to(ranks.device)

@@ -8,24 +8,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 
-from bitdance_scale.checkpoint.agreement import on_first_rank
-from bitdance_scale.checkpoint.folder import CheckpointFolder
-from bitdance_scale.checkpoint.start import find_checkpoint, load_weights
-from bitdance_scale.checkpoint.state import TrainState, load_checkpoint, save_checkpoint
+from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
+from bitdance_scale.checkpoint.run_checkpoint import TrainState, load_checkpoint, save_checkpoint
+from bitdance_scale.checkpoint.start_weights import find_checkpoint, load_weights
 from bitdance_scale.config.load import dump_toml
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import BitDanceError, TrainingError
 from bitdance_scale.model.inputs import PackInputs, make_inputs
 from bitdance_scale.observe.metrics import Evaluation
+from bitdance_scale.parallel.agreement import any_rank, on_first_rank
 from bitdance_scale.parallel.build import build_engine
 from bitdance_scale.parallel.step import train_step
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.sequence.tokens import load_text_tokenizer
-from bitdance_scale.train.evaluate import Evaluator
+from bitdance_scale.train.evaluation import Evaluator
 from bitdance_scale.train.feed import FedStep, StepFeed
 from bitdance_scale.train.progress import Progress, StepMeter, learning_rate, progress_fields
 from bitdance_scale.train.reading import StepReader
@@ -33,7 +32,7 @@ from bitdance_scale.train.run_observer import RunObserver
 from bitdance_scale.train.sampling import draw_samples
 from bitdance_scale.train.shared_index import training_index
 from bitdance_scale.train.signals import StopRequest
-from bitdance_scale.train.stage_start import Start, check_resume, check_start
+from bitdance_scale.train.start_checks import Start, check_resume, check_start
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
 logger = logging.getLogger(__name__)
@@ -61,10 +60,10 @@ class Trainer:
         self._vision = VisionTokenizer(config.vision, topology.device)
         self._checkpoints = CheckpointFolder(run_folder / "checkpoints", keep=config.checkpoint.keep)
         # Before the model, which takes minutes to build at full size.
-        self._index = training_index(config.data, topology.device)
+        self._index = training_index(config.data)
         latest = self._checkpoints.latest()
         if latest is not None:
-            on_first_rank(None, lambda: check_resume(latest, config))
+            on_first_rank(lambda: check_resume(latest, config))
         start = self._find_start() if latest is None and config.run.start_from else None
         self._evaluator = Evaluator.read(config, self._text, self._vision, topology) if config.evaluate.shards else None
         self._engine = build_engine(config, self._text.vocab_size, topology)
@@ -113,7 +112,7 @@ class Trainer:
                 self._check_skipped(num_skipped_in_a_row)
                 if self._is_due(config.observe.log_every_steps):
                     observer.step(meter.metrics(losses, outcome, lr))
-                if stop.agreed(dist.group.WORLD, topology.device):
+                if any_rank(stop.is_requested):
                     self.save()
                     return False
                 if self._is_due(config.checkpoint.every_steps):
@@ -193,7 +192,7 @@ class Trainer:
     def _find_start(self) -> Start:
         """What `run.start_from` means, and whether the stage can start from it."""
         path = find_checkpoint(self.config.run.start_from)
-        return on_first_rank(None, lambda: check_start(path, self.config))
+        return on_first_rank(lambda: check_start(path, self.config))
 
     def _start(self, start: Start) -> None:
         prefix = "master."

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
 
+from bitdance_scale.atomic_files import write_bytes
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.weight_files import check_tensors, read_header
 
@@ -54,13 +54,7 @@ def save_weights(folder: str | Path, state: Mapping[str, torch.Tensor], publishe
         published_config: what `autoencoder.published_config` gives for the network.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
     sizes = json.dumps(published_config, indent=2) + "\n"
     for name, content in ((WEIGHTS_NAME, save(tensors)), (CONFIG_NAME, sizes.encode())):
-        scratch = folder / f".{name}.{os.getpid()}"
-        try:
-            scratch.write_bytes(content)
-            os.replace(scratch, folder / name)
-        finally:
-            scratch.unlink(missing_ok=True)
+        write_bytes(folder / name, content)

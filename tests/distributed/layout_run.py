@@ -30,7 +30,7 @@ def make_engine(config: RunConfig) -> tuple[object, Topology]:
     start_process_group(timeout_s=120)
     topology = make_topology(config.parallel)
     from bitdance_scale.parallel.build import build_stages
-    from bitdance_scale.parallel.names import name_parameters
+    from bitdance_scale.parallel.parameter_names import name_parameters
     from bitdance_scale.parallel.zero import ZeroEngine
 
     stages = build_stages(config, VOCAB_SIZE, topology)

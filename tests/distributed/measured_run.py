@@ -12,9 +12,9 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bitdance_scale.config.schema import ModelSection, RunConfig
-from bitdance_scale.data.typical import typical_packs
+from bitdance_scale.data.plan.synthetic_packs import typical_packs
 from bitdance_scale.model.inputs import PackInputs, make_inputs
-from bitdance_scale.parallel.footprint import Footprint, footprint_here
+from bitdance_scale.parallel.memory_estimate import Footprint, footprint_here
 from bitdance_scale.parallel.topology import make_topology, start_process_group
 from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.sequence.pack import Pack

@@ -13,9 +13,9 @@ from bitdance_scale.parallel.cpu import redirect_cuda_calls
 
 redirect_cuda_calls()
 
-import bitdance_scale.checkpoint.state  # noqa: E402, F401
+import bitdance_scale.checkpoint.run_checkpoint  # noqa: E402, F401
 import bitdance_scale.parallel.build  # noqa: E402, F401
-import bitdance_scale.parallel.decode  # noqa: E402, F401
+import bitdance_scale.parallel.layout_decode  # noqa: E402, F401
 import bitdance_scale.parallel.step  # noqa: E402, F401
 import bitdance_scale.train.trainer  # noqa: E402, F401
 

@@ -59,7 +59,7 @@ def _values(engine):
 
 def _state(number: int, optimizer_step: int):
     """A state that differs from every other layout's."""
-    from bitdance_scale.checkpoint.state import TrainState
+    from bitdance_scale.checkpoint.run_checkpoint import TrainState
 
     return TrainState(
         step=100 + number,
@@ -90,8 +90,8 @@ def _take_step(engine, config, topology, step: int, number: int) -> float:
 def _save(rank: int, config, root: Path, number: int) -> Record:
     """Trains, saves, and takes one more step."""
     engine, topology = make_engine(config)
-    from bitdance_scale.checkpoint.folder import CheckpointFolder
-    from bitdance_scale.checkpoint.state import save_checkpoint
+    from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
+    from bitdance_scale.checkpoint.run_checkpoint import save_checkpoint
 
     for step in range(NUM_STEPS):
         _take_step(engine, config, topology, step, number)
@@ -115,8 +115,8 @@ def _load(rank: int, config, root: Path, numbers: list[int]) -> tuple[dict[str, 
         The boxes that were compared, and the loss of the next step after the last checkpoint.
     """
     engine, topology = make_engine(config)
-    from bitdance_scale.checkpoint.folder import CheckpointFolder
-    from bitdance_scale.checkpoint.state import load_checkpoint
+    from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
+    from bitdance_scale.checkpoint.run_checkpoint import load_checkpoint
 
     for number in numbers:
         expected = load_file(root / f"{number}.safetensors")

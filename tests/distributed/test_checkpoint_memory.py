@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load
 
-from bitdance_scale.checkpoint import sharded, storage
+from bitdance_scale.checkpoint import sharded, tensor_storage
 from bitdance_scale.checkpoint.sharded import load_sharded, save_sharded
 from bitdance_scale.parallel.partition import Piece, ShardedValue
 from tests.distributed.peak_memory import PeakMemory
@@ -65,7 +65,7 @@ def _holding_too_much(what: str) -> Iterator[None]:
         if what == "tensor":
             stack.enter_context(mock.patch.object(sharded._SavePieces, "resolve_data", resolve_whole_tensor))
         elif what == "file":
-            stack.enter_context(mock.patch.object(storage, "opened", read_whole_file))
+            stack.enter_context(mock.patch.object(tensor_storage, "opened", read_whole_file))
         yield
 
 

@@ -19,9 +19,9 @@ GRID = (4, 6)
 def _decode(rank: int, config, num_micro: int = 1) -> tuple[torch.Tensor, torch.Tensor | None, float]:
     """(bits, the last block's hidden states, loss of a training step taken after the decoding)."""
     engine, topology = make_engine(config)
-    from bitdance_scale.generate.decode import decode_blocks, lay_out
-    from bitdance_scale.generate.noise import ImageNoise
-    from bitdance_scale.parallel.decode import StageDecoder
+    from bitdance_scale.generate.block_decode import decode_blocks, lay_out
+    from bitdance_scale.generate.image_noise import ImageNoise
+    from bitdance_scale.parallel.layout_decode import StageDecoder
     from bitdance_scale.parallel.step import train_step
 
     train_step(engine, step_inputs(config, topology, num_micro, 0), config.loss, 1e-3, topology)
@@ -85,9 +85,9 @@ def test_decoding_runs_through_interleaved_stages_and_a_tied_embedding():
 def _teacher_forced(rank: int, config, is_causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(hidden states of a whole pack at predicting positions, the same from block-by-block decoding)."""
     engine, topology = make_engine(config)
-    from bitdance_scale.generate.decode import lay_out
+    from bitdance_scale.generate.block_decode import lay_out
     from bitdance_scale.model.positions import rotary_frequencies
-    from bitdance_scale.parallel.decode import StageDecoder
+    from bitdance_scale.parallel.layout_decode import StageDecoder
     from bitdance_scale.sequence.layout import pack_samples
     from bitdance_scale.sequence.pack import Sample
 

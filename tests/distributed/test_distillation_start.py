@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from bitdance_scale.checkpoint.export_release import export_release, open_checkpoint
 from bitdance_scale.checkpoint.import_release import import_release
 from bitdance_scale.checkpoint.release_source import open_source
-from bitdance_scale.checkpoint.start import find_checkpoint
+from bitdance_scale.checkpoint.start_weights import find_checkpoint
 from bitdance_scale.config.load import load_network
 from bitdance_scale.config.schema import HeadSection, ResolutionClass
 from bitdance_scale.generate.pipeline import BitDancePipeline
@@ -32,14 +32,14 @@ LAYOUTS = [
 
 def _distill(rank: int, start_from: Path, root: Path, parallel: dict[str, object], rule: str) -> None:
     """Starts a distillation and saves it before its first step."""
-    from bitdance_scale.checkpoint.folder import CheckpointFolder
-    from bitdance_scale.checkpoint.start import load_weights
-    from bitdance_scale.checkpoint.state import TrainState, save_checkpoint
+    from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
+    from bitdance_scale.checkpoint.run_checkpoint import TrainState, save_checkpoint
+    from bitdance_scale.checkpoint.start_weights import load_weights
     from bitdance_scale.config.load import dump_toml
     from bitdance_scale.parallel.build import build_engine
     from bitdance_scale.parallel.topology import make_topology, start_process_group
     from bitdance_scale.sequence.tokens import load_text_tokenizer
-    from bitdance_scale.train.stage_start import check_start
+    from bitdance_scale.train.start_checks import check_start
 
     start_process_group(timeout_s=120)
     network = load_network(start_from / "config.toml")

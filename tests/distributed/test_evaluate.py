@@ -37,7 +37,7 @@ def _evaluate(rank: int, parallel: dict[str, object], trains: bool):
     config = _config(parallel)
     engine, topology = make_engine(config)
     from bitdance_scale.parallel.step import train_step
-    from bitdance_scale.train.evaluate import Evaluator
+    from bitdance_scale.train.evaluation import Evaluator
     from tests.distributed.layout_run import step_inputs
 
     num_micro = NUM_PACKS // topology.data_size
@@ -77,7 +77,7 @@ def _by_hand(rank: int):
     from bitdance_scale.model.flow import draw_time
     from bitdance_scale.model.inputs import make_inputs
     from bitdance_scale.sequence.noise import Purpose, pack_noise
-    from bitdance_scale.train.evaluate import Evaluator
+    from bitdance_scale.train.evaluation import Evaluator
 
     uniform = dataclasses.replace(config, head=dataclasses.replace(config.head, time_schedule="uniform"))
     packs = lopsided_packs(0, 1, NUM_PACKS, config)

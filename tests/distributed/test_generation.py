@@ -20,8 +20,8 @@ GRID = (4, 6)
 def _states(rank: int, config) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Conditions of the head for every predicted token: (of the pack in training, of cached decoding), per sample."""
     engine, topology = make_engine(config)
-    from bitdance_scale.generate.backbone import Qwen3Blocks
-    from bitdance_scale.generate.decode import lay_out
+    from bitdance_scale.generate.block_decode import lay_out
+    from bitdance_scale.generate.qwen3_blocks import Qwen3Blocks
     from bitdance_scale.generate.sampler import FlowSolver
     from bitdance_scale.model.inputs import make_inputs
     from bitdance_scale.model.linears import PlainLinears

@@ -19,7 +19,7 @@ def _count(rank: int, config) -> dict[str, int]:
 
     start_process_group(timeout_s=60)
     topology = make_topology(config.parallel)
-    from bitdance_scale.parallel.stages import Stage
+    from bitdance_scale.parallel.pipeline_stages import Stage
 
     with torch.device("meta"):
         stage = Stage(config, VOCAB_SIZE, topology, 0)

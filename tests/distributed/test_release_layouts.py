@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from bitdance_scale.checkpoint.export_release import export_release, open_checkpoint
 from bitdance_scale.checkpoint.import_release import import_release
 from bitdance_scale.checkpoint.release_source import open_source
-from bitdance_scale.checkpoint.start import find_checkpoint
-from bitdance_scale.checkpoint.state import CONFIG_NAME, read_state
+from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME, read_state
+from bitdance_scale.checkpoint.start_weights import find_checkpoint
 from bitdance_scale.config.load import load_network
 from bitdance_scale.config.schema import HeadSection, ResolutionClass
 from tests.distributed.spawn import run_ranks
@@ -33,9 +33,9 @@ LAYOUTS: list[tuple[int, dict[str, object], bool]] = [
 
 def _start(rank: int, started_from: Path, root: Path, parallel: dict[str, object], dtype: str, resumes: bool) -> int:
     """Builds the engine, takes over the weights of a checkpoint and saves them at step 0; rows padded here."""
-    from bitdance_scale.checkpoint.folder import CheckpointFolder
-    from bitdance_scale.checkpoint.start import load_weights
-    from bitdance_scale.checkpoint.state import load_checkpoint, save_checkpoint
+    from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
+    from bitdance_scale.checkpoint.run_checkpoint import load_checkpoint, save_checkpoint
+    from bitdance_scale.checkpoint.start_weights import load_weights
     from bitdance_scale.config.load import dump_toml
     from bitdance_scale.parallel.build import build_engine
     from bitdance_scale.parallel.topology import make_topology, start_process_group

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from bitdance_scale.checkpoint import storage
+from bitdance_scale.checkpoint import tensor_storage
+from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
 from bitdance_scale.checkpoint.digest import find_change
-from bitdance_scale.checkpoint.folder import CheckpointFolder
+from bitdance_scale.checkpoint.run_checkpoint import TrainState, load_checkpoint, save_checkpoint
 from bitdance_scale.checkpoint.sharded import load_sharded, save_sharded
-from bitdance_scale.checkpoint.state import TrainState, load_checkpoint, save_checkpoint
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.parallel.partition import Piece, Placement, ShardedValue, fragment_pieces, whole_pieces
 from tests.distributed.spawn import run_ranks
@@ -144,7 +144,7 @@ def fail_in_turn(rank: int, root: Path) -> None:
         with folder.write(4):
             if rank == 1:
                 raise OSError("disk full")
-    with mock.patch.object(storage, "save_file", refuse if rank == 1 else storage.save_file):
+    with mock.patch.object(tensor_storage, "save_file", refuse if rank == 1 else tensor_storage.save_file):
         with pytest.raises(CheckpointError, match="tensors not written: rank 1: SafetensorError: no space left"):
             save_checkpoint(
                 folder, dataclasses.replace(STATE, step=5), holder.model(), holder.fragments, config_text=""
@@ -185,7 +185,7 @@ def find_flipped_bit(rank: int, root: Path, is_damaged: bool) -> list[str]:
         hashed.append(path.name)
         return find_change(path, *written)
 
-    with mock.patch.object(storage, "find_change", record):
+    with mock.patch.object(tensor_storage, "find_change", record):
         path = CheckpointFolder(root, keep=1).latest()
         if is_damaged:
             # All ranks raise what only one of them has seen, and none has written to a tensor.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitdance_scale.generate.backbone import Qwen3Blocks
+from bitdance_scale.generate.block_decode import decode_blocks, lay_out
 from bitdance_scale.generate.capture import CapturedCall
-from bitdance_scale.generate.decode import decode_blocks, lay_out
-from bitdance_scale.generate.folder import load_published
-from bitdance_scale.generate.noise import GeneratorNoise
+from bitdance_scale.generate.image_noise import GeneratorNoise
 from bitdance_scale.generate.pipeline import BitDancePipeline
+from bitdance_scale.generate.published_model import load_published
+from bitdance_scale.generate.qwen3_blocks import Qwen3Blocks
 from bitdance_scale.generate.sampler import FlowSolver
 from tests.released import write_published
 

@@ -17,7 +17,7 @@ from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data import bit_shards
 from bitdance_scale.data.bit_shards import BitStore, read_tables, recipe, shard_file
-from bitdance_scale.data.ledger import FaultCause, SampleFault
+from bitdance_scale.data.data_errors import FaultCause, SampleFault
 from bitdance_scale.data.loader import Loader
 from bitdance_scale.errors import DataError
 from bitdance_scale.observe.metrics import METRICS_FILE, read_metrics
@@ -66,7 +66,7 @@ def run(command: Sequence[object], num_processes: int) -> subprocess.CompletedPr
 
 def test_fifty_steps_of_bits_are_those_of_images(overrides: list[str], bits: Path) -> None:
     config = config_of(overrides)
-    index, text = training_index(config.data, CPU), load_text_tokenizer(config.text, config.vision.block_tokens)
+    index, text = training_index(config.data), load_text_tokenizer(config.text, config.vision.block_tokens)
     vision = VisionTokenizer(config.vision, CPU)
     with_bits = config_of([*overrides, f"data.bits_dir={bits}"])
     num_holes = 0
@@ -103,7 +103,7 @@ def test_two_processes_share_the_work_and_go_on(overrides: list[str], bits: Path
 
 def test_other_bits_are_refused(overrides: list[str], bits: Path, tmp_path: Path) -> None:
     config = config_of(overrides)
-    index = training_index(config.data, CPU)
+    index = training_index(config.data)
     wanted = recipe(config.data, config.vision)
     for change, message in (
         ({"block_side": 8}, "made with block_side = 4, now it is 8"),
@@ -114,7 +114,7 @@ def test_other_bits_are_refused(overrides: list[str], bits: Path, tmp_path: Path
             BitStore(bits, index, wanted | change)
     with pytest.raises(DataError, match="no bits are there"):
         BitStore(tmp_path, index, wanted)
-    other = training_index(config_of([*overrides, f"data.index_dir={tmp_path}"]).data, CPU)
+    other = training_index(config_of([*overrides, f"data.index_dir={tmp_path}"]).data)
     other.hash = "another"
     with pytest.raises(DataError, match="of the data set with index .* not another"):
         BitStore(bits, other, wanted)
@@ -122,7 +122,7 @@ def test_other_bits_are_refused(overrides: list[str], bits: Path, tmp_path: Path
 
 def test_damage_is_a_hole_and_what_was_left_out_is_refused(overrides: list[str], bits: Path, tmp_path: Path) -> None:
     config = config_of(overrides)
-    index = training_index(config.data, CPU)
+    index = training_index(config.data)
     folder = shutil.copytree(bits, tmp_path / "bits")
     _, tables = read_tables(folder / shard_file(0))
     table = tables[64]
@@ -144,7 +144,7 @@ def test_damage_is_a_hole_and_what_was_left_out_is_refused(overrides: list[str],
 def test_an_image_that_cannot_be_read_stops_the_encoding(overrides: list[str], tmp_path: Path) -> None:
     """It may be there again tomorrow; the bits would never be."""
     config = config_of(overrides)
-    index = training_index(config.data, CPU)
+    index = training_index(config.data)
     moved = tmp_path / "moved.tar"
     shutil.copy2(index.shards[0].path, moved)
     encoder = encode_bits.Encoder(config, index, VisionTokenizer(config.vision, CPU), tmp_path, num_verified=0)

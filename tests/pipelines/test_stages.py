@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bitdance_scale.config.stages import STAGES
+from bitdance_scale.config.training_stages import STAGES
 from bitdance_scale.observe.metrics import METRICS_FILE, read_metrics
 from bitdance_scale.train.main import EXIT_REFUSED, main
 from tests.distributed.small_demo import small_demo

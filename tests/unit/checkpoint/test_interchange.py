@@ -13,16 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bitdance_scale import atomic_files
+from bitdance_scale.checkpoint import conversion_folder
 from bitdance_scale.checkpoint import export_release as export_module
-from bitdance_scale.checkpoint import outcome
 from bitdance_scale.checkpoint.export_release import export_release, open_checkpoint
 from bitdance_scale.checkpoint.import_release import import_release
 from bitdance_scale.checkpoint.manifest import write_manifest
-from bitdance_scale.checkpoint.names import Part, our_tensors
 from bitdance_scale.checkpoint.new_rows import NEW_ROW_SPREAD
+from bitdance_scale.checkpoint.published_names import Part, our_tensors
 from bitdance_scale.checkpoint.release_source import NewParts, open_source
-from bitdance_scale.checkpoint.start import find_checkpoint
-from bitdance_scale.checkpoint.stored import StoredTensors
+from bitdance_scale.checkpoint.start_weights import find_checkpoint
+from bitdance_scale.checkpoint.stored_tensors import StoredTensors
 from bitdance_scale.checkpoint.tensor_file import TensorFileWriter
 from bitdance_scale.errors import BitDanceError, CheckpointError, ConfigError
 from bitdance_scale.model.initial import draw_initial
@@ -355,7 +356,9 @@ class TestOutcome:
         assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
     def test_a_full_disk_is_noticed_before(self, published, imported, tmp_path, monkeypatch):
-        monkeypatch.setattr(outcome.shutil, "disk_usage", lambda path: collections.namedtuple("Usage", "free")(1000))
+        monkeypatch.setattr(
+            conversion_folder.shutil, "disk_usage", lambda path: collections.namedtuple("Usage", "free")(1000)
+        )
         for convert in (
             lambda: export_release(open_checkpoint(imported), tmp_path / "out"),
             lambda: import_release(open_source(published, None), tmp_path / "out"),
@@ -396,7 +399,7 @@ class TestOutcome:
                     raise OSError(5, "Input/output error")
                 rename(source, target)
 
-            monkeypatch.setattr(outcome.os, "rename", fail)
+            monkeypatch.setattr(atomic_files.os, "rename", fail)
             with pytest.raises(CheckpointError, match="Input/output error"):
                 export_release(open_checkpoint(imported), out, is_forced=True)
             monkeypatch.undo()

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitdance_scale.checkpoint import state
+from bitdance_scale.checkpoint import run_checkpoint
+from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
 from bitdance_scale.checkpoint.digest import file_digest
-from bitdance_scale.checkpoint.folder import CheckpointFolder
 from bitdance_scale.checkpoint.manifest import write_manifest
+from bitdance_scale.checkpoint.run_checkpoint import TrainState, load_checkpoint, save_checkpoint
 from bitdance_scale.checkpoint.sharded import save_sharded
-from bitdance_scale.checkpoint.state import TrainState, load_checkpoint, save_checkpoint
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.parallel.partition import Placement, ShardedValue, whole_pieces
 
@@ -40,7 +40,7 @@ def make_values(fill: float, shape: tuple[int, ...] = (4, 3)) -> tuple[Values, V
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """A folder of two checkpoints, whose tensors fill several files."""
-    monkeypatch.setattr(state, "save_sharded", functools.partial(save_sharded, max_file_bytes=100))
+    monkeypatch.setattr(run_checkpoint, "save_sharded", functools.partial(save_sharded, max_file_bytes=100))
     for step in (3, 7):
         progress = dataclasses.replace(STATE, step=step)
         save_checkpoint(CheckpointFolder(tmp_path, keep=2), progress, *make_values(1.5), config_text="[run]\n")

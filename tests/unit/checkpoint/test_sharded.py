@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bitdance_scale.checkpoint.index import read_index
 from bitdance_scale.checkpoint.sharded import load_sharded, save_sharded
+from bitdance_scale.checkpoint.tensor_index import read_index
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.parallel.partition import Piece, Placement, ShardedValue, fragment_pieces, whole_pieces
 
@@ -74,7 +74,7 @@ def test_one_file_of_tensors_is_held_at_a_time(tmp_path, monkeypatch):
         held.extend(weakref.ref(tensor) for tensor in tensors.values())
         save_file(tensors, path)
 
-    monkeypatch.setattr("bitdance_scale.checkpoint.storage.save_file", record)
+    monkeypatch.setattr("bitdance_scale.checkpoint.tensor_storage.save_file", record)
     save_sharded(tmp_path, {name: whole(tensor) for name, tensor in make_tensors().items()}, max_file_bytes=64)
     # 284 bytes of tensors in files of at most 64.
     assert len(held) >= 5 and len(list(tmp_path.glob("*.safetensors"))) >= 5

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bitdance_scale.data.index import Index, ShardEntry
-from bitdance_scale.data.tar_scan import TarScan
+from bitdance_scale.data.index.index import Index, ShardEntry
+from bitdance_scale.data.index.tar_scan import TarScan
 from bitdance_scale.sequence.tokens import TextTokenizer
 
 Members = dict[str, bytes]

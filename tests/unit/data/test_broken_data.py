@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bitdance_scale.config.schema import ResolutionClass, RunConfig
-from bitdance_scale.data.index import Index
-from bitdance_scale.data.index_build import build_index
+from bitdance_scale.data.index.build import build_index
+from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.loader import Loader
 from tests.unit.data.small_data import Members, encode_image, sample_members, write_tar
 

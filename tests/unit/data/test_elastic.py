@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from bitdance_scale.config.schema import DataSource, ResolutionClass
-from bitdance_scale.data.index import Index
-from bitdance_scale.data.index_build import build_index
+from bitdance_scale.data.index.build import build_index
+from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.loader import Loader
 from bitdance_scale.data.loader_state import LoaderState
 from tests.unit.data.small_data import encode_image, write_tar

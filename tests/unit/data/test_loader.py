@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from bitdance_scale.config.schema import DataSource, RunConfig
 from bitdance_scale.data import loader as loader_module
-from bitdance_scale.data.index import Index
-from bitdance_scale.data.index_build import build_index
+from bitdance_scale.data.index.build import build_index
+from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.loader import LoadedPack, Loader
 from bitdance_scale.data.loader_state import LoaderState
 from bitdance_scale.data.reader import ShardReader
@@ -157,7 +156,7 @@ def mixed(data_set, make_config, tmp_path: Path) -> tuple[RunConfig, Index]:
         DataSource(name=name, shards=(str(tmp_path / name),), share=share) for name, share in (("open", 2), ("own", 1))
     )
     config = make_config(sources=sources, max_pack_tokens=176, image_to_text_share=0.2)
-    return config, training_index(config.data, torch.device("cpu"))
+    return config, training_index(config.data)
 
 
 def test_sources_are_read_in_their_shares_by_any_number_of_ranks(mixed, tokenizer) -> None:
@@ -213,7 +212,7 @@ def test_states_of_other_sources_are_refused(mixed, tokenizer) -> None:
     alone = dataclasses.replace(first, share=1), dataclasses.replace(second, share=0)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=alone))
     with pytest.raises(CheckpointError, match="index .*now gives .*or data.sources"):
-        Loader(config, tokenizer, training_index(config.data, torch.device("cpu")), 0, 1, state)
+        Loader(config, tokenizer, training_index(config.data), 0, 1, state)
 
 
 def broken_data_set(tmp_path: Path, num_good: int, num_broken: int) -> list[str]:

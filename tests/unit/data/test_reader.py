@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bitdance_scale.data.ledger import FaultCause, SampleFault
+from bitdance_scale.data.data_errors import FaultCause, SampleFault
 from bitdance_scale.data.reader import ShardReader
-from bitdance_scale.data.store import Stores
+from bitdance_scale.data.storage.stores import Stores
 from tests.unit.data.small_data import members_of, write_tar
 
 

@@ -11,15 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitdance_scale.config.schema import DataSection, DataSource, ResolutionClass
-from bitdance_scale.data.apportion import Apportionment
-from bitdance_scale.data.index import Index, ShardEntry
-from bitdance_scale.data.index_build import build_index
-from bitdance_scale.data.plan import Plan, PlannedBatch
+from bitdance_scale.data.index.build import build_index
+from bitdance_scale.data.index.index import Index, ShardEntry
+from bitdance_scale.data.plan.apportion import Apportionment
+from bitdance_scale.data.plan.plan import Plan, PlannedBatch
 from bitdance_scale.errors import DataError
 from bitdance_scale.train.shared_index import training_index
 from tests.unit.data.small_data import bare_index
@@ -238,36 +237,36 @@ def source_section(data_set: list[str], make_config, tmp_path: Path) -> Callable
 
 def test_the_index_of_a_run_knows_its_sources(data_set, source_section, tmp_path: Path) -> None:
     data = source_section({"late": (1, [2]), "off": (0, [1]), "early": (3, [0, 1])})
-    index = training_index(data, torch.device("cpu"))
+    index = training_index(data)
     assert [entry.path for entry in index.shards] == [data_set[number] for number in (2, 0, 1)]
     assert index.sources == (range(9), range(9, 21))
     # The digest is of the samples: it does not know of sources.
     assert index.hash == build_index([data_set[number] for number in (2, 0, 1)], tmp_path / "other").hash
-    whole = training_index(source_section({"all": (1, [0, 1, 2])}), torch.device("cpu"))
+    whole = training_index(source_section({"all": (1, [0, 1, 2])}))
     assert whole.sources == (range(21),)
 
 
 def test_the_default_index_of_sources_is_not_that_of_the_first(data_set, make_config, tmp_path: Path) -> None:
     shards = [shutil.copy2(path, tmp_path) for path in data_set[:2]]
     sources = tuple(DataSource(name=name, share=1, shards=(path,)) for name, path in zip("ab", shards, strict=True))
-    training_index(make_config(sources=sources).data, torch.device("cpu"))
+    training_index(make_config(sources=sources).data)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".bitdance_index_a_b", "00000.tar", "00001.tar"]
 
 
 def test_a_shard_of_two_sources_and_a_missing_one_are_refused_by_name(data_set, source_section) -> None:
     shared = source_section({"a": (1, [0, 1]), "b": (1, [2, 1])})
     with pytest.raises(DataError, match=f"shard {data_set[1]} is in source 'a' and in source 'b'. Leave it in one"):
-        training_index(shared, torch.device("cpu"))
+        training_index(shared)
     gone = source_section({"a": (1, [0]), "b": (1, [1])})
     gone = dataclasses.replace(
         gone, sources=(gone.sources[0], dataclasses.replace(gone.sources[1], shards=("no.tar",)))
     )
     with pytest.raises(DataError, match="shards of source 'b': shard 'no.tar' .* does not exist"):
-        training_index(gone, torch.device("cpu"))
+        training_index(gone)
 
 
 def test_an_index_that_another_job_replaced_is_refused(data_set, source_section, monkeypatch) -> None:
     data = source_section({"a": (1, [0]), "b": (1, [1])})
     monkeypatch.setattr("bitdance_scale.train.shared_index.open_index", lambda folder: build_index(data_set, folder))
     with pytest.raises(DataError, match="has replaced this run's while it started"):
-        training_index(data, torch.device("cpu"))
+        training_index(data)

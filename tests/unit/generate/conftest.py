@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitdance_scale.generate.folder import PublishedModel, load_published
+from bitdance_scale.generate.published_model import PublishedModel, load_published
 from tests.released import write_published
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageFont
 
-from bitdance_scale.observe.figures import CELL_SIDE_PX, MARGIN_PX, image_grid, wrap_caption, write_whole
+from bitdance_scale.observe.figures import CELL_SIDE_PX, MARGIN_PX, image_grid, wrap_caption
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -51,18 +49,3 @@ def test_wrong_input_is_refused(tmp_path):
         image_grid([picture(8, 8)], [], tmp_path / "grid.png", columns=1)
     with pytest.raises(ValueError, match=r"float32 \[8, 8, 3\]"):
         image_grid([picture(8, 8).astype(np.float32)], ["a"], tmp_path / "grid.png", columns=1)
-
-
-def test_a_file_is_replaced_whole(tmp_path):
-    path = tmp_path / "figures" / "page.png"
-    write_whole(path, lambda target: target.write_bytes(b"old"))
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(path, _fill_the_disk)
-    assert path.read_bytes() == b"old"
-    write_whole(path, lambda target: target.write_bytes(b"new"))
-    assert path.read_bytes() == b"new" and list(path.parent.iterdir()) == [path]
-
-
-def _fill_the_disk(target: Path) -> None:
-    target.write_bytes(b"n")
-    raise OSError("disk full")

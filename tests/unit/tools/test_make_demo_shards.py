@@ -97,9 +97,9 @@ def test_arguments_out_of_range_are_refused(tmp_path: Path, num_images: int, per
 
 
 def test_the_loader_reads_the_shards(tmp_path: Path):
-    from bitdance_scale.data.image_stream import centre_crops
-    from bitdance_scale.data.index_build import build_index
-    from bitdance_scale.data.shards import expand_shards
+    from bitdance_scale.data.crop_stream import centre_crops
+    from bitdance_scale.data.index.build import build_index
+    from bitdance_scale.data.storage.shards import expand_shards
 
     write_shards(tmp_path / "demo", num_images=12, per_shard=5, seed=0)
     index = build_index(expand_shards([str(tmp_path / "demo")]), tmp_path / "index")

@@ -9,13 +9,11 @@ import sys
 import time
 
 import pytest
-import torch
 import torch.distributed as dist
 
+from bitdance_scale.parallel.agreement import any_rank
 from bitdance_scale.train.signals import EXIT_REQUEUE, SAME_SIGINT_S, StopRequest
 from tests.distributed.spawn import run_ranks
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -33,10 +31,10 @@ def test_a_signal_becomes_a_request(number):
 def stop_of_one_rank(rank: int, rank_asked: int) -> None:
     dist.init_process_group("gloo")
     with StopRequest() as stop:
-        assert not stop.agreed(dist.group.WORLD, CPU)
+        assert not any_rank(stop.is_requested)
         if rank == rank_asked:
             os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.agreed(dist.group.WORLD, CPU)
+        assert any_rank(stop.is_requested)
         assert (stop.signal_name is not None) == (rank == rank_asked)
     dist.destroy_process_group()
 
@@ -47,6 +45,7 @@ def test_a_signal_to_one_rank_stops_all():
 
 WAIT = """
 import time
+from bitdance_scale.parallel.agreement import any_rank
 from bitdance_scale.train.signals import StopRequest
 with StopRequest() as stop:
     print("ready", flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from bitdance_scale.config.load import load_config
-from bitdance_scale.data.plan import StreamUse
+from bitdance_scale.data.plan.plan import StreamUse
 from bitdance_scale.train.run_observer import _summary, sources_summary
 
 

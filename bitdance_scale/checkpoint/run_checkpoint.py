@@ -1,0 +1,181 @@
+"""What one checkpoint holds, and saving and loading the whole of it.
+
+config.toml        the resolved configuration of the run
+train_state.json   how far the run is: step, counts, position in the data, optimiser counters
+tensors/           `model.<name>`, the parameters in their training dtype, and `optimizer.<kind>.<name>`, the
+                   float32 masters and moments; by global names, in boxes that know no layout
+manifest.json      every file and its size; digests of those above (a tensor file's is in tensors/index.json)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import Metadata
+
+import bitdance_scale
+from bitdance_scale.atomic_files import write_text
+from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
+from bitdance_scale.checkpoint.digest import text_digest
+from bitdance_scale.checkpoint.manifest import find_damage
+from bitdance_scale.checkpoint.sharded import StreamedValue, load_sharded, save_sharded
+from bitdance_scale.checkpoint.tensor_index import read_index
+from bitdance_scale.errors import CheckpointError
+from bitdance_scale.parallel.agreement import on_first_rank
+from bitdance_scale.parallel.partition import ShardedValue
+
+TENSORS_DIR = "tensors"
+CONFIG_NAME = "config.toml"
+TRAIN_STATE_NAME = "train_state.json"
+MODEL_PREFIX = "model."
+OPTIMIZER_PREFIX = "optimizer."
+MASTER_PREFIX = "optimizer.master."
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """How far a run is, apart from its tensors; the same on all ranks and under every layout.
+
+    Attributes:
+        step: optimiser steps taken.
+        images: images seen.
+        tokens: positions seen, padding left out.
+        loader: state of the data loader after the last step; JSON values.
+        optimizer: the optimiser's counters (steps it counts for bias correction, steps skipped); JSON values.
+        tokenizer_digest: digest of the text tokenizer; other tokens would give the embedding rows another meaning.
+        images_by_class: images seen per resolution class, by `side_px` as text (a JSON key).
+        holes: images that could not be used.
+        faults: images with a fault, by cause.
+        release: what the folder that the weights came from says and the configuration has no place for, to be written
+            back as it was (`checkpoint/published_tensors.py`); empty for weights that started at random. JSON values.
+    """
+
+    step: int
+    images: int
+    tokens: int
+    loader: dict[str, Any]
+    optimizer: dict[str, Any]
+    tokenizer_digest: str
+    images_by_class: dict[str, int] = dataclasses.field(default_factory=dict)
+    holes: int = 0
+    faults: dict[str, int] = dataclasses.field(default_factory=dict)
+    release: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def save_checkpoint(
+    folder: CheckpointFolder,
+    state: TrainState,
+    model: Mapping[str, ShardedValue | StreamedValue],
+    optimizer: Mapping[str, ShardedValue],
+    config_text: str,
+) -> None:
+    """Writes and commits the checkpoint of `state.step`; a collective over the folder's group.
+
+    Args:
+        folder: where it goes.
+        state: the first rank's is written.
+        model: what this rank holds of the parameters, by global name.
+        optimizer: what it holds of `master.<name>`, `exp_avg.<name>` and `exp_avg_sq.<name>`.
+        config_text: the resolved configuration as TOML.
+
+    Raises:
+        CheckpointError: on every rank; earlier checkpoints are as they were.
+    """
+    values = _prefixed(MODEL_PREFIX, model) | _prefixed(OPTIMIZER_PREFIX, optimizer)
+    with folder.write(state.step) as path:
+        save_sharded(path / TENSORS_DIR, values, folder.group)
+        on_first_rank(lambda: _write_texts(path, state, config_text), folder.group, other=CheckpointError)
+
+
+def load_checkpoint(
+    path: Path,
+    model: Mapping[str, ShardedValue],
+    optimizer: Mapping[str, ShardedValue],
+    *,
+    tokenizer_digest: str,
+    group: dist.ProcessGroup | None = None,
+) -> TrainState:
+    """Fills the pieces of a model and of its optimiser in place from a committed checkpoint; a collective.
+
+    Args:
+        path: the checkpoint, such as `CheckpointFolder.latest` returns.
+        model: what this rank holds of the parameters.
+        optimizer: what it holds of the optimiser state.
+        tokenizer_digest: of the text tokenizer in use.
+        group: the ranks that take part; None: all, or this process alone without a process group.
+
+    Raises:
+        CheckpointError: on every rank, before any tensor is written to: the checkpoint is damaged, of another model or
+            of another text tokenizer.
+    """
+    state = on_first_rank(lambda: read_fitting_state(path, tokenizer_digest), group, other=CheckpointError)
+    values = _prefixed(MODEL_PREFIX, model) | _prefixed(OPTIMIZER_PREFIX, optimizer)
+    load_sharded(path / TENSORS_DIR, values, group)
+    return state
+
+
+def model_signature(index: Metadata) -> str:
+    """SHA-256 over the names and shapes of the parameters in a checkpoint's index; equal ones fit each other."""
+    shapes = {
+        name.removeprefix(MODEL_PREFIX): list(tensor.size)
+        for name, tensor in index.state_dict_metadata.items()
+        if name.startswith(MODEL_PREFIX)
+    }
+    return text_digest(json.dumps(shapes, sort_keys=True))
+
+
+def _prefixed(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
+    return {prefix + name: value for name, value in values.items()}
+
+
+def _write_texts(path: Path, state: TrainState, config_text: str) -> None:
+    content = dataclasses.asdict(state) | {
+        "config_sha256": text_digest(config_text),
+        "model_signature": model_signature(read_index(path / TENSORS_DIR)),
+        "versions": {"bitdance_scale": bitdance_scale.__version__, "torch": torch.__version__},
+    }
+    write_text(path / TRAIN_STATE_NAME, json.dumps(content, indent=1))
+    write_text(path / CONFIG_NAME, config_text)
+
+
+def read_state(path: Path) -> TrainState:
+    """How far the run of a committed checkpoint is; the files beside the tensors are compared with their digests.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    damage = find_damage(path)
+    if damage is not None:
+        raise CheckpointError(f"{path}: {damage}; load another checkpoint")
+    file = path / TRAIN_STATE_NAME
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        # The last fields came later; checkpoints without a release are those of weights that started at random.
+        content = {"faults": {}, "release": {}} | content
+        return TrainState(**{field.name: content[field.name] for field in dataclasses.fields(TrainState)})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: damaged ({type(error).__name__}: {error}); load another checkpoint") from error
+
+
+def read_fitting_state(path: Path, tokenizer_digest: str) -> TrainState:
+    """`read_state`, which must be of a run with this text tokenizer.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or its run had another tokenizer.
+    """
+    state = read_state(path)
+    if state.tokenizer_digest != tokenizer_digest:
+        raise CheckpointError(
+            f"{path}: trained with another text tokenizer (digest {state.tokenizer_digest}, in use "
+            f"{tokenizer_digest}); set [text] as in its config.toml"
+        )
+    return state

@@ -1,0 +1,162 @@
+"""Crops of images without captions, for training and judging the visual tokenizer.
+
+Which images a step holds, and how they are cropped, is a function of (seed, step) alone: not of the number of ranks,
+and not of what was read before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+import numpy as np
+
+from bitdance_scale.data.data_errors import FaultLedger, SampleFault
+from bitdance_scale.data.image_decode import decode_image
+from bitdance_scale.data.index.index import Index
+from bitdance_scale.data.plan.permutation import Permutation
+from bitdance_scale.data.reader import ShardReader
+from bitdance_scale.errors import DataError
+
+NUM_STEPS_AHEAD = 2
+
+
+class CropStream:
+    """Batches of random crops, one crop size per step, this rank's part of each.
+
+    Every size goes through the images that are large enough for it in permuted epochs. Steps up to `NUM_STEPS_AHEAD`
+    are read ahead by threads. Use as a context manager.
+
+    Args:
+        index: the data set.
+        sizes_px: (height, width) of the crops; each step draws one of them, all equally likely.
+        images_px: pixels per step over all ranks.
+        max_zoom: crops are cut from images scaled to 1..max_zoom times the covering size, never enlarged.
+        seed: of the order and the crops.
+        rank, num_ranks: which part of each step this stream yields.
+        num_steps: steps in all.
+        num_threads: threads that read and decode.
+        max_hole_share: share of unreadable images above which the stream stops (after 1000 images).
+
+    Raises:
+        DataError: no image is large enough for one of the sizes.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        *,
+        sizes_px: Sequence[tuple[int, int]],
+        images_px: int,
+        max_zoom: float,
+        seed: int,
+        rank: int,
+        num_ranks: int,
+        num_steps: int,
+        num_threads: int,
+        max_hole_share: float,
+    ) -> None:
+        self._index = index
+        self._sizes_px = tuple(sizes_px)
+        self._eligible = [large_enough(index, size) for size in self._sizes_px]
+        self._max_zoom = max_zoom
+        self._seed = seed
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self._size_of_step = np.random.default_rng([seed, 0]).integers(len(self._sizes_px), size=num_steps)
+        self._images_of_size = [images_px // (height * width) for height, width in self._sizes_px]
+        self._reader = ShardReader()
+        self._ledger = FaultLedger(max_hole_share)
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="crops")
+
+    def __enter__(self) -> CropStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        self._reader.close()
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """uint8 [n, height, width, 3] per step; unreadable images are left out.
+
+        Raises:
+            DataError: too many images are unreadable.
+        """
+        ahead: list[list[tuple[int, Future[np.ndarray]]]] = []
+        for step in range(len(self._size_of_step)):
+            for later in range(step + len(ahead), min(step + NUM_STEPS_AHEAD + 1, len(self._size_of_step))):
+                ahead.append(self._start(later))
+            yield self._collect(ahead.pop(0))
+
+    def _start(self, step: int) -> list[tuple[int, Future[np.ndarray]]]:
+        """Hands the images of a step to the threads."""
+        size = int(self._size_of_step[step])
+        num_images = self._images_of_size[size]
+        first = int((self._size_of_step[:step] == size).sum()) * num_images
+        tasks = []
+        for slot in range(self._rank, num_images, self._num_ranks):
+            epoch, position = divmod(first + slot, len(self._eligible[size]))
+            order = Permutation(len(self._eligible[size]), (self._seed, size, epoch))
+            sample = int(self._eligible[size][order(np.array([position]))[0]])
+            rng = np.random.default_rng([self._seed, 1, step, slot])
+            tasks.append((sample, self._threads.submit(self._crop, sample, self._sizes_px[size], rng)))
+        return tasks
+
+    def _crop(self, sample: int, crop_px: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+        stored = self._index.size_px(sample)
+        room = min(side / crop for side, crop in zip(stored, crop_px, strict=True))
+        zoom = rng.uniform(1.0, max(1.0, min(self._max_zoom, room)))
+        scaled = tuple(max(crop, int(crop * zoom)) for crop in crop_px)
+        image = decode_image(self._reader.image(self._index, sample), stored, scaled)
+        top, left = (int(rng.integers(side - crop + 1)) for side, crop in zip(scaled, crop_px, strict=True))
+        return image[top : top + crop_px[0], left : left + crop_px[1]]
+
+    def _collect(self, tasks: Sequence[tuple[int, Future[np.ndarray]]]) -> np.ndarray:
+        images = []
+        for sample, future in tasks:
+            self._ledger.record_read()
+            try:
+                images.append(future.result())
+            except SampleFault as fault:
+                self._ledger.record_hole(fault, self._index.shard_path(sample), self._index.name(sample))
+        self._ledger.check()
+        if not images:
+            raise DataError(f"no image of a step could be read: {self._ledger.summary()}")
+        return np.stack(images)
+
+
+def large_enough(index: Index, crop_px: tuple[int, int]) -> np.ndarray:
+    """int64 [n], the samples that cover `crop_px` (height, width) without being enlarged.
+
+    Raises:
+        DataError: there is none.
+    """
+    samples = np.flatnonzero((index.height_px >= crop_px[0]) & (index.width_px >= crop_px[1]))
+    if not len(samples):
+        raise DataError(
+            f"{index.shards[0].path} (first of {len(index.shards)} shards): none of {len(index)} images covers a crop "
+            f"of {crop_px[0]} x {crop_px[1]} px; remove this size or add larger images"
+        )
+    return samples
+
+
+def centre_crops(index: Index, crop_px: tuple[int, int], num_images: int) -> np.ndarray:
+    """uint8 [n, height, width, 3], centre crops of the first `num_images` images that are large enough, or of all.
+
+    Raises:
+        DataError: no image is large enough, or one of them cannot be read.
+    """
+    reader = ShardReader()
+    crops = []
+    for sample in large_enough(index, crop_px)[:num_images].tolist():
+        try:
+            crops.append(decode_image(reader.image(index, sample), index.size_px(sample), crop_px))
+        except SampleFault as fault:
+            raise DataError(
+                f"{index.shard_path(sample)}: sample {index.name(sample)}: {fault}; held-out images must be readable"
+            ) from fault
+    reader.close()
+    return np.stack(crops)

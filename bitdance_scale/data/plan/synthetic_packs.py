@@ -1,0 +1,78 @@
+"""Samples and packs as the configuration mixes them, without any data: for saying beforehand what a run needs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bitdance_scale.config.data_rules import MAX_MARKUP_TOKENS, NUM_RESOLUTION_TOKENS
+from bitdance_scale.config.schema import RunConfig, VisionSection
+from bitdance_scale.data.plan.apportion import Apportionment
+from bitdance_scale.data.plan.buckets import class_buckets
+from bitdance_scale.data.plan.packing import CostModel, partition_batch
+from bitdance_scale.sequence.layout import ImageTokens, num_positions, pack_samples
+from bitdance_scale.sequence.pack import Pack, Sample
+
+
+def typical_packs(config: RunConfig, num_replicas: int) -> list[Pack]:
+    """The packs of one replica's step, the one with most text targets first; captions as long as allowed, bits zero.
+
+    Classes stand in their shares, the buckets of a class equally often. Real captions are mostly shorter: then packs
+    hold more images, fewer text targets and as many positions.
+
+    Args:
+        config: the run; sizes, mix and caps are read.
+        num_replicas: data-parallel ranks.
+
+    Raises:
+        ConfigError: the batch cannot be dealt out to so many replicas.
+    """
+    samples = _samples(config)
+    lengths = np.array(
+        [
+            num_positions(len(sample.before_ids), len(sample.after_ids), sample.grid, config.vision.block_tokens)
+            for sample in samples
+        ]
+    )
+    cost_model = CostModel.of_model(config.model)
+    ranks = partition_batch(
+        lengths, num_replicas, config.data.max_pack_tokens, cost_model, config.parallel.packs_multiple
+    )
+    tokens = placeholder_tokens(config.vision)
+    packs = []
+    for places in ranks[0]:
+        pack = pack_samples([samples[place] for place in places], tokens, config.data.pack_multiple)
+        packs.append(
+            pack.with_bits(np.zeros((len(pack.vision_positions), config.vision.num_bits // 8), dtype=np.uint8))
+        )
+    return sorted(packs, key=lambda pack: (-len(pack.text_targets), -pack.num_positions))
+
+
+def placeholder_tokens(section: VisionSection) -> ImageTokens:
+    """One id for all special tokens: only shapes count here."""
+    return ImageTokens(0, 0, (0,) * NUM_RESOLUTION_TOKENS, (0,) * (section.block_tokens - 1))
+
+
+def placeholder_sample(key: int, grid: tuple[int, int], num_caption_tokens: int) -> Sample:
+    """A text-to-image sample of these sizes; the chat markup around its caption takes as much as a tokenizer may need."""
+    before_ids = np.zeros(MAX_MARKUP_TOKENS - 1 + num_caption_tokens, dtype=np.int64)
+    return Sample(
+        key=key,
+        grid=grid,
+        before_ids=before_ids,
+        after_ids=np.zeros(1, dtype=np.int64),
+        first_target_before=1,
+        first_target_after=1,
+    )
+
+
+def _samples(config: RunConfig) -> list[Sample]:
+    classes = [resolution for resolution in config.data.classes if resolution.share > 0]
+    labels = Apportionment([resolution.share for resolution in classes]).labels(0, config.data.global_batch)
+    grids = [class_buckets(resolution) // config.vision.downsample for resolution in classes]
+    num_drawn = [0] * len(classes)
+    samples = []
+    for key, label in enumerate(labels.tolist()):
+        height, width = grids[label][num_drawn[label] % len(grids[label])].tolist()
+        num_drawn[label] += 1
+        samples.append(placeholder_sample(key, (height, width), config.text.max_caption_tokens))
+    return samples

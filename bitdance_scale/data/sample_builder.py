@@ -1,0 +1,54 @@
+"""From a planned batch to samples: captions tokenised, grids set, images still to come."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.data.index.index import Index
+from bitdance_scale.data.plan.plan import PlannedBatch
+from bitdance_scale.sequence.layout import num_positions
+from bitdance_scale.sequence.pack import Sample
+from bitdance_scale.sequence.tokens import TextTokenizer, image_to_text_sample, text_to_image_sample
+
+
+class SampleBuilder:
+    """Makes the samples of planned batches.
+
+    Args:
+        config: the run; captions and downsampling are read.
+        index: the data set, for captions.
+        tokenizer: text tokenizer.
+    """
+
+    def __init__(self, config: RunConfig, index: Index, tokenizer: TextTokenizer) -> None:
+        self._config, self._index, self._tokenizer = config, index, tokenizer
+
+    def build(self, batch: PlannedBatch) -> list[Sample]:
+        """One sample per place of the batch, without images."""
+        return [self._sample(batch, place) for place in range(len(batch))]
+
+    def lengths(self, samples: list[Sample]) -> np.ndarray:
+        """int64 [n], positions that each sample takes in a pack."""
+        block_tokens = self._tokenizer.image_tokens.block_tokens
+        return np.array(
+            [num_positions(len(s.before_ids), len(s.after_ids), s.grid, block_tokens) for s in samples], dtype=np.int64
+        )
+
+    def _sample(self, batch: PlannedBatch, place: int) -> Sample:
+        key = int(batch.samples[place])
+        height, width = batch.bucket_px[place].tolist()
+        grid = (height // self._config.vision.downsample, width // self._config.vision.downsample)
+        caption = self._caption(batch, place, key)
+        if batch.is_image_to_text[place]:
+            return image_to_text_sample(self._tokenizer, key, caption, grid)
+        return text_to_image_sample(
+            self._tokenizer, key, caption, grid, is_caption_dropped=bool(batch.is_caption_dropped[place])
+        )
+
+    def _caption(self, batch: PlannedBatch, place: int, key: int) -> str:
+        if batch.caption[place] < 0:
+            return ""
+        source = self._config.data.captions[batch.caption[place]].source
+        alternatives = self._index.alternatives(key, source)
+        return alternatives[int(batch.alternative[place] * len(alternatives))]

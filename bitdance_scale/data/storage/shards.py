@@ -1,0 +1,103 @@
+"""From `data.shards` and `data.sources` to lists of tars."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from bitdance_scale.config.schema import DataSource
+from bitdance_scale.data.reader import expand_braces
+from bitdance_scale.data.storage.stores import S3_SCHEME, Stores
+from bitdance_scale.errors import DataError
+
+_GLOB_CHARACTERS = frozenset("*?[")
+
+
+def expand_sources(sources: Sequence[DataSource], stores: Stores | None = None) -> list[list[str]]:
+    """Paths of the tars of every source, each as `expand_shards` gives them.
+
+    Raises:
+        DataError: a spec matches nothing, a shard does not exist, or one is in two sources.
+    """
+    expanded = [expand_shards(source.shards, f"shards of source {source.name!r}", stores) for source in sources]
+    owners: dict[str, str] = {}
+    for source, paths in zip(sources, expanded, strict=True):
+        for path in paths:
+            if path in owners:
+                raise DataError(
+                    f"data.sources: shard {path} is in source {owners[path]!r} and in source {source.name!r}. Leave it in "
+                    "one of the two: its images would count for both shares."
+                )
+        owners |= dict.fromkeys(paths, source.name)
+    return expanded
+
+
+def expand_shards(specs: Iterable[str], setting: str = "data.shards", stores: Stores | None = None) -> list[str]:
+    """Paths of the tars that files, folders, globs and brace lists stand for, here or on S3.
+
+    Args:
+        specs: each a tar, a folder (every `*.tar` in it, sorted), a glob (sorted) or a brace list (in its order). A
+            tar named twice is taken once.
+        setting: what messages call them.
+        stores: how S3 is reached; None: by default. Single objects and brace lists of them are not looked for here.
+
+    Returns:
+        Absolute paths, or `s3://BUCKET/KEY`, in the order of the specs.
+
+    Raises:
+        DataError: a spec matches nothing, or a shard does not exist.
+    """
+    paths: list[str] = []
+    for spec in specs:
+        if spec.startswith(S3_SCHEME):
+            paths += [
+                path for candidate in expand_braces(spec, setting) for path in _objects(candidate, setting, stores)
+            ]
+        else:
+            paths += [os.path.abspath(path) for path in _expand_spec(spec, setting)]
+    if not paths:
+        raise DataError(f"{setting} is empty: name at least one tar, folder, glob or brace list.")
+    return list(dict.fromkeys(paths))
+
+
+def _expand_spec(spec: str, setting: str) -> list[str]:
+    if "://" in spec:
+        raise DataError(f"{setting}: {spec!r}: only local files and s3:// can be read; mount or copy the shards.")
+    if os.path.exists(spec):
+        candidates = [spec]
+    else:
+        candidates = expand_braces(spec, setting)
+    paths: list[str] = []
+    for candidate in candidates:
+        if os.path.isdir(candidate):
+            found = sorted(glob.glob(os.path.join(glob.escape(candidate), "*.tar")))
+            if not found:
+                raise DataError(f"{setting}: folder {candidate!r} holds no *.tar. Correct {setting}.")
+        elif os.path.isfile(candidate):
+            found = [candidate]
+        elif _GLOB_CHARACTERS & set(candidate):
+            found = sorted(glob.glob(candidate))
+            if not found:
+                raise DataError(f"{setting}: {candidate!r} matches no file. Correct {setting}.")
+        else:
+            raise DataError(
+                f"{setting}: shard {candidate!r} (from {spec!r}) does not exist. Restore the file or correct {setting}."
+            )
+        paths += found
+    return paths
+
+
+def _objects(candidate: str, setting: str, stores: Stores | None) -> list[str]:
+    """Objects that one path on S3 stands for: itself, those of a folder, or those of a glob."""
+    if candidate.endswith(".tar") and not _GLOB_CHARACTERS & set(candidate):
+        return [candidate]
+    pattern = candidate if candidate.endswith(".tar") else candidate.rstrip("/") + "/*.tar"
+    start = min(pattern.find(character) for character in _GLOB_CHARACTERS if character in pattern)
+    listed = (stores or Stores()).list(pattern[:start], is_flat="/" not in pattern[start:])
+    # As in the glob of files, no star stands for a slash.
+    found = [path for path in listed if path.count("/") == pattern.count("/") and fnmatchcase(path, pattern)]
+    if not found:
+        raise DataError(f"{setting}: {candidate!r} holds no *.tar. Correct {setting}.")
+    return found

@@ -1,0 +1,206 @@
+"""A published folder as the parts of a pipeline: backbone, projector, head, autoencoder and tokenizer.
+
+Only safetensors and JSON are read, no code of the folder is run. Names and shapes of all tensors are checked against the
+configuration files before anything large is loaded: transformers itself fills what it misses with random numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from transformers.utils import logging
+
+from bitdance_scale.config.published_config import HEAD_CONFIG_NAME, MODEL_CONFIG_NAME, read_head, read_model
+from bitdance_scale.config.schema import HeadSection, ModelSection, TextSection, VisionSection
+from bitdance_scale.errors import CheckpointError, DataError
+from bitdance_scale.model.diffusion_head import DiffusionHead
+from bitdance_scale.model.linears import PlainLinears
+from bitdance_scale.model.projector import Projector
+from bitdance_scale.sequence.tokens import TextTokenizer, load_text_tokenizer
+from bitdance_scale.vision.autoencoder import published_sizes
+from bitdance_scale.vision.tokenizer import VisionTokenizer, make_autoencoder
+from bitdance_scale.vision.weights import CONFIG_NAME as VISION_CONFIG_NAME
+from bitdance_scale.vision.weights import WEIGHTS_NAME as VISION_WEIGHTS_NAME
+from bitdance_scale.weight_files import TensorSpec, check_tensors, read_folder_headers, read_header, read_json
+
+WEIGHTS_NAME = "model.safetensors"
+HEAD_WEIGHTS_NAME = "vision_head.safetensors"
+PROJECTOR_WEIGHTS_NAME = "projector.safetensors"
+# Prompts are used as they are given, unlike the captions of training.
+MAX_PROMPT_TOKENS = 1 << 20
+_REMEDY = "download or export the folder again"
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """The parts of a published model on one device.
+
+    Attributes:
+        backbone: Qwen3 without its output projection.
+        projector: bits to the backbone.
+        head: the diffusion head.
+        vision: the autoencoder; its section also tells bits, downsampling and block side.
+        text: the tokenizer with its added tokens.
+    """
+
+    backbone: Qwen3Model
+    projector: Projector
+    head: DiffusionHead
+    vision: VisionTokenizer
+    text: TextTokenizer
+
+
+@dataclass(frozen=True)
+class PublishedSections:
+    """What the configuration files of a published folder say.
+
+    Attributes:
+        model: the backbone.
+        vocab_size: rows of its embedding.
+        head: the diffusion head.
+        vision: the autoencoder and the block side.
+    """
+
+    model: ModelSection
+    vocab_size: int
+    head: HeadSection
+    vision: VisionSection
+
+
+def read_sections(folder: str | Path) -> PublishedSections:
+    """Reads the configuration files of a published folder.
+
+    Raises:
+        CheckpointError: there is no such folder, or a file is missing, damaged or does not fit the others.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; name a published BitDance folder, the one with config.json")
+    config = read_json(folder / MODEL_CONFIG_NAME)
+    model = read_model(config, str(folder / MODEL_CONFIG_NAME))
+    sizes = _vision_sizes(folder / VISION_CONFIG_NAME)
+    head_config, where = read_json(folder / HEAD_CONFIG_NAME), str(folder / HEAD_CONFIG_NAME)
+    head, block_side = read_head(head_config, where, model.hidden_size, sizes["num_bits"])
+    vision = VisionSection(weights=str(folder / VISION_WEIGHTS_NAME), block_side=block_side, **sizes)
+    return PublishedSections(model, config["vocab_size"], head, vision)
+
+
+def load_published(folder: str | Path, dtype: torch.dtype, device: torch.device) -> PublishedModel:
+    """Loads a published folder.
+
+    Args:
+        folder: as `tools/convert_to_hf.py` or the release writes it.
+        dtype: of weights and activations of all parts.
+        device: where they are put.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or does not fit the others; names file and tensor.
+        ConfigError: the folder holds no usable tokenizer.
+    """
+    folder, sections = Path(folder), read_sections(folder)
+    block_tokens = sections.vision.block_tokens
+    text = load_text_tokenizer(TextSection(path=str(folder), max_caption_tokens=MAX_PROMPT_TOKENS), block_tokens)
+    if text.vocab_size > sections.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer with its resolution and {block_tokens - 1} query tokens has {text.vocab_size} "
+            f"entries, {MODEL_CONFIG_NAME} gives the embedding {sections.vocab_size} rows; {_REMEDY}"
+        )
+    with torch.device("meta"):
+        num_bits, hidden_size = sections.vision.num_bits, sections.model.hidden_size
+        head = DiffusionHead(sections.head, hidden_size, num_bits, block_tokens, PlainLinears())
+        projector = Projector(num_bits, hidden_size, PlainLinears())
+        autoencoder = make_autoencoder(sections.vision)
+    config = qwen3_config(sections.model, sections.vocab_size)
+    # All headers before anything large is loaded.
+    _check_backbone(folder, config)
+    for name, module in (
+        (HEAD_WEIGHTS_NAME, head),
+        (PROJECTOR_WEIGHTS_NAME, projector),
+        (VISION_WEIGHTS_NAME, autoencoder),
+    ):
+        _check(folder / name, read_header(folder / name), module.state_dict())
+    backbone = _load_backbone(folder, config, dtype, device)
+    _fill(head, folder / HEAD_WEIGHTS_NAME, dtype, device)
+    _fill(projector, folder / PROJECTOR_WEIGHTS_NAME, dtype, device)
+    vision = VisionTokenizer(sections.vision, device, dtype=dtype)
+    return PublishedModel(backbone, projector, head, vision, text)
+
+
+def qwen3_config(section: ModelSection, vocab_size: int) -> Qwen3Config:
+    """The configuration of a backbone for transformers.
+
+    Made from checked sizes, not from `config.json`: transformers takes a default where it does not know a key's name.
+    """
+    return Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=section.hidden_size,
+        intermediate_size=section.ffn_size,
+        num_hidden_layers=section.num_layers,
+        num_attention_heads=section.num_heads,
+        num_key_value_heads=section.num_kv_heads,
+        head_dim=section.head_dim,
+        rms_norm_eps=section.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": section.rope_base},
+        tie_word_embeddings=section.tie_embeddings,
+        initializer_range=section.init_std,
+    )
+
+
+def _check_backbone(folder: Path, config: Qwen3Config) -> None:
+    with torch.device("meta"):
+        wanted = Qwen3ForCausalLM(config).state_dict()
+    headers = read_folder_headers(folder, WEIGHTS_NAME)
+    found = {name: spec for header in headers.values() for name, spec in header.items()}
+    if config.tie_word_embeddings and "lm_head.weight" not in found:
+        # Stored once, as the embedding; some versions of the library store it twice.
+        del wanted["lm_head.weight"]
+    _check(folder / WEIGHTS_NAME, found, wanted)
+
+
+def _check(path: Path, found: Mapping[str, TensorSpec], wanted: Mapping[str, torch.Tensor]) -> None:
+    fix = f"The weights must fit the configuration files beside them; {_REMEDY}"
+    check_tensors(path, found, {name: tensor.shape for name, tensor in wanted.items()}, fix)
+
+
+def _load_backbone(folder: Path, config: Qwen3Config, dtype: torch.dtype, device: torch.device) -> Qwen3Model:
+    with _errors_only():
+        backbone = Qwen3Model.from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation="sdpa", local_files_only=True, use_safetensors=True
+        )
+    # Only the device: a dtype here would also round the rotary frequencies.
+    return backbone.to(device).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _errors_only() -> Iterator[None]:
+    """Keeps transformers from reporting the output projection, which is in the files and not wanted."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _fill(module: nn.Module, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Gives a module on the meta device the tensors of a file, which fit it, and freezes it."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).to(device=device, dtype=dtype) for name in module.state_dict()}
+    module.load_state_dict(tensors, assign=True)
+    module.eval().requires_grad_(False)
+
+
+def _vision_sizes(path: Path) -> dict[str, Any]:
+    config = read_json(path)
+    try:
+        return published_sizes(config)
+    except DataError as error:
+        raise CheckpointError(f"{path.parent}: {error}") from error

@@ -1,0 +1,126 @@
+"""Decoding with the model that is being trained, under any tensor and pipeline layout and ZeRO stage.
+
+All ranks of a replica call the same methods in the same order. Hidden states travel down the pipeline; the last stage
+draws the bits and tells them to the others. Tensor-parallel ranks draw the same noise and hence the same bits.
+
+Shape suffixes: S new positions, B sequences, I images, P vision tokens per block, C bits, D hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.distributed as dist
+
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.generate.block_decode import DecodeLayout, Draw
+from bitdance_scale.generate.head_steps import HeadSteps
+from bitdance_scale.generate.sampler import FlowSolver, sample_block
+from bitdance_scale.model.positions import rotary_frequencies
+from bitdance_scale.parallel.backbone import remember_keys, whole_sequences
+from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.parallel.zero import ZeroEngine
+
+
+class StageDecoder:
+    """A `generate.decode.BlockModel` over the stages of a pipeline rank.
+
+    With `sample.use_cache` every layer keeps its keys and values and only new positions are computed; without, the
+    whole sequence is computed for every block.
+    """
+
+    def __init__(self, engine: ZeroEngine, config: RunConfig, topology: Topology) -> None:
+        self._engine, self._config, self._topology = engine, config, topology
+        self._first, self._last = engine.stages[0], engine.stages[-1]
+        section = config.sample
+        self._solver = FlowSolver(section.num_steps, section.guidance, section.sampler)
+        self._hidden: torch.Tensor | None = None
+
+    @property
+    def last_hidden(self) -> torch.Tensor | None:
+        """Hidden states [P, B, D] that predict the next block; None before `start` and on all stages but the last."""
+        return self._hidden
+
+    def __enter__(self) -> StageDecoder:
+        if self._engine.tied is not None:
+            self._engine.tied.share_weight()
+        self._contexts = contextlib.ExitStack()
+        self._contexts.enter_context(torch.no_grad())
+        for stage in self._engine.stages:
+            self._contexts.enter_context(whole_sequences(stage))
+            remember_keys(stage.decoder, self._config.sample.use_cache)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stage in self._engine.stages:
+            remember_keys(stage.decoder, False)
+        self._contexts.close()
+
+    def start(self, layout: DecodeLayout) -> None:
+        """Reads the prefixes [B, L]."""
+        self._layout = layout
+        self._num_read = 0
+        self._embedded: list[torch.Tensor] = []
+        if self._last.is_last:
+            self._head_steps = HeadSteps(self._last.head, self._solver, self._topology.device)
+        rows = self._first.embed_tokens(layout.prefix_ids) if self._first.is_first else None
+        self._read(rows, layout.prefix_length)
+
+    def extend(self, bits: torch.Tensor, cells: torch.Tensor) -> None:
+        """Reads a block, bits [I, P, C] at cells [P, 2]; under guidance by both halves of the batch."""
+        rows = None
+        if self._first.is_first:
+            repeated = bits.repeat(self._layout.num_sequences // len(bits), 1, 1)
+            all_cells = cells.repeat(len(repeated), 1)
+            rows = self._first.embed_bits(repeated.flatten(0, 1), all_cells)
+            rows = rows.view(*repeated.shape[:2], -1).transpose(0, 1)
+        self._read(rows, len(cells))
+
+    def draw_block(self, cells: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """Draws the next block of every image on the last stage and tells it to all; float32 [I, P, C]."""
+        if self._last.is_last:
+            hidden_BPD = self._hidden.transpose(0, 1)
+            condition_BPD = self._last.conditions(hidden_BPD, cells.expand(len(hidden_BPD), -1, -1))
+            bits = sample_block(self._head_steps.bind(condition_BPD), draw(), self._solver)
+        else:
+            num_images = self._layout.num_sequences // (2 if self._solver.is_guided else 1)
+            shape = (num_images, self._layout.block_tokens, self._config.vision.num_bits)
+            bits = torch.empty(shape, dtype=torch.float32, device=self._topology.device)
+        if self._topology.pipeline_size > 1:
+            dist.broadcast(bits, self._topology.last_stage_rank, group=self._topology.pipeline_group)
+        return bits
+
+    def _read(self, rows: torch.Tensor | None, num_rows: int) -> None:
+        """Runs the stages over new rows [S, B, D] (first stage) and keeps the last P hidden states (last stage)."""
+        layout = self._layout
+        start, stop = self._num_read, self._num_read + num_rows
+        self._num_read = stop
+        if not self._config.sample.use_cache:
+            if rows is not None:
+                self._embedded.append(rows)
+                rows = torch.cat(self._embedded)
+            start = 0
+        positions = layout.position_ids[:, start:stop].T.flatten()
+        rotary = rotary_frequencies(positions, self._config.model.head_dim, self._config.model.rope_base)
+        rotary = rotary.view(stop - start, layout.num_sequences, 1, -1)
+        mask = layout.mask(start, stop)
+        for stage in self._engine.stages:
+            if not stage.is_first:
+                rows = self._receive(stop - start)
+                stage.set_input_tensor(rows)
+            hidden = stage.decoder(rows, attention_mask=mask, rotary_pos_emb=rotary)
+            if stage.is_last:
+                self._hidden = hidden[-layout.block_tokens :]
+            else:
+                dist.send(hidden.contiguous(), self._neighbour(+1), group=self._topology.pipeline_group)
+
+    def _receive(self, num_rows: int) -> torch.Tensor:
+        shape = (num_rows, self._layout.num_sequences, self._config.model.hidden_size)
+        rows = torch.empty(shape, dtype=self._first.config.params_dtype, device=self._topology.device)
+        dist.recv(rows, self._neighbour(-1), group=self._topology.pipeline_group)
+        return rows
+
+    def _neighbour(self, step: int) -> int:
+        group = self._topology.pipeline_group
+        return dist.get_global_rank(group, (self._topology.pipeline_rank + step) % self._topology.pipeline_size)

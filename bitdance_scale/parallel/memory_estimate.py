@@ -1,0 +1,252 @@
+"""What a rank of a run needs in memory, in bytes, without allocating it.
+
+The stage, DeepSpeed's engine and the pipeline schedule of that rank are run for two optimiser steps, on tensors without
+memory (`fake_ranks.py`); a log of their storages (`storage_log.py`) is all that is kept. Nothing is computed from
+formulas, so that a change of the model or an engine shows in the result.
+
+Not seen, on a GPU: the CUDA context, NCCL's and cuBLAS's own buffers, and what the caching allocator loses to rounding
+and fragmentation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from bitdance_scale.config.schema import ParallelSection, RunConfig, VisionSection
+from bitdance_scale.data.plan.synthetic_packs import typical_packs
+from bitdance_scale.model.inputs import PackInputs, make_inputs
+from bitdance_scale.parallel.build import build_stages
+from bitdance_scale.parallel.fake_ranks import join_fake_job, no_memory
+from bitdance_scale.parallel.step import accumulate_gradients, count_targets
+from bitdance_scale.parallel.storage_log import Peak, StorageLog
+from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.parallel.zero import ZeroEngine
+from bitdance_scale.sequence.noise import pack_noise
+from bitdance_scale.sequence.pack import Pack
+from bitdance_scale.vision.autoencoder import Autoencoder
+
+# The second step is measured: ZeRO-3 learns in the first in which order it will gather weights ahead.
+_NUM_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes by what they are for.
+
+    Attributes:
+        weights: parameters in training dtype, as ZeRO keeps them: flat, padded; under ZeRO-3 this rank's partition.
+        gradients: of the weights, in the dtypes and partitions that the engine accumulates them in.
+        masters: float32 weights of the optimiser's partition.
+        moments: AdamW's two, float32.
+        buffers: DeepSpeed's for reducing and gathering, and temporary tensors of the optimiser.
+        inputs: packs of the step: tokens, noise, masks.
+        activations: everything that the model makes going forward and backward.
+        tokenizer: the frozen autoencoder, float32. It encodes between steps, when there are no activations.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    masters: int = 0
+    moments: int = 0
+    buffers: int = 0
+    inputs: int = 0
+    activations: int = 0
+    tokenizer: int = 0
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one rank needs.
+
+    Attributes:
+        held: between the last backward pass of a step and the optimiser's step.
+        peak: at the fullest moment of a step.
+        building_peak: the most before the first step, initial weights and the engine's construction included.
+        most_activations: the most bytes of activations at any moment of a step; the peak may lie elsewhere, such as
+            where gradients are reduced.
+        largest: name and bytes of the largest single activation or buffer at the peak.
+        num_micro_batches: of this replica in a step.
+        num_in_flight: of these, how many this rank keeps activations for at once.
+    """
+
+    held: Bytes
+    peak: Bytes
+    building_peak: int
+    most_activations: int
+    largest: tuple[str, int]
+    num_micro_batches: int
+    num_in_flight: int
+
+
+def footprint(config: RunConfig, vocab_size: int, world_size: int, rank: int, is_fused: bool = True) -> Footprint:
+    """What rank `rank` of a job of `world_size` ranks needs, computed in a process of its own.
+
+    The packs are those of `typical_packs`; as many of them run as fit into the pipeline at once, each as the one with
+    most text targets.
+
+    Args:
+        config: the run, checked for `world_size`.
+        vocab_size: entries of the tokenizer.
+        world_size: ranks of the job.
+        rank: which of them. Under ZeRO-3 it must be 0: all of them need the same.
+        is_fused: whether AdamW is one kernel without temporary tensors, as on CUDA.
+
+    Raises:
+        ConfigError: the global batch cannot be dealt out to the replicas.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_be_quiet) as executor:
+        return executor.submit(footprint_here, config, vocab_size, world_size, rank, is_fused=is_fused).result()
+
+
+def footprint_here(
+    config: RunConfig,
+    vocab_size: int,
+    world_size: int,
+    rank: int,
+    packs: Sequence[Pack] | None = None,
+    is_fused: bool = True,
+) -> Footprint:
+    """`footprint` in this process, which joins the fake job for good.
+
+    packs: the micro-batches of a step, all of which run; default `typical_packs`.
+    """
+    assert config.parallel.zero_stage < 3 or rank == 0, "ZeRO-3 has the ranks agree with rank 0, which is not there"
+    topology = join_fake_job(world_size, rank, config.parallel)
+    in_flight = num_in_flight(config.parallel, topology.pipeline_rank)
+    waiting: list[Pack] = []
+    if packs is None:
+        packs, waiting = _chosen(config, topology.data_size, in_flight)
+    num_positions = packs[0].num_positions // (config.parallel.tensor if config.parallel.sequence_parallel else 1)
+    # Packs are small; they are made as they really are, and copied into the world without memory.
+    made = {id(pack): _inputs(pack, config) for pack in [*packs, *waiting]}
+    with no_memory((num_positions, 1, config.model.hidden_size)) as log:
+        engine = _build(log, config, vocab_size, topology, is_fused)
+        building_peak = log.peak(0, log.position).total
+        batch, _kept = ([_copy(made[id(pack)], log) for pack in group] for group in (packs, waiting))
+        held, peak, most_activations = _run_steps(log, engine, batch, config, topology)
+    tokenizer = _tokenizer_bytes(config.vision)
+    largest = next(storage for storage in peak.storages if storage.role in ("buffers", "activations"))
+    return Footprint(
+        held=Bytes(**held, tokenizer=tokenizer),
+        peak=Bytes(**peak.by_role, tokenizer=tokenizer),
+        building_peak=building_peak + tokenizer,
+        most_activations=most_activations,
+        largest=(largest.maker, largest.nbytes),
+        num_micro_batches=len(packs) + len(waiting),
+        num_in_flight=min(in_flight, (len(packs) + len(waiting)) * config.parallel.virtual_stages),
+    )
+
+
+def num_in_flight(section: ParallelSection, pipeline_rank: int) -> int:
+    """Forward passes that a rank keeps activations of at once, if the step has enough micro-batches.
+
+    One per later stage and one of its own under 1F1B. With virtual stages a pass is through one of the rank's stages:
+    two per later rank, and a round of all ranks for every further stage (Narayanan et al. 2021, Sec. 2.2).
+    """
+    later = section.pipeline - 1 - pipeline_rank
+    if section.virtual_stages == 1:
+        return later + 1
+    return 2 * later + (section.virtual_stages - 1) * section.pipeline + 1
+
+
+def _chosen(config: RunConfig, num_replicas: int, in_flight: int) -> tuple[list[Pack], list[Pack]]:
+    """(packs that run, packs of the same step that only wait); all that run are the one with most text targets."""
+    packs = typical_packs(config, num_replicas)
+    # One pass more than is in flight replaces the oldest; virtual stages take packs in rounds of the pipeline.
+    num_run = max(2, -(-(in_flight + 1) // config.parallel.virtual_stages))
+    num_run += -num_run % config.parallel.pipeline
+    num_run = min(len(packs), num_run)
+    return [packs[0]] * num_run, packs[num_run:]
+
+
+def _build(log: StorageLog, config: RunConfig, vocab_size: int, topology: Topology, is_fused: bool) -> ZeroEngine:
+    stages = build_stages(config, vocab_size, topology)
+
+    def note(parameter: torch.Tensor) -> None:
+        log.assign([parameter.grad], "gradients")
+
+    # Before the engine's own hooks, which take the gradient away.
+    for parameter in stages.parameters():
+        parameter.register_post_accumulate_grad_hook(note)
+    return ZeroEngine(stages, config, topology, is_fused)
+
+
+def _run_steps(
+    log: StorageLog, engine: ZeroEngine, batch: list[PackInputs], config: RunConfig, topology: Topology
+) -> tuple[dict[str, int], Peak, int]:
+    """(bytes held before the last optimiser step, peak of the last step, most activations in it)."""
+    for _ in range(_NUM_STEPS):
+        _assign_holdings(log, engine)
+        start = log.position
+        counts = count_targets(batch, topology)
+        accumulate_gradients(engine, batch, counts, config.loss, topology)
+        _assign_holdings(log, engine)
+        # All activations are gone: what else is held are gradients, in whatever buffers the engine keeps them.
+        held: Counter[str] = Counter()
+        for storage in log.alive():
+            storage.role = storage.role or "gradients"
+            held[storage.role] += storage.nbytes
+        engine.step(config.optim.lr)
+    for storage, _ in log.events:
+        if not storage.role:
+            storage.role = "buffers" if storage.is_engine_made else "activations"
+    return dict(held), log.peak(start, log.position), log.most_of("activations", start)
+
+
+def _assign_holdings(log: StorageLog, engine: ZeroEngine) -> None:
+    for role, tensors in engine.holdings().items():
+        log.assign(tensors, role)
+
+
+def _inputs(pack: Pack, config: RunConfig) -> PackInputs:
+    noise = pack_noise(pack, config.vision.num_bits, config.run.seed, step=0)
+    return make_inputs(pack, noise, config, torch.device("cpu"))
+
+
+def _copy(inputs: PackInputs, log: StorageLog) -> PackInputs:
+    """The same in tensors without memory; equal packs in a batch become tensors of their own, as in training."""
+
+    def copy(value: object) -> object:
+        if isinstance(value, torch.Tensor):
+            new = torch.empty_like(value)
+            log.assign([new], "inputs")
+            return new
+        if isinstance(value, tuple):
+            return tuple(copy(item) for item in value)
+        # The inputs themselves and, within them, the mask.
+        if dataclasses.is_dataclass(value):
+            fields = {field.name: copy(getattr(value, field.name)) for field in dataclasses.fields(value)}
+            return dataclasses.replace(value, **fields)
+        return value
+
+    return copy(inputs)
+
+
+def _tokenizer_bytes(section: VisionSection) -> int:
+    with torch.device("meta"):
+        autoencoder = Autoencoder(
+            num_bits=section.num_bits,
+            channels=section.channels,
+            channel_mult=section.channel_mult,
+            num_res_blocks=section.num_res_blocks,
+        )
+    return sum(parameter.numel() * torch.float32.itemsize for parameter in autoencoder.parameters())
+
+
+def _be_quiet() -> None:
+    """Engines print on building; the caller's output is not theirs."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

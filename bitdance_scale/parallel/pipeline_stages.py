@@ -1,0 +1,173 @@
+"""What each pipeline stage holds, and its forward pass.
+
+The first stage embeds text and bits, every stage runs its share of the backbone, the last holds the diffusion head and
+the text projection and returns the two loss sums. With one stage all of it is in one module. A pipeline rank holds one
+stage, or several under the interleaved schedule: stage k is on rank k modulo the ranks.
+
+Under sequence parallelism the hidden states between the split linears are shared out over the tensor-parallel ranks:
+[S / ranks, B, D]. They are whole before the first layer and after the last.
+
+Shape suffixes: S positions, V vision tokens, M predicted blocks, P vision tokens per block, C bits, T text targets,
+D hidden size, B batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel import (
+    VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+    vocab_parallel_cross_entropy,
+)
+from torch import nn
+
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.model.diffusion_head import DiffusionHead
+from bitdance_scale.model.flow import block_losses, flow_loss, interpolate
+from bitdance_scale.model.inputs import PackInputs
+from bitdance_scale.model.positions import sincos_2d
+from bitdance_scale.model.projector import Projector
+from bitdance_scale.parallel.backbone import make_backbone, recompute, transformer_config
+from bitdance_scale.parallel.stage_split import stage_layers
+from bitdance_scale.parallel.tensor_linears import ColumnLinear, TensorParallelLinears, without_sequence_parallel
+from bitdance_scale.parallel.topology import Topology
+
+
+class RankStages(nn.Module):
+    """The stages of one pipeline rank: what its engine trains.
+
+    Attributes:
+        stages: in the order in which a micro-batch passes through them.
+    """
+
+    def __init__(self, config: RunConfig, vocab_size: int, topology: Topology) -> None:
+        super().__init__()
+        numbers = range(topology.pipeline_rank, config.parallel.num_stages, topology.pipeline_size)
+        self.stages = nn.ModuleList(Stage(config, vocab_size, topology, number) for number in numbers)
+
+    def forward(self, inputs: PackInputs) -> torch.Tensor:
+        """The loss sums of a micro-batch, where one stage is the whole model."""
+        assert len(self.stages) == 1, "a pipeline is driven by its schedule"
+        return self.stages[0](inputs)
+
+
+class Stage(nn.Module):
+    """One pipeline stage of the model on one tensor-parallel rank.
+
+    Attributes:
+        number: 0 .. `parallel.num_stages` - 1, in the order in which a micro-batch passes through them.
+        vocab_size: entries of the tokenizer; the tables hold `padded_vocab_size` rows, which the tensor-parallel ranks
+            divide, and the padding is kept out of the soft-max.
+        layers: global indices of the backbone layers held here.
+        has_copied_output: whether the text projection is a copy of the embedding on another rank (`parallel/tied.py`).
+    """
+
+    def __init__(self, config: RunConfig, vocab_size: int, topology: Topology, number: int) -> None:
+        super().__init__()
+        self.config = transformer_config(config, vocab_size, topology)
+        self.model_type = ModelType.encoder_or_decoder
+        self.number = number
+        self.is_first, self.is_last = number == 0, number == config.parallel.num_stages - 1
+        self.vocab_size = vocab_size
+        self.padded_vocab_size = vocab_size + -vocab_size % topology.tensor_size
+        self.hidden_size = config.model.hidden_size
+        self.layers = stage_layers(config, vocab_size, number)
+        self.has_copied_output = False
+        linears = TensorParallelLinears(self.config, topology)
+        if self.is_first:
+            self.embedding = VocabParallelEmbedding(
+                self.padded_vocab_size, self.hidden_size, init_method=lambda weight: weight, config=self.config
+            )
+            self.projector = Projector(config.vision.num_bits, self.hidden_size, linears)
+        self.decoder = make_backbone(
+            self.config,
+            len(self.layers),
+            number // topology.pipeline_size,
+            self.is_first,
+            self.is_last,
+            config.parallel.recompute,
+        )
+        if self.is_last:
+            self.head = DiffusionHead(
+                config.head, self.hidden_size, config.vision.num_bits, config.vision.block_tokens, linears
+            )
+            if config.parallel.recompute == "full":
+                self.head.recompute_blocks(recompute)
+            self.output = ColumnLinear(
+                self.hidden_size,
+                self.padded_vocab_size,
+                1,
+                gather_output=False,
+                bias=False,
+                config=without_sequence_parallel(self.config),
+            )
+            if config.model.tie_embeddings:
+                self.has_copied_output = not self.is_first
+                if self.is_first:
+                    self.output.weight = self.embedding.weight
+            local = self.padded_vocab_size // topology.tensor_size
+            first_row = topology.tensor_rank * local
+            self._num_local_entries = max(0, min(local, vocab_size - first_row))
+
+    def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor] | None) -> None:
+        """Takes the hidden states [S, B, D] that Megatron's schedule received from the previous stage."""
+        tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        self.decoder.set_input_tensor(tensor)
+
+    def forward(self, inputs: PackInputs) -> torch.Tensor:
+        """Hidden states [S, 1, D] for the next stage; on the last stage what `losses` returns."""
+        hidden_SBD = self.embed_pack(inputs) if self.is_first else None
+        if self.is_first and self.config.sequence_parallel:
+            hidden_SBD = scatter_to_sequence_parallel_region(hidden_SBD)
+        hidden_SBD = self.decoder(hidden_SBD, attention_mask=inputs.mask, rotary_pos_emb=inputs.rotary)
+        if not self.is_last:
+            return hidden_SBD
+        if self.config.sequence_parallel:
+            # What follows sums its gradient over the ranks itself, so each has the whole gradient and keeps its part.
+            hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=False)
+        return self.losses(hidden_SBD[:, 0], inputs)
+
+    def embed_pack(self, inputs: PackInputs) -> torch.Tensor:
+        """Embeds text tokens and bits into [S, 1, D]."""
+        text_S1D = self.embed_tokens(inputs.token_ids[None])
+        vision_VD = self.embed_bits(inputs.vision_bits, inputs.vision_cells)
+        return text_S1D.index_copy(0, inputs.vision_positions, vision_VD[:, None])
+
+    def embed_tokens(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Embeds text and special tokens [B, S] into [S, B, D]."""
+        return self.embedding(token_ids).transpose(0, 1)
+
+    def embed_bits(self, bits_VC: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+        """Projects bits [V, C] at `cells` [V, 2] to [V, D], their 2-D positions added (release)."""
+        dtype = self.config.params_dtype
+        return self.projector(bits_VC.to(dtype)) + sincos_2d(cells, self.hidden_size).to(dtype)
+
+    def conditions(self, hidden_MPD: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+        """Adds to predicting hidden states [M, P, D] the 2-D positions of the cells [M, P, 2] that they predict."""
+        positions = sincos_2d(cells.flatten(0, 1), self.hidden_size).view(hidden_MPD.shape)
+        return hidden_MPD + positions.to(hidden_MPD.dtype)
+
+    def losses(self, hidden_SD: torch.Tensor, inputs: PackInputs) -> torch.Tensor:
+        """Sums of the flow loss over vision targets and of the cross-entropy over text targets, float32 [2].
+
+        With `inputs.reports_blocks` the flow loss of each of the M predicted blocks follows: float32 [2 + M].
+        """
+        condition_MPD = self.conditions(hidden_SD[inputs.predict_positions], inputs.predict_cells)
+        noisy_MPC = interpolate(inputs.clean_bits, inputs.noise, inputs.time)
+        predicted_MPC = self.head(noisy_MPC, inputs.time, condition_MPD)
+        vision, _ = flow_loss(predicted_MPC, inputs.clean_bits, noisy_MPC, inputs.time)
+        text = self.text_loss_sum(hidden_SD[inputs.text_positions], inputs.text_targets)
+        weights = vision.new_tensor([float(inputs.num_vision_targets > 0), float(inputs.num_text_targets > 0)])
+        sums = torch.stack([vision, text]) * weights
+        if not inputs.reports_blocks:
+            return sums
+        return torch.cat([sums, block_losses(predicted_MPC, inputs.clean_bits, noisy_MPC, inputs.time)])
+
+    def text_loss_sum(self, hidden_TD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy summed over text targets, over the vocabulary split between tensor-parallel ranks."""
+        logits = self.output(hidden_TD).float()
+        is_entry = torch.arange(logits.shape[-1], device=logits.device) < self._num_local_entries
+        logits = logits.masked_fill(~is_entry, float("-inf"))
+        return vocab_parallel_cross_entropy(logits[:, None], targets_T[:, None]).sum()

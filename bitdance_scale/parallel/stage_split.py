@@ -1,0 +1,132 @@
+"""How many backbone layers every pipeline stage gets: the split that makes the slowest stage as fast as it can be.
+
+The first stage also holds the projector, the last the diffusion head and the text projection. The head alone weighs about
+five layers of the 14B backbone, so an even split leaves the other stages waiting for the last one. Costs are
+FLOPs of an average image of the run's own mix of resolutions (`observe/flops.py`); text embedding is a table look-up and
+costs none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.data.plan.synthetic_packs import placeholder_sample, placeholder_tokens
+from bitdance_scale.observe.flops import TRAINING_OVER_FORWARD, PackCounts, count_pack, encode_flops, step_flops
+from bitdance_scale.sequence.layout import pack_samples
+
+# Tokens of a caption, which no setting knows; alternative texts have about 20 and written descriptions 60 to 150. A layer
+# of 14B costs 1 % more for every 15 of them at the PT mix, so the split hardly depends on it.
+TYPICAL_CAPTION_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class StageCosts:
+    """FLOPs of training on one average image.
+
+    Attributes:
+        layer: one backbone layer.
+        first: what only the first stage does (projector).
+        last: what only the last stage does (head, text projection).
+        encoder: the frozen autoencoder on one rank of the replica. The images of a step are shared out over the replica
+            and encoded before the pipeline starts, so it adds to every stage alike and moves no border.
+    """
+
+    layer: float
+    first: float
+    last: float
+    encoder: float
+
+    def of_stages(self, split: tuple[int, ...]) -> list[float]:
+        """FLOPs of every stage under a split, the encoder left out."""
+        costs = [count * self.layer for count in split]
+        costs[0] += self.first
+        costs[-1] += self.last
+        return costs
+
+    def of_ranks(self, split: tuple[int, ...], num_ranks: int) -> list[float]:
+        """FLOPs of every pipeline rank, its share of the encoder included; stage k is on rank k modulo the ranks."""
+        costs = self.of_stages(split)
+        return [self.encoder + sum(costs[rank::num_ranks]) for rank in range(num_ranks)]
+
+
+def stage_split(config: RunConfig, vocab_size: int) -> tuple[int, ...]:
+    """Backbone layers of every stage, as `parallel.pipeline_split` says; their sum is `model.num_layers`.
+
+    Args:
+        config: the run.
+        vocab_size: entries of the tokenizer, which the text projection costs.
+    """
+    parallel, num_layers = config.parallel, config.model.num_layers
+    if not isinstance(parallel.pipeline_split, str):
+        return parallel.pipeline_split
+    if parallel.pipeline_split == "even" or parallel.num_stages == 1:
+        return even_split(num_layers, parallel.num_stages)
+    return balanced_split(stage_costs(config, vocab_size), num_layers, parallel.num_stages)
+
+
+def stage_layers(config: RunConfig, vocab_size: int, stage: int) -> range:
+    """Global indices of the backbone layers of a stage."""
+    split = stage_split(config, vocab_size)
+    start = sum(split[:stage])
+    return range(start, start + split[stage])
+
+
+def even_split(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """The same number of layers everywhere; earlier stages take the remainder, as the head weighs on the last."""
+    base, remainder = divmod(num_layers, num_stages)
+    return tuple(base + (stage < remainder) for stage in range(num_stages))
+
+
+def balanced_split(costs: StageCosts, num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """The split whose slowest stage is the fastest, each stage holding at least one layer.
+
+    Every next layer goes to the stage that is the cheapest with it. As all layers cost the same this is the optimum: a
+    layer placed elsewhere would have made a dearer stage.
+    """
+    split = [1] * num_stages
+    for _ in range(num_layers - num_stages):
+        after = np.array(costs.of_stages(tuple(split))) + costs.layer
+        split[int(after.argmin())] += 1
+    return tuple(split)
+
+
+def stage_costs(config: RunConfig, vocab_size: int) -> StageCosts:
+    """Costs of the configured model on its own mix of images; recomputed activations count, as they take time."""
+    num_images, counts = typical_counts(config)
+    flops = step_flops(config, vocab_size, counts)
+    again = {"none": 0, "selective": 0, "full": 1}[config.parallel.recompute]
+    again_attention = int(config.parallel.recompute != "none")
+    layers = (TRAINING_OVER_FORWARD + again) * flops.backbone + (
+        TRAINING_OVER_FORWARD + again_attention
+    ) * flops.attention
+    head = (TRAINING_OVER_FORWARD + again) * flops.head * (1 - config.data.image_to_text_share)
+    replica_ranks = config.parallel.tensor * config.parallel.pipeline
+    return StageCosts(
+        layer=layers / config.model.num_layers / num_images,
+        first=TRAINING_OVER_FORWARD * flops.projector / num_images,
+        last=(head + TRAINING_OVER_FORWARD * flops.text) / num_images,
+        encoder=encode_flops(config.vision, counts.num_vision) / replica_ranks / num_images,
+    )
+
+
+def typical_counts(config: RunConfig) -> tuple[int, PackCounts]:
+    """(images, counts of them all): every bucket with its share of the mix and a typical caption, text to image."""
+    vision, classes = config.vision, config.data.classes
+    tokens = placeholder_tokens(vision)
+    num_caption_tokens = min(TYPICAL_CAPTION_TOKENS, config.text.max_caption_tokens)
+    # Buckets of a class are equally likely, and the classes hold different numbers of them.
+    multiple = math.lcm(*(len(image_class.buckets_px) for image_class in classes))
+    num_images, total = 0, np.zeros(len(dataclasses.fields(PackCounts)), dtype=np.int64)
+    for image_class in classes:
+        weight = image_class.share * multiple // len(image_class.buckets_px)
+        for height, width in image_class.buckets_px:
+            grid = (height // vision.downsample, width // vision.downsample)
+            sample = placeholder_sample(0, grid, num_caption_tokens)
+            total += weight * np.array(dataclasses.astuple(count_pack(pack_samples([sample], tokens, 1))))
+            num_images += weight
+    return num_images, PackCounts(*total.tolist())

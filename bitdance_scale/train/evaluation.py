@@ -1,0 +1,125 @@
+"""Losses on held-out images while a run trains: the same images, noise and flow times every time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.model.flow import draw_time
+from bitdance_scale.model.inputs import make_inputs
+from bitdance_scale.observe.metrics import Evaluation
+from bitdance_scale.parallel.step import forward_only
+from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.parallel.zero import ZeroEngine
+from bitdance_scale.sequence.noise import PackNoise, Purpose, pack_noise
+from bitdance_scale.sequence.pack import Pack
+from bitdance_scale.sequence.tokens import TextTokenizer
+from bitdance_scale.train.reading import StepReader
+from bitdance_scale.train.shared_index import training_index
+from bitdance_scale.vision.tokenizer import VisionTokenizer
+
+# Equal parts of the flow time in which losses are told apart.
+NUM_TIME_PARTS = 5
+
+
+class Evaluator:
+    """The held-out images of a run, encoded. All ranks call it alike.
+
+    Every image is a text-to-image sample with its caption. Flow times are uniform (`Evaluation` says why). Which replica
+    computes which images depends on the layout; no number drawn for an image does.
+
+    Args:
+        config: the run.
+        packs: this replica's part of the images.
+        topology: the ranks.
+    """
+
+    def __init__(self, config: RunConfig, packs: Sequence[Pack], topology: Topology) -> None:
+        head = dataclasses.replace(config.head, time_schedule="uniform", time_shift=1.0)
+        self._config, self._packs, self._topology = dataclasses.replace(config, head=head), packs, topology
+
+    @classmethod
+    def read(cls, config: RunConfig, text: TextTokenizer, vision: VisionTokenizer, topology: Topology) -> Evaluator:
+        """Reads and encodes the images that `[evaluate]` names; a collective.
+
+        Raises:
+            DataError: on every rank, what is wrong with the shards.
+        """
+        section = config.evaluate
+        data = dataclasses.replace(
+            config.data,
+            shards=section.shards,
+            sources=(),
+            global_batch=section.images,
+            text_drop=0.0,
+            image_to_text_share=0.0,
+            filters=(),
+            bits_dir="",
+        )
+        held_out = dataclasses.replace(config, data=data, run=dataclasses.replace(config.run, seed=section.seed))
+        # Beside the shards, or where the run's own index is: the shards may be in a place that is read only.
+        index_dir = str(Path(config.data.index_dir) / "held_out") if config.data.index_dir else ""
+        index = training_index(dataclasses.replace(data, index_dir=index_dir))
+        with StepReader(held_out, index, text, vision, topology, None) as reader:
+            return cls(config, reader.next_step().packs, topology)
+
+    def evaluate(self, engine: ZeroEngine, step: int) -> Evaluation:
+        """The losses of the model as it is after `step` steps; the same on all ranks."""
+        config, topology = self._config, self._topology
+        noises = [
+            pack_noise(pack, config.vision.num_bits, config.evaluate.seed, 0, Purpose.EVALUATE) for pack in self._packs
+        ]
+        batch = [
+            make_inputs(pack, noise, config, topology.device, reports_blocks=True)
+            for pack, noise in zip(self._packs, noises, strict=True)
+        ]
+        outputs = forward_only(engine, batch, topology)
+        sides = [resolution.side_px for resolution in config.data.classes]
+        # [class, part of the time, (sum of block losses, blocks)], and the same of the text in one more class.
+        totals = torch.zeros(len(sides) + 1, NUM_TIME_PARTS, 2, dtype=torch.float64)
+        if engine.stages[-1].is_last:
+            for pack, noise, output in zip(self._packs, noises, outputs, strict=True):
+                self._add_blocks(totals, pack, noise, output[2:].double().cpu())
+                totals[-1, 0] += torch.tensor([float(output[1]), len(pack.text_positions)], dtype=torch.float64)
+        totals = totals.to(topology.device)
+        if topology.pipeline_size > 1:
+            dist.broadcast(totals, topology.last_stage_rank, group=topology.pipeline_group)
+        dist.all_reduce(totals, group=topology.data_group)
+        totals = totals.cpu()
+        blocks, text = totals[:-1], totals[-1, 0]
+        return Evaluation(
+            step=step,
+            vision=_mean(blocks.sum(dim=(0, 1))),
+            vision_by_class={side: _mean(part) for side, part in zip(sides, blocks.sum(dim=1), strict=True)},
+            vision_by_time=tuple(_mean(part) for part in blocks.sum(dim=0)),
+            text=_mean(text),
+        )
+
+    def _add_blocks(self, totals: torch.Tensor, pack: Pack, noise: PackNoise, losses: torch.Tensor) -> None:
+        """Adds the losses of a pack's blocks where their class and their flow time are."""
+        if len(pack.predict_positions) == 0:
+            return
+        times = draw_time(torch.from_numpy(noise.time_normal), self._config.head)
+        parts = (times * NUM_TIME_PARTS).long().clamp(max=NUM_TIME_PARTS - 1)
+        num_cells = pack.sample_grids[pack.sample_predicts].prod(axis=1)
+        classes = np.repeat(self._classes(num_cells), num_cells // pack.block_tokens)
+        where = (torch.from_numpy(classes), parts)
+        totals[..., 0].index_put_(where, losses, accumulate=True)
+        totals[..., 1].index_put_(where, torch.ones_like(losses), accumulate=True)
+
+    def _classes(self, num_cells: np.ndarray) -> np.ndarray:
+        """Number of the resolution class of images of so many cells: that of the nearest area, by ratio."""
+        downsample = self._config.vision.downsample
+        areas = np.array([(resolution.side_px // downsample) ** 2 for resolution in self._config.data.classes])
+        return np.abs(np.log(num_cells[:, None] / areas)).argmin(axis=1)
+
+
+def _mean(sum_and_count: torch.Tensor) -> float:
+    total, count = sum_and_count.tolist()
+    return total / count if count else float("nan")

@@ -1,0 +1,142 @@
+"""Whether a run can go on from a checkpoint: a stage from another's weights, or the same run from its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitdance_scale.checkpoint.new_rows import NewQueries
+from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME, TENSORS_DIR, TrainState, read_state
+from bitdance_scale.checkpoint.start_weights import check_network
+from bitdance_scale.checkpoint.tensor_index import read_index
+from bitdance_scale.config.load import load_network
+from bitdance_scale.config.schema import NetworkConfig, RunConfig
+from bitdance_scale.config.training_stages import STAGES
+from bitdance_scale.errors import ConfigError
+from bitdance_scale.sequence.tokens import load_text_tokenizer
+
+SAME_SETTINGS = (
+    ("model", "mask"),
+    ("model", "rope_base"),
+    ("model", "norm_eps"),
+    ("model", "num_heads"),
+    ("model", "num_kv_heads"),
+    ("model", "head_dim"),
+    ("head", "head_dim"),
+)
+"""Section and name of the settings that decide what the parameters compute and do not show in all of their shapes."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A checkpoint that a stage starts from.
+
+    Attributes:
+        path: the checkpoint.
+        tokenizer_digest: of the text tokenizer that it must have been trained with: the stage's, with the query tokens of
+            the checkpoint's blocks.
+        new_queries: query tokens that it lacks; None: none.
+    """
+
+    path: Path
+    tokenizer_digest: str
+    new_queries: NewQueries | None
+
+
+def check_start(path: Path, config: RunConfig) -> Start:
+    """Compares a checkpoint with the stage that is to start from it, reading no tensor.
+
+    Raises:
+        ConfigError: it is of a stage that this one does not follow, of a run that has not finished, of blocks of another
+            side than the stage may start from, or trained with another of `SAME_SETTINGS`.
+        CheckpointError: it is damaged, or of another network.
+    """
+    state, network = read_state(path), load_network(path / CONFIG_NAME)
+    if not config.run.start_from_any:
+        _check_order(path, state, config)
+    old, new = network.vision.block_side, config.vision.block_side
+    if old != new and not (STAGES[config.run.stage].changes_block_side and old < new):
+        raise ConfigError(
+            f"vision.block_side = {new}: {path} was trained with {old}; only stage distill makes blocks larger. Set "
+            f"vision.block_side={old}, or run pipelines/distill.py"
+        )
+    if old == 1 and new > 1 and config.run.new_queries != "noise":
+        raise ConfigError(
+            f"run.new_queries = {config.run.new_queries!r}: {path} has blocks of one token and no query token to go by; "
+            "set run.new_queries=noise"
+        )
+    _check_meaning(path, network, config)
+    text = load_text_tokenizer(config.text, old**2)
+    expected = dataclasses.replace(config.network, vision=dataclasses.replace(config.vision, block_side=old))
+    check_network(path, read_index(path / TENSORS_DIR), expected, text.vocab_size)
+    new_queries = None
+    if old != new:
+        new_queries = NewQueries(
+            num_old_rows=text.vocab_size,
+            num_trained=old**2 - 1,
+            num_new=new**2 - old**2,
+            rule=config.run.new_queries,
+            seed=config.run.seed,
+            init_std=config.model.init_std,
+        )
+    return Start(path, text.digest, new_queries)
+
+
+def check_resume(path: Path, config: RunConfig) -> None:
+    """Compares a run's own checkpoint, found whole, with the configuration that is to go on with it; reads no tensor.
+
+    Raises:
+        ConfigError: it is of another stage, or was trained with another of `SAME_SETTINGS`.
+    """
+    network, stage = load_network(path / CONFIG_NAME), _run_section(path).get("stage", config.run.stage)
+    if stage != config.run.stage:
+        raise ConfigError(
+            f"run.name = {config.run.name!r}: {path} is of stage {stage!r}, and this is stage {config.run.stage!r}; give "
+            "the run another name"
+        )
+    _check_meaning(path, network, config)
+
+
+def _check_meaning(path: Path, network: NetworkConfig, config: RunConfig) -> None:
+    """Other values would fit the tensors and make another function of them."""
+    for section, name in SAME_SETTINGS:
+        found, wanted = (getattr(getattr(tree, section), name) for tree in (network, config))
+        if found != wanted:
+            raise ConfigError(
+                f"{section}.{name} = {wanted!r}: {path} was trained with {found!r}; set {section}.{name}={found}"
+            )
+
+
+def _run_section(path: Path) -> dict[str, Any]:
+    return tomllib.loads((path / CONFIG_NAME).read_text(encoding="utf-8")).get("run", {})
+
+
+def _check_order(path: Path, state: TrainState, config: RunConfig) -> None:
+    """The stage of the checkpoint's run against the one that is to start."""
+    stage = STAGES[config.run.stage]
+    anyway = "or set run.start_from_any=true to start anyway"
+    run = _run_section(path)
+    if "steps" not in run:
+        # An import: no stage has made it.
+        if stage.follows and state.release.get("kind") == "Qwen3":
+            raise ConfigError(
+                f"run.start_from = {config.run.start_from!r}: a Qwen3 with an untrained head; {stage.title} follows "
+                f"stage {stage.follows!r}. Pretrain it first ({STAGES['pt'].entry_point}), {anyway}"
+            )
+        return
+    found, steps = run.get("stage", "pt"), run["steps"]
+    # Going on with the same stage on other data is no jump.
+    if found not in (stage.follows, config.run.stage):
+        follows = f"follows stage {stage.follows!r}" if stage.follows else "is the first stage"
+        raise ConfigError(
+            f"run.start_from = {config.run.start_from!r}: a run of stage {found!r}; {stage.title} {follows}. Name a run of "
+            f"that stage, {anyway}"
+        )
+    if state.step < steps:
+        raise ConfigError(
+            f"run.start_from = {config.run.start_from!r}: its run of stage {found!r} is at step {state.step} of {steps}. "
+            f"Run it to its end, {anyway}"
+        )

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
+from bitdance_scale.errors import CheckpointError
+
+
+def save(folder: CheckpointFolder, step: int) -> None:
+    with folder.write(step) as path:
+        (path / "tensors").mkdir()
+        folder._before("body")
+        (path / "tensors" / "a.bin").write_bytes(bytes([step]) * 100)
+        (path / "note.txt").write_text(f"step {step}")
+
+
+def content(path: Path) -> str:
+    assert (path / "tensors" / "a.bin").stat().st_size == 100
+    return (path / "note.txt").read_text()
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_an_empty_folder_has_no_checkpoint(tmp_path):
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep=2)
+    assert folder.latest() is None and folder.steps() == []
+
+
+def test_the_newest_are_kept_and_latest_names_the_last(tmp_path):
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep=2)
+    for step in (1, 2, 3):
+        save(folder, step)
+        assert content(folder.latest()) == f"step {step}"
+    assert names(folder.root) == ["latest", "step_00000002", "step_00000003"]
+    assert (folder.root / "latest").read_text() == "step_00000003\n"
+
+
+def kill_at(root: Path, step: int, kill_call: int) -> str | None:
+    """Saves in a child that kills itself at one step of the protocol; the step's name, None if it was never reached."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        calls = 0
+
+        def before(action: str) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == kill_call:
+                os.write(writer, action.encode())
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            save(CheckpointFolder(root, keep=1, before=before), step)
+        finally:
+            os._exit(0)
+    os.close(writer)
+    _, status = os.waitpid(child, 0)
+    with os.fdopen(reader) as pipe:
+        action = pipe.read()
+    assert bool(action) == os.WIFSIGNALED(status)
+    return action or None
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["first save", "second save"])
+def test_a_kill_at_any_step_leaves_a_whole_checkpoint(tmp_path, is_first):
+    actions = []
+    while True:
+        root = tmp_path / str(len(actions))
+        if not is_first:
+            save(CheckpointFolder(root, keep=1), 1)
+        action = kill_at(root, 2, kill_call=len(actions) + 1)
+        folder = CheckpointFolder(root, keep=1)
+        found = folder.latest()
+        is_committed = action in (None, "delete_rename", "delete") or (action == "latest" and is_first)
+        if is_committed:
+            assert content(found) == "step 2"
+        else:
+            assert (found is None) if is_first else content(found) == "step 1"
+        save(folder, 3)
+        assert content(folder.latest()) == "step 3"
+        assert names(root) == ["latest", "step_00000003"]
+        if action is None:
+            break
+        actions.append(action)
+    expected = ["clean", "create", "body", "manifest", "rename", "latest"]
+    assert actions == expected + ([] if is_first else ["delete_rename", "delete"])
+
+
+def test_an_error_in_the_block_leaves_the_earlier_checkpoint(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    save(folder, 1)
+    with pytest.raises(CheckpointError, match="step 2 was not committed: OSError: disk full. Earlier ones"):
+        with folder.write(2):
+            raise OSError("disk full")
+    assert names(tmp_path) == ["latest", "step_00000001"]
+    assert content(folder.latest()) == "step 1"
+
+
+def test_the_checkpoint_in_use_is_not_overwritten(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    save(folder, 1)
+    with pytest.raises(CheckpointError, match="step_00000001 is already there"):
+        save(folder, 1)
+    assert content(folder.latest()) == "step 1"
+
+
+@pytest.mark.parametrize("file", ["tensors/a.bin", "manifest.json"])
+def test_a_missing_file_is_named_with_the_way_back(tmp_path, file):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    save(folder, 1)
+    save(folder, 2)
+    (tmp_path / "step_00000002" / file).unlink()
+    with pytest.raises(CheckpointError, match=f"{file} is missing; to resume from step 1, write step_00000001 into"):
+        folder.latest()
+
+
+def test_a_short_file_is_named(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    save(folder, 1)
+    os.truncate(tmp_path / "step_00000001" / "tensors" / "a.bin", 99)
+    with pytest.raises(CheckpointError, match="a.bin has 99 bytes, 100 were written; no other checkpoint is whole"):
+        folder.latest()
+
+
+@pytest.mark.parametrize("text", ["step_00000007\n", ""])
+def test_a_pointer_to_nothing_is_refused(tmp_path, text):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    save(folder, 1)
+    (tmp_path / "latest").write_text(text)
+    with pytest.raises(CheckpointError, match="write step_00000001 into"):
+        folder.latest()
+
+
+def test_without_a_pointer_the_newest_is_used_and_said(tmp_path, caplog):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    save(folder, 1)
+    save(folder, 2)
+    (tmp_path / "latest").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert content(folder.latest()) == "step 2"
+    assert "the newest checkpoint is step_00000002" in caplog.text
+
+
+def test_going_back_to_an_older_checkpoint(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for step in (10, 20):
+        save(folder, step)
+    (tmp_path / "latest").write_text("step_00000010\n")
+    assert content(folder.latest()) == "step 10"
+    save(folder, 15)
+    # The abandoned step 20 is later than 15 and must not push it out.
+    assert folder.steps() == [10, 15, 20]
+    shutil.rmtree(tmp_path / "step_00000020" / "tensors")
+    save(folder, 20)
+    assert folder.steps() == [15, 20] and content(folder.latest()) == "step 20"

@@ -1,0 +1,71 @@
+"""What the footprint is made of, against arithmetic, and that making it takes no memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from bitdance_scale.config.load import load_config
+from bitdance_scale.config.schema import ParallelSection
+from bitdance_scale.observe.flops import count_parameters
+from bitdance_scale.parallel.memory_estimate import Bytes, Footprint, footprint_here, num_in_flight
+from bitdance_scale.parallel.zero import MAX_BUCKET_ELEMENTS, deepspeed_config
+from tests.distributed.spawn import run_ranks
+from tests.distributed.toy import toy_config
+
+CONFIG = Path(__file__).parents[3] / "pipelines" / "configs" / "pt_14b.toml"
+VOCAB_SIZE = 151940
+MIB = 2**20
+
+
+def test_total_is_the_sum():
+    assert (
+        Bytes(weights=1, gradients=2, masters=3, moments=4, buffers=5, inputs=6, activations=7, tokenizer=8).total == 36
+    )
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "virtual_stages", "expected"),
+    # 1F1B: a pass for every stage from here on. Interleaved: two per later rank, and a round per further stage.
+    [(1, 1, [1]), (4, 1, [4, 3, 2, 1]), (4, 2, [11, 9, 7, 5])],
+)
+def test_passes_in_flight(pipeline, virtual_stages, expected):
+    section = ParallelSection(pipeline=pipeline, virtual_stages=virtual_stages)
+    assert [num_in_flight(section, rank) for rank in range(pipeline)] == expected
+
+
+@pytest.mark.parametrize(("num_elements", "expected"), [(1000, 1000), (10 * MAX_BUCKET_ELEMENTS, MAX_BUCKET_ELEMENTS)])
+def test_reduction_buffer_is_no_larger_than_the_model(num_elements, expected):
+    settings = deepspeed_config(toy_config(), data_size=2, num_elements=num_elements)
+    assert settings["zero_optimization"]["reduce_bucket_size"] == expected
+
+
+def _large(_rank: int) -> tuple[Footprint, int, int]:
+    """(footprint of two layers at the 14B width, bytes that this process grew by at most, parameters)."""
+    overrides = ["parallel.tensor=1", "parallel.sequence_parallel=false", "parallel.recompute=none"]
+    config = load_config(CONFIG, [*overrides, "data.global_batch=80", "data.max_pack_tokens=8192"])
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=2))
+    before = _resident("VmRSS")
+    found = footprint_here(config, VOCAB_SIZE, world_size=8, rank=0)
+    return found, _resident("VmHWM") - before, count_parameters(config, VOCAB_SIZE)["total"]
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)[1]) * 1024
+
+
+def test_a_model_of_many_gigabytes_takes_none():
+    found, grown, num_parameters = run_ranks(1, _large, timeout_s=280)[0]
+    assert found.peak.total > 30 * 2**30
+    # The packs are made for real (some 20 MB each, with their masks), and PyTorch imports its shape rules late.
+    assert grown < 1000 * MIB
+    # bfloat16 under ZeRO-1 on 8 replicas: 2 bytes of weights and 4 of gradients for all, 4 + 8 for an eighth. Padding to
+    # the replicas is below 1e-6.
+    assert found.held.weights == pytest.approx(2 * num_parameters, rel=1e-6)
+    assert found.held.gradients == pytest.approx(4 * num_parameters, rel=1e-6)
+    assert found.held.masters == pytest.approx(4 * num_parameters / 8, rel=1e-6)
+    assert found.held.moments == pytest.approx(8 * num_parameters / 8, rel=1e-6)
