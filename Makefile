@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 NPROC ?= 2
 # Test processes side by side. What shares a fixture stays together; in the order of the files, as the longest come first.
 WORKERS ?= 2
-CONFIG ?= pipelines/configs/demo.toml
+CONFIG ?= bitdance_scale/config/files/demo.toml
 # The stamp carries the folder: a copied checkout would otherwise run the package of the original.
 STAMP := $(VENV)/installed-$(shell pwd -P | cksum | cut -d' ' -f1)
 # Which Python makes the environment; the first of 3.11 or newer unless PYTHON= names one.
@@ -50,7 +50,7 @@ pretrain: demo-data  ## draw the demo images, train on them; ARGS= overrides set
 	$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$(NPROC) pipelines/pretrain.py $(CONFIG) $(ARGS)
 
 recipe: demo-data  ## all four stages of the demo, export, scene scores and a report; ARGS= goes to tools/recipe.py
-	$(BIN)/python tools/recipe.py $(addprefix pipelines/configs/,demo.toml ct_demo.toml sft_demo.toml distill_demo.toml) \
+	$(BIN)/python tools/recipe.py $(addprefix bitdance_scale/config/files/,demo.toml ct_demo.toml sft_demo.toml distill_demo.toml) \
 		--nproc $(NPROC) $(ARGS)
 
 test: setup  ## all tests; ARGS= goes to pytest, WORKERS= test processes side by side (0: in this one)

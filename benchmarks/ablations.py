@@ -4,7 +4,7 @@
     PYTHONPATH=. python benchmarks/ablations.py distillation --steps 100 --teacher runs/sft_demo
 
 Every variant trains as `torchrun pipelines/..` would, from the demo's configuration with the overrides below, as many steps and
-about as many tokens as the others. Then its weights are evaluated with the held-out images, resolution classes, noise and
+about as many tokens as the others. Then its weights are evaluated with the held-out images, resolutions, noise and
 flow times of all variants, without bit flips, so that losses differ by the weights only. Printed are a table in Markdown and
 JSON; ratios are to the first variant of the same seed. The demo's images must be there (`make demo-data`).
 """
@@ -21,11 +21,11 @@ from pathlib import Path
 from launch import run_ranks
 
 from bitdance_scale.config.load import load_config
+from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.config.training_stages import STAGES
 from bitdance_scale.observe.metrics import EVALUATION_FILE, Evaluation, read_evaluations
 
-CONFIGS = Path("pipelines/configs")
-ONLY_64_PX = "data.classes=[{side_px=64, share=1, buckets_px=[[64, 64], [48, 80], [48, 64]]}]"
+ONLY_64_PX = "data.resolutions=[{side_px=64, share=1, buckets_px=[[64, 64], [48, 80], [48, 64]]}]"
 QUIET = ("observe.wandb_mode=disabled", "sample.every_steps=0")
 
 
@@ -96,7 +96,7 @@ def run_study(study: Study, options: argparse.Namespace) -> list[dict[str, objec
             folder = options.root / f"{options.study}_{number}_seed{seed}"
             train(study.config, folder, [*common, *overrides], options.nproc)
             found = judge(study.config, folder, overrides, options.nproc)
-            losses = {f"{side} px": loss for side, loss in found.vision_by_class.items()}
+            losses = {f"{side} px": loss for side, loss in found.vision_by_resolution.items()}
             rows.append({"variant": name, "seed": seed, "flow": found.vision} | losses | {"text": found.text})
             print(json.dumps(rows[-1]), flush=True)
     return rows

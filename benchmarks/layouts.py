@@ -10,7 +10,7 @@ from __future__ import annotations
 from launch import run_workload
 from packs import machine
 
-CONFIG = "pipelines/configs/demo.toml"
+CONFIG = "demo"
 # Wider and longer than the demo, so that products outweigh the engines' fixed cost.
 MODEL = [
     "model.hidden_size=256",

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -23,13 +22,13 @@ from matplotlib.figure import Figure
 from benchmarks.packs import machine
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.data.plan.apportion import Apportionment
-from bitdance_scale.data.plan.buckets import assign_buckets, class_buckets
+from bitdance_scale.data.plan.buckets import assign_buckets, resolution_buckets
 from bitdance_scale.data.plan.pack_length import pack_lengths
 from bitdance_scale.data.plan.packing import CostModel, partition_batch
 from bitdance_scale.sequence.layout import num_positions
 
-CONFIGS = Path(__file__).parents[1] / "pipelines" / "configs"
 STAGES = {"PT": "pt_14b.toml", "CT and SFT": "ct_14b.toml", "distillation": "distill_14b.toml"}
 REPLICAS = (64, 128, 192, 256)
 LONGEST = (8960, 21504)
@@ -62,10 +61,10 @@ def batch_lengths(config: RunConfig, seed: int) -> np.ndarray:
     """int64 [B], positions of the samples of a global batch, in the order of the plan."""
     numbers = np.random.default_rng(seed)
     data, vision = config.data, config.vision
-    labels = Apportionment([resolution.share for resolution in data.classes]).labels(0, data.global_batch)
+    labels = Apportionment([resolution.share for resolution in data.resolutions]).labels(0, data.global_batch)
     lengths = []
     for label in labels.tolist():
-        buckets = class_buckets(data.classes[label])
+        buckets = resolution_buckets(data.resolutions[label])
         aspect = np.exp(numbers.normal(MEAN_LOG_ASPECT, SIGMA_LOG_ASPECT))
         height, width = int(LARGE_PX / np.sqrt(aspect)), int(LARGE_PX * np.sqrt(aspect))
         height, width = buckets[assign_buckets(np.array([height]), np.array([width]), buckets, 1.0)[0]]

@@ -18,7 +18,7 @@ MAX_CAPTION = 256
 
 
 def mixed_pack(length: int, side: int, seed: int = 0) -> Pack:
-    """A pack of exactly `length` positions: images of all classes with captions, then padding.
+    """A pack of exactly `length` positions: images of all resolutions with captions, then padding.
 
     Args:
         length: positions, padding included.

@@ -19,7 +19,7 @@ from bitdance_scale.parallel.stage_split import even_split, stage_costs, stage_s
 
 VOCAB_14B = 151940
 VOCAB = 1000
-CONFIG = "pipelines/configs/demo.toml"
+CONFIG = "demo"
 MODEL = [
     "model.hidden_size=192",
     "model.ffn_size=448",
@@ -47,7 +47,7 @@ def _estimate(config_path: str, overrides: list[str], vocab_size: int) -> tuple[
 def main() -> None:
     print("14B, PT mix (estimate)\n\n| pipeline | even | by cost | slowest rank, even / by cost |\n|---|---|---|---|")
     for pipeline in (2, 4, 8):
-        even, split, ratio = _estimate("pipelines/configs/pt_14b.toml", [f"parallel.pipeline={pipeline}"], VOCAB_14B)
+        even, split, ratio = _estimate("pt_14b", [f"parallel.pipeline={pipeline}"], VOCAB_14B)
         print(f"| {pipeline} | {even} | {split} | {ratio:.2f} |")
     print(f"\nScaled-down model, measured\n\n{machine()}\n")
     print(

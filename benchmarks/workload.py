@@ -4,7 +4,7 @@ torchrun --nproc_per_node=2 benchmarks/workload.py CONFIG [section.key=value ...
 
 A slice of the 14B model at full width on one GPU, eager and compiled (as many layers as fit with head and optimiser):
 
-torchrun --nproc_per_node=1 benchmarks/workload.py pipelines/configs/pt_14b.toml parallel.tensor=1 \
+torchrun --nproc_per_node=1 benchmarks/workload.py pt_14b parallel.tensor=1 \
     parallel.sequence_parallel=false model.num_layers=8 --vocab 32000 --steps 10 [--compile]
 
 The packs are those of `data/plan/synthetic_packs.py`: the configured mix, captions as long as allowed, the same for every layout. Rank 0

@@ -37,7 +37,7 @@ read -ra options <<<"${CHAIN_OPTIONS:-}"
 
 # Before the first job is submitted, and not when a later one starts.
 for stage in "${stages[@]}"; do
-    file=${CONFIG_ROOT:-pipelines/configs}/${stage}_14b.toml
+    file=${CONFIG_ROOT:-bitdance_scale/config/files}/${stage}_14b.toml
     if [[ ! -f $file ]]; then
         echo "chain: $file is not there: CONFIG_ROOT is the folder of the files of all stages of the chain" >&2
         exit 2

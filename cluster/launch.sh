@@ -4,7 +4,7 @@
 #
 # Variables, all optional; sbatch passes them on from the shell that submits:
 #   CONFIG             another configuration file than the stage's own (read by the .sbatch files)
-#   CONFIG_ROOT        folder of the stages' own files, pt_14b.toml to distill_14b.toml [pipelines/configs]
+#   CONFIG_ROOT        folder of the stages' own files, pt_14b.toml to distill_14b.toml [bitdance_scale/config/files]
 #   VENV               virtual environment on the shared file system [.venv]
 #   CONTAINER          image for pyxis/enroot, used in place of VENV
 #   CONTAINER_MOUNTS   mounts beside the repository's own folder, host:container[,host:container ...]

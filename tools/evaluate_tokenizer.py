@@ -1,6 +1,6 @@
 """Measures a visual tokenizer on images it was not trained on, and draws originals over reconstructions.
 
-    python tools/evaluate_tokenizer.py pipelines/assets/demo data/tokenizer_held_out --sizes 32 64 128 --picture out.png
+    python tools/evaluate_tokenizer.py bitdance_scale/assets/demo data/tokenizer_held_out --sizes 32 64 128 --picture out.png
 
 Prints a markdown table: PSNR with and without 1% of flipped bits, and how the bits are used; then the time per image.
 """

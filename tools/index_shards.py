@@ -22,7 +22,7 @@ from bitdance_scale.config.schema import S3Section
 from bitdance_scale.data.captions import DEFAULT_SOURCE
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index, ShardEntry, default_index_dir
-from bitdance_scale.data.index.report import lost_samples, summary, suspicious_shards
+from bitdance_scale.data.index.report import skipped_samples, summary, suspicious_shards
 from bitdance_scale.data.storage.shards import expand_shards
 from bitdance_scale.data.storage.stores import Stores
 from bitdance_scale.errors import BitDanceError
@@ -111,7 +111,7 @@ def main() -> int:
 
             def progress(entry: ShardEntry) -> None:
                 bar.update()
-                for damage in entry.damages:
+                for damage in entry.tar_errors:
                     bar.write(f"{entry.path}: byte {damage.offset}: {damage.problem}", file=sys.stderr)
 
             index = build_index(shards, index_dir, captions=captions, num_workers=arguments.workers, progress=progress)
@@ -122,7 +122,7 @@ def main() -> int:
         print(f"index in {index_dir}")
     except BitDanceError as error:
         sys.exit(f"error: {error}")
-    return 1 if lost_samples(index) else 0
+    return 1 if skipped_samples(index) else 0
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Shows what is in WebDataset shards: counts, faults, and a picture grid of samples with captions and buckets.
+"""Shows what is in WebDataset shards: counts, errors, and a picture grid of samples with captions and buckets.
 
-    python tools/inspect_shards.py data/demo --config pipelines/configs/demo.toml --count 24 --out grid.png
-    python tools/inspect_shards.py --config pipelines/configs/demo.toml        # what the configuration trains on
+    python tools/inspect_shards.py data/demo --config demo --count 24 --out grid.png
+    python tools/inspect_shards.py --config demo        # what the configuration trains on
 
 A sample is drawn as it lies in the shard; under it stand its stored size, the bucket it is trained at in each
-resolution class, and its caption. Without --config the classes are 256, 512 and 1024 px with the sizes that the
+resolution, and its caption. Without --config the resolutions are 256, 512 and 1024 px with the sizes that the
 published release samples at. Without DATASET the shards are those of --config, each source counted by itself.
 """
 
@@ -21,24 +21,24 @@ from matplotlib.figure import Figure
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.rules import check
-from bitdance_scale.config.schema import DataSection, ResolutionClass
+from bitdance_scale.config.schema import DataSection, Resolution
 from bitdance_scale.data.captions import CaptionStatus
-from bitdance_scale.data.data_errors import SampleFault
+from bitdance_scale.data.data_errors import SampleError
 from bitdance_scale.data.image_decode import decode_image
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index, default_index_dir
 from bitdance_scale.data.index.report import summary
-from bitdance_scale.data.plan.buckets import assign_buckets, class_buckets
+from bitdance_scale.data.plan.buckets import assign_buckets, resolution_buckets
 from bitdance_scale.data.plan.permutation import Permutation
 from bitdance_scale.data.reader import ShardReader
 from bitdance_scale.data.storage.shards import expand_shards
 from bitdance_scale.errors import BitDanceError
 from bitdance_scale.train.shared_index import training_index
 
-_RELEASE_CLASSES = (
-    ResolutionClass(side_px=256, share=2, buckets_px=((256, 256),)),
-    ResolutionClass(side_px=512, share=7, buckets_px=((256, 1024), (256, 896), (384, 640), (512, 512))),
-    ResolutionClass(
+_RELEASE_RESOLUTIONS = (
+    Resolution(side_px=256, share=2, buckets_px=((256, 256),)),
+    Resolution(side_px=512, share=7, buckets_px=((256, 1024), (256, 896), (384, 640), (512, 512))),
+    Resolution(
         side_px=1024,
         share=1,
         buckets_px=((512, 2048), (512, 1920), (640, 1536), (768, 1280), (896, 1152), (1024, 1024)),
@@ -49,9 +49,9 @@ _CAPTION_COLUMNS = 34
 _CAPTION_LINES = 3
 
 
-def report(index: Index, classes: Sequence[ResolutionClass], max_upscale: float) -> str:
-    """Counts of an index: samples, captions, faults of the scan, and the samples of every class by bucket."""
-    return "\n".join(summary(index) + _class_lines(index, range(len(index)), classes, max_upscale))
+def report(index: Index, resolutions: Sequence[Resolution], max_upscale: float) -> str:
+    """Counts of an index: samples, captions, errors of the scan, and the samples of every class by bucket."""
+    return "\n".join(summary(index) + _resolution_lines(index, range(len(index)), resolutions, max_upscale))
 
 
 def source_report(index: Index, data: DataSection) -> str:
@@ -59,15 +59,15 @@ def source_report(index: Index, data: DataSection) -> str:
     lines = []
     for source, samples in zip(data.active_sources, index.sources, strict=True):
         lines.append(f"source {source.name}: share {source.share}, {len(samples)} samples")
-        lines += [f"  {line}" for line in _class_lines(index, samples, data.classes, data.max_upscale)]
+        lines += [f"  {line}" for line in _resolution_lines(index, samples, data.resolutions, data.max_upscale)]
     return "\n".join(lines)
 
 
-def _class_lines(index: Index, samples: range, classes: Sequence[ResolutionClass], max_upscale: float) -> list[str]:
+def _resolution_lines(index: Index, samples: range, resolutions: Sequence[Resolution], max_upscale: float) -> list[str]:
     heights, widths = index.height_px[samples.start : samples.stop], index.width_px[samples.start : samples.stop]
     lines = []
-    for resolution in classes:
-        buckets = class_buckets(resolution)
+    for resolution in resolutions:
+        buckets = resolution_buckets(resolution)
         rows = assign_buckets(heights, widths, buckets, max_upscale)
         counts = np.bincount(rows[rows >= 0], minlength=len(buckets))
         shares = ", ".join(f"{h}x{w} {count}" for (h, w), count in zip(buckets.tolist(), counts, strict=True) if count)
@@ -75,7 +75,7 @@ def _class_lines(index: Index, samples: range, classes: Sequence[ResolutionClass
     return lines
 
 
-def draw_grid(index: Index, classes: Sequence[ResolutionClass], max_upscale: float, count: int, out: str) -> None:
+def draw_grid(index: Index, resolutions: Sequence[Resolution], max_upscale: float, count: int, out: str) -> None:
     """Draws `count` samples, spread over the data set by a fixed permutation, to the picture file `out`."""
     samples = np.sort(Permutation(len(index), (0,))(np.arange(min(count, len(index)))))
     num_rows = -(-len(samples) // _NUM_COLUMNS)
@@ -88,17 +88,17 @@ def draw_grid(index: Index, classes: Sequence[ResolutionClass], max_upscale: flo
         try:
             data = reader.image(index, sample)
             axis.imshow(decode_image(data, index.size_px(sample), index.size_px(sample)))
-        except SampleFault as fault:
+        except SampleError as fault:
             axis.text(0.5, 0.5, textwrap.fill(str(fault), 24), ha="center", va="center", color="red", fontsize=8)
-        axis.set_title(_describe(index, sample, classes, max_upscale), fontsize=8)
+        axis.set_title(_describe(index, sample, resolutions, max_upscale), fontsize=8)
     figure.savefig(out, dpi=80)
 
 
-def _describe(index: Index, sample: int, classes: Sequence[ResolutionClass], max_upscale: float) -> str:
+def _describe(index: Index, sample: int, resolutions: Sequence[Resolution], max_upscale: float) -> str:
     height, width = index.size_px(sample)
     parts = []
-    for resolution in classes:
-        buckets = class_buckets(resolution)
+    for resolution in resolutions:
+        buckets = resolution_buckets(resolution)
         row = assign_buckets(np.array([height]), np.array([width]), buckets, max_upscale)[0]
         parts.append("-" if row < 0 else "{}x{}".format(*buckets[row]))
     status = CaptionStatus(index.status(index.captions[0])[sample])
@@ -113,7 +113,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", nargs="*", help="tars, folders, globs or brace lists; none: those of --config")
-    parser.add_argument("--config", help="run configuration whose data.classes and data.max_upscale are used")
+    parser.add_argument("--config", help="run configuration whose data.resolutions and data.max_upscale are used")
     parser.add_argument("--index-dir", default="", help="index folder; default: .bitdance_index beside the first shard")
     parser.add_argument("--count", type=int, default=24, help="samples drawn")
     parser.add_argument("--out", default="shards.png", help="picture to write")
@@ -121,11 +121,11 @@ def main() -> None:
     if not arguments.dataset and not arguments.config:
         parser.error("name a DATASET or a --config")
     try:
-        classes, max_upscale = _RELEASE_CLASSES, 1.0
+        resolutions, max_upscale = _RELEASE_RESOLUTIONS, 1.0
         if arguments.config:
             config = load_config(arguments.config)
             data = config.data
-            classes, max_upscale = data.classes, data.max_upscale
+            resolutions, max_upscale = data.resolutions, data.max_upscale
         if arguments.dataset:
             shards = expand_shards(arguments.dataset)
             index = build_index(shards, arguments.index_dir or default_index_dir(shards))
@@ -133,10 +133,10 @@ def main() -> None:
             check(config, config.parallel.tensor * config.parallel.pipeline)
             data = dataclasses.replace(data, index_dir=arguments.index_dir or data.index_dir)
             index = training_index(data)
-        print(report(index, classes, max_upscale))
+        print(report(index, resolutions, max_upscale))
         if not arguments.dataset and data.sources:
             print(source_report(index, data))
-        draw_grid(index, classes, max_upscale, arguments.count, arguments.out)
+        draw_grid(index, resolutions, max_upscale, arguments.count, arguments.out)
     except BitDanceError as error:
         sys.exit(f"error: {error}")
     print(f"wrote {arguments.out}")

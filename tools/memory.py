@@ -29,7 +29,7 @@ GIB = 2**30
 # Rows of Qwen3's table with this project's special tokens, by `vision.block_side`.
 QWEN3_VOCAB = {4: 151940, 8: 151988}
 DOCS_PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
-DOCS_CONFIG = "pipelines/configs/pt_14b.toml"
+DOCS_CONFIG = "pt_14b"
 # Beyond the shipped settings of the PT stage (tensor 4 with sequence parallelism, selective recomputation, ZeRO-1).
 DOCS_LAYOUTS = (
     (64, ()),
@@ -87,7 +87,7 @@ def docs_section(device_gib: float) -> str:
     parts = []
     for world_size, layout in DOCS_LAYOUTS:
         overrides = list(layout)
-        config = _on_gpu(load_config(DOCS_PAGE.parents[1] / DOCS_CONFIG, overrides))
+        config = _on_gpu(load_config(DOCS_CONFIG, overrides))
         check(config, world_size)
         lines = stage_lines(config, QWEN3_VOCAB[config.vision.block_side], world_size)
         command = f"python tools/memory.py {' '.join([DOCS_CONFIG, *overrides])} --ranks {world_size} --markdown"
@@ -116,7 +116,7 @@ def _on_gpu(config: RunConfig) -> RunConfig:
 
 
 def _vocab_size(config: RunConfig) -> int:
-    if Path(config.text.path).exists():
+    if config.text.tokenizer_path.exists():
         return load_text_tokenizer(config.text, config.vision.block_tokens).vocab_size
     return QWEN3_VOCAB[config.vision.block_side]
 

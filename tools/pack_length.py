@@ -1,6 +1,6 @@
 """Says which `data.max_pack_tokens` wastes least, from the captions and sizes of the images that a run will train on.
 
-    python tools/pack_length.py pipelines/configs/pt_14b.toml --ranks 256
+    python tools/pack_length.py pt_14b --ranks 256
     python tools/pack_length.py CONFIG data.index_dir=/data/index --ranks 64 --longest 17920
 
 For every number of packs that a replica may make of a step: the shortest cap that holds all of some global batches, and what
@@ -33,7 +33,7 @@ _QUANTILES = (0.1, 0.5, 0.9, 1.0)
 
 
 def step_lengths(config: RunConfig, num_steps: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Positions and resolution classes, int64 [B] each, of the samples of the first steps.
+    """Positions and resolutions, int64 [B] each, of the samples of the first steps.
 
     Raises:
         DataError: shards or tokenizer cannot be read.

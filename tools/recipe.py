@@ -1,6 +1,6 @@
 """Runs the stages one after another, exports each, scores what it draws, and writes a report of one page.
 
-    python tools/recipe.py pipelines/configs/{demo,ct_demo,sft_demo,distill_demo}.toml --out runs/recipe
+    python tools/recipe.py demo ct_demo sft_demo distill_demo --out runs/recipe
     python tools/recipe.py CONFIG... --out OUT --thorough     # also an untrained model, sampling steps and guidance
 
 The configurations are runs of demo scenes in the order of the stages, each starting from the one before. What is done
@@ -180,7 +180,7 @@ def run_folder(config: RunConfig) -> Path:
 
 def sides_of(config: RunConfig) -> list[int]:
     """Sides in pixels of the squares that a stage is scored at: that of its samples first, then its largest class."""
-    largest = max(resolution.side_px for resolution in config.data.classes if resolution.share > 0)
+    largest = max(resolution.side_px for resolution in config.data.resolutions if resolution.share > 0)
     return list(dict.fromkeys([config.sample.size_px[0], largest]))
 
 

@@ -102,7 +102,7 @@ def _stage_row(stage: StageReport, run: RunRecord) -> dict[str, object]:
     if run.evaluations:
         first, final = run.evaluations[0], run.evaluations[-1]
         row |= {"held out before": round(first.vision, 4), "held out after": round(final.vision, 4)}
-        row |= {f"{side} px": round(loss, 4) for side, loss in final.vision_by_class.items()}
+        row |= {f"{side} px": round(loss, 4) for side, loss in final.vision_by_resolution.items()}
     return row
 
 

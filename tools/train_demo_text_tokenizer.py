@@ -17,8 +17,9 @@ import sentencepiece
 from demo_scenes import make_scene
 
 from bitdance_scale.atomic_files import write_bytes
+from bitdance_scale.config.shipped import ASSETS
 
-DEFAULT_OUT = Path(__file__).parents[1] / "pipelines" / "assets" / "demo" / "tokenizer.model"
+DEFAULT_OUT = ASSETS / "demo" / "tokenizer.model"
 VOCAB_SIZE = 480
 MARKUP = ("user\n", "assistant\n")
 

@@ -136,7 +136,7 @@ def open_checkpoint(
             f"need {network.vision.block_tokens - 1}, and the release's folders hold no more"
         )
     with torch.device("meta"):
-        check_weights(network.vision.weights, make_autoencoder(network.vision).state_dict())
+        check_weights(network.vision.weights_path, make_autoencoder(network.vision).state_dict())
     stored = StoredTensors(path / TENSORS_DIR)
     check_network(path, stored.index, network, text.vocab_size)
     chosen = (
@@ -164,7 +164,7 @@ def export_release(export: Export, out: Path, *, is_forced: bool = False, progre
             earlier `out` is as it was.
     """
     network = export.network
-    autoencoder = Path(network.vision.weights)
+    autoencoder = network.vision.weights_path
     check_outcome(out, is_forced=is_forced, num_bytes=export.num_bytes + autoencoder.stat().st_size)
     for file in export.stored.files(_sources(export)):
         export.stored.check(file)

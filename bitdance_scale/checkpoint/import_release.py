@@ -65,7 +65,7 @@ def import_release(source: Source, out: Path, *, is_forced: bool = False, progre
     Raises:
         CheckpointError: it cannot be written; nothing is left then, and an earlier `out` is as it was.
     """
-    autoencoder = Path(source.network.vision.weights)
+    autoencoder = source.network.vision.weights_path
     check_outcome(out, is_forced=is_forced, num_bytes=source.num_bytes + autoencoder.stat().st_size)
     network = dataclasses.replace(
         source.network,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from bitdance_scale.checkpoint.tensor_index import read_index
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.parallel.agreement import on_first_rank
 from bitdance_scale.parallel.partition import ShardedValue
+from bitdance_scale.renames import RENAMED_FIELDS, with_new_names
 
 TENSORS_DIR = "tensors"
 CONFIG_NAME = "config.toml"
@@ -39,6 +41,8 @@ OPTIMIZER_PREFIX = "optimizer."
 MASTER_PREFIX = "optimizer.master."
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,9 @@ class TrainState:
         loader: state of the data loader after the last step; JSON values.
         optimizer: the optimiser's counters (steps it counts for bias correction, steps skipped); JSON values.
         tokenizer_digest: digest of the text tokenizer; other tokens would give the embedding rows another meaning.
-        images_by_class: images seen per resolution class, by `side_px` as text (a JSON key).
-        holes: images that could not be used.
-        faults: images with a fault, by cause.
+        images_by_resolution: images seen per resolution, by `side_px` as text (a JSON key).
+        skipped_samples: images that could not be used.
+        sample_errors: images with a fault, by cause.
         release: what the folder that the weights came from says and the configuration has no place for, to be written
             back as it was (`checkpoint/published_tensors.py`); empty for weights that started at random. JSON values.
     """
@@ -65,9 +69,9 @@ class TrainState:
     loader: dict[str, Any]
     optimizer: dict[str, Any]
     tokenizer_digest: str
-    images_by_class: dict[str, int] = dataclasses.field(default_factory=dict)
-    holes: int = 0
-    faults: dict[str, int] = dataclasses.field(default_factory=dict)
+    images_by_resolution: dict[str, int] = dataclasses.field(default_factory=dict)
+    skipped_samples: int = 0
+    sample_errors: dict[str, int] = dataclasses.field(default_factory=dict)
     release: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -159,8 +163,13 @@ def read_state(path: Path) -> TrainState:
     file = path / TRAIN_STATE_NAME
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        old = {name: RENAMED_FIELDS[name] for name in content if name in RENAMED_FIELDS}
+        if old:
+            named = ", ".join(f"{name} is {new} now" for name, new in old.items())
+            logger.info("%s: written by an earlier version (%s); read under the new names", file, named)
+            content = with_new_names(content, RENAMED_FIELDS)
         # The last fields came later; checkpoints without a release are those of weights that started at random.
-        content = {"faults": {}, "release": {}} | content
+        content = {"sample_errors": {}, "release": {}} | content
         return TrainState(**{field.name: content[field.name] for field in dataclasses.fields(TrainState)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: damaged ({type(error).__name__}: {error}); load another checkpoint") from error

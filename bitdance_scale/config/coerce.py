@@ -13,6 +13,8 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 
+from bitdance_scale.renames import RENAMED_SETTINGS
+
 Path = tuple[str, ...]
 
 _SCALARS: Mapping[type, str] = {bool: "true or false", int: "integer", float: "number", str: "string"}
@@ -126,7 +128,7 @@ class Coercion:
 
 
 def dotted(path: Path) -> str:
-    """The path as users write it: `data.classes[0].side_px`."""
+    """The path as users write it: `data.resolutions[0].side_px`."""
     text = ""
     for part in path:
         text += f"[{part}]" if part.isdigit() else f".{part}" if text else part
@@ -144,6 +146,9 @@ def _found(value: object) -> str:
 def _suggestion(key: str, path: Path, schema: type, root: type) -> str:
     """The legal name that the user most likely meant: nearest here, or the same key in another section."""
     legal = list(field_types(schema))
+    renamed = RENAMED_SETTINGS.get(dotted((*path, key)))
+    if renamed is not None:
+        return f"; it is called {renamed} since version 0.2"
     nearest = difflib.get_close_matches(key, legal, n=1)
     if nearest:
         return f"; did you mean {dotted((*path, nearest[0]))!r}?"

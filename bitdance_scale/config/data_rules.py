@@ -126,7 +126,7 @@ def _filters_keep_something(config: RunConfig, world_size: int) -> Iterator[str]
             )
 
 
-@RULES.rule("data.classes", "vision.channel_mult", "vision.block_side")
+@RULES.rule("data.resolutions", "vision.channel_mult", "vision.block_side")
 def _blocks_tile_buckets(config: RunConfig, world_size: int) -> Iterator[str]:
     """Every bucket side is a multiple of the downsampling factor x `vision.block_side`.
 
@@ -145,7 +145,7 @@ def _blocks_tile_samples(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from _untiled("sample.size_px", config.sample.size_px, config)
 
 
-@RULES.rule("data.classes", "sample.size_px", "vision.channel_mult")
+@RULES.rule("data.resolutions", "sample.size_px", "vision.channel_mult")
 def _sides_have_resolution_tokens(config: RunConfig, world_size: int) -> Iterator[str]:
     """No image is longer than 256 latent cells along a side.
 
@@ -160,48 +160,48 @@ def _sides_have_resolution_tokens(config: RunConfig, world_size: int) -> Iterato
             )
 
 
-@RULES.rule("data.classes")
+@RULES.rule("data.resolutions")
 def _classes_are_distinct(config: RunConfig, world_size: int) -> Iterator[str]:
     """Classes have different `side_px`, and a class names each bucket once.
 
     Classes are counted by their side, and a bucket named twice has no meaning; transposes are added by the loader.
     """
-    sides = [image_class.side_px for image_class in config.data.classes]
-    for index, image_class in enumerate(config.data.classes):
-        if image_class.side_px in sides[:index]:
+    sides = [resolution.side_px for resolution in config.data.resolutions]
+    for index, resolution in enumerate(config.data.resolutions):
+        if resolution.side_px in sides[:index]:
             yield (
-                f"data.classes[{index}].side_px = {image_class.side_px}: another class has this side; merge the two, "
+                f"data.resolutions[{index}].side_px = {resolution.side_px}: another resolution has this side; merge the two, "
                 "adding up their shares"
             )
-        for number, size_px in enumerate(image_class.buckets_px):
-            if size_px in image_class.buckets_px[:number]:
-                yield f"data.classes[{index}].buckets_px[{number}] = {list(size_px)}: is listed before; remove one"
+        for number, size_px in enumerate(resolution.buckets_px):
+            if size_px in resolution.buckets_px[:number]:
+                yield f"data.resolutions[{index}].buckets_px[{number}] = {list(size_px)}: is listed before; remove one"
 
 
-@RULES.rule("data.classes")
+@RULES.rule("data.resolutions")
 def _buckets_match_their_class(config: RunConfig, world_size: int) -> Iterator[str]:
     """The area of a bucket is between half and twice that of its class's square.
 
-    The shares fix how many tokens each class costs; a bucket of another size belongs to another class.
+    The shares fix how many tokens each class costs; a bucket of another size belongs to another resolution.
     """
-    for index, image_class in enumerate(config.data.classes):
-        square = image_class.side_px**2
-        for number, (height, width) in enumerate(image_class.buckets_px):
+    for index, resolution in enumerate(config.data.resolutions):
+        square = resolution.side_px**2
+        for number, (height, width) in enumerate(resolution.buckets_px):
             if not square <= 2 * height * width <= 4 * square:
                 yield (
-                    f"data.classes[{index}].buckets_px[{number}] = {[height, width]}: its area is "
-                    f"{height * width / square:.2g} times that of side_px = {image_class.side_px} squared and must be "
+                    f"data.resolutions[{index}].buckets_px[{number}] = {[height, width]}: its area is "
+                    f"{height * width / square:.2g} times that of side_px = {resolution.side_px} squared and must be "
                     "0.5 to 2 times; correct the bucket or move it to its class"
                 )
 
 
-@RULES.rule("data.global_batch", "data.classes")
+@RULES.rule("data.global_batch", "data.resolutions")
 def _shares_are_exact(config: RunConfig, world_size: int) -> Iterator[str]:
     """`data.global_batch` gives every class a whole number of images at its share.
 
-    The classes are mixed exactly in every step (arXiv 2602.14041 Table 4), not on average.
+    The resolutions are mixed exactly in every step (arXiv 2602.14041 Table 4), not on average.
     """
-    shares = [image_class.share for image_class in config.data.classes]
+    shares = [resolution.share for resolution in config.data.resolutions]
     multiple = sum(shares) // math.gcd(*shares)
     if config.data.global_batch % multiple:
         yield (
@@ -210,13 +210,13 @@ def _shares_are_exact(config: RunConfig, world_size: int) -> Iterator[str]:
         )
 
 
-@RULES.rule("evaluate.images", "evaluate.shards", "data.classes")
+@RULES.rule("evaluate.images", "evaluate.shards", "data.resolutions")
 def _evaluation_has_every_class(config: RunConfig, world_size: int) -> Iterator[str]:
     """`evaluate.images` gives every class a whole number of images at its share.
 
     The losses of two evaluations are compared; both must be of the same mix.
     """
-    shares = [image_class.share for image_class in config.data.classes]
+    shares = [resolution.share for resolution in config.data.resolutions]
     multiple = sum(shares) // math.gcd(*shares)
     if config.evaluate.shards and config.evaluate.images % multiple:
         yield (
@@ -225,7 +225,7 @@ def _evaluation_has_every_class(config: RunConfig, world_size: int) -> Iterator[
         )
 
 
-@RULES.rule("data.max_pack_tokens", "data.pack_multiple", "data.classes", "text.max_caption_tokens", "vision")
+@RULES.rule("data.max_pack_tokens", "data.pack_multiple", "data.resolutions", "text.max_caption_tokens", "vision")
 def _largest_sample_fits_a_pack(config: RunConfig, world_size: int) -> Iterator[str]:
     """`data.max_pack_tokens` holds the largest bucket with the longest caption, its markup and the query tokens.
 
@@ -263,9 +263,9 @@ def _padding_stays_within_the_cap(config: RunConfig, world_size: int) -> Iterato
 def _buckets(config: RunConfig) -> list[tuple[str, tuple[int, int]]]:
     """(name in messages, (height, width) in pixels) of every bucket of every class."""
     return [
-        (f"data.classes[{index}].buckets_px[{number}]", size_px)
-        for index, image_class in enumerate(config.data.classes)
-        for number, size_px in enumerate(image_class.buckets_px)
+        (f"data.resolutions[{index}].buckets_px[{number}]", size_px)
+        for index, resolution in enumerate(config.data.resolutions)
+        for number, size_px in enumerate(resolution.buckets_px)
     ]
 
 

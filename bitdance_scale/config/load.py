@@ -19,6 +19,7 @@ from typing import TypeVar
 from bitdance_scale.config.coerce import Coercion, field_types, type_name
 from bitdance_scale.config.presets import PRESETS
 from bitdance_scale.config.schema import ModelSection, NetworkConfig, RunConfig
+from bitdance_scale.config.shipped import config_path, shipped_configs
 from bitdance_scale.errors import ConfigError
 
 Schema = TypeVar("Schema")
@@ -29,8 +30,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[Sc
     """Loads a TOML file into a configuration tree.
 
     Args:
-        path: the file. Its top-level key `extends` may name one other file, relative to it, whose settings it
-            changes, and so on. Tables merge key by key, lists are replaced.
+        path: the file, or the name of a configuration that comes with the package. Its top-level key `extends` may name
+            one other file, relative to it, or such a name, whose settings it changes, and so on. Tables merge key by
+            key, lists are replaced.
         overrides: `section.key=value`, the value written as in TOML; a value that is no TOML is taken as a string.
         schema: dataclass of the tree.
 
@@ -45,7 +47,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[Sc
 
 
 def _load(path: str | Path, overrides: Sequence[str], schema: type[Schema], skips_other_sections: bool) -> Schema:
-    layers = [*_read_layers(Path(path)), (_COMMAND_LINE, _parse_overrides(overrides))]
+    layers = [*_read_layers(config_path(path)), (_COMMAND_LINE, _parse_overrides(overrides))]
     values: dict[str, object] = {}
     sources: dict[tuple[str, ...], str] = {}
     for source, layer in layers:
@@ -86,7 +88,7 @@ class SettingDoc:
     """What a user can know about one setting.
 
     Attributes:
-        path: such as `data.classes[].share`.
+        path: such as `data.resolutions[].share`.
         type_name: such as `list of integer`.
         default: as TOML; None when the setting is required.
         doc: its meaning.
@@ -136,11 +138,16 @@ def _read_layers(path: Path) -> list[tuple[str, dict[str, object]]]:
             return layers
         if not isinstance(extended, str):
             raise ConfigError(
-                f"{path}: extends = {extended!r}: expected the path of one TOML file, relative to this one"
+                f"{path}: extends = {extended!r}: expected one TOML file, relative to this one, or the name of one that comes with the package"
             )
         base = path.parent / extended
         if not base.is_file():
-            raise ConfigError(f"{path}: extends = {extended!r}: there is no file {base}; correct the path")
+            base = config_path(extended)
+        if not base.is_file():
+            raise ConfigError(
+                f"{path}: extends = {extended!r}: there is no file {path.parent / extended}, and no configuration of this "
+                f"name comes with the package ({', '.join(shipped_configs())}); correct it"
+            )
         if base.resolve() in seen:
             raise ConfigError(f"{path}: extends = {extended!r}: that file extends this one; remove one of the two")
         path = base
@@ -150,7 +157,10 @@ def _read_toml(path: Path) -> dict[str, object]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read the configuration ({error.strerror}); correct the path") from error
+        raise ConfigError(
+            f"{path}: cannot read the configuration ({error.strerror}); name a TOML file, or one that comes with the "
+            f"package: {', '.join(shipped_configs())}"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
 

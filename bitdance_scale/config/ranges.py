@@ -156,18 +156,18 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "data.filters[].column": NonEmpty(),
     "data.filters[].missing": Choice(("drop", "keep")),
     "data.global_batch": _COUNT,
-    "data.classes": NonEmpty(),
-    "data.classes[].side_px": _COUNT,
-    "data.classes[].share": _COUNT,
-    "data.classes[].buckets_px": NonEmpty(),
-    "data.classes[].buckets_px[]": _COUNT,
+    "data.resolutions": NonEmpty(),
+    "data.resolutions[].side_px": _COUNT,
+    "data.resolutions[].share": _COUNT,
+    "data.resolutions[].buckets_px": NonEmpty(),
+    "data.resolutions[].buckets_px[]": _COUNT,
     "data.max_upscale": _POSITIVE,
     "data.max_pack_tokens": _COUNT,
     "data.pack_multiple": _COUNT,
     "data.text_drop": _PROBABILITY,
     # At 1 no image would be a target and the flow loss would be a mean over nothing.
     "data.image_to_text_share": Range(0, 1, is_high_open=True),
-    "data.max_hole_share": _PROBABILITY,
+    "data.max_skipped_share": _PROBABILITY,
     "data.read_threads": _COUNT,
     "data.prefetch_steps": _COUNT,
     "data.s3.read_timeout_s": _POSITIVE,
@@ -216,7 +216,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
 def range_violations(config: RunConfig) -> dict[str, str]:
     """Setting -> message, for every setting that is illegal by itself.
 
-    The key names the offending value (`data.classes[1].share`), the message states value, rule and fix.
+    The key names the offending value (`data.resolutions[1].share`), the message states value, rule and fix.
     """
     violations: dict[str, str] = {}
     for path, pattern, value in _values(config, "", ""):

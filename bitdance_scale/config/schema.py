@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
+
+from bitdance_scale.config.shipped import setting_path
 
 
 def setting(default: object = dataclasses.MISSING, *, doc: str) -> object:
@@ -93,7 +96,9 @@ class HeadSection:
 class VisionSection:
     """The binary visual tokenizer (arXiv 2602.14041 Sec. 3.1); frozen in text-to-image training."""
 
-    weights: str = setting(doc="Autoencoder weights (safetensors, published names).")
+    weights: str = setting(
+        doc="Autoencoder weights (safetensors, published names); `asset:` begins a path inside the package."
+    )
     num_bits: int = setting(32, doc="Bits per vision token, the latent channels of the autoencoder.")
     channels: int = setting(256, doc="Base channels `ch` of the autoencoder.")
     channel_mult: tuple[int, ...] = setting(
@@ -102,6 +107,11 @@ class VisionSection:
     num_res_blocks: int = setting(4, doc="Residual blocks per level.")
     block_side: int = setting(4, doc="Side p of the block of p x p vision tokens predicted together.")
     flip_max: float = setting(0.1, doc="Input bits are flipped with probability flip_max * u, u ~ U(0, 1) per element.")
+
+    @property
+    def weights_path(self) -> Path:
+        """Where the weights lie."""
+        return setting_path(self.weights)
 
     @property
     def downsample(self) -> int:
@@ -122,13 +132,18 @@ class TextSection:
     path: str = setting(doc="Folder or file of the tokenizer.")
     max_caption_tokens: int = setting(512, doc="Longer captions are cut to this many tokens.")
 
+    @property
+    def tokenizer_path(self) -> Path:
+        """Where the tokenizer lies."""
+        return setting_path(self.path)
+
 
 @dataclass(frozen=True, kw_only=True)
-class ResolutionClass:
+class Resolution:
     """One resolution of the mix, with the image sizes (buckets) it is trained at."""
 
     side_px: int = setting(doc="Name of the class: side of its square bucket, in pixels.")
-    share: int = setting(doc="Its part of each global batch, relative to the other classes.")
+    share: int = setting(doc="Its part of each global batch, relative to the other resolutions.")
     buckets_px: tuple[tuple[int, int], ...] = setting(
         doc="(height, width) of each bucket in pixels; transposes are added."
     )
@@ -165,7 +180,7 @@ class DataSource:
 
     name: str = setting(doc="Its name in metrics and messages.")
     shards: tuple[str, ...] = setting(doc="Its WebDataset tars, as `data.shards`; no tar may be in two sources.")
-    share: int = setting(doc="Its part of every resolution class, relative to the other sources; 0 leaves it out.")
+    share: int = setting(doc="Its part of every resolution, relative to the other sources; 0 leaves it out.")
     has_borders: bool = setting(
         False,
         doc="Whether img2dataset padded its images to squares (resize_mode=border); the borders are cropped away.",
@@ -210,13 +225,13 @@ class DataSection:
     )
     index_dir: str = setting("", doc="Folder of the index; empty: `.bitdance_index` beside the first shard.")
     global_batch: int = setting(doc="Images per optimiser step.")
-    classes: tuple[ResolutionClass, ...] = setting(doc="Resolution classes, mixed exactly in every global batch.")
+    resolutions: tuple[Resolution, ...] = setting(doc="Resolutions, mixed exactly in every global batch.")
     max_upscale: float = setting(1.0, doc="An image enters a bucket only if it need not be enlarged more than this.")
     max_pack_tokens: int = setting(doc="Token cap of a pack, one micro-batch of one replica.")
     pack_multiple: int = setting(128, doc="Packs are padded to a multiple of this many tokens.")
     text_drop: float = setting(0.1, doc="Probability that a sample is trained without its caption (guidance).")
     image_to_text_share: float = setting(0.0, doc="Share of samples trained as image-to-text.")
-    max_hole_share: float = setting(
+    max_skipped_share: float = setting(
         0.001, doc="Training stops when unreadable samples exceed this share (after 1000 samples)."
     )
     read_threads: int = setting(2, doc="Threads that read and decode.")
@@ -303,7 +318,7 @@ class EvaluateSection:
     every_steps: int = setting(
         1000, doc="Steps between evaluations; there is one before the first step and at the end."
     )
-    images: int = setting(256, doc="Images, mixed over the resolution classes as in training.")
+    images: int = setting(256, doc="Images, mixed over the resolutions as in training.")
     seed: int = setting(0, doc="Seed of which images, of noise and of flow times.")
 
 

@@ -80,7 +80,7 @@ class TokenizerDataSection:
     max_zoom: float = setting(
         1.25, doc="Crops are cut from images scaled to 1..max_zoom times the crop, never enlarged."
     )
-    max_hole_share: float = setting(
+    max_skipped_share: float = setting(
         0.001, doc="Training stops when unreadable images exceed this share (after 1000 images)."
     )
     read_threads: int = setting(2, doc="Threads per rank that read and decode.")
@@ -181,7 +181,7 @@ def _range_faults(config: TokenizerConfig) -> Iterator[str]:
         "quantiser.flip_max": config.quantiser.flip_max,
         "optim.beta1": config.optim.beta1,
         "optim.beta2": config.optim.beta2,
-        "data.max_hole_share": config.data.max_hole_share,
+        "data.max_skipped_share": config.data.max_skipped_share,
     }
     yield from (f"{name} = {value}: must be in [0, 1)" for name, value in below_one.items() if not 0 <= value < 1)
 

@@ -1,6 +1,6 @@
 """The stages of training (arXiv 2602.14041 Table 4) and the rules of their order.
 
-What a stage trains on and how long is in its TOML file (`pipelines/configs/`); what is here is only what follows what.
+What a stage trains on and how long is in its TOML file (`bitdance_scale/config/files/`); what is here is only what follows what.
 """
 
 from __future__ import annotations

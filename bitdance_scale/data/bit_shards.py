@@ -1,6 +1,6 @@
 """Bit shards: the vision tokens of a data set, encoded ahead of training.
 
-Beside every image shard's place in the index stands one tar of a few large members: for each resolution class the packed
+Beside every image shard's place in the index stands one tar of a few large members: for each resolution the packed
 bits of all its samples one after the other (1, 4 or 16 KiB each at 256, 512 or 1024 px), where each begins, its CRC-32, and
 why a sample has none. A table over all shards, in memory-mapped columns, finds any sample with one lookup and one read.
 
@@ -24,10 +24,10 @@ import numpy as np
 
 from bitdance_scale.atomic_files import replacing, write_text
 from bitdance_scale.config.schema import DataSection, VisionSection
-from bitdance_scale.data.data_errors import FaultCause, SampleFault
+from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.image_decode import DECODE_VERSION
 from bitdance_scale.data.index.index import Index
-from bitdance_scale.data.plan.buckets import class_buckets
+from bitdance_scale.data.plan.buckets import resolution_buckets
 from bitdance_scale.data.storage.stores import ReadError, Stores
 from bitdance_scale.errors import DataError
 
@@ -35,10 +35,10 @@ FORMAT = 1
 TABLE_NAME = "bits.json"
 META_NAME = "meta.json"
 HAS_BITS, NOT_ENCODED = 0, 255
-_CAUSES = tuple(FaultCause)
+_CAUSES = tuple(ErrorCause)
 _COLUMNS = {"start": np.int64, "num_bytes": np.int32, "crc": np.uint32, "fault": np.uint8}
 
-Bits = bytes | FaultCause | None
+Bits = bytes | ErrorCause | None
 """Of one sample in one class: packed bits, why there are none, or None where the class does not draw it."""
 
 
@@ -50,7 +50,7 @@ class BitTable:
         start: int64 [n], first byte in the tar.
         num_bytes: int32 [n].
         crc: uint32 [n], CRC-32 of the bits.
-        fault: uint8 [n], `HAS_BITS`, `NOT_ENCODED`, or 1 + the number of a `FaultCause`.
+        fault: uint8 [n], `HAS_BITS`, `NOT_ENCODED`, or 1 + the number of a `ErrorCause`.
     """
 
     start: np.ndarray
@@ -61,7 +61,7 @@ class BitTable:
 
 def recipe(data: DataSection, vision: VisionSection) -> dict[str, Any]:
     """All that decides the bits of an image; bits of another recipe are refused. JSON values."""
-    with open(vision.weights, "rb") as file:
+    with open(vision.weights_path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "tokenizer": digest,
@@ -71,8 +71,8 @@ def recipe(data: DataSection, vision: VisionSection) -> dict[str, Any]:
         "max_upscale": data.max_upscale,
         "has_borders": [source.has_borders for source in data.active_sources],
         "classes": {
-            str(resolution.side_px): class_buckets(resolution).tolist()
-            for resolution in data.classes
+            str(resolution.side_px): resolution_buckets(resolution).tolist()
+            for resolution in data.resolutions
             if resolution.share > 0
         },
     }
@@ -83,17 +83,17 @@ def shard_file(row: int) -> str:
     return f"{row:06d}.tar"
 
 
-def write_bit_shard(path: Path, meta: Mapping[str, Any], classes: Mapping[int, Sequence[Bits]]) -> None:
+def write_bit_shard(path: Path, meta: Mapping[str, Any], resolutions: Mapping[int, Sequence[Bits]]) -> None:
     """Writes the bit shard of one image shard; it appears whole or not at all.
 
     Args:
         path: where it goes.
         meta: what it is of (`shard_meta`).
-        classes: side in pixels -> bits of every sample of the shard.
+        resolutions: side in pixels -> bits of every sample of the shard.
     """
     with replacing(path, is_shared=True) as aside, tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
         _add(tar, META_NAME, json.dumps(meta).encode())
-        for side_px, samples in classes.items():
+        for side_px, samples in resolutions.items():
             contents = [sample if isinstance(sample, bytes) else b"" for sample in samples]
             # The bits come first, so that their place does not hang on the tables.
             start = tar.offset + tarfile.BLOCKSIZE
@@ -218,7 +218,7 @@ class BitStore:
         """uint8 [h * w, C / 8], the tokens of a sample in a class, in block raster order.
 
         Raises:
-            SampleFault: the image could not be encoded, or its bits cannot be read.
+            SampleError: the image could not be encoded, or its bits cannot be read.
             DataError: it was left out when the shards were encoded.
         """
         table = self._tables[side_px]
@@ -229,9 +229,9 @@ class BitStore:
         try:
             data = self._stores.read(self._paths[self._index.shard[sample]], start, num_bytes)
         except ReadError as error:
-            raise SampleFault(FaultCause.READ_FAILED, f"bits, bytes {start}..{start + num_bytes}: {error}") from error
+            raise SampleError(ErrorCause.READ_FAILED, f"bits, bytes {start}..{start + num_bytes}: {error}") from error
         if len(data) != num_bytes or zlib.crc32(data) != table.crc[sample]:
-            raise SampleFault(FaultCause.READ_FAILED, f"bits, bytes {start}..{start + num_bytes}: they are damaged")
+            raise SampleError(ErrorCause.READ_FAILED, f"bits, bytes {start}..{start + num_bytes}: they are damaged")
         return np.frombuffer(data, np.uint8).reshape(-1, self._token_bytes)
 
     def close(self) -> None:
@@ -245,7 +245,7 @@ class BitStore:
                 f"class {side_px} px: filters left it out when the shards were encoded. Run tools/encode_shards.py with "
                 "this configuration."
             )
-        raise SampleFault(_CAUSES[fault - 1], "when the shards were encoded")
+        raise SampleError(_CAUSES[fault - 1], "when the shards were encoded")
 
     def _open(self, side_px: int) -> BitTable:
         try:

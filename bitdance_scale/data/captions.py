@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bitdance_scale.data.data_errors import FaultCause
+from bitdance_scale.data.data_errors import ErrorCause
 
 DEFAULT_SOURCE = "caption"
 MAX_TEXT_BYTES = 1 << 20
@@ -33,16 +33,16 @@ class CaptionStatus(enum.IntEnum):
     INVALID = 3
 
     @property
-    def fault(self) -> FaultCause | None:
+    def fault(self) -> ErrorCause | None:
         """What the ledger counts a sample of this status under."""
         return _FAULTS[self]
 
 
 _FAULTS = {
     CaptionStatus.USABLE: None,
-    CaptionStatus.EMPTY: FaultCause.EMPTY_CAPTION,
-    CaptionStatus.MISSING: FaultCause.MISSING_CAPTION,
-    CaptionStatus.INVALID: FaultCause.INVALID_CAPTION,
+    CaptionStatus.EMPTY: ErrorCause.EMPTY_CAPTION,
+    CaptionStatus.MISSING: ErrorCause.MISSING_CAPTION,
+    CaptionStatus.INVALID: ErrorCause.INVALID_CAPTION,
 }
 Found = tuple[bytes, CaptionStatus]
 """A caption in UTF-8, its alternatives divided by `SEPARATOR`, and its status; empty unless USABLE."""

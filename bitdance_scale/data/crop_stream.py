@@ -12,7 +12,7 @@ from types import TracebackType
 
 import numpy as np
 
-from bitdance_scale.data.data_errors import FaultLedger, SampleFault
+from bitdance_scale.data.data_errors import ErrorCounter, SampleError
 from bitdance_scale.data.image_decode import decode_image
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.plan.permutation import Permutation
@@ -37,7 +37,7 @@ class CropStream:
         rank, num_ranks: which part of each step this stream yields.
         num_steps: steps in all.
         num_threads: threads that read and decode.
-        max_hole_share: share of unreadable images above which the stream stops (after 1000 images).
+        max_skipped_share: share of unreadable images above which the stream stops (after 1000 images).
 
     Raises:
         DataError: no image is large enough for one of the sizes.
@@ -55,7 +55,7 @@ class CropStream:
         num_ranks: int,
         num_steps: int,
         num_threads: int,
-        max_hole_share: float,
+        max_skipped_share: float,
     ) -> None:
         self._index = index
         self._sizes_px = tuple(sizes_px)
@@ -67,7 +67,7 @@ class CropStream:
         self._size_of_step = np.random.default_rng([seed, 0]).integers(len(self._sizes_px), size=num_steps)
         self._images_of_size = [images_px // (height * width) for height, width in self._sizes_px]
         self._reader = ShardReader()
-        self._ledger = FaultLedger(max_hole_share)
+        self._ledger = ErrorCounter(max_skipped_share)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="crops")
 
     def __enter__(self) -> CropStream:
@@ -120,8 +120,8 @@ class CropStream:
             self._ledger.record_read()
             try:
                 images.append(future.result())
-            except SampleFault as fault:
-                self._ledger.record_hole(fault, self._index.shard_path(sample), self._index.name(sample))
+            except SampleError as fault:
+                self._ledger.record_skipped(fault, self._index.shard_path(sample), self._index.name(sample))
         self._ledger.check()
         if not images:
             raise DataError(f"no image of a step could be read: {self._ledger.summary()}")
@@ -154,7 +154,7 @@ def centre_crops(index: Index, crop_px: tuple[int, int], num_images: int) -> np.
     for sample in large_enough(index, crop_px)[:num_images].tolist():
         try:
             crops.append(decode_image(reader.image(index, sample), index.size_px(sample), crop_px))
-        except SampleFault as fault:
+        except SampleError as fault:
             raise DataError(
                 f"{index.shard_path(sample)}: sample {index.name(sample)}: {fault}; held-out images must be readable"
             ) from fault

@@ -1,7 +1,7 @@
 """The fault ledger: every sample that could not be used as it should is counted, by cause and shard.
 
 A corrupt sample must neither stop a run of a month nor vanish silently. It becomes a hole: the plan stands, the sample
-is left out of its pack, and the ledger counts it; when holes pass a set share the run stops and names the shards.
+is left out of its pack, and the ledger counts it; when skipped_samples pass a set share the run stops and names the shards.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ MIN_SAMPLES_FOR_STOP = 1000
 _NUM_SHARDS_NAMED = 3
 
 
-class FaultCause(enum.StrEnum):
-    """Why a sample was left out (a hole) or trained without its caption (the last three, no holes)."""
+class ErrorCause(enum.StrEnum):
+    """Why a sample was left out (a hole) or trained without its caption (the last three, no skipped_samples)."""
 
     READ_FAILED = "read_failed"
     SHARD_CHANGED = "shard_changed"
@@ -29,12 +29,12 @@ class FaultCause(enum.StrEnum):
     INVALID_CAPTION = "invalid_caption"
 
     @property
-    def is_hole(self) -> bool:
+    def is_skipped(self) -> bool:
         """Whether the sample is left out."""
-        return self not in (FaultCause.EMPTY_CAPTION, FaultCause.MISSING_CAPTION, FaultCause.INVALID_CAPTION)
+        return self not in (ErrorCause.EMPTY_CAPTION, ErrorCause.MISSING_CAPTION, ErrorCause.INVALID_CAPTION)
 
 
-class SampleFault(Exception):
+class SampleError(Exception):
     """One sample cannot be read or decoded; the loader turns it into a hole.
 
     Attributes:
@@ -42,38 +42,38 @@ class SampleFault(Exception):
         detail: what exactly was found.
     """
 
-    def __init__(self, cause: FaultCause, detail: str) -> None:
+    def __init__(self, cause: ErrorCause, detail: str) -> None:
         super().__init__(f"{cause}: {detail}")
         self.cause = cause
         self.detail = detail
 
 
-class FaultLedger:
+class ErrorCounter:
     """Counts of one loader since it started, kept by the thread that consumes its packs.
 
     Args:
-        max_hole_share: holes over samples read above which `check` stops the run, once
+        max_skipped_share: skipped_samples over samples read above which `check` stops the run, once
             `MIN_SAMPLES_FOR_STOP` samples were read (before that, the share says nothing).
     """
 
-    def __init__(self, max_hole_share: float) -> None:
-        self._max_hole_share = max_hole_share
-        self._counts: dict[FaultCause, Counter[str]] = {}
+    def __init__(self, max_skipped_share: float) -> None:
+        self._max_hole_share = max_skipped_share
+        self._counts: dict[ErrorCause, Counter[str]] = {}
         self._example = ""
         self.num_read = 0
-        self.num_holes = 0
+        self.num_skipped = 0
 
     def record_read(self, num_samples: int = 1) -> None:
         """Counts samples that were read or tried."""
         self.num_read += num_samples
 
-    def record_hole(self, fault: SampleFault, shard: str, name: str) -> None:
+    def record_skipped(self, fault: SampleError, shard: str, name: str) -> None:
         """Counts a sample that had to be left out; `name` is its key in the shard."""
-        self.num_holes += 1
+        self.num_skipped += 1
         self._counts.setdefault(fault.cause, Counter())[shard] += 1
         self._example = f"{shard}: sample {name}: {fault}"
 
-    def record_caption(self, cause: FaultCause, shard: str) -> None:
+    def record_caption(self, cause: ErrorCause, shard: str) -> None:
         """Counts a sample that is trained, but without a caption because it has none."""
         self._counts.setdefault(cause, Counter())[shard] += 1
 
@@ -83,7 +83,7 @@ class FaultLedger:
 
     def summary(self) -> str:
         """One line: totals, then every cause with the shards it hit most."""
-        parts = [f"{self.num_holes} of {self.num_read} samples could not be used"]
+        parts = [f"{self.num_skipped} of {self.num_read} samples could not be used"]
         for cause, shards in self.counts().items():
             worst = sorted(shards.items(), key=lambda item: (-item[1], item[0]))
             named = ", ".join(f"{shard} ({count})" for shard, count in worst[:_NUM_SHARDS_NAMED])
@@ -95,11 +95,11 @@ class FaultLedger:
         """Stops the run when too much of the data is broken.
 
         Raises:
-            DataError: holes exceed the share; names counts, causes, shards and the latest case.
+            DataError: skipped_samples exceed the share; names counts, causes, shards and the latest case.
         """
-        if self.num_read < MIN_SAMPLES_FOR_STOP or self.num_holes <= self._max_hole_share * self.num_read:
+        if self.num_read < MIN_SAMPLES_FOR_STOP or self.num_skipped <= self._max_hole_share * self.num_read:
             return
         raise DataError(
-            f"{self.summary()}. That is more than data.max_hole_share={self._max_hole_share:g} allows. Latest: "
-            f"{self._example}. Repair or remove these shards, or raise data.max_hole_share if the loss is acceptable."
+            f"{self.summary()}. That is more than data.max_skipped_share={self._max_hole_share:g} allows. Latest: "
+            f"{self._example}. Repair or remove these shards, or raise data.max_skipped_share if the loss is acceptable."
         )

@@ -11,7 +11,7 @@ import io
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from bitdance_scale.data.data_errors import FaultCause, SampleFault
+from bitdance_scale.data.data_errors import ErrorCause, SampleError
 
 DECODE_VERSION = 1
 """Another where the same file would give other pixels."""
@@ -42,7 +42,7 @@ def read_size_px(data: bytes) -> tuple[int, int]:
     """(height, width) of an upright image, from its header alone.
 
     Raises:
-        SampleFault: no image, or one of more than `MAX_IMAGE_PIXELS`.
+        SampleError: no image, or one of more than `MAX_IMAGE_PIXELS`.
     """
     with _open(data) as image:
         return _upright_size_px(image)
@@ -67,14 +67,14 @@ def decode_image(
         uint8 [height, width, 3], RGB.
 
     Raises:
-        SampleFault: the file is damaged, too large or not of the indexed size.
+        SampleError: the file is damaged, too large or not of the indexed size.
     """
     with _open(data) as image:
         orientation = _orientation(image)
         size_px = _upright_size_px(image)
         if size_px != stored_px:
             detail = f"the image is {size_px} pixels, its index entry says {stored_px}"
-            raise SampleFault(FaultCause.SIZE_MISMATCH, detail)
+            raise SampleError(ErrorCause.SIZE_MISMATCH, detail)
         region = _region(size_px, bucket_px, content_px or size_px)
         try:
             is_plain = image.format == "JPEG" and image.mode in _SCALED_MODES and orientation not in _UPRIGHT
@@ -86,7 +86,7 @@ def decode_image(
                     region = tuple(side / 2 for side in region)
             image.load()
         except Exception as error:  # Damaged bytes make Pillow's plugins raise nearly anything.
-            raise SampleFault(FaultCause.BAD_IMAGE, f"{type(error).__name__}: {error}") from error
+            raise SampleError(ErrorCause.BAD_IMAGE, f"{type(error).__name__}: {error}") from error
         pixels = _to_rgb(image)
     if orientation in _UPRIGHT:
         pixels = pixels.transpose(_UPRIGHT[orientation])
@@ -122,14 +122,14 @@ def _open(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise SampleFault(FaultCause.TOO_MANY_PIXELS, str(error)) from error
+        raise SampleError(ErrorCause.TOO_MANY_PIXELS, str(error)) from error
     except UnidentifiedImageError as error:
-        raise SampleFault(FaultCause.BAD_IMAGE, f"no JPEG, PNG or WebP ({len(data)} bytes)") from error
+        raise SampleError(ErrorCause.BAD_IMAGE, f"no JPEG, PNG or WebP ({len(data)} bytes)") from error
     except Exception as error:  # As in decode_image.
-        raise SampleFault(FaultCause.BAD_IMAGE, f"{type(error).__name__}: {error}") from error
+        raise SampleError(ErrorCause.BAD_IMAGE, f"{type(error).__name__}: {error}") from error
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
-        raise SampleFault(FaultCause.TOO_MANY_PIXELS, f"{height} x {width} pixels, the cap is {MAX_IMAGE_PIXELS}")
+        raise SampleError(ErrorCause.TOO_MANY_PIXELS, f"{height} x {width} pixels, the cap is {MAX_IMAGE_PIXELS}")
     return image
 
 
@@ -140,7 +140,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception as error:  # As in decode_image.
-        raise SampleFault(FaultCause.BAD_IMAGE, f"EXIF: {type(error).__name__}: {error}") from error
+        raise SampleError(ErrorCause.BAD_IMAGE, f"EXIF: {type(error).__name__}: {error}") from error
 
 
 def _upright_size_px(image: Image.Image) -> tuple[int, int]:
@@ -159,4 +159,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
     if mode in _DIRECT_MODES:
         return image.convert("RGB")
-    raise SampleFault(FaultCause.UNSUPPORTED_MODE, f"pixel mode {mode}")
+    raise SampleError(ErrorCause.UNSUPPORTED_MODE, f"pixel mode {mode}")

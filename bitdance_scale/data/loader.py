@@ -21,7 +21,7 @@ import numpy as np
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.bit_shards import BitStore, recipe
 from bitdance_scale.data.captions import CaptionStatus
-from bitdance_scale.data.data_errors import FaultCause, FaultLedger, SampleFault
+from bitdance_scale.data.data_errors import ErrorCause, ErrorCounter, SampleError
 from bitdance_scale.data.image_decode import decode_image
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.loader_state import LoaderState
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 STALL_S = 30.0
 """An image that is waited for longer is named, again and again."""
 
-_Image = np.ndarray | SampleFault
+_Image = np.ndarray | SampleError
 """Pixels uint8 [height, width, 3], or vision tokens uint8 [h * w, C / 8], or why there are none."""
 
 
@@ -57,7 +57,7 @@ class LoadedPack:
         step: optimiser step it belongs to.
         num_packs_in_step: packs of the step, the same on all replicas.
         is_last_in_step: whether the step is complete with it.
-        faults: cause -> planned samples with it; those with a cause that `is_hole` are left out.
+        sample_errors: cause -> planned samples with it; those with a cause that `is_skipped` are left out.
         wait_s: seconds the consumer waited for it.
     """
 
@@ -67,13 +67,13 @@ class LoadedPack:
     step: int
     num_packs_in_step: int
     is_last_in_step: bool
-    faults: Counter[FaultCause]
+    sample_errors: Counter[ErrorCause]
     wait_s: float
 
     @property
-    def num_holes(self) -> int:
+    def num_skipped(self) -> int:
         """Planned samples that could not be used and are left out."""
-        return sum(count for cause, count in self.faults.items() if cause.is_hole)
+        return sum(count for cause, count in self.sample_errors.items() if cause.is_skipped)
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class LoadedStep:
         step: the optimiser step.
         packs: its packs, in order; after a resume inside the step, those that remain.
         state: resumes after the step.
-        images_by_class: planned samples of the *global* batch, by side of the resolution class in pixels.
+        images_by_resolution: planned samples of the *global* batch, by side of the resolution in pixels.
         images_by_source: planned samples of the global batches of the run up to this one, by name of the source.
-        faults: cause -> samples of this replica with it.
+        sample_errors: cause -> samples of this replica with it.
         num_ready: steps read ahead of this one, all of their images included, when it was taken.
         wait_s: seconds the consumer waited for the packs.
     """
@@ -94,16 +94,16 @@ class LoadedStep:
     step: int
     packs: list[LoadedPack]
     state: LoaderState
-    images_by_class: dict[int, int]
+    images_by_resolution: dict[int, int]
     images_by_source: dict[str, int]
-    faults: Counter[FaultCause]
+    sample_errors: Counter[ErrorCause]
     num_ready: int
     wait_s: float
 
     @property
-    def num_holes(self) -> int:
+    def num_skipped(self) -> int:
         """Samples of this replica that could not be used."""
-        return sum(pack.num_holes for pack in self.packs)
+        return sum(pack.num_skipped for pack in self.packs)
 
 
 @dataclass(frozen=True)
@@ -132,12 +132,12 @@ class Loader:
 
     Attributes:
         plan: the plan it follows.
-        ledger: faults met since it started.
+        ledger: sample_errors met since it started.
 
     Raises:
         CheckpointError: `state` is of another data set, seed or plan.
-        DataError: a resolution class or a source has no samples; a store cannot be made ready. While iterating: too
-            many holes.
+        DataError: a resolution or a source has no samples; a store cannot be made ready. While iterating: too
+            many skipped_samples.
         ConfigError: the shards do not fit the node's cache; while iterating, a batch that does not fit the packs (see
             `packing.partition_batch`).
     """
@@ -153,7 +153,7 @@ class Loader:
     ) -> None:
         assert 0 <= data_rank < num_data_ranks, (data_rank, num_data_ranks)
         self.plan = Plan(config.run.seed, index, config.data)
-        self.ledger = FaultLedger(config.data.max_hole_share)
+        self.ledger = ErrorCounter(config.data.max_skipped_share)
         start = LoaderState(config.run.seed, index.hash, self.plan.hash, 0, 0, num_data_ranks)
         if state is not None:
             state.check(start)
@@ -215,13 +215,13 @@ class Loader:
         planned = flight.packs[self.state.pack]
         results = [self._wait_for(sample, image) for sample, image in planned]
         wait_s = time.monotonic() - begun_s
-        pack, images, faults = self._assemble([sample for sample, _ in planned], results)
+        pack, images, sample_errors = self._assemble([sample for sample, _ in planned], results)
         is_last = self.state.pack + 1 == len(flight.packs)
         step, number = (flight.step + 1, 0) if is_last else (flight.step, self.state.pack + 1)
         self.state = dataclasses.replace(self.state, step=step, pack=number)
         if is_last:
             self._current = None
-        return LoadedPack(pack, images, self.state, flight.step, len(flight.packs), is_last, faults, wait_s)
+        return LoadedPack(pack, images, self.state, flight.step, len(flight.packs), is_last, sample_errors, wait_s)
 
     def next_step(self) -> LoadedStep:
         """All packs of the next step (of the current one those that remain)."""
@@ -232,9 +232,9 @@ class Loader:
             step=packs[-1].step,
             packs=packs,
             state=packs[-1].state,
-            images_by_class=self.plan.images_by_class(packs[-1].step),
+            images_by_resolution=self.plan.images_by_resolution(packs[-1].step),
             images_by_source=self.plan.images_by_source(packs[-1].step + 1),
-            faults=sum((pack.faults for pack in packs), Counter()),
+            sample_errors=sum((pack.sample_errors for pack in packs), Counter()),
             num_ready=self._num_ready(),
             wait_s=sum(pack.wait_s for pack in packs),
         )
@@ -298,7 +298,7 @@ class Loader:
             data = self._reader.image(index, sample)
             content = content_px(index, slice(sample, sample + 1), has_borders)
             return decode_image(data, index.size_px(sample), bucket_px, (int(content[0][0]), int(content[1][0])))
-        except SampleFault as fault:
+        except SampleError as fault:
             return fault
 
     @staticmethod
@@ -306,14 +306,14 @@ class Loader:
         """The vision tokens of a sample, or why there are none; runs in the pool."""
         try:
             return store.read(sample, side_px)
-        except SampleFault as fault:
+        except SampleError as fault:
             return fault
 
     def _assemble(
         self, samples: list[Sample], results: list[_Image]
-    ) -> tuple[Pack, list[np.ndarray], Counter[FaultCause]]:
+    ) -> tuple[Pack, list[np.ndarray], Counter[ErrorCause]]:
         """Lays out the samples whose image is there, and counts the others."""
-        faults: Counter[FaultCause] = Counter()
+        sample_errors: Counter[ErrorCause] = Counter()
         kept: list[Sample] = []
         images: list[np.ndarray] = []
         for sample, result in zip(samples, results, strict=True):
@@ -322,10 +322,10 @@ class Loader:
             caption_fault = self._caption_fault(sample.key)
             if caption_fault is not None:
                 self.ledger.record_caption(caption_fault, shard)
-                faults[caption_fault] += 1
-            if isinstance(result, SampleFault):
-                self.ledger.record_hole(result, shard, self._index.name(sample.key))
-                faults[result.cause] += 1
+                sample_errors[caption_fault] += 1
+            if isinstance(result, SampleError):
+                self.ledger.record_skipped(result, shard, self._index.name(sample.key))
+                sample_errors[result.cause] += 1
             else:
                 kept.append(sample)
                 images.append(result)
@@ -335,10 +335,10 @@ class Loader:
             kept, images = [_without_targets(samples[0])], [self._nothing(samples[0])]
         pack = pack_samples(kept, self._tokenizer.image_tokens, self._config.data.pack_multiple)
         if self._bits is not None:
-            return pack.with_bits(np.concatenate(images)), [], faults
-        return pack, images, faults
+            return pack.with_bits(np.concatenate(images)), [], sample_errors
+        return pack, images, sample_errors
 
-    def _caption_fault(self, key: int) -> FaultCause | None:
+    def _caption_fault(self, key: int) -> ErrorCause | None:
         """Why the sample has no caption at all, by the first place to look for one; None where it has one."""
         statuses = [CaptionStatus(self._index.status(choice.source)[key]) for choice in self._config.data.captions]
         return None if CaptionStatus.USABLE in statuses else statuses[0].fault

@@ -69,7 +69,7 @@ class LoaderState:
             )
         if self.plan_hash != expected.plan_hash:
             raise CheckpointError(
-                "the checkpoint was trained with another data.global_batch, data.classes, data.max_upscale, data.filters, "
+                "the checkpoint was trained with another data.global_batch, data.resolutions, data.max_upscale, data.filters, "
                 "data.captions, data.has_borders or data.sources (names, shares, which shards are whose), or with other "
                 "captions or scores in the shards: the data order would not go on. Restore them, or start a new run from "
                 "the checkpoint's weights."

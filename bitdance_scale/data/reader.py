@@ -9,7 +9,7 @@ import zlib
 
 from webdataset.shardlists import expand_urls
 
-from bitdance_scale.data.data_errors import FaultCause, SampleFault
+from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.index.tar_scan import BLOCK_BYTES
 from bitdance_scale.data.storage.stores import ReadError, Stores
@@ -45,7 +45,7 @@ class ShardReader:
         """The image file of a sample.
 
         Raises:
-            SampleFault: it cannot be read, or is no longer the indexed one.
+            SampleError: it cannot be read, or is no longer the indexed one.
         """
         entry = index.shards[index.shard[sample]]
         offset, num_bytes = int(index.image_offset[sample]), int(index.image_bytes[sample])
@@ -62,18 +62,18 @@ class ShardReader:
             tag: of the shard when it was indexed (`store.Stores.read`).
 
         Raises:
-            SampleFault: the range cannot be read, or the header there is no longer the indexed one.
+            SampleError: the range cannot be read, or the header there is no longer the indexed one.
         """
         place = f"bytes {offset}..{offset + num_bytes}"
         try:
             data = self._stores.read(path, offset - BLOCK_BYTES, BLOCK_BYTES + num_bytes, tag)
         except ReadError as error:
-            cause = FaultCause.SHARD_CHANGED if error.is_changed else FaultCause.READ_FAILED
-            raise SampleFault(cause, f"{place}: {error}") from error
+            cause = ErrorCause.SHARD_CHANGED if error.is_changed else ErrorCause.READ_FAILED
+            raise SampleError(cause, f"{place}: {error}") from error
         if len(data) < BLOCK_BYTES + num_bytes:
-            raise SampleFault(FaultCause.READ_FAILED, f"{place}: the shard ends before them")
+            raise SampleError(ErrorCause.READ_FAILED, f"{place}: the shard ends before them")
         if zlib.crc32(data[:BLOCK_BYTES]) != header_crc:
-            raise SampleFault(FaultCause.SHARD_CHANGED, f"{place}: not behind the tar header that was indexed")
+            raise SampleError(ErrorCause.SHARD_CHANGED, f"{place}: not behind the tar header that was indexed")
         return data[BLOCK_BYTES:]
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from bitdance_scale.atomic_files import write_text
 from bitdance_scale.errors import DataError
+from bitdance_scale.renames import RENAMED_FIELDS, with_new_names
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.jsonl"
@@ -41,15 +42,15 @@ class StepMetrics:
         tokens_per_s: positions per second of all ranks together, padding left out.
         images_per_s: images per second of all ranks together.
         mfu: model FLOPs utilisation in 0..1 (`flops.py`); None where the device's peak is unknown.
-        images_by_class: resolution class (`side_px`) -> images of it seen since the start of the run.
+        images_by_resolution: resolution (`side_px`) -> images of it seen since the start of the run.
         padding_share: share of the step's positions that are padding, in 0..1.
         memory_bytes: highest memory in use on any rank so far.
-        holes: samples since the start of the run that could not be read and were left out.
-        faults: cause (`ledger.FaultCause`) -> samples with it since the start of the run: the holes by cause, and samples
+        skipped_samples: samples since the start of the run that could not be read and were left out.
+        sample_errors: cause (`data_errors.ErrorCause`) -> samples with it since the start of the run: the skipped samples by cause, and samples
             trained without a caption.
         steps_ready: steps that had been read ahead when this one was taken, on the replica with the fewest.
         skipped_steps: steps since the start of the run whose gradients were not finite and changed nothing.
-        images_by_source: name of the source -> images of it planned since the start of the run, holes not left out;
+        images_by_source: name of the source -> images of it planned since the start of the run, skipped_samples not left out;
             empty where `data.shards` is the only source.
     """
 
@@ -66,11 +67,11 @@ class StepMetrics:
     tokens_per_s: float
     images_per_s: float
     mfu: float | None
-    images_by_class: dict[int, int]
+    images_by_resolution: dict[int, int]
     padding_share: float
     memory_bytes: int
-    holes: int = 0
-    faults: dict[str, int] = dataclasses.field(default_factory=dict)
+    skipped_samples: int = 0
+    sample_errors: dict[str, int] = dataclasses.field(default_factory=dict)
     steps_ready: int = 0
     skipped_steps: int = 0
     images_by_source: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -91,7 +92,7 @@ class StepMetrics:
         for name, value in values.items():
             if value is None and name != "mfu":
                 values[name] = math.nan
-        values["images_by_class"] = {int(side): count for side, count in values["images_by_class"].items()}
+        values["images_by_resolution"] = {int(side): count for side, count in values["images_by_resolution"].items()}
         return StepMetrics(**values)
 
 
@@ -105,21 +106,21 @@ class Evaluation:
     Attributes:
         step: optimiser steps taken.
         vision: flow loss, a mean over all predicted vision tokens (Eq. 7).
-        vision_by_class: the same by resolution class (`side_px`).
+        vision_by_resolution: the same by resolution (`side_px`).
         vision_by_time: the same by flow time, in equal parts of 0 .. 1.
         text: cross-entropy in nats, a mean over the text targets.
     """
 
     step: int
     vision: float
-    vision_by_class: dict[int, float]
+    vision_by_resolution: dict[int, float]
     vision_by_time: tuple[float, ...]
     text: float
 
     def to_json(self) -> str:
         """One line of strict JSON, without the line end; numbers that are not finite are null."""
         values = dataclasses.asdict(self)
-        values["vision_by_class"] = {side: _finite(loss) for side, loss in self.vision_by_class.items()}
+        values["vision_by_resolution"] = {side: _finite(loss) for side, loss in self.vision_by_resolution.items()}
         values["vision_by_time"] = [_finite(loss) for loss in self.vision_by_time]
         return json.dumps({name: _finite(value) for name, value in values.items()}, allow_nan=False)
 
@@ -134,7 +135,7 @@ class Evaluation:
         return Evaluation(
             step=values["step"],
             vision=_number(values["vision"]),
-            vision_by_class={int(side): _number(loss) for side, loss in values["vision_by_class"].items()},
+            vision_by_resolution={int(side): _number(loss) for side, loss in values["vision_by_resolution"].items()},
             vision_by_time=tuple(_number(loss) for loss in values["vision_by_time"]),
             text=_number(values["text"]),
         )
@@ -233,6 +234,8 @@ def _keep_steps(path: Path, last_step: int) -> None:
 def _fields(line: str, kind: type) -> dict[str, Any]:
     """The JSON object of a line, with the fields of a dataclass and no others; fields with a default may be absent."""
     values = json.loads(line)
+    if isinstance(values, dict):
+        values = with_new_names(values, RENAMED_FIELDS)
     expected = {field.name for field in dataclasses.fields(kind)}
     missing = dataclasses.MISSING
     required = {f.name for f in dataclasses.fields(kind) if f.default is missing and f.default_factory is missing}

@@ -51,7 +51,7 @@ BLUE, GREEN, ORANGE, RED = "#1f6fb4", "#2f8f4e", "#d9722b", "#c22f2f"
 # Of runs drawn over each other; their series are told apart by lightness.
 RUN_COLOURS = (BLUE, ORANGE, GREEN, "#8a4fb0", RED, "#8c6239", "#d0559f", GREY)
 LIGHTEST = 0.35
-CLASS_COLOURS, TIME_COLOURS = "viridis", "plasma"
+RESOLUTION_COLOURS, TIME_COLOURS = "viridis", "plasma"
 # A panel of losses need not show their start: this share of the logged steps, and the evaluation of the untrained model
 # where its loss is so much above those that follow.
 START_SHARE = 0.02
@@ -198,14 +198,14 @@ def _draw_losses(panels: Sequence[Axes], tracks: Sequence[_Track]) -> None:
         marks = [Line2D([], [], color=colours[0]), Line2D([], [], color=colours[1], marker="D", linestyle="")]
         legend(text, marks, ["training", "held out"])
 
-    sides = sorted({side for track in tracks for line in track.run.evaluations for side in line.vision_by_class})
+    sides = sorted({side for track in tracks for line in track.run.evaluations for side in line.vision_by_resolution})
     _held_out(
         by_class,
         tracks,
         "Held-out flow loss by size (px)",
         [str(side) for side in sides],
-        [lambda line, side=side: line.vision_by_class.get(side, math.nan) for side in sides],
-        CLASS_COLOURS,
+        [lambda line, side=side: line.vision_by_resolution.get(side, math.nan) for side in sides],
+        RESOLUTION_COLOURS,
     )
     parts = max((len(line.vision_by_time) for track in tracks for line in track.run.evaluations), default=0)
     _held_out(
@@ -271,7 +271,7 @@ def _draw_speed(images: Axes, tokens: Axes, mfu: Axes, tracks: Sequence[_Track])
         show_from_zero(axes)
 
 
-def _draw_resources(wait: Axes, memory: Axes, classes: Axes, tracks: Sequence[_Track]) -> None:
+def _draw_resources(wait: Axes, memory: Axes, resolutions: Axes, tracks: Sequence[_Track]) -> None:
     title = "Waiting for data"
     _training(
         wait, tracks, title, "% of a step", lambda point: 100 * point.data_wait_s / point.step_s, ORANGE, ".1f", " %"
@@ -288,21 +288,27 @@ def _draw_resources(wait: Axes, memory: Axes, classes: Axes, tracks: Sequence[_T
             last_value(memory, f"{values[-1]:.3g} GiB")
     show_from_zero(memory)
 
-    holes = sum(track.run.metrics[-1].holes for track in tracks if track.run.metrics)
-    classes.set_title("Images seen by size (px)", loc="left", pad=TITLE_PAD)
-    if holes:
-        style = {"transform": classes.transAxes, "fontsize": 8, "color": GREY, "ha": "right"}
-        classes.text(0.98, 0.03, f"{holes:,} could not be read", **style)
-    classes.set_ylabel("images")
-    sides = sorted({side for track in tracks for point in track.run.metrics[-1:] for side in point.images_by_class})
+    skipped_samples = sum(track.run.metrics[-1].skipped_samples for track in tracks if track.run.metrics)
+    resolutions.set_title("Images seen by size (px)", loc="left", pad=TITLE_PAD)
+    if skipped_samples:
+        style = {"transform": resolutions.transAxes, "fontsize": 8, "color": GREY, "ha": "right"}
+        resolutions.text(0.98, 0.03, f"{skipped_samples:,} could not be read", **style)
+    resolutions.set_ylabel("images")
+    sides = sorted(
+        {side for track in tracks for point in track.run.metrics[-1:] for side in point.images_by_resolution}
+    )
     for index, side in enumerate(sides):
         for track in tracks:
-            steps, values = track.curve(track.run.metrics, lambda point, side=side: point.images_by_class.get(side, 0))
-            draw_line(classes, *thin(steps, values), _series_colour(track.hue, index, len(sides), CLASS_COLOURS))
-    _series_legend(classes, tracks, [str(side) for side in sides], CLASS_COLOURS)
-    show_from_zero(classes)
+            steps, values = track.curve(
+                track.run.metrics, lambda point, side=side: point.images_by_resolution.get(side, 0)
+            )
+            draw_line(
+                resolutions, *thin(steps, values), _series_colour(track.hue, index, len(sides), RESOLUTION_COLOURS)
+            )
+    _series_legend(resolutions, tracks, [str(side) for side in sides], RESOLUTION_COLOURS)
+    show_from_zero(resolutions)
     if not sides:
-        note(classes, "none yet")
+        note(resolutions, "none yet")
 
 
 def _training(

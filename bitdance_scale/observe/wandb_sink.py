@@ -37,7 +37,7 @@ PANELS = {
     "loss_vision": "loss/flow",
     "loss_text": "loss/text",
     "vision": "evaluate/flow",
-    "vision_by_class": "evaluate/flow_{}_px",
+    "vision_by_resolution": "evaluate/flow_{}_px",
     "vision_by_time": "evaluate/flow_time_{}",
     "text": "evaluate/text",
     "grad_norm": "optim/grad_norm",
@@ -50,10 +50,10 @@ PANELS = {
     "memory_bytes": "speed/memory_gib",
     "data_wait_s": "data/wait_s",
     "padding_share": "data/padding_share",
-    "images_by_class": "data/images_{}_px",
+    "images_by_resolution": "data/images_{}_px",
     "images_by_source": "data/images_of_{}",
-    "holes": "data/holes",
-    "faults": "data/faults_{}",
+    "skipped_samples": "data/skipped_samples",
+    "sample_errors": "data/sample_errors_{}",
     "steps_ready": "data/steps_ready",
 }
 # The one value that is no field: of a step's time, the share in which training waited for the loader.

@@ -116,15 +116,15 @@ def stage_costs(config: RunConfig, vocab_size: int) -> StageCosts:
 
 def typical_counts(config: RunConfig) -> tuple[int, PackCounts]:
     """(images, counts of them all): every bucket with its share of the mix and a typical caption, text to image."""
-    vision, classes = config.vision, config.data.classes
+    vision, resolutions = config.vision, config.data.resolutions
     tokens = placeholder_tokens(vision)
     num_caption_tokens = min(TYPICAL_CAPTION_TOKENS, config.text.max_caption_tokens)
-    # Buckets of a class are equally likely, and the classes hold different numbers of them.
-    multiple = math.lcm(*(len(image_class.buckets_px) for image_class in classes))
+    # Buckets of a class are equally likely, and the resolutions hold different numbers of them.
+    multiple = math.lcm(*(len(resolution.buckets_px) for resolution in resolutions))
     num_images, total = 0, np.zeros(len(dataclasses.fields(PackCounts)), dtype=np.int64)
-    for image_class in classes:
-        weight = image_class.share * multiple // len(image_class.buckets_px)
-        for height, width in image_class.buckets_px:
+    for resolution in resolutions:
+        weight = resolution.share * multiple // len(resolution.buckets_px)
+        for height, width in resolution.buckets_px:
             grid = (height // vision.downsample, width // vision.downsample)
             sample = placeholder_sample(0, grid, num_caption_tokens)
             total += weight * np.array(dataclasses.astuple(count_pack(pack_samples([sample], tokens, 1))))

@@ -38,9 +38,9 @@ def write_tokenizer(section: TextSection, tokenizer: TextTokenizer, folder: Path
         ConfigError: it cannot be written so.
     """
     if section.kind == "sentencepiece":
-        _write_sentencepiece(Path(section.path), tokenizer, folder)
+        _write_sentencepiece(section.tokenizer_path, tokenizer, folder)
     else:
-        _write_extended(Path(section.path), tokenizer, folder)
+        _write_extended(section.tokenizer_path, tokenizer, folder)
     written = TextSection(kind="huggingface", path=str(folder), max_caption_tokens=section.max_caption_tokens)
     if load_text_tokenizer(written, tokenizer.image_tokens.block_tokens).digest != tokenizer.digest:
         raise ConfigError(

@@ -17,7 +17,6 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -244,13 +243,15 @@ def _load_huggingface(section: TextSection, block_tokens: int) -> TextTokenizer:
     # Loading transformers takes seconds, which runs with a sentencepiece model need not spend.
     from transformers import AddedToken, AutoTokenizer
 
-    if not Path(section.path).is_dir():
+    if not section.tokenizer_path.is_dir():
         raise ConfigError(
             f"text.path = {section.path!r}: there is no such folder; download the tokenizer (tokenizer.json, "
             "tokenizer_config.json) and name its folder"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(section.path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            section.tokenizer_path, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(f"text.path = {section.path!r}: holds no usable Hugging Face tokenizer: {error}") from error
     if not tokenizer.is_fast:
@@ -275,10 +276,10 @@ def _load_huggingface(section: TextSection, block_tokens: int) -> TextTokenizer:
 def _load_sentencepiece(section: TextSection, block_tokens: int) -> TextTokenizer:
     from sentencepiece import SentencePieceProcessor
 
-    if not Path(section.path).is_file():
+    if not section.tokenizer_path.is_file():
         raise ConfigError(f"text.path = {section.path!r}: there is no such file; name a sentencepiece .model file")
     try:
-        processor = SentencePieceProcessor(model_file=section.path)
+        processor = SentencePieceProcessor(model_file=str(section.tokenizer_path))
     except (OSError, RuntimeError) as error:
         raise ConfigError(f"text.path = {section.path!r}: is no sentencepiece model: {error}") from error
     pieces = {processor.id_to_piece(index) for index in range(processor.vocab_size())}

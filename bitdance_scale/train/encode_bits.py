@@ -28,7 +28,7 @@ from bitdance_scale.data.bit_shards import (
     write_bit_shard,
     write_table,
 )
-from bitdance_scale.data.data_errors import FaultCause, SampleFault
+from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.image_decode import decode_image
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.plan.borders import content_px
@@ -81,8 +81,8 @@ class Encoder:
             except DataError as error:
                 logger.warning("%s It is made anew.", error)
         samples = shard_samples(self._index, row)
-        classes = {int(side): list(self._encoded(samples, int(side))) for side in self.recipe["classes"]}
-        write_bit_shard(path, meta, classes)
+        resolutions = {int(side): list(self._encoded(samples, int(side))) for side in self.recipe["classes"]}
+        write_bit_shard(path, meta, resolutions)
         self._verify(path, samples, row)
         return True
 
@@ -96,21 +96,21 @@ class Encoder:
                 images = list(pool.map(lambda task: self._image(*task), part))
                 bits = iter(self._vision.encode([torch.tensor(i) for i in images if isinstance(i, np.ndarray)]))
                 for (sample, _), image in zip(part, images, strict=True):
-                    if isinstance(image, SampleFault):
+                    if isinstance(image, SampleError):
                         self._check_lasting(sample, image)
                         yield image.cause
                     else:
                         yield None if image is None else next(bits).tobytes()
 
-    def _check_lasting(self, sample: int, fault: SampleFault) -> None:
+    def _check_lasting(self, sample: int, fault: SampleError) -> None:
         """What is wrong with an image stays so; that it could not be read may be of this hour."""
-        if fault.cause in (FaultCause.READ_FAILED, FaultCause.SHARD_CHANGED):
+        if fault.cause in (ErrorCause.READ_FAILED, ErrorCause.SHARD_CHANGED):
             raise DataError(
                 f"{self._index.shard_path(sample)}: sample {self._index.name(sample)}: {fault}. Restore the shard and run "
                 "again: what is encoded stays."
             ) from fault
 
-    def _image(self, sample: int, bucket_px: tuple[int, int]) -> np.ndarray | SampleFault | None:
+    def _image(self, sample: int, bucket_px: tuple[int, int]) -> np.ndarray | SampleError | None:
         if not bucket_px[0]:
             return None
         index = self._index
@@ -119,7 +119,7 @@ class Encoder:
         try:
             data = self._reader.image(index, sample)
             return decode_image(data, index.size_px(sample), bucket_px, (int(height[0]), int(width[0])))
-        except SampleFault as fault:
+        except SampleError as fault:
             return fault
 
     def _verify(self, path: Path, samples: range, row: int) -> None:

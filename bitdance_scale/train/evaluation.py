@@ -80,7 +80,7 @@ class Evaluator:
             for pack, noise in zip(self._packs, noises, strict=True)
         ]
         outputs = forward_only(engine, batch, topology)
-        sides = [resolution.side_px for resolution in config.data.classes]
+        sides = [resolution.side_px for resolution in config.data.resolutions]
         # [class, part of the time, (sum of block losses, blocks)], and the same of the text in one more class.
         totals = torch.zeros(len(sides) + 1, NUM_TIME_PARTS, 2, dtype=torch.float64)
         if engine.stages[-1].is_last:
@@ -96,7 +96,7 @@ class Evaluator:
         return Evaluation(
             step=step,
             vision=_mean(blocks.sum(dim=(0, 1))),
-            vision_by_class={side: _mean(part) for side, part in zip(sides, blocks.sum(dim=1), strict=True)},
+            vision_by_resolution={side: _mean(part) for side, part in zip(sides, blocks.sum(dim=1), strict=True)},
             vision_by_time=tuple(_mean(part) for part in blocks.sum(dim=0)),
             text=_mean(text),
         )
@@ -108,15 +108,15 @@ class Evaluator:
         times = draw_time(torch.from_numpy(noise.time_normal), self._config.head)
         parts = (times * NUM_TIME_PARTS).long().clamp(max=NUM_TIME_PARTS - 1)
         num_cells = pack.sample_grids[pack.sample_predicts].prod(axis=1)
-        classes = np.repeat(self._classes(num_cells), num_cells // pack.block_tokens)
-        where = (torch.from_numpy(classes), parts)
+        resolutions = np.repeat(self._resolution_of(num_cells), num_cells // pack.block_tokens)
+        where = (torch.from_numpy(resolutions), parts)
         totals[..., 0].index_put_(where, losses, accumulate=True)
         totals[..., 1].index_put_(where, torch.ones_like(losses), accumulate=True)
 
-    def _classes(self, num_cells: np.ndarray) -> np.ndarray:
-        """Number of the resolution class of images of so many cells: that of the nearest area, by ratio."""
+    def _resolution_of(self, num_cells: np.ndarray) -> np.ndarray:
+        """Number of the resolution of images of so many cells: that of the nearest area, by ratio."""
         downsample = self._config.vision.downsample
-        areas = np.array([(resolution.side_px // downsample) ** 2 for resolution in self._config.data.classes])
+        areas = np.array([(resolution.side_px // downsample) ** 2 for resolution in self._config.data.resolutions])
         return np.abs(np.log(num_cells[:, None] / areas)).argmin(axis=1)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from bitdance_scale.config.schema import OptimSection, RunConfig
-from bitdance_scale.data.data_errors import FaultCause
+from bitdance_scale.data.data_errors import ErrorCause
 from bitdance_scale.observe.flops import PackCounts, count_pack, peak_flops, step_flops, utilisation
 from bitdance_scale.observe.memory import memory_bytes
 from bitdance_scale.observe.metrics import StepMetrics
@@ -36,20 +36,20 @@ class Progress:
 
     Attributes:
         step: optimiser steps taken (or refused, see `skipped_steps`).
-        images: images seen, holes left out.
+        images: images seen, skipped_samples left out.
         tokens: positions seen, padding left out.
-        images_by_class: resolution class (`side_px`) -> images planned.
-        holes: images that could not be used.
-        faults: cause (`ledger.FaultCause`) -> images with it, those trained without their caption too.
+        images_by_resolution: resolution (`side_px`) -> images planned.
+        skipped_samples: images that could not be used.
+        sample_errors: cause (`data_errors.ErrorCause`) -> images with it, those trained without their caption too.
         skipped_steps: steps refused because a gradient was not finite.
     """
 
     step: int = 0
     images: int = 0
     tokens: int = 0
-    images_by_class: dict[int, int] = field(default_factory=dict)
-    holes: int = 0
-    faults: dict[str, int] = field(default_factory=dict)
+    images_by_resolution: dict[int, int] = field(default_factory=dict)
+    skipped_samples: int = 0
+    sample_errors: dict[str, int] = field(default_factory=dict)
     skipped_steps: int = 0
 
 
@@ -81,29 +81,29 @@ class StepMeter:
         counts = sum((count_pack(pack) for pack in packs), PackCounts())
         num_padding = sum(pack.num_padding for pack in packs)
         flops = step_flops(self._config, self._vocab_size, counts).training
-        faults = [report.faults.get(cause, 0) for cause in FaultCause]
+        sample_errors = [report.sample_errors.get(cause, 0) for cause in ErrorCause]
         totals = torch.tensor(
-            [counts.num_positions, num_padding, flops, *faults], dtype=torch.float64, device=self._topology.device
+            [counts.num_positions, num_padding, flops, *sample_errors], dtype=torch.float64, device=self._topology.device
         )
         dist.all_reduce(totals, group=self._topology.data_group)
-        positions, padding, total_flops, *faults = totals.tolist()
-        by_cause = {cause: int(count) for cause, count in zip(FaultCause, faults, strict=True) if count}
-        holes = sum(count for cause, count in by_cause.items() if cause.is_hole)
-        planned = sum(report.images_by_class.values())
+        positions, padding, total_flops, *sample_errors = totals.tolist()
+        by_cause = {cause: int(count) for cause, count in zip(ErrorCause, sample_errors, strict=True) if count}
+        skipped_samples = sum(count for cause, count in by_cause.items() if cause.is_skipped)
+        planned = sum(report.images_by_resolution.values())
         progress = self.progress
         progress.step += 1
-        progress.images += planned - holes
+        progress.images += planned - skipped_samples
         progress.tokens += int(positions)
-        progress.holes += holes
+        progress.skipped_samples += skipped_samples
         for cause, count in by_cause.items():
-            progress.faults[str(cause)] = progress.faults.get(str(cause), 0) + count
+            progress.sample_errors[str(cause)] = progress.sample_errors.get(str(cause), 0) + count
         progress.skipped_steps += int(is_skipped)
-        for side_px, count in report.images_by_class.items():
-            progress.images_by_class[side_px] = progress.images_by_class.get(side_px, 0) + count
+        for side_px, count in report.images_by_resolution.items():
+            progress.images_by_resolution[side_px] = progress.images_by_resolution.get(side_px, 0) + count
         self._images_by_source = report.images_by_source
         self._num_steps += 1
         self._wait_s += wait_s
-        self._images += planned - holes
+        self._images += planned - skipped_samples
         self._num_ready = report.num_ready
         self._positions += int(positions)
         self._padding += int(padding)
@@ -136,11 +136,11 @@ class StepMeter:
             tokens_per_s=self._positions / elapsed_s,
             images_per_s=self._images / elapsed_s,
             mfu=utilisation(mean_flops, step_s, self._topology.world_size, self._peak),
-            images_by_class=dict(progress.images_by_class),
+            images_by_resolution=dict(progress.images_by_resolution),
             padding_share=self._padding / max(1, self._padding + self._positions),
             memory_bytes=int(memory),
-            holes=progress.holes,
-            faults=dict(progress.faults),
+            skipped_samples=progress.skipped_samples,
+            sample_errors=dict(progress.sample_errors),
             steps_ready=int(-lacking),
             skipped_steps=progress.skipped_steps,
             images_by_source=dict(self._images_by_source),
@@ -158,5 +158,5 @@ def progress_fields(progress: Progress) -> dict[str, object]:
     """The counts as JSON values, for a checkpoint's `TrainState`."""
     values = dataclasses.asdict(progress)
     skipped = values.pop("skipped_steps")
-    values["images_by_class"] = {str(side_px): count for side_px, count in progress.images_by_class.items()}
+    values["images_by_resolution"] = {str(side_px): count for side_px, count in progress.images_by_resolution.items()}
     return values | {"optimizer": {"skipped_steps": skipped}}

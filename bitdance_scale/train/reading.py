@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.data.data_errors import FaultCause
+from bitdance_scale.data.data_errors import ErrorCause
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.loader import Loader
 from bitdance_scale.data.loader_state import LoaderState
@@ -25,16 +25,16 @@ class StepReport:
 
     Attributes:
         loader: state that resumes after the step, JSON values.
-        images_by_class: resolution class (`side_px`) -> images planned in the global batch.
-        faults: cause (`ledger.FaultCause`) -> images of this replica with it.
+        images_by_resolution: resolution (`side_px`) -> images planned in the global batch.
+        sample_errors: cause (`data_errors.ErrorCause`) -> images of this replica with it.
         num_ready: steps that this replica had read ahead.
         wait_s: seconds that this replica waited for its loader.
         images_by_source: name of the source -> images planned since the start of the run; empty with `data.shards`.
     """
 
     loader: dict[str, object]
-    images_by_class: dict[int, int]
-    faults: dict[FaultCause, int]
+    images_by_resolution: dict[int, int]
+    sample_errors: dict[ErrorCause, int]
     num_ready: int
     wait_s: float
     images_by_source: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -98,8 +98,8 @@ class StepReader:
         step = loader.next_step()
         report = StepReport(
             loader=step.state.to_dict(),
-            images_by_class=step.images_by_class,
-            faults=dict(step.faults),
+            images_by_resolution=step.images_by_resolution,
+            sample_errors=dict(step.sample_errors),
             num_ready=step.num_ready,
             wait_s=step.wait_s,
             images_by_source=step.images_by_source,

@@ -95,7 +95,7 @@ class RunObserver:
         if self._is_active:
             append_evaluation(self._run_folder, evaluation)
             self._wandb.log_evaluation(evaluation, images)
-            by_class = ", ".join(f"{side} px {loss:.4f}" for side, loss in evaluation.vision_by_class.items())
+            by_class = ", ".join(f"{side} px {loss:.4f}" for side, loss in evaluation.vision_by_resolution.items())
             by_time = " ".join(f"{loss:.3f}" for loss in evaluation.vision_by_time)
             logger.info(
                 "held out after step %d: vision %.4f (%s; by flow time %s), text %.4f",

@@ -10,7 +10,7 @@ from bitdance_scale.config.schema import DataSection
 from bitdance_scale.data.captions import DEFAULT_SOURCE
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index, default_index_dir, open_index, sources_index_dir
-from bitdance_scale.data.index.report import check_losses
+from bitdance_scale.data.index.report import check_skipped
 from bitdance_scale.data.storage.shards import expand_shards, expand_sources
 from bitdance_scale.data.storage.stores import Stores
 from bitdance_scale.errors import DataError
@@ -36,18 +36,18 @@ def training_index(data: DataSection) -> Index:
         DataError: on every rank, what is wrong with the shards; that they lost too many samples, too.
     """
     built = on_first_rank(lambda: _build_sources(data))
-    return _open(built, data.max_hole_share).divided(built.shards_per_source)
+    return _open(built, data.max_skipped_share).divided(built.shards_per_source)
 
 
-def image_index(specs: Sequence[str], index_dir: str, max_hole_share: float) -> Index:
+def image_index(specs: Sequence[str], index_dir: str, max_skipped_share: float) -> Index:
     """The index of shards of which only the images are needed; otherwise as `training_index`.
 
     Args:
         specs: as `data.shards`.
         index_dir: as `data.index_dir`; empty: beside the first shard.
-        max_hole_share: share of samples that the shards may have lost.
+        max_skipped_share: share of samples that the shards may have lost.
     """
-    return _open(on_first_rank(lambda: _build_images(specs, index_dir)), max_hole_share)
+    return _open(on_first_rank(lambda: _build_images(specs, index_dir)), max_skipped_share)
 
 
 def _build_sources(data: DataSection) -> _Built:
@@ -72,7 +72,7 @@ def _build_images(specs: Sequence[str], index_dir: str) -> _Built:
     return _Built(index_dir, index.hash, [len(shards)])
 
 
-def _open(built: _Built, max_hole_share: float) -> Index:
+def _open(built: _Built, max_skipped_share: float) -> Index:
     with all_ranks():
         index = open_index(built.index_dir)
         if index.hash != built.hash:
@@ -80,5 +80,5 @@ def _open(built: _Built, max_hole_share: float) -> Index:
                 f"{built.index_dir}: another job builds its index there, and has replaced this run's while it started. "
                 "Start again, or set data.index_dir to a folder of this run's own."
             )
-        check_losses(index, max_hole_share)
+        check_skipped(index, max_skipped_share)
     return index

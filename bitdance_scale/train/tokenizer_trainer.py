@@ -62,7 +62,7 @@ def train_tokenizer(config: TokenizerConfig) -> dict[tuple[int, int], Reconstruc
         if ranks.rank == 0:
             _start_folder(folder, config)
         data = config.data
-        train_index = image_index(data.shards, data.index_dir, data.max_hole_share)
+        train_index = image_index(data.shards, data.index_dir, data.max_skipped_share)
         # The held-out images are read on rank 0 only, which evaluates alone.
         held_out = _held_out_images(config) if ranks.rank == 0 else {}
         autoencoder = _build(config).to(ranks.device)
@@ -155,7 +155,7 @@ def _stream(config: TokenizerConfig, index: Index, ranks: Ranks) -> CropStream:
         num_ranks=ranks.num_ranks,
         num_steps=config.run.steps,
         num_threads=config.data.read_threads,
-        max_hole_share=config.data.max_hole_share,
+        max_skipped_share=config.data.max_skipped_share,
     )
 
 

@@ -168,9 +168,9 @@ class Trainer:
             step=state.step,
             images=state.images,
             tokens=state.tokens,
-            images_by_class={int(side_px): count for side_px, count in state.images_by_class.items()},
-            holes=state.holes,
-            faults=dict(state.faults),
+            images_by_resolution={int(side_px): count for side_px, count in state.images_by_resolution.items()},
+            skipped_samples=state.skipped_samples,
+            sample_errors=dict(state.sample_errors),
             skipped_steps=state.optimizer["skipped_steps"],
         )
         self._saved_step = state.step

@@ -52,7 +52,7 @@ class VisionTokenizer:
         self.max_batch_px = max_batch_px
         with torch.device("meta"):
             self.autoencoder = make_autoencoder(section)
-        weights = load_weights(section.weights, self.autoencoder.state_dict())
+        weights = load_weights(section.weights_path, self.autoencoder.state_dict())
         self.autoencoder.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
         self.autoencoder.to(self.device).eval().requires_grad_(False)
 

@@ -43,14 +43,14 @@ def wide_config(dtype: str, **parallel: int | str | bool) -> RunConfig:
     """A model whose parameters (3.7 M) and activations outweigh bookkeeping, on packs of about 1,000 positions."""
     config = toy_config(**parallel)
     model = ModelSection(num_layers=2, hidden_size=256, num_heads=8, num_kv_heads=4, head_dim=32, ffn_size=512)
-    classes = (dataclasses.replace(config.data.classes[0], side_px=32, buckets_px=((32, 32), (16, 64))),)
+    resolutions = (dataclasses.replace(config.data.resolutions[0], side_px=32, buckets_px=((32, 32), (16, 64))),)
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, dtype=dtype),
         model=model,
         head=dataclasses.replace(config.head, width=128, head_dim=32),
         text=dataclasses.replace(config.text, max_caption_tokens=40),
-        data=dataclasses.replace(config.data, classes=classes, global_batch=24, max_pack_tokens=1024),
+        data=dataclasses.replace(config.data, resolutions=resolutions, global_batch=24, max_pack_tokens=1024),
     )
 
 

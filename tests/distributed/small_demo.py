@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 
 def small_demo(folder: Path, *, num_steps: int, save_every: int) -> list[str]:
-    """Draws the images and the tokenizer's weights into `folder`; overrides of pipelines/configs/demo.toml."""
+    """Draws the images and the tokenizer's weights into `folder`; overrides of demo."""
     from bitdance_scale.vision.autoencoder import Autoencoder
     from tools.make_demo_shards import write_shards
 

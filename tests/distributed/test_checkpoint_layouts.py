@@ -68,8 +68,8 @@ def _state(number: int, optimizer_step: int):
         loader={"step": number, "cursors": {"8": [number, 3]}},
         optimizer={"step": optimizer_step, "skipped_steps": number},
         tokenizer_digest="digest",
-        images_by_class={"8": number, "16": 2 * number},
-        holes=number,
+        images_by_resolution={"8": number, "16": 2 * number},
+        skipped_samples=number,
     )
 
 

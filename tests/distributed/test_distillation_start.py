@@ -15,7 +15,7 @@ from bitdance_scale.checkpoint.import_release import import_release
 from bitdance_scale.checkpoint.release_source import open_source
 from bitdance_scale.checkpoint.start_weights import find_checkpoint
 from bitdance_scale.config.load import load_network
-from bitdance_scale.config.schema import HeadSection, ResolutionClass
+from bitdance_scale.config.schema import HeadSection, Resolution
 from bitdance_scale.generate.pipeline import BitDancePipeline
 from tests.distributed.spawn import run_ranks
 from tests.distributed.toy import toy_config
@@ -50,7 +50,7 @@ def _distill(rank: int, start_from: Path, root: Path, parallel: dict[str, object
             config.run, stage="distill", start_from=str(start_from), new_queries=rule, dtype="bfloat16"
         ),
         vision=dataclasses.replace(config.vision, block_side=8),
-        data=dataclasses.replace(config.data, classes=(ResolutionClass(side_px=32, share=1, buckets_px=((32, 32),)),)),
+        data=dataclasses.replace(config.data, resolutions=(Resolution(side_px=32, share=1, buckets_px=((32, 32),)),)),
     )
     topology = make_topology(config.parallel)
     text = load_text_tokenizer(config.text, 64)

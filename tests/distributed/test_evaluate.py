@@ -7,15 +7,15 @@ import dataclasses
 import pytest
 import torch
 
-from bitdance_scale.config.schema import ResolutionClass
+from bitdance_scale.config.schema import Resolution
 from tests.distributed.layout_run import make_engine
 from tests.distributed.spawn import run_ranks
 from tests.distributed.toy import lopsided_packs, toy_config
 
-# Two classes of the toy's grids: 2 x 2, 2 x 4 and 4 x 2 cells, and 4 x 4 and 2 x 6.
-CLASSES = (
-    ResolutionClass(side_px=4, share=1, buckets_px=((4, 4),)),
-    ResolutionClass(side_px=8, share=1, buckets_px=((8, 8),)),
+# Two resolutions of the toy's grids: 2 x 2, 2 x 4 and 4 x 2 cells, and 4 x 4 and 2 x 6.
+RESOLUTIONS = (
+    Resolution(side_px=4, share=1, buckets_px=((4, 4),)),
+    Resolution(side_px=8, share=1, buckets_px=((8, 8),)),
 )
 LAYOUTS = [
     (2, {}),
@@ -29,7 +29,7 @@ NUM_PACKS = 6
 
 def _config(parallel):
     config = toy_config(**parallel)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, classes=CLASSES))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, resolutions=RESOLUTIONS))
 
 
 def _evaluate(rank: int, parallel: dict[str, object], trains: bool):
@@ -52,7 +52,7 @@ def _evaluate(rank: int, parallel: dict[str, object], trains: bool):
 
 
 def _numbers(evaluation) -> torch.Tensor:
-    by_class = evaluation.vision_by_class.values()
+    by_class = evaluation.vision_by_resolution.values()
     return torch.tensor([evaluation.vision, evaluation.text, *by_class, *evaluation.vision_by_time])
 
 

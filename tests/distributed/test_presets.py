@@ -34,7 +34,7 @@ def _count(rank: int, config) -> dict[str, int]:
 def test_parameters_of_the_14b_preset():
     from bitdance_scale.config.load import load_config
 
-    demo = load_config("pipelines/configs/demo.toml", ["model.preset=qwen3-14b"])
+    demo = load_config("demo", ["model.preset=qwen3-14b"])
     # The demo file names the tokenizer's sizes; the published one has 32 bits.
     config = dataclasses.replace(toy_config(), model=demo.model, head=demo.head)
     vision = dataclasses.replace(config.vision, num_bits=32, block_side=4)

@@ -15,7 +15,7 @@ from bitdance_scale.checkpoint.release_source import open_source
 from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME, read_state
 from bitdance_scale.checkpoint.start_weights import find_checkpoint
 from bitdance_scale.config.load import load_network
-from bitdance_scale.config.schema import HeadSection, ResolutionClass
+from bitdance_scale.config.schema import HeadSection, Resolution
 from tests.distributed.spawn import run_ranks
 from tests.distributed.toy import toy_config
 from tests.released import write_published
@@ -45,11 +45,11 @@ def _start(rank: int, started_from: Path, root: Path, parallel: dict[str, object
     network, state = load_network(path / CONFIG_NAME), read_state(path)
     config = dataclasses.replace(toy_config(**parallel), **vars(network))
     # One block of the folder's vision tokens; the split of a pipeline is by the cost of such samples.
-    classes = (ResolutionClass(side_px=16, share=1, buckets_px=((16, 16),)),)
+    resolutions = (Resolution(side_px=16, share=1, buckets_px=((16, 16),)),)
     config = dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, dtype=dtype),
-        data=dataclasses.replace(config.data, classes=classes),
+        data=dataclasses.replace(config.data, resolutions=resolutions),
     )
     topology = make_topology(config.parallel)
     vocab_size = open_checkpoint(path).tokenizer.vocab_size

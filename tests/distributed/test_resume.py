@@ -43,7 +43,7 @@ def _run(rank: int, root: str, overrides: list[str], kill: str | None) -> tuple[
     from bitdance_scale.train.signals import StopRequest
     from bitdance_scale.train.trainer import Trainer
 
-    config = load_config("pipelines/configs/demo.toml", [*overrides, f"run.root='{root}'"])
+    config = load_config("demo", [*overrides, f"run.root='{root}'"])
     start_process_group(timeout_s=60)
     trainer = Trainer(config, make_topology(config.parallel), Path(root) / config.run.name)
     start_step = trainer.progress.step
@@ -114,14 +114,14 @@ def test_broken_run_ends_as_the_uninterrupted_one(material, uninterrupted, tmp_p
     metrics = read_metrics(tmp_path / "demo" / METRICS_FILE)
     assert [point.step for point in metrics] == list(range(1, NUM_STEPS + 1))
     for found, expected in zip(metrics, uninterrupted[1], strict=True):
-        assert (found.loss, found.grad_norm, found.images, found.tokens, found.images_by_class) == (
+        assert (found.loss, found.grad_norm, found.images, found.tokens, found.images_by_resolution) == (
             expected.loss,
             expected.grad_norm,
             expected.images,
             expected.tokens,
-            expected.images_by_class,
+            expected.images_by_resolution,
         )
-        # 3 : 2 of the classes' 2, 7 and 1 images a step: less than one image off in each of the three classes.
+        # 3 : 2 of the resolutions' 2, 7 and 1 images a step: less than one image off in each of the three resolutions.
         assert found.images_by_source == expected.images_by_source
         assert sum(found.images_by_source.values()) == 10 * found.step
         assert abs(found.images_by_source["own"] - 4 * found.step) < 3

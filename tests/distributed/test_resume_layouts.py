@@ -39,7 +39,7 @@ def _train(rank: int, root: str, overrides: list[str], parallel: dict[str, int],
     from bitdance_scale.train.trainer import Trainer
 
     layout = [f"parallel.{name}={value}" for name, value in parallel.items()]
-    config = load_config("pipelines/configs/demo.toml", [*overrides, *layout, f"run.root='{root}'"])
+    config = load_config("demo", [*overrides, *layout, f"run.root='{root}'"])
     start_process_group(timeout_s=60)
     topology = make_topology(config.parallel)
     trainer = Trainer(config, topology, Path(root) / config.run.name)
@@ -95,7 +95,7 @@ def test_a_run_continues_under_other_layouts(tmp_path):
     metrics = read_metrics(legs / "demo" / METRICS_FILE)
     assert [point.step for point in metrics] == [point.step for point in reference] == list(range(1, NUM_STEPS + 1))
     for point, other in zip(metrics, reference, strict=True):
-        for field in ("images", "tokens", "images_by_class", "holes", "skipped_steps", "lr"):
+        for field in ("images", "tokens", "images_by_resolution", "skipped_samples", "skipped_steps", "lr"):
             assert getattr(point, field) == getattr(other, field), (point.step, field)
         assert point.loss == pytest.approx(other.loss, rel=TOLERANCE), point.step
     # Training has moved the loss by far more than the tolerance: not following it would be noticed.

@@ -10,11 +10,12 @@ import pytest
 from make_demo_shards import write_shards
 
 from bitdance_scale.config.load import load_config
+from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.errors import DataError
 from tests.distributed.spawn import run_ranks
 
-DEMO = Path(__file__).parents[2] / "pipelines" / "configs" / "demo_tokenizer.toml"
+DEMO = CONFIGS / "demo_tokenizer.toml"
 
 
 def train(rank: int, settings: list[str]) -> str:

@@ -15,7 +15,7 @@ from bitdance_scale.config.schema import (
     ObserveSection,
     OptimSection,
     ParallelSection,
-    ResolutionClass,
+    Resolution,
     RunConfig,
     RunSection,
     SampleSection,
@@ -45,7 +45,7 @@ def toy_config(**parallel: int) -> RunConfig:
         data=DataSection(
             shards=("unused",),
             global_batch=8,
-            classes=(ResolutionClass(side_px=8, share=1, buckets_px=((8, 8),)),),
+            resolutions=(Resolution(side_px=8, share=1, buckets_px=((8, 8),)),),
             max_pack_tokens=256,
             pack_multiple=8,
         ),

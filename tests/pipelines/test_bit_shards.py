@@ -15,9 +15,10 @@ import torch
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.config.shipped import ASSETS, CONFIGS
 from bitdance_scale.data import bit_shards
 from bitdance_scale.data.bit_shards import BitStore, read_tables, recipe, shard_file
-from bitdance_scale.data.data_errors import FaultCause, SampleFault
+from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.loader import Loader
 from bitdance_scale.errors import DataError
 from bitdance_scale.observe.metrics import METRICS_FILE, read_metrics
@@ -28,7 +29,7 @@ from bitdance_scale.vision.tokenizer import VisionTokenizer
 from tests.distributed.small_demo import small_demo
 
 ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "pipelines" / "configs" / "demo.toml"
+DEMO = CONFIGS / "demo.toml"
 CPU = torch.device("cpu")
 
 
@@ -42,7 +43,7 @@ def overrides(tmp_path_factory) -> list[str]:
     place = content.index(b"\xff\xd8\xff")
     content[place : place + 200] = bytes(200)
     shard.write_bytes(content)
-    return [*overrides, "data.filters=[{column='aspect', max=1.9}]", "data.max_hole_share=0.5"]
+    return [*overrides, "data.filters=[{column='aspect', max=1.9}]", "data.max_skipped_share=0.5"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def bits(overrides: list[str], tmp_path_factory) -> Path:
 
 
 def config_of(overrides: Sequence[str]) -> RunConfig:
-    return load_config(DEMO, [f"vision.weights={ROOT / 'pipelines/assets/demo/ae.safetensors'}", *overrides])
+    return load_config(DEMO, [f"vision.weights={ASSETS / 'demo/ae.safetensors'}", *overrides])
 
 
 def run(command: Sequence[object], num_processes: int) -> subprocess.CompletedProcess[str]:
@@ -69,7 +70,7 @@ def test_fifty_steps_of_bits_are_those_of_images(overrides: list[str], bits: Pat
     index, text = training_index(config.data), load_text_tokenizer(config.text, config.vision.block_tokens)
     vision = VisionTokenizer(config.vision, CPU)
     with_bits = config_of([*overrides, f"data.bits_dir={bits}"])
-    num_holes = 0
+    num_skipped = 0
     with Loader(config, text, index, 0, 2) as images, Loader(with_bits, text, index, 0, 2) as encoded:
         for _ in range(50):
             for one, other in zip(images.next_step().packs, encoded.next_step().packs, strict=True):
@@ -78,8 +79,8 @@ def test_fifty_steps_of_bits_are_those_of_images(overrides: list[str], bits: Pat
                 np.testing.assert_array_equal(one.pack.sample_keys, other.pack.sample_keys)
                 expected = np.concatenate(vision.encode([torch.tensor(image) for image in one.images]))
                 np.testing.assert_array_equal(other.pack.vision_bits, expected)
-                num_holes += one.num_holes
-    assert num_holes > 0
+                num_skipped += one.num_skipped
+    assert num_skipped > 0
 
 
 def test_a_run_on_bits_learns_the_same(overrides: list[str], bits: Path, tmp_path: Path) -> None:
@@ -134,9 +135,9 @@ def test_damage_is_a_hole_and_what_was_left_out_is_refused(overrides: list[str],
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
     store = BitStore(folder, index, recipe(config.data, config.vision))
-    with pytest.raises(SampleFault, match="they are damaged") as fault:
+    with pytest.raises(SampleError, match="they are damaged") as fault:
         store.read(first, 64)
-    assert fault.value.cause == FaultCause.READ_FAILED
+    assert fault.value.cause == ErrorCause.READ_FAILED
     with pytest.raises(DataError, match="has no bits for class 64 px: filters left it out"):
         store.read(left_out, 64)
 

@@ -20,7 +20,7 @@ from bitdance_scale.train.main import EXIT_REFUSED, main
 from bitdance_scale.train.signals import EXIT_REQUEUE
 
 ROOT = Path(__file__).parents[2]
-DEMO = "pipelines/configs/demo.toml"
+DEMO = "demo"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 TIMEOUT_S = 280
 
@@ -90,7 +90,7 @@ def test_held_out_losses_fall(finished):
     assert [line["step"] for line in lines] == [0, 20, 40]
     # The untrained head predicts 0 for every bit: the loss of a block is then known but for its clamp near t = 1.
     assert lines[0]["vision"] > lines[1]["vision"] > lines[2]["vision"] and lines[0]["text"] > lines[2]["text"]
-    assert {*lines[0]["vision_by_class"]} == {"32", "64", "128"} and len(lines[0]["vision_by_time"]) == 5
+    assert {*lines[0]["vision_by_resolution"]} == {"32", "64", "128"} and len(lines[0]["vision_by_time"]) == 5
     # The last part of the flow is the hardest to see from the first loss on: its velocities are the largest.
     assert max(lines[0]["vision_by_time"]) == lines[0]["vision_by_time"][-1]
 
@@ -105,8 +105,8 @@ def test_run_leaves_everything(finished):
     assert (folder / "config.toml").exists() and (folder / "log.txt").exists()
     last = read_metrics(folder / METRICS_FILE)[-1]
     # 2:7:1 of 40 batches of ten, exactly.
-    assert last.images_by_class == {32: 80, 64: 280, 128: 40} and last.images == 400
-    assert last.holes == 0 and last.tokens > 0 and 0 <= last.padding_share < 1
+    assert last.images_by_resolution == {32: 80, 64: 280, 128: 40} and last.images == 400
+    assert last.skipped_samples == 0 and last.tokens > 0 and 0 <= last.padding_share < 1
 
 
 def test_complete_run_says_so_and_makes_what_is_missing(finished):

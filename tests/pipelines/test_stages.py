@@ -41,9 +41,7 @@ def test_pretraining_to_the_pictures_of_the_distilled_model(tmp_path):
     before = None
     for stage, config in CONFIGS.items():
         start = [f"run.start_from='{tmp_path / before}'"] if before else []
-        done = _run(
-            STAGES[stage].entry_point, f"pipelines/configs/{config}.toml", f"run.root='{tmp_path}'", *start, *settings
-        )
+        done = _run(STAGES[stage].entry_point, f"{config}.toml", f"run.root='{tmp_path}'", *start, *settings)
         assert done.returncode == 0, done.stderr[-4000:]
         assert ("started from the weights of" in done.stdout) is (before is not None)
         metrics = read_metrics(tmp_path / config / METRICS_FILE)
@@ -63,5 +61,5 @@ def test_pretraining_to_the_pictures_of_the_distilled_model(tmp_path):
 @pytest.mark.parametrize("stage", ["ct", "sft", "distill"])
 def test_a_stage_is_run_by_its_own_script(stage, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert main("pt", [f"pipelines/configs/{CONFIGS[stage]}.toml"]) == EXIT_REFUSED
+    assert main("pt", [f"{CONFIGS[stage]}.toml"]) == EXIT_REFUSED
     assert f"start it with {STAGES[stage].entry_point}" in capsys.readouterr().err

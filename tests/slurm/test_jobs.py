@@ -24,7 +24,7 @@ from tests.distributed.small_demo import small_demo
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
-DEMO = "pipelines/configs/demo.toml"
+DEMO = "demo"
 NUM_STEPS = 14
 # In place of what the .sbatch files ask for.
 WITHOUT_GPUS = "--gpus-per-node=0"

@@ -163,7 +163,7 @@ def scan_file(task: _Task, captions: Sequence[str], stores: Stores) -> Index:
             content = scan_shard(read, total_bytes, captions, window_bytes)
     except ReadError as error:
         raise DataError(f"{task.path}: cannot read the shard ({error}). Correct data.shards or restore it.") from error
-    entry = ShardEntry(task.path, total_bytes, task.state.tag, len(content), content.faults, content.damages)
+    entry = ShardEntry(task.path, total_bytes, task.state.tag, len(content), content.errors, content.tar_errors)
     return content_index(entry, content)
 
 
@@ -198,7 +198,7 @@ def _pieces(indexes: Iterator[Index]) -> dict[_Task, _Piece]:
 
 
 def _all_faults(pieces: Sequence[_Piece]) -> dict[str, dict[str, int]]:
-    return {piece.entry.path: piece.entry.faults for piece in pieces}
+    return {piece.entry.path: piece.entry.errors for piece in pieces}
 
 
 def _scan_all(

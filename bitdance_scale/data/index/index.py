@@ -21,9 +21,10 @@ import orjson
 
 from bitdance_scale.data.captions import SEPARATOR
 from bitdance_scale.data.index.shard_scan import COLUMN_DTYPES, ShardContent
-from bitdance_scale.data.index.tar_scan import Damage
+from bitdance_scale.data.index.tar_scan import TarError
 from bitdance_scale.data.storage.stores import S3_SCHEME
 from bitdance_scale.errors import DataError
+from bitdance_scale.renames import RENAMED_INDEX_FIELDS, with_new_names
 
 FORMAT = 2
 TABLE_NAME = "index.json"
@@ -39,16 +40,16 @@ class ShardEntry:
         num_bytes: its length.
         tag: with the length, what tells that it changed (`store.ShardState`).
         num_samples: its samples in the index.
-        faults: `shard_scan.IndexFault` -> how often the scan found it.
-        damages: where the tar is broken.
+        errors: `shard_scan.ShardError` -> how often the scan found it.
+        tar_errors: where the tar is broken.
     """
 
     path: str
     num_bytes: int
     tag: str
     num_samples: int
-    faults: dict[str, int]
-    damages: tuple[Damage, ...] = ()
+    errors: dict[str, int]
+    tar_errors: tuple[TarError, ...] = ()
 
 
 class Index:
@@ -147,11 +148,11 @@ class Index:
         """(height, width) of a stored image."""
         return int(self.height_px[sample]), int(self.width_px[sample])
 
-    def faults(self) -> dict[str, dict[str, int]]:
-        """What the scan found wrong: `shard_scan.IndexFault` -> shard path -> count."""
+    def errors(self) -> dict[str, dict[str, int]]:
+        """What the scan found wrong: `shard_scan.ShardError` -> shard path -> count."""
         counts: dict[str, dict[str, int]] = {}
         for entry in self.shards:
-            for fault, count in entry.faults.items():
+            for fault, count in entry.errors.items():
                 counts.setdefault(fault, {})[entry.path] = count
         return counts
 
@@ -224,7 +225,7 @@ def open_index(index_dir: str | Path) -> Index:
         if table["format"] != FORMAT:
             raise DataError(
                 f"{table_path}: format {table['format']}, this version reads {FORMAT}. Delete {index_dir} to build it "
-                "anew."
+                "again."
             )
         entries = tuple(_entry(index_dir, shard) for shard in table["shards"])
         folder = index_dir / columns_folder(table["content"])
@@ -242,7 +243,7 @@ def open_index(index_dir: str | Path) -> Index:
             digests=table["digests"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{table_path}: no usable index ({error!r}). Delete {index_dir} to build it anew.") from error
+        raise DataError(f"{table_path}: no usable index ({error!r}). Delete {index_dir} to build it again.") from error
 
 
 def columns_folder(content: str) -> str:
@@ -251,8 +252,8 @@ def columns_folder(content: str) -> str:
 
 
 def _entry(index_dir: Path, shard: dict[str, object]) -> ShardEntry:
-    values = dict(shard)
+    values = with_new_names(shard, RENAMED_INDEX_FIELDS)
     if not values["path"].startswith(S3_SCHEME):
         values["path"] = os.path.abspath(index_dir / values["path"])
-    values["damages"] = tuple(Damage(**damage) for damage in values["damages"])
+    values["tar_errors"] = tuple(TarError(**damage) for damage in values["tar_errors"])
     return ShardEntry(**values)

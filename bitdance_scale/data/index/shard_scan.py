@@ -22,9 +22,9 @@ import numpy as np
 import orjson
 
 from bitdance_scale.data.captions import DEFAULT_SOURCE, MAX_TEXT_BYTES, CaptionSource, CaptionStatus
-from bitdance_scale.data.data_errors import SampleFault
+from bitdance_scale.data.data_errors import SampleError
 from bitdance_scale.data.image_decode import read_size_px
-from bitdance_scale.data.index.tar_scan import WINDOW_BYTES, Damage, Members, ReadRange, TarScan
+from bitdance_scale.data.index.tar_scan import WINDOW_BYTES, Members, ReadRange, TarError, TarScan
 
 _IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # Members that webdataset keeps for itself.
@@ -45,7 +45,7 @@ COLUMN_DTYPES: dict[str, type] = {
 }
 
 
-class IndexFault(enum.StrEnum):
+class ShardError(enum.StrEnum):
     """What a scan finds wrong; the first three cost samples."""
 
     DAMAGED_TAR = "damaged_tar"
@@ -82,16 +82,16 @@ class ShardContent:
         names: key of every sample in the shard.
         captions: by source: UTF-8 (`captions.Found`), and uint8 [n] of `CaptionStatus`.
         scores: by field of the record: float32 [n], NaN where a sample has no number there.
-        faults: how often each `IndexFault` was found.
-        damages: where the tar is broken.
+        errors: how often each `ShardError` was found.
+        tar_errors: where the tar is broken.
     """
 
     columns: dict[str, np.ndarray]
     names: Texts
     captions: dict[str, tuple[Texts, np.ndarray]]
     scores: dict[str, np.ndarray]
-    faults: dict[str, int]
-    damages: tuple[Damage, ...]
+    errors: dict[str, int]
+    tar_errors: tuple[TarError, ...]
 
     def __len__(self) -> int:
         return len(self.names.lengths)
@@ -122,10 +122,10 @@ def scan_shard(
         window_bytes: how much of it is read at a time.
     """
     sources = [CaptionSource.parse(name) for name in captions]
-    faults: Counter[str] = Counter()
+    errors: Counter[str] = Counter()
     scan = TarScan(read, total_bytes, window_bytes)
-    samples = _group(scan, read, {"json", *(e for source in sources for e in source.extensions)}, faults)
-    faults[IndexFault.DAMAGED_TAR] = len(scan.damages)
+    samples = _group(scan, read, {"json", *(e for source in sources for e in source.extensions)}, errors)
+    errors[ShardError.DAMAGED_TAR] = len(scan.tar_errors)
     record_extensions = {"json", *(source.extension for source in sources if source.field is not None)}
     names: list[bytes] = []
     rows: list[tuple[int, ...]] = []
@@ -134,16 +134,16 @@ def scan_shard(
     for key, sample in samples.items():
         image = next((sample[extension] for extension in _IMAGE_EXTENSIONS if extension in sample), None)
         if image is None:
-            faults[IndexFault.MISSING_IMAGE] += 1
+            errors[ShardError.MISSING_IMAGE] += 1
             continue
-        parsed = {e: _record(sample[e], faults) for e in record_extensions if e in sample}
+        parsed = {e: _record(sample[e], errors) for e in record_extensions if e in sample}
         record = parsed.get("json", {})
         sizes = [_side(record.get(field)) for field in _SIZE_FIELDS]
         if not (sizes[0] and sizes[1]):
             try:
                 sizes[:2] = read_size_px(read(image.offset, image.num_bytes))
-            except SampleFault:
-                faults[IndexFault.UNREADABLE_SIZE] += 1
+            except SampleError:
+                errors[ShardError.UNREADABLE_SIZE] += 1
                 continue
         names.append(key)
         rows.append((*image, *sizes))
@@ -161,13 +161,13 @@ def scan_shard(
             for source, texts in zip(sources, found, strict=True)
         },
         scores=scores.columns(),
-        faults={str(fault): count for fault, count in faults.items() if count},
-        damages=tuple(scan.damages),
+        errors={str(fault): count for fault, count in errors.items() if count},
+        tar_errors=tuple(scan.tar_errors),
     )
 
 
 def _group(
-    scan: Iterable[Members], read: ReadRange, text_extensions: set[str], faults: Counter[str]
+    scan: Iterable[Members], read: ReadRange, text_extensions: set[str], errors: Counter[str]
 ) -> dict[bytes, _Sample]:
     """Members by key; of a repeated name the first counts."""
     samples: dict[bytes, _Sample] = {}
@@ -194,7 +194,7 @@ def _group(
                 extension = name[dot + 1 :].decode("utf-8", errors="replace").lower()
                 extensions[name[dot + 1 :]] = extension
             if extension in sample:
-                faults[IndexFault.DUPLICATE_MEMBER] += 1
+                errors[ShardError.DUPLICATE_MEMBER] += 1
             elif extension not in text_extensions:
                 sample[extension] = _Image(offset, num_bytes, crc) if extension in _IMAGE_EXTENSIONS else None
             elif num_bytes > MAX_TEXT_BYTES:
@@ -207,7 +207,7 @@ def _group(
     return samples
 
 
-def _record(content: bytes, faults: Counter[str]) -> dict[str, Any]:
+def _record(content: bytes, errors: Counter[str]) -> dict[str, Any]:
     try:
         record = orjson.loads(content)
     except ValueError:
@@ -218,7 +218,7 @@ def _record(content: bytes, faults: Counter[str]) -> dict[str, Any]:
             record = None
     if isinstance(record, dict):
         return record
-    faults[IndexFault.INVALID_JSON] += 1
+    errors[ShardError.INVALID_JSON] += 1
     return {}
 
 

@@ -55,7 +55,7 @@ class Members:
 
 
 @dataclass(frozen=True)
-class Damage:
+class TarError:
     """Where a tar is not as a tar must be.
 
     Attributes:
@@ -68,7 +68,7 @@ class Damage:
 
 
 class TarScan:
-    """The regular files of a tar (ustar, GNU or pax). Iterate once; `damages` is complete then.
+    """The regular files of a tar (ustar, GNU or pax). Iterate once; `tar_errors` is complete then.
 
     Args:
         read: reads a range of the tar.
@@ -77,7 +77,7 @@ class TarScan:
     """
 
     def __init__(self, read: ReadRange, total_bytes: int, window_bytes: int = WINDOW_BYTES) -> None:
-        self.damages: list[Damage] = []
+        self.tar_errors: list[TarError] = []
         self._read = read
         self._total_bytes = total_bytes
         self._window_bytes = window_bytes
@@ -175,7 +175,7 @@ class TarScan:
         return end
 
     def _note(self, position: int, problem: str) -> None:
-        self.damages.append(Damage(position, problem))
+        self.tar_errors.append(TarError(position, problem))
 
     def _resume(self, position: int, problem: str) -> int | None:
         """Records damage; returns the place of the next sound header behind it, None where there is none."""

@@ -13,8 +13,8 @@ class Apportionment:
 
     After any T items, class c has had more than T * share_c / sum - 1 and less than T * share_c / sum + 1 of them, and
     exactly its share after every multiple of sum / gcd items. So a global batch of 2560 at 2:7:1 holds 512, 1792 and
-    256 of the classes, always. The sequence is Tijdeman's ("The chairman assignment problem", 1980), in integers: among
-    the classes whose quota is due, the one with the earliest deadline comes next.
+    256 of the resolutions, always. The sequence is Tijdeman's ("The chairman assignment problem", 1980), in integers: among
+    the resolutions whose quota is due, the one with the earliest deadline comes next.
 
     Args:
         shares: positive integers.

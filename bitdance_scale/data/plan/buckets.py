@@ -1,7 +1,7 @@
-"""Which image size an image is trained at, in each resolution class.
+"""Which image size an image is trained at, in each resolution.
 
-A class draws from *every* image large enough for one of its buckets, so one image may be trained in several classes.
-The alternative, one class per image, would starve the small classes of all large images (most of the data) and tie the
+A class draws from *every* image large enough for one of its buckets, so one image may be trained in several resolutions.
+The alternative, one class per image, would starve the small resolutions of all large images (most of the data) and tie the
 mix to the data set; the paper's mix by image count (2:7:1) is a property of the batch alone.
 """
 
@@ -11,14 +11,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bitdance_scale.config.schema import ResolutionClass
+from bitdance_scale.config.schema import Resolution
 from bitdance_scale.data.image_decode import MAX_IMAGE_PIXELS
 
 SAMPLES_PER_CHUNK = 1 << 20
 _GROUP_BITS = 512
 
 
-def class_buckets(resolution: ResolutionClass) -> np.ndarray:
+def resolution_buckets(resolution: Resolution) -> np.ndarray:
     """int32 [B, 2], the (height, width) in pixels of the class's buckets and of their transposes, each once."""
     buckets = [size for height, width in resolution.buckets_px for size in ((height, width), (width, height))]
     return np.array(list(dict.fromkeys(buckets)), dtype=np.int32)
@@ -32,7 +32,7 @@ def assign_buckets(height_px: np.ndarray, width_px: np.ndarray, buckets: np.ndar
 
     Args:
         height_px, width_px: [N], stored sizes.
-        buckets: [B, 2], as `class_buckets` gives them.
+        buckets: [B, 2], as `resolution_buckets` gives them.
         max_upscale: greatest enlargement; 1 allows none.
 
     Returns:

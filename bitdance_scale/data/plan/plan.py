@@ -1,6 +1,6 @@
 """The plan: which samples make up which global batch, as a pure function of (seed, index, configuration, step).
 
-Every source is, for every resolution class, a stream that runs through its eligible samples epoch after epoch, each
+Every source is, for every resolution, a stream that runs through its eligible samples epoch after epoch, each
 epoch in another order. A global batch takes its exact share of every class, and a class its exact share of every source.
 Nothing is remembered from batch to batch and no rank enters, so that a run resumes at any step, on any number of ranks,
 with the same batches.
@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitdance_scale.config.schema import DataSection, ResolutionClass
+from bitdance_scale.config.schema import DataSection, Resolution
 from bitdance_scale.data.captions import CaptionStatus
 from bitdance_scale.data.index.index import Index, score_column
 from bitdance_scale.data.plan.apportion import Apportionment
 from bitdance_scale.data.plan.borders import content_px
-from bitdance_scale.data.plan.buckets import EligibleSamples, assign_buckets, class_buckets
+from bitdance_scale.data.plan.buckets import EligibleSamples, assign_buckets, resolution_buckets
 from bitdance_scale.data.plan.filters import FilterCount, KeptSamples
 from bitdance_scale.data.plan.permutation import Permutation, uniform
 from bitdance_scale.errors import DataError
@@ -45,7 +45,7 @@ class PlannedBatch:
     Attributes:
         step: optimiser step it is for, from 0.
         samples: int64 [B], position in the index, which is the sample's key.
-        side_px: int32 [B], name of the resolution class.
+        side_px: int32 [B], name of the resolution.
         bucket_px: int32 [B, 2], (height, width) to train at.
         source: int16 [B], number of the source in `data.active_sources`.
         epoch: int64 [B], how often the source has been through its samples of the class.
@@ -76,7 +76,7 @@ class StreamUse:
 
     Attributes:
         source: name of the source; empty for `data.shards`.
-        side_px: name of the resolution class.
+        side_px: name of the resolution.
         num_samples: samples that it draws from; 0 where the other sources have its share.
         num_images: images drawn.
     """
@@ -101,21 +101,21 @@ class Plan:
         data: the data section of the configuration.
 
     Raises:
-        DataError: no sample is large enough for one of the classes, or none of a source for any class; a filter asks for
+        DataError: no sample is large enough for one of the resolutions, or none of a source for any class; a filter asks for
             what the index has not.
     """
 
     def __init__(self, seed: int, index: Index, data: DataSection) -> None:
-        classes = [resolution for resolution in data.classes if resolution.share > 0]
+        resolutions = [resolution for resolution in data.resolutions if resolution.share > 0]
         self._index = index
         self._data = data
         self._seed = seed
-        self._apportionment = Apportionment([resolution.share for resolution in classes])
+        self._apportionment = Apportionment([resolution.share for resolution in resolutions])
         self._kept = [
             KeptSamples(index, samples, source, data.filters)
             for samples, source in zip(index.sources, data.active_sources, strict=True)
         ]
-        self._mixes = [_SourceMix(seed, index, resolution, data, self._kept) for resolution in classes]
+        self._mixes = [_SourceMix(seed, index, resolution, data, self._kept) for resolution in resolutions]
         self.hash = _plan_hash(seed, index, data)
         used = {stream.source for mix in self._mixes for stream in mix.streams}
         for number, source in enumerate(data.active_sources):
@@ -178,14 +178,14 @@ class Plan:
             step, samples, sides, buckets, sources, epochs, is_dropped, is_image_to_text, captions, alternatives
         )
 
-    def images_by_class(self, step: int) -> dict[int, int]:
-        """Samples of each resolution class in the global batch of a step, by its side in pixels."""
+    def images_by_resolution(self, step: int) -> dict[int, int]:
+        """Samples of each resolution in the global batch of a step, by its side in pixels."""
         size = self._data.global_batch
         counts = self._apportionment.counts_before((step + 1) * size) - self._apportionment.counts_before(step * size)
         return {mix.side_px: int(count) for mix, count in zip(self._mixes, counts, strict=True)}
 
     def images_by_source(self, num_steps: int) -> dict[str, int]:
-        """Samples of each named source in the first `num_steps` global batches, all classes together."""
+        """Samples of each named source in the first `num_steps` global batches, all resolutions together."""
         counts = dict.fromkeys((source.name for source in self._data.active_sources if source.name), 0)
         for use in self.uses(num_steps):
             if use.source:
@@ -221,10 +221,10 @@ class Plan:
 
 
 class _SourceMix:
-    """How the samples of one resolution class are dealt out to the sources that have any for it."""
+    """How the samples of one resolution are dealt out to the sources that have any for it."""
 
     def __init__(
-        self, seed: int, index: Index, resolution: ResolutionClass, data: DataSection, kept: Sequence[KeptSamples]
+        self, seed: int, index: Index, resolution: Resolution, data: DataSection, kept: Sequence[KeptSamples]
     ) -> None:
         sources = data.active_sources
         assert len(index.sources) == len(sources), (index.sources, sources)
@@ -235,7 +235,7 @@ class _SourceMix:
         if not self.streams:
             largest = int(np.argmax(np.minimum(index.height_px, index.width_px)))
             raise DataError(
-                f"data.classes: none of the {len(index)} images fills a bucket of class {resolution.side_px} px with "
+                f"data.resolutions: none of the {len(index)} images fills a bucket of class {resolution.side_px} px with "
                 f"data.max_upscale={data.max_upscale:g} and passes data.filters; the one with the longest short side has "
                 f"(height, width) {index.size_px(largest)}. Set the share of the class to 0, give it smaller buckets, add "
                 "larger images, raise data.max_upscale or widen the filters."
@@ -260,13 +260,13 @@ class _SourceMix:
 
 
 class _Stream:
-    """The endless sequence of samples of one source in one resolution class."""
+    """The endless sequence of samples of one source in one resolution."""
 
     def __init__(
         self,
         seed: int,
         index: Index,
-        resolution: ResolutionClass,
+        resolution: Resolution,
         data: DataSection,
         source: int,
         kept: KeptSamples,
@@ -276,7 +276,7 @@ class _Stream:
         self._index = index
         self._max_upscale = data.max_upscale
         self._has_borders = data.active_sources[source].has_borders
-        self._buckets = class_buckets(resolution)
+        self._buckets = resolution_buckets(resolution)
         samples = index.sources[source]
         self._first, self._kept = samples.start, kept
         self._eligible = EligibleSamples(
@@ -316,13 +316,13 @@ class _Stream:
 
 def _plan_hash(seed: int, index: Index, data: DataSection) -> str:
     """Digest of all that decides which sample stands where: a loader state of another plan must be refused."""
-    classes: Sequence[object] = [
-        (resolution.side_px, resolution.share, resolution.buckets_px) for resolution in data.classes
+    resolutions: Sequence[object] = [
+        (resolution.side_px, resolution.share, resolution.buckets_px) for resolution in data.resolutions
     ]
     captions = [(choice.source, choice.share, index.digests.get(choice.source)) for choice in data.captions]
     filters = [(dataclasses.astuple(rule), index.digests.get(score_column(rule.column))) for rule in data.filters]
     borders = [source.has_borders for source in data.active_sources]
-    decisive = [seed, index.hash, data.global_batch, data.max_upscale, classes, captions, filters, borders]
+    decisive = [seed, index.hash, data.global_batch, data.max_upscale, resolutions, captions, filters, borders]
     if len(index.sources) > 1:
         names_and_shares = [(source.name, source.share) for source in data.active_sources]
         decisive += [names_and_shares, [(samples.start, samples.stop) for samples in index.sources]]

@@ -7,7 +7,7 @@ import numpy as np
 from bitdance_scale.config.data_rules import MAX_MARKUP_TOKENS, NUM_RESOLUTION_TOKENS
 from bitdance_scale.config.schema import RunConfig, VisionSection
 from bitdance_scale.data.plan.apportion import Apportionment
-from bitdance_scale.data.plan.buckets import class_buckets
+from bitdance_scale.data.plan.buckets import resolution_buckets
 from bitdance_scale.data.plan.packing import CostModel, partition_batch
 from bitdance_scale.sequence.layout import ImageTokens, num_positions, pack_samples
 from bitdance_scale.sequence.pack import Pack, Sample
@@ -66,10 +66,10 @@ def placeholder_sample(key: int, grid: tuple[int, int], num_caption_tokens: int)
 
 
 def _samples(config: RunConfig) -> list[Sample]:
-    classes = [resolution for resolution in config.data.classes if resolution.share > 0]
-    labels = Apportionment([resolution.share for resolution in classes]).labels(0, config.data.global_batch)
-    grids = [class_buckets(resolution) // config.vision.downsample for resolution in classes]
-    num_drawn = [0] * len(classes)
+    resolutions = [resolution for resolution in config.data.resolutions if resolution.share > 0]
+    labels = Apportionment([resolution.share for resolution in resolutions]).labels(0, config.data.global_batch)
+    grids = [resolution_buckets(resolution) // config.vision.downsample for resolution in resolutions]
+    num_drawn = [0] * len(resolutions)
     samples = []
     for key, label in enumerate(labels.tolist()):
         height, width = grids[label][num_drawn[label] % len(grids[label])].tolist()

@@ -63,7 +63,7 @@ def test_published_rows_are_in_order(released):
 def test_counts_are_those_of_the_14b_model():
     from bitdance_scale.config.load import load_network
 
-    network = load_network("pipelines/configs/pt_14b.toml")
+    network = load_network("pt_14b")
     sizes = collections.Counter()
     for tensor in our_tensors(network, 151940):
         sizes[tensor.part] += tensor.shape[0] * (tensor.shape[1] if len(tensor.shape) == 2 else 1)

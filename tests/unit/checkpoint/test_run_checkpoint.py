@@ -18,8 +18,8 @@ STATE = TrainState(
     loader={"step": 7},
     optimizer={"step": 6},
     tokenizer_digest="abc",
-    images_by_class={"256": 14, "512": 55},
-    holes=1,
+    images_by_resolution={"256": 14, "512": 55},
+    skipped_samples=1,
 )
 
 

@@ -87,7 +87,7 @@ def test_stage_starts_its_entry_point_with_its_settings(slurm, stage):
     assert "|--nodes|n0|n1|--head|10.0.0.1|--port|20018|--gpus|8|--procs|8|" in preflight
     assert "--nodes=2|--ntasks=2|--ntasks-per-node=1|--cpus-per-task=96|" in train
     assert "|.venv/bin/python|-m|cluster.node|--nodes|2|--procs|8|--head|10.0.0.1|--port|20017|--id|17.0|" in train
-    entry = f"|--|pipelines/{STAGES[stage]}|pipelines/configs/{stage}_14b.toml|"
+    entry = f"|--|pipelines/{STAGES[stage]}|bitdance_scale/config/files/{stage}_14b.toml|"
     assert entry in train and train.endswith("|run.steps=3|data.shards=['a b']|")
     # Where a stage starts is said once, in its configuration.
     assert "run.start_from" not in train

@@ -30,17 +30,17 @@ shards = ["data/{00000..00003}.tar"]
 global_batch = 20
 max_pack_tokens = 2048
 
-[[data.classes]]
+[[data.resolutions]]
 side_px = 32
 share = 2
 buckets_px = [[32, 32], [16, 64]]
 
-[[data.classes]]
+[[data.resolutions]]
 side_px = 64
 share = 7
 buckets_px = [[64, 64], [48, 80]]
 
-[[data.classes]]
+[[data.resolutions]]
 side_px = 128
 share = 1
 buckets_px = [[128, 128]]

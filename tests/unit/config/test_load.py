@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bitdance_scale.config.load import describe, dump_toml, load_config, setting_docs
 from bitdance_scale.config.presets import PRESETS
-from bitdance_scale.config.schema import ResolutionClass, RunConfig, setting
+from bitdance_scale.config.schema import Resolution, RunConfig, setting
 from bitdance_scale.errors import ConfigError
 
 
@@ -24,7 +24,7 @@ def test_values_are_typed_and_defaults_filled_in(config_path: Path) -> None:
     config = load_config(config_path)
     assert config.run.steps == 100
     assert config.data.shards == ("data/{00000..00003}.tar",)
-    assert config.data.classes[1] == ResolutionClass(side_px=64, share=7, buckets_px=((64, 64), (48, 80)))
+    assert config.data.resolutions[1] == Resolution(side_px=64, share=7, buckets_px=((64, 64), (48, 80)))
     assert config.vision.channel_mult == (1, 1, 2)
     assert config.optim.eps == 1e-15
     assert config.sample.prompts == ('a red "circle"', "two\nlines")
@@ -66,14 +66,14 @@ def test_overrides_are_toml_or_bare_words(config_path: Path) -> None:
             "optim.lr=3",
             "sample.size_px=[32, 64]",
             "sample.use_cache=false",
-            "data.classes=[{side_px=32, share=1, buckets_px=[[32, 32]]}]",
+            "data.resolutions=[{side_px=32, share=1, buckets_px=[[32, 32]]}]",
             "text.path=../some=where",
         ],
     )
     assert (config.run.name, config.run.root, config.text.path) == ("other", "a b", "../some=where")
     assert config.optim.lr == 3.0 and isinstance(config.optim.lr, float)
     assert config.sample.size_px == (32, 64) and config.sample.use_cache is False
-    assert config.data.classes == (ResolutionClass(side_px=32, share=1, buckets_px=((32, 32),)),)
+    assert config.data.resolutions == (Resolution(side_px=32, share=1, buckets_px=((32, 32),)),)
 
 
 @pytest.mark.parametrize("override", ["run.steps", "=3", "run..steps=3", "run.steps!=3"])
@@ -99,7 +99,7 @@ def test_unknown_name_is_refused_with_the_nearest(config_path: Path, override: s
 
 def test_unknown_key_in_a_list_of_tables_names_its_file(config_path: Path) -> None:
     config_path.write_text(config_path.read_text().replace("share = 7", "share = 7\nbucket_px = []"))
-    expected = "unknown setting 'data.classes[1].bucket_px'; did you mean 'data.classes[1].buckets_px'?"
+    expected = "unknown setting 'data.resolutions[1].bucket_px'; did you mean 'data.resolutions[1].buckets_px'?"
     message = refusal(config_path)
     assert f"{config_path}: {expected}" in message
 
@@ -119,7 +119,7 @@ def test_unknown_key_in_a_list_of_tables_names_its_file(config_path: Path) -> No
         ("vision.channel_mult=2", "vision.channel_mult = 2: expected list of integer, found integer"),
         ("vision.channel_mult=[1,2.5]", "vision.channel_mult[1] = 2.5: expected integer, found number"),
         ("model=3", "model = 3: expected table, found integer"),
-        ("data.classes=[3]", "data.classes[0] = 3: expected table, found integer"),
+        ("data.resolutions=[3]", "data.resolutions[0] = 3: expected table, found integer"),
     ],
 )
 def test_wrong_type_is_refused(config_path: Path, override: str, expected: str) -> None:
@@ -133,7 +133,7 @@ def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
     for expected in ("run.steps = 'many'", "did you mean 'run.name'?", "optim.lr = '1'"):
         assert expected in message
     missing = next(line for line in message.splitlines() if "required settings are missing" in line)
-    for name in ("run.name", "model.num_layers", "head.width", "vision.weights", "data.classes"):
+    for name in ("run.name", "model.num_layers", "head.width", "vision.weights", "data.resolutions"):
         assert name in missing
 
 
@@ -225,6 +225,6 @@ def test_describe_names_every_setting_with_type_default_and_doc() -> None:
     text = describe(RunConfig)
     assert "run.steps  (integer, required)" in text
     assert "optim.eps  (number, default 1e-15)" in text
-    assert "data.classes[].buckets_px  (list of (integer, integer), required)" in text
+    assert "data.resolutions[].buckets_px  (list of (integer, integer), required)" in text
     assert "vision.channel_mult  (list of integer, default [1, 1, 2, 2, 4])" in text
     assert all(doc.doc for doc in setting_docs(RunConfig))

@@ -19,7 +19,7 @@ from bitdance_scale.config.published_config import (
 from bitdance_scale.config.schema import HeadSection, VisionSection
 from bitdance_scale.errors import CheckpointError
 
-PT_14B = load_network("pipelines/configs/pt_14b.toml")
+PT_14B = load_network("pt_14b")
 # The head of BitDance-14B-64x, as the release configures it.
 HEAD_64X = {
     "ch_target": 32,

@@ -8,9 +8,10 @@ from bitdance_scale.config.load import load_config, setting_docs
 from bitdance_scale.config.ranges import CONSTRAINTS
 from bitdance_scale.config.rules import RULES, check, rules_table
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.errors import ConfigError
 
-ONE_CLASS = "data.classes=[{{side_px=64, share=1, buckets_px=[{}]}}]"
+ONE_CLASS = "data.resolutions=[{{side_px=64, share=1, buckets_px=[{}]}}]"
 
 
 def sources(*names_and_shares: str | int) -> list[str]:
@@ -185,24 +186,24 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
     "block side over bucket": (
         ["vision.block_side=3", "sample.size_px=[48, 48]", ONE_CLASS.format("[60, 72], [64, 64]")],
         1,
-        ["data.classes[0].buckets_px[1] = [64, 64]", "multiples of 12 px", "vision.block_side = 3", "is [60, 60]"],
+        ["data.resolutions[0].buckets_px[1] = [64, 64]", "multiples of 12 px", "vision.block_side = 3", "is [60, 60]"],
     ),
     "bucket": (
         [ONE_CLASS.format("[64, 64], [56, 90]")],
         1,
-        ["data.classes[0].buckets_px[1] = [56, 90]", "multiples of 16 px", "nearest legal size is [48, 96]"],
+        ["data.resolutions[0].buckets_px[1] = [56, 90]", "multiples of 16 px", "nearest legal size is [48, 96]"],
     ),
     "sampled size": (["sample.size_px=[64, 60]"], 1, ["sample.size_px = [64, 60]", "multiples of 16", "[64, 64]"]),
     "resolution tokens": (["sample.size_px=[64, 1040]"], 1, ["sample.size_px = [64, 1040]", "at most 1024 px"]),
     "bucket twice": ([ONE_CLASS.format("[64, 64], [64, 64]")], 1, ["buckets_px[1] = [64, 64]", "listed before"]),
-    "bucket of another class": ([ONE_CLASS.format("[128, 128]")], 1, ["[128, 128]", "4 times", "0.5 to 2"]),
+    "bucket of another resolution": ([ONE_CLASS.format("[128, 128]")], 1, ["[128, 128]", "4 times", "0.5 to 2"]),
     "shares": (["data.global_batch=25"], 1, ["data.global_batch = 25", "multiple of 10", "2:7:1", "use 20 or 30"]),
     "replicas without images": (["data.global_batch=10"], 20, ["global_batch = 10", "20 replicas", "fewer ranks"]),
     "pack cap": (
         ["data.max_pack_tokens=1024"],
         1,
         # 1024 cells of 128 px at 4x; <|vision_start|>, two resolutions, <|vision_end|> and 15 queries; 32 and 32.
-        ["data.max_pack_tokens = 1024", "at least 1107 = 1024 cells", "data.classes[2].buckets_px[0]", "use 1152"],
+        ["data.max_pack_tokens = 1024", "at least 1107 = 1024 cells", "data.resolutions[2].buckets_px[0]", "use 1152"],
     ),
     "padding": (["data.pack_multiple=96"], 1, ["max_pack_tokens = 2048", "data.pack_multiple = 96", "2112"]),
     "run name": (["run.name=a/b"], 1, ["run.name = 'a/b'", "folder name"]),
@@ -233,7 +234,7 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
         1,
         ["data.sources[0].shards = ()", "not empty"],
     ),
-    "bucket number": ([ONE_CLASS.format("[64, 0]")], 1, ["data.classes[0].buckets_px[0][1] = 0", "at least 1"]),
+    "bucket number": ([ONE_CLASS.format("[64, 0]")], 1, ["data.resolutions[0].buckets_px[0][1] = 0", "at least 1"]),
 }
 
 
@@ -247,8 +248,8 @@ def test_refusal_names_setting_value_rule_and_fix(config_path: Path, case: str) 
 
 def test_class_named_twice_is_refused(config_path: Path) -> None:
     twice = "{side_px=64, share=1, buckets_px=[[64, 64]]}"
-    (message,) = violations(config_path, f"data.classes=[{twice}, {twice}]")
-    assert "data.classes[1].side_px = 64: another class has this side" in message
+    (message,) = violations(config_path, f"data.resolutions=[{twice}, {twice}]")
+    assert "data.resolutions[1].side_px = 64: another resolution has this side" in message
 
 
 def test_all_violations_are_listed_and_rules_over_illegal_settings_are_skipped(config_path: Path) -> None:
@@ -285,5 +286,5 @@ def test_table_has_a_row_for_every_rule_and_setting() -> None:
 
 @pytest.mark.parametrize("layout", [[], ["parallel.tensor=2"], ["parallel.pipeline=2"], ["parallel.zero_stage=3"]])
 def test_demo_can_be_trained(layout: list[str]) -> None:
-    demo = Path(__file__).parents[3] / "pipelines" / "configs" / "demo.toml"
+    demo = CONFIGS / "demo.toml"
     check(load_config(demo, layout), 2)

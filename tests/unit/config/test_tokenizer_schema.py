@@ -8,11 +8,12 @@ import pytest
 
 from bitdance_scale.config.load import dump_toml, load_config
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig, check_tokenizer
 from bitdance_scale.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
-DEMO = ROOT / "pipelines" / "configs" / "demo_tokenizer.toml"
+DEMO = CONFIGS / "demo_tokenizer.toml"
 
 
 def test_the_demo_is_legal_on_one_and_two_ranks_and_round_trips(tmp_path: Path):
@@ -25,7 +26,7 @@ def test_the_demo_is_legal_on_one_and_two_ranks_and_round_trips(tmp_path: Path):
 
 def test_the_demo_run_uses_the_sizes_of_the_demo_tokenizer():
     network = load_config(DEMO, schema=TokenizerConfig).autoencoder
-    vision = load_config(ROOT / "pipelines" / "configs" / "demo.toml", schema=RunConfig).vision
+    vision = load_config(CONFIGS / "demo.toml", schema=RunConfig).vision
     names = ("num_bits", "channels", "channel_mult", "num_res_blocks", "downsample")
     assert [getattr(network, name) for name in names] == [getattr(vision, name) for name in names]
 

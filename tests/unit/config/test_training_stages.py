@@ -8,11 +8,11 @@ import pytest
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.rules import check
+from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.config.training_stages import STAGES
 from bitdance_scale.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
-CONFIGS = ROOT / "pipelines" / "configs"
 STAGE_NAMES = ("pt", "ct", "sft", "distill")
 # arXiv 2602.14041 Table 4, column by column.
 TABLE_4 = {
@@ -34,7 +34,7 @@ IMAGES_SEEN_M = (256, 99.2, 92.8, 30.7)
 
 def rows(config) -> dict[str, object]:
     """A configuration in the words of the table."""
-    shares = {resolution.side_px: resolution.share for resolution in config.data.classes}
+    shares = {resolution.side_px: resolution.share for resolution in config.data.resolutions}
     optim = config.optim
     return {
         "learning rate": optim.lr,
@@ -82,7 +82,7 @@ def test_the_example_of_several_sources_is_legal_and_mixes_as_it_says(tmp_path):
     shares = {source.name: source.share for source in config.data.active_sources}
     images = {name: config.data.global_batch * share // sum(shares.values()) for name, share in shares.items()}
     assert images == {"open": 1740, "generated": 580}
-    # Of both classes alike: each has a whole number of the shares' sum.
+    # Of both resolutions alike: each has a whole number of the shares' sum.
     assert config.data.global_batch // 2 % sum(shares.values()) == 0
 
 

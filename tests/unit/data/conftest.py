@@ -16,7 +16,7 @@ from bitdance_scale.config.schema import (
     ObserveSection,
     OptimSection,
     ParallelSection,
-    ResolutionClass,
+    Resolution,
     RunConfig,
     RunSection,
     SampleSection,
@@ -50,15 +50,15 @@ def tokenizer() -> CharacterTokenizer:
 
 @pytest.fixture
 def make_config() -> Callable[..., RunConfig]:
-    """Makes a run on classes 16 (share 3) and 32 px (share 2) of 4 x 4 px cells; arguments change its data section."""
+    """Makes a run on resolutions 16 (share 3) and 32 px (share 2) of 4 x 4 px cells; arguments change its data section."""
 
     def make(shards: Sequence[str] = (), seed: int = 3, **data: object) -> RunConfig:
         settings: dict[str, object] = {
             "shards": tuple(shards),
             "global_batch": 10,
-            "classes": (
-                ResolutionClass(side_px=16, share=3, buckets_px=((16, 16), (24, 8))),
-                ResolutionClass(side_px=32, share=2, buckets_px=((32, 32),)),
+            "resolutions": (
+                Resolution(side_px=16, share=3, buckets_px=((16, 16), (24, 8))),
+                Resolution(side_px=32, share=2, buckets_px=((32, 32),)),
             ),
             "max_pack_tokens": 256,
             "pack_multiple": 16,

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bitdance_scale.config.schema import ResolutionClass, RunConfig
+from bitdance_scale.config.schema import Resolution, RunConfig
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.loader import Loader
@@ -142,13 +142,13 @@ def write(folder: Path, case: Case) -> str:
 
 def one_pass(config: RunConfig, index: Index, tokenizer) -> tuple[int, dict[str, int]]:
     """Samples trained, and faults by cause, of a loader that goes through the index once."""
-    (resolution,) = (ResolutionClass(side_px=16, share=1, buckets_px=((16, 16),)),)
-    data = dataclasses.replace(config.data, classes=(resolution,), global_batch=len(index), text_drop=0.0)
+    (resolution,) = (Resolution(side_px=16, share=1, buckets_px=((16, 16),)),)
+    data = dataclasses.replace(config.data, resolutions=(resolution,), global_batch=len(index), text_drop=0.0)
     with Loader(dataclasses.replace(config, data=data), tokenizer, index, 0, 1) as loader:
         step = loader.next_step()
         counts = {cause: sum(shards.values()) for cause, shards in loader.ledger.counts().items()}
     assert counts == {str(cause): count for cause, count in step.faults.items()}
-    return len(index) - step.num_holes, counts
+    return len(index) - step.num_skipped, counts
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -191,9 +191,9 @@ def test_random_damage_is_counted(tmp_path_factory, make_config_once, tokenizer_
     if len(index) < num_all:
         assert index.shards[0].faults, "samples are missing and nothing says so"
     num_trained, counts = one_pass(make_config_once([str(shard)]), index, tokenizer_once)
-    holes = sum(count for cause, count in counts.items() if not cause.endswith("caption"))
-    assert num_trained + holes == len(index) <= num_all + sum(index.shards[0].faults.values())
-    assert index.shards[1].faults == {} and index.shards[1].num_samples == NUM_SOUND + 1
+    skipped_samples = sum(count for cause, count in counts.items() if not cause.endswith("caption"))
+    assert num_trained + skipped_samples == len(index) <= num_all + sum(index.shards[0].faults.values())
+    assert index.shards[1].sample_errors == {} and index.shards[1].num_samples == NUM_SOUND + 1
 
 
 @pytest.fixture(scope="module")

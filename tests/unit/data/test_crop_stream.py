@@ -24,7 +24,7 @@ def index(data_set: list[str], tmp_path: Path) -> Index:
 def batches(index: Index, rank: int = 0, num_ranks: int = 1, **changes: object) -> list[np.ndarray]:
     settings = {
         "sizes_px": SIZES, "images_px": 4096, "max_zoom": 1.25, "seed": 7, "num_steps": 6, "num_threads": 2,
-        "max_hole_share": 0.0,
+        "max_skipped_share": 0.0,
     } | changes  # fmt: skip
     with CropStream(index, rank=rank, num_ranks=num_ranks, **settings) as stream:
         return list(stream)
@@ -74,7 +74,7 @@ def test_unreadable_images_are_left_out_and_stop_the_stream_when_nothing_is_left
     good, bad = sample_members(32, 32, "a", 1), sample_members(32, 32, "b", 2)
     bad["jpg"] = bad["jpg"][:200]
     one_bad = build_index([str(write_tar(tmp_path / "a" / "0.tar", {"1": good, "2": bad}))], tmp_path / "a")
-    steps = batches(one_bad, sizes_px=((32, 32),), images_px=2048, num_steps=3, max_hole_share=0.9)
+    steps = batches(one_bad, sizes_px=((32, 32),), images_px=2048, num_steps=3, max_skipped_share=0.9)
     assert [len(batch) for batch in steps] == [1, 1, 1]
     all_bad = build_index([str(write_tar(tmp_path / "b" / "0.tar", {"1": bad}))], tmp_path / "b")
     with pytest.raises(DataError, match=r"no image of a step could be read.*bad_image"):

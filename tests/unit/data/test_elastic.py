@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitdance_scale.config.schema import DataSource, ResolutionClass
+from bitdance_scale.config.schema import DataSource, Resolution
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.loader import Loader
@@ -21,7 +21,7 @@ STEPS_EACH = 2
 NUM_SAMPLES = 1200
 UNEVEN = (1, 700, 13, 400, 86)
 """Samples of each shard."""
-CLASSES = (ResolutionClass(side_px=16, share=1, buckets_px=((16, 16),)),)
+RESOLUTIONS = (Resolution(side_px=16, share=1, buckets_px=((16, 16),)),)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_an_epoch_over_a_chain_of_replicas(shards, index, make_config, tokenizer
     for number, num_ranks in enumerate(CHAIN):
         config = make_config(
             shards,
-            classes=CLASSES,
+            resolutions=RESOLUTIONS,
             global_batch=NUM_SAMPLES // (STEPS_EACH * len(CHAIN)),
             read_threads=1 + number % 3,
             prefetch_steps=1 + number % 2,
@@ -81,7 +81,7 @@ def test_an_epoch_over_a_chain_of_replicas(shards, index, make_config, tokenizer
 def test_epochs_of_unequal_sources_go_by_source(shards, index, make_config, tokenizer) -> None:
     """Sources of 701 and 499 samples, one to one: after 499 of each the small one begins again, the large one does not."""
     sources = tuple(DataSource(name=name, shards=(name,), share=1) for name in ("large", "small"))
-    config = make_config((), sources=sources, classes=CLASSES, global_batch=120)
+    config = make_config((), sources=sources, resolutions=RESOLUTIONS, global_batch=120)
     divided = index.divided([2, 3])
     batches, _ = run_steps(config, tokenizer, divided, 3, None, 12)
     taken = sum(batches, Counter())
@@ -96,7 +96,7 @@ def test_epochs_of_unequal_sources_go_by_source(shards, index, make_config, toke
 def test_any_chain_equals_one_run(shards, index, make_config, tokenizer, tmp_path: Path, seed: int) -> None:
     """Random numbers of replicas, a resume after every step."""
     draw = np.random.default_rng(seed)
-    config = make_config(shards, classes=CLASSES, global_batch=50, image_to_text_share=0.3)
+    config = make_config(shards, resolutions=RESOLUTIONS, global_batch=50, image_to_text_share=0.3)
     expected, _ = run_steps(config, tokenizer, index, 1, None, 5)
     state, found = None, []
     for _ in range(5):

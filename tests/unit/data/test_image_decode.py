@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from bitdance_scale.data.data_errors import FaultCause, SampleFault
+from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.image_decode import centre_region, decode_image, read_size_px
 from tests.unit.data.small_data import encode_image
 
@@ -22,8 +22,8 @@ def saved(picture: Image.Image, kind: str, **options: object) -> bytes:
     return file.getvalue()
 
 
-def fault_of(data: bytes, stored_px: tuple[int, int] = (40, 60)) -> SampleFault:
-    with pytest.raises(SampleFault) as caught:
+def fault_of(data: bytes, stored_px: tuple[int, int] = (40, 60)) -> SampleError:
+    with pytest.raises(SampleError) as caught:
         decode_image(data, stored_px, (16, 16))
     return caught.value
 
@@ -114,16 +114,16 @@ def test_resize_is_antialiased() -> None:
 def test_damage_is_a_fault() -> None:
     jpeg = encode_image(40, 60)
     png = encode_image(40, 60, kind="PNG")
-    assert fault_of(jpeg[:-200]).cause == FaultCause.BAD_IMAGE
-    assert fault_of(png[: len(png) // 2]).cause == FaultCause.BAD_IMAGE
-    assert fault_of(b"").cause == FaultCause.BAD_IMAGE
+    assert fault_of(jpeg[:-200]).cause == ErrorCause.BAD_IMAGE
+    assert fault_of(png[: len(png) // 2]).cause == ErrorCause.BAD_IMAGE
+    assert fault_of(b"").cause == ErrorCause.BAD_IMAGE
     assert "no JPEG, PNG or WebP (3 bytes)" in str(fault_of(b"GIF"))
-    assert fault_of(saved(Image.new("RGB", (60, 40)), "GIF")).cause == FaultCause.BAD_IMAGE
+    assert fault_of(saved(Image.new("RGB", (60, 40)), "GIF")).cause == ErrorCause.BAD_IMAGE
 
 
 def test_another_size_than_indexed_is_a_fault() -> None:
     fault = fault_of(encode_image(40, 61))
-    assert fault.cause == FaultCause.SIZE_MISMATCH and "(40, 61)" in str(fault) and "(40, 60)" in str(fault)
+    assert fault.cause == ErrorCause.SIZE_MISMATCH and "(40, 61)" in str(fault) and "(40, 60)" in str(fault)
 
 
 @pytest.mark.parametrize("side", [8193, 60_000])
@@ -135,7 +135,7 @@ def test_bomb_is_refused_by_its_header(side: int) -> None:
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    assert fault_of(bomb, (side, side)).cause == FaultCause.TOO_MANY_PIXELS
+    assert fault_of(bomb, (side, side)).cause == ErrorCause.TOO_MANY_PIXELS
 
 
 def test_random_damage_never_escapes_as_another_error() -> None:
@@ -148,7 +148,7 @@ def test_random_damage_never_escapes_as_another_error() -> None:
             damaged[places] = numbers.integers(0, 256, len(places))
             try:
                 assert decode_image(damaged.tobytes(), (40, 60), (16, 16)).shape == (16, 16, 3)
-            except SampleFault:
+            except SampleError:
                 pass
 
 

@@ -1,4 +1,4 @@
-"""The loader end to end: the same batches for any number of ranks, exact resume, holes, and threads that end."""
+"""The loader end to end: the same batches for any number of ranks, exact resume, skipped_samples, and threads that end."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(index, make_config,
         for step in steps:
             assert len({len(one.packs) for one in step}) == 1
             assert all(pack.pack.num_positions <= 256 for one in step for pack in one.packs)
-            assert all(one.images_by_class == {16: 6, 32: 4} for one in step)
+            assert all(one.images_by_resolution == {16: 6, 32: 4} for one in step)
         batches.append([sorted(s for one in step for pack in one.packs for s in contents(pack)) for step in steps])
     assert [len(batch) for batch in batches[0]] == [10] * 4
     assert batches[0] == batches[1]
@@ -115,7 +115,7 @@ def test_threads_and_prefetch_change_nothing(index, make_config, tokenizer) -> N
 def test_images_fit_the_pack(index, make_config, tokenizer) -> None:
     with Loader(make_config(), tokenizer, index, 0, 1) as loader:
         step = loader.next_step()
-    assert step.num_holes == 0 and step.wait_s >= 0
+    assert step.num_skipped == 0 and step.wait_s >= 0
     for loaded in step.packs:
         assert loaded.pack.vision_bits is None
         assert loaded.pack.num_positions % 16 == 0
@@ -236,18 +236,18 @@ def test_unreadable_images_are_holes_and_the_plan_stands(make_config, tokenizer,
         planned = plan.batch(step.step).samples
         kept = sorted(key for pack in step.packs for key in pack.pack.sample_keys.tolist())
         assert kept == sorted(planned[planned < 6].tolist())
-        assert step.num_holes == (planned >= 6).sum() == sum(pack.num_holes for pack in step.packs)
+        assert step.num_skipped == (planned >= 6).sum() == sum(pack.num_skipped for pack in step.packs)
     assert ledger.num_read == 80
-    assert ledger.counts() == {"bad_image": {shards[0]: ledger.num_holes}}
+    assert ledger.counts() == {"bad_image": {shards[0]: ledger.num_skipped}}
     # Each class goes through its 8 samples five times or more; 2 of 8 are broken.
-    assert ledger.num_holes == sum(step.num_holes for step in steps) == 20
+    assert ledger.num_skipped == sum(step.num_skipped for step in steps) == 20
 
 
 def test_a_pack_of_holes_still_runs_and_adds_to_no_loss(make_config, tokenizer, tmp_path: Path) -> None:
     index = build_index(broken_data_set(tmp_path, num_good=0, num_broken=3), tmp_path / "index")
     with Loader(make_config(), tokenizer, index, 0, 1) as loader:
         loaded = next(loader)
-    assert len(loaded.images) == len(loaded.pack.sample_keys) == 1 and loaded.num_holes > 1
+    assert len(loaded.images) == len(loaded.pack.sample_keys) == 1 and loaded.num_skipped > 1
     assert loaded.images[0].shape[:2] == tuple(4 * loaded.pack.sample_grids[0])
     assert len(loaded.pack.predict_positions) == len(loaded.pack.text_positions) == 0
     assert not loaded.pack.sample_predicts.any()
@@ -256,12 +256,12 @@ def test_a_pack_of_holes_still_runs_and_adds_to_no_loss(make_config, tokenizer, 
 def test_too_many_holes_stop_the_run(make_config, tokenizer, tmp_path: Path) -> None:
     shards = broken_data_set(tmp_path, num_good=6, num_broken=2)
     index = build_index(shards, tmp_path / "index")
-    config = make_config(global_batch=200, max_pack_tokens=4096, max_hole_share=0.01)
+    config = make_config(global_batch=200, max_pack_tokens=4096, max_skipped_share=0.01)
     with Loader(config, tokenizer, index, 0, 1) as loader:
         with pytest.raises(DataError, match="bad_image .*00000.tar") as stopped:
             for _ in range(6):
                 loader.next_step()
-    assert "more than data.max_hole_share=0.01 allows" in str(stopped.value)
+    assert "more than data.max_skipped_share=0.01 allows" in str(stopped.value)
     assert 1000 <= loader.ledger.num_read < 1200
 
 
@@ -275,7 +275,7 @@ def test_shards_changed_or_lost_become_holes(data_set, make_config, tokenizer, t
     counts = loader.ledger.counts()
     assert set(counts["read_failed"]) >= {shards[0]}
     assert shards[2] not in {shard for by_shard in counts.values() for shard in by_shard}
-    assert loader.ledger.num_holes == sum(sum(by_shard.values()) for by_shard in counts.values()) > 0
+    assert loader.ledger.num_skipped == sum(sum(by_shard.values()) for by_shard in counts.values()) > 0
 
 
 def test_samples_without_caption_train_unconditionally_and_are_counted(make_config, tokenizer, tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_samples_without_caption_train_unconditionally_and_are_counted(make_conf
         step = loader.next_step()
     # 18 of class 16 and 12 of class 32, each through its 3 samples 6 and 4 times.
     assert loader.ledger.counts() == {"empty_caption": {shard: 10}, "missing_caption": {shard: 10}}
-    assert step.num_holes == 0
+    assert step.num_skipped == 0
     for loaded in step.packs:
         for document, key in enumerate(loaded.pack.sample_keys.tolist()):
             ids = loaded.pack.token_ids[loaded.pack.document_ids == document]
@@ -341,7 +341,7 @@ def test_a_stalled_read_is_named(index, make_config, tokenizer, monkeypatch, cap
         f"waiting for {index.shard_path(first)}: sample {index.name(first)}, {index.image_bytes[first]} bytes from byte"
     )
     assert expected in caplog.text
-    assert step.num_holes == 0
+    assert step.num_skipped == 0
 
 
 def test_steps_read_ahead_are_counted(index, make_config, tokenizer) -> None:
@@ -361,4 +361,4 @@ def test_faults_of_a_step_are_told_by_cause(make_config, tokenizer, tmp_path: Pa
     with Loader(make_config(global_batch=15), tokenizer, index, 0, 1) as loader:
         step = loader.next_step()
     counts = {str(cause): count for cause, count in step.faults.items()}
-    assert counts == {"missing_caption": 5, "empty_caption": 5, "bad_image": 5} and step.num_holes == 5
+    assert counts == {"missing_caption": 5, "empty_caption": 5, "bad_image": 5} and step.num_skipped == 5

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bitdance_scale.data.data_errors import FaultCause, SampleFault
+from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.reader import ShardReader
 from bitdance_scale.data.storage.stores import Stores
 from tests.unit.data.small_data import members_of, write_tar
@@ -51,14 +51,14 @@ def test_missing_cut_and_replaced_shards_are_faults(tmp_path: Path) -> None:
     path = str(write_tar(tmp_path / "0.tar", {"0": {"jpg": b"x" * 900}}))
     member = members_of(path)[0]
     os.rename(path, f"{path}.gone")
-    with pytest.raises(SampleFault, match="No such file") as missing:
+    with pytest.raises(SampleError, match="No such file") as missing:
         ShardReader().read(path, *member)
-    assert missing.value.cause == FaultCause.READ_FAILED
+    assert missing.value.cause == ErrorCause.READ_FAILED
     Path(path).write_bytes(Path(f"{path}.gone").read_bytes()[:1000])
-    with pytest.raises(SampleFault, match="the shard ends before them") as cut:
+    with pytest.raises(SampleError, match="the shard ends before them") as cut:
         ShardReader().read(path, *member)
-    assert cut.value.cause == FaultCause.READ_FAILED
+    assert cut.value.cause == ErrorCause.READ_FAILED
     write_tar(tmp_path / "0.tar", {"1": {"jpg": b"y" * 900}})
-    with pytest.raises(SampleFault, match="not behind the tar header that was indexed") as replaced:
+    with pytest.raises(SampleError, match="not behind the tar header that was indexed") as replaced:
         ShardReader().read(path, *member)
-    assert replaced.value.cause == FaultCause.SHARD_CHANGED
+    assert replaced.value.cause == ErrorCause.SHARD_CHANGED

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitdance_scale.config.schema import DataSection, DataSource, ResolutionClass
+from bitdance_scale.config.schema import DataSection, DataSource, Resolution
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index, ShardEntry
 from bitdance_scale.data.plan.apportion import Apportionment
@@ -40,8 +40,8 @@ def make_data(source_shares: Sequence[int], class_shares: Sequence[int] = (1,), 
             for number, share in enumerate(source_shares)
         ),
         global_batch=global_batch,
-        classes=tuple(
-            ResolutionClass(side_px=side, share=share, buckets_px=((side, side),))
+        resolutions=tuple(
+            Resolution(side_px=side, share=share, buckets_px=((side, side),))
             for side, share in zip(SIDES_PX, class_shares, strict=False)
         ),
         max_pack_tokens=1024,
@@ -74,9 +74,9 @@ def test_classes_and_sources_are_less_than_one_off_at_every_prefix(mixture: tupl
     index, data = mixture
     plan = Plan(1, index, data)
     columns = drawn(plan, num_steps=12)
-    class_shares = [resolution.share for resolution in data.classes]
-    sides = [resolution.side_px for resolution in data.classes]
-    # The classes come as they do without sources.
+    class_shares = [resolution.share for resolution in data.resolutions]
+    sides = [resolution.side_px for resolution in data.resolutions]
+    # The resolutions come as they do without sources.
     labels = Apportionment(class_shares).labels(0, len(columns["side_px"]))
     np.testing.assert_array_equal(columns["side_px"], np.array(sides)[labels])
     is_complete = True
@@ -111,7 +111,7 @@ def test_every_stream_goes_through_its_own_samples_epoch_by_epoch(mixture: tuple
     uses = {(use.source, use.side_px): use for use in plan.uses(15)}
     totals = Counter()
     for number, (source, samples) in enumerate(zip(data.sources, index.sources, strict=True)):
-        for side in (resolution.side_px for resolution in data.classes):
+        for side in (resolution.side_px for resolution in data.resolutions):
             is_stream = (columns["source"] == number) & (columns["side_px"] == side)
             stream, epochs = columns["samples"][is_stream], columns["epoch"][is_stream]
             eligible = [sample for sample in samples if index.height_px[sample] >= side]
@@ -146,7 +146,7 @@ def test_any_step_is_planned_without_those_before_it(mixture: tuple[Index, DataS
 
 
 def test_a_batch_of_whole_shares_is_exact_in_every_class() -> None:
-    """The SFT stage: 2,320 images, two classes alike; 3 : 1 of 1,160 is 870 and 290."""
+    """The SFT stage: 2,320 images, two resolutions alike; 3 : 1 of 1,160 is 870 and 290."""
     data = make_data((3, 1), (1, 1), global_batch=2320)
     plan = Plan(0, make_index([40] * 500, [40] * 90), data)
     for step in (0, 1, 40_000):
@@ -182,15 +182,15 @@ def test_one_source_is_planned_as_ever() -> None:
     numbers = np.random.default_rng(0)
     sizes = numbers.integers(10, 70, (2, 300)).astype(np.int32)
     index = bare_index(*sizes, **{"caption.caption_status": (numbers.random(300) < 0.05).astype(np.uint8)})
-    classes = (
-        ResolutionClass(side_px=16, share=3, buckets_px=((16, 16), (24, 8))),
-        ResolutionClass(side_px=32, share=2, buckets_px=((32, 32),)),
+    resolutions = (
+        Resolution(side_px=16, share=3, buckets_px=((16, 16), (24, 8))),
+        Resolution(side_px=32, share=2, buckets_px=((32, 32),)),
     )
     rest = {"global_batch": 50, "max_pack_tokens": 256, "text_drop": 0.2, "image_to_text_share": 0.3}
     off = DataSource(name="off", shards=("y",), share=0)
     only = DataSource(name="only", shards=("x",), share=4)
     for source in ({"shards": ("x",)}, {"sources": (only,)}, {"sources": (off, only)}):
-        plan = Plan(3, index, DataSection(classes=classes, **source, **rest))
+        plan = Plan(3, index, DataSection(resolutions=resolutions, **source, **rest))
         digest = hashlib.sha256()
         for step in (0, 1, 17, 123_456):
             batch = plan.batch(step)
@@ -199,7 +199,7 @@ def test_one_source_is_planned_as_ever() -> None:
         # Computed by the plan as it was when there was one source only.
         assert digest.hexdigest()[:32] == "85445578a7bf943fc75e9f90cdda211b"
         assert plan.hash == "3355143f01dccf7864dc11f6e17261da"
-    assert Plan(3, index, DataSection(classes=classes, shards=("x",), **rest)).images_by_source(4) == {}
+    assert Plan(3, index, DataSection(resolutions=resolutions, shards=("x",), **rest)).images_by_source(4) == {}
 
 
 def test_the_hash_covers_names_shares_and_whose_shards_they_are() -> None:

@@ -27,7 +27,7 @@ from bitdance_scale.observe.metrics import (
 
 POINT = StepMetrics(
     step=1, images=8, tokens=900, loss=1.5, loss_vision=1.4, loss_text=10.0, grad_norm=2.0, lr=1e-4, step_s=0.5,
-    data_wait_s=0.01, tokens_per_s=1800.0, images_per_s=16.0, mfu=None, images_by_class={256: 2, 512: 6},
+    data_wait_s=0.01, tokens_per_s=1800.0, images_per_s=16.0, mfu=None, images_by_resolution={256: 2, 512: 6},
     padding_share=0.05, memory_bytes=2**30,
 )  # fmt: skip
 
@@ -45,14 +45,14 @@ def write(folder: Path, steps: range, resumed_step: int) -> None:
 def test_written_metrics_are_read_back(tmp_path):
     with MetricsWriter(tmp_path, resumed_step=0) as writer:
         writer.write(point(1))
-        writer.write(point(2, mfu=0.45, holes=3, skipped_steps=1))
-    assert read_metrics(tmp_path / METRICS_FILE) == [point(1), point(2, mfu=0.45, holes=3, skipped_steps=1)]
+        writer.write(point(2, mfu=0.45, skipped_samples=3, skipped_steps=1))
+    assert read_metrics(tmp_path / METRICS_FILE) == [point(1), point(2, mfu=0.45, skipped_samples=3, skipped_steps=1)]
 
 
 def test_a_run_goes_on_over_lines_from_before_there_were_sources_and_faults(tmp_path):
     write(tmp_path, range(1, 2), resumed_step=0)
     path = tmp_path / METRICS_FILE
-    later = ("images_by_source", "faults", "steps_ready")
+    later = ("images_by_source", "sample_errors", "steps_ready")
     old = {name: value for name, value in json.loads(path.read_text()).items() if name not in later}
     path.write_text(json.dumps(old) + "\n")
     with MetricsWriter(tmp_path, resumed_step=1) as writer:
@@ -148,7 +148,7 @@ def test_evaluations_are_read_back_and_those_of_lost_work_are_dropped(tmp_path):
     assert [line.step for line in read_evaluations(path)] == [0, 20, 40]
     append_evaluation(tmp_path, evaluation(20, loss=math.inf))
     first, last = read_evaluations(path)
-    assert first.vision_by_class[256] == 0.4 and math.isnan(first.vision_by_class[512])
+    assert first.vision_by_resolution[256] == 0.4 and math.isnan(first.vision_by_resolution[512])
     assert last.step == 20 and math.isnan(last.vision) and math.isnan(last.vision_by_time[1]) and last.text == 9.0
     path.write_text('{"step": 0}\n' + first.to_json())
     with pytest.raises(DataError, match="evaluation.jsonl, line 1: .*held-out losses"):

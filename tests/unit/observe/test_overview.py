@@ -39,7 +39,13 @@ def held_out(step: int, loss: float = 0.5) -> Evaluation:
 def full_run(folder: Path) -> Path:
     """Two hundred steps of everything, clipped at first, one of them skipped."""
     metrics = [
-        point(step, mfu=0.4, grad_norm=math.nan if step == 90 else 50 / step, skipped_steps=int(step >= 90), holes=3)
+        point(
+            step,
+            mfu=0.4,
+            grad_norm=math.nan if step == 90 else 50 / step,
+            skipped_steps=int(step >= 90),
+            skipped_samples=3,
+        )
         for step in range(1, 201)
     ]
     write_run(folder, metrics, [held_out(0, 48.0), *(held_out(step) for step in range(40, 201, 40))])

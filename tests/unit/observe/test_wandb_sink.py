@@ -40,7 +40,7 @@ folder = Path(sys.argv[1])
 sink = WandbSink(ObserveSection(), folder, {"run": {"steps": 2}}, run_id="abc123")
 point = StepMetrics(
     step=1, images=8, tokens=900, loss=1.5, loss_vision=1.4, loss_text=10.0, grad_norm=2.0, lr=1e-4, step_s=0.5,
-    data_wait_s=0.01, tokens_per_s=1800.0, images_per_s=16.0, mfu=None, images_by_class={256: 2, 512: 6},
+    data_wait_s=0.01, tokens_per_s=1800.0, images_per_s=16.0, mfu=None, images_by_resolution={256: 2, 512: 6},
     padding_share=0.05, memory_bytes=2**30,
 )
 sink.log(1, point)
@@ -142,10 +142,10 @@ def test_every_field_has_a_panel(record):
 
 def test_every_value_is_logged_once():
     point = dataclasses.replace(
-        POINT, mfu=0.4, images_by_source={"open": 5, "own": 3, "drawn": 0}, faults={"bad_image": 2}
+        POINT, mfu=0.4, images_by_source={"open": 5, "own": 3, "drawn": 0}, sample_errors={"bad_image": 2}
     )
     logged = panel_values(point)
-    parts = (point.images_by_class, point.images_by_source, point.faults)
+    parts = (point.images_by_resolution, point.images_by_source, point.faults)
     assert len(logged) == len(dataclasses.fields(StepMetrics)) - len(parts) + sum(map(len, parts))
     assert logged["data/images_of_own"] == 3 and logged["data/faults_bad_image"] == 2
     assert logged["loss/flow"] == point.loss_vision and logged["data/images_256_px"] == 2

@@ -10,13 +10,14 @@ import pytest
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import ParallelSection
+from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.observe.flops import count_parameters
 from bitdance_scale.parallel.memory_estimate import Bytes, Footprint, footprint_here, num_in_flight
 from bitdance_scale.parallel.zero import MAX_BUCKET_ELEMENTS, deepspeed_config
 from tests.distributed.spawn import run_ranks
 from tests.distributed.toy import toy_config
 
-CONFIG = Path(__file__).parents[3] / "pipelines" / "configs" / "pt_14b.toml"
+CONFIG = CONFIGS / "pt_14b.toml"
 VOCAB_SIZE = 151940
 MIB = 2**20
 

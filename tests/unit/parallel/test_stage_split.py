@@ -25,7 +25,7 @@ VOCAB_SIZE = 151940
 
 def pretraining(*overrides: str) -> RunConfig:
     """The 14B configuration of the PT stage."""
-    return load_config("pipelines/configs/pt_14b.toml", overrides)
+    return load_config("pt_14b", overrides)
 
 
 @given(st.floats(0.1, 10.0), st.floats(0.0, 60.0), st.floats(0.0, 60.0), st.integers(1, 10), st.integers(1, 4))

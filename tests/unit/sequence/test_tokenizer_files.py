@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from bitdance_scale.config.schema import TextSection
+from bitdance_scale.config.shipped import ASSETS
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.sequence.tokenizer_files import write_tokenizer
 from bitdance_scale.sequence.tokens import TextTokenizer, load_text_tokenizer
 from tests.released import qwen_like, save_as_qwen3
 
-DEMO_MODEL = Path(__file__).parents[3] / "pipelines" / "assets" / "demo" / "tokenizer.model"
+DEMO_MODEL = ASSETS / "demo" / "tokenizer.model"
 
 
 def section(path: Path, kind: str = "huggingface") -> TextSection:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from bitdance_scale.config.schema import TextSection
+from bitdance_scale.config.shipped import ASSETS
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.sequence.layout import pack_samples
 from bitdance_scale.sequence.tokens import (
@@ -24,7 +25,7 @@ from bitdance_scale.sequence.tokens import (
 )
 from tests.released import qwen_like
 
-DEMO_MODEL = Path(__file__).parents[3] / "pipelines" / "assets" / "demo" / "tokenizer.model"
+DEMO_MODEL = ASSETS / "demo" / "tokenizer.model"
 MAX_CAPTION_TOKENS = 24
 SPECIALS = [*MARKUP_TOKENS, "<|res_7|>", "<|query_2|>", "<think>"]
 CAPTIONS = ["a red circle", 'the word "CAT" in red', "  two\n\nlines ", "\n", "", "naïve 日本 🎈 é"]

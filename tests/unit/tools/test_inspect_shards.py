@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from bitdance_scale.config.shipped import CONFIGS
 from tests.unit.data.small_data import sample_members, write_tar
 
 SCRIPT = Path(__file__).parents[3] / "tools" / "inspect_shards.py"
@@ -46,7 +47,7 @@ def test_without_a_data_set_the_sources_of_the_configuration_are_counted(tmp_pat
         for name, share in (("open", 3), ("own", 1))
     )
     config = tmp_path / "mixed.toml"
-    demo = Path(__file__).parents[3] / "pipelines" / "configs" / "demo.toml"
+    demo = CONFIGS / "demo.toml"
     config.write_text(f'extends = "{demo}"\n[data]\nshards = []\nindex_dir = "{tmp_path / "index"}"\n{sources}')
     run(monkeypatch, "--config", str(config), "--count", "4", "--out", str(tmp_path / "grid.png"))
     printed = capsys.readouterr().out

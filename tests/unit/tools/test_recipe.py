@@ -14,10 +14,10 @@ from recipe import Job, Recipe, plan_jobs, sides_of
 from recipe_report import ScoredModel, StageReport, write_report
 
 from bitdance_scale.config.load import load_config
+from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.errors import BitDanceError, ConfigError
 from bitdance_scale.observe.metrics import METRICS_FILE, Evaluation, StepMetrics, append_evaluation
 
-CONFIGS = Path("pipelines/configs")
 DEMO = [CONFIGS / f"{name}.toml" for name in ("demo", "ct_demo", "sft_demo", "distill_demo")]
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from bitdance_scale.train.exit_record import EXIT_RECORD
 from bitdance_scale.train.main import EXIT_REFUSED, main
 
-DEMO = str(Path(__file__).parents[3] / "pipelines/configs/demo.toml")
+DEMO = "demo"
 
 
 @pytest.mark.parametrize(("override", "code"), [("run.stepz=3", EXIT_REFUSED), ("run.steps=3", 0)])

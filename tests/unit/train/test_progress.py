@@ -30,14 +30,22 @@ def test_rate_of_a_run_shorter_than_its_decay_falls_all_the_way():
 
 def test_progress_fields_are_json_values():
     fields = progress_fields(
-        Progress(3, 58, 900, images_by_class={32: 12, 64: 42}, holes=2, faults={"bad_image": 2}, skipped_steps=1)
+        Progress(
+            3,
+            58,
+            900,
+            images_by_resolution={32: 12, 64: 42},
+            skipped_samples=2,
+            sample_errors={"bad_image": 2},
+            skipped_steps=1,
+        )
     )
     assert fields == {
         "step": 3,
         "images": 58,
         "tokens": 900,
-        "images_by_class": {"32": 12, "64": 42},
-        "holes": 2,
-        "faults": {"bad_image": 2},
+        "images_by_resolution": {"32": 12, "64": 42},
+        "skipped_samples": 2,
+        "sample_errors": {"bad_image": 2},
         "optimizer": {"skipped_steps": 1},
     }

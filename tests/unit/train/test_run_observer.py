@@ -39,7 +39,7 @@ class Sink:
 @pytest.fixture
 def observe(monkeypatch, tmp_path):
     monkeypatch.setattr(run_observer, "WandbSink", Sink)
-    config = load_config("pipelines/configs/demo.toml")
+    config = load_config("demo")
 
     def make(rank: int = 0) -> RunObserver:
         ranks = SimpleNamespace(

@@ -10,7 +10,7 @@ from bitdance_scale.train.run_observer import _summary, sources_summary
 
 
 def test_a_14b_run_says_what_it_costs():
-    config = load_config("pipelines/configs/pt_14b.toml")
+    config = load_config("pt_14b")
     ranks = SimpleNamespace(
         tensor_size=4, pipeline_size=1, data_size=64, world_size=256, device_name="NVIDIA H100 80GB HBM3"
     )
@@ -27,7 +27,7 @@ def test_a_14b_run_says_what_it_costs():
 
 
 def test_on_an_unknown_device_no_time_is_claimed():
-    config = load_config("pipelines/configs/demo.toml")
+    config = load_config("demo")
     ranks = SimpleNamespace(tensor_size=1, pipeline_size=1, data_size=2, world_size=2, device_name="cpu")
     text = _summary(config, ranks, 755, resumed_step=100)
     assert "steps 100 to 800, 10 images" in text and "days" not in text

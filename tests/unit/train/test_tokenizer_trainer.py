@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import VisionSection
+from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.errors import ConfigError, DataError
 from bitdance_scale.train.tokenizer_evaluation import evaluate, psnr_db
@@ -22,7 +23,7 @@ from bitdance_scale.train.tokenizer_trainer import learning_rate, train_tokenize
 from bitdance_scale.vision.autoencoder import Autoencoder
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
-DEMO = Path(__file__).parents[3] / "pipelines" / "configs" / "demo_tokenizer.toml"
+DEMO = CONFIGS / "demo_tokenizer.toml"
 
 
 @pytest.fixture(scope="module")

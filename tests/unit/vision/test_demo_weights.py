@@ -13,13 +13,14 @@ from demo_scenes import make_scene, render
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.config.shipped import ASSETS, CONFIGS
 from bitdance_scale.train.tokenizer_evaluation import psnr_db
 from bitdance_scale.vision.autoencoder import published_sizes
 from bitdance_scale.vision.bits import unpack_bits
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
 ROOT = Path(__file__).parents[3]
-DEMO = ROOT / "pipelines" / "assets" / "demo"
+DEMO = ASSETS / "demo"
 HELD_OUT_SEED = 4242
 
 
@@ -32,7 +33,7 @@ def square_scenes(side_px: int, count: int) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> VisionTokenizer:
-    section = load_config(ROOT / "pipelines" / "configs" / "demo.toml", schema=RunConfig).vision
+    section = load_config(CONFIGS / "demo.toml", schema=RunConfig).vision
     return VisionTokenizer(dataclasses.replace(section, weights=str(DEMO / "ae.safetensors")), "cpu")
 
 

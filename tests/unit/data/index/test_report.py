@@ -8,7 +8,7 @@ import pytest
 
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index
-from bitdance_scale.data.index.report import check_losses, lost_samples, summary, suspicious_shards
+from bitdance_scale.data.index.report import check_skipped, skipped_samples, summary, suspicious_shards
 from bitdance_scale.errors import DataError
 from tests.unit.data.small_data import sample_members, write_tar
 
@@ -26,8 +26,8 @@ def index_of(shards: list[str], tmp_path: Path) -> Index:
 
 def test_sound_shards_pass(shards: list[str], tmp_path: Path) -> None:
     index = index_of(shards, tmp_path)
-    check_losses(index, 0.0)
-    assert lost_samples(index) == {} and list(suspicious_shards(index)) == []
+    check_skipped(index, 0.0)
+    assert skipped_samples(index) == {} and list(suspicious_shards(index)) == []
     assert summary(index)[1] == "captions caption: usable 40, empty 0, missing 0, invalid 0"
 
 
@@ -36,11 +36,11 @@ def test_a_cut_shard_is_estimated_by_the_others(shards: list[str], tmp_path: Pat
     Path(shards[1]).write_bytes(content[: int(len(content) * 0.45)])
     index = index_of(shards, tmp_path)
     lost = 10 - index.shards[1].num_samples
-    assert 4 < lost < 8 and lost_samples(index) == {shards[1]: lost}
-    check_losses(index, lost / 40)
+    assert 4 < lost < 8 and skipped_samples(index) == {shards[1]: lost}
+    check_skipped(index, lost / 40)
     message = rf"about {lost} of 40 samples are lost: .*1.tar: {lost} \(byte \d+: .* it was cut\).*Fetch or write these"
     with pytest.raises(DataError, match=message):
-        check_losses(index, (lost - 1) / 40)
+        check_skipped(index, (lost - 1) / 40)
     assert [path for path, _ in suspicious_shards(index)] == [shards[1]]
 
 
@@ -50,7 +50,7 @@ def test_a_damaged_header_costs_its_sample_alone(shards: list[str], tmp_path: Pa
         file.write(b"#")
     index = index_of(shards, tmp_path)
     assert index.faults() == {"damaged_tar": {shards[2]: 1}, "missing_image": {shards[2]: 1}}
-    assert lost_samples(index) == {shards[2]: 1}
+    assert skipped_samples(index) == {shards[2]: 1}
     ((path, reason),) = suspicious_shards(index)
     assert path == shards[2] and "byte 0: the tar header fails its checksum" in reason
 

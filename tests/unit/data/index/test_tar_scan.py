@@ -21,13 +21,13 @@ Found = list[tuple[bytes, int, int, int]]
 
 
 def scan(content: bytes, window_bytes: int = 1 << 20) -> tuple[Found, list[tuple[int, str]]]:
-    """(name, offset, bytes, CRC) of every member, and the damages."""
+    """(name, offset, bytes, CRC) of every member, and the tar_errors."""
     tar = TarScan(lambda offset, num_bytes: content[offset : offset + num_bytes], len(content), window_bytes)
     found: Found = []
     for members in tar:
         assert content[members.start : members.start + len(members.window)] == members.window
         found += zip(members.names, members.offsets, members.num_bytes, members.header_crcs, strict=True)
-    return found, [(damage.offset, damage.problem) for damage in tar.damages]
+    return found, [(damage.offset, damage.problem) for damage in tar.tar_errors]
 
 
 @pytest.mark.parametrize("window_bytes", [512, 3000, 1 << 20])
@@ -49,13 +49,13 @@ def test_agrees_with_tarfile(tmp_path: Path, kind: str, window_bytes: int) -> No
     content = path.read_bytes()
     with tarfile.open(path) as tar:
         expected = [(m.name.encode(), m.offset_data, m.size) for m in tar.getmembers() if m.isreg()]
-    found, damages = scan(content, window_bytes)
-    assert [member[:3] for member in found] == expected and damages == []
+    found, tar_errors = scan(content, window_bytes)
+    assert [member[:3] for member in found] == expected and tar_errors == []
     assert [crc for *_, crc in found] == [zlib.crc32(content[offset - 512 : offset]) for _, offset, _, _ in found]
 
 
 def test_members_of_eight_gibibytes_and_more() -> None:
-    """Sizes that a header writes in base 256, and that pax writes beside it; the contents are holes."""
+    """Sizes that a header writes in base 256, and that pax writes beside it; the contents are skipped_samples."""
     for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         info = tarfile.TarInfo("big.bin")
         info.size = (1 << 33) + 5
@@ -76,7 +76,7 @@ def test_members_of_eight_gibibytes_and_more() -> None:
 
         tar = TarScan(read, total)
         found = [(name, size) for m in tar for name, size in zip(m.names, m.num_bytes, strict=True)]
-        assert found == [(b"big.bin", info.size), (b"0.txt", 3)] and tar.damages == []
+        assert found == [(b"big.bin", info.size), (b"0.txt", 3)] and tar.tar_errors == []
 
 
 def whole(tmp_path: Path) -> bytes:
@@ -123,9 +123,9 @@ def test_damage_is_named_and_passed(
     tmp_path: Path, change: Callable[[bytes], bytes], offset: int, problem: str, left: list[str]
 ) -> None:
     for window_bytes in (600, 1 << 20):
-        found, damages = scan(change(whole(tmp_path)), window_bytes)
+        found, tar_errors = scan(change(whole(tmp_path)), window_bytes)
         assert [name.decode() for name, *_ in found] == left
-        assert len(damages) == 1 and damages[0][0] == offset and damages[0][1].startswith(problem), damages
+        assert len(tar_errors) == 1 and tar_errors[0][0] == offset and tar_errors[0][1].startswith(problem), tar_errors
 
 
 @settings(max_examples=300, deadline=None)
@@ -139,8 +139,8 @@ def test_random_damage_loses_no_more_than_it_hits(tmp_path_factory, seed: int, n
         {str(n): {"jpg": draw.bytes(int(draw.integers(0, 3000))), "txt": b"red"} for n in range(12)},
     )
     content = bytearray(path.read_bytes())
-    expected, damages = scan(bytes(content))
-    assert len(expected) == 24 and damages == []
+    expected, tar_errors = scan(bytes(content))
+    assert len(expected) == 24 and tar_errors == []
     hit = np.zeros(len(content), bool)
     for _ in range(num_places):
         start, length = int(draw.integers(len(content))), int(draw.choice([1, 1, 512, 2000]))
@@ -148,12 +148,12 @@ def test_random_damage_loses_no_more_than_it_hits(tmp_path_factory, seed: int, n
         content[start:stop] = draw.bytes(stop - start) if draw.random() < 0.5 else bytes(stop - start)
         hit[start:stop] = True
     length = int(draw.integers(len(content))) if is_cut else len(content)
-    found, damages = scan(bytes(content[:length]), int(draw.choice([512, 4096, 1 << 20])))
+    found, tar_errors = scan(bytes(content[:length]), int(draw.choice([512, 4096, 1 << 20])))
     for member in expected:
         name, offset, num_bytes, crc = member
         is_whole = offset + num_bytes + -num_bytes % BLOCK_BYTES <= length
         if is_whole and not hit[offset - BLOCK_BYTES : offset].any():
-            assert member in found, (member, damages)
+            assert member in found, (member, tar_errors)
         # Zeros up to the end are an end.
         if not is_whole and any(content[offset - BLOCK_BYTES : length]):
-            assert damages
+            assert tar_errors

@@ -5,22 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bitdance_scale.config.schema import ResolutionClass
-from bitdance_scale.data.plan.buckets import EligibleSamples, assign_buckets, class_buckets
+from bitdance_scale.config.schema import Resolution
+from bitdance_scale.data.plan.buckets import EligibleSamples, assign_buckets, resolution_buckets
 
 # Sec. 4.3, the sizes of about 1024 x 1024 pixels.
 RELEASE = ((512, 2048), (512, 1920), (640, 1536), (768, 1280), (896, 1152), (1024, 1024))
-CLASS = ResolutionClass(side_px=1024, share=1, buckets_px=RELEASE)
+CLASS = Resolution(side_px=1024, share=1, buckets_px=RELEASE)
 
 
 def assigned(height: int, width: int, max_upscale: float = 1.0) -> tuple[int, int] | None:
-    buckets = class_buckets(CLASS)
+    buckets = resolution_buckets(CLASS)
     row = assign_buckets(np.array([height]), np.array([width]), buckets, max_upscale)[0]
     return None if row < 0 else tuple(buckets[row].tolist())
 
 
 def test_transposes_are_added_once() -> None:
-    buckets = class_buckets(CLASS).tolist()
+    buckets = resolution_buckets(CLASS).tolist()
     assert len(buckets) == 11
     assert [2048, 512] in buckets and buckets.count([1024, 1024]) == 1
 
@@ -52,7 +52,7 @@ def test_max_upscale_admits_smaller_images() -> None:
 def test_agrees_with_logarithms_one_by_one() -> None:
     numbers = np.random.default_rng(0)
     heights, widths = numbers.integers(300, 3000, (2, 500))
-    buckets = class_buckets(CLASS)
+    buckets = resolution_buckets(CLASS)
     rows = assign_buckets(heights, widths, buckets, 1.25)
     for height, width, row in zip(heights.tolist(), widths.tolist(), rows.tolist(), strict=True):
         fitting = [i for i, (h, w) in enumerate(buckets.tolist()) if max(h / height, w / width) <= 1.25]
@@ -64,7 +64,7 @@ def test_agrees_with_logarithms_one_by_one() -> None:
 
 
 def eligible_squares(sides: np.ndarray) -> EligibleSamples:
-    buckets = class_buckets(CLASS)
+    buckets = resolution_buckets(CLASS)
     return EligibleSamples(len(sides), lambda part: assign_buckets(sides[part], sides[part], buckets, 1.0) >= 0)
 
 

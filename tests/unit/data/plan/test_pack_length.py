@@ -62,9 +62,9 @@ def test_the_tool_reads_captions_and_sizes(tmp_path: Path, capsys) -> None:
     spec = importlib.util.spec_from_file_location("pack_length", ROOT / "tools" / "pack_length.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    demo = [str(ROOT / "pipelines/configs/demo.toml"), f'data.shards=["{tmp_path}"]', "data.max_upscale=4"]
-    demo += [f"vision.weights={ROOT}/pipelines/assets/demo/ae.safetensors"]
-    demo += [f"text.path={ROOT}/pipelines/assets/demo/tokenizer.model", "data.global_batch=40"]
+    demo = ["demo", f'data.shards=["{tmp_path}"]', "data.max_upscale=4"]
+    demo += ["vision.weights=asset:demo/ae.safetensors"]
+    demo += ["text.path=asset:demo/tokenizer.model", "data.global_batch=40"]
     assert tool.main([*demo, "--ranks", "4", "--steps", "2"]) == 0
     printed = capsys.readouterr().out
     assert "4 steps of 40 samples on 4 replicas" in printed

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitdance_scale.config.schema import ResolutionClass
+from bitdance_scale.config.schema import Resolution
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.plan.plan import Plan
@@ -34,7 +34,7 @@ def test_batches_have_the_exact_mix_and_fitting_buckets(index: Index, make_confi
     for step in range(30):
         batch = plan.batch(step)
         assert len(batch) == 10
-        assert Counter(batch.side_px.tolist()) == {16: 6, 32: 4} == plan.images_by_class(step)
+        assert Counter(batch.side_px.tolist()) == {16: 6, 32: 4} == plan.images_by_resolution(step)
         for sample, side, bucket in zip(batch.samples.tolist(), batch.side_px, batch.bucket_px.tolist(), strict=True):
             height, width = index.size_px(sample)
             assert height >= bucket[0] and width >= bucket[1]
@@ -103,10 +103,10 @@ def test_draws_are_of_the_sample_and_its_epoch_not_of_its_place(make_config) -> 
 
 
 def test_a_class_without_samples_is_refused_and_one_without_share_is_not(index: Index, make_config) -> None:
-    huge = ResolutionClass(side_px=512, share=1, buckets_px=((512, 512),))
+    huge = Resolution(side_px=512, share=1, buckets_px=((512, 512),))
     with pytest.raises(DataError, match="none of the 21 images fills a bucket of class 512 px with data.max_up"):
-        Plan(0, index, make_config(classes=(huge,)).data)
-    unused = ResolutionClass(side_px=512, share=0, buckets_px=((512, 512),))
-    kept = make_config().data.classes
-    batch = Plan(0, index, make_config(classes=(unused, *kept)).data).batch(0)
+        Plan(0, index, make_config(resolutions=(huge,)).data)
+    unused = Resolution(side_px=512, share=0, buckets_px=((512, 512),))
+    kept = make_config().data.resolutions
+    batch = Plan(0, index, make_config(resolutions=(unused, *kept)).data).batch(0)
     assert set(batch.side_px.tolist()) == {16, 32}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from bitdance_scale.config.load import load_config
+from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.data.plan.synthetic_packs import typical_packs
 
-CONFIG = Path(__file__).parents[3] / "pipelines" / "configs" / "pt_14b.toml"
+CONFIG = CONFIGS / "pt_14b.toml"
 
 
 def test_one_replica_gets_the_batch_in_its_shares():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bitdance_scale.config.schema import S3Section
-from bitdance_scale.data.data_errors import FaultCause, SampleFault
+from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.loader import Loader
 from bitdance_scale.data.reader import ShardReader
@@ -77,7 +77,7 @@ def test_index_and_packs_are_those_of_the_files(
         for one, other in zip(*(step.packs for step in steps), strict=True):
             np.testing.assert_array_equal(one.pack.token_ids, other.pack.token_ids)
             assert all(np.array_equal(*images) for images in zip(one.images, other.images, strict=True))
-        assert [step.num_holes for step in steps] == [0, 0]
+        assert [step.num_skipped for step in steps] == [0, 0]
     for loader in loaders:
         loader.close()
 
@@ -140,9 +140,9 @@ def test_a_replaced_object_is_noticed(server: str, client, data_set: list[str], 
     path = f"s3://{BUCKET}/replaced/0.tar"
     index = build_index([path], tmp_path / "index", stores=Stores(section(server)))
     client.upload_file(data_set[1], BUCKET, "replaced/0.tar")
-    with pytest.raises(SampleFault, match="PreconditionFailed") as fault:
+    with pytest.raises(SampleError, match="PreconditionFailed") as fault:
         ShardReader(Stores(section(server))).image(index, 0)
-    assert fault.value.cause == FaultCause.SHARD_CHANGED
+    assert fault.value.cause == ErrorCause.SHARD_CHANGED
     again = build_index([path], tmp_path / "index", stores=Stores(section(server)))
     assert len(again) == 5
 
@@ -161,7 +161,7 @@ def test_epochs_of_two_replicas_fetch_every_shard_once(
     for _ in range(6):
         for loader, reference in zip(loaders, expected, strict=True):
             ours, theirs = loader.next_step(), reference.next_step()
-            assert ours.num_holes == 0
+            assert ours.num_skipped == 0
             for one, other in zip(ours.packs, theirs.packs, strict=True):
                 assert all(np.array_equal(*images) for images in zip(one.images, other.images, strict=True))
     # 60 samples of 3 shards of less than a block each.

@@ -1,0 +1,25 @@
+"""Names that version 0.2 changed. Old configurations are refused with the new name; files of old runs are still read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+RENAMED_SETTINGS = {"data.classes": "data.resolutions", "data.max_hole_share": "data.max_skipped_share"}
+"""Setting of version 0.1 -> its name today."""
+
+RENAMED_FIELDS = {
+    "images_by_class": "images_by_resolution",
+    "vision_by_class": "vision_by_resolution",
+    "holes": "skipped_samples",
+    "faults": "sample_errors",
+}
+"""Field of `metrics.jsonl`, `evaluation.jsonl` and `train_state.json` of version 0.1 -> its name today."""
+
+RENAMED_INDEX_FIELDS = {"faults": "errors", "damages": "tar_errors"}
+"""The same of a shard in the table of an index."""
+
+
+def with_new_names(values: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """The values under the names of today; names that did not change stay."""
+    return {renamed.get(name, name): value for name, value in values.items()}
