@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo-data pretrain recipe test test-slurm docs clean
+.PHONY: help setup demo-data pretrain recipe lint test test-slurm docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -52,6 +52,12 @@ pretrain: demo-data  ## draw the demo images, train on them; ARGS= overrides set
 recipe: demo-data  ## all four stages of the demo, export, scene scores and a report; ARGS= goes to tools/recipe.py
 	$(BIN)/python tools/recipe.py $(addprefix bitdance_scale/config/files/,demo.toml ct_demo.toml sft_demo.toml distill_demo.toml) \
 		--nproc $(NPROC) $(ARGS)
+
+lint: setup  ## format, rules of style, types, layers
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 test: setup  ## all tests; ARGS= goes to pytest, WORKERS= test processes side by side (0: in this one)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder $(ARGS)

@@ -219,7 +219,8 @@ def bench_bits(folder: Path, num_samples: int) -> None:
 
 def bench_s3(folder: Path, num_samples: int) -> None:
     """Samples per second through a proxy that breaks one percent of requests, and from the node's cache, against one that
-    breaks none."""
+    breaks none.
+    """
     import boto3
 
     sys.path.insert(0, str(ROOT))

@@ -40,7 +40,32 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "heart", "cross", "ring")
 WORDS = tuple(
-    "CAT DOG SUN SKY HAT BUS CAR CUP BOX MAP TREE MOON STAR FISH BIRD BOOK HOME OPEN STOP LOVE YES NO GO HI".split()
+    [
+        "CAT",
+        "DOG",
+        "SUN",
+        "SKY",
+        "HAT",
+        "BUS",
+        "CAR",
+        "CUP",
+        "BOX",
+        "MAP",
+        "TREE",
+        "MOON",
+        "STAR",
+        "FISH",
+        "BIRD",
+        "BOOK",
+        "HOME",
+        "OPEN",
+        "STOP",
+        "LOVE",
+        "YES",
+        "NO",
+        "GO",
+        "HI",
+    ]
 )
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 PLACES: dict[str, tuple[float, float]] = {

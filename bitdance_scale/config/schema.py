@@ -10,11 +10,18 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar, overload
 
 from bitdance_scale.config.shipped import setting_path
 
+Value = TypeVar("Value")
 
-def setting(default: object = dataclasses.MISSING, *, doc: str) -> object:
+
+@overload
+def setting(*, doc: str) -> Any: ...
+@overload
+def setting(default: Value, *, doc: str) -> Value: ...
+def setting(default: Any = dataclasses.MISSING, *, doc: str) -> Any:
     """A dataclass field with its documentation; without a default the setting is required."""
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata={"doc": doc})

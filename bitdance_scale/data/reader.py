@@ -1,4 +1,4 @@
-"""Reads samples by offset; home of webdataset's shard-list rules.
+"""Reads samples by offset.
 
 webdataset's own stream is not used: a plan needs any sample at any time, and a stream cannot be resumed at one.
 """
@@ -7,28 +7,10 @@ from __future__ import annotations
 
 import zlib
 
-from webdataset.shardlists import expand_urls
-
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.index.tar_scan import BLOCK_BYTES
 from bitdance_scale.data.storage.stores import ReadError, Stores
-from bitdance_scale.errors import DataError
-
-
-def expand_braces(spec: str, setting: str = "data.shards") -> list[str]:
-    """Shard names of a webdataset brace list such as `data/{00000..00099}.tar`; `setting` is what messages call it.
-
-    Raises:
-        DataError: unbalanced braces or an unset `${variable}`.
-    """
-    try:
-        return expand_urls(spec)
-    # webdataset asserts that the variables are set.
-    except (ValueError, AssertionError) as error:
-        raise DataError(
-            f"{setting}: {spec!r} is no valid brace list ({error}). Write it as 'data/{{00000..00099}}.tar'."
-        ) from error
 
 
 class ShardReader:

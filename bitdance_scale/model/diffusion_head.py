@@ -48,7 +48,7 @@ def time_features(t_B: torch.Tensor) -> torch.Tensor:
 
 
 def modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """x * (1 + scale) + shift, all of one shape."""
+    """X * (1 + scale) + shift, all of one shape."""
     return x * (1 + scale) + shift
 
 

@@ -131,5 +131,5 @@ def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _decaying_sum(values: np.ndarray, decay: float) -> np.ndarray:
-    """float [n]: each value plus `decay` times the sum before it."""
+    """Float [n]: each value plus `decay` times the sum before it."""
     return np.fromiter(accumulate(values, lambda total, value: decay * total + value), np.float64, len(values))

@@ -250,7 +250,8 @@ def make_backbone(
 @contextlib.contextmanager
 def whole_sequences(module: nn.Module) -> Iterator[None]:
     """Switches sequence parallelism off inside the block, without gradients: a block being decoded is a few positions
-    that need not divide over the ranks."""
+    that need not divide over the ranks.
+    """
     assert not torch.is_grad_enabled(), "the split linears would not sum the gradient of their input"
     split = [part for part in module.modules() if getattr(part, "sequence_parallel", False)]
     for part in split:

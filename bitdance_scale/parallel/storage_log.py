@@ -76,7 +76,7 @@ class StorageLog(TorchDispatchMode):
         self._alive: dict[int, tuple[Storage, weakref.ref]] = {}
         self._integers: dict[int, list[int]] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204  (the signature of torch)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             return self._number(args[0])
         literal = None

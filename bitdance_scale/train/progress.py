@@ -24,7 +24,8 @@ from bitdance_scale.train.reading import StepReport
 
 def learning_rate(section: OptimSection, step: int, num_steps: int) -> float:
     """Rate of optimiser step `step`, from 0, of `num_steps`: linear warm-up, then constant (arXiv 2602.14041 Table 4), then
-    down in a line over the last `decay_steps`, or over the whole of a shorter run."""
+    down in a line over the last `decay_steps`, or over the whole of a shorter run.
+    """
     warmup = min(1.0, (step + 1) / max(1, section.warmup_steps))
     decay = min(1.0, (num_steps - step) / max(1, min(section.decay_steps, num_steps)))
     return section.lr * warmup * decay
@@ -83,7 +84,9 @@ class StepMeter:
         flops = step_flops(self._config, self._vocab_size, counts).training
         sample_errors = [report.sample_errors.get(cause, 0) for cause in ErrorCause]
         totals = torch.tensor(
-            [counts.num_positions, num_padding, flops, *sample_errors], dtype=torch.float64, device=self._topology.device
+            [counts.num_positions, num_padding, flops, *sample_errors],
+            dtype=torch.float64,
+            device=self._topology.device,
         )
         dist.all_reduce(totals, group=self._topology.data_group)
         positions, padding, total_flops, *sample_errors = totals.tolist()

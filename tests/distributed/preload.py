@@ -13,10 +13,10 @@ from bitdance_scale.parallel.cpu import redirect_cuda_calls
 
 redirect_cuda_calls()
 
-import bitdance_scale.checkpoint.run_checkpoint  # noqa: E402, F401
-import bitdance_scale.parallel.build  # noqa: E402, F401
-import bitdance_scale.parallel.layout_decode  # noqa: E402, F401
-import bitdance_scale.parallel.step  # noqa: E402, F401
+import bitdance_scale.checkpoint.run_checkpoint  # noqa: E402
+import bitdance_scale.parallel.build  # noqa: E402
+import bitdance_scale.parallel.layout_decode  # noqa: E402
+import bitdance_scale.parallel.step  # noqa: E402
 import bitdance_scale.train.trainer  # noqa: E402, F401
 
 # The variable that says so comes too late for a process that has imported torch.

@@ -71,7 +71,7 @@ def _train(rank: int, root: str, overrides: list[str], parallel: dict[str, int],
 
 
 def _samples_of(records: list[tuple[int, Samples]]) -> Samples:
-    """step -> keys over all replicas, sorted; each replica counts once."""
+    """Step -> keys over all replicas, sorted; each replica counts once."""
     replicas = dict(records)
     steps = set().union(*replicas.values())
     return {step: sorted(key for samples in replicas.values() for key in samples.get(step, [])) for step in steps}

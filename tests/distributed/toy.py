@@ -106,7 +106,8 @@ def lopsided_samples() -> list[Sample]:
 
 def lopsided_packs(data_rank: int, data_size: int, num_micro: int, config: RunConfig) -> list[Pack]:
     """This replica's micro-batches of `lopsided_samples`, in order: with four packs or more the first have no text target
-    and the next no vision target."""
+    and the next no vision target.
+    """
     samples, num_packs = lopsided_samples(), data_size * num_micro
     owner = [index * num_packs // len(samples) for index in range(len(samples))]
     return _packs(samples, owner, range(data_rank * num_micro, (data_rank + 1) * num_micro), config)

@@ -1,4 +1,4 @@
-"""The house rules that a program can check; the layers and the homes of third parties are in setup.cfg."""
+"""The house rules that a program can check; the layers and the homes of third parties are in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_imports_keep_the_layers(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     # import-linter finds the package through the working directory, as its command line does.
     monkeypatch.chdir(ROOT)
     try:
-        status = cli.lint_imports(config_filename="setup.cfg", no_cache=True)
+        status = cli.lint_imports(config_filename="pyproject.toml", no_cache=True)
     finally:
         # It configures logging for a command line, which silences every logger that exists.
         for logger in logging.root.manager.loggerDict.values():

@@ -88,14 +88,14 @@ class KeptSamples:
         self._bitmap = np.concatenate(chunks) if rules else None
 
     def __call__(self, part: slice) -> np.ndarray | bool:
-        """bool [n] of a range of the source's samples that begins with a whole chunk; True: all."""
+        """Bool [n] of a range of the source's samples that begins with a whole chunk; True: all."""
         if self._bitmap is None:
             return True
         start, count = part.start // 8, part.stop - part.start
         return np.unpackbits(self._bitmap[start : start + -(-count // 8)], count=count).astype(bool)
 
     def of(self, numbers: np.ndarray) -> np.ndarray | bool:
-        """bool [n] of any of the source's samples, by their numbers in it; True: all."""
+        """Bool [n] of any of the source's samples, by their numbers in it; True: all."""
         if self._bitmap is None:
             return True
         return (self._bitmap[numbers >> 3] >> (7 - (numbers & 7)).astype(np.uint8)) & 1 == 1

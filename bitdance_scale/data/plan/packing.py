@@ -40,7 +40,8 @@ class CostModel:
     @classmethod
     def of_model(cls, model: ModelSection) -> CostModel:
         """From the multiply-adds per layer: projections and SwiGLU per token; scores and values, half of them masked,
-        per pair of tokens."""
+        per pair of tokens.
+        """
         attention_width = model.num_heads * model.head_dim
         projections = model.hidden_size * (2 * attention_width + 2 * model.num_kv_heads * model.head_dim)
         return cls(quadratic=attention_width / (projections + 3 * model.hidden_size * model.ffn_size))

@@ -305,7 +305,7 @@ class _Stream:
         return self._buckets[self._rows(samples)]
 
     def is_drawn(self, samples: np.ndarray) -> np.ndarray:
-        """bool [n], whether any of the source's samples is among those that are drawn."""
+        """Bool [n], whether any of the source's samples is among those that are drawn."""
         return (self._rows(samples) >= 0) & self._kept.of(samples - self._first)
 
     def _rows(self, samples: np.ndarray | slice) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""From `data.shards` and `data.sources` to lists of tars."""
+"""From `data.shards` and `data.sources` to lists of tars; home of webdataset's shard-list rules."""
 
 from __future__ import annotations
 
@@ -7,12 +7,28 @@ import os
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
+from webdataset.shardlists import expand_urls
+
 from bitdance_scale.config.schema import DataSource
-from bitdance_scale.data.reader import expand_braces
 from bitdance_scale.data.storage.stores import S3_SCHEME, Stores
 from bitdance_scale.errors import DataError
 
 _GLOB_CHARACTERS = frozenset("*?[")
+
+
+def expand_braces(spec: str, setting: str = "data.shards") -> list[str]:
+    """Shard names of a webdataset brace list such as `data/{00000..00099}.tar`; `setting` is what messages call it.
+
+    Raises:
+        DataError: unbalanced braces or an unset `${variable}`.
+    """
+    try:
+        return expand_urls(spec)
+    # webdataset asserts that the variables are set.
+    except (ValueError, AssertionError) as error:
+        raise DataError(
+            f"{setting}: {spec!r} is no valid brace list ({error}). Write it as 'data/{{00000..00099}}.tar'."
+        ) from error
 
 
 def expand_sources(sources: Sequence[DataSource], stores: Stores | None = None) -> list[list[str]]:

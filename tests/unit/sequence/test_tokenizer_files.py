@@ -63,7 +63,7 @@ def test_texts_are_encoded_the_same(pair, text):
 
 
 def test_no_class_of_one_version_is_named(tmp_path):
-    """transformers 5 saves a class that 4.57 does not know."""
+    """Transformers 5 saves a class that 4.57 does not know."""
     qwen_like().save_pretrained(tmp_path / "source")
     saved = json.loads((tmp_path / "source" / "tokenizer_config.json").read_text())
     assert saved["tokenizer_class"] == "TokenizersBackend"

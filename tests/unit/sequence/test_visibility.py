@@ -81,7 +81,7 @@ def torch_mask(pack: Pack, tile: int) -> BlockMask:
 
 
 def as_dense(part: TileRows) -> np.ndarray:
-    """bool [R, R], True where there is a tile of this part."""
+    """Bool [R, R], True where there is a tile of this part."""
     dense = np.zeros_like(part.indices, dtype=bool)
     for row, (num, columns) in enumerate(zip(part.num, part.indices, strict=True)):
         dense[row, columns[:num]] = True
