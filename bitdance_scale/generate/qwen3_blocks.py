@@ -114,12 +114,8 @@ class Qwen3Blocks:
         self, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         self._memory.place(slots, mask.shape[-1])
-        output = self._backbone(
-            inputs_embeds=rows,
-            attention_mask={"full_attention": mask},
-            position_ids=positions,
-            past_key_values=self._memory,
-        )
+        # By position, without token ids: transformers 5.24 renamed the argument that takes the memory.
+        output = self._backbone(None, {"full_attention": mask}, positions, self._memory, rows)
         return output.last_hidden_state
 
     def _solve(self, hidden_BPD: torch.Tensor, cells_P2: torch.Tensor, noise_KIPC: torch.Tensor) -> torch.Tensor:
