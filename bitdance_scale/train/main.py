@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,15 +15,12 @@ from bitdance_scale.config.load import describe, dump_toml, load_config
 from bitdance_scale.config.rules import check
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.config.training_stages import STAGES
-from bitdance_scale.errors import BitDanceError, ConfigError
+from bitdance_scale.errors import ConfigError
 from bitdance_scale.observe.console import setup_logging
 from bitdance_scale.parallel.topology import Topology, make_topology, start_process_group
-from bitdance_scale.train.exit_record import record_exit
-from bitdance_scale.train.signals import EXIT_REQUEUE, StopRequest
+from bitdance_scale.train.process import EXIT_REQUEUE, StopRequest, is_first_process, run_process
 
 logger = logging.getLogger(__name__)
-
-EXIT_REFUSED = 2
 
 
 def main(stage: str, arguments: Sequence[str] | None = None) -> int:
@@ -36,30 +32,20 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0: finished; 2: refused or failed with an error the user can mend; 75: stopped on request, saved, run it again.
-        A launcher that cannot see it reads it from the file of `exit_record.py`.
     """
-    code = _main(stage, arguments)
-    record_exit(code)
-    return code
+    return run_process(lambda: _main(stage, arguments))
 
 
 def _main(stage: str, arguments: Sequence[str] | None) -> int:
     options = _parse(stage, arguments)
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        config = load_config(options.config, options.overrides)
-        _check_stage(stage, config, options.config)
-        check(config, int(os.environ.get("WORLD_SIZE", "1")))
-        if options.print_config:
-            if rank == 0:
-                print(dump_toml(config), end="")
-            return 0
-        return _run(config)
-    except BitDanceError as error:
-        # Every rank has the same error; one tells it.
-        if rank == 0:
-            print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return EXIT_REFUSED
+    config = load_config(options.config, options.overrides)
+    _check_stage(stage, config, options.config)
+    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if options.print_config:
+        if is_first_process():
+            print(dump_toml(config), end="")
+        return 0
+    return run_text_to_image(config)
 
 
 def _check_stage(stage: str, config: RunConfig, path: Path) -> None:
@@ -84,7 +70,7 @@ def _parse(stage: str, arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _run(config: RunConfig) -> int:
+def run_text_to_image(config: RunConfig) -> int:
     if "RANK" not in os.environ:
         # Started without torchrun: a job of one process.
         os.environ |= {

@@ -26,12 +26,12 @@ from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.sequence.tokens import load_text_tokenizer
 from bitdance_scale.train.evaluation import Evaluator
 from bitdance_scale.train.feed import FedStep, StepFeed
+from bitdance_scale.train.process import StopRequest
 from bitdance_scale.train.progress import Progress, StepMeter, learning_rate, progress_fields
 from bitdance_scale.train.reading import StepReader
 from bitdance_scale.train.run_observer import RunObserver
 from bitdance_scale.train.sampling import draw_samples
 from bitdance_scale.train.shared_index import training_index
-from bitdance_scale.train.signals import StopRequest
 from bitdance_scale.train.start_checks import Start, check_resume, check_start
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 

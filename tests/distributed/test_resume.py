@@ -40,7 +40,7 @@ def _run(rank: int, root: str, overrides: list[str], kill: str | None) -> tuple[
     """
     from bitdance_scale.config.load import load_config
     from bitdance_scale.parallel.topology import make_topology, start_process_group
-    from bitdance_scale.train.signals import StopRequest
+    from bitdance_scale.train.process import StopRequest
     from bitdance_scale.train.trainer import Trainer
 
     config = load_config("demo", [*overrides, f"run.root='{root}'"])

@@ -35,7 +35,7 @@ def _train(rank: int, root: str, overrides: list[str], parallel: dict[str, int],
     """Trains until one rank is asked to stop; (data-parallel rank, step -> keys of its samples)."""
     from bitdance_scale.config.load import load_config
     from bitdance_scale.parallel.topology import make_topology, start_process_group
-    from bitdance_scale.train.signals import StopRequest
+    from bitdance_scale.train.process import StopRequest
     from bitdance_scale.train.trainer import Trainer
 
     layout = [f"parallel.{name}={value}" for name, value in parallel.items()]

@@ -7,8 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from bitdance_scale.train.exit_record import record_exit
-from bitdance_scale.train.signals import EXIT_REQUEUE
+from bitdance_scale.train.process import EXIT_REQUEUE, record_exit
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from bitdance_scale.parallel.agreement import any_rank
-from bitdance_scale.train.signals import EXIT_REQUEUE, SAME_SIGINT_S, StopRequest
+from bitdance_scale.train.process import EXIT_REQUEUE, SAME_SIGINT_S, StopRequest
 from tests.distributed.spawn import run_ranks
 
 
@@ -46,7 +46,7 @@ def test_a_signal_to_one_rank_stops_all():
 WAIT = """
 import time
 from bitdance_scale.parallel.agreement import any_rank
-from bitdance_scale.train.signals import StopRequest
+from bitdance_scale.train.process import StopRequest
 with StopRequest() as stop:
     print("ready", flush=True)
     while True:
