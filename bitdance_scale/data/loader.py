@@ -51,7 +51,7 @@ class LoadedPack:
     """One micro-batch of this replica.
 
     Attributes:
-        pack: the laid-out samples, images not encoded (`vision_bits` None).
+        pack: the laid-out samples; `vision_bits` is None until the images are encoded.
         images: uint8 [height, width, 3] of every sample of the pack, in its order; none where the pack has its bits.
         state: resumes after this pack.
         step: optimiser step it belongs to.
@@ -78,7 +78,9 @@ class LoadedPack:
 
 @dataclass(frozen=True)
 class LoadedStep:
-    """All micro-batches of one optimiser step on this replica.
+    """All micro-batches of one optimiser step on this replica: what a step is from the loader to the device.
+
+    The loader gives it to one rank of the replica with images, `parallel/broadcast.py` to all of them with bits.
 
     Attributes:
         step: the optimiser step.
