@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -77,8 +77,8 @@ class _ConsoleFormatter(logging.Formatter):
         return message if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {message}"
 
 
-class Progress:
-    """Progress of a run on rank 0: a bar on a terminal, a plain line now and then anywhere else.
+class ConsoleProgress:
+    """The progress of a run on rank 0: a bar on a terminal, a plain line now and then anywhere else.
 
     Args:
         num_steps: steps of the whole run.
@@ -103,24 +103,43 @@ class Progress:
                 bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
             )
 
-    def update(self, metrics: StepMetrics) -> None:
-        """Shows a logged step."""
-        self._seconds_per_step.append(metrics.step_s)
-        speed = f"{metrics.images_per_s:.3g} images/s, ETA {self.remaining(metrics.step)}"
+    def update(
+        self,
+        step: int,
+        loss: float,
+        parts: Mapping[str, float],
+        *,
+        grad_norm: float,
+        images_per_s: float,
+        step_s: float,
+    ) -> None:
+        """Shows a logged step.
+
+        Args:
+            step: optimiser steps taken.
+            loss: the loss that is differentiated.
+            parts: name -> loss it is made of; may be empty.
+            grad_norm: global gradient norm before clipping.
+            images_per_s: images per second of all ranks together.
+            step_s: seconds per optimiser step; decides the remaining time.
+        """
+        self._seconds_per_step.append(step_s)
+        speed = f"{images_per_s:.3g} images/s, ETA {self.remaining(step)}"
         if self._bar is not None:
             # Unlike tqdm's own measure, this one is not 0 in a terminal that does not tell its size.
             self._bar.ncols = shutil.get_terminal_size().columns
-            self._bar.set_description_str(f"loss {metrics.loss:.4f}", refresh=False)
+            self._bar.set_description_str(f"loss {loss:.4f}", refresh=False)
             self._bar.set_postfix_str(speed, refresh=False)
-            self._bar.update(metrics.step - self._bar.n)
+            self._bar.update(step - self._bar.n)
             return
         now_s = time.monotonic()
-        if now_s < self._next_line_s and metrics.step < self._num_steps:
+        if now_s < self._next_line_s and step < self._num_steps:
             return
         interval_s = (now_s - self._started_s) / INTERVALS_PER_ELAPSED
         self._next_line_s = now_s + min(max(interval_s, SHORTEST_INTERVAL_S), LONGEST_INTERVAL_S)
-        losses = f"loss {metrics.loss:.4f} (vision {metrics.loss_vision:.4f}, text {metrics.loss_text:.4f})"
-        line = f"step {metrics.step}/{self._num_steps}  {losses}  grad norm {metrics.grad_norm:.3g}  {speed}"
+        by_part = ", ".join(f"{name} {part:.4f}" for name, part in parts.items())
+        losses = f"loss {loss:.4f} ({by_part})" if parts else f"loss {loss:.4f}"
+        line = f"step {step}/{self._num_steps}  {losses}  grad norm {grad_norm:.3g}  {speed}"
         print(line, file=self._stream, flush=True)
 
     def remaining(self, step: int) -> str:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from bitdance_scale.config.schema import ObserveSection
 from bitdance_scale.errors import ConfigError
-from bitdance_scale.observe.metrics import Evaluation, StepMetrics
+from bitdance_scale.observe.metrics import StepRecord
 
 if TYPE_CHECKING:
     import wandb
@@ -27,19 +27,17 @@ DEFAULT_KEY_HOST = "api.wandb.ai"
 INIT_TIMEOUT_S = 30.0
 GIB = 2**30
 
-# Field of `StepMetrics` or `Evaluation` -> name in W&B, which shows the part before the slash as one section of panels.
-# Every field is here, so none is dropped in silence. `{}` is the class, source, cause or part of the flow time.
-PANELS = {
-    "step": "progress/step",
-    "images": "progress/images",
+STEP = "progress/step"
+IMAGES = "progress/images"
+# Field or property of a record -> name in W&B, which shows the part before the slash as one section of panels. `{}` is
+# the key of a field with several values: the resolution, source, cause or part of the flow time.
+STEP_PANELS = {
+    "step": STEP,
+    "images": IMAGES,
     "tokens": "progress/tokens",
     "loss": "loss/total",
     "loss_vision": "loss/flow",
     "loss_text": "loss/text",
-    "vision": "evaluate/flow",
-    "vision_by_resolution": "evaluate/flow_{}_px",
-    "vision_by_time": "evaluate/flow_time_{}",
-    "text": "evaluate/text",
     "grad_norm": "optim/grad_norm",
     "lr": "optim/lr",
     "skipped_steps": "optim/skipped_steps",
@@ -49,6 +47,7 @@ PANELS = {
     "mfu": "speed/mfu",
     "memory_bytes": "speed/memory_gib",
     "data_wait_s": "data/wait_s",
+    "wait_share": "data/wait_share",
     "padding_share": "data/padding_share",
     "images_by_resolution": "data/images_{}_px",
     "images_by_source": "data/images_of_{}",
@@ -56,8 +55,13 @@ PANELS = {
     "sample_errors": "data/sample_errors_{}",
     "steps_ready": "data/steps_ready",
 }
-# The one value that is no field: of a step's time, the share in which training waited for the loader.
-WAIT_SHARE = "data/wait_share"
+EVALUATION_PANELS = {
+    "step": STEP,
+    "vision": "evaluate/flow",
+    "vision_by_resolution": "evaluate/flow_{}_px",
+    "vision_by_time": "evaluate/flow_time_{}",
+    "text": "evaluate/text",
+}
 # What W&B's table of runs shows of a section's metrics.
 SUMMARIES = {
     "progress": "last",
@@ -82,6 +86,8 @@ class WandbSink:
         run_folder: the run's folder; its name is the name of the W&B run.
         config: the resolved configuration, nested by section.
         run_id: id of the W&B run, the same for every start of this run.
+        summaries: section of panels -> what the table of runs shows of its metrics: `last`, `min` or `max`. Every
+            section that is logged is in it.
 
     Attributes:
         mode: `online`, `offline` or `disabled`, what came of the setting.
@@ -90,8 +96,16 @@ class WandbSink:
         ConfigError: mode `online`, but there is no API key or the server does not accept the run.
     """
 
-    def __init__(self, section: ObserveSection, run_folder: Path, config: Mapping[str, object], run_id: str) -> None:
+    def __init__(
+        self,
+        section: ObserveSection,
+        run_folder: Path,
+        config: Mapping[str, object],
+        run_id: str,
+        summaries: Mapping[str, str] = SUMMARIES,
+    ) -> None:
         self._run: wandb.Run | None = None
+        self._summaries = summaries
         self.mode = "disabled"
         if section.wandb_mode == "disabled":
             return
@@ -119,15 +133,17 @@ class WandbSink:
         where = self._run.url if self.mode == "online" else Path(self._run.dir).parent
         logger.info("W&B run %s (%s): %s", run_id, self.mode, where)
 
-    def log(self, step: int, metrics: StepMetrics) -> None:
-        """Adds one point; steps that the W&B run has already are dropped by it."""
-        if self._run is not None:
-            self._run.log(panel_values(metrics) | {WAIT_SHARE: metrics.data_wait_s / metrics.step_s}, step=step)
+    def log(self, record: StepRecord, panels: Mapping[str, str], images: int | None = None) -> None:
+        """Adds a record at its step; W&B drops steps that its run has already.
 
-    def log_evaluation(self, evaluation: Evaluation, images: int) -> None:
-        """Adds the losses of an evaluation; `images`: those seen so far, another x-axis."""
+        Args:
+            record: what is known of the step.
+            panels: field or property of the record -> name in W&B, as in `STEP_PANELS`.
+            images: images seen so far, another x-axis, where the record has no such field.
+        """
         if self._run is not None:
-            self._run.log(panel_values(evaluation) | {PANELS["images"]: images}, step=evaluation.step)
+            x_axis = {} if images is None else {IMAGES: images}
+            self._run.log(panel_values(record, panels) | x_axis, step=record.step)
 
     def log_image(self, step: int, name: str, path: Path, caption: str) -> None:
         """Adds a picture file under `name`."""
@@ -160,17 +176,24 @@ class WandbSink:
                 silent=True, console="off", disable_git=True, disable_code=True, init_timeout=INIT_TIMEOUT_S
             ),
         )
-        run.define_metric(PANELS["step"], hidden=True)
-        for name, summary in SUMMARIES.items():
-            run.define_metric(f"{name}/*", step_metric=PANELS["step"], summary=summary)
+        run.define_metric(STEP, hidden=True)
+        for name, summary in self._summaries.items():
+            run.define_metric(f"{name}/*", step_metric=STEP, summary=summary)
         return run
 
 
-def panel_values(record: StepMetrics | Evaluation) -> dict[str, float]:
-    """What is logged of a record, by the names in `PANELS`; what is None, unknown here, is left out."""
-    values = {}
-    for key, value in vars(record).items():
-        name = PANELS[key]
+def panel_values(record: StepRecord, panels: Mapping[str, str]) -> dict[str, float]:
+    """The values of a record by their names in W&B; what is None, unknown here, is left out.
+
+    Raises:
+        ValueError: `panels` lacks a field of the record; nothing is dropped in silence.
+    """
+    lacking = vars(record).keys() - panels.keys()
+    if lacking:
+        raise ValueError(f"no name in W&B for {sorted(lacking)} of {type(record).__name__}; add it to the panels")
+    values: dict[str, float] = {}
+    for key, name in panels.items():
+        value = getattr(record, key)
         if isinstance(value, Mapping):
             values |= {name.format(part): number for part, number in value.items()}
         elif isinstance(value, tuple):

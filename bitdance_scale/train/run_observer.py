@@ -14,7 +14,7 @@ from bitdance_scale.atomic_files import write_bytes, write_text
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.plan.filters import FilterCount, describe
 from bitdance_scale.data.plan.plan import StreamUse
-from bitdance_scale.observe.console import Progress, loss_table
+from bitdance_scale.observe.console import ConsoleProgress, loss_table
 from bitdance_scale.observe.figures import image_grid
 from bitdance_scale.observe.flops import count_parameters, peak_flops, step_flops
 from bitdance_scale.observe.metrics import (
@@ -26,7 +26,7 @@ from bitdance_scale.observe.metrics import (
     read_metrics,
 )
 from bitdance_scale.observe.overview import overview, read_run
-from bitdance_scale.observe.wandb_sink import WandbSink
+from bitdance_scale.observe.wandb_sink import EVALUATION_PANELS, STEP_PANELS, WandbSink
 from bitdance_scale.parallel.stage_split import stage_split, typical_counts
 from bitdance_scale.parallel.topology import Topology
 
@@ -58,9 +58,9 @@ class RunObserver:
         if not self._is_active:
             return
         logger.info(_summary(config, topology, vocab_size, resumed_step))
-        self._writer = MetricsWriter(run_folder, resumed_step)
+        self._writer = MetricsWriter(run_folder, resumed_step, StepMetrics)
         self._wandb = WandbSink(config.observe, run_folder, dataclasses.asdict(config), _run_id(run_folder))
-        self._console = Progress(config.run.steps, resumed_step)
+        self._console = ConsoleProgress(config.run.steps, resumed_step)
         self._last_step, self._drawn_step = resumed_step, -1
 
     def __enter__(self) -> RunObserver:
@@ -86,15 +86,22 @@ class RunObserver:
         """Records a logged step everywhere."""
         if self._is_active:
             self._writer.write(metrics)
-            self._wandb.log(metrics.step, metrics)
-            self._console.update(metrics)
+            self._wandb.log(metrics, STEP_PANELS)
+            self._console.update(
+                metrics.step,
+                metrics.loss,
+                {"vision": metrics.loss_vision, "text": metrics.loss_text},
+                grad_norm=metrics.grad_norm,
+                images_per_s=metrics.images_per_s,
+                step_s=metrics.step_s,
+            )
             self._last_step = metrics.step
 
     def evaluation(self, evaluation: Evaluation, images: int) -> None:
         """Records the losses on held-out images everywhere; `images`: those trained on so far."""
         if self._is_active:
             append_evaluation(self._run_folder, evaluation)
-            self._wandb.log_evaluation(evaluation, images)
+            self._wandb.log(evaluation, EVALUATION_PANELS, images)
             by_class = ", ".join(f"{side} px {loss:.4f}" for side, loss in evaluation.vision_by_resolution.items())
             by_time = " ".join(f"{loss:.3f}" for loss in evaluation.vision_by_time)
             logger.info(
