@@ -46,8 +46,22 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TrainState:
-    """How far a run is, apart from its tensors; the same on all ranks and under every layout.
+class StepState:
+    """How far a run is, apart from its tensors; the same on all ranks. Every job adds fields of JSON values.
+
+    Attributes:
+        step: optimiser steps taken.
+    """
+
+    step: int
+
+
+State = TypeVar("State", bound=StepState)
+
+
+@dataclass(frozen=True)
+class TrainState(StepState):
+    """How far a text-to-image run is; the same under every layout.
 
     Attributes:
         step: optimiser steps taken.
@@ -63,7 +77,6 @@ class TrainState:
             back as it was (`checkpoint/published_tensors.py`); empty for weights that started at random. JSON values.
     """
 
-    step: int
     images: int
     tokens: int
     loader: dict[str, Any]
@@ -77,7 +90,7 @@ class TrainState:
 
 def save_checkpoint(
     folder: CheckpointFolder,
-    state: TrainState,
+    state: StepState,
     model: Mapping[str, ShardedValue | StreamedValue],
     optimizer: Mapping[str, ShardedValue],
     config_text: str,
@@ -122,9 +135,19 @@ def load_checkpoint(
             of another text tokenizer.
     """
     state = on_first_rank(lambda: read_fitting_state(path, tokenizer_digest), group, other=CheckpointError)
+    load_tensors(path, model, optimizer, group)
+    return state
+
+
+def load_tensors(
+    path: Path,
+    model: Mapping[str, ShardedValue],
+    optimizer: Mapping[str, ShardedValue],
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """The tensors of `load_checkpoint`, for jobs whose state is not a `TrainState`."""
     values = _prefixed(MODEL_PREFIX, model) | _prefixed(OPTIMIZER_PREFIX, optimizer)
     load_sharded(path / TENSORS_DIR, values, group)
-    return state
 
 
 def model_signature(index: Metadata) -> str:
@@ -141,7 +164,7 @@ def _prefixed(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
     return {prefix + name: value for name, value in values.items()}
 
 
-def _write_texts(path: Path, state: TrainState, config_text: str) -> None:
+def _write_texts(path: Path, state: StepState, config_text: str) -> None:
     content = dataclasses.asdict(state) | {
         "config_sha256": text_digest(config_text),
         "model_signature": model_signature(read_index(path / TENSORS_DIR)),
@@ -152,7 +175,16 @@ def _write_texts(path: Path, state: TrainState, config_text: str) -> None:
 
 
 def read_state(path: Path) -> TrainState:
+    """How far the text-to-image run of a committed checkpoint is."""
+    return read_state_of(path, TrainState)
+
+
+def read_state_of(path: Path, kind: type[State]) -> State:
     """How far the run of a committed checkpoint is; the files beside the tensors are compared with their digests.
+
+    Args:
+        path: the checkpoint.
+        kind: what its job keeps.
 
     Raises:
         CheckpointError: it is damaged.
@@ -170,7 +202,7 @@ def read_state(path: Path) -> TrainState:
             content = with_new_names(content, RENAMED_FIELDS)
         # The last fields came later; checkpoints without a release are those of weights that started at random.
         content = {"sample_errors": {}, "release": {}} | content
-        return TrainState(**{field.name: content[field.name] for field in dataclasses.fields(TrainState)})
+        return kind(**{field.name: content[field.name] for field in dataclasses.fields(kind)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: damaged ({type(error).__name__}: {error}); load another checkpoint") from error
 

@@ -38,6 +38,7 @@ class CropStream:
         num_steps: steps in all.
         num_threads: threads that read and decode.
         max_skipped_share: share of unreadable images above which the stream stops (after 1000 images).
+        first_step: step that the stream begins with.
 
     Raises:
         DataError: no image is large enough for one of the sizes.
@@ -56,6 +57,7 @@ class CropStream:
         num_steps: int,
         num_threads: int,
         max_skipped_share: float,
+        first_step: int = 0,
     ) -> None:
         self._index = index
         self._sizes_px = tuple(sizes_px)
@@ -67,6 +69,7 @@ class CropStream:
         self._size_of_step = np.random.default_rng([seed, 0]).integers(len(self._sizes_px), size=num_steps)
         self._images_of_size = [images_px // (height * width) for height, width in self._sizes_px]
         self._reader = ShardReader()
+        self._first_step = first_step
         self._ledger = ErrorCounter(max_skipped_share)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="crops")
 
@@ -86,7 +89,7 @@ class CropStream:
             DataError: too many images are unreadable.
         """
         ahead: list[list[tuple[int, Future[np.ndarray]]]] = []
-        for step in range(len(self._size_of_step)):
+        for step in range(self._first_step, len(self._size_of_step)):
             for later in range(step + len(ahead), min(step + NUM_STEPS_AHEAD + 1, len(self._size_of_step))):
                 ahead.append(self._start(later))
             yield self._collect(ahead.pop(0))

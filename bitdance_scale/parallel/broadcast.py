@@ -51,9 +51,9 @@ def share_step(read: LoadedStep | None, tokenizer: VisionTokenizer, topology: To
     headers: list[_Header | None] = [None]
     shares: list[Images] | None = None
     if read is not None:
-        images = [image for pack in read.packs for image in pack.images]
-        headers = [_header(read)]
-        shares = [[images[index] for index in headers[0].order[rank::num_ranks]] for rank in range(num_ranks)]
+        images, own = [image for pack in read.packs for image in pack.images], _header(read)
+        headers = [own]
+        shares = [[images[index] for index in own.order[rank::num_ranks]] for rank in range(num_ranks)]
     dist.broadcast_object_list(headers, src=source, group=group)
     mine: list[Images] = [[]]
     dist.scatter_object_list(mine, shares, src=source, group=group)

@@ -140,6 +140,14 @@ def start_process_group(timeout_s: float = 1800.0) -> None:
     dist.init_process_group("nccl" if has_cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
 
 
+def end_process_group() -> None:
+    """Leaves the job and forgets its groups, so that this process can join another one."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
 def make_topology(section: ParallelSection) -> Topology:
     """Builds the groups over all ranks of the running job; `start_process_group` comes first."""
     redirect_cuda_calls()

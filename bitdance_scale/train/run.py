@@ -170,9 +170,7 @@ class Job(abc.ABC):
         if self._saved_step == self.step:
             return
         begun_s = time.monotonic()
-        save_checkpoint(
-            self.checkpoints, self.state(), self.model_values(), self.optimizer_values(), self._config_text
-        )
+        save_checkpoint(self.checkpoints, self.state(), self.model_values(), self.optimizer_values(), self._config_text)
         self._saved_step = self.step
         logger.info("checkpoint of step %d written in %.1f s", self.step, time.monotonic() - begun_s)
 
@@ -181,9 +179,7 @@ class Job(abc.ABC):
         return every_steps > 0 and (self.step % every_steps == 0 or self.is_complete)
 
 
-def run_job(
-    config: JobConfig, parallel: ParallelSection, make_job: Callable[[Topology, Path], Job]
-) -> int:
+def run_job(config: JobConfig, parallel: ParallelSection, make_job: Callable[[Topology, Path], Job]) -> int:
     """Runs a job to its end in this process, one rank of a torchrun job or a job of one process.
 
     Args:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -53,7 +54,7 @@ class StepReader:
         text: TextTokenizer,
         vision: VisionTokenizer,
         topology: Topology,
-        state: dict[str, object] | None,
+        state: dict[str, Any] | None,
     ) -> None:
         self._vision, self._topology = vision, topology
         self._loader: Loader | None = None

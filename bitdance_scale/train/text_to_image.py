@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -80,10 +81,10 @@ class TextToImageJob(Job):
         start = self._find_start() if latest is None and config.run.start_from else None
         self._evaluator = Evaluator.read(config, self._text, self._vision, topology) if config.evaluate.shards else None
         self._engine = build_engine(config, self._text.vocab_size, topology)
-        self._loader_state: dict[str, object] | None = None
+        self._loader_state: dict[str, Any] | None = None
         self.progress = Progress()
         # What a checkpoint keeps of the release that the weights came from.
-        self._release: dict[str, object] = {}
+        self._release: dict[str, Any] = {}
         if latest is not None:
             self._resume(latest)
         elif start is not None:
@@ -166,6 +167,7 @@ class TextToImageJob(Job):
         """How far the run is."""
         fields = progress_fields(self.progress)
         fields["optimizer"] |= {"step": self._engine.optimizer_step()}
+        assert self._loader_state is not None, "a checkpoint is of a step that was trained"
         return TrainState(
             loader=self._loader_state, tokenizer_digest=self._text.digest, release=self._release, **fields
         )
