@@ -17,7 +17,7 @@ import bitdance_scale.checkpoint.run_checkpoint  # noqa: E402
 import bitdance_scale.parallel.build  # noqa: E402
 import bitdance_scale.parallel.layout_decode  # noqa: E402
 import bitdance_scale.parallel.step  # noqa: E402
-import bitdance_scale.train.trainer  # noqa: E402, F401
+import bitdance_scale.train.text_to_image  # noqa: E402, F401
 
 # The variable that says so comes too late for a process that has imported torch.
 torch.set_num_threads(1)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.observe.metrics import Evaluation
-from bitdance_scale.train import run_observer
+from bitdance_scale.train import run_observer, run_sinks
 from bitdance_scale.train.run_observer import OVERVIEW_FILE, RunObserver, show_result
 from tests.unit.observe.test_metrics import point
 
@@ -22,7 +22,7 @@ class Sink:
 
     images: list[tuple[int, str]]
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         Sink.images = []
 
     def log_image(self, step: int, name: str, path: Path, caption: str) -> None:
@@ -37,7 +37,7 @@ class Sink:
 
 @pytest.fixture
 def observe(monkeypatch, tmp_path):
-    monkeypatch.setattr(run_observer, "WandbSink", Sink)
+    monkeypatch.setattr(run_sinks, "WandbSink", Sink)
     config = load_config("demo")
 
     def make(rank: int = 0) -> RunObserver:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from bitdance_scale.errors import DataError
 from tests.distributed.spawn import run_ranks
 
@@ -11,21 +13,21 @@ def _feed(rank: int) -> tuple[int, str]:
     import torch
     import torch.distributed as dist
 
-    from bitdance_scale.parallel.broadcast import SharedStep
-    from bitdance_scale.train.feed import StepFeed
-    from bitdance_scale.train.reading import StepReport
+    from bitdance_scale.data.loader import LoadedStep
+    from bitdance_scale.data.loader_state import LoaderState
+    from bitdance_scale.train.step_feed import StepFeed
 
     def prepare(packs: list[int], step: int) -> list[int]:
         if rank == 1 and step == 2:
-            raise DataError(f"rank {rank} has no room for step {step}")
+            raise DataError(f"no room for step {step}")
         return list(packs)
 
     dist.init_process_group("gloo")
     num_taken = 0
     try:
-        with StepFeed(
-            lambda: SharedStep([0], StepReport({}, {}, {}, 0, 0.0)), prepare, 0, 5, torch.device("cpu")
-        ) as feed:
+        state = LoaderState(seed=0, index_hash="", plan_hash="", step=0, pack=0, num_data_ranks=1)
+        step = LoadedStep(0, [], state, {}, {}, Counter(), num_ready=0, wait_s=0.0)
+        with StepFeed(lambda: step, prepare, 0, 5, torch.device("cpu")) as feed:
             while True:
                 feed.take()
                 num_taken += 1
@@ -36,4 +38,4 @@ def _feed(rank: int) -> tuple[int, str]:
 
 
 def test_error_of_one_rank_is_raised_on_all():
-    assert run_ranks(2, _feed) == [(2, "rank 1 has no room for step 2")] * 2
+    assert run_ranks(2, _feed) == [(2, "rank 1: no room for step 2")] * 2

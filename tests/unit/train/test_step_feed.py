@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 
 import pytest
 import torch
 
+from bitdance_scale.data.loader import LoadedPack, LoadedStep
+from bitdance_scale.data.loader_state import LoaderState
 from bitdance_scale.errors import DataError
-from bitdance_scale.parallel.broadcast import SharedStep
-from bitdance_scale.train.feed import StepFeed
-from bitdance_scale.train.reading import StepReport
+from bitdance_scale.train.step_feed import StepFeed
 
 CPU = torch.device("cpu")
 WAIT_S = 10.0
+
+
+def loaded_step(number: int) -> LoadedStep:
+    """A step whose only pack is its number."""
+    state = LoaderState(seed=0, index_hash="", plan_hash="", step=number + 1, pack=0, num_data_ranks=1)
+    pack = LoadedPack(number, [], state, number, 1, True, Counter(), 0.0)
+    return LoadedStep(number, [pack], state, {}, {}, Counter(), num_ready=0, wait_s=float(2**number))
 
 
 class Source:
@@ -23,13 +31,13 @@ class Source:
         self.number, self.broken = first, broken
         self.read_by: list[str] = []
 
-    def read(self) -> SharedStep:
+    def read(self) -> LoadedStep:
         number = self.number
         self.read_by.append(threading.current_thread().name)
         if number == self.broken:
             raise DataError(f"step {number} is unreadable")
         self.number += 1
-        return SharedStep([number], StepReport({"step": number + 1}, {}, {}, 0, float(2**number)))
+        return loaded_step(number)
 
 
 def prepare(packs: list[int], step: int) -> list[tuple[int, int, str]]:
@@ -40,15 +48,15 @@ def feed_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("step-feed")]
 
 
-def test_steps_come_in_order_and_none_is_read_behind_the_last():
+def test_steps_come_in_order_and_none_is_read_after_the_last():
     source = Source(first=3)
     with StepFeed(source.read, prepare, 3, 6, CPU) as feed:
         for step in range(3, 6):
-            fed = feed.take()
-            assert [entry[:2] for entry in fed.batch] == [(step, step)] and fed.packs == [step]
-            assert fed.batch[0][2].startswith("step-feed")
+            ready = feed.take()
+            assert [entry[:2] for entry in ready.batch] == [(step, step)] and ready.loaded.step == step
+            assert ready.batch[0][2].startswith("step-feed")
             # The state after this step, though the next one is read already.
-            assert fed.report.loader == {"step": step + 1}
+            assert ready.loaded.state.step == step + 1
             assert source.number == min(step + 2, 6)
     # Reading is a collective call: on the thread that trains.
     assert set(source.read_by) == {threading.current_thread().name} and len(source.read_by) == 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -17,9 +16,11 @@ from bitdance_scale.config.schema import VisionSection
 from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.errors import ConfigError, DataError
+from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE, read_records
+from bitdance_scale.train.tokenizer import learning_rate, run_tokenizer
 from bitdance_scale.train.tokenizer_evaluation import evaluate, psnr_db
 from bitdance_scale.train.tokenizer_objective import edge_loss
-from bitdance_scale.train.tokenizer_trainer import learning_rate, train_tokenizer
+from bitdance_scale.train.tokenizer_records import TokenizerEvaluation, TokenizerMetrics
 from bitdance_scale.vision.autoencoder import Autoencoder
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
@@ -37,21 +38,23 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_config(shards: Path, out: Path, *overrides: str) -> TokenizerConfig:
     settings = [
         f"run.root={out}", f"run.output={out / 'weights'}", f'data.shards=["{shards / "train"}"]',
-        f'eval.shards=["{shards / "held_out"}"]', f"data.index_dir={out / 'index'}", "run.dtype=float32",
+        f'evaluate.shards=["{shards / "held_out"}"]', f"data.index_dir={out / 'index'}", "run.dtype=float32",
         "run.steps=12",
-        "run.log_every_steps=1", "autoencoder.channel_mult=[1, 1]", "data.sizes_px=[[16, 16], [32, 16]]",
-        "data.images_px=2048", "optim.warmup_steps=2", "eval.sizes_px=[[16, 16]]", "eval.num_images=8", *overrides,
+        "observe.log_every_steps=1", "autoencoder.channel_mult=[1, 1]", "data.sizes_px=[[16, 16], [32, 16]]",
+        "data.images_px=2048", "optim.warmup_steps=2", "evaluate.sizes_px=[[16, 16]]", "evaluate.num_images=8",
+        "observe.wandb_mode=disabled", *overrides,
     ]  # fmt: skip
     return load_config(DEMO, settings, TokenizerConfig)
 
 
-def records(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "demo_tokenizer" / "metrics.jsonl").read_text().splitlines()]
+def records(out: Path) -> list[TokenizerMetrics]:
+    return read_records(out / "demo_tokenizer" / METRICS_FILE, TokenizerMetrics)
 
 
 def test_a_run_learns_and_leaves_weights_that_the_tokenizer_loads(shards: Path, tmp_path: Path):
-    results = train_tokenizer(small_config(shards, tmp_path, "run.steps=40"))
-    losses = [record["l1"] for record in records(tmp_path) if "l1" in record]
+    assert run_tokenizer(small_config(shards, tmp_path, "run.steps=40")) == 0
+    losses = [record.l1 for record in records(tmp_path)]
+    assert len(losses) == 40
     # Learning to paint the mean colour alone takes off more than a quarter; without learning they scatter by a tenth.
     assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:5])
     section = VisionSection(
@@ -65,26 +68,28 @@ def test_a_run_learns_and_leaves_weights_that_the_tokenizer_loads(shards: Path, 
     image = torch.full((16, 24, 3), 200, dtype=torch.uint8)
     (bits,) = tokenizer.encode([image])
     assert tokenizer.decode(bits, (8, 12)).shape == (16, 24, 3)
-    assert results[(16, 16)].psnr_db == pytest.approx(records(tmp_path)[-1]["psnr_db_16x16"], abs=1e-3)
+    evaluations = read_records(tmp_path / "demo_tokenizer" / EVALUATION_FILE, TokenizerEvaluation)
+    assert [evaluation.step for evaluation in evaluations] == [0, 40]
+    assert evaluations[1].psnr_db["16x16"] > evaluations[0].psnr_db["16x16"] + 3
     assert load_config(tmp_path / "demo_tokenizer" / "config.toml", schema=TokenizerConfig).run.steps == 40
 
 
 def test_equal_seeds_give_equal_weights(shards: Path, tmp_path: Path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        train_tokenizer(small_config(shards, tmp_path / name, "run.steps=2", f"run.seed={seed}"))
+        run_tokenizer(small_config(shards, tmp_path / name, "run.steps=2", f"run.seed={seed}"))
     first, same, other = (load_file(tmp_path / name / "weights" / "ae.safetensors") for name in "abc")
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not torch.equal(first["encoder.conv_in.weight"], other["encoder.conv_in.weight"])
 
 
 def test_held_out_shards_must_be_held_out(shards: Path, tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"eval\.shards: .*00000\.tar is in data\.shards as well"):
-        train_tokenizer(small_config(shards, tmp_path, f'eval.shards=["{shards / "train"}"]'))
+    with pytest.raises(ConfigError, match=r"evaluate\.shards: .*00000\.tar is in data\.shards as well"):
+        run_tokenizer(small_config(shards, tmp_path, f'evaluate.shards=["{shards / "train"}"]'))
 
 
 def test_missing_shards_are_named(shards: Path, tmp_path: Path):
     with pytest.raises(DataError, match="nowhere"):
-        train_tokenizer(small_config(shards, tmp_path, 'data.shards=["nowhere"]'))
+        run_tokenizer(small_config(shards, tmp_path, 'data.shards=["nowhere"]'))
 
 
 def test_learning_rate_rises_linearly_and_falls_as_a_cosine_to_zero(shards: Path, tmp_path: Path):
