@@ -1,8 +1,8 @@
 """Files and folders that are there whole or not at all, also after a crash of the machine.
 
-Everything is written under a name aside, forced to storage, and renamed: a reader, or a restart, sees the old content or
-the new one. Text is UTF-8 whatever the locale. This is the only module that does so; `checkpoint/checkpoint_folder.py`
-builds its protocol of several ranks out of `sync_tree` and a rename.
+Everything is written under a name aside, forced to storage, and renamed: a reader, or a restart, sees the old content
+or the new one. Text is UTF-8 whatever the locale. This is the only module that does so;
+`checkpoint/checkpoint_folder.py` builds its protocol of several ranks out of `sync_tree` and a rename.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names that version 0.2 changed. Old configurations are refused with the new name; files of old runs are still read."""
+"""Names that version 0.2 changed. Old configurations are refused with the new name; old runs and indexes are read."""
 
 from __future__ import annotations
 

@@ -97,13 +97,13 @@ class Encoder:
                     else:
                         yield None if image is None else next(bits).tobytes()
 
-    def _check_lasting(self, sample: int, fault: SampleError) -> None:
-        """What is wrong with an image stays so; that it could not be read may pass."""
-        if fault.cause in (ErrorCause.READ_FAILED, ErrorCause.SHARD_CHANGED):
+    def _check_lasting(self, sample: int, error: SampleError) -> None:
+        """A bad image stays bad, and is stored as such; a failed read may succeed tomorrow, and stops the encoding."""
+        if error.cause in (ErrorCause.READ_FAILED, ErrorCause.SHARD_CHANGED):
             raise DataError(
-                f"{self._index.shard_path(sample)}: sample {self._index.name(sample)}: {fault}. Restore the shard and run "
-                "again: what is encoded stays."
-            ) from fault
+                f"{self._index.shard_path(sample)}: sample {self._index.name(sample)}: {error}. Restore the shard and "
+                "run again: what is encoded stays."
+            ) from error
 
     def _image(self, sample: int, bucket_px: tuple[int, int]) -> np.ndarray | SampleError | None:
         if not bucket_px[0]:
@@ -114,8 +114,8 @@ class Encoder:
         try:
             data = self._reader.image(index, sample)
             return decode_image(data, index.size_px(sample), bucket_px, (int(height[0]), int(width[0])))
-        except SampleError as fault:
-            return fault
+        except SampleError as error:
+            return error
 
     def _verify(self, path: Path, samples: range, row: int) -> None:
         """Reads some bits back, and encodes their images once more."""
@@ -134,8 +134,8 @@ class Encoder:
                     name = self._index.name(samples.start + place)
                     raise DataError(
                         f"{path}: sample {name} at {side_px} px: encoding it alone gives other bits than together with "
-                        "others, or the file is damaged. Delete it and run again; if it comes back, the device does not "
-                        "compute reproducibly: encode on another."
+                        "others, or the file is damaged. Delete it and run again; if it comes back, the device does "
+                        "not compute reproducibly: encode on another."
                     )
 
 

@@ -31,8 +31,8 @@ NUM_TIME_PARTS = 5
 class Evaluator:
     """The held-out images of a run, encoded. All ranks call it alike.
 
-    Every image is a text-to-image sample with its caption. Flow times are uniform (`Evaluation` says why). Which replica
-    computes which images depends on the layout; no number drawn for an image does.
+    Every image is a text-to-image sample with its caption. Flow times are uniform (`Evaluation` says why). Which
+    replica computes which images depends on the layout; no number drawn for an image does.
 
     Args:
         config: the run.

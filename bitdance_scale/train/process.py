@@ -49,8 +49,9 @@ def run_process(action: Callable[[], int]) -> int:
 
     An error that the user can mend is printed on the first rank, since every rank has the same one, and handed to the
     launcher: torchrun turns every code but 0 into 1 for its own caller, so the first rank writes its code into the file
-    that `BITDANCE_EXIT_RECORD` names, and the message beside it and into torchrun's own error file, which torchrun shows
-    at the end of its report. A process that ends in any other way leaves no record; that is how a fault is recognised.
+    that `BITDANCE_EXIT_RECORD` names, and the message beside it and into torchrun's own error file, which torchrun
+    shows at the end of its report. A process that ends in any other way leaves no record; that is how a fault is
+    recognised.
 
     Args:
         action: the job; returns its exit code.
@@ -82,9 +83,9 @@ class StopRequest:
     """Turns SIGTERM, SIGUSR1 and SIGINT into a flag while its `with` block runs; a second SIGINT kills.
 
     A signal may reach some ranks only, and at different steps. All ranks therefore agree after every step
-    (`parallel.agreement.any_rank`), so that they stop after the same one, save, and end with `EXIT_REQUEUE`. Signals reach
-    Python's main thread only, so the block must run there. torchrun forwards SIGTERM and SIGINT and kills its workers 30
-    seconds later; where a checkpoint takes longer, send SIGUSR1 to the workers themselves, ahead of time.
+    (`parallel.agreement.any_rank`), so that they stop after the same one, save, and end with `EXIT_REQUEUE`. Signals
+    reach Python's main thread only, so the block must run there. torchrun forwards SIGTERM and SIGINT and kills its
+    workers 30 seconds later; where a checkpoint takes longer, send SIGUSR1 to the workers themselves, ahead of time.
 
     Attributes:
         signal_name: name of the first signal that came to this process; None when none has.

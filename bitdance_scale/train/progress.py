@@ -22,8 +22,10 @@ from bitdance_scale.train.step_feed import ReadyStep
 
 
 def learning_rate(section: OptimSection, step: int, num_steps: int) -> float:
-    """Rate of optimiser step `step`, from 0, of `num_steps`: linear warm-up, then constant (arXiv 2602.14041 Table 4), then
-    down in a line over the last `decay_steps`, or over the whole of a shorter run.
+    """Rate of optimiser step `step` of `num_steps`, counted from 0.
+
+    It warms up linearly, is constant (arXiv 2602.14041 Table 4), and falls linearly over the last `decay_steps`, or
+    over the whole of a shorter run.
     """
     warmup = min(1.0, (step + 1) / max(1, section.warmup_steps))
     decay = min(1.0, (num_steps - step) / max(1, min(section.decay_steps, num_steps)))

@@ -1,7 +1,7 @@
 """The skeleton of every training run: start, resume, loop, what is due when, stop, end.
 
-A job says what a step is, what is evaluated, drawn and exported (`text_to_image.py`, `tokenizer.py`); everything else of a
-run is here, once. All ranks call everything alike.
+A job says what a step is, what is evaluated, drawn and exported (`text_to_image.py`, `tokenizer.py`); everything else
+of a run is here, once. All ranks call everything alike.
 """
 
 from __future__ import annotations
@@ -35,26 +35,36 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS_DIR = "checkpoints"
 CONFIG_FILE = "config.toml"
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+"""What torchrun would tell the only process of a job."""
 
 
 class NamedRun(Protocol):
     """The settings of `[run]` that every job has."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name of the run folder."""
+
     @property
-    def root(self) -> str: ...
+    def root(self) -> str:
+        """Folder of the run folders."""
+
     @property
-    def steps(self) -> int: ...
+    def steps(self) -> int:
+        """Optimiser steps in all."""
 
 
 class JobConfig(Protocol):
     """What every job's configuration has."""
 
     @property
-    def run(self) -> NamedRun: ...
+    def run(self) -> NamedRun:
+        """Section `[run]`."""
+
     @property
-    def checkpoint(self) -> CheckpointSection: ...
+    def checkpoint(self) -> CheckpointSection:
+        """Section `[checkpoint]`."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,7 @@ class Job(abc.ABC):
 
     @abc.abstractmethod
     def take_step(self) -> bool:
-        """Trains one step on what was read and counts it; returns whether it was skipped, as a gradient was not finite."""
+        """Trains one step on what was read and counts it; returns whether it was skipped for a non-finite gradient."""
 
     @abc.abstractmethod
     def log(self) -> None:
@@ -240,8 +250,8 @@ def train(job: Job, stop: StopRequest) -> bool:
             if num_skipped_in_a_row > schedule.max_skipped_steps:
                 raise TrainingError(
                     f"step {job.step}: the gradient was not finite in {num_skipped_in_a_row} consecutive steps "
-                    f"(optim.max_skipped_steps = {schedule.max_skipped_steps}). The last checkpoint is sound: resume from "
-                    "it with a lower optim.lr, or look for damaged samples in the steps before."
+                    f"(optim.max_skipped_steps = {schedule.max_skipped_steps}). The last checkpoint is sound: resume "
+                    "from it with a lower optim.lr, or look for damaged samples in the steps before."
                 )
             if job.is_due(schedule.log):
                 job.log()
@@ -272,24 +282,20 @@ def joined_ranks(
     Raises:
         ConfigError: the run folder cannot be written.
     """
-    if "RANK" not in os.environ:
-        os.environ |= {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "0",
-        }
+    alone = {} if "RANK" in os.environ else _ALONE
+    os.environ |= alone
     if folder is not None:
         try:
             setup_logging(folder, int(os.environ["RANK"]))
         except OSError as error:
             raise ConfigError(
-                f"run.root = {str(folder.parent)!r}: the run folder {folder} cannot be written ({error}); name a writable "
-                "folder"
+                f"run.root = {str(folder.parent)!r}: the run folder {folder} cannot be written ({error}); name a "
+                "writable folder"
             ) from error
     start_process_group(**({} if timeout_s is None else {"timeout_s": timeout_s}))
     try:
         yield make_topology(parallel)
     finally:
         end_process_group()
+        for name in alone:
+            del os.environ[name]

@@ -1,4 +1,4 @@
-"""What a text-to-image run shows: its summary, metrics, sample grids, the page that draws it, and the table at its end."""
+"""What a text-to-image run shows: its summary, metrics, sample grids, one page of plots, and the table at its end."""
 
 from __future__ import annotations
 
@@ -118,8 +118,7 @@ class RunObserver(RunSinks):
     def _draw_overview(self) -> None:
         try:
             self.log_picture(self._last_step, "overview", draw_overview(self.run_folder))
-        except Exception:
-            # No run ends over its picture.
+        except Exception:  # No run ends over its picture.
             logger.warning("%s could not be drawn", OVERVIEW_FILE, exc_info=True)
         self._drawn_step = self._last_step
 

@@ -1,8 +1,8 @@
 """The steps of a run, ready to train: read by one rank of each replica, known to all of its ranks, on the device.
 
 A step is read one ahead on the main thread, where all collective calls are, in an order that is the same on every
-rank. What is left, this rank's own work on it (noise, mask, copies to the device), is done in one thread of its own while
-the step before it trains.
+rank. What is left, this rank's own work on it (noise, mask, copies to the device), is done in one thread of its own
+while the step before it trains.
 """
 
 from __future__ import annotations

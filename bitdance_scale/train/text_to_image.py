@@ -1,4 +1,4 @@
-"""Text-to-image training (arXiv 2602.14041 Sec. 4.3): what a step, an evaluation and a picture are; `run.py` is the rest."""
+"""Text-to-image training (arXiv 2602.14041 Sec. 4.3): its steps, evaluation and pictures; the rest is in `run.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training of the binary visual tokenizer, data-parallel (arXiv 2602.14041 Sec. 3.1, 4.1): its steps, evaluation, export."""
+"""Tokenizer training, data-parallel (arXiv 2602.14041 Sec. 3.1, 4.1): its steps, evaluation and export."""
 
 from __future__ import annotations
 
@@ -268,7 +268,8 @@ class TokenizerJob(Job):
 
     def complete(self) -> None:
         """Writes the weights where they are missing."""
-        if not on_first_rank(lambda: (Path(self.config.run.output) / WEIGHTS_NAME).is_file()):
+        weights = Path(self.config.run.output) / WEIGHTS_NAME
+        if not on_first_rank(weights.is_file):
             self._reconstruct()
             self.finish()
 
@@ -298,11 +299,10 @@ class TokenizerJob(Job):
         self._num_images += num_images
 
     def _flips(self) -> torch.Generator:
-        """The generator of this rank's bit flips in this step: a function of seed, step and rank, so that a run resumes."""
-        seed = np.random.SeedSequence([self.config.run.seed, self.step, self.topology.rank]).generate_state(
-            1, np.uint64
-        )
-        return torch.Generator(device=self.topology.device).manual_seed(int(seed[0] >> np.uint64(1)))
+        """The generator of this rank's bit flips in this step; seed, step and rank decide, so that a run resumes."""
+        sequence = np.random.SeedSequence([self.config.run.seed, self.step, self.topology.rank])
+        seed = int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+        return torch.Generator(device=self.topology.device).manual_seed(seed)
 
     def _data_digest(self) -> str:
         data = self.config.data
@@ -314,8 +314,8 @@ class TokenizerJob(Job):
         if state.data_digest != self._state.data_digest:
             raise ConfigError(
                 f"run.name = {self.config.run.name!r}: {path} was trained with other data.shards, data.sizes_px, "
-                "data.images_px, data.max_zoom or run.seed, so that the data would not go on. Restore them, or give the run "
-                "another name."
+                "data.images_px, data.max_zoom or run.seed: the data order would not go on. Restore them, or give the "
+                "run another name."
             )
         load_tensors(path, self.model_values(), self.optimizer_values())
         for adam in self._optimiser.state.values():

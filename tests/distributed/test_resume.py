@@ -100,8 +100,8 @@ def uninterrupted(material, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    # Before the manifest nothing of the save counts; after the rename all of it does, pointed at or not. What was trained
-    # before a fault of the data is saved between two checkpoints.
+    # Before the manifest nothing of the save counts; after the rename all of it does, pointed at or not. What was
+    # trained before a fault of the data is saved between two checkpoints.
     ("kill", "resumed_step", "message"),
     [
         ("between", KILL_STEP, "exit code -9"),
