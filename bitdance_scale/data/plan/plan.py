@@ -234,8 +234,8 @@ class _SourceMix:
         if not self.streams:
             largest = int(np.argmax(np.minimum(index.height_px, index.width_px)))
             raise DataError(
-                f"data.resolutions: none of the {len(index)} images fills a bucket of resolution {resolution.side_px} px "
-                f"with data.max_upscale={data.max_upscale:g} and passes data.filters; the one with the longest short "
+                f"data.resolutions: none of the {len(index)} images fills a bucket of resolution {resolution.side_px} "
+                f"px with data.max_upscale={data.max_upscale:g} and passes data.filters; that with the longest short "
                 f"side has (height, width) {index.size_px(largest)}. Set the share of the resolution to 0, give it "
                 "smaller buckets, add larger images, raise data.max_upscale or widen the filters."
             )

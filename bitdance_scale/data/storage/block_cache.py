@@ -105,7 +105,7 @@ class BlockCache:
         return content[begin:end]
 
     def _kept(self, path: Path, begin: int, end: int) -> bytes | None:
-        """Bytes `begin` .. `end` of a kept block; None if there is none or it is damaged, in which case it is removed."""
+        """Bytes `begin` .. `end` of a kept block; None if there is none. A damaged block is removed."""
         try:
             with open(path, "rb", buffering=0) as file:
                 content, stat = _checked(file.fileno(), begin, end), os.fstat(file.fileno())
@@ -176,7 +176,7 @@ class BlockCache:
 
     @contextlib.contextmanager
     def _claim(self, name: str) -> Iterator[bool]:
-        """Holds one of the locks of the folder; yields False if it is not free in time. A process that dies frees it."""
+        """Holds a lock of the folder; yields False if it is not free in time. A process that dies frees its locks."""
         with contextlib.ExitStack() as stack:
             is_held = False
             try:

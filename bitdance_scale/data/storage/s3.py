@@ -112,7 +112,7 @@ class S3Store:
             finally:
                 body.close()
             if begin < end:
-                raise _TruncatedResponse(f"the body ended {end - begin} bytes early")
+                raise _WrongResponse(f"the body ended {end - begin} bytes early")
             return True
 
         self._until_done(fetch, what, lambda: len(received))
@@ -130,8 +130,8 @@ class S3Store:
         section = self._section
         if self.cache is not None and num_bytes > section.cache_gb * 1e9:
             raise ConfigError(
-                f"data.s3.cache_gb={section.cache_gb:g}: the shards on S3 have {file_size(num_bytes)}. They must all fit: "
-                f"samples are read in random order, so each would fetch a block of {section.cache_block_mb} MiB again. "
+                f"data.s3.cache_gb={section.cache_gb:g}: the shards on S3 have {file_size(num_bytes)}. They must all "
+                f"fit, because samples are read in random order: each would fetch {section.cache_block_mb} MiB again. "
                 "Raise data.s3.cache_gb, or set data.s3.cache_dir='' to read without a cache."
             )
 
@@ -218,11 +218,11 @@ class S3Store:
             num_failures += 1
 
 
-class _TruncatedResponse(Exception):
-    """A response does not hold what its headers promise."""
+class _WrongResponse(Exception):
+    """A response does not hold the range that was asked for."""
 
 
-_FAILURES = (ClientError, BotoCoreError, HTTPError, OSError, _TruncatedResponse)
+_FAILURES = (ClientError, BotoCoreError, HTTPError, OSError, _WrongResponse)
 """What a request or its body raises when it fails; the status says whether a retry can help."""
 _CONNECTION_ERRORS = (HTTPClientError, BotoConnectionError, IncompleteReadError)
 """The errors of boto3 that come from the connection and not from the request."""
@@ -245,7 +245,7 @@ def _total_bytes(response: dict[str, Any], begin: int) -> int:
     content_range = response.get("ContentRange", "")
     span, _, total = content_range.removeprefix("bytes ").partition("/")
     if span.partition("-")[0] != str(begin) or not total.isdigit():
-        raise _TruncatedResponse(f"asked for bytes from {begin} on, the response holds {content_range!r}")
+        raise _WrongResponse(f"asked for bytes from {begin} on, the response holds {content_range!r}")
     return int(total)
 
 

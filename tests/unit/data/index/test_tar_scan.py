@@ -101,11 +101,11 @@ def put(content: bytes, offset: int, value: bytes) -> bytes:
         (
             lambda c: put(c, 1536, bytes(512)),
             1536,
-            "an empty header, but data goes on at byte 2048",
+            "an empty header, but there is data at byte 2048",
             ["0.jpg", "1.jpg"],
         ),
         (lambda c: c[:2048] + c, 2560, "the tar header fails its checksum", ["0.jpg", "0.txt", "0.txt", "1.jpg"]),
-        (lambda c: c + c, 4096, "an empty header, but data goes on", ["0.jpg", "0.txt", "1.jpg"] * 2),
+        (lambda c: c + c, 4096, "an empty header, but there is data at", ["0.jpg", "0.txt", "1.jpg"] * 2),
     ],
     ids=[
         "cut in header",
