@@ -29,7 +29,8 @@ from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.image_decode import DECODE_VERSION
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.plan.buckets import resolution_buckets
-from bitdance_scale.data.storage.stores import ReadError, Stores
+from bitdance_scale.data.storage.store_contract import ReadError
+from bitdance_scale.data.storage.stores import Stores
 from bitdance_scale.errors import DataError
 
 FORMAT = 1
