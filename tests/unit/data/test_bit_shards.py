@@ -1,4 +1,4 @@
-"""The file of a bit shard: what is in it, and that it is read back. Training on bits: tests/pipelines/test_bit_shards.py."""
+"""The file of a bit shard: what is in it, and that it is read back."""
 
 from __future__ import annotations
 

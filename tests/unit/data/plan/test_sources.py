@@ -179,8 +179,8 @@ def test_a_source_or_a_resolution_without_any_sample_is_refused() -> None:
         Plan(0, make_index([20], [20, 30]), make_data((1, 1), (1, 1)))
 
 
-def test_one_source_is_planned_as_ever() -> None:
-    """The digests are of the plan before there were sources."""
+def test_one_source_has_one_plan_however_it_is_named() -> None:
+    """Whether `data.shards` or `data.sources` names the source makes no difference; the digests are pinned."""
     numbers = np.random.default_rng(0)
     sizes = numbers.integers(10, 70, (2, 300)).astype(np.int32)
     index = bare_index(*sizes, **{"caption.caption_status": (numbers.random(300) < 0.05).astype(np.uint8)})

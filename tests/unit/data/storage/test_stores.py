@@ -13,7 +13,7 @@ from bitdance_scale.data.storage.stores import Stores
 
 def test_local_shards_do_not_import_boto3() -> None:
     code = "import sys, bitdance_scale.data.reader; sys.exit('boto3' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
 
 
 def test_a_copy_by_pickle_reads_with_the_same_settings(tmp_path: Path) -> None:
