@@ -28,7 +28,7 @@ SEPARATOR = "\0"
 
 
 class CaptionStatus(enum.IntEnum):
-    """What the scan found as the caption of a sample; stored in the index as uint8."""
+    """Whether a sample has a caption, and if not, why; stored in the index as uint8."""
 
     USABLE = 0
     EMPTY = 1

@@ -25,7 +25,7 @@ class SampleBuilder:
         self._config, self._index, self._tokenizer = config, index, tokenizer
 
     def build(self, batch: PlannedBatch) -> list[Sample]:
-        """One sample without its image per place of the batch."""
+        """One sample per place of the batch, without its image."""
         return [self._sample(batch, place) for place in range(len(batch))]
 
     def lengths(self, samples: list[Sample]) -> np.ndarray:

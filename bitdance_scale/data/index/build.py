@@ -170,7 +170,7 @@ def scan_file(task: _Task, captions: Sequence[str], stores: Stores) -> Index:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Turns the garbage collector off: a scan makes millions of small objects, none in a cycle, that it would visit."""
+    """Turns the garbage collector off: it would visit the millions of small objects of a scan, which form no cycles."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

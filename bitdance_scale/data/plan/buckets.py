@@ -1,4 +1,4 @@
-"""At which size an image is trained in each resolution: its picture, its bucket, and the samples that have one.
+"""The size at which a resolution trains an image: the picture, its bucket, and the samples that have a bucket.
 
 A resolution draws from *every* image that is large enough for one of its buckets, so an image may be trained in several
 resolutions. With one resolution per image, the small resolutions would never see large images (most of the data), and

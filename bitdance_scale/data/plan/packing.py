@@ -21,7 +21,7 @@ from bitdance_scale.errors import ConfigError
 
 _MAX_EXCHANGES_PER_RANK = 8
 _MAX_PARTNERS = 8
-# So many exchanges between two ranks are tried, the best first, until one fits the packs.
+# At most this many exchanges between two ranks are tried, the best first, until one fits the packs.
 _MAX_FITS = 8
 # Ranks this close to the mean count as even: another exchange would gain less than the step time varies.
 _EVEN_SHARE = 1e-3

@@ -263,7 +263,7 @@ class _SourceMix:
 
 
 class _Stream:
-    """The endless sequence of samples of one source in one resolution."""
+    """The endless sequence of samples of one source at one resolution."""
 
     def __init__(
         self,

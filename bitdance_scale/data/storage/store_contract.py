@@ -13,7 +13,7 @@ S3_SCHEME = "s3://"
 
 @dataclass(frozen=True)
 class ShardState:
-    """By what a change of a shard is noticed.
+    """Shows whether a shard has changed.
 
     Attributes:
         num_bytes: length of the shard.
