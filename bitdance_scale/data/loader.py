@@ -25,7 +25,7 @@ from bitdance_scale.data.data_errors import ErrorCause, ErrorCounter, SampleErro
 from bitdance_scale.data.image_decode import decode_image
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.loader_state import LoaderState
-from bitdance_scale.data.plan.borders import content_px
+from bitdance_scale.data.plan.buckets import content_px
 from bitdance_scale.data.plan.packing import CostModel, partition_batch
 from bitdance_scale.data.plan.plan import Plan, PlannedBatch
 from bitdance_scale.data.prefetch import Prefetcher

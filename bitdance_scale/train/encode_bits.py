@@ -25,7 +25,7 @@ from bitdance_scale.data.bit_shards import (
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.image_decode import decode_image
 from bitdance_scale.data.index.index import Index
-from bitdance_scale.data.plan.borders import content_px
+from bitdance_scale.data.plan.buckets import content_px
 from bitdance_scale.data.plan.plan import Plan
 from bitdance_scale.data.reader import ShardReader
 from bitdance_scale.data.storage.stores import Stores

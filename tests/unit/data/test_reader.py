@@ -1,4 +1,4 @@
-"""Reading by offset: the right bytes, from many threads, through few open files."""
+"""Reading by offset: the right bytes, from many threads, with few open files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_an_evicted_shard_stays_open_for_the_read_in_it(tmp_path: Path, monkeypa
     assert reader.read(path, *members_of(path)[0]) == b"x" * 900
 
 
-def test_missing_cut_and_replaced_shards_are_faults(tmp_path: Path) -> None:
+def test_missing_cut_and_replaced_shards_are_sample_errors(tmp_path: Path) -> None:
     path = str(write_tar(tmp_path / "0.tar", {"0": {"jpg": b"x" * 900}}))
     member = members_of(path)[0]
     os.rename(path, f"{path}.gone")
@@ -59,6 +59,6 @@ def test_missing_cut_and_replaced_shards_are_faults(tmp_path: Path) -> None:
         ShardReader().read(path, *member)
     assert cut.value.cause == ErrorCause.READ_FAILED
     write_tar(tmp_path / "0.tar", {"1": {"jpg": b"y" * 900}})
-    with pytest.raises(SampleError, match="not behind the tar header that was indexed") as replaced:
+    with pytest.raises(SampleError, match="their tar header is not the indexed one") as replaced:
         ShardReader().read(path, *member)
     assert replaced.value.cause == ErrorCause.SHARD_CHANGED

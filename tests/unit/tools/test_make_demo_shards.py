@@ -103,7 +103,7 @@ def test_the_loader_reads_the_shards(tmp_path: Path):
 
     write_shards(tmp_path / "demo", num_images=12, per_shard=5, seed=0)
     index = build_index(expand_shards([str(tmp_path / "demo")]), tmp_path / "index")
-    assert len(index) == 12 and not index.faults()
+    assert len(index) == 12 and not index.errors()
     assert [index.caption(i) for i in range(12)] == [make_scene(0, i).caption for i in range(12)]
     crops = centre_crops(index, (32, 32), num_images=4)
     assert crops.shape == (4, 32, 32, 3) and crops.dtype == np.uint8

@@ -1,4 +1,4 @@
-"""Several sources in one plan: exact shares at every prefix, epochs of their own, one source as if there were no others."""
+"""Several sources in one plan: shares exact at every prefix, epochs per source, one source like `data.shards`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def make_index(*sides_px: Sequence[int]) -> Index:
     return bare_index(sides, sides, shards).divided([1] * len(sides_px))
 
 
-def make_data(source_shares: Sequence[int], class_shares: Sequence[int] = (1,), global_batch: int = 10) -> DataSection:
+def make_data(
+    source_shares: Sequence[int], resolution_shares: Sequence[int] = (1,), global_batch: int = 10
+) -> DataSection:
     return DataSection(
         sources=tuple(
             DataSource(name=f"s{number}", shards=(f"/{number}.tar",), share=share)
@@ -42,14 +44,14 @@ def make_data(source_shares: Sequence[int], class_shares: Sequence[int] = (1,), 
         global_batch=global_batch,
         resolutions=tuple(
             Resolution(side_px=side, share=share, buckets_px=((side, side),))
-            for side, share in zip(SIDES_PX, class_shares, strict=False)
+            for side, share in zip(SIDES_PX, resolution_shares, strict=False)
         ),
         max_pack_tokens=1024,
     )
 
 
 def drawn(plan: Plan, num_steps: int) -> dict[str, np.ndarray]:
-    """Columns of the first batches, one behind the other."""
+    """Columns of the first batches, one after the other."""
     batches = [plan.batch(step) for step in range(num_steps)]
     names = [field.name for field in dataclasses.fields(PlannedBatch) if field.name != "step"]
     return {name: np.concatenate([getattr(batch, name) for batch in batches]) for name in names}
@@ -57,27 +59,27 @@ def drawn(plan: Plan, num_steps: int) -> dict[str, np.ndarray]:
 
 @st.composite
 def mixtures(draw: st.DrawFn) -> tuple[Index, DataSection]:
-    """Two to four sources of 1 to 12 images, each with one for the smallest class; others may lack it for a class."""
+    """Two to four sources of 1 to 13 images; all have one for the smallest resolution, the first has one for each."""
     num_sources = draw(st.integers(2, 4))
     sides = st.lists(st.sampled_from([16, 20, 40, 70]), min_size=1, max_size=12)
     source_sides = draw(st.lists(sides, min_size=num_sources, max_size=num_sources))
-    # Every class has a sample somewhere.
+    # Every resolution has a sample somewhere.
     source_sides[0].append(70)
-    class_shares = draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
+    resolution_shares = draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
     source_shares = draw(st.lists(st.integers(1, 30), min_size=num_sources, max_size=num_sources))
-    return make_index(*source_sides), make_data(source_shares, class_shares, draw(st.integers(1, 30)))
+    return make_index(*source_sides), make_data(source_shares, resolution_shares, draw(st.integers(1, 30)))
 
 
 @settings(deadline=None, max_examples=60)
 @given(mixture=mixtures())
-def test_classes_and_sources_are_less_than_one_off_at_every_prefix(mixture: tuple[Index, DataSection]) -> None:
+def test_resolutions_and_sources_are_less_than_one_off_at_every_prefix(mixture: tuple[Index, DataSection]) -> None:
     index, data = mixture
     plan = Plan(1, index, data)
     columns = drawn(plan, num_steps=12)
-    class_shares = [resolution.share for resolution in data.resolutions]
+    resolution_shares = [resolution.share for resolution in data.resolutions]
     sides = [resolution.side_px for resolution in data.resolutions]
-    # The resolutions come as they do without sources.
-    labels = Apportionment(class_shares).labels(0, len(columns["side_px"]))
+    # The resolutions are as they are without sources.
+    labels = Apportionment(resolution_shares).labels(0, len(columns["side_px"]))
     np.testing.assert_array_equal(columns["side_px"], np.array(sides)[labels])
     is_complete = True
     for side in sides:
@@ -120,7 +122,7 @@ def test_every_stream_goes_through_its_own_samples_epoch_by_epoch(mixture: tuple
             assert epochs.tolist() == [place // max(1, size) for place in range(len(stream))]
             for epoch in range(len(stream) // max(1, size)):
                 assert sorted(stream[epochs == epoch].tolist()) == eligible
-            # The epoch that is under way included.
+            # Including the epoch that is under way.
             assert len(set(zip(epochs.tolist(), stream.tolist(), strict=True))) == len(stream)
             use = uses[source.name, side]
             assert (use.num_samples, use.num_images) == (size, len(stream))
@@ -145,8 +147,8 @@ def test_any_step_is_planned_without_those_before_it(mixture: tuple[Index, DataS
     assert drawn_there == {f"s{number}": (expected.source == number).sum() for number in range(len(data.sources))}
 
 
-def test_a_batch_of_whole_shares_is_exact_in_every_class() -> None:
-    """The SFT stage: 2,320 images, two resolutions alike; 3 : 1 of 1,160 is 870 and 290."""
+def test_a_batch_of_whole_shares_is_exact_in_every_resolution() -> None:
+    """The SFT stage: 2,320 images at two resolutions of equal share; 3 : 1 of 1,160 is 870 and 290."""
     data = make_data((3, 1), (1, 1), global_batch=2320)
     plan = Plan(0, make_index([40] * 500, [40] * 90), data)
     for step in (0, 1, 40_000):
@@ -156,12 +158,12 @@ def test_a_batch_of_whole_shares_is_exact_in_every_class() -> None:
     assert plan.images_by_source(40_000) == {"s0": 1740 * 40_000, "s1": 580 * 40_000}
 
 
-def test_a_source_without_samples_for_a_class_leaves_its_share_there_to_the_others() -> None:
+def test_a_source_without_samples_for_a_resolution_leaves_its_share_there_to_the_others() -> None:
     data = make_data((5, 3, 2), (1, 1), global_batch=200)
     plan = Plan(0, make_index([20] * 7, [40] * 7, [40] * 7), data)
     batch = plan.batch(3)
-    by_class = {side: Counter(batch.source[batch.side_px == side].tolist()) for side in (16, 32)}
-    assert by_class == {16: {0: 50, 1: 30, 2: 20}, 32: {1: 60, 2: 40}}
+    by_resolution = {side: Counter(batch.source[batch.side_px == side].tolist()) for side in (16, 32)}
+    assert by_resolution == {16: {0: 50, 1: 30, 2: 20}, 32: {1: 60, 2: 40}}
     assert [(use.source, use.num_samples) for use in plan.uses(1) if use.side_px == 32] == [
         ("s0", 0),
         ("s1", 7),
@@ -169,16 +171,16 @@ def test_a_source_without_samples_for_a_class_leaves_its_share_there_to_the_othe
     ]
 
 
-def test_a_source_or_a_class_without_any_sample_is_refused() -> None:
+def test_a_source_or_a_resolution_without_any_sample_is_refused() -> None:
     for others in ([10, 12], []):
         with pytest.raises(DataError, match=f"none of the {len(others)} images of source 's1' fills a bucket of any"):
             Plan(0, make_index([40], others), make_data((1, 1)))
-    with pytest.raises(DataError, match="none of the 3 images fills a bucket of class 32 px"):
+    with pytest.raises(DataError, match="none of the 3 images fills a bucket of resolution 32 px"):
         Plan(0, make_index([20], [20, 30]), make_data((1, 1), (1, 1)))
 
 
-def test_one_source_is_planned_as_ever() -> None:
-    """Batches of a run that began before there were sources."""
+def test_one_source_has_one_plan_however_it_is_named() -> None:
+    """Whether `data.shards` or `data.sources` names the source makes no difference; the digests are pinned."""
     numbers = np.random.default_rng(0)
     sizes = numbers.integers(10, 70, (2, 300)).astype(np.int32)
     index = bare_index(*sizes, **{"caption.caption_status": (numbers.random(300) < 0.05).astype(np.uint8)})
@@ -196,7 +198,6 @@ def test_one_source_is_planned_as_ever() -> None:
             batch = plan.batch(step)
             for name in ("samples", "side_px", "bucket_px", "epoch", "is_caption_dropped", "is_image_to_text"):
                 digest.update(getattr(batch, name).tobytes())
-        # Computed by the plan as it was when there was one source only.
         assert digest.hexdigest()[:32] == "85445578a7bf943fc75e9f90cdda211b"
         assert plan.hash == "3355143f01dccf7864dc11f6e17261da"
     assert Plan(3, index, DataSection(resolutions=resolutions, shards=("x",), **rest)).images_by_source(4) == {}
@@ -223,7 +224,7 @@ def test_the_hash_covers_names_shares_and_whose_shards_they_are() -> None:
 
 @pytest.fixture
 def source_section(data_set: list[str], make_config, tmp_path: Path) -> Callable[..., DataSection]:
-    """Makes a data section whose sources take the shards of these numbers; an index folder of the test's own."""
+    """Makes a data section whose sources take the shards of these numbers, with an index folder of its own."""
 
     def make(share_and_shards: dict[str, tuple[int, list[int]]], **changes: object) -> DataSection:
         sources = tuple(
@@ -240,7 +241,7 @@ def test_the_index_of_a_run_knows_its_sources(data_set, source_section, tmp_path
     index = training_index(data)
     assert [entry.path for entry in index.shards] == [data_set[number] for number in (2, 0, 1)]
     assert index.sources == (range(9), range(9, 21))
-    # The digest is of the samples: it does not know of sources.
+    # The digest covers the samples and not the sources.
     assert index.hash == build_index([data_set[number] for number in (2, 0, 1)], tmp_path / "other").hash
     whole = training_index(source_section({"all": (1, [0, 1, 2])}))
     assert whole.sources == (range(21),)
@@ -255,7 +256,7 @@ def test_the_default_index_of_sources_is_not_that_of_the_first(data_set, make_co
 
 def test_a_shard_of_two_sources_and_a_missing_one_are_refused_by_name(data_set, source_section) -> None:
     shared = source_section({"a": (1, [0, 1]), "b": (1, [2, 1])})
-    with pytest.raises(DataError, match=f"shard {data_set[1]} is in source 'a' and in source 'b'. Leave it in one"):
+    with pytest.raises(DataError, match=f"shard {data_set[1]} is in source 'a' and in source 'b', so its images"):
         training_index(shared)
     gone = source_section({"a": (1, [0]), "b": (1, [1])})
     gone = dataclasses.replace(
