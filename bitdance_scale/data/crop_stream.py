@@ -90,8 +90,7 @@ class CropStream:
             DataError: too many images are unreadable.
         """
         ahead: list[list[tuple[int, Future[np.ndarray]]]] = []
-        self._first_step = first_step
-        for step in range(len(self._size_of_step)):
+        for step in range(self._first_step, len(self._size_of_step)):
             stop = min(step + NUM_STEPS_AHEAD + 1, len(self._size_of_step))
             ahead += [self._start(later) for later in range(step + len(ahead), stop)]
             yield self._collect(ahead.pop(0))
