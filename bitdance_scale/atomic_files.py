@@ -1,9 +1,9 @@
 """Files and folders that are there whole or not at all, even after a crash of the machine.
 
-Everything is written under a temporary name, forced to storage and renamed: a reader, or a restart, sees the old content
-or the new content. Text is UTF-8 in every locale. Inside a folder that is renamed as a whole, files may be written in
-place, because the whole folder is forced to storage before it is renamed. `checkpoint/checkpoint_folder.py` builds its
-protocol for several ranks from `sync_tree` and a rename.
+Everything is written under a temporary name, forced to storage and renamed: a reader, or a restart, sees the old
+content or the new content. Text is UTF-8 in every locale. Inside a folder that is renamed as a whole, files may be
+written in place, because the whole folder is forced to storage before it is renamed. `checkpoint/checkpoint_folder.py`
+builds its protocol for several ranks from `sync_tree` and a rename.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def replacing(path: Path, *, is_shared: bool = False, is_durable: bool = True) -
         path: the file; its folder is made if absent.
         is_shared: whether several processes may write this file at once. Each then has its own temporary name, and the
             last one to finish stays.
-        is_durable: whether the bytes are forced to storage. A file that can be made again, such as a cache, need not be.
+        is_durable: whether the bytes are forced to storage; not needed for what can be made again, such as a cache.
 
     Raises:
         OSError: of the file system; `path` is as it was.

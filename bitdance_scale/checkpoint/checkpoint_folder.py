@@ -89,8 +89,8 @@ class CheckpointFolder:
             if self._is_first_rank():
                 shutil.rmtree(aside, ignore_errors=True)
             raise CheckpointError(
-                f"{self.root}: the checkpoint of step {step} was not committed: {error}. Earlier checkpoints are as they "
-                "were"
+                f"{self.root}: the checkpoint of step {step} was not committed: {error}. Earlier checkpoints are as "
+                "they were"
             ) from (failure or error)
         on_first_rank(lambda: self._prune(step), self.group, other=CheckpointError)
 

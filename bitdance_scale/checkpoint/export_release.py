@@ -195,8 +195,8 @@ def _checked_tokenizer(path: Path, network: NetworkConfig, state: TrainState) ->
     if text.num_query_entries != num_queries:
         raise CheckpointError(
             f"{network.text.path}: {text.num_query_entries} query tokens; blocks of {network.vision.block_tokens} "
-            f"tokens need {num_queries}, and the release's folders have exactly as many; name the tokenizer that the run "
-            "was trained with"
+            f"tokens need {num_queries}, and the release's folders have exactly as many; name the tokenizer that the "
+            "run was trained with"
         )
     return text
 

@@ -9,6 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
+import convert_to_hf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -133,6 +134,41 @@ class TestRoundTrip:
         assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
         name = "net.cond_embed.weight"
         assert torch.equal(found[name], whole(imported, f"head.{name}").bfloat16())
+
+
+def as_a_run(imported: Path, copy: Path, steps: int) -> Path:
+    """An import made to look like the checkpoint at step 0 of a run of so many steps."""
+    run = shutil.copytree(imported, copy)
+    folder = find_checkpoint(run)
+    config = (folder / "config.toml").read_text()
+    assert config.count("[run]\n") == 1
+    section = f'[run]\nname = "sft_small"\nstage = "sft"\nsteps = {steps}\n'
+    (folder / "config.toml").write_text(config.replace("[run]\n", section))
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+    return run
+
+
+class TestUnfinishedRun:
+    def test_it_is_said_and_kept_in_the_report(self, imported, tmp_path, capsys):
+        run = as_a_run(imported, tmp_path / "run", steps=20)
+        assert convert_to_hf.main([str(run), str(tmp_path / "out")]) == 0
+        warning = "step 0 of 20 of run sft_small, stage sft: the run has not finished"
+        assert f"warning: {find_checkpoint(run)} is at {warning}\n" in capsys.readouterr().err
+        assert read_json(tmp_path / "out" / "conversion_report.json")["run"] == {
+            "name": "sft_small",
+            "stage": "sft",
+            "step": 0,
+            "num_steps": 20,
+            "is_finished": False,
+        }
+
+    def test_a_finished_run_and_an_import_are_not_warned_of(self, imported, tmp_path, capsys):
+        finished = open_checkpoint(as_a_run(imported, tmp_path / "run", steps=0))
+        assert finished.run is not None and finished.run.is_finished and finished.warning is None
+        assert convert_to_hf.main([str(imported), str(tmp_path / "out")]) == 0
+        assert "warning" not in capsys.readouterr().err
+        assert read_json(tmp_path / "out" / "conversion_report.json")["run"] is None
 
 
 class TestQwen3:
