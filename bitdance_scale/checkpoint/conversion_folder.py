@@ -66,6 +66,6 @@ def conversion_folder(out: Path) -> Iterator[Path]:
         raise CheckpointError(f"{out}: not written ({error}); nothing is left of the attempt") from error
 
 
-def write_report(folder: Path, content: Mapping[str, Any]) -> None:
+def write_conversion_report(folder: Path, content: Mapping[str, Any]) -> None:
     """Writes the report of a conversion into the folder that it made."""
     write_text(folder / REPORT_NAME, json.dumps(content, indent=1) + "\n")

@@ -25,7 +25,12 @@ import torch
 
 import bitdance_scale
 from bitdance_scale.atomic_files import write_text
-from bitdance_scale.checkpoint.conversion_folder import OnBytes, check_destination, conversion_folder, write_report
+from bitdance_scale.checkpoint.conversion_folder import (
+    OnBytes,
+    check_destination,
+    conversion_folder,
+    write_conversion_report,
+)
 from bitdance_scale.checkpoint.integrity import file_digest, tensor_bytes, text_digest
 from bitdance_scale.checkpoint.published_files import PART_FILES, PublishedTensors, TensorFileWriter, row_chunks
 from bitdance_scale.checkpoint.published_names import Part, PublishedTensor, published_tensors
@@ -231,7 +236,7 @@ def export_release(export: Export, out: Path, *, is_forced: bool = False, on_byt
         digests = {part: _write_part(export, part, folder, on_bytes) for part in Part}
         for part in Part:
             _read_back(folder, part, digests[part], on_bytes)
-        write_report(folder, _report(export, digests, file_digest(folder / AE_WEIGHTS_NAME)))
+        write_conversion_report(folder, _report(export, digests, file_digest(folder / AE_WEIGHTS_NAME)))
 
 
 def _report(export: Export, digests: Mapping[Part, dict[str, str]], autoencoder_sha256: str) -> dict[str, Any]:

@@ -26,7 +26,12 @@ import bitdance_scale
 from bitdance_scale.atomic_files import write_text
 from bitdance_scale.checkpoint.boxes import Box
 from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
-from bitdance_scale.checkpoint.conversion_folder import OnBytes, check_destination, conversion_folder, write_report
+from bitdance_scale.checkpoint.conversion_folder import (
+    OnBytes,
+    check_destination,
+    conversion_folder,
+    write_conversion_report,
+)
 from bitdance_scale.checkpoint.integrity import file_digest, tensor_bytes, text_digest
 from bitdance_scale.checkpoint.published_files import row_chunks
 from bitdance_scale.checkpoint.published_names import (
@@ -94,7 +99,7 @@ def import_release(source: Source, out: Path, *, is_forced: bool = False, on_byt
         latest = checkpoints.latest()
         assert latest is not None
         digests = _compare(source, StoredTensors(latest / TENSORS_DIR), on_bytes)
-        write_report(
+        write_conversion_report(
             folder,
             {
                 "source": str(source.folder),

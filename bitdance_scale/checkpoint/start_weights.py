@@ -112,7 +112,7 @@ def check_network(path: Path, index: TensorIndex, network: NetworkConfig, vocab_
     check_tensors(path, found, wanted, fix)
 
 
-def load_weights(
+def load_start_weights(
     path: Path,
     model: Mapping[str, ShardedValue],
     masters: Mapping[str, ShardedValue],

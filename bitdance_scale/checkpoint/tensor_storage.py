@@ -228,7 +228,7 @@ class SafetensorsReader(StorageReader):
 
 
 class StoredTensors:
-    """The tensors of one checkpoint, read row by row without an engine, whatever boxes they are stored in.
+    """The tensors of one checkpoint, read some rows at a time without an engine, in whatever boxes they are stored.
 
     Args:
         folder: its `tensors/`.

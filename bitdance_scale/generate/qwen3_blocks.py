@@ -246,8 +246,8 @@ class CapturedCall:
     """A function of tensors recorded as a CUDA graph: one launch instead of thousands.
 
     The kernels of a step are short, so launching them one by one from Python would take longer than running them. The
-    function is called on the examples before it is recorded, more than once: what it writes besides its result must
-    depend on its inputs only. It must not wait for the GPU or draw random numbers.
+    function is called on the examples before it is recorded, more than once: anything that it writes in addition to its
+    result must depend on its inputs only. It must not wait for the GPU or draw random numbers.
 
     Args:
         function: what is recorded.

@@ -11,7 +11,7 @@ import numpy as np
 
 from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
 from bitdance_scale.checkpoint.run_checkpoint import TrainState, load_checkpoint, save_checkpoint
-from bitdance_scale.checkpoint.start_weights import find_checkpoint, load_weights
+from bitdance_scale.checkpoint.start_weights import find_checkpoint, load_start_weights
 from bitdance_scale.config.load import dump_toml
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import BitDanceError, TrainingError
@@ -198,7 +198,7 @@ class Trainer:
         prefix = "master."
         values = self._engine.optimizer_values()
         masters = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
-        self._release = load_weights(
+        self._release = load_start_weights(
             start.path,
             self._engine.model_values(),
             masters,

@@ -77,7 +77,7 @@ def test_steps_of_fixed_shape_draw_the_same_bits(model, monkeypatch, seen_multip
 
 
 def test_hidden_states_do_not_depend_on_padding(model):
-    """The prompt alone, and beside a longer one that pads it on the left."""
+    """The prompt alone, and in a batch with a longer one, which pads it on the left."""
     states = []
     for prompts in (["a"], ["a", "two blue squares and a red circle"]):
         blocks = Qwen3Blocks(model.backbone, model.projector, model.head, SOLVER)
