@@ -29,11 +29,10 @@ from transformers import AutoModel
 from bitdance_scale.config.presets import PRESETS
 from bitdance_scale.config.schema import HeadSection, ModelSection, VisionSection
 from bitdance_scale.generate.block_decode import DecodeLayout, Draw, decode_blocks, lay_out
-from bitdance_scale.generate.image_noise import GeneratorNoise
+from bitdance_scale.generate.image_sizes import check_size
 from bitdance_scale.generate.published_model import PublishedModel, load_published, qwen3_config
 from bitdance_scale.generate.qwen3_blocks import Qwen3Blocks
-from bitdance_scale.generate.sampler import FlowSolver
-from bitdance_scale.generate.sizes import check_size
+from bitdance_scale.generate.sampler import FlowSolver, GeneratorNoise
 from bitdance_scale.model.diffusion_head import DiffusionHead
 from bitdance_scale.model.linears import PlainLinears
 from bitdance_scale.model.projector import Projector

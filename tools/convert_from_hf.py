@@ -25,6 +25,7 @@ from tqdm import tqdm
 from bitdance_scale.checkpoint.import_release import import_release
 from bitdance_scale.checkpoint.release_source import NewParts, open_source
 from bitdance_scale.errors import BitDanceError
+from bitdance_scale.wording import file_size
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,11 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source = open_source(options.source, _new_parts(options))
         num_bytes = 2 * source.num_bytes - source.num_drawn_bytes
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="write, read back", mininterval=0.5) as bar:
-            import_release(source, options.out, is_forced=options.force, progress=bar.update)
+            import_release(source, options.out, is_forced=options.force, on_bytes=bar.update)
     except BitDanceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{options.out}: {source.num_bytes / 1e9:.2f} GB, start a run from it with run.start_from={options.out}")
+    size = file_size(source.num_bytes)
+    print(f"{options.out}: {size}; to start a run from it, set run.start_from={options.out}")
     return 0
 
 

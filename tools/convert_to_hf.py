@@ -21,6 +21,7 @@ from bitdance_scale.checkpoint.export_release import export_release, open_checkp
 from bitdance_scale.checkpoint.published_names import Part
 from bitdance_scale.config.published_config import beyond_release
 from bitdance_scale.errors import BitDanceError
+from bitdance_scale.wording import file_size
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -33,14 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         export = open_checkpoint(
             options.checkpoint, tokenizer=options.tokenizer, autoencoder=options.autoencoder, dtypes=dtypes
         )
+        if export.warning:
+            print(f"warning: {export.warning}", file=sys.stderr)
         with tqdm(
             total=2 * export.num_bytes, unit="B", unit_scale=True, desc="write, read back", mininterval=0.5
         ) as bar:
-            export_release(export, options.out, is_forced=options.force, progress=bar.update)
+            export_release(export, options.out, is_forced=options.force, on_bytes=bar.update)
     except BitDanceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{options.out}: {export.num_bytes / 1e9:.2f} GB, step {export.state.step} of {export.path}")
+    print(f"{options.out}: {file_size(export.num_bytes)}, step {export.state.step} of {export.path}")
     if extra := beyond_release(export.network.head):
         print(
             f"its head has {extra}, which the release's pipeline does not know and refuses; tools/sample.py runs it",

@@ -27,10 +27,10 @@ import torch
 from tqdm import tqdm
 
 from bitdance_scale.errors import BitDanceError, ConfigError
+from bitdance_scale.generate.image_sizes import beyond_published, check_size
 from bitdance_scale.generate.pipeline import BitDancePipeline
 from bitdance_scale.generate.published_model import read_sections
 from bitdance_scale.generate.sampler import SAMPLERS, FlowSolver
-from bitdance_scale.generate.sizes import beyond_published, check_size
 from bitdance_scale.observe.figures import image_grid
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -15,8 +15,7 @@ import torch.distributed as dist
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.generate.block_decode import DecodeLayout, Draw
-from bitdance_scale.generate.head_steps import HeadSteps
-from bitdance_scale.generate.sampler import FlowSolver, sample_block
+from bitdance_scale.generate.sampler import FlowSolver, HeadSteps, sample_block
 from bitdance_scale.model.positions import rotary_frequencies
 from bitdance_scale.parallel.backbone import remember_keys, whole_sequences
 from bitdance_scale.parallel.topology import Topology
@@ -24,7 +23,7 @@ from bitdance_scale.parallel.zero import ZeroEngine
 
 
 class StageDecoder:
-    """A `generate.decode.BlockModel` over the stages of a pipeline rank.
+    """A `generate.block_decode.BlockModel` over the stages of a pipeline rank.
 
     With `sample.use_cache` every layer keeps its keys and values and only new positions are computed; without, the
     whole sequence is computed for every block.

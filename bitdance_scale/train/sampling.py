@@ -10,8 +10,7 @@ import torch.distributed as dist
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.generate.block_decode import decode_blocks, lay_out
-from bitdance_scale.generate.image_noise import ImageNoise
-from bitdance_scale.generate.sampler import FlowSolver
+from bitdance_scale.generate.sampler import FlowSolver, ImageNoise
 from bitdance_scale.parallel.layout_decode import StageDecoder
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import ZeroEngine

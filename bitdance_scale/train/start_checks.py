@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitdance_scale.checkpoint.new_rows import NewQueries
 from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME, TENSORS_DIR, TrainState, read_state
-from bitdance_scale.checkpoint.start_weights import check_network
+from bitdance_scale.checkpoint.start_weights import NewQueries, check_network
 from bitdance_scale.checkpoint.tensor_index import read_index
 from bitdance_scale.config.load import load_network
 from bitdance_scale.config.schema import NetworkConfig, RunConfig

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bitdance_scale.checkpoint.run_checkpoint import TrainState, load_checkpoint
-from bitdance_scale.checkpoint.start_weights import find_checkpoint, load_weights
+from bitdance_scale.checkpoint.start_weights import find_checkpoint, load_start_weights
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.inputs import PackInputs, make_inputs
 from bitdance_scale.observe.metrics import EVALUATION_FILE, Evaluation, append_evaluation, read_evaluations
@@ -246,7 +246,7 @@ class TextToImageJob(Job):
         prefix = "master."
         values = self._engine.optimizer_values()
         masters = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
-        self._release = load_weights(
+        self._release = load_start_weights(
             start.path,
             self._engine.model_values(),
             masters,

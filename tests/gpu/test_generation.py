@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from bitdance_scale.generate.block_decode import decode_blocks, lay_out
-from bitdance_scale.generate.capture import CapturedCall
-from bitdance_scale.generate.image_noise import GeneratorNoise
 from bitdance_scale.generate.pipeline import BitDancePipeline
 from bitdance_scale.generate.published_model import load_published
-from bitdance_scale.generate.qwen3_blocks import Qwen3Blocks
-from bitdance_scale.generate.sampler import FlowSolver
+from bitdance_scale.generate.qwen3_blocks import CapturedCall, Qwen3Blocks
+from bitdance_scale.generate.sampler import FlowSolver, GeneratorNoise
 from tests.released import write_published
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

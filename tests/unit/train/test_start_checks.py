@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bitdance_scale.checkpoint.digest import text_digest
 from bitdance_scale.checkpoint.import_release import import_release
-from bitdance_scale.checkpoint.manifest import MANIFEST_NAME, write_manifest
+from bitdance_scale.checkpoint.integrity import MANIFEST_NAME, text_digest, write_manifest
 from bitdance_scale.checkpoint.release_source import NewParts, open_source
 from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME
 from bitdance_scale.checkpoint.start_weights import find_checkpoint

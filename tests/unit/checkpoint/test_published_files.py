@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from bitdance_scale.checkpoint.tensor_file import TensorFileWriter
+from bitdance_scale.checkpoint.published_files import TensorFileWriter
 from bitdance_scale.weight_files import TensorSpec
 
 TENSORS = {

@@ -5,7 +5,7 @@ import hashlib
 import torch
 from safetensors.torch import save_file
 
-from bitdance_scale.checkpoint.digest import file_digest, find_change, saved_digest
+from bitdance_scale.checkpoint.integrity import file_digest, find_change, saved_digest
 
 
 def test_the_digest_of_what_is_saved_is_that_of_the_file(tmp_path):

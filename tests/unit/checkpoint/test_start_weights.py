@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitdance_scale.checkpoint.new_rows import NEW_ROW_SPREAD, NewQueries, fill_rows, first_rows
+from bitdance_scale.checkpoint.start_weights import NEW_ROW_SPREAD, NewQueries, fill_rows, first_rows
 from bitdance_scale.parallel.partition import Placement, ShardedValue, fragment_pieces, whole_pieces
 
 TRAINED = torch.randn(15, 64, generator=torch.Generator().manual_seed(0)) * 3 + 1

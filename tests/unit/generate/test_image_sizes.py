@@ -6,7 +6,7 @@ import pytest
 
 from bitdance_scale.config.schema import VisionSection
 from bitdance_scale.errors import ConfigError
-from bitdance_scale.generate.sizes import PUBLISHED_SIZES, beyond_published, check_size
+from bitdance_scale.generate.image_sizes import PUBLISHED_SIZES, beyond_published, check_size
 
 PUBLISHED = VisionSection(weights="", block_side=4)
 DISTILLED = VisionSection(weights="", block_side=8)

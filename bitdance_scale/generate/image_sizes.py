@@ -1,4 +1,4 @@
-"""Sizes of images: those that the release samples at, and which others are possible."""
+"""Sizes of images: those that the release samples at, and what other sizes are possible."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ _LANDSCAPE = (
     *((512, 2048), (512, 1920), (640, 1536), (768, 1280), (896, 1152), (1024, 1024)),
     *((256, 1024), (256, 896), (384, 640), (512, 512)),
 )
-# (height, width) in pixels at which the release samples: areas of about 1024 and 512 px squared, and their transposes.
 PUBLISHED_SIZES: tuple[tuple[int, int], ...] = tuple(
     dict.fromkeys(size for height, width in _LANDSCAPE for size in ((height, width), (width, height)))
 )
-# Pixels per cell of the published tokenizer, which these sizes are for.
+"""(height, width) in pixels at which the release samples: areas of about 1024 x 1024 and 512 x 512, and transposes."""
 PUBLISHED_DOWNSAMPLE = 16
+"""Pixels per cell of the published tokenizer, which these sizes are for."""
 
 
 def check_size(height: int, width: int, vision: VisionSection) -> tuple[int, int]:
     """The latent grid (height, width) of an image.
 
     Args:
-        height, width: in pixels.
+        height: in pixels.
+        width: in pixels.
         vision: pixels per cell and the block side.
 
     Raises:
-        ConfigError: a side is no positive multiple of downsample * block side, or has more cells than there are
+        ConfigError: a side is not a positive multiple of downsample * block side, or has more cells than there are
             resolution tokens; names sizes that are possible.
     """
     multiple = vision.downsample * vision.block_side
@@ -43,7 +44,7 @@ def check_size(height: int, width: int, vision: VisionSection) -> tuple[int, int
 
 
 def beyond_published(height: int, width: int, vision: VisionSection) -> str:
-    """One line that says so where the release is not sampled at this size, else nothing."""
+    """One line for the user if the release does not sample at this size; empty if it does."""
     if vision.downsample != PUBLISHED_DOWNSAMPLE or (height, width) in PUBLISHED_SIZES:
         return ""
     return (
@@ -60,7 +61,7 @@ def _nearest_sizes(height: int, width: int, multiple: int, largest: int, downsam
 
 
 def _published_near(height: int, width: int) -> str:
-    """The two published sizes whose sides are closest, by their ratios."""
+    """The two published sizes whose sides are closest in ratio."""
     height, width = max(1, height), max(1, width)
 
     def distance(size: tuple[int, int]) -> float:
