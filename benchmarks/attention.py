@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bitdance_scale.model.attention import flex_mask
-from bitdance_scale.observe.flops import TRAINING_OVER_FORWARD, count_visible_pairs
+from bitdance_scale.observe.cost import TRAINING_OVER_FORWARD, count_visible_pairs
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,7 @@ from bitdance_scale.config.rules import check
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.plan.synthetic_packs import typical_packs
 from bitdance_scale.model.inputs import PackInputs, make_inputs
-from bitdance_scale.observe.flops import PackCounts, count_pack, peak_flops, step_flops, utilisation
-from bitdance_scale.observe.memory import memory_bytes
+from bitdance_scale.observe.cost import PackCounts, count_pack, memory_bytes, peak_flops, step_flops, utilisation
 from bitdance_scale.parallel.topology import make_topology, start_process_group
 from bitdance_scale.sequence.noise import pack_noise
 

@@ -1,4 +1,4 @@
-"""Everything a run shows: console, metrics.jsonl, W&B, sample grids, the page that draws it, and the table at its end."""
+"""Everything a run shows: console, metrics.jsonl, W&B, sample grids, its page of plots, and the table at its end."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.plan.filters import FilterCount, describe
 from bitdance_scale.data.plan.plan import StreamUse
 from bitdance_scale.observe.console import ConsoleProgress, loss_table
+from bitdance_scale.observe.cost import count_parameters, peak_flops, step_flops
 from bitdance_scale.observe.figures import image_grid
-from bitdance_scale.observe.flops import count_parameters, peak_flops, step_flops
 from bitdance_scale.observe.metrics import (
     METRICS_FILE,
     Evaluation,
@@ -25,7 +25,6 @@ from bitdance_scale.observe.metrics import (
     append_evaluation,
     read_metrics,
 )
-from bitdance_scale.observe.overview import overview, read_run
 from bitdance_scale.observe.wandb_sink import EVALUATION_PANELS, STEP_PANELS, WandbSink
 from bitdance_scale.parallel.stage_split import stage_split, typical_counts
 from bitdance_scale.parallel.topology import Topology
@@ -133,6 +132,9 @@ class RunObserver:
 
 def draw_overview(run_folder: Path) -> Path:
     """Draws the page of a run from what its folder holds."""
+    # It imports matplotlib, which only the rank that draws needs.
+    from bitdance_scale.observe.overview import overview, read_run
+
     path = run_folder / OVERVIEW_FILE
     page = overview([read_run(run_folder)])
     write_bytes(path, page)
