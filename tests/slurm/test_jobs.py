@@ -60,7 +60,7 @@ def submit(folder: Path, *command: object, **variables: str) -> str:
 
 def submit_stand_in(folder: Path, mode: str, *more_options: str, **variables: str) -> str:
     options = ("--exclusive", "--ntasks-per-node=1", "--requeue", "--open-mode=append", *more_options)
-    entry = ("cluster/launch.sh", "stand_in", "tests/slurm/stand_in.py", "none.toml", mode, folder / "waits")
+    entry = ("cluster/launch.sh", "stand_in", "tests/slurm/stand_in.py", mode, folder / "waits")
     return submit(folder, *options, *entry, **variables)
 
 
@@ -154,7 +154,7 @@ def test_fault_is_not_repeated_for_ever(tmp_path):
     job = submit_stand_in(tmp_path, "crash", MAX_FAULTS="1")
     end = wait_for_end(job, tmp_path / "job.log")
     assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("FAILED", "1", "1:0")
-    assert "failed for good after 2 faults" in (tmp_path / "job.log").read_text()
+    assert "gave up at fault 2, 1 allowed" in (tmp_path / "job.log").read_text()
 
 
 def test_cancelled_job_does_not_come_back(tmp_path):
