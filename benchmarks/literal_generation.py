@@ -1,7 +1,7 @@
-"""Generation as the method is described, one thing after another: the baseline of `generation.py` and of the tests.
+"""A literal implementation of generation, one step at a time: the baseline of `generation.py` and of the tests.
 
-Prompts and unconditional prompts in one batch, transformers' own growing cache and attention, a dense mask per call, and
-a Python loop over the steps that asks the whole head each time.
+It batches prompts with unconditional prompts, uses transformers' own growing cache and attention with a dense mask per
+call, and runs the whole head in every step of a Python loop.
 """
 
 from __future__ import annotations

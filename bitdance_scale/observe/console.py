@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TextIO
 
@@ -166,7 +167,7 @@ def loss_table(metrics: Sequence[StepMetrics]) -> str:
     rest = metrics[1:]
     num_ranges = min(NUM_TABLE_RANGES, len(rest))
     cuts = [round(index * len(rest) / num_ranges) for index in range(num_ranges + 1)] if rest else [0]
-    ranges = [metrics[:1]] + [rest[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
+    ranges = [metrics[:1]] + [rest[start:stop] for start, stop in pairwise(cuts)]
     rows = [TABLE_COLUMNS, *(_table_row(part) for part in ranges)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(TABLE_COLUMNS))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 from bitdance_scale.atomic_files import replacing
@@ -36,6 +35,9 @@ def image_grid(images: Sequence[np.ndarray], captions: Sequence[str], path: Path
     Raises:
         ValueError: no image, another count of captions, or an array that is no RGB image.
     """
+    # It takes a second to import, on every rank of a run.
+    from matplotlib.font_manager import findfont
+
     if not images or len(images) != len(captions) or columns < 1:
         raise ValueError(
             f"{len(images)} images, {len(captions)} captions in {columns} columns: need one caption per image"

@@ -1,6 +1,6 @@
-"""The metrics of a run: one JSON object per line, in `metrics.jsonl` for logged steps, `evaluation.jsonl` for evaluations.
+"""The metrics of a run, a JSON object per line: logged steps in `metrics.jsonl`, evaluations in `evaluation.jsonl`.
 
-Every job has dataclasses of its own for the two, subclasses of `StepRecord`; those here are of text-to-image training.
+Every job has its own dataclasses of lines, subclasses of `StepRecord`; those here are of text-to-image training.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class StepRecord:
             ValueError: the line is no JSON object, or has other fields than this class.
         """
         values = json.loads(line)
-        hints, required = _fields(cls)
+        hints, required = _fields(cls)  # type: ignore[arg-type]  # mypy takes a dataclass itself for unhashable
         if isinstance(values, dict):
             values = with_new_names(values, RENAMED_FIELDS)
         if not isinstance(values, dict) or not required <= values.keys() <= hints.keys():
@@ -80,7 +80,7 @@ class StepMetrics(StepRecord):
         data_wait_s: part of `step_s` spent waiting for the loader, on the slowest rank.
         tokens_per_s: positions per second of all ranks together, padding left out.
         images_per_s: images per second of all ranks together.
-        mfu: model FLOPs utilisation in 0..1 (`flops.py`); None where the device's peak is unknown.
+        mfu: model FLOPs utilisation in 0..1 (`cost.py`); None where the device's peak is unknown.
         images_by_resolution: resolution (`side_px`) -> images of it seen since the start of the run.
         padding_share: share of the step's positions that are padding, in 0..1.
         memory_bytes: highest memory in use on any rank so far.
@@ -89,8 +89,8 @@ class StepMetrics(StepRecord):
             skipped samples by cause, and samples trained without a caption.
         steps_ready: steps that had been read ahead when this one was taken, on the replica with the fewest.
         skipped_steps: steps since the start of the run whose gradients were not finite and changed nothing.
-        images_by_source: name of the source -> images of it planned since the start of the run, skipped samples included; empty
-            where `data.shards` is the only source.
+        images_by_source: name of the source -> images of it planned since the start of the run, skipped samples
+            included; empty where `data.shards` is the only source.
     """
 
     images: int
@@ -124,8 +124,8 @@ class StepMetrics(StepRecord):
 class Evaluation(StepRecord):
     """Losses of text-to-image training on held-out images with fixed noise, over all ranks.
 
-    Flow times are spread evenly over 0..1, unlike those of training, so that every part of the flow counts alike. Compare
-    the vision losses with each other, not with `StepMetrics.loss_vision`.
+    Flow times are spread evenly over 0..1, unlike those of training, so that every part of the flow counts alike.
+    Compare the vision losses with each other, not with `StepMetrics.loss_vision`.
 
     Attributes:
         step: optimiser steps taken.

@@ -8,6 +8,7 @@ import math
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,7 +49,7 @@ SIZE_INCHES, DPI = (17, 10.5), 120
 MARGINS = {"left": 0.042, "right": 0.992, "bottom": 0.052, "wspace": 0.24, "hspace": 0.32}
 HEADER_LINE_INCHES = 0.25
 BLUE, GREEN, ORANGE, RED = "#1f6fb4", "#2f8f4e", "#d9722b", "#c22f2f"
-# Of runs drawn over each other; their series are told apart by lightness.
+# Of runs drawn over each other; the series of a run differ in lightness.
 RUN_COLOURS = (BLUE, ORANGE, GREEN, "#8a4fb0", RED, "#8c6239", "#d0559f", GREY)
 LIGHTEST = 0.35
 RESOLUTION_COLOURS, TIME_COLOURS = "viridis", "plasma"
@@ -87,7 +88,9 @@ class RunRecord:
     def trained_s(self) -> float:
         """Seconds spent in steps: saving, sampling and evaluating left out."""
         steps = [0, *(point.step for point in self.metrics)]
-        return sum((step - before) * point.step_s for before, step, point in zip(steps, steps[1:], self.metrics))
+        return sum(
+            (step - before) * point.step_s for (before, step), point in zip(pairwise(steps), self.metrics, strict=True)
+        )
 
     def summary(self) -> str:
         """Its length in steps, images, tokens and time."""
@@ -174,7 +177,7 @@ class _Track:
 
 
 def _draw_losses(panels: Sequence[Axes], tracks: Sequence[_Track]) -> None:
-    flow, text, by_class, by_time = panels
+    flow, text, by_resolution, by_time = panels
     _training(flow, tracks, "Flow loss, training", "flow loss", lambda point: point.loss_vision, BLUE, ".3f")
     _training(text, tracks, "Text loss, training", "nats per text token", lambda point: point.loss_text, GREEN, ".3f")
     show_range(
@@ -200,11 +203,11 @@ def _draw_losses(panels: Sequence[Axes], tracks: Sequence[_Track]) -> None:
 
     sides = sorted({side for track in tracks for line in track.run.evaluations for side in line.vision_by_resolution})
     _held_out(
-        by_class,
+        by_resolution,
         tracks,
         "Held-out flow loss by size (px)",
         [str(side) for side in sides],
-        [lambda line, side=side: line.vision_by_resolution.get(side, math.nan) for side in sides],
+        [_loss_of_resolution(side) for side in sides],
         RESOLUTION_COLOURS,
     )
     parts = max((len(line.vision_by_time) for track in tracks for line in track.run.evaluations), default=0)
@@ -212,17 +215,30 @@ def _draw_losses(panels: Sequence[Axes], tracks: Sequence[_Track]) -> None:
         by_time,
         tracks,
         "Held-out flow loss by flow time",
-        [f"{part / parts:.2g}–{(part + 1) / parts:.2g}" for part in range(parts)],
-        [lambda line, part=part: (*line.vision_by_time, *[math.nan] * parts)[part] for part in range(parts)],
+        [f"{part / parts:.2g}\N{EN DASH}{(part + 1) / parts:.2g}" for part in range(parts)],
+        [_loss_of_time(part) for part in range(parts)],
         TIME_COLOURS,
     )
+
+
+def _loss_of_resolution(side_px: int) -> Callable[[Evaluation], float]:
+    return lambda line: line.vision_by_resolution.get(side_px, math.nan)
+
+
+def _loss_of_time(part: int) -> Callable[[Evaluation], float]:
+    """The loss in a part of the flow time; NaN where an evaluation has fewer parts."""
+    return lambda line: line.vision_by_time[part] if part < len(line.vision_by_time) else math.nan
+
+
+def _images_of_resolution(side_px: int) -> Callable[[StepMetrics], float]:
+    return lambda point: point.images_by_resolution.get(side_px, 0)
 
 
 def _draw_optimiser(norm: Axes, rate: Axes, tracks: Sequence[_Track]) -> None:
     title = "Gradient norm before clipping"
     _training(norm, tracks, title, "gradient norm", lambda point: point.grad_norm, BLUE, ".3g")
-    norms = [track.curve(track.run.metrics, lambda point: point.grad_norm)[1] for track in tracks]
-    show_range(norm, [*norms, [track.run.clip_norm or math.nan for track in tracks]])
+    curves = [track.curve(track.run.metrics, lambda point: point.grad_norm)[1] for track in tracks]
+    show_range(norm, [*curves, [track.run.clip_norm or math.nan for track in tracks]])
     marks = {}
     for track in tracks:
         # Each run in a row of its own at the top of the panel.
@@ -242,8 +258,9 @@ def _draw_optimiser(norm: Axes, rate: Axes, tracks: Sequence[_Track]) -> None:
         skipped = np.diff([0, *(point.skipped_steps for point in track.run.metrics)]) > 0
         if skipped.any():
             heights, where = np.full(skipped.sum(), height), norm.get_xaxis_transform()
-            style = {"color": RED, "markeredgewidth": 2, "clip_on": False, "zorder": 6}
-            marks["skipped (not finite)"] = norm.plot(steps[skipped], heights, "x", transform=where, **style)[0]
+            marks["skipped (not finite)"] = norm.plot(
+                steps[skipped], heights, "x", transform=where, color=RED, markeredgewidth=2, clip_on=False, zorder=6
+            )[0]
     if marks:
         legend(norm, [*marks.values()], [*marks.keys()])
 
@@ -291,20 +308,17 @@ def _draw_resources(wait: Axes, memory: Axes, resolutions: Axes, tracks: Sequenc
     skipped_samples = sum(track.run.metrics[-1].skipped_samples for track in tracks if track.run.metrics)
     resolutions.set_title("Images seen by size (px)", loc="left", pad=TITLE_PAD)
     if skipped_samples:
-        style = {"transform": resolutions.transAxes, "fontsize": 8, "color": GREY, "ha": "right"}
-        resolutions.text(0.98, 0.03, f"{skipped_samples:,} could not be read", **style)
+        left_out = f"{skipped_samples:,} could not be read"
+        resolutions.text(0.98, 0.03, left_out, transform=resolutions.transAxes, fontsize=8, color=GREY, ha="right")
     resolutions.set_ylabel("images")
     sides = sorted(
         {side for track in tracks for point in track.run.metrics[-1:] for side in point.images_by_resolution}
     )
     for index, side in enumerate(sides):
         for track in tracks:
-            steps, values = track.curve(
-                track.run.metrics, lambda point, side=side: point.images_by_resolution.get(side, 0)
-            )
-            draw_line(
-                resolutions, *thin(steps, values), _series_colour(track.hue, index, len(sides), RESOLUTION_COLOURS)
-            )
+            steps, values = track.curve(track.run.metrics, _images_of_resolution(side))
+            colour = _series_colour(track.hue, index, len(sides), RESOLUTION_COLOURS)
+            draw_line(resolutions, *thin(steps, values), colour)
     _series_legend(resolutions, tracks, [str(side) for side in sides], RESOLUTION_COLOURS)
     show_from_zero(resolutions)
     if not sides:
@@ -386,7 +400,8 @@ def _series_colour(hue: str | None, index: int, count: int, palette: str) -> str
     if hue is None:
         return to_hex(colormaps[palette](0.85 * place))
     strength = LIGHTEST + (1 - LIGHTEST) * place
-    return to_hex([1 - strength * (1 - part) for part in to_rgb(hue)])
+    red, green, blue = (1 - strength * (1 - part) for part in to_rgb(hue))
+    return to_hex((red, green, blue))
 
 
 def _head(figure: Figure, tracks: Sequence[_Track], one_after_another: bool) -> float:

@@ -57,9 +57,20 @@ def show_from_zero(axes: Axes, least_top: float = 0.0) -> None:
 
 def legend(axes: Axes, handles: Sequence[Line2D], labels: Sequence[str]) -> None:
     """A row between the title and the panel, where no curve is."""
-    style = {"fontsize": 8, "frameon": False, "handlelength": 1, "handletextpad": 0.4, "columnspacing": 0.9}
-    where = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderpad": 0, "borderaxespad": 0.4}
-    axes.legend(handles, labels, ncols=max(1, len(labels)), **style, **where)
+    axes.legend(
+        handles,
+        labels,
+        ncols=max(1, len(labels)),
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        fontsize=8,
+        frameon=False,
+        handlelength=1,
+        handletextpad=0.4,
+        columnspacing=0.9,
+        borderpad=0,
+        borderaxespad=0.4,
+    )
 
 
 def last_value(axes: Axes, text: str) -> None:
@@ -89,9 +100,8 @@ def finish(axes: Axes, borders: Sequence[int]) -> None:
 
 def short(value: float) -> str:
     """A number in few characters: 1,500, 20k, 2.5M, 0.25, 1.5e-3."""
-    for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= factor:
-            factor = 1e3 if unit == "k" else factor
+    for least, factor, unit in ((1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= least:
             return f"{value / factor:.3g}{unit}"
     if 0 < abs(value) < 0.01:
         mantissa, exponent = f"{value:.2e}".split("e")

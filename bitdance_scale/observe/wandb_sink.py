@@ -10,7 +10,7 @@ import netrc
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from bitdance_scale.config.schema import ObserveSection
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import wandb
 
 logger = logging.getLogger(__name__)
+
+Mode = Literal["online", "offline", "disabled"]
 
 DEFAULT_KEY_HOST = "api.wandb.ai"
 # Training waits for the server at the start only; later wandb buffers and retries by itself.
@@ -106,7 +108,7 @@ class WandbSink:
     ) -> None:
         self._run: wandb.Run | None = None
         self._summaries = summaries
-        self.mode = "disabled"
+        self.mode: Mode = "disabled"
         if section.wandb_mode == "disabled":
             return
         # wandb reports its own errors to its makers, by default even from offline runs.
@@ -127,7 +129,7 @@ class WandbSink:
                 ) from error
             logger.warning("W&B could not go online (%s); this run is logged offline", error)
             self.mode = "offline"
-            # The service behind wandb still holds the id of the run that it could not start.
+            # wandb's service process still holds the id of the run that it could not start.
             wandb.teardown()
             self._run = self._start(section, run_folder, config, run_id)
         where = self._run.url if self.mode == "online" else Path(self._run.dir).parent
@@ -204,7 +206,7 @@ def panel_values(record: StepRecord, panels: Mapping[str, str]) -> dict[str, flo
     return values
 
 
-def choose_mode(setting: str, wandb_settings: wandb.Settings) -> str:
+def choose_mode(setting: str, wandb_settings: wandb.Settings) -> Mode:
     """What `observe.wandb_mode` means here: online, offline or disabled."""
     if setting == "offline":
         return "offline"
@@ -217,7 +219,7 @@ def choose_mode(setting: str, wandb_settings: wandb.Settings) -> str:
                 "set observe.wandb_mode=auto"
             )
         return "online"
-    if wandb_settings.mode in ("offline", "disabled"):
+    if wandb_settings.mode == "offline" or wandb_settings.mode == "disabled":
         return wandb_settings.mode
     return "online" if has_key else "offline"
 

@@ -2,7 +2,7 @@
 
 The first stage also holds the projector, the last the diffusion head and the text projection. The head alone weighs about
 five layers of the 14B backbone, so an even split leaves the other stages waiting for the last one. Costs are
-FLOPs of an average image of the run's own mix of resolutions (`observe/flops.py`); text embedding is a table look-up and
+FLOPs of an average image of the run's own mix of resolutions (`observe/cost.py`); text embedding is a table look-up and
 costs none.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.plan.synthetic_packs import placeholder_sample, placeholder_tokens
-from bitdance_scale.observe.flops import TRAINING_OVER_FORWARD, PackCounts, count_pack, encode_flops, step_flops
+from bitdance_scale.observe.cost import TRAINING_OVER_FORWARD, PackCounts, count_pack, encode_flops, step_flops
 from bitdance_scale.sequence.layout import pack_samples
 
 # Tokens of a caption, which no setting knows; alternative texts have about 20 and written descriptions 60 to 150. A layer

@@ -12,8 +12,7 @@ import torch.distributed as dist
 
 from bitdance_scale.config.schema import OptimSection, RunConfig
 from bitdance_scale.data.data_errors import ErrorCause
-from bitdance_scale.observe.flops import PackCounts, count_pack, peak_flops, step_flops, utilisation
-from bitdance_scale.observe.memory import memory_bytes
+from bitdance_scale.observe.cost import PackCounts, count_pack, memory_bytes, peak_flops, step_flops, utilisation
 from bitdance_scale.observe.metrics import StepMetrics
 from bitdance_scale.parallel.step import StepLosses
 from bitdance_scale.parallel.topology import Topology

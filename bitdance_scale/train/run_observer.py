@@ -13,15 +13,14 @@ from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.plan.filters import FilterCount, describe
 from bitdance_scale.data.plan.plan import StreamUse
 from bitdance_scale.observe.console import loss_table
+from bitdance_scale.observe.cost import count_parameters, peak_flops, step_flops
 from bitdance_scale.observe.figures import image_grid
-from bitdance_scale.observe.flops import count_parameters, peak_flops, step_flops
 from bitdance_scale.observe.metrics import (
     METRICS_FILE,
     Evaluation,
     StepMetrics,
     read_metrics,
 )
-from bitdance_scale.observe.overview import overview, read_run
 from bitdance_scale.observe.wandb_sink import EVALUATION_PANELS, STEP_PANELS, SUMMARIES
 from bitdance_scale.parallel.stage_split import stage_split, typical_counts
 from bitdance_scale.parallel.topology import Topology
@@ -125,6 +124,8 @@ class RunObserver(RunSinks):
 
 def draw_overview(run_folder: Path) -> Path:
     """Draws the page of a run from what its folder holds."""
+    # It imports matplotlib, which only the rank that draws needs.
+
     path = run_folder / OVERVIEW_FILE
     page = overview([read_run(run_folder)])
     write_bytes(path, page)

@@ -26,7 +26,7 @@ from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import default_index_dir
 from bitdance_scale.data.storage.shards import expand_shards
 from bitdance_scale.errors import CheckpointError, ConfigError
-from bitdance_scale.observe.memory import memory_bytes
+from bitdance_scale.observe.cost import memory_bytes
 from bitdance_scale.parallel.agreement import all_ranks, on_first_rank
 from bitdance_scale.parallel.partition import Piece, ShardedValue
 from bitdance_scale.parallel.topology import Topology

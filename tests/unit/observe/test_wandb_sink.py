@@ -80,7 +80,7 @@ def test_without_a_key_the_run_is_offline_silent_and_off_the_network(tmp_path):
         run_folder = tmp_path / "runs" / "demo"
         result = subprocess.run(
             [sys.executable, "-c", PROGRAM, str(run_folder)],
-            env=environment, stdin=terminal, capture_output=True, text=True, timeout=100,
+            env=environment, stdin=terminal, capture_output=True, text=True, timeout=100, check=False,
         )  # fmt: skip
         os.close(controller)
         os.close(terminal)
@@ -208,7 +208,7 @@ def start_without_a_server(tmp_path: Path, mode: str) -> subprocess.CompletedPro
         address = f"http://127.0.0.1:{taken.getsockname()[1]}"
     environment = bare_environment(tmp_path, WANDB_API_KEY="k" * 40, WANDB_BASE_URL=address)
     command = [sys.executable, "-c", UNREACHABLE, str(tmp_path / "demo"), mode]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
 
 
 @pytest.mark.timeout(120)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from bitdance_scale.config.load import load_config
+from bitdance_scale.observe import overview as page
 from bitdance_scale.observe.metrics import Evaluation
 from bitdance_scale.train import run_observer, run_sinks
 from bitdance_scale.train.run_observer import OVERVIEW_FILE, RunObserver, show_result
@@ -69,7 +70,7 @@ def test_the_page_of_the_last_step_is_drawn_once(observe):
 
 
 def test_a_run_goes_on_where_the_page_cannot_be_drawn(observe, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(run_observer, "overview", lambda runs: 1 / 0)
+    monkeypatch.setattr(page, "overview", lambda runs: 1 / 0)
     with observe() as observer:
         observer.step(point(2))
         observer.evaluation(EVALUATION, 16)

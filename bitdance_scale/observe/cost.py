@@ -1,20 +1,25 @@
-"""What a step costs: parameters, floating-point operations and the utilisation of the hardware.
+"""What a step costs: parameters, floating-point operations, the utilisation of the hardware, and memory.
 
-Counts are of *model* FLOPs: the products that the mathematics asks for, a multiply-add being two. Padding, pairs of
-positions that do not see each other and recomputed activations are left out, whatever the kernels do, so that a
-utilisation cannot be raised by wasting work. Norms, activations and rotations are left out too (below 1 %).
+FLOPs are *model* FLOPs: the products that the mathematics asks for, two per multiply-add. Padding, pairs of positions
+that do not see each other and recomputed activations are left out, whatever the kernels do, so that wasted work cannot
+raise the utilisation. Norms, activations and rotations are left out too (below 1 %).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
+import resource
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from bitdance_scale.config.schema import HeadSection, ModelSection, RunConfig, VisionSection
 from bitdance_scale.sequence.pack import Pack
 
+STATUS_FILE = Path("/proc/self/status")
 # A backward pass forms the gradients of both factors of every product.
 TRAINING_OVER_FORWARD = 3
 # Of the diffusion head, which lies in a neighbouring layer (`model/diffusion_head.py`); a test holds them together.
@@ -212,6 +217,24 @@ def utilisation(training_flops: float, step_s: float, num_devices: int, peak: fl
         peak: `peak_flops` of one device; None makes the result None.
     """
     return None if peak is None else training_flops / (step_s * num_devices * peak)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The most memory this process has used so far, in bytes.
+
+    On a CUDA device that is what PyTorch's allocator had in use on it; on the CPU it is the resident set of the whole
+    process, libraries included.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Not `getrusage` on Linux: its maximum there includes that of the process that forked this one.
+    peak_kib = re.search(r"^VmHWM:\s+(\d+) kB$", _status(), re.MULTILINE)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if peak_kib is None else int(peak_kib[1]) * 1024
+
+
+def _status() -> str:
+    """What Linux tells of this process; empty elsewhere."""
+    return STATUS_FILE.read_text() if STATUS_FILE.exists() else ""
 
 
 def _layer_weights(model: ModelSection) -> int:
