@@ -61,13 +61,9 @@ def draw_literally(
         is_padding = keys[None, None, :] < padding[:, None, None]
         is_query_padding = queries[None, :, None] < padding[:, None, None]
         mask = is_before & (is_padding == is_query_padding)
-        output = backbone(
-            inputs_embeds=embedded,
-            attention_mask={"full_attention": mask[:, None]},
-            position_ids=(queries[None] - padding[:, None]).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-        )
+        positions = (queries[None] - padding[:, None]).clamp(min=0)
+        # By position, without token ids: transformers 5.24 renamed the argument that takes the cache.
+        output = backbone(None, {"full_attention": mask[:, None]}, positions, cache, embedded, use_cache=True)
         return output.last_hidden_state[:, -size:]
 
     hidden = read(backbone.embed_tokens(ids), 0)

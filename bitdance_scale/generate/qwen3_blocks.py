@@ -125,12 +125,8 @@ class Qwen3Blocks:
         self, memory: KeyValues, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         memory.place(slots, mask.shape[-1])
-        output = self._backbone(
-            inputs_embeds=rows,
-            attention_mask={"full_attention": mask},
-            position_ids=positions,
-            past_key_values=memory,
-        )
+        # By position, without token ids: transformers 5.24 renamed the argument that takes the memory.
+        output = self._backbone(None, {"full_attention": mask}, positions, memory, rows)
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
 
