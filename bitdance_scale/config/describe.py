@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitdance_scale.config.coerce import example_override, field_types, is_schema, toml_value, type_name
+from bitdance_scale.config.kinds import KINDS
 from bitdance_scale.config.ranges import CONSTRAINTS, demand
 from bitdance_scale.config.rules import RULES
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.renames import RENAMED_SETTINGS
 
 _COLUMNS = 100
-_KINDS = {RunConfig: "text-to-image training", TokenizerConfig: "training of the visual tokenizer"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def explain(name: str) -> str:
     """
     pattern = re.sub(r"\[\d*\]", "[]", name.strip().rstrip("."))
     parts = []
-    for schema, kind in _KINDS.items():
+    for schema, kind in KINDS.items():
         inside = (f"{pattern}.", f"{pattern}[].")
         found = [doc for doc in setting_docs(schema) if doc.path == pattern or doc.path.startswith(inside)]
         if not found:
@@ -119,7 +118,7 @@ def _nearest(path: str) -> str:
     renamed = RENAMED_SETTINGS.get(path)
     if renamed is not None:
         return f"; it is called {renamed} since version 0.2"
-    paths = [doc.path for schema in _KINDS for doc in setting_docs(schema)]
+    paths = [doc.path for schema in KINDS for doc in setting_docs(schema)]
     last = path.split(".")[-1]
     same_key = [known for known in paths if known.split(".")[-1] == last]
     nearest = list(dict.fromkeys([*same_key, *difflib.get_close_matches(path, paths, n=3)]))

@@ -18,7 +18,6 @@ from bitdance_scale.config.coerce import Coercion, field_types, toml_value
 from bitdance_scale.config.presets import PRESETS
 from bitdance_scale.config.schema import ModelSection, NetworkConfig, RunConfig
 from bitdance_scale.config.shipped import config_path, shipped_configs
-from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,15 +53,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[An
     return _load(path, overrides, schema, skips_other_sections=False)
 
 
-def schema_of(path: str | Path) -> type[RunConfig] | type[TokenizerConfig]:
-    """The kind of training that a configuration is for, by the sections of the file and of those it extends.
+def section_names(path: str | Path) -> set[str]:
+    """The sections that a file, or one that it extends, has.
 
     Raises:
         ConfigError: a file cannot be read or is no TOML.
     """
-    sections = {name for _, layer in _read_layers(config_path(path)) for name in layer}
-    num_tokenizer, num_run = (len(sections & {*field_types(schema)}) for schema in (TokenizerConfig, RunConfig))
-    return TokenizerConfig if num_tokenizer > num_run else RunConfig
+    return {name for _, layer in _read_layers(config_path(path)) for name in layer}
 
 
 def _load(path: str | Path, overrides: Sequence[str], schema: type[Schema], skips_other_sections: bool) -> Schema:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,8 +14,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from bitdance_scale.config.load import load_config
-from bitdance_scale.config.rules import check
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.bit_shards import (
     Bits,
@@ -35,7 +32,7 @@ from bitdance_scale.data.plan.borders import content_px
 from bitdance_scale.data.plan.plan import Plan
 from bitdance_scale.data.reader import ShardReader
 from bitdance_scale.data.storage.stores import Stores
-from bitdance_scale.errors import BitDanceError, DataError
+from bitdance_scale.errors import DataError
 from bitdance_scale.parallel.agreement import all_ranks
 from bitdance_scale.parallel.topology import start_process_group
 from bitdance_scale.train.shared_index import training_index
@@ -144,28 +141,24 @@ class Encoder:
                     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `tools/encode_shards.py`; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Encodes the images of a configuration into bit shards.")
-    parser.add_argument("config", type=Path, help="TOML file of the run that is to train on them")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the bit shards; the run's data.bits_dir")
-    parser.add_argument("--verify", type=int, default=4, help="samples of each shard to encode again (default: 4)")
-    options = parser.parse_args(arguments)
+def run_encode(config: RunConfig, folder: Path, num_verified: int) -> int:
+    """Encodes the images of a configuration in this process, one rank of a torchrun job or a job of one process.
+
+    Args:
+        config: the run that is to train on the bits.
+        folder: where the bit shards go; the run's `data.bits_dir`.
+        num_verified: samples of each shard that are read back and encoded again.
+
+    Returns:
+        The exit code.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    is_job = "RANK" in os.environ
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        config = load_config(options.config, options.overrides)
-        check(config, config.parallel.tensor * config.parallel.pipeline)
-        if is_job:
+        if "RANK" in os.environ:
             # Ranks that are done wait for those that are not.
             start_process_group(timeout_s=_WAIT_S)
-        _encode_all(config, options.out, options.verify, rank, num_ranks)
-    except BitDanceError as error:
-        if rank == 0:
-            print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return 2
+        _encode_all(config, folder, num_verified, rank, num_ranks)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_demo_shards import write_shards
+from bitdance_scale.demo.shards import write_shards
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.shipped import CONFIGS
