@@ -35,6 +35,8 @@ REFUSAL_SUFFIX = ".refusal"
 _TORCHRUN_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+FIRST_RANK_AHEAD_S = 3.0
+"""How long the other ranks wait with the end of a refused job, so that the first one ends first."""
 # A launcher may forward the SIGINT that the terminal has sent already: so soon, it is the same wish.
 SAME_SIGINT_S = 1.0
 
@@ -48,10 +50,10 @@ def run_process(action: Callable[[], int]) -> int:
     """Runs a job in this process and returns its exit code.
 
     An error that the user can mend is printed on the first rank, since every rank has the same one, and handed to the
-    launcher: torchrun turns every code but 0 into 1 for its own caller, so the first rank writes its code into the file
-    that `BITDANCE_EXIT_RECORD` names, and the message beside it and into torchrun's own error file, which torchrun
-    shows at the end of its report. A process that ends in any other way leaves no record; that is how a fault is
-    recognised.
+    launcher. torchrun turns every code but 0 into 1 for its own caller, so the first rank of every machine writes its
+    code into the file that `BITDANCE_EXIT_RECORD` names, and the message beside it. torchrun ends its report with what
+    the rank that ended first has left in its error file, so every rank leaves the message there. A process that ends in
+    any other way leaves no record; that is how a fault is recognised.
 
     Args:
         action: the job; returns its exit code.
@@ -63,20 +65,25 @@ def run_process(action: Callable[[], int]) -> int:
         code, refusal = EXIT_REFUSED, f"{type(error).__name__}: {error}"
         if is_first_process():
             print(f"\n{refusal}", file=sys.stderr, flush=True)
-    if is_first_process():
-        _record(code, refusal)
+    _record(code, refusal)
+    if refusal and not is_first_process() and _TORCHRUN_ERROR_FILE in os.environ:
+        # torchrun ends the other ranks as soon as one has ended; the first one must have printed and recorded by then.
+        time.sleep(FIRST_RANK_AHEAD_S)
     return code
 
 
 def _record(code: int, refusal: str) -> None:
+    """Leaves the exit code and the message of a refusal for torchrun and for the launcher of torchrun."""
     record, error_file = os.environ.get(EXIT_RECORD), os.environ.get(_TORCHRUN_ERROR_FILE)
-    if refusal and record:
-        write_text(Path(record + REFUSAL_SUFFIX), refusal + "\n")
     if refusal and error_file:
         details = {"py_callstack": refusal, "timestamp": str(int(time.time()))}
         write_text(Path(error_file), json.dumps({"message": {"message": refusal, "extraInfo": details}}))
-    if record:
-        write_text(Path(record), f"{code}\n")
+    is_first_of_machine = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+    if record and is_first_of_machine:
+        # The machines of a Slurm job name one file.
+        if refusal:
+            write_text(Path(record + REFUSAL_SUFFIX), refusal + "\n", is_shared=True)
+        write_text(Path(record), f"{code}\n", is_shared=True)
 
 
 class StopRequest:

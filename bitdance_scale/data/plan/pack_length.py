@@ -95,3 +95,22 @@ def _measured(
     return PackLength(
         num_packs, cap, 1 - used / variable, 1 - used / fixed, float(np.mean(slowest)), num_more / len(batches)
     )
+
+
+def table(choices: Sequence[PackLength]) -> str:
+    """Markdown; the least padding of either kind is marked."""
+    least = [min(getattr(choice, name) for choice in choices) for name in ("padding_variable", "padding_fixed")]
+    lines = [
+        "| packs of a replica | cap | padding | padding, fixed length | slowest over mean | steps with more packs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for choice in choices:
+        shares = [
+            f"{share:.2%}{' *' if share == best else ''}"
+            for share, best in zip((choice.padding_variable, choice.padding_fixed), least, strict=True)
+        ]
+        lines.append(
+            f"| {choice.num_packs} | {choice.max_pack_tokens:,} | {' | '.join(shares)} | {choice.slowest:.4f} | "
+            f"{choice.more_packs:.0%} |"
+        )
+    return "\n".join(lines)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import recipe
 import score_scenes
-from demo_scenes import render
+from bitdance_scale.demo.scenes import render
 from recipe import Job, Recipe, plan_jobs, sides_of
 from recipe_report import ScoredModel, StageReport, write_report
 

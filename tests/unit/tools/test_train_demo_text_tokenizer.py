@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import train_demo_text_tokenizer
-from demo_scenes import make_scene
+from bitdance_scale.demo.scenes import make_scene
 from sentencepiece import SentencePieceProcessor
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bitdance_scale.train.main import main
+from bitdance_scale.cli.stage import main
 from bitdance_scale.train.process import EXIT_RECORD, EXIT_REFUSED
 
 DEMO = "demo"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from make_demo_shards import write_shards
+from bitdance_scale.demo.shards import write_shards
 from safetensors.torch import load_file
 
 from bitdance_scale.config.load import load_config

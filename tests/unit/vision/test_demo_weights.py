@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from demo_scenes import make_scene, render
+from bitdance_scale.demo.scenes import make_scene, render
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import RunConfig

@@ -1,8 +1,8 @@
-"""Captioned scenes drawn by program: the demo's images, with the truth about them in machine-readable form.
+"""Captioned scenes drawn by a program: the demo's images, with a machine-readable record of what they show.
 
 A scene belongs to one of seven categories: the six of GenEval (arXiv 2310.11513: single object, two objects, counting,
-colors, position, color attribution) and short rendered words. `make_scene` decides what is in the picture and says it
-in a caption, `render` draws it. Scene `index` of `seed` is always the same, whatever else is generated.
+colors, position, color attribution) and short rendered words. `make_scene` decides what is in the picture and describes
+it in a caption; `render` draws it. Scene `index` of `seed` is always the same, whatever else is generated.
 """
 
 from __future__ import annotations
@@ -39,33 +39,31 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "black": (26, 26, 30),
 }
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "heart", "cross", "ring")
-WORDS = tuple(
-    [
-        "CAT",
-        "DOG",
-        "SUN",
-        "SKY",
-        "HAT",
-        "BUS",
-        "CAR",
-        "CUP",
-        "BOX",
-        "MAP",
-        "TREE",
-        "MOON",
-        "STAR",
-        "FISH",
-        "BIRD",
-        "BOOK",
-        "HOME",
-        "OPEN",
-        "STOP",
-        "LOVE",
-        "YES",
-        "NO",
-        "GO",
-        "HI",
-    ]
+WORDS = (
+    "CAT",
+    "DOG",
+    "SUN",
+    "SKY",
+    "HAT",
+    "BUS",
+    "CAR",
+    "CUP",
+    "BOX",
+    "MAP",
+    "TREE",
+    "MOON",
+    "STAR",
+    "FISH",
+    "BIRD",
+    "BOOK",
+    "HOME",
+    "OPEN",
+    "STOP",
+    "LOVE",
+    "YES",
+    "NO",
+    "GO",
+    "HI",
 )
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 PLACES: dict[str, tuple[float, float]] = {
@@ -163,7 +161,7 @@ def render(scene: Scene) -> Image.Image:
         box = (max(4, round(item.extent[0] * width)), max(4, round(item.extent[1] * height)))
         corner = (round(item.centre[0] * width - box[0] / 2), round(item.centre[1] * height - box[1] / 2))
         image.paste(COLORS[item.color], corner, shape_mask(item.shape, box))
-    if scene.text is not None:
+    if scene.text is not None and scene.text_color is not None:
         font = _font(_font_size(scene.text, round(0.82 * width), round(0.6 * height)))
         ImageDraw.Draw(image).text((width / 2, height / 2), scene.text, COLORS[scene.text_color], font, anchor="mm")
     return image
