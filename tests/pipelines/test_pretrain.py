@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE, read_metrics
 from bitdance_scale.cli.stage import main
+from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE, read_metrics
 from bitdance_scale.train.process import EXIT_REFUSED, EXIT_REQUEUE
 
 ROOT = Path(__file__).parents[2]

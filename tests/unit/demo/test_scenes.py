@@ -8,7 +8,18 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from bitdance_scale.demo.scenes import BACKGROUNDS, CATEGORY_SHARES, COLORS, NUMBERS, SHAPES, WORDS, SceneObject, make_scene, render
+
+from bitdance_scale.demo.scenes import (
+    BACKGROUNDS,
+    CATEGORY_SHARES,
+    COLORS,
+    NUMBERS,
+    SHAPES,
+    WORDS,
+    SceneObject,
+    make_scene,
+    render,
+)
 
 SCENES = [make_scene(5, index) for index in range(600)]
 

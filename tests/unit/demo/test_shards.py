@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bitdance_scale.demo.scenes import make_scene
-from bitdance_scale.demo.shards import main, write_shards
 from PIL import Image
 
+from bitdance_scale.demo.scenes import make_scene
+from bitdance_scale.demo.shards import main, write_shards
 from bitdance_scale.errors import DataError
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from bitdance_scale.config.load import load_config
 from bitdance_scale.observe import overview as page
 from bitdance_scale.observe.metrics import Evaluation
-from bitdance_scale.train import run_observer, run_sinks
+from bitdance_scale.train import run_sinks
 from bitdance_scale.train.run_observer import OVERVIEW_FILE, RunObserver, show_result
 from tests.unit.observe.test_metrics import point
 
