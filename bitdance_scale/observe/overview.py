@@ -1,4 +1,4 @@
-"""One page about a run, or several: losses, optimiser, speed and data, drawn from the files in its folder."""
+"""Draws one page about a run or several, from the files in their folders: losses, optimiser, speed and data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from matplotlib import colormaps
@@ -24,6 +23,7 @@ from bitdance_scale.observe.metrics import (
     EVALUATION_FILE,
     METRICS_FILE,
     Evaluation,
+    Record,
     StepMetrics,
     read_evaluations,
     read_metrics,
@@ -53,25 +53,23 @@ BLUE, GREEN, ORANGE, RED = "#1f6fb4", "#2f8f4e", "#d9722b", "#c22f2f"
 RUN_COLOURS = (BLUE, ORANGE, GREEN, "#8a4fb0", RED, "#8c6239", "#d0559f", GREY)
 LIGHTEST = 0.35
 RESOLUTION_COLOURS, TIME_COLOURS = "viridis", "plasma"
-# A panel of losses need not show their start: this share of the logged steps, and the evaluation of the untrained model
-# where its loss is so much above those that follow.
+# A panel of losses may cut off their start: this share of the logged steps, and the evaluation of the untrained model
+# if its loss is this many times the later ones, given this many of them.
 START_SHARE = 0.02
 MIN_LATER, DWARFING = 3, 2.0
-# Evaluations up to which each is marked.
+# With more evaluations than this, their points are not marked.
 MAX_MARKED = 40
-
-Record = TypeVar("Record", StepMetrics, Evaluation)
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What the files of a run folder say of it.
+    """A text-to-image run, read from the files of its folder.
 
     Attributes:
-        name: the run's.
+        name: name of the run.
         metrics: logged steps, oldest first, each step once.
         evaluations: losses on held-out images, likewise.
-        clip_norm: gradient norm above which steps were clipped; None where it is not known or none were.
+        clip_norm: gradient norm above which steps are clipped; None if it is unknown or steps are not clipped.
     """
 
     name: str
@@ -81,19 +79,19 @@ class RunRecord:
 
     @property
     def num_steps(self) -> int:
-        """The last step known of."""
+        """The last step in the files."""
         return max((record.step for records in (self.metrics, self.evaluations) for record in records[-1:]), default=0)
 
     @property
     def trained_s(self) -> float:
-        """Seconds spent in steps: saving, sampling and evaluating left out."""
+        """Seconds spent in steps; saving, sampling and evaluating are left out."""
         steps = [0, *(point.step for point in self.metrics)]
         return sum(
             (step - before) * point.step_s for (before, step), point in zip(pairwise(steps), self.metrics, strict=True)
         )
 
     def summary(self) -> str:
-        """Its length in steps, images, tokens and time."""
+        """The length of the run in steps, images, tokens and time."""
         if not self.metrics:
             return "no step logged yet"
         last = self.metrics[-1]
@@ -102,10 +100,10 @@ class RunRecord:
 
 
 def read_run(run_folder: Path) -> RunRecord:
-    """Reads a run folder, also while the run writes to it or after it was killed.
+    """Reads a run folder, even while the run writes to it or after it was killed.
 
     Raises:
-        DataError: a line other than the last of a file cannot be read.
+        DataError: a line of a file other than its last cannot be read.
         FileNotFoundError: there is no metrics file.
     """
     evaluations, config = run_folder / EVALUATION_FILE, run_folder / CONFIG_FILE
@@ -121,15 +119,15 @@ def read_run(run_folder: Path) -> RunRecord:
 
 
 def overview(runs: Sequence[RunRecord], *, one_after_another: bool = False) -> bytes:
-    """Draws one page of runs; returns the PNG.
+    """Draws the page of some runs and returns the PNG.
 
-    In the panels of training, the faint line is the logged steps and the strong one their mean over neighbours.
+    In the panels of training, the faint line shows the logged steps and the strong line their mean over neighbours.
     Panels of a single run name its last values. The start of a long run may lie above the panels of losses.
 
     Args:
-        runs: at least one; `read_run` makes them.
-        one_after_another: the runs are stages, each beginning where the one before it ended; else they are drawn over
-            each other, in a colour each.
+        runs: at least one, from `read_run`.
+        one_after_another: the runs are stages, each of which begins where the one before it ended; otherwise they are
+            drawn over each other, each in its own colour.
     """
     is_overlaid = len(runs) > 1 and not one_after_another
     offsets = [0]
@@ -142,7 +140,7 @@ def overview(runs: Sequence[RunRecord], *, one_after_another: bool = False) -> b
     figure = Figure(figsize=SIZE_INCHES, dpi=DPI)
     FigureCanvasAgg(figure)
     header_inches = _head(figure, tracks, one_after_another)
-    # Fixed places: to find them out, matplotlib would draw the page twice more.
+    # Fixed margins: to find them, matplotlib would draw the page twice more.
     figure.subplots_adjust(top=1 - (header_inches + 0.5) / SIZE_INCHES[1], **MARGINS)
     panels = figure.subplots(3, 4, sharex=True)
     _draw_losses(panels[0], tracks)
@@ -170,7 +168,7 @@ class _Track:
     hue: str | None
 
     def curve(self, records: Sequence[Record], value: Callable[[Record], float]) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values [n] of some records; NaN for what is not finite."""
+        """Steps and values [n] of some records; values that are not finite are NaN."""
         values = np.array([value(record) for record in records], dtype=np.float64)
         values[~np.isfinite(values)] = np.nan
         return np.array([record.step for record in records], dtype=np.int64) + self.offset, values
@@ -241,7 +239,7 @@ def _draw_optimiser(norm: Axes, rate: Axes, tracks: Sequence[_Track]) -> None:
     show_range(norm, [*curves, [track.run.clip_norm or math.nan for track in tracks]])
     marks = {}
     for track in tracks:
-        # Each run in a row of its own at the top of the panel.
+        # Each run has its own row at the top of the panel.
         height = 0.97 - 0.05 * track.number * (track.hue is not None)
         steps, norms = track.curve(track.run.metrics, lambda point: point.grad_norm)
         clip_norm = track.run.clip_norm
@@ -281,7 +279,7 @@ def _draw_speed(images: Axes, tokens: Axes, mfu: Axes, tracks: Sequence[_Track])
         unit = "% of the devices' peak"
         _training(mfu, tracks, "MFU", unit, lambda point: 100 * _or_nan(point.mfu), GREEN, ".1f", " %")
     else:
-        # A panel is not left empty for a number that this device cannot have.
+        # No empty panel for a number that is unknown on this device.
         _training(mfu, tracks, "Time of a step", "seconds", lambda point: point.step_s, GREEN, ".3g", " s")
         mfu.text(0.02, 0.03, "MFU: the device's peak is not known", transform=mfu.transAxes, fontsize=8, color=GREY)
     for axes in (images, tokens, mfu):
@@ -293,7 +291,7 @@ def _draw_resources(wait: Axes, memory: Axes, resolutions: Axes, tracks: Sequenc
     _training(
         wait, tracks, title, "% of a step", lambda point: 100 * point.data_wait_s / point.step_s, ORANGE, ".1f", " %"
     )
-    # One in a hundred is not to look like much.
+    # One percent must not look like much.
     show_from_zero(wait, 5.0)
 
     memory.set_title("Memory, fullest rank", loc="left", pad=TITLE_PAD)
@@ -335,7 +333,7 @@ def _training(
     form: str = ",.3g",
     suffix: str = "",
 ) -> None:
-    """One value of the logged steps: raw and faint, smoothed and strong; the last smoothed one at the top right."""
+    """Draws a value of the logged steps: raw and faint, smoothed and strong, with the last one at the top right."""
     axes.set_title(title, loc="left", pad=TITLE_PAD)
     axes.set_ylabel(unit)
     for track in tracks:
@@ -357,7 +355,7 @@ def _held_out(
     values: Sequence[Callable[[Evaluation], float]],
     palette: str,
 ) -> None:
-    """Series of the evaluations, one per label."""
+    """Draws series of the evaluations, one per label."""
     axes.set_title(title, loc="left", pad=TITLE_PAD)
     axes.set_ylabel("flow loss")
     for track in tracks:
@@ -378,7 +376,7 @@ def _after_start(values: np.ndarray) -> np.ndarray:
 
 
 def _without_untrained(track: _Track, values: Sequence[Callable[[Evaluation], float]]) -> list[np.ndarray]:
-    """The series of a run's evaluations; without that before its first step, where it dwarfs the others."""
+    """The series of a run's evaluations, without the one before its first step if it dwarfs the others."""
     lines = track.run.evaluations
     later = lines[1:]
     if len(later) >= MIN_LATER and lines[0].step == 0 and lines[0].vision > DWARFING * max(x.vision for x in later):
@@ -395,7 +393,7 @@ def _series_legend(axes: Axes, tracks: Sequence[_Track], labels: Sequence[str], 
 
 
 def _series_colour(hue: str | None, index: int, count: int, palette: str) -> str:
-    """Of a palette, or the run's own in a lightness of the series'."""
+    """A colour of the palette, or the run's own colour in the lightness of the series."""
     place = index / (count - 1) if count > 1 else 1.0
     if hue is None:
         return to_hex(colormaps[palette](0.85 * place))
@@ -405,7 +403,7 @@ def _series_colour(hue: str | None, index: int, count: int, palette: str) -> str
 
 
 def _head(figure: Figure, tracks: Sequence[_Track], one_after_another: bool) -> float:
-    """Names and lengths of the runs above the panels; returns the height taken, in inches."""
+    """Writes the names and lengths of the runs above the panels; returns the height used, in inches."""
     names = [f"{track.run.name}: {track.run.summary()}" for track in tracks]
     if len(tracks) > 1 and not one_after_another:
         handles = [Line2D([], [], color=track.hue, linewidth=3) for track in tracks]
@@ -420,7 +418,7 @@ def _head(figure: Figure, tracks: Sequence[_Track], one_after_another: bool) -> 
 
 
 def _each_once(records: Sequence[Record]) -> list[Record]:
-    """Where a step comes again, what stood from there on was work that was lost."""
+    """Keeps each step once: what came before a repeated step, from that step on, was work that was lost."""
     kept: list[Record] = []
     for record in records:
         while kept and kept[-1].step >= record.step:

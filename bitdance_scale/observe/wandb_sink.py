@@ -1,6 +1,6 @@
-"""Metrics and sample pictures to Weights & Biases; the only importer of wandb.
+"""Logs metrics and pictures to Weights & Biases; the only module that imports wandb.
 
-wandb takes seconds to import, so it is imported by the constructor: only the rank that logs pays.
+wandb takes seconds to import, so the constructor imports it: only the rank that logs waits for it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 Mode = Literal["online", "offline", "disabled"]
 
 DEFAULT_KEY_HOST = "api.wandb.ai"
-# Training waits for the server at the start only; later wandb buffers and retries by itself.
+# Training waits for the server only at the start; later, wandb buffers and retries by itself.
 INIT_TIMEOUT_S = 30.0
 GIB = 2**30
 
@@ -64,7 +64,7 @@ EVALUATION_PANELS = {
     "vision_by_time": "evaluate/flow_time_{}",
     "text": "evaluate/text",
 }
-# What W&B's table of runs shows of a section's metrics.
+# Section of panels -> what W&B's table of runs shows of its metrics.
 SUMMARIES = {
     "progress": "last",
     "loss": "last",
@@ -78,13 +78,13 @@ SUMMARIES = {
 class WandbSink:
     """A W&B run in `<run_folder>/wandb`, on the one rank that logs.
 
-    Without a network, or a key, the run is offline: `wandb sync` on its folder uploads it later. A resumed run goes
-    on under the same id; offline that makes one folder per start, to be synced oldest first, the later ones with
-    `wandb sync --append`. Nothing ever asks at the terminal, and offline nothing touches the network.
+    Without a network or a key the run is offline; `wandb sync` on its folder uploads it later. A resumed run keeps its
+    id. Offline, every start makes a folder of its own: sync the oldest first, then the later ones with
+    `wandb sync --append`. It never asks at the terminal, and offline it does not touch the network.
 
     Args:
-        section: project and mode. `auto` obeys the environment's WANDB_MODE, is online where an API key is configured
-            and the server answers, else offline.
+        section: project and mode. `auto` follows WANDB_MODE if it is set; otherwise it is online if an API key is
+            configured and the server answers, and offline if not.
         run_folder: the run's folder; its name is the name of the W&B run.
         config: the resolved configuration, nested by section.
         run_id: id of the W&B run, the same for every start of this run.
@@ -92,10 +92,10 @@ class WandbSink:
             section that is logged is in it.
 
     Attributes:
-        mode: `online`, `offline` or `disabled`, what came of the setting.
+        mode: the mode in effect.
 
     Raises:
-        ConfigError: mode `online`, but there is no API key or the server does not accept the run.
+        ConfigError: the mode is `online`, but there is no API key, or the server does not accept the run.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class WandbSink:
         self.mode: Mode = "disabled"
         if section.wandb_mode == "disabled":
             return
-        # wandb reports its own errors to its makers, by default even from offline runs.
+        # By default wandb reports its own errors to its makers, even from offline runs.
         os.environ["WANDB_ERROR_REPORTING"] = "false"
         import wandb
 
@@ -156,20 +156,20 @@ class WandbSink:
         self._run.log({name: wandb.Image(str(path), caption=caption)}, step=step)
 
     def finish(self) -> None:
-        """Waits until everything is written, or uploaded, and ends this process's part of the run."""
+        """Waits until everything is written or uploaded, and closes the run."""
         if self._run is not None:
             self._run.finish()
             self._run = None
 
     def _start(self, section: ObserveSection, run_folder: Path, config: Mapping[str, object], run_id: str) -> wandb.Run:
-        """Starts the run in `self.mode`; what wandb captures beyond the metrics is switched off."""
+        """Starts the run in `self.mode`, with everything off that wandb captures besides the metrics."""
         import wandb
 
         run = wandb.init(
             project=section.wandb_project,
             name=run_folder.name,
             id=run_id,
-            # Offline, wandb only warns that it cannot look the id up.
+            # Offline, wandb would only warn that it cannot look up the id.
             resume="allow" if self.mode == "online" else None,
             dir=run_folder,
             mode=self.mode,
@@ -185,10 +185,10 @@ class WandbSink:
 
 
 def panel_values(record: StepRecord, panels: Mapping[str, str]) -> dict[str, float]:
-    """The values of a record by their names in W&B; what is None, unknown here, is left out.
+    """The values of a record by their names in W&B; None, an unknown value, is left out.
 
     Raises:
-        ValueError: `panels` lacks a field of the record; nothing is dropped in silence.
+        ValueError: `panels` lacks a field of the record, which would be dropped silently.
     """
     lacking = vars(record).keys() - panels.keys()
     if lacking:
@@ -199,7 +199,7 @@ def panel_values(record: StepRecord, panels: Mapping[str, str]) -> dict[str, flo
         if isinstance(value, Mapping):
             values |= {name.format(part): number for part, number in value.items()}
         elif isinstance(value, tuple):
-            # No flow times: W&B takes a dot for a path into a nested value, whose definitions it then does not apply.
+            # Parts have numbers: W&B reads the dot of a flow time as a path and then ignores the metric's definition.
             values |= {name.format(f"{part}_of_{len(value)}"): number for part, number in enumerate(value, start=1)}
         elif value is not None:
             values[name] = value / GIB if key == "memory_bytes" else value
@@ -207,12 +207,16 @@ def panel_values(record: StepRecord, panels: Mapping[str, str]) -> dict[str, flo
 
 
 def choose_mode(setting: str, wandb_settings: wandb.Settings) -> Mode:
-    """What `observe.wandb_mode` means here: online, offline or disabled."""
+    """The mode in effect for a value of `observe.wandb_mode`.
+
+    Raises:
+        ConfigError: the value is `online`, but no API key is configured.
+    """
     if setting == "offline":
         return "offline"
     has_key = _has_credentials(wandb_settings)
     if setting == "online":
-        # wandb itself would ask for a key at the terminal.
+        # wandb would ask for a key at the terminal.
         if not has_key:
             raise ConfigError(
                 "observe.wandb_mode = online: no W&B API key is configured; set WANDB_API_KEY, run `wandb login`, or "
@@ -225,11 +229,11 @@ def choose_mode(setting: str, wandb_settings: wandb.Settings) -> Mode:
 
 
 def _has_credentials(wandb_settings: wandb.Settings) -> bool:
-    """Whether wandb will find a key where it looks: environment, its settings files, netrc."""
+    """Whether wandb will find a key in the environment, its settings files or netrc."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or wandb_settings.api_key:
         return True
     hosts = {urlsplit(wandb_settings.base_url).netloc}
-    # Keys for the public server are filed under this name, whatever address it is reached at.
+    # Keys for the public server are stored under this name, whatever its address.
     if "WANDB_BASE_URL" not in os.environ:
         hosts.add(DEFAULT_KEY_HOST)
     candidates = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
@@ -237,7 +241,7 @@ def _has_credentials(wandb_settings: wandb.Settings) -> bool:
         try:
             entries = netrc.netrc(os.path.expanduser(candidate)).hosts
         except (OSError, netrc.NetrcParseError):
-            # Absent or unreadable: wandb would not find a key in it either.
+            # The file is absent or unreadable: wandb would find no key in it either.
             continue
         if hosts & entries.keys():
             return True

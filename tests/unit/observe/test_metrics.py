@@ -51,7 +51,7 @@ def test_written_metrics_are_read_back(tmp_path):
     assert read_metrics(tmp_path / METRICS_FILE) == [point(1), point(2, mfu=0.45, skipped_samples=3, skipped_steps=1)]
 
 
-def test_a_run_goes_on_over_lines_from_before_there_were_sources_and_faults(tmp_path):
+def test_a_run_resumes_over_lines_that_lack_newer_fields(tmp_path):
     write(tmp_path, range(1, 2), resumed_step=0)
     path = tmp_path / METRICS_FILE
     later = ("images_by_source", "sample_errors", "steps_ready")
