@@ -15,8 +15,7 @@ from transformers import DynamicCache
 from bitdance_scale.generate.published_model import PublishedModel
 from bitdance_scale.model.diffusion_head import DiffusionHead
 from bitdance_scale.model.positions import sincos_2d
-from bitdance_scale.sequence.grid import block_raster_cells
-from bitdance_scale.sequence.layout import image_prefix_ids
+from bitdance_scale.sequence.layout import block_raster_cells, image_prefix_ids
 
 
 @torch.no_grad()

@@ -40,9 +40,6 @@ class CaptionStatus(enum.IntEnum):
         """The cause under which a sample with this status is counted; None if it has a caption."""
         return _ERRORS[self]
 
-    # The name that loader.py uses.
-    fault = error
-
 
 _ERRORS = {
     CaptionStatus.USABLE: None,

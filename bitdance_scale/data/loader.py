@@ -134,7 +134,7 @@ class Loader:
 
     Attributes:
         plan: the plan it follows.
-        ledger: sample errors met since it started.
+        error_counter: sample errors met since it started.
 
     Raises:
         CheckpointError: `state` is of another data set, seed or plan.
@@ -155,7 +155,7 @@ class Loader:
     ) -> None:
         assert 0 <= data_rank < num_data_ranks, (data_rank, num_data_ranks)
         self.plan = Plan(config.run.seed, index, config.data)
-        self.ledger = ErrorCounter(config.data.max_skipped_share)
+        self.error_counter = ErrorCounter(config.data.max_skipped_share)
         start = LoaderState(config.run.seed, index.hash, self.plan.hash, 0, 0, num_data_ranks)
         if state is not None:
             state.check(start)
@@ -320,18 +320,18 @@ class Loader:
         images: list[np.ndarray] = []
         for sample, result in zip(samples, results, strict=True):
             shard = self._index.shard_path(sample.key)
-            self.ledger.record_read()
+            self.error_counter.record_read()
             caption_error = self._caption_error(sample.key)
             if caption_error is not None:
-                self.ledger.record_caption(caption_error, shard)
+                self.error_counter.record_caption(caption_error, shard)
                 sample_errors[caption_error] += 1
             if isinstance(result, SampleError):
-                self.ledger.record_skipped(result, shard, self._index.name(sample.key))
+                self.error_counter.record_skipped(result, shard, self._index.name(sample.key))
                 sample_errors[result.cause] += 1
             else:
                 kept.append(sample)
                 images.append(result)
-        self.ledger.check()
+        self.error_counter.check()
         if not kept:
             # Every rank must run every pack of the step, so an empty one cannot be skipped.
             kept, images = [_without_targets(samples[0])], [self._nothing(samples[0])]
@@ -343,7 +343,7 @@ class Loader:
     def _caption_error(self, key: int) -> ErrorCause | None:
         """Why the sample has no caption at all, by the first place to look for one; None where it has one."""
         statuses = [CaptionStatus(self._index.status(choice.source)[key]) for choice in self._config.data.captions]
-        return None if CaptionStatus.USABLE in statuses else statuses[0].fault
+        return None if CaptionStatus.USABLE in statuses else statuses[0].error
 
     def _nothing(self, sample: Sample) -> np.ndarray:
         """A grey image, or bits of -1, of a sample's size."""

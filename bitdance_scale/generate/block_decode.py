@@ -16,9 +16,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from bitdance_scale.model.attention import visible
-from bitdance_scale.sequence.grid import block_raster_cells
-from bitdance_scale.sequence.layout import ImageTokens, attention_groups, image_prefix_ids
+from bitdance_scale.sequence.layout import ImageTokens, attention_groups, block_raster_cells, image_prefix_ids
+from bitdance_scale.sequence.visibility import visible
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bitdance_scale.config.schema import HeadSection, ModelSection, RunConfig, VisionSection
+from bitdance_scale.config.schema import (
+    NUM_MODULATIONS,
+    NUM_TIME_FEATURES,
+    HeadSection,
+    ModelSection,
+    RunConfig,
+    VisionSection,
+)
 from bitdance_scale.sequence.pack import Pack
+from bitdance_scale.sequence.visibility import count_visible_pairs
 
 STATUS_FILE = Path("/proc/self/status")
 # A backward pass forms the gradients of both factors of every product.
 TRAINING_OVER_FORWARD = 3
-# Of the diffusion head, which lies in a neighbouring layer (`model/diffusion_head.py`); a test holds them together.
-NUM_TIME_FEATURES = 256
-NUM_MODULATIONS = 6
 
 # Dense (not sparse) peak of the tensor cores in FLOP/s, from the vendor's data sheets. The first name contained in
 # `torch.cuda.get_device_name()` counts. float32 is the rate without TF32, PyTorch's default.
@@ -93,7 +98,7 @@ class StepFlops:
 
 
 def count_pack(pack: Pack) -> PackCounts:
-    """Counts of one pack, exact: pairs are those of `model/attention.py`'s predicate."""
+    """Counts of one pack, exact."""
     return PackCounts(
         num_positions=pack.num_positions - pack.num_padding,
         num_visible_pairs=count_visible_pairs(pack.document_ids, pack.block_ids),
@@ -102,24 +107,6 @@ def count_pack(pack: Pack) -> PackCounts:
         num_blocks=len(pack.predict_positions) // pack.block_tokens,
         num_text_targets=len(pack.text_targets),
     )
-
-
-def count_visible_pairs(document_ids: np.ndarray, block_ids: np.ndarray) -> int:
-    """Pairs of positions (i, j) of one document with block_ids[j] <= block_ids[i]; padding has none.
-
-    Args:
-        document_ids: int [S], -1 for padding.
-        block_ids: int [S].
-    """
-    is_real = document_ids >= 0
-    blocks_per_document = int(block_ids.max(initial=0)) + 1
-    groups = document_ids[is_real].astype(np.int64) * blocks_per_document + block_ids[is_real]
-    groups, sizes = np.unique(groups, return_counts=True)
-    # Sorted by document, then block: a group sees what its document holds up to and with the group itself.
-    documents = groups // blocks_per_document
-    seen = np.cumsum(sizes)
-    seen_before_document = np.concatenate([[0], seen])[np.searchsorted(documents, documents)]
-    return int((sizes * (seen - seen_before_document)).sum())
 
 
 def step_flops(config: RunConfig, vocab_size: int, counts: PackCounts) -> StepFlops:
@@ -246,7 +233,7 @@ def _layer_weights(model: ModelSection) -> int:
 
 def _head_weights(head: HeadSection, cond_size: int, num_bits: int) -> tuple[int, int]:
     """Elements of the head's weight matrices that are used per predicted token, and once per block (the time)."""
-    width, hidden = head.width, int(head.width * head.mlp_ratio)
+    width, hidden = head.width, head.mlp_size
     per_res_block = 4 * width**2 + 3 * width * hidden
     per_adaln = NUM_MODULATIONS * width**2
     ends = num_bits * width + cond_size * width + 2 * width**2 + width * num_bits
@@ -256,7 +243,7 @@ def _head_weights(head: HeadSection, cond_size: int, num_bits: int) -> tuple[int
 
 def _head_vectors(head: HeadSection, num_bits: int) -> int:
     """Elements of the head's biases and norms."""
-    width, hidden = head.width, int(head.width * head.mlp_ratio)
+    width, hidden = head.width, head.mlp_size
     norms = 2 * 2 * width
     per_res_block = norms + 4 * width + 2 * hidden + width
     return head.num_blocks * per_res_block + head.num_adaln * NUM_MODULATIONS * width + 6 * width + num_bits

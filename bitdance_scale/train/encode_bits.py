@@ -16,6 +16,7 @@ from bitdance_scale.data.bit_shards import (
     Bits,
     read_tables,
     recipe,
+    recipe_sides_px,
     shard_file,
     shard_meta,
     shard_samples,
@@ -76,7 +77,7 @@ class Encoder:
             except DataError as error:
                 logger.warning("%s It is made again.", error)
         samples = shard_samples(self._index, row)
-        resolutions = {int(side): list(self._encoded(samples, int(side))) for side in self.recipe["classes"]}
+        resolutions = {side_px: list(self._encoded(samples, side_px)) for side_px in recipe_sides_px(self.recipe)}
         write_bit_shard(path, meta, resolutions)
         self._verify(path, samples, row)
         return True

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch.distributed as dist
 
@@ -56,7 +56,9 @@ class NamedRun(Protocol):
 
 
 class JobConfig(Protocol):
-    """What every job's configuration has."""
+    """What every job's configuration has; it is a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def run(self) -> NamedRun:

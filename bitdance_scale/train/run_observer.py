@@ -127,6 +127,9 @@ def draw_overview(run_folder: Path) -> Path:
     # It imports matplotlib, which only the rank that draws needs.
 
     path = run_folder / OVERVIEW_FILE
+    # matplotlib takes a second to import, and only the rank that draws needs it.
+    from bitdance_scale.observe.overview import overview, read_run
+
     page = overview([read_run(run_folder)])
     write_bytes(path, page)
     return path

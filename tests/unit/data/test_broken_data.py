@@ -149,7 +149,7 @@ def one_pass(config: RunConfig, index: Index, tokenizer) -> tuple[int, dict[str,
     data = dataclasses.replace(config.data, resolutions=(resolution,), global_batch=len(index), text_drop=0.0)
     with Loader(dataclasses.replace(config, data=data), tokenizer, index, 0, 1) as loader:
         step = loader.next_step()
-        counts = {cause: sum(shards.values()) for cause, shards in loader.ledger.counts().items()}
+        counts = {cause: sum(shards.values()) for cause, shards in loader.error_counter.counts().items()}
     assert counts == {str(cause): count for cause, count in step.sample_errors.items()}
     return len(index) - step.num_skipped, counts
 

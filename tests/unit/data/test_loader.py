@@ -233,7 +233,7 @@ def test_unreadable_images_are_holes_and_the_plan_stands(make_config, tokenizer,
     index = build_index(shards, tmp_path / "index")
     with Loader(make_config(global_batch=20), tokenizer, index, 0, 1) as loader:
         steps = [loader.next_step() for _ in range(4)]
-        ledger, plan = loader.ledger, loader.plan
+        ledger, plan = loader.error_counter, loader.plan
     for step in steps:
         planned = plan.batch(step.step).samples
         kept = sorted(key for pack in step.packs for key in pack.pack.sample_keys.tolist())
@@ -266,7 +266,7 @@ def test_too_many_holes_stop_the_run(make_config, tokenizer, tmp_path: Path) -> 
         for _ in range(6):
             loader.next_step()
     assert "more than data.max_skipped_share=0.01 allows" in str(stopped.value)
-    assert 1000 <= loader.ledger.num_read < 1200
+    assert 1000 <= loader.error_counter.num_read < 1200
 
 
 def test_shards_changed_or_lost_become_holes(data_set, make_config, tokenizer, tmp_path: Path) -> None:
@@ -276,10 +276,10 @@ def test_shards_changed_or_lost_become_holes(data_set, make_config, tokenizer, t
     write_tar(Path(shards[1]), {"0": {"jpg": encode_image(40, 40)}})
     with Loader(make_config(global_batch=40), tokenizer, index, 0, 1) as loader:
         loader.next_step()
-    counts = loader.ledger.counts()
+    counts = loader.error_counter.counts()
     assert set(counts["read_failed"]) >= {shards[0]}
     assert shards[2] not in {shard for by_shard in counts.values() for shard in by_shard}
-    assert loader.ledger.num_skipped == sum(sum(by_shard.values()) for by_shard in counts.values()) > 0
+    assert loader.error_counter.num_skipped == sum(sum(by_shard.values()) for by_shard in counts.values()) > 0
 
 
 def test_samples_without_caption_train_unconditionally_and_are_counted(make_config, tokenizer, tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_samples_without_caption_train_unconditionally_and_are_counted(make_conf
     with Loader(config, tokenizer, index, 0, 1) as loader:
         step = loader.next_step()
     # 18 of class 16 and 12 of class 32, each through its 3 samples 6 and 4 times.
-    assert loader.ledger.counts() == {"empty_caption": {shard: 10}, "missing_caption": {shard: 10}}
+    assert loader.error_counter.counts() == {"empty_caption": {shard: 10}, "missing_caption": {shard: 10}}
     assert step.num_skipped == 0
     for loaded in step.packs:
         for document, key in enumerate(loaded.pack.sample_keys.tolist()):

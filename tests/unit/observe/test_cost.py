@@ -13,7 +13,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitdance_scale.config.schema import HeadSection, ModelSection, VisionSection
-from bitdance_scale.model.attention import visible
 from bitdance_scale.model.diffusion_head import DiffusionHead
 from bitdance_scale.model.linears import PlainLinears
 from bitdance_scale.model.projector import Projector
@@ -21,7 +20,6 @@ from bitdance_scale.observe.cost import (
     PackCounts,
     count_pack,
     count_parameters,
-    count_visible_pairs,
     encode_flops,
     peak_flops,
     step_flops,
@@ -95,22 +93,6 @@ def test_a_vision_token_costs_what_the_design_says():
     dense = 3 * (flops.backbone / num_real + (flops.head + flops.projector) / 4096)
     assert dense == pytest.approx(90e9, rel=0.01)
     assert 3 * flops.attention / num_real == pytest.approx(5.3e9, rel=0.02)
-
-
-def test_visible_pairs_are_those_of_the_mask():
-    samples = [sample(0, (4, 8), 5), sample(1, (8, 4), 11, predicts_image=False), sample(2, (4, 4), 2)]
-    pack = pack_samples(samples, TOKENS, pack_multiple=64)
-    assert pack.num_padding > 0
-    mask = visible(torch.from_numpy(pack.document_ids), torch.from_numpy(pack.block_ids))
-    is_real = torch.from_numpy(pack.document_ids >= 0)
-    assert count_visible_pairs(pack.document_ids, pack.block_ids) == int(mask[is_real].sum())
-
-
-def test_visible_pairs_by_hand():
-    # Document 0: blocks of 1 and 2 positions see 1 + 2 * 3 pairs; document 1: 1 + 2; padding none.
-    documents, blocks = np.array([0, 0, 0, 1, 1, -1, -1]), np.array([0, 1, 1, 0, 1, 0, 1])
-    assert count_visible_pairs(documents, blocks) == 10
-    assert count_visible_pairs(np.array([-1, -1]), np.array([0, 1])) == 0
 
 
 def test_counts_leave_padding_out_and_add_up():

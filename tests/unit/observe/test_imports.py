@@ -21,4 +21,4 @@ def test_neither_matplotlib_nor_wandb_comes_with_what_every_rank_imports(name):
 
 def test_matplotlib_does_not_come_with_the_trainer():
     # Megatron imports wandb where it is installed.
-    assert "matplotlib" not in imported("bitdance_scale.train.trainer")
+    assert "matplotlib" not in imported("bitdance_scale.train.text_to_image")

@@ -8,8 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from bitdance_scale.config.schema import HeadSection, LossSection
 from bitdance_scale.errors import ConfigError
-from bitdance_scale.model.flow import draw_time, flow_loss
-from bitdance_scale.model.losses import combine
+from bitdance_scale.model.flow import combine_losses, draw_time, flow_loss
 
 SECTION = LossSection(vision_weight=1.0, text_weight=0.01)
 
@@ -32,7 +31,7 @@ def test_uneven_parts_add_up_to_the_mean_over_the_batch():
     for blocks, tokens in parts:
         vision_sum, num_vision = flow_loss(pred[blocks], bits[blocks], noisy[blocks], t[blocks])
         text_sum = cross_entropy(logits[tokens], targets[tokens], reduction="sum")
-        total = total + combine(vision_sum, text_sum, 24, 9, SECTION)
+        total = total + combine_losses(vision_sum, text_sum, 24, 9, SECTION)
         counts = [counts[0] + num_vision, counts[1] + len(targets[tokens])]
     assert counts == [24, 9]
     # float32 sums of 192 terms in another order.
@@ -46,7 +45,7 @@ def test_a_batch_without_targets_has_zero_loss_and_gradient():
     logits = torch.zeros(0, 11, requires_grad=True)
     vision_sum, _ = flow_loss(pred, torch.zeros(0, 4, 8), torch.zeros(0, 4, 8), torch.zeros(0))
     text_sum = cross_entropy(logits, torch.zeros(0, dtype=torch.int64), reduction="sum")
-    loss = combine(vision_sum, text_sum, 0, 0, SECTION)
+    loss = combine_losses(vision_sum, text_sum, 0, 0, SECTION)
     assert loss.item() == 0.0
     loss.backward()
     assert pred.grad is not None and logits.grad is not None
