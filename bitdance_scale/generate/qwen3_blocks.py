@@ -46,7 +46,7 @@ class Qwen3Blocks:
         projector: from bits to hidden states.
         head: the diffusion head.
         solver: how blocks are drawn.
-        uses_graphs: whether the steps are recorded as CUDA graphs; default on CUDA.
+        use_graphs: whether the steps are recorded as CUDA graphs; default on CUDA.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class Qwen3Blocks:
         projector: Projector,
         head: DiffusionHead,
         solver: FlowSolver,
-        uses_graphs: bool | None = None,
+        use_graphs: bool | None = None,
     ) -> None:
         self._backbone, self._projector, self._solver = backbone, projector, solver
         self._device, self._dtype = backbone.device, backbone.dtype
-        self._uses_graphs = self._device.type == "cuda" if uses_graphs is None else uses_graphs
+        self._use_graphs = self._device.type == "cuda" if use_graphs is None else use_graphs
         with torch.no_grad():
             self._head_steps = HeadSteps(head, solver, self._device)
         self._memory: KeyValues | None = None
@@ -90,7 +90,7 @@ class Qwen3Blocks:
         """Reads a block, bits [I, P, C] at cells [P, 2]; under guidance by both halves of the batch."""
         start, stop = self._num_read, self._num_read + len(cells)
         self._num_read = stop
-        num_seen = self._num_seen_in_graph(stop) if self._uses_graphs else stop
+        num_seen = self._num_seen_in_graph(stop) if self._use_graphs else stop
         slots_T = torch.arange(num_seen, device=self._device)
         # Everything except the padding on the left and the slots that are not written yet.
         is_seen_B11T = (slots_T >= self._first) & (slots_T < stop)
@@ -136,7 +136,7 @@ class Qwen3Blocks:
 
     def _run(self, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
         """Calls a function, on CUDA under a graph made for inputs of these shapes."""
-        if not self._uses_graphs:
+        if not self._use_graphs:
             return function(*inputs)
         key = (function.__name__, *(value.shape for value in inputs))
         if key not in self._captured:

@@ -45,7 +45,7 @@ def test_graphs_draw_the_bits_of_plain_calls(folder, dtype):
     device = torch.device("cuda")
     model = load_published(folder, dtype, device)
     graphs, plain = (
-        Qwen3Blocks(model.backbone, model.projector, model.head, SOLVER, uses_graphs) for uses_graphs in (True, False)
+        Qwen3Blocks(model.backbone, model.projector, model.head, SOLVER, use_graphs) for use_graphs in (True, False)
     )
     for prompts in (PROMPTS, PROMPTS[::-1], PROMPTS):
         rows = [model.text.prompt_ids(prompt) for prompt in prompts] + [model.text.unconditional_ids()] * 2

@@ -48,8 +48,8 @@ def draw(model: PublishedModel, blocks: Qwen3Blocks, seed: int, *prompts: str) -
     return decode_blocks(blocks, layout_of(model, *prompts), noise)
 
 
-def make(model: PublishedModel, uses_graphs: bool) -> Qwen3Blocks:
-    return Qwen3Blocks(model.backbone, model.projector, model.head, SOLVER, uses_graphs)
+def make(model: PublishedModel, use_graphs: bool) -> Qwen3Blocks:
+    return Qwen3Blocks(model.backbone, model.projector, model.head, SOLVER, use_graphs)
 
 
 @pytest.mark.parametrize("seen_multiple", [32, 1024])
