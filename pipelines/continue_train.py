@@ -1,10 +1,10 @@
-"""Continues the training of BitDance at higher resolutions: `torchrun pipelines/continue_train.py CONFIG [section.key=value ...]`."""
+"""Trains on at higher resolutions: `torchrun pipelines/continue_train.py CONFIG [section.key=value ...]`."""
 
 from __future__ import annotations
 
 import sys
 
-from bitdance_scale.train.main import main
+from bitdance_scale.cli.stage import main
 
 if __name__ == "__main__":
     sys.exit(main("ct"))

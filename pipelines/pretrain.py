@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bitdance_scale.train.main import main
+from bitdance_scale.cli.stage import main
 
 if __name__ == "__main__":
     sys.exit(main("pt"))

@@ -72,7 +72,8 @@ def plan_jobs(
         stages: names in order, of which `untrained` may be one.
         sides_px: sides that each stage is scored at.
         per_category: pictures of each category.
-        sweep_per_category: the same where sampling steps and guidance of the last two stages are swept; None: no sweeps.
+        sweep_per_category: the same where sampling steps and guidance of the last two stages are swept; None: no
+            sweeps.
     """
     jobs = [Job(stage, side, per_category) for stage in stages for side in sides_px[stage]]
     last = stages[-1]
@@ -190,7 +191,7 @@ def _newest(run: Path) -> str:
 
 def _run(command: Sequence[str], folder: Path | None = None) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    done = subprocess.run(command, cwd=folder, env=environment)
+    done = subprocess.run(command, cwd=folder, env=environment, check=False)
     if done.returncode:
         raise BitDanceError(f"exit status {done.returncode} of: {' '.join(command)}")
 

@@ -29,6 +29,16 @@ th { border-bottom: 1px solid #999; font-weight: 600; } td:first-child, th:first
 tr:nth-child(even) td { background: #f5f6f8; } img { max-width: 100%; } .note { color: #666; }
 """
 
+HELD_OUT_NOTE = (
+    '<p class="note">Held-out losses have fixed images, noise and uniform flow times. They compare with each other '
+    "where two stages evaluate the same resolutions, and not with the training loss.</p>"
+)
+SCORE_NOTE = (
+    '<p class="note">Share of pictures in which image analysis finds what the prompt asks for, by GenEval\'s rules; '
+    "overall is the mean of the categories. <i>real</i>: drawn scenes encoded and decoded by the tokenizer, the most a "
+    "model can reach. <i>exact</i>: nothing else is in the picture.</p>"
+)
+
 
 @dataclass(frozen=True)
 class StageReport:
@@ -63,14 +73,11 @@ def write_report(path: Path, stages: Sequence[StageReport], scores: Sequence[Sco
         f"<p>{html.escape(_machine())}</p>",
         "<h2>Stages</h2>",
         _table(stage_rows),
-        '<p class="note">Held-out losses have fixed images, noise and uniform flow times; they compare with each other '
-        "where two stages evaluate the same resolutions, and not with the training loss.</p>",
+        HELD_OUT_NOTE,
         _picture(Image.open(io.BytesIO(overview(runs, one_after_another=True))), "all stages, one after another"),
         "<h2>Scene score</h2>",
         _table(score_rows),
-        '<p class="note">Share of pictures in which image analysis finds what the prompt asks for, by GenEval\'s rules; '
-        "overall is the mean of the categories. <i>real</i> are drawn scenes through the tokenizer: the most a model "
-        "can get. <i>exact</i>: and nothing else is in the picture.</p>",
+        SCORE_NOTE,
     ]
     for stage in stages:
         grids = sorted((stage.run / "samples").glob("step_*.png"))

@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from demo_scenes import BACKGROUNDS, COLORS, NUMBERS, PLACES, RELATIONS, SHAPES
 from scene_reading import SeenObject, SeenScene
 
+from bitdance_scale.demo.scenes import BACKGROUNDS, COLORS, NUMBERS, PLACES, RELATIONS, SHAPES
 from bitdance_scale.errors import ConfigError
 
 CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")

@@ -1,8 +1,8 @@
-"""Reads a picture of a demo scene back by classical image analysis: which shapes of which colours are where.
+"""Reads a picture of a demo scene by classical image analysis: which shapes of which colours are where.
 
 The background of a demo scene is one colour under a linear shade, so a plane per channel is fitted to the picture from
-its border inwards; what lies far from it is foreground. Connected foreground of one palette colour is an object, and its
-silhouette in its bounding box is compared with the eight shapes. No part of the model under test is involved.
+its border inwards; what differs much from it is foreground. Connected foreground of one palette colour is an object,
+and its silhouette in its bounding box is compared with the eight shapes. No part of the model under test is involved.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from demo_scenes import BACKGROUNDS, COLORS, SHAPES, shape_mask
 from PIL import Image
 from scipy import ndimage
+
+from bitdance_scale.demo.scenes import BACKGROUNDS, COLORS, SHAPES, shape_mask
 
 READ_SIDE_PX = 192
 """Shorter side at which pictures are read; smaller ones are enlarged, so that silhouettes have enough pixels."""
@@ -21,7 +22,7 @@ MASK_SIDE_PX = 48
 MIN_AREA = 0.006
 """Smallest object, as a share of the picture; the smallest in the demo's scenes takes 0.012."""
 MIN_OVERLAP = 0.72
-"""Least intersection over union with its shape. A small star whose tips the tokenizer has blunted reaches 0.73 to 0.8."""
+"""Least intersection over union with its shape; a small star whose tips the tokenizer blunts reaches 0.73 to 0.8."""
 MAX_STRETCH = 1.45
 """A silhouette stretched more than this against its shape is not that shape."""
 MAX_COLOR_DISTANCE = 35.0
@@ -172,7 +173,7 @@ def _seen(silhouette: np.ndarray, box: tuple[slice, slice], color: str, shape: t
 
 
 def _overlap(tight: np.ndarray, name: str) -> float:
-    """Intersection over union of a tight silhouette and a shape, both filling a square; 0 if it is stretched too much."""
+    """Intersection over union of a tight silhouette and a shape, both filling a square; 0 if stretched too much."""
     template, aspect = _template(name)
     stretch = tight.shape[1] / tight.shape[0] / aspect
     if not 1 / MAX_STRETCH <= stretch <= MAX_STRETCH:

@@ -1,4 +1,4 @@
-"""Draws the six categories of GenEval with a model of demo scenes and reads the pictures back: how often they are right.
+"""Draws GenEval's six categories with a model of demo scenes, reads the pictures and says how often they are right.
 
     python tools/score_scenes.py PUBLISHED --out scores --size 64x64 --per-category 50
     python tools/score_scenes.py --real --out scores               # the scorer on drawn scenes
@@ -22,16 +22,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_scenes import Scene, make_scene, render
 from PIL import Image
-from sample import parse_size
 from scene_prompts import CATEGORIES, Verdict, judge, parse_caption
 from scene_reading import SeenScene, read_scene
 from tqdm import tqdm
 
-from bitdance_scale.errors import BitDanceError, ConfigError
+from bitdance_scale.cli.command import CommandParser, run_command
+from bitdance_scale.demo.scenes import Scene, make_scene, render
+from bitdance_scale.errors import ConfigError
 from bitdance_scale.generate.pipeline import BitDancePipeline
+from bitdance_scale.generate.requests import parse_size
 from bitdance_scale.observe.figures import image_grid
+from bitdance_scale.train.process import EXIT_COMPLETE
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
 PROMPT_SEED = 2_000_000
@@ -182,7 +184,7 @@ def _images(arguments: argparse.Namespace, scenes: Sequence[Scene]) -> Iterator[
     )
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> int:
     if arguments.folder is None and not arguments.real:
         raise ConfigError("name a published folder, or pass --real")
     for name in ("per_category", "batch_size"):
@@ -196,11 +198,12 @@ def _run(arguments: argparse.Namespace) -> None:
     settings = {name: getattr(arguments, name) for name in names} | {"real": arguments.real}
     write_results(arguments.out, scored, settings, arguments.pictures)
     print(format_summary(summarize(scored)))
+    return EXIT_COMPLETE
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = CommandParser(None, __doc__)
     parser.add_argument("folder", type=Path, nargs="?", help="published folder of a model of demo scenes")
     parser.add_argument("--real", action="store_true", help="score the scenes themselves")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, which must not be there yet")
@@ -211,11 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=25, help="pictures drawn together (default: %(default)s)")
     parser.add_argument("--no-pictures", dest="pictures", action="store_false", help="write no single pictures")
-    try:
-        _run(parser.parse_args(arguments))
-    except BitDanceError as error:
-        sys.exit(f"error: {error}")
+    return run_command(parser, arguments, _run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
-from demo_scenes import make_scene
 
 from bitdance_scale.atomic_files import write_bytes
 from bitdance_scale.config.shipped import ASSETS
+from bitdance_scale.demo.scenes import make_scene
 
 DEFAULT_OUT = ASSETS / "demo" / "tokenizer.model"
 VOCAB_SIZE = 480

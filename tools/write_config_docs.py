@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bitdance_scale.config.coerce import field_types
-from bitdance_scale.config.load import setting_docs
+from bitdance_scale.config.describe import setting_docs
 from bitdance_scale.config.presets import PRESETS
 from bitdance_scale.config.rules import rules_table
 from bitdance_scale.config.schema import RunConfig
@@ -28,10 +28,12 @@ def config_page() -> str:
         "",
         f"Generated from `bitdance_scale/config/schema.py` by `{COMMAND}`.",
         "",
-        "A run is one TOML file and any number of overrides: `pretrain.py CONFIG section.key=value ...`, each value",
-        'written as in TOML (a bare word is a string). A top-level `extends = "other.toml"` lays the file over another,',
-        "which may extend a third. Later layers win: defaults, `model.preset`, the extended files, the file, the overrides.",
-        "`--print-config` prints the resolved tree; the run folder keeps it as `config.toml`.",
+        "A run is one TOML file and any number of overrides: `bitdance train CONFIG section.key=value ...`, each value",
+        "written as in TOML (a bare word is a string). CONFIG may also be the name of a configuration that comes with the",
+        'package (`bitdance config list`). With a top-level `extends = "other.toml"`, or `extends = "pt_14b"`, a file',
+        "changes the settings of another, which may extend a third. Later layers win: defaults, `model.preset`, the",
+        "extended files, the file, the overrides. `bitdance config print CONFIG` prints the resolved tree, which the run",
+        "folder keeps as `config.toml`; `bitdance config explain KEY` says what this page says of one setting.",
         "",
     ]
     for section, schema in field_types(RunConfig).items():
@@ -45,9 +47,8 @@ def config_page() -> str:
         ]
         for setting in setting_docs(schema):
             default = "required" if setting.default is None else f"`{setting.default}`"
-            lines.append(
-                f"| `{setting.path}` | {setting.type_name} | {default} | {setting.doc.replace('|', chr(92) + '|')} |"
-            )
+            doc = setting.doc.replace("|", "\\|")
+            lines.append(f"| `{setting.path}` | {setting.type_name} | {default} | {doc} |")
         lines.append("")
     return "\n".join([*lines, *_preset_lines()])
 
@@ -69,8 +70,9 @@ def rules_page() -> str:
             [
                 "# Rules of a configuration",
                 "",
-                f"Generated from `bitdance_scale/config/` by `{COMMAND}`. All of them are checked before a process group",
-                "exists; a refusal lists every broken rule with the setting, its value and a fix.",
+                f"Generated from `bitdance_scale/config/` by `{COMMAND}`. All of them are checked before any process",
+                "starts, those over the number of ranks where it is known: `bitdance check CONFIG --ranks 64`. A refusal",
+                "lists every broken rule with the setting, its value and a fix.",
                 "",
                 rules_table(),
             ]

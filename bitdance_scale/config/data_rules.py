@@ -15,24 +15,24 @@ NUM_RESOLUTION_TOKENS = 256
 """`<|res_1|>` .. `<|res_256|>`: an image has at most this many latent cells along a side (published release)."""
 
 MAX_SOURCE_SHARES = 10_000
-"""The shares of the sources, in lowest terms, add up to no more: a table of so many rows is made of them."""
+"""Most that the shares of the sources, in lowest terms, may add up to: the mix is a table of so many rows."""
 
 RULES = RuleSet()
 
 
 @RULES.rule("data.shards", "data.sources")
-def _data_is_named_once(config: RunConfig, world_size: int) -> Iterator[str]:
+def _data_is_named_once(config: RunConfig) -> Iterator[str]:
     """Either `data.shards` or `data.sources` names the data.
 
-    `data.shards` is one source; beside others its share would be anyone's guess.
+    `data.shards` is one source; beside others its share would be undefined.
     """
     data = config.data
     if data.shards and data.sources:
         names = ", ".join(source.name for source in data.sources)
         yield (
-            f"data.shards = {list(data.shards)} and data.sources = {names}: only one of the two may name the data; set "
-            "data.shards = [] (in the file that extends another, or on the command line) to train on the sources, or "
-            "data.sources = [] to train on data.shards"
+            f"data.shards = {list(data.shards)} and data.sources = {names}: only one of the two may name the data; "
+            "set data.shards = [] (in the file that extends another, or on the command line) to train on the sources, "
+            "or data.sources = [] to train on data.shards"
         )
     elif not data.shards and not data.sources:
         yield (
@@ -42,7 +42,7 @@ def _data_is_named_once(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 @RULES.rule("data.sources")
-def _sources_have_distinct_names(config: RunConfig, world_size: int) -> Iterator[str]:
+def _sources_have_distinct_names(config: RunConfig) -> Iterator[str]:
     """Sources have different names.
 
     Their images are counted by name.
@@ -51,35 +51,35 @@ def _sources_have_distinct_names(config: RunConfig, world_size: int) -> Iterator
     for index, name in enumerate(names):
         if name in names[:index]:
             yield (
-                f"data.sources[{index}].name = {name!r}: data.sources[{names.index(name)}] has this name; rename one, or "
-                "make them one source with the shards of both"
+                f"data.sources[{index}].name = {name!r}: data.sources[{names.index(name)}] has this name; rename one, "
+                "or make them one source with the shards of both"
             )
 
 
 @RULES.rule("data.sources")
-def _source_shares_can_be_kept(config: RunConfig, world_size: int) -> Iterator[str]:
+def _source_shares_can_be_kept(config: RunConfig) -> Iterator[str]:
     """Some source has a share, and the shares in lowest terms add up to at most 10,000.
 
-    The mix is exact after as many images of a class as the shares in lowest terms add up to; that must come about.
+    The mix of a resolution is exact after as many of its images as the shares in lowest terms add up to.
     """
     shares = [source.share for source in config.data.sources]
     if not shares:
         return
     if not any(shares):
         yield (
-            f"data.sources[].share = {':'.join(map(str, shares))}: at least one must be greater than 0; give a share to "
-            "every source that is to be trained on"
+            f"data.sources[].share = {':'.join(map(str, shares))}: at least one must be greater than 0; give a share "
+            "to every source that is to be trained on"
         )
     elif sum(shares) // math.gcd(*shares) > MAX_SOURCE_SHARES:
         yield (
             f"data.sources[].share = {':'.join(map(str, shares))}: the shares in lowest terms add up to "
-            f"{sum(shares) // math.gcd(*shares)} and must to at most {MAX_SOURCE_SHARES}; round them, to per cent or "
-            "per mille for instance"
+            f"{sum(shares) // math.gcd(*shares)} and must add up to at most {MAX_SOURCE_SHARES}; round them, for "
+            "instance to per cent or per mille"
         )
 
 
 @RULES.rule("data.has_borders", "data.sources")
-def _borders_are_said_once(config: RunConfig, world_size: int) -> Iterator[str]:
+def _borders_are_said_once(config: RunConfig) -> Iterator[str]:
     """`data.has_borders` goes with `data.shards`; each of `data.sources` has its own.
 
     One source may have been padded to squares and another not.
@@ -89,7 +89,7 @@ def _borders_are_said_once(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 @RULES.rule("data.captions")
-def _captions_are_distinct(config: RunConfig, world_size: int) -> Iterator[str]:
+def _captions_are_distinct(config: RunConfig) -> Iterator[str]:
     """`data.captions` names every caption once, as an extension or as EXTENSION:FIELD.
 
     Its shares say how often it is drawn.
@@ -97,7 +97,7 @@ def _captions_are_distinct(config: RunConfig, world_size: int) -> Iterator[str]:
     names = [choice.source for choice in config.data.captions]
     for index, name in enumerate(names):
         if name in names[:index]:
-            yield f"data.captions[{index}].source = {name!r}: it is there already; add up the shares and name it once"
+            yield f"data.captions[{index}].source = {name!r}: is listed before; add up the shares and name it once"
         extension, separator, field = name.partition(":")
         if not extension or (separator and not field):
             yield (
@@ -107,27 +107,27 @@ def _captions_are_distinct(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 @RULES.rule("data.filters", "data.sources")
-def _filters_keep_something(config: RunConfig, world_size: int) -> Iterator[str]:
-    """A filter has a range, which is not empty, and is for a source that there is.
+def _filters_keep_something(config: RunConfig) -> Iterator[str]:
+    """A filter has a range that is not empty, and names a source that exists, if any.
 
-    Another filter would keep everything, or nothing.
+    A filter without a range keeps everything; one with an empty range keeps nothing.
     """
     names = {source.name for source in config.data.sources}
     for index, rule in enumerate(config.data.filters):
         where = f"data.filters[{index}] ({rule.column})"
         if math.isnan(rule.min) or math.isnan(rule.max) or rule.min > rule.max:
-            yield f"{where}: min = {rule.min:g} and max = {rule.max:g}: nothing lies between; set min <= max"
+            yield f"{where}: min = {rule.min:g} and max = {rule.max:g}: no value lies between them; set min <= max"
         elif math.isinf(rule.min) and math.isinf(rule.max) and rule.missing == "keep":
             yield f"{where}: keeps everything; set min, max or missing = 'drop'"
         if rule.source and rule.source not in names:
             yield (
-                f"{where}: source = {rule.source!r}: there is none of this name in data.sources; name one of "
+                f"{where}: source = {rule.source!r}: no source in data.sources has this name; name one of "
                 f"{', '.join(sorted(names)) or 'none'}, or leave it empty for all"
             )
 
 
 @RULES.rule("data.resolutions", "vision.channel_mult", "vision.block_side")
-def _blocks_tile_buckets(config: RunConfig, world_size: int) -> Iterator[str]:
+def _blocks_tile_buckets(config: RunConfig) -> Iterator[str]:
     """Every bucket side is a multiple of the downsampling factor x `vision.block_side`.
 
     An image is cut into whole blocks of latent cells (arXiv 2602.14041 Sec. 3.3).
@@ -137,7 +137,7 @@ def _blocks_tile_buckets(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 @RULES.rule("sample.size_px", "vision.channel_mult", "vision.block_side")
-def _blocks_tile_samples(config: RunConfig, world_size: int) -> Iterator[str]:
+def _blocks_tile_samples(config: RunConfig) -> Iterator[str]:
     """Both sides of `sample.size_px` are multiples of the downsampling factor x `vision.block_side`.
 
     Sampled images are cut into blocks as the trained ones are.
@@ -146,7 +146,7 @@ def _blocks_tile_samples(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 @RULES.rule("data.resolutions", "sample.size_px", "vision.channel_mult")
-def _sides_have_resolution_tokens(config: RunConfig, world_size: int) -> Iterator[str]:
+def _sides_have_resolution_tokens(config: RunConfig) -> Iterator[str]:
     """No image is longer than 256 latent cells along a side.
 
     The resolution tokens are `<|res_1|>` .. `<|res_256|>` (published release).
@@ -161,17 +161,17 @@ def _sides_have_resolution_tokens(config: RunConfig, world_size: int) -> Iterato
 
 
 @RULES.rule("data.resolutions")
-def _classes_are_distinct(config: RunConfig, world_size: int) -> Iterator[str]:
-    """Classes have different `side_px`, and a class names each bucket once.
+def _resolutions_are_distinct(config: RunConfig) -> Iterator[str]:
+    """Resolutions have different `side_px`, and each names a bucket once.
 
-    Classes are counted by their side, and a bucket named twice has no meaning; transposes are added by the loader.
+    Images are counted by the side of their resolution. A bucket named twice has no meaning.
     """
     sides = [resolution.side_px for resolution in config.data.resolutions]
     for index, resolution in enumerate(config.data.resolutions):
         if resolution.side_px in sides[:index]:
             yield (
-                f"data.resolutions[{index}].side_px = {resolution.side_px}: another resolution has this side; merge the two, "
-                "adding up their shares"
+                f"data.resolutions[{index}].side_px = {resolution.side_px}: another resolution has this side; merge "
+                "the two and add up their shares"
             )
         for number, size_px in enumerate(resolution.buckets_px):
             if size_px in resolution.buckets_px[:number]:
@@ -179,10 +179,10 @@ def _classes_are_distinct(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 @RULES.rule("data.resolutions")
-def _buckets_match_their_class(config: RunConfig, world_size: int) -> Iterator[str]:
-    """The area of a bucket is between half and twice that of its class's square.
+def _buckets_match_their_resolution(config: RunConfig) -> Iterator[str]:
+    """The area of a bucket is between half and twice that of its resolution's square.
 
-    The shares fix how many tokens each class costs; a bucket of another size belongs to another resolution.
+    The shares fix how many tokens each resolution costs; a bucket of another size belongs to another resolution.
     """
     for index, resolution in enumerate(config.data.resolutions):
         square = resolution.side_px**2
@@ -191,13 +191,13 @@ def _buckets_match_their_class(config: RunConfig, world_size: int) -> Iterator[s
                 yield (
                     f"data.resolutions[{index}].buckets_px[{number}] = {[height, width]}: its area is "
                     f"{height * width / square:.2g} times that of side_px = {resolution.side_px} squared and must be "
-                    "0.5 to 2 times; correct the bucket or move it to its class"
+                    "0.5 to 2 times; correct the bucket or move it to the resolution that it fits"
                 )
 
 
 @RULES.rule("data.global_batch", "data.resolutions")
-def _shares_are_exact(config: RunConfig, world_size: int) -> Iterator[str]:
-    """`data.global_batch` gives every class a whole number of images at its share.
+def _shares_are_exact(config: RunConfig) -> Iterator[str]:
+    """`data.global_batch` gives every resolution a whole number of images at its share.
 
     The resolutions are mixed exactly in every step (arXiv 2602.14041 Table 4), not on average.
     """
@@ -211,10 +211,10 @@ def _shares_are_exact(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 @RULES.rule("evaluate.images", "evaluate.shards", "data.resolutions")
-def _evaluation_has_every_class(config: RunConfig, world_size: int) -> Iterator[str]:
-    """`evaluate.images` gives every class a whole number of images at its share.
+def _evaluation_has_every_resolution(config: RunConfig) -> Iterator[str]:
+    """`evaluate.images` gives every resolution a whole number of images at its share.
 
-    The losses of two evaluations are compared; both must be of the same mix.
+    The losses of two evaluations are compared, so both must have the same mix.
     """
     shares = [resolution.share for resolution in config.data.resolutions]
     multiple = sum(shares) // math.gcd(*shares)
@@ -226,10 +226,10 @@ def _evaluation_has_every_class(config: RunConfig, world_size: int) -> Iterator[
 
 
 @RULES.rule("data.max_pack_tokens", "data.pack_multiple", "data.resolutions", "text.max_caption_tokens", "vision")
-def _largest_sample_fits_a_pack(config: RunConfig, world_size: int) -> Iterator[str]:
+def _largest_sample_fits_a_pack(config: RunConfig) -> Iterator[str]:
     """`data.max_pack_tokens` holds the largest bucket with the longest caption, its markup and the query tokens.
 
-    A sample is never cut over two packs.
+    A sample is never split between two packs.
     """
     vision = config.vision
     where, (height, width) = max(_buckets(config), key=lambda bucket: bucket[1][0] * bucket[1][1])
@@ -247,7 +247,7 @@ def _largest_sample_fits_a_pack(config: RunConfig, world_size: int) -> Iterator[
 
 
 @RULES.rule("data.max_pack_tokens", "data.pack_multiple")
-def _padding_stays_within_the_cap(config: RunConfig, world_size: int) -> Iterator[str]:
+def _padding_stays_within_the_cap(config: RunConfig) -> Iterator[str]:
     """`data.pack_multiple` divides `data.max_pack_tokens`.
 
     A full pack, padded to the multiple, must not pass the cap.
@@ -261,7 +261,7 @@ def _padding_stays_within_the_cap(config: RunConfig, world_size: int) -> Iterato
 
 
 def _buckets(config: RunConfig) -> list[tuple[str, tuple[int, int]]]:
-    """(name in messages, (height, width) in pixels) of every bucket of every class."""
+    """(name in messages, (height, width) in pixels) of every bucket of every resolution."""
     return [
         (f"data.resolutions[{index}].buckets_px[{number}]", size_px)
         for index, resolution in enumerate(config.data.resolutions)
@@ -275,6 +275,6 @@ def _untiled(where: str, size_px: tuple[int, int], config: RunConfig) -> Iterato
     if any(side % unit_px for side in size_px):
         nearest = [min(multiples_around(side, unit_px), key=lambda legal: abs(legal - side)) for side in size_px]
         yield (
-            f"{where} = {list(size_px)}: both sides must be multiples of {unit_px} px, downsampling {vision.downsample} "
-            f"x vision.block_side = {vision.block_side}; the nearest legal size is {nearest}"
+            f"{where} = {list(size_px)}: both sides must be multiples of {unit_px} px, downsampling "
+            f"{vision.downsample} x vision.block_side = {vision.block_side}; the nearest legal size is {nearest}"
         )

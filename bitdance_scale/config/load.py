@@ -1,32 +1,39 @@
-"""Reads, prints, hashes and describes configurations.
+"""Reads configurations and writes them as TOML.
 
 Layers, later ones win: the schema's defaults, the preset that `model.preset` names, the files that `extends` names,
-the file itself, the overrides of the command line. TOML, because YAML reads `1e-5` as a string and lets a repeated key win.
+the file itself, the overrides of the command line. The format is TOML because YAML reads `1e-5` as a string and accepts
+a key that is written twice.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
-import textwrap
 import tomllib
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from bitdance_scale.config.coerce import Coercion, field_types, type_name
+from bitdance_scale.config.coerce import Coercion, field_types, toml_value
 from bitdance_scale.config.presets import PRESETS
 from bitdance_scale.config.schema import ModelSection, NetworkConfig, RunConfig
 from bitdance_scale.config.shipped import config_path, shipped_configs
 from bitdance_scale.errors import ConfigError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 Schema = TypeVar("Schema")
 _COMMAND_LINE = "command line"
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[Schema] = RunConfig) -> Schema:
+@overload
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig: ...
+@overload
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, schema: type[Schema]) -> Schema: ...
+@overload
+def load_config(path: str | Path, overrides: Sequence[str], schema: type[Schema]) -> Schema: ...
+def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[Any] = RunConfig) -> Any:
     """Loads a TOML file into a configuration tree.
 
     Args:
@@ -44,6 +51,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[Sc
             missing or of the wrong type; one error lists them all.
     """
     return _load(path, overrides, schema, skips_other_sections=False)
+
+
+def section_names(path: str | Path) -> set[str]:
+    """The sections that a file, or one that it extends, has.
+
+    Raises:
+        ConfigError: a file cannot be read or is no TOML.
+    """
+    return {name for _, layer in _read_layers(config_path(path)) for name in layer}
 
 
 def _load(path: str | Path, overrides: Sequence[str], schema: type[Schema], skips_other_sections: bool) -> Schema:
@@ -78,51 +94,9 @@ def load_network(path: str | Path, overrides: Sequence[str] = ()) -> NetworkConf
     return _load(path, overrides, NetworkConfig, skips_other_sections=True)
 
 
-def dump_toml(config: object) -> str:
+def dump_toml(config: DataclassInstance) -> str:
     """The whole tree as TOML that `load_config` reads back to an equal tree."""
     return "\n".join(_toml_lines(config, "")).strip() + "\n"
-
-
-@dataclasses.dataclass(frozen=True)
-class SettingDoc:
-    """What a user can know about one setting.
-
-    Attributes:
-        path: such as `data.resolutions[].share`.
-        type_name: such as `list of integer`.
-        default: as TOML; None when the setting is required.
-        doc: its meaning.
-    """
-
-    path: str
-    type_name: str
-    default: str | None
-    doc: str
-
-
-def setting_docs(schema: type, prefix: str = "") -> Iterator[SettingDoc]:
-    """Every setting of a schema in order of declaration, those of nested tables included."""
-    types = field_types(schema)
-    for field in dataclasses.fields(schema):
-        hint, path = types[field.name], f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(hint):
-            yield from setting_docs(hint, f"{path}.")
-            continue
-        default = None if field.default is dataclasses.MISSING else _toml_value(field.default)
-        yield SettingDoc(path, type_name(hint), default, field.metadata["doc"])
-        for item in typing.get_args(hint):
-            if dataclasses.is_dataclass(item):
-                yield from setting_docs(item, f"{path}[].")
-
-
-def describe(schema: type) -> str:
-    """All settings with type, default and meaning, as plain text for `--help`."""
-    lines: list[str] = []
-    for setting in setting_docs(schema):
-        default = "required" if setting.default is None else f"default {setting.default}"
-        lines.append(f"  {setting.path}  ({setting.type_name}, {default})")
-        lines.extend(textwrap.wrap(setting.doc, width=100, initial_indent=" " * 6, subsequent_indent=" " * 6))
-    return "\n".join(lines) + "\n"
 
 
 def _read_layers(path: Path) -> list[tuple[str, dict[str, object]]]:
@@ -138,15 +112,16 @@ def _read_layers(path: Path) -> list[tuple[str, dict[str, object]]]:
             return layers
         if not isinstance(extended, str):
             raise ConfigError(
-                f"{path}: extends = {extended!r}: expected one TOML file, relative to this one, or the name of one that comes with the package"
+                f"{path}: extends = {extended!r}: expected one TOML file, relative to this one, or the name of one "
+                "that comes with the package"
             )
         base = path.parent / extended
         if not base.is_file():
             base = config_path(extended)
         if not base.is_file():
             raise ConfigError(
-                f"{path}: extends = {extended!r}: there is no file {path.parent / extended}, and no configuration of this "
-                f"name comes with the package ({', '.join(shipped_configs())}); correct it"
+                f"{path}: extends = {extended!r}: there is no file {path.parent / extended}, and no configuration of "
+                f"this name comes with the package ({', '.join(shipped_configs())}); correct it"
             )
         if base.resolve() in seen:
             raise ConfigError(f"{path}: extends = {extended!r}: that file extends this one; remove one of the two")
@@ -174,9 +149,10 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
             raise ConfigError(f"{_COMMAND_LINE}: {override!r}: expected section.key=value, such as run.steps=100")
         table = values
         for key in keys[:-1]:
-            table = table.setdefault(key, {})
-            if not isinstance(table, dict):
+            inner = table.setdefault(key, {})
+            if not isinstance(inner, dict):
                 raise ConfigError(f"{_COMMAND_LINE}: {override!r}: an override before it sets {key!r} to a value")
+            table = inner
         table[keys[-1]] = _parse_value(text.strip())
     return values
 
@@ -232,34 +208,19 @@ def _fill_in_preset(values: dict[str, object], schema: type, sources: Mapping[tu
                 table.setdefault(key, value)
 
 
-def _toml_lines(table: object, prefix: str) -> list[str]:
+def _toml_lines(table: DataclassInstance, prefix: str) -> list[str]:
     """A dataclass as TOML: its own values first, then its tables and lists of tables under their headers."""
     own, below = [], []
     for field in dataclasses.fields(table):
         value, name = getattr(table, field.name), f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             below += ["", f"[{name}]", *_toml_lines(value, f"{name}.")]
         elif isinstance(value, tuple) and value and all(dataclasses.is_dataclass(item) for item in value):
             for item in value:
                 below += ["", f"[[{name}]]", *_toml_lines(item, f"{name}.")]
         else:
-            own.append(f"{field.name} = {_toml_value(value)}")
+            own.append(f"{field.name} = {toml_value(value)}")
     return own + below
-
-
-def _toml_value(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, str):
-        # A JSON string is a TOML basic string but for DEL, which TOML wants escaped.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if dataclasses.is_dataclass(value):
-        pairs = (f"{field.name} = {_toml_value(getattr(value, field.name))}" for field in dataclasses.fields(value))
-        return f"{{ {', '.join(pairs)} }}"
-    assert isinstance(value, tuple), f"{value!r} has no TOML form"
-    return f"[{', '.join(_toml_value(item) for item in value)}]"
 
 
 def _listed(heading: str, problems: Sequence[str]) -> str:

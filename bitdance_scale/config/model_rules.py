@@ -14,7 +14,7 @@ _GROUP_NORM_GROUPS = 32
 
 
 @RULES.rule("model.num_heads", "model.num_kv_heads")
-def _kv_heads_divide_heads(config: RunConfig, world_size: int) -> Iterator[str]:
+def _kv_heads_divide_heads(config: RunConfig) -> Iterator[str]:
     """`model.num_kv_heads` divides `model.num_heads`.
 
     Grouped-query attention gives every key/value head the same number of query heads.
@@ -28,7 +28,7 @@ def _kv_heads_divide_heads(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 @RULES.rule("model.head_dim")
-def _rotary_channels_pair_up(config: RunConfig, world_size: int) -> Iterator[str]:
+def _rotary_channels_pair_up(config: RunConfig) -> Iterator[str]:
     """`model.head_dim` is even.
 
     Rotary positions turn channels in pairs.
@@ -39,7 +39,7 @@ def _rotary_channels_pair_up(config: RunConfig, world_size: int) -> Iterator[str
 
 
 @RULES.rule("model.attention", "model.head_dim")
-def _flex_kernels_have_channels(config: RunConfig, world_size: int) -> Iterator[str]:
+def _flex_kernels_have_channels(config: RunConfig) -> Iterator[str]:
     """`model.head_dim` is at least 16 when `model.attention` is flex.
 
     FlexAttention's CUDA kernels multiply tiles of at least 16 channels.
@@ -53,7 +53,7 @@ def _flex_kernels_have_channels(config: RunConfig, world_size: int) -> Iterator[
 
 
 @RULES.rule("model.hidden_size")
-def _hidden_size_holds_2d_positions(config: RunConfig, world_size: int) -> Iterator[str]:
+def _hidden_size_holds_2d_positions(config: RunConfig) -> Iterator[str]:
     """`model.hidden_size` is a multiple of 4.
 
     The 2-D position table has sines and cosines for each of two axes.
@@ -64,7 +64,7 @@ def _hidden_size_holds_2d_positions(config: RunConfig, world_size: int) -> Itera
 
 
 @RULES.rule("head.width", "head.head_dim")
-def _head_width_holds_heads(config: RunConfig, world_size: int) -> Iterator[str]:
+def _head_width_holds_heads(config: RunConfig) -> Iterator[str]:
     """`head.head_dim` divides `head.width`.
 
     The attention of the diffusion head cuts its width into heads.
@@ -78,7 +78,7 @@ def _head_width_holds_heads(config: RunConfig, world_size: int) -> Iterator[str]
 
 
 @RULES.rule("head.num_blocks", "head.num_adaln")
-def _adaln_modules_share_blocks(config: RunConfig, world_size: int) -> Iterator[str]:
+def _adaln_modules_share_blocks(config: RunConfig) -> Iterator[str]:
     """`head.num_adaln` divides `head.num_blocks`.
 
     Each adaLN module serves the same number of consecutive blocks.
@@ -92,7 +92,7 @@ def _adaln_modules_share_blocks(config: RunConfig, world_size: int) -> Iterator[
 
 
 @RULES.rule("vision.num_bits")
-def _bits_fill_bytes(config: RunConfig, world_size: int) -> Iterator[str]:
+def _bits_fill_bytes(config: RunConfig) -> Iterator[str]:
     """`vision.num_bits` is a multiple of 8.
 
     Vision tokens are stored and sent as packed bytes.
@@ -103,7 +103,7 @@ def _bits_fill_bytes(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 @RULES.rule("vision.channels", "vision.channel_mult")
-def _channels_fill_norm_groups(config: RunConfig, world_size: int) -> Iterator[str]:
+def _channels_fill_norm_groups(config: RunConfig) -> Iterator[str]:
     """`vision.channels` times each of `vision.channel_mult` is a multiple of 32.
 
     The autoencoder normalises its channels in 32 groups (published release).
@@ -112,7 +112,7 @@ def _channels_fill_norm_groups(config: RunConfig, world_size: int) -> Iterator[s
     undivided = [multiplier for multiplier in vision.channel_mult if vision.channels * multiplier % _GROUP_NORM_GROUPS]
     if undivided:
         yield (
-            f"vision.channels = {vision.channels}: {vision.channels} x {undivided[0]} (of vision.channel_mult) must be a "
-            f"multiple of {_GROUP_NORM_GROUPS}; use vision.channels = "
+            f"vision.channels = {vision.channels}: {vision.channels} x {undivided[0]} (of vision.channel_mult) must be "
+            f"a multiple of {_GROUP_NORM_GROUPS}; use vision.channels = "
             f"{nearest_multiples(vision.channels, _GROUP_NORM_GROUPS)}"
         )

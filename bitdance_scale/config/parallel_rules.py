@@ -1,4 +1,4 @@
-"""Rules between the layout of the ranks and what they divide."""
+"""Rules between the layout of the ranks and the sizes that they divide."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bitdance_scale.config.schema import RunConfig
 RULES = RuleSet()
 
 
-@RULES.rule("parallel.tensor", "parallel.pipeline")
+@RULES.rank_rule("parallel.tensor", "parallel.pipeline")
 def _replicas_fill_the_ranks(config: RunConfig, world_size: int) -> Iterator[str]:
     """`parallel.tensor` x `parallel.pipeline` divides the number of ranks.
 
@@ -22,13 +22,13 @@ def _replicas_fill_the_ranks(config: RunConfig, world_size: int) -> Iterator[str
     if world_size % replica:
         yield (
             f"parallel.tensor = {parallel.tensor}, parallel.pipeline = {parallel.pipeline}: their product {replica} "
-            f"must divide the {world_size} ranks; start {nearest_multiples(world_size, replica)} ranks, or choose a product "
-            f"among {divisors(world_size)}"
+            f"must divide the {world_size} ranks; start {nearest_multiples(world_size, replica)} ranks, or choose a "
+            f"product among {divisors(world_size)}"
         )
 
 
 @RULES.rule("parallel.pipeline", "parallel.virtual_stages", "model.num_layers")
-def _every_stage_has_a_layer(config: RunConfig, world_size: int) -> Iterator[str]:
+def _every_stage_has_a_layer(config: RunConfig) -> Iterator[str]:
     """`parallel.pipeline` x `parallel.virtual_stages` is at most `model.num_layers`.
 
     Every pipeline stage holds at least one backbone layer.
@@ -36,14 +36,14 @@ def _every_stage_has_a_layer(config: RunConfig, world_size: int) -> Iterator[str
     parallel, num_layers = config.parallel, config.model.num_layers
     if parallel.num_stages > num_layers:
         yield (
-            f"parallel.pipeline = {parallel.pipeline}, parallel.virtual_stages = {parallel.virtual_stages}: their product "
-            f"{parallel.num_stages} must be at most model.num_layers = {num_layers}, one layer per stage; "
+            f"parallel.pipeline = {parallel.pipeline}, parallel.virtual_stages = {parallel.virtual_stages}: their "
+            f"product {parallel.num_stages} must be at most model.num_layers = {num_layers}, one layer per stage; "
             f"use parallel.pipeline = {max(1, num_layers // parallel.virtual_stages)} or less"
         )
 
 
 @RULES.rule("parallel.pipeline_split", "parallel.pipeline", "parallel.virtual_stages", "model.num_layers")
-def _split_deals_all_layers(config: RunConfig, world_size: int) -> Iterator[str]:
+def _split_has_all_layers(config: RunConfig) -> Iterator[str]:
     """A list in `parallel.pipeline_split` has one entry per stage, and they add up to `model.num_layers`.
 
     The list says how many backbone layers each of the pipeline x virtual_stages stages holds, in the order in which a
@@ -55,9 +55,9 @@ def _split_deals_all_layers(config: RunConfig, world_size: int) -> Iterator[str]
         return
     if len(split) != parallel.num_stages:
         yield (
-            f"parallel.pipeline_split = {list(split)}: has {len(split)} entries and must have {parallel.num_stages}, one "
-            f"per stage (parallel.pipeline = {parallel.pipeline} x parallel.virtual_stages = {parallel.virtual_stages}); "
-            'correct the list or use "auto"'
+            f"parallel.pipeline_split = {list(split)}: has {len(split)} entries and must have {parallel.num_stages}, "
+            f"one per stage (parallel.pipeline = {parallel.pipeline} x parallel.virtual_stages = "
+            f'{parallel.virtual_stages}); correct the list or use "auto"'
         )
     if sum(split) != num_layers:
         yield (
@@ -67,55 +67,55 @@ def _split_deals_all_layers(config: RunConfig, world_size: int) -> Iterator[str]
 
 
 @RULES.rule("parallel.virtual_stages", "parallel.pipeline")
-def _interleaving_needs_three_ranks(config: RunConfig, world_size: int) -> Iterator[str]:
+def _interleaving_needs_three_ranks(config: RunConfig) -> Iterator[str]:
     """`parallel.virtual_stages` is 1 when `parallel.pipeline` is below 3.
 
-    Several stages on a rank shorten the time in which a pipeline fills and drains. Megatron's interleaved schedule passes
-    activations forward and gradients backward in one exchange, and messages between two ranks match by their order only:
-    the rank before and the rank after must be different ones.
+    Several stages on a rank shorten the time in which a pipeline fills and drains. Megatron's interleaved schedule
+    passes activations forward and gradients backward in one exchange, and messages between two ranks match by their
+    order only, so the rank before and the rank after must be different ones.
     """
     parallel = config.parallel
     if parallel.virtual_stages > 1 and parallel.pipeline < 3:
         yield (
-            f"parallel.virtual_stages = {parallel.virtual_stages}: must be 1 with parallel.pipeline = {parallel.pipeline}; "
-            "set parallel.virtual_stages = 1 or parallel.pipeline = 3 or more"
+            f"parallel.virtual_stages = {parallel.virtual_stages}: must be 1 with parallel.pipeline = "
+            f"{parallel.pipeline}; set parallel.virtual_stages = 1 or parallel.pipeline = 3 or more"
         )
 
 
-@RULES.rule("parallel.virtual_stages", "parallel.pipeline", "parallel.tensor", "data.global_batch")
+@RULES.rank_rule("parallel.virtual_stages", "parallel.pipeline", "parallel.tensor", "data.global_batch")
 def _interleaving_needs_micro_batches(config: RunConfig, world_size: int) -> Iterator[str]:
     """With `parallel.virtual_stages` above 1, `data.global_batch` holds `parallel.pipeline` images per replica.
 
-    Megatron's interleaved schedule runs micro-batches in groups of `parallel.pipeline`; the loader makes a whole number of
-    groups of packs, each with at least one image.
+    Megatron's interleaved schedule runs micro-batches in groups of `parallel.pipeline`; the loader makes a whole number
+    of groups of packs, each with at least one image.
     """
     parallel, global_batch = config.parallel, config.data.global_batch
     num_replicas = world_size // (parallel.tensor * parallel.pipeline)
     needed = num_replicas * parallel.pipeline
     if parallel.virtual_stages > 1 and global_batch < needed:
         yield (
-            f"data.global_batch = {global_batch}: must be at least {needed} = {num_replicas} replicas x parallel.pipeline "
-            f"= {parallel.pipeline} with parallel.virtual_stages = {parallel.virtual_stages}; use data.global_batch >= "
-            f"{needed} or parallel.virtual_stages = 1"
+            f"data.global_batch = {global_batch}: must be at least {needed} = {num_replicas} replicas x "
+            f"parallel.pipeline = {parallel.pipeline} with parallel.virtual_stages = {parallel.virtual_stages}; use "
+            f"data.global_batch >= {needed} or parallel.virtual_stages = 1"
         )
 
 
 @RULES.rule("parallel.sequence_parallel", "parallel.tensor")
-def _sequences_are_shared_by_tensor_ranks(config: RunConfig, world_size: int) -> Iterator[str]:
+def _sequence_parallel_needs_tensor_ranks(config: RunConfig) -> Iterator[str]:
     """`parallel.sequence_parallel` is false when `parallel.tensor` is 1.
 
-    It shares positions out over the tensor-parallel ranks; with one rank it would promise memory that it cannot save.
+    It divides positions among the tensor-parallel ranks; with one rank it saves nothing.
     """
     parallel = config.parallel
     if parallel.sequence_parallel and parallel.tensor == 1:
         yield (
-            "parallel.sequence_parallel = true: must be false with parallel.tensor = 1, where there is no rank to share "
-            "positions with; set parallel.sequence_parallel = false or parallel.tensor = 2 or more"
+            "parallel.sequence_parallel = true: must be false with parallel.tensor = 1, where there is no other rank "
+            "to divide positions with; set parallel.sequence_parallel = false or parallel.tensor = 2 or more"
         )
 
 
 @RULES.rule("parallel.sequence_parallel", "parallel.tensor", "data.pack_multiple")
-def _tensor_ranks_divide_packs(config: RunConfig, world_size: int) -> Iterator[str]:
+def _tensor_ranks_divide_packs(config: RunConfig) -> Iterator[str]:
     """With `parallel.sequence_parallel`, `parallel.tensor` divides `data.pack_multiple`.
 
     Every tensor-parallel rank takes an equal share of the positions of a pack.
@@ -129,7 +129,7 @@ def _tensor_ranks_divide_packs(config: RunConfig, world_size: int) -> Iterator[s
 
 
 @RULES.rule("parallel.pipeline", "parallel.zero_stage")
-def _pipeline_keeps_gradients_whole(config: RunConfig, world_size: int) -> Iterator[str]:
+def _pipeline_keeps_gradients_whole(config: RunConfig) -> Iterator[str]:
     """`parallel.zero_stage` is 1 when `parallel.pipeline` is above 1.
 
     ZeRO 2 and 3 partition gradients at every micro-batch, while a pipeline schedule accumulates them over a step.
@@ -144,7 +144,7 @@ def _pipeline_keeps_gradients_whole(config: RunConfig, world_size: int) -> Itera
 
 
 @RULES.rule("parallel.tensor", "model", "head.width", "head.head_dim", "head.mlp_ratio")
-def _tensor_ranks_divide_sizes(config: RunConfig, world_size: int) -> Iterator[str]:
+def _tensor_ranks_divide_sizes(config: RunConfig) -> Iterator[str]:
     """`parallel.tensor` divides the heads and feed-forward widths of the backbone and of the diffusion head.
 
     Each tensor-parallel rank holds whole attention heads and equal slices of every split linear.
@@ -155,7 +155,7 @@ def _tensor_ranks_divide_sizes(config: RunConfig, world_size: int) -> Iterator[s
         "model.num_kv_heads": model.num_kv_heads,
         "model.ffn_size": model.ffn_size,
         "model.hidden_size": model.hidden_size,
-        "head.width x head.mlp_ratio": int(head.width * head.mlp_ratio),
+        "head.width x head.mlp_ratio": head.mlp_size,
     }
     if head.width % head.head_dim == 0:
         sizes["head.width / head.head_dim"] = head.width // head.head_dim
@@ -167,7 +167,7 @@ def _tensor_ranks_divide_sizes(config: RunConfig, world_size: int) -> Iterator[s
         )
 
 
-@RULES.rule("data.global_batch", "parallel.tensor", "parallel.pipeline")
+@RULES.rank_rule("data.global_batch", "parallel.tensor", "parallel.pipeline")
 def _every_replica_has_an_image(config: RunConfig, world_size: int) -> Iterator[str]:
     """`data.global_batch` is at least the number of replicas.
 

@@ -1,7 +1,7 @@
 """Backbone sizes by name: the dense Qwen3 family (arXiv 2505.09388, published configurations) and the demo.
 
-A preset lies below explicit settings and above the schema's defaults. The diffusion head of every Qwen3 preset is as
-wide as the backbone, as in the release (arXiv 2602.14041 Sec. 4.3).
+A preset overrides the schema's defaults, and explicit settings override the preset. The diffusion head of every Qwen3
+preset is as wide as the backbone, as in the release (arXiv 2602.14041 Sec. 4.3).
 """
 
 from __future__ import annotations

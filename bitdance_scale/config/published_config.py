@@ -3,8 +3,8 @@
 `config.json` is a plain Qwen3's, `vision_head_config.json` holds the keyword arguments of the release's head.
 
 The release pins transformers 4.57, where a rotary base is `rope_theta` and a dtype `torch_dtype`; transformers 5 writes
-`rope_parameters` and `dtype`, and each silently takes a default where it misses its own name. Both are written, either
-is read, and two that disagree are refused.
+`rope_parameters` and `dtype`. Each version silently takes a default where its own name is missing. Both names are
+written, either is read, and two that disagree are refused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bitdance_scale.errors import CheckpointError
 MODEL_CONFIG_NAME = "config.json"
 HEAD_CONFIG_NAME = "vision_head_config.json"
 ARCHITECTURE = "Qwen3ForCausalLM"
-# What the release's head takes for granted, and its configuration therefore does not say.
+# What the release's head assumes, so that its configuration does not say it.
 PUBLISHED_HEAD_DIM = 128
 PUBLISHED_MLP_RATIO = 1.5
 
@@ -143,8 +143,8 @@ def published_head(
 ) -> dict[str, Any]:
     """The `vision_head_config.json` of a head.
 
-    A head with other heads or another SwiGLU than the release takes for granted says so in two keys that the release's
-    pipeline does not know: it refuses such a head, where it would compute something else without them.
+    A head whose attention heads or SwiGLU differ from what the release assumes says so in two keys that the release's
+    pipeline does not know. The pipeline therefore refuses such a head, instead of computing something else.
 
     Args:
         section: the head.
@@ -171,7 +171,7 @@ def published_head(
 
 
 def beyond_release(section: HeadSection) -> dict[str, Any]:
-    """What the release's head cannot be told, where a head differs from it; empty for one that the release can run."""
+    """The keys of a head's configuration that the release does not know; empty for a head that the release can run."""
     extra: dict[str, Any] = {}
     if section.head_dim != PUBLISHED_HEAD_DIM:
         extra["head_dim"] = section.head_dim
@@ -194,8 +194,8 @@ def _model_problems(config: Mapping[str, Any]) -> Iterator[str]:
     architectures = config.get("architectures")
     if architectures != [ARCHITECTURE] or config.get("model_type") != "qwen3":
         yield (
-            f"architectures = {architectures}, model_type = {config.get('model_type')!r}: must be [{ARCHITECTURE!r}] and "
-            "'qwen3'; only dense Qwen3 backbones are supported"
+            f"architectures = {architectures}, model_type = {config.get('model_type')!r}: must be [{ARCHITECTURE!r}] "
+            "and 'qwen3'; only dense Qwen3 backbones are supported"
         )
         return
     sizes = (
@@ -230,7 +230,10 @@ def _model_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if not bases:
         yield "rope_theta or rope_parameters.rope_theta: one of them must give the rotary base"
     elif len(set(bases)) > 1:
-        yield f"rope_theta = {bases[0]} and rope_parameters.rope_theta = {bases[1]} disagree: keep the one that was trained"
+        yield (
+            f"rope_theta = {bases[0]} and rope_parameters.rope_theta = {bases[1]} disagree: keep the one that was "
+            "trained with"
+        )
     rope_type = (rope or {}).get("rope_type", "default")
     if rope_type != "default":
         yield f"rope_parameters.rope_type = {rope_type!r}: only 'default' is supported"

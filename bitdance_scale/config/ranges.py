@@ -1,6 +1,6 @@
 """What each single setting may be: the range of a number, the choices of a word.
 
-`rules.py` checks these first; a rule over several settings is only looked at while each of them is legal by itself.
+`rules.py` checks these first; it skips a rule over several settings when one of them is illegal by itself.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ class Range:
     is_low_open: bool = False
     is_high_open: bool = False
 
-    def __contains__(self, value: float) -> bool:
-        above = value > self.low if self.is_low_open else value >= self.low
-        return above and (value < self.high if self.is_high_open else value <= self.high)
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, int | float):
+            return False
+        is_above = value > self.low if self.is_low_open else value >= self.low
+        return is_above and (value < self.high if self.is_high_open else value <= self.high)
 
     def __str__(self) -> str:
         if self.high == math.inf:
@@ -45,7 +47,7 @@ class Choice:
 
     values: tuple[str | int, ...]
 
-    def __contains__(self, value: str | int) -> bool:
+    def __contains__(self, value: object) -> bool:
         return value in self.values
 
     def __str__(self) -> str:
@@ -56,7 +58,7 @@ class Choice:
 class NonEmpty:
     """A string or list with something in it; a string of blanks is empty."""
 
-    def __contains__(self, value: str | tuple) -> bool:
+    def __contains__(self, value: object) -> bool:
         return bool(value.strip() if isinstance(value, str) else value)
 
     def __str__(self) -> str:
@@ -67,8 +69,9 @@ class NonEmpty:
 class FolderName:
     """A plain name: no separators, and neither `.` nor `..`."""
 
-    def __contains__(self, value: str) -> bool:
-        return bool(value.strip()) and value not in (".", "..") and not set(value) & set("/\\\0")
+    def __contains__(self, value: object) -> bool:
+        is_name = isinstance(value, str) and bool(value.strip()) and not set(value) & set("/\\\0")
+        return is_name and value not in (".", "..")
 
     def __str__(self) -> str:
         return "a plain folder name, without separators"
@@ -78,8 +81,9 @@ class FolderName:
 class Identifier:
     """A short name of ASCII letters, digits and underscores that does not begin with a digit."""
 
-    def __contains__(self, value: str) -> bool:
-        return value.isascii() and value.isidentifier() and len(value) <= _LONGEST_IDENTIFIER
+    def __contains__(self, value: object) -> bool:
+        is_identifier = isinstance(value, str) and value.isascii() and value.isidentifier()
+        return is_identifier and len(str(value)) <= _LONGEST_IDENTIFIER
 
     def __str__(self) -> str:
         return f"a name of at most {_LONGEST_IDENTIFIER} letters, digits and underscores that begins with no digit"
@@ -87,9 +91,9 @@ class Identifier:
 
 @dataclass(frozen=True)
 class Split:
-    """How layers are dealt to stages: a word, or a list with the layers of every stage."""
+    """How layers are divided among stages: a word, or a list with the layers of every stage."""
 
-    def __contains__(self, value: str | tuple[int, ...]) -> bool:
+    def __contains__(self, value: object) -> bool:
         return value in ("auto", "even") if isinstance(value, str) else bool(value)
 
     def __str__(self) -> str:
@@ -210,7 +214,12 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "observe.wandb_project": NonEmpty(),
     "observe.wandb_mode": Choice(("auto", "online", "offline", "disabled")),
 }
-"""Setting -> what it may be; `[]` stands for every item of a list, innermost first."""
+"""Setting -> what it may be; `[]` is every item of a list."""
+
+
+def demand(constraint: Constraint) -> str:
+    """What a value must be, as the predicate of a sentence."""
+    return "must not be empty" if isinstance(constraint, NonEmpty) else f"must be {constraint}"
 
 
 def range_violations(config: RunConfig) -> dict[str, str]:
@@ -222,7 +231,7 @@ def range_violations(config: RunConfig) -> dict[str, str]:
     for path, pattern, value in _values(config, "", ""):
         constraint = CONSTRAINTS.get(pattern)
         if constraint is not None and value not in constraint:
-            violations[path] = f"{path} = {value!r}: must be {constraint}{_nearest(value, constraint)}"
+            violations[path] = f"{path} = {value!r}: {demand(constraint)}{_nearest(value, constraint)}"
     return violations
 
 
@@ -244,11 +253,11 @@ def _values(value: object, path: str, pattern: str) -> Iterator[tuple[str, str, 
 
 
 def _nearest(value: object, constraint: Constraint) -> str:
-    """What to write instead, where it can be told."""
+    """What to write instead, where that is clear."""
     if isinstance(constraint, Choice) and isinstance(value, str):
         nearest = difflib.get_close_matches(value.lower(), [str(choice) for choice in constraint.values], n=1)
         return f"; did you mean {nearest[0]!r}?" if nearest else ""
-    if isinstance(constraint, Range):
+    if isinstance(constraint, Range) and isinstance(value, int | float):
         if constraint.low in constraint and value < constraint.low:
             return f"; the smallest legal value is {constraint.low:g}"
         if constraint.high in constraint and value > constraint.high:

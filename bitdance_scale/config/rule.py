@@ -8,47 +8,77 @@ from dataclasses import dataclass
 
 from bitdance_scale.config.schema import RunConfig
 
-CheckRule = Callable[[RunConfig, int], Iterator[str]]
-"""Takes the tree and the number of ranks; yields one message per violation: where, value, rule, fix."""
+RunRule = Callable[[RunConfig], Iterator[str]]
+"""Takes the tree; yields one message per violation: where, value, rule, fix."""
+RankRule = Callable[[RunConfig, int], Iterator[str]]
+"""The same with the number of ranks of the job."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule and the settings (or whole sections) it reads."""
+    """A rule over settings.
+
+    Attributes:
+        settings: those it reads, or whole sections.
+        claim: the rule in one sentence.
+        reason: why it must hold.
+        function: what yields the violations.
+        needs_ranks: whether it can only be checked where the number of ranks is known.
+    """
 
     settings: tuple[str, ...]
-    violations: CheckRule
+    claim: str
+    reason: str
+    function: RankRule
+    needs_ranks: bool
+
+    def violations(self, config: RunConfig, world_size: int | None) -> Iterator[str]:
+        """One message per violation; none where the rule needs a number of ranks and `world_size` is None."""
+        if world_size is not None:
+            return self.function(config, world_size)
+        # A rule that needs no ranks does not look at the number.
+        return iter(()) if self.needs_ranks else self.function(config, 0)
 
     def is_readable(self, illegal: Collection[str]) -> bool:
         """Whether every setting it reads is legal by itself; a rule over an illegal one would only confuse."""
         return not any(path.startswith(setting) for path in illegal for setting in self.settings)
 
-    @property
-    def claim(self) -> str:
-        """The rule in one sentence."""
-        return self._doc()[0]
-
-    @property
-    def reason(self) -> str:
-        """Why it must hold."""
-        return self._doc()[1]
-
-    def _doc(self) -> tuple[str, str]:
-        claim, _, reason = inspect.getdoc(self.violations).partition("\n\n")
-        return " ".join(claim.split()), " ".join(reason.split())
+    def reads(self, path: str) -> bool:
+        """Whether the rule is about a setting, the section it is in, or something inside it."""
+        return any(
+            f"{path}.".startswith(f"{setting}.") or f"{setting}.".startswith(f"{path}.") for setting in self.settings
+        )
 
 
 class RuleSet(list[Rule]):
-    """The rules of one module, in the order in which they are written."""
+    """The rules of one module, in the order in which they are written.
 
-    def rule(self, *settings: str) -> Callable[[CheckRule], CheckRule]:
+    The first paragraph of a function's docstring is the rule, the second its reason.
+    """
+
+    def rule(self, *settings: str) -> Callable[[RunRule], RunRule]:
         """Decorator that adds a function as the rule over these settings."""
 
-        def register(function: CheckRule) -> CheckRule:
-            self.append(Rule(settings, function))
+        def register(function: RunRule) -> RunRule:
+            self._add(settings, function, lambda config, world_size: function(config), needs_ranks=False)
             return function
 
         return register
+
+    def rank_rule(self, *settings: str) -> Callable[[RankRule], RankRule]:
+        """Decorator that adds a function as the rule over these settings and the number of ranks."""
+
+        def register(function: RankRule) -> RankRule:
+            self._add(settings, function, function, needs_ranks=True)
+            return function
+
+        return register
+
+    def _add(
+        self, settings: tuple[str, ...], documented: RunRule | RankRule, function: RankRule, *, needs_ranks: bool
+    ) -> None:
+        claim, _, reason = (inspect.getdoc(documented) or "").partition("\n\n")
+        self.append(Rule(settings, " ".join(claim.split()), " ".join(reason.split()), function, needs_ranks))
 
 
 def multiples_around(value: int, unit: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Every rule that a run's configuration must keep, checked before any process group exists.
 
-`ranges.py` says what each setting may be by itself; `model_rules.py`, `parallel_rules.py` and `data_rules.py` hold the
-rules that span settings, one function each: the first line of its docstring is the rule, the rest its reason.
+`ranges.py` says what each setting may be by itself. `model_rules.py`, `parallel_rules.py`, `data_rules.py` and
+`training_stages.py` hold the rules that span settings, one function each.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from bitdance_scale.errors import ConfigError
 RULES: tuple[Rule, ...] = (*model_rules.RULES, *parallel_rules.RULES, *data_rules.RULES, *training_stages.RULES)
 
 
-def check(config: RunConfig, world_size: int) -> None:
+def check(config: RunConfig, world_size: int | None) -> None:
     """Refuses a configuration that cannot train as it says.
 
     Args:
         config: the resolved tree.
-        world_size: ranks of the run.
+        world_size: ranks of the run; None: not known, and the rules that depend on it are left out.
 
     Raises:
         ConfigError: lists every violation with the setting, its value, the rule and how to fix it.

@@ -1,8 +1,8 @@
 """The configuration of a run: one frozen tree, one dataclass per TOML section.
 
 Nothing else holds a setting: the DeepSpeed dictionary (`parallel/zero.py`) and Megatron's `TransformerConfig`
-(`parallel/backbone.py`) are derived from this tree, so that no number is written twice. Every field carries its
-meaning in `doc`; `--help` of the entry points and `docs/config.md` print them. Rules that span fields live in `rules.py`.
+(`parallel/backbone.py`) are derived from this tree, so no number is written twice. Every field carries its meaning in
+`doc`, which `bitdance config explain` and `docs/config.md` print. Rules that span fields are in `rules.py`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,21 @@ Value = TypeVar("Value")
 
 
 @overload
-def setting(*, doc: str) -> Any: ...
+def setting(*, doc: str, example: str | None = None) -> Any: ...
 @overload
-def setting(default: Value, *, doc: str) -> Value: ...
-def setting(default: Any = dataclasses.MISSING, *, doc: str) -> Any:
-    """A dataclass field with its documentation; without a default the setting is required."""
+def setting(default: Value, *, doc: str, example: str | None = None) -> Value: ...
+def setting(default: Any = dataclasses.MISSING, *, doc: str, example: str | None = None) -> Any:
+    """A dataclass field with its documentation; without a default the setting is required.
+
+    Args:
+        default: its value where no file or override has one.
+        doc: what it means.
+        example: a value as TOML, shown where its default would not show how to write one.
+    """
+    metadata = {"doc": doc, "example": example}
     if default is dataclasses.MISSING:
-        return dataclasses.field(metadata={"doc": doc})
-    return dataclasses.field(default=default, metadata={"doc": doc})
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +49,7 @@ class RunSection:
     start_from: str = setting(
         "",
         doc="Where a new run takes its weights from: a checkpoint, a run folder or a converted release, of any layout "
-        "and dtype; optimiser and counters start anew. Empty: random weights.",
+        "and dtype; optimiser and counters start from nothing. Empty: random weights.",
     )
     start_from_any: bool = setting(
         False, doc="Whether the start may be of any stage, and of a run that has not finished its own."
@@ -84,6 +91,12 @@ class ModelSection:
     )
 
 
+# Sizes of the head that no setting changes (published release): features of the flow time, and modulations per channel
+# of an adaLN module (scale, shift and gate, of the attention and of the SwiGLU).
+NUM_TIME_FEATURES = 256
+NUM_MODULATIONS = 6
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadSection:
     """The binary diffusion head (arXiv 2602.14041 Sec. 3.2, 3.3)."""
@@ -97,6 +110,11 @@ class HeadSection:
     time_mean: float = setting(-0.8, doc="Mean of the normal under the sigmoid of t.")
     time_std: float = setting(0.8, doc="Standard deviation of the normal under the sigmoid of t.")
     time_shift: float = setting(1.0, doc="Shift s of t -> t / (t + s (1 - t)); 1 leaves t unchanged.")
+
+    @property
+    def mlp_size(self) -> int:
+        """Hidden width of the SwiGLU, over all tensor-parallel ranks."""
+        return int(self.width * self.mlp_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +167,7 @@ class TextSection:
 class Resolution:
     """One resolution of the mix, with the image sizes (buckets) it is trained at."""
 
-    side_px: int = setting(doc="Name of the class: side of its square bucket, in pixels.")
+    side_px: int = setting(doc="Side of its square bucket in pixels, which is also its name in metrics.")
     share: int = setting(doc="Its part of each global batch, relative to the other resolutions.")
     buckets_px: tuple[tuple[int, int], ...] = setting(
         doc="(height, width) of each bucket in pixels; transposes are added."
@@ -161,8 +179,8 @@ class CaptionChoice:
     """One of several captions of a sample, of which one is drawn each time."""
 
     source: str = setting(
-        doc="caption (the .txt, or without one `caption` of the .json), another text member by its extension (alt.txt), "
-        "or a field of a JSON member (json:re_caption)."
+        doc="caption (the .txt, or `caption` of the .json where there is no .txt), another text member by its "
+        "extension (alt.txt), or a field of a JSON member (json:re_caption)."
     )
     share: int = setting(1, doc="How often it is drawn, relative to the others that the sample has.")
 
@@ -172,12 +190,12 @@ class DataFilter:
     """A range that a value of a sample must lie in."""
 
     column: str = setting(
-        doc="height_px, width_px, short_side_px, long_side_px, pixels, aspect (long over short side), or a numeric field "
-        "of the records, such as punsafe."
+        doc="height_px, width_px, short_side_px, long_side_px, pixels, aspect (long over short side), or a numeric "
+        "field of the records, such as punsafe."
     )
     min: float = setting(float("-inf"), doc="Least value kept.")
     max: float = setting(float("inf"), doc="Greatest value kept.")
-    missing: str = setting("drop", doc="What becomes of samples without a value: drop or keep.")
+    missing: str = setting("drop", doc="What happens to samples without a value: drop or keep.")
     source: str = setting("", doc="The source (`data.sources[].name`) that it is for; empty: all.")
 
 
@@ -208,8 +226,8 @@ class S3Section:
     cache_dir: str = setting(
         "", doc="Folder on a disk of the node, for its processes together, that keeps what is read; empty: none."
     )
-    cache_gb: float = setting(500.0, doc="What that folder may hold, in 10^9 bytes; all shards must fit.")
-    cache_block_mb: int = setting(8, doc="What is fetched for it at once, in 2^20 bytes.")
+    cache_gb: float = setting(500.0, doc="How much that folder may hold, in 10^9 bytes; all shards must fit.")
+    cache_block_mb: int = setting(8, doc="How much is fetched for it at once, in 2^20 bytes.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,22 +235,31 @@ class DataSection:
     """The image-text data and how it is batched."""
 
     shards: tuple[str, ...] = setting(
-        (), doc="WebDataset tars of the only source: files, folders, globs or brace lists. Several: `data.sources`."
+        (),
+        doc="WebDataset tars of the only source: files, folders, globs or brace lists. Several: `data.sources`.",
+        example='["data/demo"]',
     )
     sources: tuple[DataSource, ...] = setting(
-        (), doc="Sources mixed by exact share, instead of `data.shards`; `data.shards = []` clears an inherited one."
+        (),
+        doc="Sources mixed by exact share, instead of `data.shards`; `data.shards = []` clears an inherited one.",
+        example='[{name="web", share=3, shards=["data/web"]}, {name="own", share=1, shards=["data/own"]}]',
     )
     has_borders: bool = setting(False, doc="`data.sources[].has_borders` of `data.shards`.")
     captions: tuple[CaptionChoice, ...] = setting(
         (CaptionChoice(source="caption"),), doc="Captions of a sample; one of those that it has is drawn, by share."
     )
-    filters: tuple[DataFilter, ...] = setting((), doc="Samples outside any of these ranges are left out.")
+    filters: tuple[DataFilter, ...] = setting(
+        (), doc="Samples outside any of these ranges are left out.", example='[{column="aspect", max=2.0}]'
+    )
     bits_dir: str = setting(
-        "", doc="Folder of bit shards that tools/encode_shards.py made of this data; the images are not read then."
+        "", doc="Folder of bit shards that `bitdance encode` made of this data; the images are not read then."
     )
     index_dir: str = setting("", doc="Folder of the index; empty: `.bitdance_index` beside the first shard.")
     global_batch: int = setting(doc="Images per optimiser step.")
-    resolutions: tuple[Resolution, ...] = setting(doc="Resolutions, mixed exactly in every global batch.")
+    resolutions: tuple[Resolution, ...] = setting(
+        doc="Resolutions, mixed exactly in every global batch.",
+        example="[{side_px=256, share=1, buckets_px=[[256, 256]]}]",
+    )
     max_upscale: float = setting(1.0, doc="An image enters a bucket only if it need not be enlarged more than this.")
     max_pack_tokens: int = setting(doc="Token cap of a pack, one micro-batch of one replica.")
     pack_multiple: int = setting(128, doc="Packs are padded to a multiple of this many tokens.")
@@ -259,7 +286,7 @@ class ParallelSection:
 
     tensor: int = setting(1, doc="Tensor-parallel ranks (Megatron).")
     sequence_parallel: bool = setting(
-        False, doc="Whether the tensor-parallel ranks share out the positions between the split linears of a layer."
+        False, doc="Whether the tensor-parallel ranks divide the positions between the split linears of a layer."
     )
     pipeline: int = setting(1, doc="Pipeline-parallel ranks (Megatron's 1F1B schedule).")
     virtual_stages: int = setting(1, doc="Stages per pipeline rank; more than 1 is Megatron's interleaved schedule.")
@@ -321,7 +348,9 @@ class CheckpointSection:
 class EvaluateSection:
     """Losses on held-out images, always the same ones with the same noise and flow times."""
 
-    shards: tuple[str, ...] = setting((), doc="Held-out WebDataset tars, as `data.shards`; empty: no evaluation.")
+    shards: tuple[str, ...] = setting(
+        (), doc="Held-out WebDataset tars, as `data.shards`; empty: no evaluation.", example='["data/demo_held_out"]'
+    )
     every_steps: int = setting(
         1000, doc="Steps between evaluations; there is one before the first step and at the end."
     )
@@ -334,7 +363,7 @@ class SampleSection:
     """Images drawn from the model while it trains."""
 
     every_steps: int = setting(1000, doc="Steps between sample grids; one is drawn at the end as well. 0: never.")
-    prompts: tuple[str, ...] = setting((), doc="Captions to draw.")
+    prompts: tuple[str, ...] = setting((), doc="Captions to draw.", example='["a red circle"]')
     size_px: tuple[int, int] = setting((512, 512), doc="(height, width) of the images in pixels.")
     num_steps: int = setting(50, doc="Solver steps per block.")
     guidance: float = setting(7.5, doc="Classifier-free guidance scale; 1 switches it off.")

@@ -1,7 +1,8 @@
 """Configurations and files that come with the package, found by name from any folder.
 
-`demo` as a configuration is `config/files/demo.toml` of the package, and `asset:demo/ae.safetensors` as the path in a
-setting is `assets/demo/ae.safetensors` of the package. A stored configuration keeps the name, not a path of this machine.
+The configuration `demo` is the package's `config/files/demo.toml`, and the path `asset:demo/ae.safetensors` in a
+setting is the package's `assets/demo/ae.safetensors`. A stored configuration keeps the name instead of a path of this
+machine.
 """
 
 from __future__ import annotations
@@ -36,3 +37,9 @@ def setting_path(value: str) -> Path:
     if value.startswith(ASSET_PREFIX):
         return ASSETS / value.removeprefix(ASSET_PREFIX)
     return Path(value)
+
+
+def summary(name: str) -> str:
+    """What a configuration that comes with the package is for: the first line of its file, a comment."""
+    first = (CONFIGS / f"{name}.toml").read_text(encoding="utf-8").splitlines()[0]
+    return first.removeprefix("#").strip()

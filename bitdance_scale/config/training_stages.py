@@ -1,6 +1,6 @@
 """The stages of training (arXiv 2602.14041 Table 4) and the rules of their order.
 
-What a stage trains on and how long is in its TOML file (`bitdance_scale/config/files/`); what is here is only what follows what.
+What a stage trains on, and for how long, is in its TOML file (`bitdance_scale/config/files/`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STAGES: Mapping[str, TrainingStage] = {
 
 
 @RULES.rule("run.stage", "run.start_from")
-def _later_stages_start_from_weights(config: RunConfig, world_size: int) -> Iterator[str]:
+def _later_stages_start_from_weights(config: RunConfig) -> Iterator[str]:
     """`run.start_from` is set in every stage but pretraining.
 
     Continued training, fine-tuning and distillation go on from weights (arXiv 2602.14041 Sec. 4.3).
@@ -50,5 +50,5 @@ def _later_stages_start_from_weights(config: RunConfig, world_size: int) -> Iter
     if stage.follows and not config.run.start_from:
         yield (
             f"run.start_from = '': {stage.title} goes on from weights; name the run of stage {stage.follows!r} "
-            f"(run.start_from=runs/NAME) or a converted release"
+            "(run.start_from=runs/NAME) or an imported release"
         )

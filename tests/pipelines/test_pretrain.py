@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bitdance_scale.cli.stage import main
 from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE, read_metrics
-from bitdance_scale.train.main import EXIT_REFUSED, main
-from bitdance_scale.train.signals import EXIT_REQUEUE
+from bitdance_scale.train.process import EXIT_REFUSED, EXIT_REQUEUE
 
 ROOT = Path(__file__).parents[2]
 DEMO = "demo"
@@ -27,7 +27,7 @@ TIMEOUT_S = 280
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
-    from tools.make_demo_shards import write_shards
+    from bitdance_scale.demo.shards import write_shards
 
     folder = tmp_path_factory.mktemp("shards")
     write_shards(folder, num_images=400, per_shard=100, seed=0)
@@ -49,7 +49,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory) -> Path:
-    from tools.make_demo_shards import write_shards
+    from bitdance_scale.demo.shards import write_shards
 
     folder = tmp_path_factory.mktemp("held_out")
     write_shards(folder, num_images=60, per_shard=60, seed=1000)

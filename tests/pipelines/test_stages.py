@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from bitdance_scale.cli.stage import main
 from bitdance_scale.config.training_stages import STAGES
 from bitdance_scale.observe.metrics import METRICS_FILE, read_metrics
-from bitdance_scale.train.main import EXIT_REFUSED, main
+from bitdance_scale.train.process import EXIT_REFUSED
 from tests.distributed.small_demo import small_demo
 
 ROOT = Path(__file__).parents[2]

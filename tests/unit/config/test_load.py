@@ -164,7 +164,7 @@ def test_extends_goes_on_until_a_file_that_extends_none(config_path: Path) -> No
     child.write_text('extends = "absent.toml"\n')
     assert "there is no file" in refusal(child)
     child.write_text("extends = 3\n")
-    assert "expected the path of one TOML file" in refusal(child)
+    assert "expected one TOML file" in refusal(child)
     middle.write_text('extends = "child.toml"\n')
     child.write_text('extends = "middle.toml"\n')
     assert "that file extends this one" in refusal(child)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from evaluate_tokenizer import NUM_COLUMNS, TILE_PX, load_autoencoder, main
-from make_demo_shards import write_shards
 from PIL import Image
 
+from bitdance_scale.demo.shards import write_shards
 from bitdance_scale.errors import DataError
 from bitdance_scale.vision.autoencoder import Autoencoder, published_config
 from bitdance_scale.vision.weights import save_weights

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import recipe
 import score_scenes
-from demo_scenes import render
 from recipe import Job, Recipe, plan_jobs, sides_of
 from recipe_report import ScoredModel, StageReport, write_report
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.shipped import CONFIGS
+from bitdance_scale.demo.scenes import render
 from bitdance_scale.errors import BitDanceError, ConfigError
 from bitdance_scale.observe.metrics import METRICS_FILE, Evaluation, StepMetrics, append_evaluation
 

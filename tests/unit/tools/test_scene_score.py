@@ -9,11 +9,11 @@ import json
 import numpy as np
 import pytest
 import score_scenes
-from demo_scenes import SHAPES, Scene, SceneObject, colors_on, make_scene, render
 from PIL import Image
 from scene_prompts import CATEGORIES, Asked, Wanted, judge, parse_caption
 from scene_reading import SeenObject, SeenScene, read_scene
 
+from bitdance_scale.demo.scenes import SHAPES, Scene, SceneObject, colors_on, make_scene, render
 from bitdance_scale.errors import ConfigError
 
 

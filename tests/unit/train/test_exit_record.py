@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bitdance_scale.train.exit_record import EXIT_RECORD
-from bitdance_scale.train.main import EXIT_REFUSED, main
+from bitdance_scale.cli.stage import main
+from bitdance_scale.train.process import EXIT_RECORD, EXIT_REFUSED
 
 DEMO = "demo"
 

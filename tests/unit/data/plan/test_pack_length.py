@@ -1,4 +1,4 @@
-"""The cap that wastes least: against counting positions by hand, and as the tool that reads a data set."""
+"""The cap that wastes least: against positions counted by hand, and as the tool reports it for a data set."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bitdance_scale.data.plan.pack_length import pack_lengths
 from bitdance_scale.data.plan.packing import CostModel, fits, partition_batch
 from tests.unit.data.small_data import sample_members, write_tar
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def test_caps_are_the_shortest_and_what_they_waste_is_counted(make_config) -> None:
@@ -23,7 +23,7 @@ def test_caps_are_the_shortest_and_what_they_waste_is_counted(make_config) -> No
     choices = pack_lengths(config, batches[:3], batches[3:], num_ranks, 2000, multiple)
     assert [choice.num_packs for choice in choices] == sorted({choice.num_packs for choice in choices})
     assert len(choices) > 4 and choices[0].max_pack_tokens <= 2000
-    # More packs cannot be shorter than the longest sample.
+    # No cap can be shorter than the longest sample.
     assert choices[-1].max_pack_tokens == 544 < choices[-2].max_pack_tokens
     for choice in choices:
         cap, num_packs = choice.max_pack_tokens, choice.num_packs * num_ranks

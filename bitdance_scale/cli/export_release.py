@@ -1,0 +1,66 @@
+"""Makes the published folder of a checkpoint, which the release's pipeline and `bitdance sample` load.
+
+    bitdance export runs/sft_14b BitDance-mine
+
+CHECKPOINT is a run folder (its latest checkpoint), one checkpoint of it (checkpoints/step_...), or an imported release.
+Dtypes are those of the release that the run started from; for weights that started at random, the backbone is written
+in bfloat16, head and projector in float32. Weights are copied part by part, so memory does not grow with the model.
+docs/interchange.md says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bitdance_scale.cli.command import CommandParser, run_command
+from bitdance_scale.train.process import EXIT_COMPLETE
+from bitdance_scale.wording import file_size
+
+DTYPES = ("bfloat16", "float16", "float32")
+# The names of `checkpoint.published_names.Part`, which imports torch.
+PARTS = ("backbone", "head", "projector")
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = CommandParser(prog, __doc__)
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="run folder, checkpoint, or imported release"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    parser.add_argument("--force", action="store_true", help="replace an earlier export at OUT")
+    parser.add_argument("--tokenizer", type=Path, help="text tokenizer, where it is not where the run had it")
+    parser.add_argument(
+        "--autoencoder", type=Path, help="autoencoder's weights file, where it is not where the run had it"
+    )
+    for part in PARTS:
+        parser.add_argument(f"--{part}-dtype", choices=DTYPES, help=f"dtype of the {part}, if another")
+    return run_command(parser, arguments, _run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from bitdance_scale.checkpoint.export_release import export_release, open_checkpoint
+    from bitdance_scale.checkpoint.published_names import Part
+    from bitdance_scale.config.published_config import beyond_release
+
+    dtypes = {part: name for part in Part if (name := getattr(options, f"{part}_dtype"))}
+    export = open_checkpoint(
+        options.checkpoint, tokenizer=options.tokenizer, autoencoder=options.autoencoder, dtypes=dtypes
+    )
+    if export.warning:
+        print(f"warning: {export.warning}", file=sys.stderr)
+    with tqdm(total=2 * export.num_bytes, unit="B", unit_scale=True, desc="write, read back", mininterval=0.5) as bar:
+        export_release(export, options.out, is_forced=options.force, on_bytes=bar.update)
+    print(f"{options.out}: {file_size(export.num_bytes)}, step {export.state.step} of {export.path}")
+    if extra := beyond_release(export.network.head):
+        print(
+            f"note: its head has {extra}, which the release's pipeline does not know and refuses; `bitdance sample` "
+            "runs it",
+            file=sys.stderr,
+        )
+    return EXIT_COMPLETE

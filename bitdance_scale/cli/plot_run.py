@@ -1,0 +1,40 @@
+"""Draws one page of a run, or of several, from what their folders hold: also of a run that is still going.
+
+    bitdance plot RUN [RUN ...] --out FILE [--one-after-another]
+
+RUN is a run folder, such as runs/demo. Several are drawn over each other, a colour each; with --one-after-another they
+are stages, each beginning where the one before it ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from bitdance_scale.atomic_files import write_bytes
+from bitdance_scale.cli.command import CommandParser, run_command
+from bitdance_scale.errors import ConfigError
+from bitdance_scale.train.process import EXIT_COMPLETE
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = CommandParser(prog, __doc__)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG to write")
+    parser.add_argument("--one-after-another", action="store_true", help="the runs are stages, in this order")
+    return run_command(parser, arguments, _run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from bitdance_scale.observe.overview import overview, read_run
+
+    try:
+        runs = [read_run(folder) for folder in options.runs]
+    except FileNotFoundError as error:
+        raise ConfigError(f"{error.filename} does not exist; name folders of runs, such as runs/demo") from error
+    write_bytes(options.out, overview(runs, one_after_another=options.one_after_another))
+    for run in runs:
+        print(f"{run.name}: {run.summary()}")
+    return EXIT_COMPLETE

@@ -1,0 +1,143 @@
+"""Writes demo data sets: captioned scenes as JPEGs in img2dataset's WebDataset layout.
+
+Every tar NNNNN.tar holds, per image, key.jpg, key.txt (the caption) and key.json, which keeps the machine-readable
+`scene`. Equal arguments give equal bytes (with the same Pillow). Held-out images come from another seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from bitdance_scale.atomic_files import new_folder, write_text
+from bitdance_scale.errors import DataError
+
+DEFAULT_IMAGES = 4000
+SHIPPED_SETS: Mapping[str, tuple[int, int]] = {
+    "data/demo": (DEFAULT_IMAGES, 0),
+    "data/demo_held_out": (200, 1000),
+    "data/tokenizer": (12000, 100),
+    "data/tokenizer_held_out": (512, 101),
+}
+"""Data set of a configuration that comes with the package -> (images, seed)."""
+
+MARKER = "dataset.json"
+KIND = "bitdance demo scenes 1"
+
+
+def check_shipped_sets(folders: Iterable[str]) -> None:
+    """Refuses a run whose data sets are the demo's and have not been drawn yet; says how to draw them.
+
+    Args:
+        folders: what the run names as its shards; those that are not in `SHIPPED_SETS` are left to others.
+
+    Raises:
+        DataError: a folder of the demo does not exist.
+    """
+    absent = [folder for folder in folders if folder in SHIPPED_SETS and not Path(folder).exists()]
+    if absent:
+        raise DataError(
+            f"{absent[0]}: no such folder in {Path.cwd()}. The images of the demo are drawn by a program: "
+            f"bitdance demo-data {' '.join(absent)}"
+        )
+
+
+def write_shards(out: str | Path, num_images: int, per_shard: int, seed: int, is_forced: bool = False) -> bool:
+    """Writes the shards of `num_images` scenes into the folder `out`, unless they are there already.
+
+    The shards are written beside `out` and renamed when complete, with a marker `dataset.json` that states the
+    arguments.
+
+    Args:
+        out: folder to make; its parents are made as well.
+        num_images: images in all, at least 1.
+        per_shard: images per tar, 1..10000 (keys have four digits within a shard).
+        seed: seed of the scenes.
+        is_forced: whether an earlier data set of other arguments is replaced.
+
+    Returns:
+        True if shards were written, False if `out` was complete for the same arguments.
+
+    Raises:
+        DataError: arguments out of range; `out` holds a data set of other arguments, or files of unknown origin.
+    """
+    if num_images < 1 or not 1 <= per_shard <= 10_000 or seed < 0:
+        raise DataError(
+            f"images {num_images}, per shard {per_shard}, seed {seed}: there must be at least 1 image, 1..10000 images "
+            "per shard and a seed of 0 or more"
+        )
+    out = Path(out)
+    arguments = {"kind": KIND, "num_images": num_images, "per_shard": per_shard, "seed": seed}
+    if out.exists() and _is_complete(out, arguments, is_forced):
+        return False
+    with new_folder(out) as scratch:
+        for shard, first in enumerate(range(0, num_images, per_shard)):
+            _write_shard(scratch / f"{shard:05d}.tar", shard, range(first, min(first + per_shard, num_images)), seed)
+        write_text(scratch / MARKER, json.dumps(arguments, indent=2) + "\n")
+    return True
+
+
+def _is_complete(out: Path, arguments: dict[str, object], is_forced: bool) -> bool:
+    """Whether `out` is the wanted data set; False if it may be replaced, DataError if it may not."""
+    if out.is_dir() and not any(out.iterdir()):
+        return False
+    marker = out / MARKER
+    if not marker.is_file():
+        raise DataError(
+            f"{out}: exists without {MARKER}, so it is no demo data set and is left alone; name another folder"
+        )
+    found = json.loads(marker.read_text(encoding="utf-8"))
+    if found == arguments:
+        return True
+    if is_forced:
+        return False
+    changes = ", ".join(
+        f"{key} {found.get(key)!r} (wanted {arguments[key]!r})" for key in arguments if found.get(key) != arguments[key]
+    )
+    raise DataError(
+        f"{out}: holds a demo data set of other arguments: {changes}; replace it with --force, or name another folder"
+    )
+
+
+def _write_shard(path: Path, shard: int, indices: Sequence[int], seed: int) -> None:
+    with tarfile.open(path, "w") as tar:
+        for offset, index in enumerate(indices):
+            key = f"{shard:05d}{offset:04d}"
+            for extension, payload in _sample_files(key, seed, index).items():
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(payload)
+                tar.addfile(member, io.BytesIO(payload))
+
+
+def _sample_files(key: str, seed: int, index: int) -> dict[str, bytes]:
+    """Contents of one sample by extension."""
+    # Imported late: drawing needs numpy, Pillow and a font of matplotlib, the check of a run does not.
+    import numpy as np
+
+    from bitdance_scale.demo.scenes import make_scene, render
+
+    scene = make_scene(seed, index)
+    buffer = io.BytesIO()
+    quality = int(np.random.default_rng([seed, index, 1]).integers(88, 97))
+    render(scene).save(buffer, "JPEG", quality=quality, subsampling=0)
+    jpeg = buffer.getvalue()
+    width, height = scene.size_px
+    record = {
+        "url": f"demo-scenes/{seed}/{index}",
+        "caption": scene.caption,
+        "key": key,
+        "status": "success",
+        "error_message": None,
+        "width": width,
+        "height": height,
+        "original_width": width,
+        "original_height": height,
+        "exif": "{}",
+        "sha256": hashlib.sha256(jpeg).hexdigest(),
+        "scene": scene.record(),
+    }
+    return {"jpg": jpeg, "txt": scene.caption.encode(), "json": json.dumps(record).encode()}

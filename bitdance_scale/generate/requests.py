@@ -1,0 +1,179 @@
+"""Images that a user asks for: read from a prompt file, drawn in batches, written with a record of each."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from bitdance_scale.errors import ConfigError
+from bitdance_scale.generate.pipeline import BitDancePipeline
+from bitdance_scale.observe.figures import image_grid
+
+GRID_NAME, REQUESTS_NAME = "grid.png", "requests.jsonl"
+MAX_GRID_IMAGES = 64
+MAX_GRID_COLUMNS = 8
+_IMAGE_NAME = r"\d{5,}\.png"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to draw; sizes in pixels."""
+
+    number: int
+    prompt: str
+    seed: int
+    height: int
+    width: int
+
+    @property
+    def file(self) -> str:
+        """Name of its picture."""
+        return f"{self.number:05d}.png"
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """HEIGHTxWIDTH in pixels."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise ConfigError(f"--size {text}: must be HEIGHTxWIDTH in pixels, such as 1024x1024")
+    return int(match[1]), int(match[2])
+
+
+def read_requests(path: Path, size: tuple[int, int], seed: int) -> list[Request]:
+    """The images that a prompt file asks for, in its order; empty lines are skipped.
+
+    Raises:
+        ConfigError: no such file, not text, no prompt in it, or a line that is not as described above; names the line.
+    """
+    if not path.is_file():
+        raise ConfigError(f"--prompts {path}: no such file")
+    requests: list[Request] = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts {path}: cannot be read as UTF-8 text ({error}); save it so") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        fields = _parse_line(f"{path}:{number}", line) if path.suffix == ".jsonl" else {"prompt": line.strip()}
+        defaults = {"seed": seed + len(requests), "height": size[0], "width": size[1]}
+        requests.append(Request(len(requests), **(defaults | fields)))
+    if not requests:
+        raise ConfigError(f"--prompts {path}: holds no prompt")
+    return requests
+
+
+def batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[Request]]:
+    """Requests of one size together, up to `batch_size`."""
+    groups: dict[tuple[int, int], list[Request]] = {}
+    for request in requests:
+        groups.setdefault((request.height, request.width), []).append(request)
+    for group in groups.values():
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+def draw_requests(
+    pipeline: BitDancePipeline,
+    requests: Sequence[Request],
+    out: Path,
+    *,
+    steps: int,
+    guidance: float,
+    sampler: str,
+    batch_size: int,
+    record: dict[str, object],
+) -> None:
+    """Draws all requests to a folder: an image each, a line each as it is finished, and a grid of the first.
+
+    Args:
+        pipeline: the model.
+        requests: what to draw; an image depends on its own seed, prompt and settings only.
+        out: folder, which exists.
+        steps: solver steps per block.
+        guidance: classifier-free guidance scale; 1 for none.
+        sampler: name of the solver.
+        batch_size: images drawn together.
+        record: what the line of every image says beside its request and these settings.
+    """
+    vision = pipeline.model.vision.section
+    block_px = (vision.downsample * vision.block_side) ** 2
+    settings = {"steps": steps, "guidance": guidance, "sampler": sampler}
+    pictures: dict[int, np.ndarray] = {}
+    total = sum(request.height * request.width // block_px for request in requests)
+    with tqdm(total=total, unit="block") as bar, (out / REQUESTS_NAME).open("w", encoding="utf-8") as lines:
+        for batch in batches(requests, batch_size):
+            begun_s = time.perf_counter()
+            images = pipeline(
+                [request.prompt for request in batch],
+                batch[0].height,
+                batch[0].width,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                sampler=sampler,
+                generator=[torch.Generator().manual_seed(request.seed) for request in batch],
+                on_block=partial(bar.update, len(batch)),
+            ).images
+            seconds = (time.perf_counter() - begun_s) / len(batch)
+            for request, image in zip(batch, images, strict=True):
+                image.save(out / request.file)
+                line = asdict(request) | settings | record | {"file": request.file, "seconds": round(seconds, 3)}
+                lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+                if request.number < MAX_GRID_IMAGES:
+                    pictures[request.number] = np.asarray(image)
+            lines.flush()
+    columns = min(MAX_GRID_COLUMNS, math.ceil(math.sqrt(len(pictures))))
+    captions = [requests[number].prompt for number in sorted(pictures)]
+    image_grid([pictures[number] for number in sorted(pictures)], captions, out / GRID_NAME, columns)
+
+
+def check_out(folder: Path, *, is_forced: bool) -> None:
+    """Refuses a folder that images may not be written to.
+
+    Raises:
+        ConfigError: it is a file, or holds something and `is_forced` is False.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {folder}: is a file; name a folder")
+    if not is_forced and folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"--out {folder}: is not empty; name another folder, or replace its images with --force")
+
+
+def clear_out(folder: Path) -> None:
+    """Makes the folder, or removes what an earlier run wrote to it and leaves all other files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.name in (GRID_NAME, REQUESTS_NAME) or re.fullmatch(_IMAGE_NAME, path.name):
+            path.unlink()
+
+
+def _parse_line(where: str, line: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{where}: not JSON ({error})") from error
+    kinds: dict[str, type] = {"prompt": str, "seed": int, "height": int, "width": int}
+    if not isinstance(fields, dict) or "prompt" not in fields or not fields.keys() <= kinds.keys():
+        raise ConfigError(
+            f"{where}: must be an object with prompt and, if wanted, seed, height and width; it is {line}"
+        )
+    for key, value in fields.items():
+        is_right = isinstance(value, kinds[key]) and not isinstance(value, bool)
+        if not is_right or (key == "seed" and not 0 <= int(value) < 2**63):
+            raise ConfigError(f"{where}: {key} = {value!r}: must be {_describe(key)}")
+    return fields
+
+
+def _describe(key: str) -> str:
+    return {"prompt": "text", "seed": "an integer from 0 to 2^63 - 1"}.get(key, "a number of pixels")

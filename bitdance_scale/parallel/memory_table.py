@@ -1,0 +1,85 @@
+"""The memory that a run needs, as a table: one line per pipeline stage, for GPUs, in GiB."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.model.attention import uses_flex
+from bitdance_scale.parallel.memory_estimate import Bytes, MemoryEstimate, estimate_memory
+from bitdance_scale.sequence.tokens import load_text_tokenizer
+
+GIB = 2**30
+# Rows of Qwen3's table with this project's special tokens, by `vision.block_side`.
+QWEN3_VOCAB = {4: 151940, 8: 151988}
+
+
+@dataclass(frozen=True)
+class StageLine:
+    """The first rank of one pipeline stage."""
+
+    rank: int
+    estimate: MemoryEstimate
+
+
+def stage_lines(config: RunConfig, vocab_size: int, world_size: int) -> list[StageLine]:
+    """The memory of the first rank of every pipeline stage."""
+    ranks_per_stage = world_size // config.parallel.pipeline
+    ranks = [stage * ranks_per_stage for stage in range(config.parallel.pipeline)]
+    return [StageLine(rank, estimate_memory(config, vocab_size, world_size, rank)) for rank in ranks]
+
+
+def table(lines: Sequence[StageLine], device_gib: float, is_markdown: bool) -> str:
+    """The lines as text in columns, or as a Markdown table."""
+    header = [
+        "stage",
+        *(field.name for field in dataclasses.fields(Bytes)),
+        "total",
+        "most activations",
+        "largest at the peak",
+        f"fits {device_gib:g} GiB",
+    ]
+    rows = [header]
+    for stage, line in enumerate(lines):
+        peak, (name, size) = line.estimate.peak, line.estimate.largest
+        needed = max(peak.total, line.estimate.building_peak)
+        fits = "yes" if needed <= device_gib * GIB else f"no, {needed / GIB:.1f}"
+        most = f"{line.estimate.most_activations / GIB:.2f}"
+        rows.append([str(stage), *_gib(peak), most, f"{size / GIB:.2f} {name}", fits])
+    if is_markdown:
+        marked = [header, ["---"] * len(header), *rows[1:]]
+        return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in marked)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def remark(lines: Sequence[StageLine]) -> str:
+    """What the table does not say, in a sentence."""
+    building = ", ".join(f"{line.estimate.building_peak / GIB:.1f}" for line in lines)
+    in_flight = ", ".join(str(line.estimate.num_in_flight) for line in lines)
+    return (
+        f"{lines[0].estimate.num_micro_batches} micro-batches per replica and step; activations of {in_flight} at "
+        f"once (by stage); at most {building} GiB while the model is built."
+    )
+
+
+def _gib(peak: Bytes) -> list[str]:
+    return [f"{size / GIB:.2f}" for size in (*dataclasses.astuple(peak), peak.total)]
+
+
+def on_gpu(config: RunConfig) -> RunConfig:
+    """The run with the form of attention that it has on a GPU, whatever this machine has."""
+    if not uses_flex(config.model, torch.device("cuda")):
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="flex"))
+
+
+def vocab_size(config: RunConfig) -> int:
+    """Entries of the run's text tokenizer; where it is not here, those of Qwen3's."""
+    if config.text.tokenizer_path.exists():
+        return load_text_tokenizer(config.text, config.vision.block_tokens).vocab_size
+    return QWEN3_VOCAB[config.vision.block_side]

@@ -1,0 +1,109 @@
+"""The demo data set on disk: layout, reproducibility, and what happens when it is there already."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bitdance_scale.demo.scenes import make_scene
+from bitdance_scale.demo.shards import main, write_shards
+from bitdance_scale.errors import DataError
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_shards_have_the_layout_of_img2dataset(tmp_path: Path):
+    assert write_shards(tmp_path / "a" / "demo", num_images=5, per_shard=2, seed=3)
+    folder = tmp_path / "a" / "demo"
+    assert sorted(path.name for path in folder.iterdir()) == ["00000.tar", "00001.tar", "00002.tar", "dataset.json"]
+    with tarfile.open(folder / "00001.tar") as tar:
+        files = {member.name: tar.extractfile(member).read() for member in tar}
+    assert sorted(files) == [f"00001000{i}.{extension}" for i in (0, 1) for extension in ("jpg", "json", "txt")]
+    scene = make_scene(3, 3)
+    record = json.loads(files["000010001.json"])
+    assert files["000010001.txt"].decode() == record["caption"] == scene.caption
+    assert record["scene"] == json.loads(json.dumps(scene.record()))
+    assert record["key"] == "000010001" and record["status"] == "success"
+    assert record["sha256"] == hashlib.sha256(files["000010001.jpg"]).hexdigest()
+    image = Image.open(io.BytesIO(files["000010001.jpg"]))
+    assert image.format == "JPEG"
+    assert (
+        image.size
+        == scene.size_px
+        == (record["width"], record["height"])
+        == (record["original_width"], record["original_height"])
+    )
+
+
+def test_equal_arguments_give_equal_bytes_and_other_seeds_other_images(tmp_path: Path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        write_shards(tmp_path / name, num_images=4, per_shard=3, seed=seed)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert contents(tmp_path / "a")["00000.tar"] != contents(tmp_path / "c")["00000.tar"]
+
+
+def test_a_complete_data_set_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = [str(tmp_path / "demo"), "--images", "2", "--seed", "1"]
+    assert main(arguments) == 0
+    before = (tmp_path / "demo" / "00000.tar").stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert "complete already" in capsys.readouterr().out
+    assert (tmp_path / "demo" / "00000.tar").stat().st_mtime_ns == before
+
+
+def test_other_arguments_are_refused_unless_forced(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "demo"
+    write_shards(out, num_images=2, per_shard=2, seed=1)
+    with pytest.raises(DataError, match=r"seed 1 \(wanted 2\); use --force"):
+        write_shards(out, num_images=2, per_shard=2, seed=2)
+    assert main([str(out), "--images", "2", "--per-shard", "2", "--seed", "2"]) == 1
+    assert "use --force" in capsys.readouterr().err
+    assert main([str(out), "--images", "2", "--per-shard", "2", "--seed", "2", "--force"]) == 0
+    assert json.loads((out / "dataset.json").read_text())["seed"] == 2
+
+
+def test_a_folder_of_unknown_origin_is_never_replaced(tmp_path: Path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(DataError, match=r"exists without dataset\.json.*left alone"):
+        write_shards(tmp_path, num_images=1, per_shard=1, seed=0, is_forced=True)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import make_demo_shards
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(make_demo_shards, "_write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(tmp_path / "demo", num_images=1, per_shard=1, seed=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("num_images", "per_shard", "seed"), [(0, 1, 0), (1, 0, 0), (1, 10_001, 0), (1, 1, -1)])
+def test_arguments_out_of_range_are_refused(tmp_path: Path, num_images: int, per_shard: int, seed: int):
+    with pytest.raises(DataError, match="there must be at least 1 image"):
+        write_shards(tmp_path / "demo", num_images, per_shard, seed)
+
+
+def test_the_loader_reads_the_shards(tmp_path: Path):
+    from bitdance_scale.data.crop_stream import centre_crops
+    from bitdance_scale.data.index.build import build_index
+    from bitdance_scale.data.storage.shards import expand_shards
+
+    write_shards(tmp_path / "demo", num_images=12, per_shard=5, seed=0)
+    index = build_index(expand_shards([str(tmp_path / "demo")]), tmp_path / "index")
+    assert len(index) == 12 and not index.errors()
+    assert [index.caption(i) for i in range(12)] == [make_scene(0, i).caption for i in range(12)]
+    crops = centre_crops(index, (32, 32), num_images=4)
+    assert crops.shape == (4, 32, 32, 3) and crops.dtype == np.uint8
