@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 def small_demo(folder: Path, *, num_steps: int, save_every: int) -> list[str]:
     """Draws the images and the tokenizer's weights into `folder`; overrides of demo."""
-    from bitdance_scale.vision.autoencoder import Autoencoder
     from bitdance_scale.demo.shards import write_shards
+    from bitdance_scale.vision.autoencoder import Autoencoder
 
     write_shards(folder / "shards", num_images=60, per_shard=30, seed=0)
     torch.manual_seed(0)

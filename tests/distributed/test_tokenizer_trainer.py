@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bitdance_scale.demo.shards import write_shards
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig
+from bitdance_scale.demo.shards import write_shards
 from bitdance_scale.errors import DataError
 from tests.distributed.spawn import run_ranks
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import recipe
 import score_scenes
-from bitdance_scale.demo.scenes import render
 from recipe import Job, Recipe, plan_jobs, sides_of
 from recipe_report import ScoredModel, StageReport, write_report
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.shipped import CONFIGS
+from bitdance_scale.demo.scenes import render
 from bitdance_scale.errors import BitDanceError, ConfigError
 from bitdance_scale.observe.metrics import METRICS_FILE, Evaluation, StepMetrics, append_evaluation
 
@@ -138,5 +138,5 @@ def test_scores_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_stage_that_fails_ends_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(BitDanceError, match="exit status 3 of: "):
         recipe._run(["bash", "-c", "exit 3"])
-    assert recipe.main(["no.toml", "--out", str(tmp_path)]) == 1
-    assert "recipe: " in capsys.readouterr().err
+    assert recipe.main(["no.toml", "--out", str(tmp_path)]) == 2
+    assert "no.toml: cannot read" in capsys.readouterr().err

@@ -9,11 +9,11 @@ import json
 import numpy as np
 import pytest
 import score_scenes
-from bitdance_scale.demo.scenes import SHAPES, Scene, SceneObject, colors_on, make_scene, render
 from PIL import Image
 from scene_prompts import CATEGORIES, Asked, Wanted, judge, parse_caption
 from scene_reading import SeenObject, SeenScene, read_scene
 
+from bitdance_scale.demo.scenes import SHAPES, Scene, SceneObject, colors_on, make_scene, render
 from bitdance_scale.errors import ConfigError
 
 
@@ -150,12 +150,12 @@ def test_other_captions_are_refused(caption: str) -> None:
 
 def test_the_tool_scores_drawn_scenes(tmp_path, monkeypatch, capsys) -> None:
     out = tmp_path / "scores"
-    score_scenes.main(["--real", "--out", str(out), "--per-category", "2"])
+    assert score_scenes.main(["--real", "--out", str(out), "--per-category", "2"]) == 0
     assert json.loads((out / "score.json").read_text())["overall"] == 1.0
     lines = [json.loads(line) for line in (out / "pictures.jsonl").read_text().splitlines()]
     assert [line["number"] for line in lines] == list(range(12)) and len(list(out.glob("0*.png"))) == 12
     assert "overall" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="is there already"):
-        score_scenes.main(["--real", "--out", str(out)])
-    with pytest.raises(SystemExit, match="name a published folder"):
-        score_scenes.main(["--out", str(tmp_path / "other")])
+    assert score_scenes.main(["--real", "--out", str(out)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert score_scenes.main(["--out", str(tmp_path / "other")]) == 2
+    assert "name a published folder" in capsys.readouterr().err

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import train_demo_text_tokenizer
-from bitdance_scale.demo.scenes import make_scene
 from sentencepiece import SentencePieceProcessor
+
+from bitdance_scale.demo.scenes import make_scene
 
 
 def test_equal_arguments_give_equal_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

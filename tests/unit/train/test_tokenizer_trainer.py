@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bitdance_scale.demo.shards import write_shards
 from safetensors.torch import load_file
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import VisionSection
 from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig
+from bitdance_scale.demo.shards import write_shards
 from bitdance_scale.errors import ConfigError, DataError
 from bitdance_scale.train.tokenizer_evaluation import evaluate, psnr_db
 from bitdance_scale.train.tokenizer_objective import edge_loss
