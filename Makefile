@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo-data pretrain recipe lint test test-slurm docs clean
+.PHONY: help setup demo-data pretrain recipe lint test test-newest test-slurm docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -62,6 +62,28 @@ lint: setup  ## format, rules of style, types, layers
 test: setup  ## all tests; ARGS= goes to pytest, WORKERS= test processes side by side (0: in this one)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
+# Megatron-core after 0.16 needs Python 3.12. Among the newest torch's own requirements are CUDA's libraries, GPU or not.
+NEWEST := .venv-newest
+NEWEST_STAMP := $(NEWEST)/installed-$(shell pwd -P | cksum | cut -d' ' -f1)
+NEWEST_PIP := $(NEWEST)/bin/python -m pip --quiet --disable-pip-version-check
+# What a newer version could change: the numbers of the networks, and what is shared out over ranks.
+NEWEST_TESTS ?= tests/parity tests/unit/model tests/unit/generate tests/unit/sequence tests/unit/parallel \
+	tests/distributed/test_golden_curve.py tests/distributed/test_qwen3_parity.py tests/distributed/test_layouts.py
+FIND_NEWEST_PYTHON = for python in $(PYTHON) python3.12 python3.13 python3.14 python3 $$HOME/.pyenv/versions/3.1[2-9].*/bin/python; do \
+	"$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo "$$python"; break; }; done
+
+test-newest: $(NEWEST_STAMP)  ## numbers and layouts on the newest supported versions, in an environment of its own (7 GB)
+	$(NEWEST)/bin/python -m pytest $(NEWEST_TESTS) $(ARGS)
+
+$(NEWEST_STAMP): setup.cfg constraints-newest.txt
+	@python=$$($(FIND_NEWEST_PYTHON)); \
+	[ -n "$$python" ] || { echo "test-newest: needs Python 3.12 or newer with venv, and none was found; name one: make test-newest PYTHON=/path/to/python3.12"; exit 1; }; \
+	echo "Making $(NEWEST) with $$python"; "$$python" -m venv --clear $(NEWEST)
+	@echo "Installing dependencies into $(NEWEST) (4 GB of downloads)"
+	@$(NEWEST_PIP) install --constraint constraints-newest.txt torch setuptools wheel
+	@DS_BUILD_OPS=0 $(NEWEST_PIP) install --constraint constraints-newest.txt --no-build-isolation --editable '.[test]'
+	@touch $@
+
 test-slurm: setup  ## the launch scripts on a Slurm that it starts; as root on Debian; ARGS= goes to pytest
 	bash tests/slurm/run.sh $(BIN)/python $(ARGS)
 
@@ -69,5 +91,5 @@ docs: setup  ## regenerate docs/config.md and docs/rules.md
 	$(BIN)/python tools/write_config_docs.py
 
 clean:  ## remove the environment, caches and the demo's images
-	rm -rf $(VENV) data/demo data/demo_held_out build *.egg-info .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(NEWEST) data/demo data/demo_held_out build *.egg-info .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

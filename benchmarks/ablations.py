@@ -1,12 +1,13 @@
-"""Ablations on demo scenes: variants of one stage trained alike, and judged under the same conditions.
+"""Ablations on demo scenes: variants of one stage, trained alike and evaluated under the same conditions.
 
     PYTHONPATH=. python benchmarks/ablations.py pretraining --steps 800 --seeds 1 2
     PYTHONPATH=. python benchmarks/ablations.py distillation --steps 100 --teacher runs/sft_demo
 
-Every variant trains as `torchrun pipelines/..` would, from the demo's configuration with the overrides below, as many steps and
-about as many tokens as the others. Then its weights are evaluated with the held-out images, resolutions, noise and
-flow times of all variants, without bit flips, so that losses differ by the weights only. Printed are a table in Markdown and
-JSON; ratios are to the first variant of the same seed. The demo's images must be there (`make demo-data`).
+Every variant trains as under `torchrun pipelines/..`, from the demo's configuration with the overrides below, for as
+many steps and about as many tokens as the others. Then its weights are evaluated without bit flips, on the same
+held-out images, resolutions, noise and flow times as every other variant, so that only the weights make the losses
+differ. It prints a table in Markdown, and JSON; ratios are to the first variant of the same seed. `make demo-data`
+draws the images.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from pathlib import Path
 from launch import run_ranks
 
 from bitdance_scale.config.load import load_config
-from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.config.training_stages import STAGES
 from bitdance_scale.observe.metrics import EVALUATION_FILE, Evaluation, read_evaluations
 
@@ -34,17 +34,17 @@ class Study:
     """Variants of one stage.
 
     Attributes:
-        config: configuration of all.
-        variants: name -> overrides; the first is what the others are compared with.
+        config: name of the configuration that all of them change.
+        variants: name -> overrides; the others are compared with the first.
     """
 
-    config: Path
+    config: str
     variants: dict[str, tuple[str, ...]]
 
 
 STUDIES = {
     "pretraining": Study(
-        CONFIGS / "demo.toml",
+        "demo",
         {
             "as configured": (),
             "no text loss": ("loss.text_weight=0",),
@@ -56,7 +56,7 @@ STUDIES = {
         },
     ),
     "distillation": Study(
-        CONFIGS / "distill_demo.toml",
+        "distill_demo",
         {
             "new queries: repeat": ("run.new_queries=repeat",),
             "new queries: mean": ("run.new_queries=mean",),
@@ -66,18 +66,19 @@ STUDIES = {
 }
 
 
-def train(config: Path, folder: Path, overrides: Sequence[str], num_processes: int) -> Path:
-    """Runs a configuration as the run `folder` to its end, or goes on with it."""
+def train(config: str, folder: Path, overrides: Sequence[str], num_processes: int) -> Path:
+    """Trains a configuration to its end as the run `folder`, from where it stopped if it has begun."""
     entry_point = STAGES[load_config(config, [f"run.name={folder.name}"]).run.stage].entry_point
     run = [f"run.root={folder.parent}", f"run.name={folder.name}"]
-    run_ranks(num_processes, entry_point, [str(config), *run, *QUIET, *overrides])
+    run_ranks(num_processes, entry_point, [config, *run, *QUIET, *overrides])
     return folder
 
 
-def judge(config: Path, run: Path, variant: Sequence[str], num_processes: int) -> Evaluation:
-    """Losses of a run's weights under the conditions of `config`, without bit flips; only the model is the variant's.
+def judge(config: str, run: Path, variant: Sequence[str], num_processes: int) -> Evaluation:
+    """Held-out losses of a run's weights under the conditions of `config`, without bit flips.
 
-    They are those before the first step of a run that starts from them.
+    They are the losses before the first step of a new run that starts from these weights. Only the settings of the
+    model are the variant's.
     """
     overrides = [*(setting for setting in variant if setting.startswith("model."))]
     overrides += [f"run.start_from={run}", "run.start_from_any=true", "run.steps=1", "optim.lr=1e-12"]
@@ -103,7 +104,7 @@ def run_study(study: Study, options: argparse.Namespace) -> list[dict[str, objec
 
 
 def table(rows: Sequence[dict[str, object]]) -> str:
-    """Markdown: means over the seeds, and the ratio to the first variant with its range over the seeds."""
+    """Markdown: means over the seeds, and their ratio to the first variant with its range over the seeds."""
     columns = [name for name in rows[0] if name not in ("variant", "seed")]
     first = {row["seed"]: row for row in rows if row["variant"] == rows[0]["variant"]}
     lines = [f"| variant | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]

@@ -1,10 +1,10 @@
 """Speed of FlexAttention under the mask of a pack against causal flash attention of the same length.
 
     python benchmarks/attention.py                  on a GPU: bfloat16, 40 query and 8 key/value heads of 128 channels
-    python benchmarks/attention.py --device cpu     that the script runs: forward only, a tiny size, no meaning in it
+    python benchmarks/attention.py --device cpu     only shows that the script runs: forward, tiny size
 
-A pack sees fewer pairs of positions than causal attention does, so two ratios are shown: of plain time, and of the
-work done per second, counting the pairs that see each other.
+A pack has fewer visible pairs of positions than causal attention, so it prints two ratios: of times, and of the work
+per second over the visible pairs.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bitdance_scale.model.attention import flex_mask
-from bitdance_scale.observe.flops import TRAINING_OVER_FORWARD, count_visible_pairs
+from bitdance_scale.observe.cost import TRAINING_OVER_FORWARD, count_visible_pairs
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured: samples of `document` positions in packs of `lengths`, heads and repeats."""
+    """A size to measure: samples of `document` positions in packs of `lengths`, heads and repeats."""
 
     document: int
     lengths: tuple[int, ...]
@@ -44,7 +44,7 @@ CPU = Size(256, (1024,), 4, 2, 32, torch.float32, 32, 3)
 
 
 def measure(run: Callable[[], object], device: torch.device, num_times: int) -> float:
-    """Median time of one call in ms, after three that are not counted."""
+    """Median time of one call in ms, after three calls to warm up."""
     times = []
     for index in range(num_times + 3):
         if device.type == "cuda":

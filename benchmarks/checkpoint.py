@@ -1,10 +1,10 @@
-"""Saving and loading a checkpoint on two ranks against safetensors alone, the peak of memory, the cost of digests.
+"""Saving and loading a checkpoint on two ranks against safetensors alone: speed, peak memory and cost of digests.
 
-PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/checkpoint.py --folder FOLDER
+    PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/checkpoint.py --folder FOLDER
 
-Each rank holds half of every tensor. The baseline is one `save_file` with fsync, or one `load_file` copied into place,
-of the same bytes by each rank at the same time. Rounds alternate between the two; medians are printed as Markdown. Files
-are in the page cache when they are read, so that a load is bound by the processor rather than by the disk.
+Each rank holds half of every tensor. In the baseline each rank writes the same bytes with one `save_file` and an
+fsync, or copies them into place from one `load_file`. Rounds alternate between the two; it prints medians as Markdown.
+Files are in the page cache when they are read, so that the processor limits a load and not the disk.
 """
 
 from __future__ import annotations

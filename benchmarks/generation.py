@@ -1,17 +1,18 @@
-"""Time per image of generation against the method as it is described, with the same weights in the same run.
+"""Time per image of generation against a literal implementation of the method, with the same weights in one run.
 
     python benchmarks/generation.py                                        a small random model on the CPU
     python benchmarks/generation.py --folder FOLDER --height 512 --width 512
     python benchmarks/generation.py --model qwen3-14b --height 1024 --width 1024 --block-side 8 --device cuda
 
-The baseline is `literal_generation.py`. Both draw from the same noise, and in float32 both must give the same bits. What
-is done once per size (memory, graphs) is left out of the times and shown by itself. The breakdown waits for the device
-after each part, and so adds up to a little more than the time per image.
+The baseline is `literal_generation.py`. Both draw from the same noise, and in float32 both must give the same bits.
+Work done once per size (memory, graphs) is left out of the times and printed by itself. The breakdown waits for the
+device after each part, so its sum is a little more than the time per image.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import tempfile
 import time
@@ -29,11 +30,10 @@ from transformers import AutoModel
 from bitdance_scale.config.presets import PRESETS
 from bitdance_scale.config.schema import HeadSection, ModelSection, VisionSection
 from bitdance_scale.generate.block_decode import DecodeLayout, Draw, decode_blocks, lay_out
-from bitdance_scale.generate.image_noise import GeneratorNoise
+from bitdance_scale.generate.image_sizes import check_size
 from bitdance_scale.generate.published_model import PublishedModel, load_published, qwen3_config
 from bitdance_scale.generate.qwen3_blocks import Qwen3Blocks
-from bitdance_scale.generate.sampler import FlowSolver
-from bitdance_scale.generate.sizes import check_size
+from bitdance_scale.generate.sampler import FlowSolver, GeneratorNoise
 from bitdance_scale.model.diffusion_head import DiffusionHead
 from bitdance_scale.model.linears import PlainLinears
 from bitdance_scale.model.projector import Projector
@@ -67,7 +67,7 @@ class Task:
 
 
 class TimedBlocks:
-    """A block model whose parts are timed, with the device waited for."""
+    """A block model that times its parts and waits for the device after each."""
 
     def __init__(self, blocks: Qwen3Blocks, wait: Callable[[], None]) -> None:
         self._blocks, self._wait = blocks, wait
@@ -123,7 +123,7 @@ def random_model(name: str, block_side: int, dtype: torch.dtype, device: torch.d
 
 
 def waiter(device: torch.device) -> Callable[[], None]:
-    """Waits until the device has done what it was given."""
+    """The function that waits for the device to finish its work."""
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
@@ -137,7 +137,7 @@ def measure(function: Callable[[], torch.Tensor], wait: Callable[[], None]) -> t
 
 
 def compare(model: PublishedModel, task: Task, num_images: int, has_baseline: bool) -> None:
-    """Prints seconds per image of both, their ratio, and where ours goes."""
+    """Prints the seconds per image of both, their ratio, and the breakdown of ours."""
     device, vision = model.backbone.device, model.vision
     wait = waiter(device)
     num_blocks = task.grid[0] * task.grid[1] // vision.section.block_tokens
@@ -159,16 +159,16 @@ def compare(model: PublishedModel, task: Task, num_images: int, has_baseline: bo
         return bits
 
     ways = {"generate": ours} | ({"literal": literal} if has_baseline else {})
-    # One after the other, image by image, so that other programs on the machine disturb both alike.
+    # They take turns image by image, so that other programs on the machine disturb both alike.
     runs = {name: [] for name in ways}
     for seed in range(1 + num_images):
         for name, way in ways.items():
-            runs[name].append(measure(lambda: way(seed), wait))
+            runs[name].append(measure(functools.partial(way, seed), wait))
     medians = {name: [float(np.median([run[i] for run in runs[name][1:]])) for i in (0, 1)] for name in ways}
     for name, (clock, processor) in medians.items():
         print(
-            f"{name}: {clock:.3f} s an image on the clock, {processor:.3f} s of processor time (medians of {num_images}); "
-            f"the first of its size {runs[name][0][0]:.3f} s"
+            f"{name}: {clock:.3f} s an image on the clock, {processor:.3f} s of processor time "
+            f"(medians of {num_images}); the first of its size {runs[name][0][0]:.3f} s"
         )
     if has_baseline:
         ratios = [medians["literal"][i] / medians["generate"][i] for i in (0, 1)]
@@ -216,9 +216,8 @@ def main() -> None:
         prompts = [numbers.integers(600, VOCAB_SIZE, size=length) for length in PROMPT_LENGTHS]
     grid = check_size(arguments.height, arguments.width, model.vision.section)
     num_threads = torch.get_num_threads() if device.type == "cpu" else 0
-    print(
-        f"{arguments.folder or arguments.model}, {arguments.height} x {arguments.width} px, {dtype}, {num_threads} threads"
-    )
+    size = f"{arguments.height} x {arguments.width} px"
+    print(f"{arguments.folder or arguments.model}, {size}, {dtype}, {num_threads} threads")
     compare(
         model,
         Task(prompts, grid, FlowSolver(arguments.steps, arguments.guidance)),

@@ -13,7 +13,7 @@ WORKLOAD = Path(__file__).parent / "workload.py"
 
 
 def run_ranks(num_ranks: int, script: str, arguments: Sequence[str], timeout_s: float | None = None) -> str:
-    """What a script printed; raises RuntimeError with what the ranks said when it fails."""
+    """Runs a script on several ranks and returns its output; raises RuntimeError with the output if it fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
     done = subprocess.run(
         [*command, script, *arguments],
@@ -21,6 +21,7 @@ def run_ranks(num_ranks: int, script: str, arguments: Sequence[str], timeout_s: 
         text=True,
         timeout=timeout_s,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
     )
     if done.returncode:
         raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")

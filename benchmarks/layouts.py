@@ -1,8 +1,8 @@
 """Step time of every kind of layout against data parallelism on the same packs and the same number of processes.
 
-python benchmarks/layouts.py
+    python benchmarks/layouts.py
 
-On a CPU with fewer cores than ranks this measures what a layout adds in work and messages, not how it scales.
+On a CPU with fewer cores than ranks it measures the work and messages that a layout adds, not how it scales.
 """
 
 from __future__ import annotations

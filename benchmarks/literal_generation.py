@@ -1,7 +1,7 @@
-"""Generation as the method is described, one thing after another: the baseline of `generation.py` and of the tests.
+"""A literal implementation of generation, one step at a time: the baseline of `generation.py` and of the tests.
 
-Prompts and unconditional prompts in one batch, transformers' own growing cache and attention, a dense mask per call, and
-a Python loop over the steps that asks the whole head each time.
+It batches prompts with unconditional prompts, uses transformers' own growing cache and attention with a dense mask per
+call, and runs the whole head in every step of a Python loop.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from transformers import DynamicCache
 
 from bitdance_scale.generate.published_model import PublishedModel
+from bitdance_scale.model.diffusion_head import DiffusionHead
 from bitdance_scale.model.positions import sincos_2d
-from bitdance_scale.sequence.grid import block_raster_cells
-from bitdance_scale.sequence.layout import image_prefix_ids
+from bitdance_scale.sequence.layout import block_raster_cells, image_prefix_ids
 
 
 @torch.no_grad()
@@ -56,18 +56,11 @@ def draw_literally(
 
     def read(embedded: torch.Tensor, start: int) -> torch.Tensor:
         stop = start + embedded.shape[1]
-        keys, queries = torch.arange(stop, device=device), torch.arange(start, stop, device=device)
-        is_before = group[None, :stop] <= group[start:stop, None]
-        is_padding = keys[None, None, :] < padding[:, None, None]
-        is_query_padding = queries[None, :, None] < padding[:, None, None]
-        mask = is_before & (is_padding == is_query_padding)
-        output = backbone(
-            inputs_embeds=embedded,
-            attention_mask={"full_attention": mask[:, None]},
-            position_ids=(queries[None] - padding[:, None]).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-        )
+        queries = torch.arange(start, stop, device=device)
+        mask = _mask(group, padding, start, stop)
+        positions = (queries[None] - padding[:, None]).clamp(min=0)
+        # By position, without token ids: transformers 5.24 renamed the argument that takes the cache.
+        output = backbone(None, {"full_attention": mask[:, None]}, positions, cache, embedded, use_cache=True)
         return output.last_hidden_state[:, -size:]
 
     hidden = read(backbone.embed_tokens(ids), 0)
@@ -78,18 +71,36 @@ def draw_literally(
             embedded = projector(torch.cat([blocks[-1], blocks[-1]])) + sincos_2d(before, hidden_size).to(dtype)
             hidden = read(embedded, length + (number - 1) * size)
         condition = hidden + sincos_2d(here, hidden_size).to(dtype)
-        x = noise[number][0]
-        dt = 0.95 / num_steps
-        for step in range(num_steps + 1):
-            t = step * dt if step < num_steps else 0.95
-            both = torch.cat([x, x])
-            clean = head(both, torch.full((len(both),), t, device=device), condition)
-            conditional, unconditional = ((clean - both) / max(1 - t, 0.05)).chunk(2)
-            v = unconditional + guidance * (conditional - unconditional)
-            if step == num_steps:
-                x = x + v * 0.05
-                break
-            score = (t * v - x) / ((1 - t) ** 2 + t * (1 - t))
-            x = x + (v + (1 - t) * score) * dt + (2 * (1 - t) * dt) ** 0.5 * noise[number][step + 1]
+        x = _solve(head, condition, noise[number], num_steps, guidance)
         blocks.append(torch.where(x > 0, 1.0, -1.0))
     return torch.cat(blocks, 1)
+
+
+def _mask(group: torch.Tensor, padding: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Bool [R, stop - start, stop]: what each position from `start` on sees; padding [R] sees padding alone."""
+    keys, queries = torch.arange(stop, device=group.device), torch.arange(start, stop, device=group.device)
+    is_before = group[None, :stop] <= group[start:stop, None]
+    is_padding = keys[None, None, :] < padding[:, None, None]
+    is_query_padding = queries[None, :, None] < padding[:, None, None]
+    return is_before & (is_padding == is_query_padding)
+
+
+def _solve(
+    head: DiffusionHead, condition: torch.Tensor, noise: torch.Tensor, num_steps: int, guidance: float
+) -> torch.Tensor:
+    """The blocks at the end of the flow, float32 [I, P, C]; the conditions [2 I, P, D] are of both kinds of prompts."""
+    x = noise[0]
+    dt = 0.95 / num_steps
+
+    def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+        both = torch.cat([x, x])
+        clean = head(both, torch.full((len(both),), t, device=x.device), condition)
+        conditional, unconditional = ((clean - both) / max(1 - t, 0.05)).chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
+
+    for step in range(num_steps):
+        t = step * dt
+        v = velocity(x, t)
+        score = (t * v - x) / ((1 - t) ** 2 + t * (1 - t))
+        x = x + (v + (1 - t) * score) * dt + (2 * (1 - t) * dt) ** 0.5 * noise[step + 1]
+    return x + velocity(x, 0.95) * 0.05

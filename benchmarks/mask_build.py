@@ -1,15 +1,16 @@
-"""Time to build the block mask of a pack on one core: from its intervals, and by `create_block_mask`.
+"""Time to build the block mask of a pack on one core, ours from its intervals against `create_block_mask`.
 
     OMP_NUM_THREADS=1 python benchmarks/mask_build.py --positions 37120
 
-`create_block_mask` evaluates the rule on every pair of positions, which takes some GB at 37K; `--baseline-positions`
-measures it on a shorter pack.
+`create_block_mask` evaluates the rule on every pair of positions, which takes several GB at 37K positions;
+`--baseline-positions` measures it on a shorter pack.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import time
 from collections.abc import Callable
 
@@ -26,9 +27,9 @@ CPU = torch.device("cpu")
 
 
 def measure(build: Callable[[], object], num_times: int) -> tuple[float, float]:
-    """Medians in ms of the time on the clock and of the processor time, which others on the machine do not lengthen.
+    """Median time on the clock and median processor time in ms; the second does not count other programs.
 
-    The last three results stay alive, as those of several packs do in training.
+    The last three results stay alive, as several packs do in training.
     """
     kept: collections.deque[object] = collections.deque(maxlen=3)
     times = []
@@ -63,9 +64,9 @@ def main() -> None:
         pack = mixed_pack(options.positions, side)
         bounds = pack_bounds(pack.document_ids, pack.block_ids)
         parts = {
-            "intervals": lambda: pack_bounds(pack.document_ids, pack.block_ids),
-            "tiles": lambda: pack_tiles(bounds, FLEX_TILE),
-            "the whole mask (flex_mask)": lambda: flex_mask(pack.document_ids, pack.block_ids, CPU),
+            "intervals": functools.partial(pack_bounds, pack.document_ids, pack.block_ids),
+            "tiles": functools.partial(pack_tiles, bounds, FLEX_TILE),
+            "the whole mask (flex_mask)": functools.partial(flex_mask, pack.document_ids, pack.block_ids, CPU),
         }
         sizes = f"{pack.num_positions} positions, {len(pack.sample_keys)} samples, {pack.num_padding} padding"
         print(f"p = {side}: {sizes}")
@@ -73,7 +74,7 @@ def main() -> None:
             clock, ours = measure(build, options.repeats)
             print(f"  {name}: {ours:.3f} ms of processor time, {clock:.3f} ms on the clock (medians)")
         shorter = mixed_pack(options.baseline_positions or options.positions, side)
-        clock, baseline = measure(lambda: torch_mask(shorter), 1)
+        clock, baseline = measure(functools.partial(torch_mask, shorter), 1)
         print(
             f"  create_block_mask, {shorter.num_positions} positions: {baseline:.0f} ms of processor time, "
             f"{clock:.0f} ms on the clock; {baseline / ours:.0f} times ours"

@@ -1,13 +1,13 @@
-"""How evenly a global batch is dealt out, and how much of the packs is padding, by stage and number of replicas.
+"""How evenly a global batch is divided, and how much of the packs is padding, by stage and number of replicas.
 
     python benchmarks/packing.py [--plot docs/images/packing.png]
 
-The batches are those of Table 4 (arXiv 2602.14041) with the configured buckets; aspects are log-normal, wider than high in
-the median as photographs are, captions of log-normal length, median 45 tokens. Costs are those of the 14B backbone
-(`packing.CostModel`).
-Fixed packs are `data.pack_multiple = data.max_pack_tokens`: every pack is padded to the cap, which `tools/pack_length.py`'s
-search chooses on other batches than it is measured on. The baseline is what each replica
-can do alone: its share of the batch in the order of the plan, a new pack where the next sample does not fit.
+The batches are those of Table 4 (arXiv 2602.14041) with the configured buckets. Aspect ratios are log-normal with a
+median wider than high, as of photographs; captions have a log-normal length with a median of 45 tokens. Costs are
+those of the 14B backbone (`packing.CostModel`). With fixed packs (`data.pack_multiple = data.max_pack_tokens`) every
+pack is padded to the cap, which the search of `tools/pack_length.py` chooses on other batches than the measured ones.
+In the baseline each replica packs its share of the batch alone, in the order of the plan, with a new pack where the
+next sample does not fit.
 """
 
 from __future__ import annotations
@@ -18,37 +18,36 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
+from packs import machine
 
-from benchmarks.packs import machine
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.data.plan.apportion import Apportionment
 from bitdance_scale.data.plan.buckets import assign_buckets, resolution_buckets
 from bitdance_scale.data.plan.pack_length import pack_lengths
 from bitdance_scale.data.plan.packing import CostModel, partition_batch
 from bitdance_scale.sequence.layout import num_positions
 
-STAGES = {"PT": "pt_14b.toml", "CT and SFT": "ct_14b.toml", "distillation": "distill_14b.toml"}
+STAGES = {"PT": "pt_14b", "CT and SFT": "ct_14b", "distillation": "distill_14b"}
 REPLICAS = (64, 128, 192, 256)
 LONGEST = (8960, 21504)
 NUM_BATCHES = 6
 MEDIAN_CAPTION, SIGMA_CAPTION = 45, 0.6
 MEAN_LOG_ASPECT, SIGMA_LOG_ASPECT = 0.15, 0.4
-"""Of width over height: half of the photographs lie within 0.9 and 1.5."""
+"""Of width over height: half of the photographs are between 0.9 and 1.5."""
 LARGE_PX = 8000
 MARKUP_BEFORE, MARKUP_AFTER = 10, 1
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Of one way to deal out batches, the mean over several.
+    """Of one way to divide batches, the mean over several.
 
     Attributes:
-        slowest: cost of the dearest replica over the mean.
+        slowest: cost of the most expensive replica over the mean.
         padding: share of positions that are padding.
         packs: packs of a replica.
-        plan_ms: milliseconds to deal out one batch.
+        plan_ms: milliseconds to divide one batch.
     """
 
     slowest: float
@@ -77,7 +76,7 @@ def batch_lengths(config: RunConfig, seed: int) -> np.ndarray:
 
 
 def next_fit(lengths: np.ndarray, num_ranks: int, cap: int) -> list[list[list[int]]]:
-    """Every replica packs its share alone; all then run as many packs as the one with most."""
+    """Every replica packs its share alone; all then run as many packs as the one with the most."""
     ranks = []
     for share in np.array_split(np.arange(len(lengths)), num_ranks):
         packs: list[list[int]] = [[]]
@@ -94,7 +93,7 @@ def next_fit(lengths: np.ndarray, num_ranks: int, cap: int) -> list[list[list[in
 
 
 def quality(config: RunConfig, num_ranks: int, cap: int, multiple: int, is_baseline: bool) -> Quality:
-    """Of several batches."""
+    """The quality of one way over several batches."""
     costs_of = CostModel.of_model(config.model)
     found = []
     for seed in range(NUM_BATCHES):
@@ -131,20 +130,20 @@ def main() -> None:
 
 def variable_packs() -> dict[str, list[tuple[Quality, Quality]]]:
     """Prints the table of packs of variable length; stage -> (baseline, ours) for every number of replicas."""
-    print(
-        "\n| stage | replicas | packs each | slowest, next-fit | slowest, ours | padding, next-fit | padding, ours | plan |"
-    )
+    columns = ("stage", "replicas", "packs each", "slowest, next-fit", "slowest, ours", "padding, next-fit")
+    print(f"\n| {' | '.join((*columns, 'padding, ours', 'plan'))} |")
     print("|---|---|---|---|---|---|---|---|")
     curves: dict[str, list[tuple[Quality, Quality]]] = {}
     for stage, name in STAGES.items():
-        config = load_config(CONFIGS / name)
+        config = load_config(name)
         cap, multiple = config.data.max_pack_tokens, config.data.pack_multiple
         for replicas in REPLICAS:
             base, ours = (quality(config, replicas, cap, multiple, is_baseline) for is_baseline in (True, False))
             curves.setdefault(stage, []).append((base, ours))
             print(
-                f"| {stage}, {config.data.global_batch} | {replicas} | {ours.packs:.0f} of {cap:,} | {base.slowest:.3f} | "
-                f"{ours.slowest:.4f} | {base.padding:.1%} | {ours.padding:.2%} | {ours.plan_ms:.0f} ms |",
+                f"| {stage}, {config.data.global_batch} | {replicas} | {ours.packs:.0f} of {cap:,} | "
+                f"{base.slowest:.3f} | {ours.slowest:.4f} | {base.padding:.1%} | {ours.padding:.2%} | "
+                f"{ours.plan_ms:.0f} ms |",
                 flush=True,
             )
     return curves
@@ -157,7 +156,7 @@ def fixed_packs() -> None:
     )
     print("|---|---|---|---|---|---|---|")
     for stage, name in STAGES.items():
-        config = load_config(CONFIGS / name)
+        config = load_config(name)
         batches = [batch_lengths(config, seed) for seed in range(NUM_BATCHES, NUM_BATCHES + 4)]
         for longest in LONGEST:
             choices = pack_lengths(config, batches, [], 128, longest, config.data.pack_multiple)

@@ -1,4 +1,4 @@
-"""Packs of a given length for the benchmarks, and the line that says where a number was measured."""
+"""Packs of a given length for the benchmarks, and the lines that say where a number was measured."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def mixed_pack(length: int, side: int, seed: int = 0) -> Pack:
     grids, shares = zip(*MIXED_GRIDS, strict=True)
     samples: list[Sample] = []
     filled = 0
-    # Samples that no longer fit are passed over; after so many draws hardly any would.
+    # Samples that do not fit are skipped; after so many draws, hardly any other would fit.
     for _ in range(20 + length // 256):
         grid = grids[numbers.choice(len(grids), p=shares)]
         num_before = int(numbers.integers(1, MAX_CAPTION))
@@ -43,7 +43,7 @@ def mixed_pack(length: int, side: int, seed: int = 0) -> Pack:
 
 
 def document_pack(length: int, document: int, side: int) -> Pack:
-    """A pack of exactly `length` positions in samples of `document` each, an image of 64 x 64 cells or less in each."""
+    """A pack of exactly `length` positions in samples of `document` each, with an image of at most 64 x 64 cells."""
     cells = 64
     while num_positions(1, 1, (cells, cells), side**2) > document:
         cells -= side
@@ -61,7 +61,7 @@ def _tokens(side: int) -> ImageTokens:
 
 
 def machine() -> str:
-    """Command, processor or GPU, and versions, to stand beside a number."""
+    """Command, processor or GPU, and versions, to print beside a number."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else (models or [platform.processor()])[0]

@@ -1,10 +1,10 @@
-"""The pipeline split by cost against the even one: by the model's own estimate, and measured on a scaled-down model.
+"""The pipeline split by cost against the even one: by the cost model's estimate, and measured on a small model.
 
-python benchmarks/pipeline_split.py [RANKS ...]
+    python benchmarks/pipeline_split.py [RANKS ...]
 
-The scaled-down model keeps what the 14B model makes uneven: a head that weighs about five layers. Two ranks on two cores
-run as two GPUs would, so the step time itself is compared. Four ranks share the cores, so there the processor time of
-each rank's main thread is compared: on four devices the slowest rank sets the pace.
+Like the 14B model, the small one is uneven: its head weighs about five layers. Two ranks on two cores run as on two
+GPUs, so their step times compare. Four ranks share the cores, so for them the processor time of each rank's main
+thread counts: on four devices the slowest rank sets the pace.
 """
 
 from __future__ import annotations
@@ -49,10 +49,9 @@ def main() -> None:
     for pipeline in (2, 4, 8):
         even, split, ratio = _estimate("pt_14b", [f"parallel.pipeline={pipeline}"], VOCAB_14B)
         print(f"| {pipeline} | {even} | {split} | {ratio:.2f} |")
-    print(f"\nScaled-down model, measured\n\n{machine()}\n")
-    print(
-        "| pipeline | even | by cost | estimate | step time | slowest rank's processor time |\n|---|---|---|---|---|---|"
-    )
+    print(f"\nSmall model, measured\n\n{machine()}\n")
+    print("| pipeline | even | by cost | estimate | step time | slowest rank's processor time |")
+    print("|---|---|---|---|---|---|")
     for pipeline in [int(argument) for argument in sys.argv[1:]] or (2, 4):
         overrides = [*MODEL, f"parallel.pipeline={pipeline}"]
         even, split, estimate = _estimate(CONFIG, overrides, VOCAB)

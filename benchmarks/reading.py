@@ -1,12 +1,12 @@
-"""Index, decoding and reading from S3, each against a baseline in the same run; prints the rows of a table.
+"""Indexing, decoding, bit shards and S3, each against a baseline in the same run; prints the rows of a table.
 
     python benchmarks/reading.py index     # against tarfile, and webdataset's stream
     python benchmarks/reading.py decode    # 1024 px JPEG to 512 px from a tar, against webdataset with Pillow
     python benchmarks/reading.py bits      # vision tokens of 256, 512 and 1024 px, against webdataset
     python benchmarks/reading.py s3        # one percent of broken requests against none; needs the test extras
 
-Shards are synthetic: records as img2dataset writes them, pictures of noise with the spectrum of photographs. Times of index
-and decoding are of the processor, so that others on the machine count less.
+Shards are synthetic: records as img2dataset writes them, pictures of noise with the spectrum of photographs. Indexing
+and decoding are measured in processor time, so that other programs on the machine count less.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ REPEATS = 5
 
 
 def write_shard(path: Path, images: Sequence[bytes], size_px: tuple[int, int]) -> None:
-    """Samples of img2dataset's form, one per image."""
+    """Writes samples as img2dataset does, one per image."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number, image in enumerate(images):
             caption = f"a photograph of something, number {number}, seen on a rainy day in the north"
@@ -91,7 +91,7 @@ def jpeg(image: Image.Image, quality: int) -> bytes:
 
 
 def best(function: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
-    """Seconds of the quickest of several runs."""
+    """Seconds of the fastest of several runs."""
     times = []
     for _ in range(REPEATS):
         begun = clock()
@@ -205,11 +205,11 @@ def bench_bits(folder: Path, num_samples: int) -> None:
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
 
-        def with_webdataset() -> None:
+        def with_webdataset(num_bytes: int = 4 * count * num_samples) -> None:
             data = webdataset.WebDataset(str(folder / "samples.tar"), shardshuffle=False)
-            assert sum(len(sample["bits"]) for sample in data) == 4 * count * num_samples
+            assert sum(len(sample["bits"]) for sample in data) == num_bytes
 
-        def ours() -> None:
+        def ours(side: int = side, count: int = count) -> None:
             assert all(len(store.read(sample, side)) == count for sample in order)
 
         baseline = num_samples / best(with_webdataset)
@@ -218,9 +218,7 @@ def bench_bits(folder: Path, num_samples: int) -> None:
 
 
 def bench_s3(folder: Path, num_samples: int) -> None:
-    """Samples per second through a proxy that breaks one percent of requests, and from the node's cache, against one that
-    breaks none.
-    """
+    """Samples per second through a proxy that breaks 1 % of requests, and from the cache; baseline: none broken."""
     import boto3
 
     sys.path.insert(0, str(ROOT))

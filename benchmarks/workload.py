@@ -1,16 +1,15 @@
-"""Times optimiser steps of any configuration and layout on synthetic packs; the worker of the other benchmarks.
+r"""Times optimiser steps of any configuration and layout on synthetic packs; the worker of the other benchmarks.
 
-torchrun --nproc_per_node=2 benchmarks/workload.py CONFIG [section.key=value ...] --steps 5
+    torchrun --nproc_per_node=2 benchmarks/workload.py CONFIG [section.key=value ...] --steps 5
 
 A slice of the 14B model at full width on one GPU, eager and compiled (as many layers as fit with head and optimiser):
 
-torchrun --nproc_per_node=1 benchmarks/workload.py pt_14b parallel.tensor=1 \
-    parallel.sequence_parallel=false model.num_layers=8 --vocab 32000 --steps 10 [--compile]
+    torchrun --nproc_per_node=1 benchmarks/workload.py pt_14b parallel.tensor=1 \
+        parallel.sequence_parallel=false model.num_layers=8 --vocab 32000 --steps 10 [--compile]
 
-The packs are those of `data/plan/synthetic_packs.py`: the configured mix, captions as long as allowed, the same for every layout. Rank 0
-prints one line of JSON: the median step, tokens per second and model FLOPs utilisation (pairs of positions that see each
-other, the head, logits of text targets only; recomputation and the autoencoder left out), peak memory, and the seconds
-of processor time each rank's main thread spent in a step.
+The packs are those of `data/plan/synthetic_packs.py`: the configured mix with captions as long as allowed, the same for
+every layout. Rank 0 prints one line of JSON: the median step time, tokens per second, model FLOPs utilisation
+(`observe/cost.py`), peak memory, and the processor time in seconds that each rank's main thread spends in a step.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ from bitdance_scale.config.rules import check
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.plan.synthetic_packs import typical_packs
 from bitdance_scale.model.inputs import PackInputs, make_inputs
-from bitdance_scale.observe.flops import PackCounts, count_pack, peak_flops, step_flops, utilisation
-from bitdance_scale.observe.memory import memory_bytes
+from bitdance_scale.observe.cost import PackCounts, count_pack, memory_bytes, peak_flops, step_flops, utilisation
 from bitdance_scale.parallel.topology import make_topology, start_process_group
 from bitdance_scale.sequence.noise import pack_noise
 
@@ -39,7 +37,7 @@ from bitdance_scale.sequence.noise import pack_noise
 def measure(
     config: RunConfig, vocab_size: int, packs_per_step: int, num_steps: int, is_compiled: bool
 ) -> dict[str, object]:
-    """Trains `num_steps` steps after one to warm up; every layout does the same packs in the same number of steps."""
+    """Trains `num_steps` steps after one to warm up; every layout trains on the same packs."""
     start_process_group(timeout_s=600)
     topology = make_topology(config.parallel)
     # Imported after the engines know the device.
@@ -49,8 +47,9 @@ def measure(
     packs = typical_packs(config, num_replicas=1)[:packs_per_step]
     if len(packs) < packs_per_step or packs_per_step % topology.data_size:
         raise SystemExit(
-            f"--packs {packs_per_step}: must divide over {topology.data_size} replicas and be at most {len(packs)}, what "
-            f"data.global_batch = {config.data.global_batch} fills; lower it or raise data.global_batch"
+            f"--packs {packs_per_step}: must be a multiple of the {topology.data_size} replicas and at most "
+            f"{len(packs)}, which data.global_batch = {config.data.global_batch} fills; lower --packs or raise "
+            f"data.global_batch"
         )
     engine = build_engine(config, vocab_size, topology)
     if is_compiled:

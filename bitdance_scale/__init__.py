@@ -1,3 +1,3 @@
 """Train BitDance, the autoregressive text-to-image model with binary visual tokens (arXiv 2602.14041)."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

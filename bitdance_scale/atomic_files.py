@@ -1,8 +1,9 @@
-"""Files and folders that are there whole or not at all, also after a crash of the machine.
+"""Files and folders that are there whole or not at all, even after a crash of the machine.
 
-Everything is written under a name aside, forced to storage, and renamed: a reader, or a restart, sees the old content or
-the new one. Text is UTF-8 whatever the locale. This is the only module that does so; `checkpoint/checkpoint_folder.py`
-builds its protocol of several ranks out of `sync_tree` and a rename.
+Everything is written under a temporary name, forced to storage and renamed: a reader, or a restart, sees the old
+content or the new content. Text is UTF-8 in every locale. Inside a folder that is renamed as a whole, files may be
+written in place, because the whole folder is forced to storage before it is renamed. `checkpoint/checkpoint_folder.py`
+builds its protocol for several ranks from `sync_tree` and a rename.
 """
 
 from __future__ import annotations
@@ -15,34 +16,34 @@ from collections.abc import Iterator
 from pathlib import Path
 
 WRITING = ".writing"
-"""Ends the name of what is being written; it is never read."""
+"""Suffix of what is being written; it is never read."""
 REPLACED = ".replaced"
-"""Ends the name of a folder while its successor takes its place."""
+"""Suffix of a folder while its successor takes its place."""
 
 
 @contextlib.contextmanager
 def replacing(path: Path, *, is_shared: bool = False, is_durable: bool = True) -> Iterator[Path]:
-    """A path to write a file to, which becomes `path` when the block ends without an error, and is removed otherwise.
+    """A path to write a file to, which becomes `path` when the block ends without an error and is removed otherwise.
 
     Args:
-        path: the file; its folder is made where it is absent.
-        is_shared: whether several processes may write this file at once. Each then has a name of its own aside, and the
-            last one stays.
-        is_durable: whether the bytes are forced to storage. What can be made again, such as a cache, need not be.
+        path: the file; its folder is made if absent.
+        is_shared: whether several processes may write this file at once. Each then has its own temporary name, and the
+            last one to finish stays.
+        is_durable: whether the bytes are forced to storage; not needed for what can be made again, such as a cache.
 
     Raises:
         OSError: of the file system; `path` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     mark = f".{uuid.uuid4().hex}" if is_shared else ""
-    aside = path.with_name(f"{path.name}{mark}{WRITING}")
+    writing = path.with_name(f"{path.name}{mark}{WRITING}")
     try:
-        yield aside
+        yield writing
         if is_durable:
-            sync(aside)
-        os.replace(aside, path)
+            sync(writing)
+        os.replace(writing, path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        writing.unlink(missing_ok=True)
         raise
     if is_durable:
         sync(path.parent)
@@ -50,62 +51,65 @@ def replacing(path: Path, *, is_shared: bool = False, is_durable: bool = True) -
 
 def write_bytes(path: Path, content: bytes, *, is_shared: bool = False, is_durable: bool = True) -> None:
     """Replaces a file; the arguments are those of `replacing`."""
-    with replacing(path, is_shared=is_shared, is_durable=is_durable) as aside:
-        aside.write_bytes(content)
+    with replacing(path, is_shared=is_shared, is_durable=is_durable) as writing:
+        writing.write_bytes(content)
 
 
 def write_text(path: Path, text: str, *, is_shared: bool = False, is_durable: bool = True) -> None:
-    """Replaces a file of text, in UTF-8 and with the line ends of `text`."""
+    """Replaces a text file, in UTF-8 and with the line ends of `text`; the arguments are those of `replacing`."""
     write_bytes(path, text.encode("utf-8"), is_shared=is_shared, is_durable=is_durable)
 
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` when the block ends without an error, and is removed otherwise.
+    """A folder to write into, which becomes `out` when the block ends without an error and is removed otherwise.
 
-    An `out` that is there already stays until its successor is whole. What an interrupted attempt left is removed.
+    An earlier `out` stays until its successor is whole. What an interrupted attempt left is removed.
 
     Raises:
-        OSError: of the file system; `out` is as it was.
+        OSError: of the file system, or another process has made an `out` meanwhile; `out` is as it was.
     """
-    aside, replaced = out.with_name(out.name + WRITING), out.with_name(out.name + REPLACED)
+    writing, replaced = out.with_name(out.name + WRITING), out.with_name(out.name + REPLACED)
     restore_folder(out)
-    for left in (aside, replaced):
+    for left in (writing, replaced):
         if left.exists():
             shutil.rmtree(left)
-    aside.mkdir(parents=True)
+    writing.mkdir(parents=True)
     try:
-        yield aside
+        yield writing
+        sync_tree(writing)
         if out.exists():
-            sync_tree(aside)
             os.rename(out, replaced)
-        commit_folder(aside, out)
+        os.rename(writing, out)
+        sync(out.parent)
     except BaseException:
         restore_folder(out)
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(writing, ignore_errors=True)
         raise
     if replaced.exists():
         shutil.rmtree(replaced)
 
 
-def commit_folder(aside: Path, out: Path) -> None:
-    """Forces a finished folder to storage and renames it to `out`.
+def commit_folder(writing: Path, out: Path) -> None:
+    """Forces a finished folder to storage and renames it to `out`; for folders that are named by their content.
 
-    Where another process has made an `out` meanwhile, that one stays and `aside` is removed: for folders that are named
-    by their content.
+    If another process has made an `out` meanwhile, its content is the same: it stays and `writing` is removed.
+
+    Raises:
+        OSError: of the file system.
     """
-    sync_tree(aside)
+    sync_tree(writing)
     try:
-        os.rename(aside, out)
+        os.rename(writing, out)
     except OSError:
         if not out.is_dir():
             raise
-        shutil.rmtree(aside)
+        shutil.rmtree(writing)
     sync(out.parent)
 
 
 def restore_folder(out: Path) -> None:
-    """Puts a folder back whose replacement was interrupted after it had been moved out of the way."""
+    """Gives a folder its name back if its replacement was interrupted between the two renames."""
     replaced = out.with_name(out.name + REPLACED)
     if replaced.exists() and not out.exists():
         os.rename(replaced, out)

@@ -1,11 +1,16 @@
-"""Names that version 0.2 changed. Old configurations are refused with the new name; files of old runs are still read."""
+"""Names that version 0.2 changed. Old configurations are refused with the new name; old runs and indexes are read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-RENAMED_SETTINGS = {"data.classes": "data.resolutions", "data.max_hole_share": "data.max_skipped_share"}
+RENAMED_SETTINGS = {
+    "data.classes": "data.resolutions",
+    "data.max_hole_share": "data.max_skipped_share",
+    "eval": "evaluate",
+    "run.log_every_steps": "observe.log_every_steps",
+}
 """Setting of version 0.1 -> its name today."""
 
 RENAMED_FIELDS = {

@@ -1,7 +1,7 @@
-"""Files of weights and the JSON beside them: what is in them, and whether it is what a network needs.
+"""Files of weights and the JSON beside them: what is in them, and whether a network can load it.
 
-Only safetensors and JSON are read. A header says everything that is checked, so that nothing large is loaded before it
-is known to fit.
+Only safetensors and JSON are read. Everything is checked from the headers, so that nothing large is loaded before it is
+known to fit.
 """
 
 from __future__ import annotations
@@ -16,11 +16,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from bitdance_scale.errors import CheckpointError
+from bitdance_scale.wording import first_few
 
-DTYPE_NAMES: Mapping[torch.dtype, str] = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-_MAX_NAMED_FAULTS = 3
-_REMEDY = "fetch or export it again"
+BACKBONE_WEIGHTS_NAME = "model.safetensors"
+"""Backbone of a published folder; large ones are in several files with an index beside them."""
+HEAD_WEIGHTS_NAME = "vision_head.safetensors"
+PROJECTOR_WEIGHTS_NAME = "projector.safetensors"
+
+HEADER_LENGTH_BYTES = 8
+"""A safetensors file begins with the length of its header, little-endian, in so many bytes."""
+SAFETENSORS_DTYPES: Mapping[str, torch.dtype] = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
+"""Names of dtypes in safetensors headers."""
+_WEIGHT_DTYPES = ("F32", "BF16", "F16")
+_FIX = "fetch or export it again"
 
 
 class TensorSpec(NamedTuple):
@@ -35,61 +51,69 @@ class TensorSpec(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a dtype in configuration files, such as bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def read_header(path: Path) -> dict[str, TensorSpec]:
     """The tensors in a safetensors file, by name.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged or empty, or holds a dtype that weights do not have.
+        CheckpointError: there is no such file, it is damaged or empty, or it holds a dtype that weights do not have.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file, and only safetensors are read; {_REMEDY}")
+        raise CheckpointError(f"{path}: there is no such file, and only safetensors are read; {_FIX}")
     specs = {}
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (the library's handle is no mapping)
                 entry = file.get_slice(name)
-                dtype = _DTYPES.get(entry.get_dtype())
-                if dtype is None:
-                    raise CheckpointError(f"{path}: {name} is {entry.get_dtype()}; weights are {', '.join(_DTYPES)}")
-                specs[name] = TensorSpec(tuple(entry.get_shape()), dtype)
+                if entry.get_dtype() not in _WEIGHT_DTYPES:
+                    raise CheckpointError(
+                        f"{path}: {name} is {entry.get_dtype()}; weights are {', '.join(_WEIGHT_DTYPES)}"
+                    )
+                specs[name] = TensorSpec(tuple(entry.get_shape()), SAFETENSORS_DTYPES[entry.get_dtype()])
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error}); {_REMEDY}") from error
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error}); {_FIX}") from error
     if not specs:
-        raise CheckpointError(f"{path}: holds no tensor; {_REMEDY}")
+        raise CheckpointError(f"{path}: holds no tensor; {_FIX}")
     return specs
 
 
 def read_folder_headers(folder: Path, name: str) -> dict[Path, dict[str, TensorSpec]]:
-    """The files of weights that may lie in one file or in several with an index, as transformers saves them.
+    """The tensors of a model that is saved in one file, or in several with an index, as transformers does.
 
     Args:
         folder: the folder.
-        name: of the one file; the index is called the same and `.index.json`.
+        name: name of the one file; the index is named the same with `.index.json` at the end.
 
     Returns:
         Path -> what is in it.
 
     Raises:
-        CheckpointError: as `read_header`; or the index is damaged, leads out of the folder or does not say what is in
-            the files.
+        CheckpointError: as `read_header`; or the index is damaged, names a file outside the folder, or does not agree
+            with the files.
     """
     index = folder / f"{name}.index.json"
     if not index.is_file():
         return {folder / name: read_header(folder / name)}
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map, which names the file of every tensor; {_REMEDY}")
+        raise CheckpointError(f"{index}: has no weight_map, which names the file of every tensor; {_FIX}")
     listed: dict[str, set[str]] = {}
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{index}: {tensor} is in {file!r}, which is no name of a file in this folder")
+            raise CheckpointError(
+                f"{index}: {tensor} is in {file!r}, which is no name of a file in this folder; {_FIX}"
+            )
         listed.setdefault(file, set()).add(tensor)
     headers = {}
     for file, names in sorted(listed.items()):
         found = headers[folder / file] = read_header(folder / file)
         if odd := sorted({*found} ^ names):
             has = "in the file, not" if odd[0] in found else "not in the file, but"
-            raise CheckpointError(f"{folder / file}: {odd[0]} is {has} in {index.name}; {_REMEDY}")
+            raise CheckpointError(f"{folder / file}: {odd[0]} is {has} in {index.name}; {_FIX}")
     return headers
 
 
@@ -97,37 +121,36 @@ def check_tensors(where: Path, found: Mapping[str, TensorSpec], wanted: Mapping[
     """Compares tensors with the names and shapes that a network needs.
 
     Raises:
-        CheckpointError: they differ; names `where`, the first three faults and `fix`.
+        CheckpointError: they differ; names `where`, the first three differences and `fix`.
     """
-    faults = [f"{name} is missing, expected {list(shape)}" for name, shape in wanted.items() if name not in found]
-    faults += [f"{name} is no tensor of this network" for name in found if name not in wanted]
-    faults += [
+    problems = [f"{name} is missing, expected {list(shape)}" for name, shape in wanted.items() if name not in found]
+    problems += [f"{name} is no tensor of this network" for name in found if name not in wanted]
+    problems += [
         f"{name} has shape {list(found[name].shape)}, expected {list(shape)}"
         for name, shape in wanted.items()
         if name in found and found[name].shape != tuple(shape)
     ]
-    refuse(where, faults, fix)
+    refuse(where, problems, fix)
 
 
-def refuse(where: Path, faults: Sequence[str], fix: str) -> None:
-    """Raises CheckpointError if there are faults, naming the first three."""
-    if faults:
-        more = f" and {len(faults) - _MAX_NAMED_FAULTS} more" if len(faults) > _MAX_NAMED_FAULTS else ""
-        raise CheckpointError(f"{where}: {'; '.join(faults[:_MAX_NAMED_FAULTS])}{more}. {fix}")
+def refuse(where: Path, problems: Sequence[str], fix: str) -> None:
+    """Raises CheckpointError if there are problems, naming the first three."""
+    if problems:
+        raise CheckpointError(f"{where}: {first_few(problems)}. {fix}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        CheckpointError: there is no such file, or no object in it.
+        CheckpointError: there is no such file, or it does not hold a JSON object.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file; {_REMEDY}")
+        raise CheckpointError(f"{path}: there is no such file; {_FIX}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); {_REMEDY}") from error
+        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); {_FIX}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds {type(content).__name__}, expected an object; {_REMEDY}")
+        raise CheckpointError(f"{path}: holds {type(content).__name__}, expected an object; {_FIX}")
     return content

@@ -1,8 +1,11 @@
-"""How numbers are written in messages."""
+"""How sizes and lists are written in messages."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+_MAX_LISTED = 3
 
 
 def file_size(num_bytes: int) -> str:
@@ -17,3 +20,9 @@ def file_size(num_bytes: int) -> str:
             num_decimals = 2 if value < 9.995 else 1 if value < 99.95 else 0
             return f"{value:.{num_decimals}f} {unit}"
     return f"{num_bytes} byte{'' if num_bytes == 1 else 's'}"
+
+
+def first_few(problems: Sequence[str]) -> str:
+    """The first three of a list, and how many more there are, such as "a; b; c; and 7 more"."""
+    num_others = len(problems) - _MAX_LISTED
+    return "; ".join([*problems[:_MAX_LISTED], *([f"and {num_others} more"] if num_others > 0 else [])])

@@ -1,37 +1,41 @@
 #!/bin/bash
-# Trains one stage on the nodes that Slurm gave: pre-flight, torchrun on every node, requeue after a requested stop.
-# The .sbatch files call it as `launch.sh STAGE ENTRY_POINT CONFIG [section.key=value ...]`; docs/cluster.md explains it.
+# Trains one stage on the nodes of a Slurm job: pre-flight, torchrun on every node, requeue after a requested stop.
+# The .sbatch files call it as `launch.sh STAGE ENTRY_POINT [section.key=value ...]`; docs/cluster.md explains it.
 #
 # Variables, all optional; sbatch passes them on from the shell that submits:
-#   CONFIG             another configuration file than the stage's own (read by the .sbatch files)
-#   CONFIG_ROOT        folder of the stages' own files, pt_14b.toml to distill_14b.toml [bitdance_scale/config/files]
+#   CONFIG             configuration of this stage: a file, or the name of one that comes with the package [STAGE_14b]
+#   CONFIG_ROOT        folder of your own configurations, pt_14b.toml to distill_14b.toml [those of the package]
 #   VENV               virtual environment on the shared file system [.venv]
-#   CONTAINER          image for pyxis/enroot, used in place of VENV
-#   CONTAINER_MOUNTS   mounts beside the repository's own folder, host:container[,host:container ...]
+#   CONTAINER          image for pyxis/enroot, used instead of VENV
+#   CONTAINER_MOUNTS   mounts besides the checkout, host:container[,host:container ...]
 #   PYTHON             interpreter [$VENV/bin/python; in a container python3]
-#   PROCS_PER_NODE     processes on a node [the GPUs that Slurm gave on a node]
-#   MASTER_PORT        first of the ports used on the first node [20000 + job id modulo 10000]
+#   PROCS_PER_NODE     processes per node [GPUs per node of the job]
+#   MASTER_PORT        first of the six ports used on the first node [20000 + job id modulo 10000]
 #   LOG_ROOT           folder for logs, on the shared file system [runs/slurm]
-#   MAX_FAULTS         how often the job requeues itself after a fault before it fails for good [2]
-#   PREFLIGHT          0: start without looking at the nodes [1]
+#   MAX_FAULTS         how often the job requeues itself after a fault before it fails [2]
+#   PREFLIGHT          0: start without checking the nodes [1]
 #   PREFLIGHT_OPTIONS  limits of the pre-flight: `python -m cluster.preflight --help`
-#   SRUN_OPTIONS       further options of srun, for a site that needs them
-#   CHAIN              1: submit the stages after this one as well, each to start when the one before has finished
-#   CHAIN_OPTIONS      options of sbatch for every job of a chain, such as "--account=art --nodes=32"
+#   SRUN_OPTIONS       more options for srun, where a site needs them
+#   CHAIN              1: also submit the later stages, each to start when the one before it has finished
+#   CHAIN_OPTIONS      sbatch options for every job of a chain, such as "--account=art --nodes=32"
 set -euo pipefail
 
 readonly EXIT_REFUSED=2 EXIT_BAD_NODE=3 EXIT_REQUEUE=75
 readonly REPEAT_S=10 # between two requests to stop
-readonly WAIT_S=300  # that nodes have to end after the first one has
+readonly WAIT_S=300  # for the other nodes to end after the first one has
 
-stage=$1 entry_point=$2 config=$3
-shift 3
+stage=$1 entry_point=$2
+shift 2
+config=${stage}_14b
+[[ -z ${CONFIG_ROOT:-} ]] || config=$CONFIG_ROOT/$config.toml
+config=${CONFIG:-$config}
 
 say() { echo "$(date '+%F %T') launch: $*"; }
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
     [[ ${CHAIN:-0} == 1 ]] && exec bash cluster/chain.sh "" "$stage" "$@"
-    say "not inside a job: sbatch cluster/$stage.sbatch, or CHAIN=1 bash cluster/$stage.sbatch for it and what follows" >&2
+    say "not inside a job: run sbatch cluster/$stage.sbatch, or CHAIN=1 bash cluster/$stage.sbatch to submit the" \
+        "later stages too" >&2
     exit "$EXIT_REFUSED"
 fi
 
@@ -43,19 +47,19 @@ num_gpus=${SLURM_GPUS_ON_NODE:-0}
 num_procs=${PROCS_PER_NODE:-$num_gpus}
 port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 if ((num_procs == 0)); then
-    say "no GPUs in this job and no PROCS_PER_NODE: ask for GPUs (--gpus-per-node) or set PROCS_PER_NODE" >&2
+    say "this job has no GPUs, and PROCS_PER_NODE is not set: ask for GPUs (--gpus-per-node) or set PROCS_PER_NODE" >&2
     exit "$EXIT_REFUSED"
 fi
 mkdir -p "$logs"
-# Where the trainer's first rank leaves its exit code: torchrun turns every code but 0 into 1.
+# The trainer's first rank writes its exit code here, because torchrun turns every code but 0 into 1.
 export BITDANCE_EXIT_RECORD=$logs/exit_code
-# This checkout, in a container that does not have the package and in an environment that has another.
+# This checkout comes first: a container has no such package, and an environment may have another version.
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 # shellcheck source=cluster/nccl.sh
 source cluster/nccl.sh
 # shellcheck source=cluster/requeue.sh
 source cluster/requeue.sh
-# By the address that Slurm uses, as a node's name need not have one.
+# Slurm's own address of the node: the node's name may not resolve.
 head=$(ask_slurm show node -o "${nodes[0]}" | grep -o ' NodeAddr=[^ ]*')
 head=${head#*=}
 
@@ -65,9 +69,9 @@ fi
 
 on_nodes=(
     srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1
-    # One task a node owns all its cores; srun does not take this from the job.
+    # The one task of a node gets all its cores; srun does not inherit this from the job.
     --cpus-per-task="$SLURM_CPUS_ON_NODE"
-    # Nodes end seconds apart; the first must not take the others down while they write their last words.
+    # Nodes end seconds apart. The first one must not kill the others while they still write their logs.
     --kill-on-bad-exit=0 --wait="$WAIT_S"
     --output="$logs/%n-%N.log" --open-mode=append
 )
@@ -76,7 +80,7 @@ on_nodes+=("${site_options[@]}")
 if [[ -n ${CONTAINER:-} ]]; then
     on_nodes+=(
         --container-image="$CONTAINER" --container-workdir="$PWD"
-        # Where the image has a value of its own, pyxis would keep that.
+        # Otherwise pyxis keeps a value that the image sets.
         --container-env=PYTHONPATH
         --container-mounts="$PWD:$PWD,$job_logs:$job_logs${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
     )
@@ -85,17 +89,17 @@ else
     python=${PYTHON:-${VENV:-.venv}/bin/python}
 fi
 
-# Slurm signals this shell ahead of the time limit (USR1, by the --signal line of the .sbatch) and on preemption (TERM).
+# Slurm signals this shell before the time limit (USR1, from the --signal line of the .sbatch) and on preemption (TERM).
 is_stop_asked=0
 trap 'is_stop_asked=1' USR1 TERM
 
-# Runs a command on the nodes, passes a request to stop on to it, and waits: step_code.
+# Runs a command on the nodes, forwards a request to stop, waits for the end and sets step_code.
 run_step() {
     local step timer
     "${on_nodes[@]}" "$@" &
     step=$!
     while kill -0 "$step" 2>/dev/null; do
-        # Again and again: the first may come before the tasks listen.
+        # Repeated, because the first signal may come before the tasks listen.
         ((is_stop_asked == 0)) || kill -USR1 "$step" 2>/dev/null || true
         sleep "$REPEAT_S" &
         timer=$!
@@ -106,7 +110,8 @@ run_step() {
     wait "$step" || step_code=$?
 }
 
-say "$stage, job $SLURM_JOB_ID, start $((restart + 1)): ${#nodes[@]} nodes (${SLURM_JOB_NODELIST}), $num_procs processes each; logs in $logs"
+say "$stage, job $SLURM_JOB_ID, start $((restart + 1)): ${#nodes[@]} nodes (${SLURM_JOB_NODELIST})," \
+    "$num_procs processes each; logs in $logs"
 
 if [[ ${PREFLIGHT:-1} != 0 ]]; then
     read -ra limits <<<"${PREFLIGHT_OPTIONS:-}"
@@ -114,7 +119,7 @@ if [[ ${PREFLIGHT:-1} != 0 ]]; then
         --port "$((port + 1))" --gpus "$num_gpus" --procs "$num_procs" "${limits[@]}"
     ((is_stop_asked == 0)) || requeue "stopped on request during the pre-flight"
     cat "$logs/preflight/verdict.txt" 2>/dev/null ||
-        say "pre-flight: ${nodes[0]}: no verdict; it must start Python and write to $logs: see $logs/0-*.log" >&2
+        say "pre-flight: ${nodes[0]} wrote no verdict: it must start Python and write to $logs; see $logs/0-*.log" >&2
     ((step_code == 0)) || end_by_bad_nodes
 fi
 

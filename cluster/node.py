@@ -1,11 +1,11 @@
-"""Runs torchrun on one node and passes requests to stop on to the trainer.
+"""Runs torchrun on one node and forwards requests to stop to the trainer.
 
-    srun ... python -m cluster.node --nodes N --procs P --head HOST --port PORT --id ID --logs DIR -- ENTRY_POINT CONFIG ...
+    srun ... python -m cluster.node --nodes N --procs P --head HOST --port PORT --id ID --logs DIR -- ENTRY_POINT CONFIG
 
-Slurm sends a signal to every process of a step. Left to itself, torchrun answers SIGTERM by killing its workers 30 seconds
-later, which a checkpoint of a large model does not survive. So torchrun and what it starts ignore SIGTERM and SIGUSR1;
-the trainer's own handlers replace that once it listens. This process alone hears them and sends SIGUSR1 to the workers
-until they have ended: the first may come while they still import.
+Slurm signals every process of a step. On SIGTERM torchrun kills its workers after 30 seconds, too early for a large
+model to finish its checkpoint. So torchrun and its workers start with SIGTERM and SIGUSR1 ignored, until the trainer
+installs its own handlers. Only this process hears the signals. It sends SIGUSR1 to the workers until they end: the
+first one may come while they still import.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ REPEAT_S = 5.0
 def torchrun_command(options: argparse.Namespace, node_rank: int, node_name: str) -> list[str]:
     """The command of this node's torchrun.
 
-    The static rendezvous gives ranks in Slurm's order of the nodes, which follows the network; rank 0 is on the first.
+    The static rendezvous numbers the ranks in Slurm's order of the nodes, which follows the network; rank 0 is on the
+    first node.
     """
     return [
         sys.executable,
@@ -43,7 +44,7 @@ def torchrun_command(options: argparse.Namespace, node_rank: int, node_name: str
         f"--master-port={options.port}",
         # Slurm restarts the job as a whole.
         "--max-restarts=0",
-        # By default it handles SIGTERM as well.
+        # Its default includes SIGTERM.
         "--signals-to-handle=SIGINT",
         f"--log-dir={options.logs / 'ranks' / node_name}",
         "--tee=3",
@@ -52,7 +53,7 @@ def torchrun_command(options: argparse.Namespace, node_rank: int, node_name: str
 
 
 def children(pid: int) -> list[int]:
-    """The processes that `pid` has started itself; for a torchrun, its workers."""
+    """The direct children of a process; for torchrun, its workers."""
     found: list[int] = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
@@ -64,7 +65,7 @@ def children(pid: int) -> list[int]:
 
 
 class Relay:
-    """Passes requests to stop, which come as signals to this process, on to the workers."""
+    """Forwards requests to stop, which this process gets as signals, to the workers."""
 
     def __init__(self) -> None:
         self.is_asked = False
@@ -80,7 +81,8 @@ class Relay:
 
     def run(self, command: Sequence[str]) -> int:
         """Runs the command to its end and returns its exit code."""
-        process = subprocess.Popen(command, preexec_fn=_ignore_stop_signals)
+        # This process has one thread, so that code between fork and exec cannot meet another thread's lock.
+        process = subprocess.Popen(command, preexec_fn=_ignore_stop_signals)  # noqa: PLW1509
         next_s = 0.0
         while process.poll() is None:
             if self.is_asked and time.monotonic() >= next_s:
@@ -88,7 +90,7 @@ class Relay:
                 for worker in workers:
                     _ask_to_stop(worker)
                 if next_s == 0.0:
-                    print(f"node: asked to stop, passed on to {len(workers)} processes", flush=True)
+                    print(f"node: request to stop forwarded to {len(workers)} processes", flush=True)
                 next_s = time.monotonic() + REPEAT_S
             time.sleep(POLL_S)
         return process.returncode
@@ -106,19 +108,21 @@ def _ask_to_stop(pid: int) -> None:
     try:
         os.kill(pid, signal.SIGUSR1)
     except ProcessLookupError:
-        # It has ended since it was listed.
+        # It ended after it was listed.
         return
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs this node's part of the job; the exit code is torchrun's."""
+    """Runs torchrun on this node and returns its exit code."""
     parser = argparse.ArgumentParser(description="Runs torchrun on this node of a Slurm job.")
     parser.add_argument("--nodes", type=int, required=True, help="nodes of the job")
-    parser.add_argument("--procs", type=int, required=True, help="processes on each")
-    parser.add_argument("--head", required=True, help="first node, where the rendezvous is")
-    parser.add_argument("--port", type=int, required=True, help="a free port of it")
-    parser.add_argument("--id", required=True, help="differs between the starts of a job")
-    parser.add_argument("--logs", type=Path, required=True, help="folder for the logs of the ranks")
+    parser.add_argument("--procs", type=int, required=True, help="processes per node")
+    parser.add_argument("--head", required=True, help="address of the first node, which hosts the rendezvous")
+    parser.add_argument("--port", type=int, required=True, help="a free port on the first node")
+    parser.add_argument("--id", required=True, help="id of the rendezvous, different for every start of a job")
+    parser.add_argument(
+        "--logs", type=Path, required=True, help="folder for the logs of the ranks, on the shared file system"
+    )
     parser.add_argument("command", nargs="+", help="entry point and its arguments")
     options = parser.parse_args(arguments)
     with Relay() as relay:

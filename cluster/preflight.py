@@ -1,11 +1,11 @@
-"""Looks at every node of a job before it trains and names the bad ones; run by srun, one process per node.
+"""Checks every node of a job before it trains and names the bad ones; srun starts one process per node.
 
     srun ... python -m cluster.preflight FOLDER --nodes NODE ... --head ADDRESS --port PORT --gpus N --procs P [limits]
 
-Each node writes a report to FOLDER, which has to be shared: GPUs and their memory, its clock at a common moment, the
-bandwidth of an all-reduce over its own processes and with its neighbours. Nodes are measured alone and in pairs, never
-all at once: a collective over all nodes that hangs does not say whose fault it is. The first node reads the reports,
-writes `verdict.txt` and ends with code 1 when a node is bad. Without GPUs it checks what is there, over gloo.
+Each node writes a report to FOLDER, which all nodes share: its GPUs and their memory, its clock at a common moment,
+the bandwidth of an all-reduce over its own processes and of one with each neighbour. Nodes are measured alone and in
+pairs, never all at once: if a collective over all nodes hangs, it does not say which node is at fault. The first node
+reads the reports, writes `verdict.txt` and exits with 1 if a node is bad. Without GPUs the all-reduce runs over gloo.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed import TCPStore
 
 from bitdance_scale.atomic_files import write_text
 from cluster.verdict import Finding, Gpu, Limits, Report, judge, pairings
@@ -32,46 +33,46 @@ GIB = 2**30
 POLL_S = 0.2
 VERDICT = "verdict.txt"
 BAD_NODES = "bad_nodes"
-# For every phase. Python from a shared file system takes minutes to start on hundreds of nodes at once.
+# Of every phase. Python takes minutes to start from a shared file system on hundreds of nodes at once.
 TIMEOUT_S = 300.0
 
 
 class Preflight:
-    """The pre-flight of one node; the report on disk is renewed before every phase, so that a hang leaves its name.
+    """The pre-flight of one node. It rewrites its report before every phase, so that a hang leaves the phase's name.
 
     Args:
         options: the command line.
-        node_index: number of this node in `options.nodes`.
+        node_index: index of this node in `options.nodes`.
     """
 
     def __init__(self, options: argparse.Namespace, node_index: int) -> None:
         self._options, self._index = options, node_index
-        self._store: dist.TCPStore | None = None
+        self._store: TCPStore | None = None
         self.report = Report(options.nodes[node_index])
 
     def run(self) -> Report:
-        """All phases; a failure is written down and the next phase begun."""
+        """Runs all phases; a failure goes into the report and the next phase begins."""
         options, nodes = self._options, self._options.nodes
         with self._phase("look at the GPUs", "CUDA works"):
-            self._set(gpus=_gpus())
+            self._update(gpus=_gpus())
         with self._phase("read the common clock", "every node reaches the first one's port"):
-            self._set(clock_s=self._common_clock())
+            self._update(clock_s=self._common_clock())
         if options.procs > 1:
             with self._phase("all-reduce over its own GPUs", "it works"):
                 gbs = self._all_reduce("127.0.0.1", options.port + 1, 0, 1)
-                self._set(local_gbs=gbs)
+                self._update(local_gbs=gbs)
         for number, pairs in enumerate(pairings(len(nodes))):
             for pair in pairs:
                 if self._index in pair:
                     self._measure_pair(pair, options.port + 2 + number)
-        self._set(phase="done")
+        self._update(phase="done")
         return self.report
 
     def end_together(self, text: str | None) -> None:
-        """Waits for the verdict, which the first node gives as `text`: srun ends a step some time after its first task."""
+        """Waits for the verdict, the first node's `text`: srun ends a step soon after its first task ends."""
         if self._store is None:
             return
-        # The first node may be gone already, and that is an end as well.
+        # The first node may have ended already.
         with contextlib.suppress(RuntimeError):
             if text is None:
                 self._store.wait(["verdict"], datetime.timedelta(seconds=3 * TIMEOUT_S))
@@ -81,58 +82,56 @@ class Preflight:
     def _measure_pair(self, pair: tuple[int, int], port: int) -> None:
         partner = self._options.nodes[pair[1] if self._index == pair[0] else pair[0]]
         gbs = None
-        # Whose fault a failure is, the verdict says.
+        # No error of this node: the verdict decides which of the two failed.
         with contextlib.suppress(RuntimeError):
-            self._set(phase=f"all-reduce with {partner}")
+            self._update(phase=f"all-reduce with {partner}")
             head = self._connected_store().get(f"address/{pair[0]}").decode()
             gbs = self._all_reduce(head, port, pair.index(self._index), 2)
-        self._set(pairs=(*self.report.pairs, (partner, gbs)))
+        self._update(pairs=(*self.report.pairs, (partner, gbs)))
 
-    def _set(self, **fields: object) -> None:
+    def _update(self, **fields: Any) -> None:
         self.report = dataclasses.replace(self.report, **fields)
         write_text(self._options.folder / f"{self.report.node}.json", self.report.to_json())
 
     @contextlib.contextmanager
     def _phase(self, phase: str, rule: str) -> Iterator[None]:
-        self._set(phase=phase)
+        self._update(phase=phase)
         try:
             yield
         except RuntimeError as error:
             print(f"{phase}: {error}", file=sys.stderr, flush=True)
-            # The first line says it; the rest is in the node's log.
-            self._set(errors=(*self.report.errors, (rule, f"{phase}: {str(error).splitlines()[0]}")))
+            # The report has the first line, the node's log the rest.
+            self._update(errors=(*self.report.errors, (rule, f"{phase}: {str(error).splitlines()[0]}")))
 
     def _common_clock(self) -> float:
-        """This node's clock when the first node says so; it waits for all nodes, for a time."""
+        """This node's clock at the first node's signal, which comes once all nodes are there, or after a while."""
         options, is_head = self._options, self._index == 0
         timeout = datetime.timedelta(seconds=TIMEOUT_S)
-        # Lives until the verdict.
-        self._store = dist.TCPStore(
-            options.head, options.port, is_master=is_head, timeout=timeout, wait_for_workers=False
-        )
+        # It lives until the verdict.
+        self._store = TCPStore(options.head, options.port, is_master=is_head, timeout=timeout, wait_for_workers=False)
         self._store.set(f"address/{self._index}", options.head if is_head else _own_address(options.head, options.port))
         if self._store.check(["now"]):
             raise RuntimeError(f"started {TIMEOUT_S / 2:g} s after the first node")
         self._store.add("arrived", 1)
         if is_head:
             deadline_s = time.monotonic() + TIMEOUT_S / 2
-            # Who comes later is left out: it would read its clock at another moment.
+            # A node that comes later is left out: it would read its clock at another moment.
             while self._store.add("arrived", 0) < len(options.nodes) and time.monotonic() < deadline_s:
                 time.sleep(POLL_S)
             self._store.set("now", "")
         self._store.wait(["now"])
         return time.time()
 
-    def _connected_store(self) -> dist.TCPStore:
+    def _connected_store(self) -> TCPStore:
         if self._store is None:
             raise RuntimeError("the first node was not reached")
         return self._store
 
     def _all_reduce(self, head: str, port: int, node: int, num_nodes: int) -> float:
-        """Bus bandwidth in GB/s of an all-reduce over the processes of `num_nodes` nodes, of which this is number `node`.
+        """Bus bandwidth in GB/s of an all-reduce over the processes of `num_nodes` nodes; `node` is this node's index.
 
         Raises:
-            RuntimeError: a process failed, or it took too long.
+            RuntimeError: a process failed, or the all-reduce took too long.
         """
         procs = self._options.procs
         processes = []
@@ -165,15 +164,15 @@ class Preflight:
             failed = [str(rank) for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
             if failed:
                 raise RuntimeError(f"process {', '.join(failed)} of the node failed")
-            return float(processes[0].stdout.read())
+            return float(processes[0].communicate()[0])
         finally:
             for process in processes:
                 process.kill()
-                process.communicate()
+                process.wait()
 
 
 def wait_for_reports(folder: Path, nodes: Sequence[str], timeout_s: float) -> dict[str, Report | None]:
-    """The reports of all nodes, as soon as all are done or the time is over."""
+    """The reports of all nodes, as soon as all are done or the time is up; None for a node without one."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         reports = {node: _read(folder / f"{node}.json") for node in nodes}
@@ -184,17 +183,17 @@ def wait_for_reports(folder: Path, nodes: Sequence[str], timeout_s: float) -> di
 
 
 def bad_nodes(findings: Sequence[Finding], num_nodes: int) -> list[str]:
-    """The nodes to go on without; none when most are bad: then the fault is not of nodes, and others would be no better."""
+    """The nodes to exclude; none if more than half are bad, because then other nodes would be no better."""
     bad = list(dict.fromkeys(finding.node for finding in findings))
     return bad if 2 * len(bad) <= num_nodes else []
 
 
 def verdict_text(reports: dict[str, Report | None], findings: Sequence[Finding]) -> str:
-    """What was found, for the job's log: bad nodes by name, else what was measured."""
+    """The result for the job's log: the bad nodes by name, or what was measured if all are good."""
     if findings:
         bad = ",".join(dict.fromkeys(finding.node for finding in findings))
-        lines = [f"pre-flight: {finding}" for finding in findings]
-        return "\n".join([*lines, f"pre-flight: not started; bad nodes, as sbatch takes them: --exclude={bad}"]) + "\n"
+        lines = [*map(str, findings), f"training not started; to leave the bad nodes out: sbatch --exclude={bad}"]
+        return "".join(f"pre-flight: {line}\n" for line in lines)
     seen = [report for report in reports.values() if report is not None]
     gpus = {f"{len(report.gpus)} x {report.gpus[0].name}" if report.gpus else "no GPUs" for report in seen}
     parts = [f"{len(seen)} nodes are good ({', '.join(sorted(gpus))})"]
@@ -215,7 +214,7 @@ def _read(path: Path) -> Report | None:
 
 
 def _own_address(other: str, port: int) -> str:
-    """The address by which this machine is reached from where `other` is; nothing is sent."""
+    """The address of this machine in the network of `other`; nothing is sent."""
     family, kind, protocol, _, address = socket.getaddrinfo(other, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)
@@ -225,22 +224,22 @@ def _own_address(other: str, port: int) -> str:
 def _gpus() -> tuple[Gpu, ...]:
     gpus = []
     for index in range(torch.cuda.device_count()):
-        # Before anything of this process lies there, but for its context of some hundred MiB.
+        # This process has nothing there yet, except a CUDA context of some hundred MiB.
         free, total = torch.cuda.mem_get_info(index)
         gpus.append(Gpu(torch.cuda.get_device_name(index), total / GIB, (total - free) / GIB))
     return tuple(gpus)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs this node's part; on the first node the exit code is 1 when any node is bad."""
+    """Runs this node's part; on the first node it returns 1 if any node is bad."""
     limits = {field.name: field for field in dataclasses.fields(Limits) if field.name != "num_gpus"}
     parser = argparse.ArgumentParser(description="Checks the nodes of a Slurm job before it trains.")
     parser.add_argument("folder", type=Path, help="folder of the reports, on the shared file system")
     parser.add_argument("--nodes", nargs="+", required=True, help="names of all nodes, in Slurm's order")
     parser.add_argument("--head", required=True, help="address of the first node")
     parser.add_argument("--port", type=int, required=True, help="first of five free ports, the same on every node")
-    parser.add_argument("--gpus", type=int, required=True, help="GPUs that Slurm gave on each node")
-    parser.add_argument("--procs", type=int, required=True, help="processes of an all-reduce on each node")
+    parser.add_argument("--gpus", type=int, required=True, help="GPUs per node of the job")
+    parser.add_argument("--procs", type=int, required=True, help="processes per node of an all-reduce")
     for name, field in limits.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=field.default, help=f"[{field.default}]")
     options = parser.parse_args(arguments)
@@ -251,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if index > 0:
         preflight.end_together(None)
         return 0
-    # Another node may run into time limits that this one did not.
+    # Another node may need all of its time limits where this one did not.
     reports = wait_for_reports(options.folder, options.nodes, 2 * TIMEOUT_S)
     findings = judge(reports, Limits(options.gpus, **{name: getattr(options, name) for name in limits}))
     text = verdict_text(reports, findings)

@@ -1,7 +1,8 @@
-"""One process of an all-reduce that is timed: started by the pre-flight, one per GPU.
+"""One process of a timed all-reduce; the pre-flight starts one per GPU.
 
-RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT come from the environment. The process with LOCAL_RANK 0 prints the
-bus bandwidth in GB/s: what each link has to carry, comparable between numbers of ranks (nccl-tests, PERFORMANCE.md).
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT and PROBE_TIMEOUT_S come from the environment. The process with
+LOCAL_RANK 0 prints the bus bandwidth in GB/s: the load of each link, which is comparable between numbers of ranks
+(nccl-tests, PERFORMANCE.md).
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ import torch.distributed as dist
 
 NUM_WARMUP = 2
 NUM_TIMED = 5
-# As large as a bucket of gradients on a GPU; on a CPU it only has to work.
+# The size of a bucket of gradients on a GPU; on a CPU it only has to work.
 GPU_BYTES = 256 * 2**20
 CPU_BYTES = 4 * 2**20
 
 
 def bus_gbs(num_bytes: int, num_ranks: int, seconds: float) -> float:
-    """Bus bandwidth in GB/s of an all-reduce of `num_bytes`: 2 (n - 1) / n of them pass every link."""
+    """Bus bandwidth in GB/s of an all-reduce of `num_bytes`; every link carries 2 (n - 1) / n of them."""
     return 2 * (num_ranks - 1) / num_ranks * num_bytes / seconds / 1e9
 
 
 def main() -> int:
-    """Times the all-reduce; the exit code is 1 when its sum is wrong."""
+    """Times the all-reduce; returns 1 if its sum is wrong, else 0."""
     has_cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_cuda else torch.device("cpu")
     if has_cuda:

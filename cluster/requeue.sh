@@ -1,50 +1,50 @@
 # shellcheck shell=bash
-# How a job ends that is not complete; sourced by launch.sh. The functions do not return.
+# Ends a job whose run is not complete; sourced by launch.sh. The functions that end it do not return.
 : "${job_logs:?set by launch.sh}" "${logs:?}" "${EXIT_REQUEUE:?}" "${EXIT_BAD_NODE:?}" "${REPEAT_S:?}"
 readonly ALLOWED_FAULTS=${MAX_FAULTS:-2}
 
-# Asks Slurm's controller, which may be busy when many jobs end at once.
+# Asks Slurm's controller, and again if it does not answer: it is busy when many jobs end at once.
 ask_slurm() {
     local try
     for try in 1 2 3 4 5 6; do
-        # A requeue ends this script and all it has started by SIGTERM, which must not take the answer away.
+        # A requeue sends SIGTERM to this script and its children; scontrol must still report its result.
         if (trap '' TERM USR1 && exec scontrol "$@"); then return; fi
         ((try == 6)) || sleep "$REPEAT_S"
     done
     return 1
 }
 
-# Puts the job back into the queue, unless somebody has cancelled it or Slurm has requeued it itself.
-requeue() { # why, nodes to keep away from
+# Puts the job back into the queue, unless somebody cancelled it or Slurm has already requeued it.
+requeue() { # reason, nodes to exclude
     local job excluded=${2:-}
     if ! job=$(ask_slurm show job -o "$SLURM_JOB_ID"); then
-        say "$1; Slurm does not answer, so the job is not requeued: submit again to go on" >&2
+        say "$1; not requeued, because Slurm does not answer: submit again to continue" >&2
     elif [[ ! $job =~ " JobState=RUNNING " && ! $job =~ " Reason=TimeLimit " ]]; then
-        say "$1; not requeued from here: the job is not running any more, cancelled or requeued by Slurm"
+        say "$1; not requeued from here: the job was cancelled, or Slurm requeued it"
     elif ! ask_slurm requeue "$SLURM_JOB_ID"; then
-        say "$1; Slurm refused to requeue (JobRequeue in slurm.conf?): submit again to go on" >&2
+        say "$1; not requeued, because Slurm refused (JobRequeue in slurm.conf?): submit again to continue" >&2
     else
-        say "$1; requeued, goes on from the last checkpoint"
+        say "$1; requeued, continues from the last checkpoint"
         if [[ -n $excluded ]]; then
-            # Slurm takes this of a waiting job only. What the user has excluded stays so.
+            # Slurm accepts this for a waiting job only. Nodes that the user excluded stay excluded.
             [[ $job =~ " ExcNodeList="([^ ]+) && ${BASH_REMATCH[1]} != "(null)" ]] && excluded+=,${BASH_REMATCH[1]}
-            ask_slurm update "JobId=$SLURM_JOB_ID" "ExcNodeList=$excluded" && say "from now on without $excluded"
+            ask_slurm update "JobId=$SLURM_JOB_ID" "ExcNodeList=$excluded" && say "excluded from now on: $excluded"
         fi
     fi
     exit "$EXIT_REQUEUE"
 }
 
-# A fault may be of a node or the network, so the job tries again, but not for ever.
-end_by_fault() { # what, exit code when it was the last, nodes to keep away from
+# A fault may come from a node or the network, so the job tries again a limited number of times.
+end_by_fault() { # what, exit code after the last one, nodes to exclude
     local faults
     faults=$(($(cat "$job_logs/faults" 2>/dev/null || echo 0) + 1))
     echo "$faults" >"$job_logs/faults"
-    ((faults > ALLOWED_FAULTS)) || requeue "fault $faults of $ALLOWED_FAULTS that are allowed ($1; see $logs/*.log)" "${3:-}"
-    say "failed for good after $faults faults ($1; see $logs/*.log)" >&2
+    ((faults > ALLOWED_FAULTS)) || requeue "fault $faults of $ALLOWED_FAULTS allowed ($1; see $logs/*.log)" "${3:-}"
+    say "gave up at fault $faults, $ALLOWED_FAULTS allowed ($1; see $logs/*.log)" >&2
     exit "$2"
 }
 
-# Tries again without the bad nodes, if they are few enough to be at fault themselves.
+# Tries again without the bad nodes, unless so many are bad that the cause lies elsewhere.
 end_by_bad_nodes() {
     local bad
     bad=$(cat "$logs/preflight/bad_nodes" 2>/dev/null || true)

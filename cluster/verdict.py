@@ -1,4 +1,4 @@
-"""Which node is bad: decisions of the pre-flight on what the nodes have reported; no node is touched here."""
+"""Decides from the nodes' reports which of them are bad; part of the pre-flight that touches no node."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# Fewer do not say which of them is the odd one.
+# With fewer, nothing says which one differs from the rest.
 MIN_NODES_TO_COMPARE = 3
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU before the start: sizes in GiB."""
+    """A GPU before training; sizes in GiB."""
 
     name: str
     total_gib: float
@@ -23,15 +23,16 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Report:
-    """What a node found out about itself, as far as it came.
+    """What a node found out about itself so far.
 
     Attributes:
+        node: its name.
         phase: what the node was doing when it wrote this; "done" at the end.
-        errors: what failed, as (rule that was broken, message).
-        gpus: the GPUs that CUDA sees; None when it did not come to look.
-        clock_s: its clock at a moment that was the same on all nodes, within milliseconds.
-        local_gbs: bus bandwidth of an all-reduce over its own processes; None when not measured.
-        pairs: (other node, bus bandwidth of an all-reduce over both); None when it failed.
+        errors: failures, as (rule that was broken, message).
+        gpus: the GPUs that CUDA sees; None if the node did not get that far.
+        clock_s: its clock at a moment common to all nodes, within milliseconds.
+        local_gbs: bus bandwidth in GB/s of an all-reduce over its own processes; None if not measured.
+        pairs: (other node, bus bandwidth in GB/s of an all-reduce over both, or None if it failed).
     """
 
     node: str
@@ -43,12 +44,12 @@ class Report:
     pairs: tuple[tuple[str, float | None], ...] = ()
 
     def to_json(self) -> str:
-        """The report as text for its file."""
+        """The report as the text of its file."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """Reads what `to_json` wrote."""
+        """Reads the text of `to_json`."""
         fields = json.loads(text)
         if fields["gpus"] is not None:
             fields["gpus"] = tuple(Gpu(**gpu) for gpu in fields["gpus"])
@@ -59,14 +60,15 @@ class Report:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a good node keeps.
+    """The limits of a good node.
 
     Attributes:
-        num_gpus: GPUs that Slurm gave on each node; 0 when it does not count them.
-        max_used_gib: memory of a GPU that may be in use before the start.
-        max_skew_s: distance of a clock from the others.
-        min_share: part of the median bandwidth that a node must reach.
-        min_local_gbs, min_pair_gbs: bandwidth that every node must reach whatever the others do.
+        num_gpus: GPUs per node of the job; 0 if Slurm does not count them.
+        max_used_gib: memory of a GPU that may be in use before training.
+        max_skew_s: allowed distance of a clock from the others.
+        min_share: share of the median bandwidth that a node must reach.
+        min_local_gbs: bandwidth that every node must reach alone, in GB/s, whatever the others reach.
+        min_pair_gbs: the same with a neighbour.
     """
 
     num_gpus: int
@@ -91,11 +93,11 @@ class Finding:
 
 
 def judge(reports: Mapping[str, Report | None], limits: Limits) -> list[Finding]:
-    """Everything wrong, in the order of the nodes.
+    """Everything that is wrong, in the order of the nodes.
 
     Args:
-        reports: per node of the job its report; None when none was found.
-        limits: what a good node keeps.
+        reports: node of the job -> its report, or None if there is none.
+        limits: those of a good node.
     """
     found = [report for report in reports.values() if report is not None]
     findings: list[Finding] = []
@@ -104,20 +106,20 @@ def judge(reports: Mapping[str, Report | None], limits: Limits) -> list[Finding]
             findings.append(
                 Finding(
                     node,
-                    "no report of it arrived in the shared log folder",
-                    "every node starts Python and writes to the folder",
-                    "look into the node's log; mount the shared file system there",
+                    "it wrote no report to the shared log folder",
+                    "every node starts Python and writes to that folder",
+                    "read the node's log; mount the shared file system on the node",
                 )
             )
             continue
-        findings += [Finding(node, message, rule, "look into the node's log") for rule, message in report.errors]
+        findings += [Finding(node, message, rule, "read the node's log") for rule, message in report.errors]
         if report.phase != "done":
             findings.append(
                 Finding(
                     node,
-                    f"it did not come beyond: {report.phase}",
+                    f"it did not get past this phase: {report.phase}",
                     "every node finishes the pre-flight in time",
-                    "look into the node's log",
+                    "read the node's log",
                 )
             )
     findings += _judge_gpus(found, limits) + _judge_clocks(found, limits) + _judge_bandwidth(found, limits)
@@ -126,10 +128,10 @@ def judge(reports: Mapping[str, Report | None], limits: Limits) -> list[Finding]
 
 
 def pairings(num_nodes: int) -> list[list[tuple[int, int]]]:
-    """Pairs of nodes to measure, as rounds in which every node is in one pair at most.
+    """Pairs of nodes to measure, in rounds in which every node is in at most one pair.
 
-    The pairs are the edges of a ring, so that from three nodes on each is measured with two others: where both are slow,
-    the node is at fault and not its partner.
+    The pairs are the edges of a ring. With three nodes or more, each is measured with two others: if both pairs are
+    slow, the node is at fault and not its partner.
     """
     if num_nodes < 2:
         return []
@@ -145,7 +147,7 @@ def _judge_gpus(reports: Sequence[Report], limits: Limits) -> list[Finding]:
     findings = []
     looked = {report.node: report.gpus for report in reports if report.gpus is not None}
     num_gpus = limits.num_gpus or statistics.mode([len(gpus) for gpus in looked.values()] or [0])
-    count_rule = f"{num_gpus}, as {'Slurm gave' if limits.num_gpus else 'on most nodes'}"
+    count_rule = f"{num_gpus}, as {'Slurm allocated' if limits.num_gpus else 'on most nodes'}"
     largest_gib = max((gpu.total_gib for gpus in looked.values() for gpu in gpus), default=0.0)
     for node, gpus in looked.items():
         if len(gpus) != num_gpus:
@@ -154,27 +156,27 @@ def _judge_gpus(reports: Sequence[Report], limits: Limits) -> list[Finding]:
                     node,
                     f"CUDA sees {len(gpus)} GPUs",
                     count_rule,
-                    "nvidia-smi and dmesg on the node tell which is lost; leave the node out until it was restarted",
+                    "find the lost GPU with nvidia-smi and dmesg; leave the node out until it has been restarted",
                 )
             )
         for index, gpu in enumerate(gpus):
-            # Drivers of one version differ by some MiB.
+            # GPUs of one size differ by some MiB.
             if gpu.total_gib < 0.98 * largest_gib:
                 findings.append(
                     Finding(
                         node,
                         f"GPU {index} ({gpu.name}) has {gpu.total_gib:.1f} GiB",
-                        f"GPUs of one size, the largest has {largest_gib:.1f} GiB",
-                        "ask for one kind with --constraint or --gres, or leave the node out",
+                        f"GPUs of one size; the largest has {largest_gib:.1f} GiB",
+                        "ask for one kind of GPU with --constraint or --gres, or leave the node out",
                     )
                 )
             if gpu.used_gib > limits.max_used_gib:
                 findings.append(
                     Finding(
                         node,
-                        f"GPU {index} holds {gpu.used_gib:.1f} GiB before the start",
+                        f"GPU {index} has {gpu.used_gib:.1f} GiB in use before training",
                         f"at most {limits.max_used_gib:g} GiB (--max-used-gib)",
-                        "end the process that nvidia-smi shows on the node",
+                        "end the process that nvidia-smi lists on the node",
                     )
                 )
     return findings
@@ -184,7 +186,7 @@ def _judge_clocks(reports: Sequence[Report], limits: Limits) -> list[Finding]:
     clocks = {report.node: report.clock_s for report in reports if report.clock_s is not None}
     if len(clocks) < 2:
         return []
-    # Of two, either may be wrong; the first is taken as right.
+    # Of two clocks either may be wrong; the first node's counts as right.
     is_comparable = len(clocks) >= MIN_NODES_TO_COMPARE
     right_s = statistics.median(clocks.values()) if is_comparable else next(iter(clocks.values()))
     reference = "the median of all nodes" if is_comparable else f"the clock of {next(iter(clocks))}"
@@ -193,7 +195,7 @@ def _judge_clocks(reports: Sequence[Report], limits: Limits) -> list[Finding]:
             node,
             f"its clock is {clock_s - right_s:+.1f} s from {reference}",
             f"at most {limits.max_skew_s:g} s (--max-skew-s)",
-            "start chrony or ntpd on the node",
+            "run chrony or ntpd on the node",
         )
         for node, clock_s in clocks.items()
         if abs(clock_s - right_s) > limits.max_skew_s
@@ -209,15 +211,15 @@ def _judge_bandwidth(reports: Sequence[Report], limits: Limits) -> list[Finding]
             findings.append(
                 Finding(
                     node,
-                    f"all-reduce over its own GPUs {value:.3g} GB/s",
+                    f"all-reduce over its own GPUs: {value:.3g} GB/s",
                     local_rule,
-                    "nvidia-smi topo -m and nvlink -s on the node; leave it out",
+                    "check nvidia-smi topo -m and nvidia-smi nvlink -s; leave the node out",
                 )
             )
     measured = [value for report in reports for _, value in report.pairs if value is not None]
     pair_rule, pair_gbs = _bandwidth_rule(measured, limits.min_share, limits.min_pair_gbs)
     for report in reports:
-        # One good pair clears a node: the other's partner is the slow one.
+        # One good pair clears a node: in the other pair, the partner is the slow one.
         if not report.pairs or any(value is not None and value >= pair_gbs for _, value in report.pairs):
             continue
         pairs = ", ".join(
@@ -227,18 +229,18 @@ def _judge_bandwidth(reports: Sequence[Report], limits: Limits) -> list[Finding]
         findings.append(
             Finding(
                 report.node,
-                f"all-reduce {pairs}" + (" (or the other node is at fault)" if alone else ""),
+                f"all-reduce: {pairs}" + ("; the other node may be at fault instead" if alone else ""),
                 pair_rule,
-                "ibstat and the switch's error counters; leave the node out",
+                "check ibstat and the switch's error counters; leave the node out",
             )
         )
     return findings
 
 
 def _bandwidth_rule(values: Sequence[float], min_share: float, least_gbs: float) -> tuple[str, float]:
-    """The rule in words and the bandwidth it asks for."""
+    """The rule in words, and the bandwidth in GB/s that it asks for."""
     if len(values) < MIN_NODES_TO_COMPARE:
-        return f"it works and reaches {least_gbs:g} GB/s", least_gbs
+        return f"it succeeds with at least {least_gbs:g} GB/s", least_gbs
     median_gbs = statistics.median(values)
     wanted_gbs = max(least_gbs, min_share * median_gbs)
-    return f"at least {wanted_gbs:.3g} GB/s, the median is {median_gbs:.3g} (--min-share {min_share:g})", wanted_gbs
+    return f"at least {wanted_gbs:.3g} GB/s; the median is {median_gbs:.3g} (--min-share {min_share:g})", wanted_gbs

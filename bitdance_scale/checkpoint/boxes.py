@@ -1,4 +1,4 @@
-"""Arithmetic on axis-aligned boxes of a tensor, by which replicas are told apart from parts."""
+"""Arithmetic on axis-aligned boxes of a tensor: how a checkpoint tells copies of a part from other parts."""
 
 from __future__ import annotations
 
@@ -6,20 +6,46 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+from bitdance_scale.parallel.partition import Piece
+
 
 @dataclass(frozen=True, order=True)
 class Box:
-    """The elements offsets[d] <= index[d] < offsets[d] + sizes[d]; ordered by corner."""
+    """The elements with offsets[d] <= index[d] < offsets[d] + sizes[d]; ordered by corner."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
 
+    @classmethod
+    def of_piece(cls, piece: Piece) -> Box:
+        """Where a rank's piece is in its global tensor."""
+        return cls(tuple(piece.offsets), tuple(piece.tensor.shape))
+
+    @classmethod
+    def of_chunk(cls, chunk: ChunkStorageMetadata) -> Box:
+        """A box in torch.distributed.checkpoint's terms."""
+        return cls(tuple(chunk.offsets), tuple(chunk.sizes))
+
+    @classmethod
+    def of_rows(cls, start: int, num_rows: int, shape: tuple[int, ...]) -> Box:
+        """Whole rows (elements of a vector) of a tensor of this shape."""
+        return cls((start, *(0 for _ in shape[1:])), (num_rows, *shape[1:]))
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        """This box in torch.distributed.checkpoint's terms."""
+        return ChunkStorageMetadata(torch.Size(self.offsets), torch.Size(self.sizes))
+
     @property
     def num_elements(self) -> int:
+        """How many elements it has; 1 for the box of a scalar."""
         return math.prod(self.sizes)
 
     def intersect(self, other: Box) -> Box | None:
-        """The common part, None where there is none."""
+        """The common part; None where there is none."""
         offsets, sizes = [], []
         for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True):
             start, stop = max(a, b), min(a + n, b + m)
@@ -63,9 +89,9 @@ class Box:
 
 
 def disjoint_parts(boxes: Iterable[Box]) -> Iterator[tuple[Box, Box]]:
-    """Cuts overlapping boxes until none overlap: (box, a part of it), whose parts cover what the boxes cover.
+    """Cuts overlapping boxes until none overlap: (box, a part of it). The parts cover what the boxes cover.
 
-    Swept along the first dimension: a box is compared only with those that reach its first row, not with all others.
+    The boxes are swept along the first dimension: each is compared only with those that reach its first row.
     """
     active: list[Box] = []
     for box in sorted(set(boxes)):
@@ -80,7 +106,7 @@ def disjoint_parts(boxes: Iterable[Box]) -> Iterator[tuple[Box, Box]]:
 
 
 def find_overlap(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
-    """Two boxes with a common element, None where there are none; swept like `disjoint_parts`."""
+    """Two boxes with a common element; None where there are none. Swept as in `disjoint_parts`."""
     active: list[Box] = []
     for box in sorted(boxes):
         if box.sizes:

@@ -1,12 +1,12 @@
 """The folder of a run's checkpoints: each is there whole or not at all, whenever the job is killed.
 
     step_00000100.writing/   being written; never read
-    step_00000100/           committed: renamed in one step when every file and its manifest were on storage
+    step_00000100/           committed: renamed in one step when all its files are on storage
     step_00000050.deleting/  being deleted; never read
     latest                   name of the checkpoint a run resumes from
 
-A manifest of all files is the last one written before the rename (checkpoint/manifest.py), so that a checkpoint damaged
-later (a partial copy, a full quota) is noticed before anything is loaded.
+The last file written before the rename is a manifest of all files (checkpoint/integrity.py). Damage that happens later,
+such as a partial copy, is therefore noticed before anything is loaded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from bitdance_scale.atomic_files import WRITING, sync, sync_tree, write_text
-from bitdance_scale.checkpoint.manifest import find_damage, write_manifest
+from bitdance_scale.checkpoint.integrity import find_damage, write_manifest
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.parallel.agreement import all_ranks, on_first_rank
 
@@ -41,10 +41,10 @@ class CheckpointFolder:
     """The checkpoints of one run. Methods are collectives over `group`, whose ranks share the file system.
 
     Args:
-        root: the folder, made when first written to.
-        keep: newest checkpoints that stay after a commit, at least 1.
+        root: the folder, made at the first checkpoint.
+        keep: how many of the newest checkpoints stay after a commit, at least 1.
         group: the ranks of the run; None: all, or this process alone without a process group.
-        before: called on the first rank with the name of each step of the protocol before it is taken; tests kill the
+        before: called on the first rank before each step of the protocol, with the name of the step; tests kill the
             process there.
     """
 
@@ -64,14 +64,14 @@ class CheckpointFolder:
 
     @contextlib.contextmanager
     def write(self, step: int) -> Iterator[Path]:
-        """A folder to write the checkpoint of `step` into; committed when the block ends without an error on any rank.
+        """A folder to write the checkpoint of `step` into; committed when the block ends without an error on all ranks.
 
-        An error raised on some ranks only must not leave the others in a collective inside the block: steps that can
+        Inside the block, an error on some ranks must not leave the other ranks waiting in a collective: steps that can
         fail go through `all_ranks`, `on_first_rank` or `save_sharded`.
 
         Raises:
-            CheckpointError: on every rank, when any rank failed or a run would resume from a checkpoint of this step.
-                What it would resume from stays as it was.
+            CheckpointError: on every rank, when any rank failed or when a run would resume from a checkpoint of this
+                step. Earlier checkpoints and `latest` stay as they were.
         """
         aside = self.root / (_name(step) + WRITING)
         failure = None
@@ -79,7 +79,7 @@ class CheckpointFolder:
             on_first_rank(lambda: self._create(step, aside), self.group, other=CheckpointError)
             try:
                 yield aside
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  (any error must reach all ranks; it is raised below)
                 failure = error
             with all_ranks(self.group, other=CheckpointError):
                 if failure is not None:
@@ -89,33 +89,33 @@ class CheckpointFolder:
             if self._is_first_rank():
                 shutil.rmtree(aside, ignore_errors=True)
             raise CheckpointError(
-                f"{self.root}: the checkpoint of step {step} was not committed: {error}. Earlier ones are as they were"
+                f"{self.root}: the checkpoint of step {step} was not committed: {error}. Earlier checkpoints are as "
+                "they were"
             ) from (failure or error)
         on_first_rank(lambda: self._prune(step), self.group, other=CheckpointError)
 
     def latest(self) -> Path | None:
-        """The checkpoint to resume from, its files all there; None when the run has none.
+        """The checkpoint to resume from, whose files are all there; None when the run has none.
 
-        That is the one `latest` names. Where only `latest` is missing it is the newest committed one, and a warning
-        says so.
+        It is the one that `latest` names. If only `latest` is missing, it is the newest committed one, with a warning.
 
         Raises:
-            CheckpointError: on every rank: the checkpoint lacks a file, or a file is not what was written. The message
-                names the file and how to resume from an older checkpoint. The content of tensor files is compared
-                by `load_checkpoint`.
+            CheckpointError: on every rank: a file of the checkpoint is missing or is not what was written. The message
+                names the file and says how to resume from an older checkpoint. `load_checkpoint` compares the content
+                of tensor files.
         """
         name = on_first_rank(self._find_latest, self.group, other=CheckpointError)
         return None if name is None else self.root / name
 
     def steps(self) -> list[int]:
-        """Steps of the committed checkpoints, oldest first; read on this rank alone."""
+        """Steps of the committed checkpoints, in ascending order; no collective."""
         if not self.root.is_dir():
             return []
         return sorted(int(match[1]) for path in self.root.iterdir() if (match := _COMMITTED.fullmatch(path.name)))
 
     def _create(self, step: int, aside: Path) -> None:
         if (self.root / _name(step)).exists() and self._pointed() in (None, _name(step)):
-            raise CheckpointError(f"{_name(step)} is already there and a run resumes from it; it is not overwritten")
+            raise CheckpointError(f"{_name(step)} exists and a run would resume from it; it is not overwritten")
         self._before("clean")
         if self.root.is_dir():
             for path in self.root.iterdir():
@@ -129,7 +129,7 @@ class CheckpointFolder:
         write_manifest(aside)
         sync_tree(aside)
         if committed.exists():
-            # Of a branch the user went back behind: `latest` names an earlier one, or `_create` had refused.
+            # Left from training that someone abandoned by going back to an earlier checkpoint.
             self._delete(committed)
         self._before("rename")
         os.rename(aside, committed)
@@ -138,12 +138,12 @@ class CheckpointFolder:
         write_text(self.root / LATEST_NAME, committed.name + "\n")
 
     def _prune(self, step: int) -> None:
-        """Deletes all but the newest; later steps, of an abandoned branch, are left alone and push nothing out."""
+        """Deletes old checkpoints. Later steps, left from abandoned training, stay and do not count."""
         for old in [s for s in self.steps() if s <= step][: -self._keep]:
             self._delete(self.root / _name(old))
 
     def _delete(self, path: Path) -> None:
-        """Takes a checkpoint out of sight in one step, then deletes it."""
+        """Renames a checkpoint, so that it is never read half deleted, and deletes it."""
         aside = path.with_name(path.name + _DELETING)
         self._before("delete_rename")
         os.rename(path, aside)
@@ -167,10 +167,10 @@ class CheckpointFolder:
         newest = _name(steps[-1]) if steps else None
         if name is None:
             if newest is not None:
-                logger.warning("%s: no file %r; the newest checkpoint is %s", self.root, LATEST_NAME, newest)
+                logger.warning("%s: no file %r; taking the newest checkpoint, %s", self.root, LATEST_NAME, newest)
             name = newest
         elif newest is not None and name != newest:
-            logger.warning("%s: %r names %s, not the newest checkpoint, %s", self.root, LATEST_NAME, name, newest)
+            logger.warning("%s: %r names %s; the newest checkpoint is %s", self.root, LATEST_NAME, name, newest)
         if name is None:
             return None
         problem = find_damage(self.root / name) if _COMMITTED.fullmatch(name) else "not the name of a checkpoint"
@@ -182,7 +182,7 @@ class CheckpointFolder:
         for step in reversed(self.steps()):
             if _name(step) != damaged and find_damage(self.root / _name(step)) is None:
                 return f"to resume from step {step}, write {_name(step)} into {self.root / LATEST_NAME}"
-        return f"no other checkpoint is whole: restore this one, or remove {self.root} to start anew"
+        return f"no other checkpoint is whole: restore this one, or remove {self.root} to start again"
 
     def _is_first_rank(self) -> bool:
         return not dist.is_initialized() or dist.get_rank(self.group) == 0

@@ -2,15 +2,17 @@
 
     config.json, model*.safetensors (+ index), tokenizer files    a plain Qwen3ForCausalLM
     vision_head_config.json, vision_head.safetensors, projector.safetensors
-    ae_config.json, ae.safetensors                                copied from where the run has them
+    ae_config.json, ae.safetensors                                the run's autoencoder
     conversion_report.json                                        written last
 
-Every tensor is written row block by row block, so that none is ever whole in memory. What is written in float32 comes
-from the checkpoint's float32 masters where it has them; what is written in the dtype of training comes from the weights.
+Every tensor is written some rows at a time, so that none is ever whole in memory. Tensors that are written in float32
+come from the checkpoint's float32 masters, if it has them; tensors that are written in the dtype of training come from
+the weights.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -23,21 +25,26 @@ import torch
 
 import bitdance_scale
 from bitdance_scale.atomic_files import write_text
-from bitdance_scale.checkpoint.conversion_folder import Progress, check_outcome, conversion_folder, write_report
-from bitdance_scale.checkpoint.digest import file_digest, text_digest
+from bitdance_scale.checkpoint.conversion_folder import (
+    OnBytes,
+    check_destination,
+    conversion_folder,
+    write_conversion_report,
+)
+from bitdance_scale.checkpoint.integrity import file_digest, tensor_bytes, text_digest
+from bitdance_scale.checkpoint.published_files import PART_FILES, PublishedTensors, TensorFileWriter, row_chunks
 from bitdance_scale.checkpoint.published_names import Part, PublishedTensor, published_tensors
-from bitdance_scale.checkpoint.published_tensors import PART_FILES, PublishedTensors, row_chunks
 from bitdance_scale.checkpoint.run_checkpoint import (
     CONFIG_NAME,
     MASTER_PREFIX,
     MODEL_PREFIX,
     TENSORS_DIR,
     TrainState,
+    read_run_section,
     read_state,
 )
 from bitdance_scale.checkpoint.start_weights import check_network, find_checkpoint
-from bitdance_scale.checkpoint.stored_tensors import StoredTensors
-from bitdance_scale.checkpoint.tensor_file import TensorFileWriter
+from bitdance_scale.checkpoint.tensor_storage import StoredTensors
 from bitdance_scale.config.load import load_network
 from bitdance_scale.config.published_config import (
     HEAD_CONFIG_NAME,
@@ -55,19 +62,45 @@ from bitdance_scale.vision.tokenizer import autoencoder_sizes, make_autoencoder
 from bitdance_scale.vision.weights import CONFIG_NAME as AE_CONFIG_NAME
 from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
 from bitdance_scale.vision.weights import check_weights
-from bitdance_scale.weight_files import TensorSpec
+from bitdance_scale.weight_files import TensorSpec, dtype_name
 
 MAX_FILE_BYTES = 5 * 10**9
-# What weights that started at random are published in; a release's own dtypes are kept.
 DEFAULT_DTYPES: Mapping[Part, str] = {Part.BACKBONE: "bfloat16", Part.HEAD: "float32", Part.PROJECTOR: "float32"}
+"""Dtypes of weights that started at random; weights that started from a release keep its dtypes."""
+
+
+@dataclass(frozen=True)
+class ExportedRun:
+    """The run of an exported checkpoint.
+
+    Attributes:
+        name: its name.
+        stage: its stage of training.
+        step: optimiser steps taken at the checkpoint.
+        num_steps: optimiser steps of the whole run.
+    """
+
+    name: str
+    stage: str
+    step: int
+    num_steps: int
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the checkpoint is the last of the run."""
+        return self.step >= self.num_steps
+
+    def __str__(self) -> str:
+        return f"step {self.step} of {self.num_steps} of run {self.name}, stage {self.stage}"
 
 
 @dataclass(frozen=True)
 class Export:
-    """A checkpoint to publish, looked through: everything in it fits together.
+    """A checkpoint to publish, checked: everything in it fits together.
 
     Attributes:
         path: the checkpoint.
+        run: the run that made it; None for an import, which no run has trained.
         state: how far its run is.
         config_sha256: digest of its resolved configuration.
         network: its network.
@@ -77,6 +110,7 @@ class Export:
     """
 
     path: Path
+    run: ExportedRun | None
     state: TrainState
     config_sha256: str
     network: NetworkConfig
@@ -86,11 +120,18 @@ class Export:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all published tensors, the autoencoder's left out."""
+        """Bytes of all published tensors except the autoencoder's."""
         return sum(spec.num_bytes for _, spec in self.tensors)
 
+    @property
+    def warning(self) -> str | None:
+        """One line for the user if the run has not finished at this checkpoint; None otherwise."""
+        if self.run is None or self.run.is_finished:
+            return None
+        return f"{self.path} is at {self.run}: the run has not finished"
+
     def source(self, ours: str, dtype: torch.dtype) -> str:
-        """The stored tensor that gives one of ours in a dtype."""
+        """Name of the stored tensor that one of ours is read from, if it is written in a dtype."""
         weights, masters = MODEL_PREFIX + ours, MASTER_PREFIX + ours
         has_masters = masters in self.stored and self.stored.dtype(weights) != dtype
         return masters if has_masters else weights
@@ -103,13 +144,13 @@ def open_checkpoint(
     autoencoder: Path | None = None,
     dtypes: Mapping[Part, str] | None = None,
 ) -> Export:
-    """Looks through a checkpoint without reading a tensor.
+    """Checks a checkpoint without reading a tensor.
 
     Args:
         where: a checkpoint, a run folder or a converted release.
-        tokenizer: where its text tokenizer is now; None: where its configuration says.
-        autoencoder: where its autoencoder's weights are now, likewise.
-        dtypes: dtypes of parts that are not to be those of the release it started from.
+        tokenizer: folder of its text tokenizer; None: as in its configuration.
+        autoencoder: weights file of its autoencoder; None: as in its configuration.
+        dtypes: dtypes of parts, in place of those of the release that it started from.
 
     Raises:
         BitDanceError: it is damaged, or its configuration, tokenizer or autoencoder does not fit it.
@@ -120,44 +161,59 @@ def open_checkpoint(
     overrides = [f"text.path={json.dumps(str(tokenizer))}"] if tokenizer else []
     overrides += [f"vision.weights={json.dumps(str(autoencoder))}"] if autoencoder else []
     network = load_network(config_path, overrides)
+    text = _checked_tokenizer(path, network, state)
+    with torch.device("meta"):
+        check_weights(network.vision.weights_path, make_autoencoder(network.vision).state_dict())
+    stored = StoredTensors(path / TENSORS_DIR)
+    check_network(path, stored.index, network, text.vocab_size)
+    of_release = {Part(part): name for part, name in state.release.get("dtypes", {}).items()}
+    chosen = {**DEFAULT_DTYPES, **of_release, **(dtypes or {})}
+    tensors = tuple(
+        (tensor, TensorSpec(tensor.shape, getattr(torch, chosen[tensor.part])))
+        for tensor in published_tensors(network, text.vocab_size)
+    )
+    digest = text_digest(config_path.read_text(encoding="utf-8"))
+    return Export(path, _run_of(path, state), state, digest, network, text, stored, tensors)
+
+
+def _run_of(path: Path, state: TrainState) -> ExportedRun | None:
+    section = read_run_section(path)
+    if "steps" not in section:
+        return None
+    # Configurations of the first version have no stage: all runs were pretraining.
+    return ExportedRun(section["name"], section.get("stage", "pt"), state.step, section["steps"])
+
+
+def _checked_tokenizer(path: Path, network: NetworkConfig, state: TrainState) -> TextTokenizer:
+    """The text tokenizer of a checkpoint; raises where the release's code could not run the model."""
     if network.model.mask != "block":
         raise ConfigError(
-            f"{config_path}: model.mask = {network.model.mask!r}: the release's code lets all positions of a block see "
-            "each other and would compute something else; only models of mask 'block' can be exported"
+            f"{path / CONFIG_NAME}: model.mask = {network.model.mask!r}: the release's code lets all positions of a "
+            "block see each other and would compute something else; only models of mask 'block' can be exported"
         )
     text = load_text_tokenizer(network.text, network.vision.block_tokens)
     if text.digest != state.tokenizer_digest:
         raise CheckpointError(
             f"{path}: trained with another text tokenizer than is in {network.text.path}; name its own with --tokenizer"
         )
-    if text.num_query_entries != network.vision.block_tokens - 1:
+    num_queries = network.vision.block_tokens - 1
+    if text.num_query_entries != num_queries:
         raise CheckpointError(
-            f"{network.text.path}: {text.num_query_entries} query tokens; blocks of {network.vision.block_tokens} tokens "
-            f"need {network.vision.block_tokens - 1}, and the release's folders hold no more"
+            f"{network.text.path}: {text.num_query_entries} query tokens; blocks of {network.vision.block_tokens} "
+            f"tokens need {num_queries}, and the release's folders have exactly as many; name the tokenizer that the "
+            "run was trained with"
         )
-    with torch.device("meta"):
-        check_weights(network.vision.weights_path, make_autoencoder(network.vision).state_dict())
-    stored = StoredTensors(path / TENSORS_DIR)
-    check_network(path, stored.index, network, text.vocab_size)
-    chosen = (
-        DEFAULT_DTYPES | {Part(part): name for part, name in state.release.get("dtypes", {}).items()} | (dtypes or {})
-    )
-    tensors = tuple(
-        (tensor, TensorSpec(tensor.shape, getattr(torch, chosen[tensor.part])))
-        for tensor in published_tensors(network, text.vocab_size)
-    )
-    digest = text_digest(config_path.read_text(encoding="utf-8"))
-    return Export(path, state, digest, network, text, stored, tensors)
+    return text
 
 
-def export_release(export: Export, out: Path, *, is_forced: bool = False, progress: Progress = lambda _: None) -> None:
+def export_release(export: Export, out: Path, *, is_forced: bool = False, on_bytes: OnBytes = lambda _: None) -> None:
     """Writes the published folder, and reads it back to see that its files hold what was written.
 
     Args:
         export: from `open_checkpoint`.
         out: the folder to make.
         is_forced: whether an earlier conversion there is replaced.
-        progress: called with bytes done: `2 * export.num_bytes` in all.
+        on_bytes: called as bytes are written and read back: `2 * export.num_bytes` in all.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or the folder cannot be written; nothing is left then, and an
@@ -165,9 +221,9 @@ def export_release(export: Export, out: Path, *, is_forced: bool = False, progre
     """
     network = export.network
     autoencoder = network.vision.weights_path
-    check_outcome(out, is_forced=is_forced, num_bytes=export.num_bytes + autoencoder.stat().st_size)
-    for file in export.stored.files(_sources(export)):
-        export.stored.check(file)
+    check_destination(out, is_forced=is_forced, num_bytes=export.num_bytes + autoencoder.stat().st_size)
+    sources = {export.source(ours, spec.dtype) for tensor, spec in export.tensors for ours, _ in tensor.rows}
+    export.stored.check_files(sources)
     with conversion_folder(out) as folder:
         write_tokenizer(network.text, export.tokenizer, folder)
         shutil.copyfile(autoencoder, folder / AE_WEIGHTS_NAME)
@@ -177,39 +233,37 @@ def export_release(export: Export, out: Path, *, is_forced: bool = False, progre
         _write_json(
             folder / HEAD_CONFIG_NAME, published_head(network.head, network.model.hidden_size, network.vision, inert)
         )
-        digests = {part: _write_part(export, part, folder, progress) for part in Part}
+        digests = {part: _write_part(export, part, folder, on_bytes) for part in Part}
         for part in Part:
-            _read_back(folder, part, digests[part], progress)
-        extra = beyond_release(network.head)
-        write_report(
-            folder,
-            {
-                "source": str(export.path),
-                "step": export.state.step,
-                "config_sha256": export.config_sha256,
-                "autoencoder_sha256": file_digest(folder / AE_WEIGHTS_NAME),
-                "version": bitdance_scale.__version__,
-                "reloaded": "every tensor, by the SHA-256 of what was written",
-                "runs_in_published_pipeline": not extra,
-                "unknown_to_published_pipeline": extra,
-                "tensor_sha256": {part.value: digests[part] for part in Part},
-            },
-        )
+            _read_back(folder, part, digests[part], on_bytes)
+        write_conversion_report(folder, _report(export, digests, file_digest(folder / AE_WEIGHTS_NAME)))
+
+
+def _report(export: Export, digests: Mapping[Part, dict[str, str]], autoencoder_sha256: str) -> dict[str, Any]:
+    extra, run = beyond_release(export.network.head), export.run
+    return {
+        "source": str(export.path),
+        "step": export.state.step,
+        "run": run and dataclasses.asdict(run) | {"is_finished": run.is_finished},
+        "config_sha256": export.config_sha256,
+        "autoencoder_sha256": autoencoder_sha256,
+        "version": bitdance_scale.__version__,
+        "reloaded": "every tensor, by the SHA-256 of what was written",
+        "runs_in_published_pipeline": not extra,
+        "unknown_to_published_pipeline": extra,
+        "tensor_sha256": {part.value: digests[part] for part in Part},
+    }
 
 
 def _model_config(export: Export) -> dict[str, Any]:
     dtype = next(spec.dtype for tensor, spec in export.tensors if tensor.part is Part.BACKBONE)
     inert = {"eos_token_id": int(export.tokenizer.turn_end_ids[0])} | export.state.release.get("model", {})
     model, vocab_size = export.network.model, export.tokenizer.vocab_size
-    return published_model(model, vocab_size, str(dtype).removeprefix("torch."), inert)
+    return published_model(model, vocab_size, dtype_name(dtype), inert)
 
 
-def _sources(export: Export) -> set[str]:
-    return {export.source(ours, spec.dtype) for tensor, spec in export.tensors for ours, _ in tensor.rows}
-
-
-def _write_part(export: Export, part: Part, folder: Path, progress: Progress) -> dict[str, str]:
-    """Writes the files of a part; SHA-256 of each tensor by name."""
+def _write_part(export: Export, part: Part, folder: Path, on_bytes: OnBytes) -> dict[str, str]:
+    """Writes the files of a part; returns name -> SHA-256 of each tensor."""
     tensors = {tensor.name: (tensor, spec) for tensor, spec in export.tensors if tensor.part is part}
     files = _files({name: spec for name, (_, spec) in tensors.items()}, part)
     digests: dict[str, str] = {}
@@ -218,7 +272,7 @@ def _write_part(export: Export, part: Part, folder: Path, progress: Progress) ->
             for name in names:
                 for values in _chunks(export, *tensors[name]):
                     writer.write(name, values)
-                    progress(values.nbytes)
+                    on_bytes(values.nbytes)
         digests |= writer.digests
     if len(files) > 1:
         total = sum(spec.num_bytes for _, spec in tensors.values())
@@ -230,7 +284,7 @@ def _write_part(export: Export, part: Part, folder: Path, progress: Progress) ->
 
 
 def _files(specs: Mapping[str, TensorSpec], part: Part) -> dict[str, list[str]]:
-    """File name -> tensors, in order; only the backbone is ever in several files."""
+    """File name -> its tensors, in order; only the backbone can be in several files."""
     if part is not Part.BACKBONE:
         return {PART_FILES[part]: [*specs]}
     groups: list[list[str]] = [[]]
@@ -256,7 +310,7 @@ def _chunks(export: Export, tensor: PublishedTensor, spec: TensorSpec) -> Iterat
             yield export.stored.read_rows(stored, shared.start + start, shared.start + stop).to(spec.dtype)
 
 
-def _read_back(folder: Path, part: Part, digests: Mapping[str, str], progress: Progress) -> None:
+def _read_back(folder: Path, part: Part, digests: Mapping[str, str], on_bytes: OnBytes) -> None:
     """Hashes what the safetensors library finds in the files just written."""
     written = PublishedTensors(folder, part)
     for name, wanted in digests.items():
@@ -264,15 +318,15 @@ def _read_back(folder: Path, part: Part, digests: Mapping[str, str], progress: P
         digest = hashlib.sha256()
         for start, stop in row_chunks(spec.shape[0], spec.num_bytes // spec.shape[0]):
             values = written.read_rows(name, start, stop)
-            digest.update(values.view(-1).view(torch.uint8).numpy())
-            progress(values.nbytes)
+            digest.update(tensor_bytes(values))
+            on_bytes(values.nbytes)
         if digest.hexdigest() != wanted:
             raise CheckpointError(
                 f"{written.file(name).name}: {name} reads back with other values than were written; the disk or the "
-                "memory of this machine is at fault"
+                "memory of this machine is faulty: convert on another machine"
             )
     if {*written.found} != {*digests}:
-        raise CheckpointError(f"{folder}: the files of the {part} do not hold the tensors that were written")
+        raise CheckpointError(f"{folder}: the files of the {part} hold other tensors than were written; convert again")
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

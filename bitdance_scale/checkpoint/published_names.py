@@ -1,9 +1,9 @@
-"""Our tensors and the published ones: which rows of the one are which rows of the other.
+"""The table of names: which rows of our tensors are which rows of the published tensors.
 
-A tensor here may stack several published ones, by blocks of rows: a layer's `linear_qkv` has, per key/value head, the
-rows of its query heads, then those of the key and of the value, where Qwen3 keeps three matrices; `linear_fc1` has the
-gate above the up projection. No value is changed and no row is cut, so that a conversion is a copy in either direction.
-Head and projector have the published names and shapes.
+One of our tensors may stack several published ones in blocks of rows. Qwen3 keeps query, key and value in three
+matrices; a layer's `linear_qkv` has, for each key/value head, the rows of its query heads, then those of the key, then
+those of the value. `linear_fc1` has the gate projection above the up projection. No value is changed and no row is cut,
+so a conversion is a copy in either direction. Head and projector have the published names and shapes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PUBLISHED_OUTPUT = "lm_head.weight"
 
 
 class Part(enum.StrEnum):
-    """The parts of a published folder that hold trained weights, each in files of its own."""
+    """A part of a published folder with weights; each part has its own files."""
 
     BACKBONE = "backbone"
     HEAD = "head"
@@ -35,13 +35,13 @@ class Part(enum.StrEnum):
 
 @dataclass(frozen=True)
 class SharedRows:
-    """Neighbouring rows that one of our tensors and a published one have in common.
+    """Consecutive rows that one of our tensors and a published tensor share.
 
     Attributes:
-        start: first of them in ours.
+        start: the first row in ours.
         published: name of the published tensor.
-        published_start: first of them there.
-        num_rows: how many.
+        published_start: the first row in the published tensor.
+        num_rows: how many rows.
     """
 
     start: int
@@ -57,7 +57,7 @@ class NamedTensor:
     Attributes:
         name: global name.
         shape: whole shape, without padding.
-        part: where its published rows are.
+        part: part of the published folder that has its rows.
         rows: blocks of rows (elements of a vector) that make it up, in its order.
     """
 
@@ -69,7 +69,14 @@ class NamedTensor:
 
 @dataclass(frozen=True)
 class PublishedTensor:
-    """One published tensor: its name, shape, and the blocks of rows of ours that make it up, in its order."""
+    """One published tensor.
+
+    Attributes:
+        name: its name in the files of its part.
+        shape: its shape.
+        part: the part it is in.
+        rows: (name of our tensor, block of rows) that make it up, in its order.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -99,7 +106,7 @@ def our_tensors(network: NetworkConfig, vocab_size: int) -> Iterator[NamedTensor
 
 
 def published_tensors(network: NetworkConfig, vocab_size: int) -> list[PublishedTensor]:
-    """Every tensor of the published files, in the order in which ours are."""
+    """Every tensor of the published files, in the order of ours."""
     rows: dict[tuple[Part, str], list[tuple[str, SharedRows]]] = {}
     trailing: dict[tuple[Part, str], tuple[int, ...]] = {}
     for tensor in our_tensors(network, vocab_size):
@@ -122,7 +129,7 @@ def _same(name: str, published: str, shape: tuple[int, ...], part: Part) -> Name
 
 
 def _stacked(name: str, columns: int, blocks: list[tuple[str, int, int]]) -> NamedTensor:
-    """A backbone matrix of (published name, first row there, rows) one below the other."""
+    """A backbone matrix that stacks blocks of (published name, first row there, number of rows)."""
     rows, start = [], 0
     for published, published_start, num_rows in blocks:
         rows.append(SharedRows(start, published, published_start, num_rows))

@@ -1,4 +1,4 @@
-"""A folder to import, looked through before anything is written: a BitDance release, or a plain Qwen3."""
+"""A folder to import, checked before anything is written: a BitDance release or a plain Qwen3."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from bitdance_scale.checkpoint.published_files import PublishedTensors
 from bitdance_scale.checkpoint.published_names import (
     EMBEDDING,
     OUTPUT,
@@ -15,7 +16,6 @@ from bitdance_scale.checkpoint.published_names import (
     our_tensors,
     published_tensors,
 )
-from bitdance_scale.checkpoint.published_tensors import PublishedTensors
 from bitdance_scale.config.published_config import (
     HEAD_CONFIG_NAME,
     MODEL_CONFIG_NAME,
@@ -36,13 +36,15 @@ from bitdance_scale.weight_files import TensorSpec, read_json
 
 @dataclass(frozen=True)
 class NewParts:
-    """What a plain Qwen3 lacks of a BitDance model.
+    """The parts of a BitDance model that a plain Qwen3 lacks.
 
     Attributes:
         autoencoder: weights file, with its configuration beside it.
         block_side: p.
-        seed: of the initial values of head, projector and embedding rows.
-        head_width, head_blocks, head_adaln: sizes of the diffusion head; a width of None is the backbone's.
+        seed: of the initial values of head, projector and new embedding rows.
+        head_width: width of the diffusion head; None: the backbone's.
+        head_blocks: transformer blocks of the head.
+        head_adaln: adaLN modules of the head.
     """
 
     autoencoder: Path | None = None
@@ -53,21 +55,21 @@ class NewParts:
     head_adaln: int = 2
 
     def head(self, hidden_size: int) -> HeadSection:
-        """The head for a backbone of this width."""
+        """The diffusion head for a backbone of this width."""
         width = self.head_width or hidden_size
         return HeadSection(width=width, num_blocks=self.head_blocks, num_adaln=self.head_adaln)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder to import, looked through: everything in it fits together.
+    """A folder to import, checked: everything in it fits together.
 
     Attributes:
         folder: the folder.
-        network: what it makes; its paths are those of the source.
-        tokenizer: with the added tokens.
-        parts: the tensors that it holds; head and projector are missing from a plain Qwen3.
-        new_parts: what a plain Qwen3 is given; None for a release.
+        network: the network that it becomes; its paths are those of the source.
+        tokenizer: its text tokenizer, with the added tokens.
+        parts: the tensors that it holds; a plain Qwen3 has no head and no projector.
+        new_parts: the parts that a plain Qwen3 is given; None for a release.
         inert: what `TrainState.release` keeps of its configuration files.
     """
 
@@ -89,12 +91,12 @@ class Source:
         return self.tokenizer.vocab_size - self.tokenizer.num_new_entries
 
     def spec(self, tensor: NamedTensor) -> TensorSpec:
-        """Shape and stored dtype of one of our tensors: the source's, float32 for what is drawn here."""
+        """Shape and stored dtype of one of our tensors: the source's dtype, or float32 for initial values."""
         dtype = self.parts[tensor.part].dtype if tensor.part in self.parts else torch.float32
         return TensorSpec(tensor.shape, dtype)
 
     def tensors(self) -> list[tuple[NamedTensor, TensorSpec]]:
-        """All of our tensors, with what is stored of each."""
+        """All of our tensors, with shape and stored dtype."""
         return [(tensor, self.spec(tensor)) for tensor in our_tensors(self.network, self.tokenizer.vocab_size)]
 
     @property
@@ -104,7 +106,7 @@ class Source:
 
     @property
     def num_drawn_bytes(self) -> int:
-        """Bytes that the source does not hold: head, projector and new rows of a Qwen3."""
+        """Bytes of initial values, which the source does not hold: head, projector and new rows of a Qwen3."""
         num_bytes = 0
         for tensor, spec in self.tensors():
             if tensor.part not in self.parts:
@@ -115,37 +117,20 @@ class Source:
 
 
 def open_source(folder: Path, new_parts: NewParts | None) -> Source:
-    """Looks through a folder without reading a value.
+    """Checks a folder without reading a tensor.
 
     Args:
         folder: a published BitDance folder, or a Qwen3 folder.
-        new_parts: what a Qwen3 folder is given; None for a release.
+        new_parts: the parts that a Qwen3 folder is given; None for a release.
 
     Raises:
         BitDanceError: it is neither, or something in it does not fit; names the file or tensor, what was found and what
             was expected.
     """
+    autoencoder = _autoencoder_of(folder, new_parts)
     config_path = folder / MODEL_CONFIG_NAME
-    if not config_path.is_file():
-        raise CheckpointError(
-            f"{folder}: has no {MODEL_CONFIG_NAME}; name a Qwen3 folder or a published BitDance folder"
-        )
-    is_release = (folder / HEAD_CONFIG_NAME).is_file()
-    if is_release and new_parts is not None:
-        raise CheckpointError(
-            f"{folder}: a BitDance folder ({HEAD_CONFIG_NAME}) has its autoencoder, blocks and head; leave out "
-            "--autoencoder and the other options for a Qwen3 folder"
-        )
-    if not is_release and (new_parts is None or new_parts.autoencoder is None):
-        raise CheckpointError(
-            f"{folder}: has no {HEAD_CONFIG_NAME}; a plain Qwen3 folder also needs --autoencoder, the weights file of the "
-            "vision tokenizer"
-        )
-    if new_parts is not None:
-        _check_options(new_parts)
     config = read_json(config_path)
     model = read_model(config, str(config_path))
-    autoencoder = new_parts.autoencoder if new_parts else folder / AE_WEIGHTS_NAME
     sizes = published_sizes(read_json(autoencoder_config(autoencoder)))
     with torch.device("meta"):
         check_weights(autoencoder, Autoencoder(**sizes).state_dict())
@@ -164,19 +149,42 @@ def open_source(folder: Path, new_parts: NewParts | None) -> Source:
         text=TextSection(kind="huggingface", path=str(folder)),
     )
     tokenizer = load_text_tokenizer(network.text, block_side**2)
-    parts = {part: PublishedTensors(folder, part) for part in (Part if is_release else (Part.BACKBONE,))}
+    parts = {part: PublishedTensors(folder, part) for part in (Part if new_parts is None else (Part.BACKBONE,))}
     source = Source(folder, network, tokenizer, parts, new_parts, inert)
     _check(source, config["vocab_size"])
     return source
 
 
 def autoencoder_config(weights: Path) -> Path:
-    """The configuration beside an autoencoder's weights: `ae_config.json`, or `NAME_config.json` for NAME.safetensors.
+    """The configuration beside an autoencoder's weights: `NAME_config.json` for NAME.safetensors, or `ae_config.json`.
 
-    The second is how the release's collection of tokenizers names it.
+    The release's collection of tokenizers uses the first.
     """
     own = weights.with_name(weights.stem + "_config.json")
     return own if own.is_file() else weights.with_name(AE_CONFIG_NAME)
+
+
+def _autoencoder_of(folder: Path, new_parts: NewParts | None) -> Path:
+    """The autoencoder's weights file; raises where the folder and the options do not belong together."""
+    if not (folder / MODEL_CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"{folder}: has no {MODEL_CONFIG_NAME}; name a Qwen3 folder or a published BitDance folder"
+        )
+    is_release = (folder / HEAD_CONFIG_NAME).is_file()
+    if is_release and new_parts is not None:
+        raise CheckpointError(
+            f"{folder}: a BitDance folder ({HEAD_CONFIG_NAME}) has its autoencoder, blocks and head; leave out "
+            "--autoencoder and the other options for a Qwen3 folder"
+        )
+    if is_release:
+        return folder / AE_WEIGHTS_NAME
+    if new_parts is None or new_parts.autoencoder is None:
+        raise CheckpointError(
+            f"{folder}: has no {HEAD_CONFIG_NAME}; a plain Qwen3 folder also needs --autoencoder, the weights file of "
+            "the vision tokenizer"
+        )
+    _check_options(new_parts)
+    return new_parts.autoencoder
 
 
 def _check_options(new_parts: NewParts) -> None:
@@ -189,30 +197,30 @@ def _check_options(new_parts: NewParts) -> None:
 
 
 def _check(source: Source, num_rows: int) -> None:
-    """The tokenizer, the embedding and every tensor against the network."""
+    """Compares the tokenizer, the embedding and every tensor with the network."""
     tokenizer, block_tokens, folder = source.tokenizer, source.network.vision.block_tokens, source.folder
     if source.new_parts is None:
         found, wanted = tokenizer.num_query_entries - tokenizer.num_new_entries, block_tokens - 1
         if found != wanted:
             raise CheckpointError(
-                f"{folder}: its tokenizer has {max(found, 0)} query tokens, blocks of parallel_num = {block_tokens} tokens "
-                f"({HEAD_CONFIG_NAME}) need {wanted}; take both files from one release"
+                f"{folder}: its tokenizer has {max(found, 0)} query tokens, blocks of parallel_num = {block_tokens} "
+                f"tokens ({HEAD_CONFIG_NAME}) need {wanted}; take both files from one release"
             )
         if num_rows != tokenizer.vocab_size:
             raise CheckpointError(
                 f"{folder}: vocab_size = {num_rows} in {MODEL_CONFIG_NAME}, its tokenizer has {tokenizer.vocab_size} "
-                "entries; they must be equal"
+                "entries; they must be equal. Take both files from one release"
             )
     elif tokenizer.num_new_entries != len(tokenizer.added_entries):
         raise CheckpointError(
-            f"{folder}: its tokenizer has resolution or query tokens already, but there is no {HEAD_CONFIG_NAME}; name a "
-            "plain Qwen3 folder or a whole BitDance folder"
+            f"{folder}: its tokenizer has resolution or query tokens already, but there is no {HEAD_CONFIG_NAME}; name "
+            "a plain Qwen3 folder or a complete BitDance folder"
         )
     if num_rows < source.num_old_rows:
         raise CheckpointError(
-            f"{folder}: vocab_size = {num_rows} in {MODEL_CONFIG_NAME}, its tokenizer has {source.num_old_rows} entries; "
-            "the embedding must have a row for each"
+            f"{folder}: vocab_size = {num_rows} in {MODEL_CONFIG_NAME}, its tokenizer has {source.num_old_rows} "
+            "entries; the embedding must have a row for each. Take both files from one folder"
         )
-    names = published_tensors(source.network, num_rows)
+    wanted_tensors = published_tensors(source.network, num_rows)
     for part, tensors in source.parts.items():
-        tensors.check({tensor.name: tensor for tensor in names if tensor.part is part})
+        tensors.check({tensor.name: tensor for tensor in wanted_tensors if tensor.part is part})

@@ -3,8 +3,8 @@
 config.toml        the resolved configuration of the run
 train_state.json   how far the run is: step, counts, position in the data, optimiser counters
 tensors/           `model.<name>`, the parameters in their training dtype, and `optimizer.<kind>.<name>`, the
-                   float32 masters and moments; by global names, in boxes that know no layout
-manifest.json      every file and its size; digests of those above (a tensor file's is in tensors/index.json)
+                   float32 masters and moments; by global names, in boxes that do not depend on the layout
+manifest.json      every file with its size and digest (those of tensor files are in tensors/index.json)
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import Metadata
 
 import bitdance_scale
 from bitdance_scale.atomic_files import write_text
 from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
-from bitdance_scale.checkpoint.digest import text_digest
-from bitdance_scale.checkpoint.manifest import find_damage
+from bitdance_scale.checkpoint.integrity import find_damage, text_digest
 from bitdance_scale.checkpoint.sharded import StreamedValue, load_sharded, save_sharded
-from bitdance_scale.checkpoint.tensor_index import read_index
+from bitdance_scale.checkpoint.tensor_index import TensorIndex, read_index
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.parallel.agreement import on_first_rank
 from bitdance_scale.parallel.partition import ShardedValue
@@ -46,24 +45,38 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TrainState:
-    """How far a run is, apart from its tensors; the same on all ranks and under every layout.
+class StepState:
+    """How far a run is, apart from its tensors; the same on all ranks. Every job adds fields of JSON values.
+
+    Attributes:
+        step: optimiser steps taken.
+    """
+
+    step: int
+
+
+State = TypeVar("State", bound=StepState)
+
+
+@dataclass(frozen=True)
+class TrainState(StepState):
+    """How far a text-to-image run is; the same under every layout.
 
     Attributes:
         step: optimiser steps taken.
         images: images seen.
         tokens: positions seen, padding left out.
         loader: state of the data loader after the last step; JSON values.
-        optimizer: the optimiser's counters (steps it counts for bias correction, steps skipped); JSON values.
-        tokenizer_digest: digest of the text tokenizer; other tokens would give the embedding rows another meaning.
+        optimizer: the optimiser's counters (steps counted for bias correction, steps skipped); JSON values.
+        tokenizer_digest: digest of the text tokenizer; with other tokens the embedding rows would mean something else.
         images_by_resolution: images seen per resolution, by `side_px` as text (a JSON key).
-        skipped_samples: images that could not be used.
-        sample_errors: images with a fault, by cause.
-        release: what the folder that the weights came from says and the configuration has no place for, to be written
-            back as it was (`checkpoint/published_tensors.py`); empty for weights that started at random. JSON values.
+        skipped_samples: samples that could not be used.
+        sample_errors: samples with an error, by cause.
+        release: what the release that the weights came from says and the configuration has no place for, so that an
+            export writes it back (`checkpoint/export_release.py`); empty for weights that started at random. JSON
+            values.
     """
 
-    step: int
     images: int
     tokens: int
     loader: dict[str, Any]
@@ -77,7 +90,7 @@ class TrainState:
 
 def save_checkpoint(
     folder: CheckpointFolder,
-    state: TrainState,
+    state: StepState,
     model: Mapping[str, ShardedValue | StreamedValue],
     optimizer: Mapping[str, ShardedValue],
     config_text: str,
@@ -85,10 +98,10 @@ def save_checkpoint(
     """Writes and commits the checkpoint of `state.step`; a collective over the folder's group.
 
     Args:
-        folder: where it goes.
-        state: the first rank's is written.
+        folder: the checkpoints of the run.
+        state: that of the first rank is written.
         model: what this rank holds of the parameters, by global name.
-        optimizer: what it holds of `master.<name>`, `exp_avg.<name>` and `exp_avg_sq.<name>`.
+        optimizer: what this rank holds of `master.<name>`, `exp_avg.<name>` and `exp_avg_sq.<name>`.
         config_text: the resolved configuration as TOML.
 
     Raises:
@@ -113,7 +126,7 @@ def load_checkpoint(
     Args:
         path: the checkpoint, such as `CheckpointFolder.latest` returns.
         model: what this rank holds of the parameters.
-        optimizer: what it holds of the optimiser state.
+        optimizer: what this rank holds of the optimiser state.
         tokenizer_digest: of the text tokenizer in use.
         group: the ranks that take part; None: all, or this process alone without a process group.
 
@@ -122,16 +135,26 @@ def load_checkpoint(
             of another text tokenizer.
     """
     state = on_first_rank(lambda: read_fitting_state(path, tokenizer_digest), group, other=CheckpointError)
-    values = _prefixed(MODEL_PREFIX, model) | _prefixed(OPTIMIZER_PREFIX, optimizer)
-    load_sharded(path / TENSORS_DIR, values, group)
+    load_tensors(path, model, optimizer, group)
     return state
 
 
-def model_signature(index: Metadata) -> str:
-    """SHA-256 over the names and shapes of the parameters in a checkpoint's index; equal ones fit each other."""
+def load_tensors(
+    path: Path,
+    model: Mapping[str, ShardedValue],
+    optimizer: Mapping[str, ShardedValue],
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """The tensors of `load_checkpoint`, for jobs whose state is not a `TrainState`."""
+    values = _prefixed(MODEL_PREFIX, model) | _prefixed(OPTIMIZER_PREFIX, optimizer)
+    load_sharded(path / TENSORS_DIR, values, group)
+
+
+def model_signature(index: TensorIndex) -> str:
+    """SHA-256 of the names and shapes of a checkpoint's parameters; checkpoints of one network have the same."""
     shapes = {
         name.removeprefix(MODEL_PREFIX): list(tensor.size)
-        for name, tensor in index.state_dict_metadata.items()
+        for name, tensor in index.tensors.items()
         if name.startswith(MODEL_PREFIX)
     }
     return text_digest(json.dumps(shapes, sort_keys=True))
@@ -141,7 +164,7 @@ def _prefixed(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
     return {prefix + name: value for name, value in values.items()}
 
 
-def _write_texts(path: Path, state: TrainState, config_text: str) -> None:
+def _write_texts(path: Path, state: StepState, config_text: str) -> None:
     content = dataclasses.asdict(state) | {
         "config_sha256": text_digest(config_text),
         "model_signature": model_signature(read_index(path / TENSORS_DIR)),
@@ -151,11 +174,26 @@ def _write_texts(path: Path, state: TrainState, config_text: str) -> None:
     write_text(path / CONFIG_NAME, config_text)
 
 
+def read_run_section(path: Path) -> dict[str, Any]:
+    """The [run] section of a checkpoint's configuration; that of an import has no steps, name or stage."""
+    run: dict[str, Any] = tomllib.loads((path / CONFIG_NAME).read_text(encoding="utf-8")).get("run", {})
+    return run
+
+
 def read_state(path: Path) -> TrainState:
-    """How far the run of a committed checkpoint is; the files beside the tensors are compared with their digests.
+    """How far the text-to-image run of a committed checkpoint is."""
+    return read_state_of(path, TrainState)
+
+
+def read_state_of(path: Path, kind: type[State]) -> State:
+    """How far the run of a committed checkpoint is; all files but the tensors are compared with their digests.
+
+    Args:
+        path: the checkpoint.
+        kind: what its job keeps.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the checkpoint is damaged.
     """
     damage = find_damage(path)
     if damage is not None:
@@ -165,26 +203,26 @@ def read_state(path: Path) -> TrainState:
         content = json.loads(file.read_text(encoding="utf-8"))
         old = {name: RENAMED_FIELDS[name] for name in content if name in RENAMED_FIELDS}
         if old:
-            named = ", ".join(f"{name} is {new} now" for name, new in old.items())
-            logger.info("%s: written by an earlier version (%s); read under the new names", file, named)
+            named = ", ".join(f"{name} is now {new}" for name, new in old.items())
+            logger.info("%s was written by an earlier version (%s); it is read under the new names", file, named)
             content = with_new_names(content, RENAMED_FIELDS)
-        # The last fields came later; checkpoints without a release are those of weights that started at random.
+        # Earlier versions did not write these two fields; weights whose release is not stated started at random.
         content = {"sample_errors": {}, "release": {}} | content
-        return TrainState(**{field.name: content[field.name] for field in dataclasses.fields(TrainState)})
+        return kind(**{field.name: content[field.name] for field in dataclasses.fields(kind)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: damaged ({type(error).__name__}: {error}); load another checkpoint") from error
 
 
 def read_fitting_state(path: Path, tokenizer_digest: str) -> TrainState:
-    """`read_state`, which must be of a run with this text tokenizer.
+    """How far the run of a committed checkpoint is, as `read_state`; the run must have used this text tokenizer.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or its run had another tokenizer.
+        CheckpointError: the checkpoint is damaged, or its run used another text tokenizer.
     """
     state = read_state(path)
     if state.tokenizer_digest != tokenizer_digest:
         raise CheckpointError(
             f"{path}: trained with another text tokenizer (digest {state.tokenizer_digest}, in use "
-            f"{tokenizer_digest}); set [text] as in its config.toml"
+            f"{tokenizer_digest}); set [text] as in {path / CONFIG_NAME}"
         )
     return state

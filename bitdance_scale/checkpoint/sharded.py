@@ -1,7 +1,7 @@
-"""Layout-free save and load of sharded tensors, planned and driven by torch.distributed.checkpoint.
+"""Save and load of sharded tensors from and to any layout, with torch.distributed.checkpoint.
 
-Every rank brings boxes of global tensors (`ShardedValue`). Saving writes each element once, whichever ranks hold it;
-loading reads into whatever boxes the ranks now hold. Only descriptions of boxes travel between ranks, never values.
+Every rank brings boxes of global tensors (`ShardedValue`). Saving writes each element once, however many ranks hold it.
+Loading fills the boxes that the ranks hold now. Only descriptions of boxes travel between ranks, never values.
 """
 
 from __future__ import annotations
@@ -17,30 +17,37 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import (
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    LoadPlan,
-    LoadPlanner,
     Metadata,
-    SavePlan,
-    SavePlanner,
+    MetadataIndex,
+    TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from bitdance_scale.checkpoint.boxes import Box, disjoint_parts
-from bitdance_scale.checkpoint.tensor_index import StoredFile, read_index
-from bitdance_scale.checkpoint.tensor_storage import SafetensorsReader, SafetensorsWriter
+from bitdance_scale.checkpoint.tensor_index import StoredFile, TensorIndex, read_index
+from bitdance_scale.checkpoint.tensor_storage import SafetensorsReader, SafetensorsWriter, write_data_of
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.parallel.agreement import describe_failures, on_first_rank
-from bitdance_scale.parallel.partition import Piece, ShardedValue
+from bitdance_scale.parallel.partition import ShardedValue
+from bitdance_scale.wording import first_few
 
 DEFAULT_MAX_FILE_BYTES = 128 * 2**20
-_MAX_NAMED_PROBLEMS = 3
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class StreamedValue:
         global_shape: shape of the whole tensor.
         dtype: its dtype.
         boxes: disjoint boxes that this rank writes.
-        read: the values of a box inside one of them.
+        read: returns the values of a box inside one of them.
     """
 
     global_shape: tuple[int, ...]
@@ -70,17 +77,17 @@ def save_sharded(
     """Writes the tensors whose pieces the ranks of `group` hold; a collective.
 
     Args:
-        folder: made if absent; must be the same on a file system all ranks share.
+        folder: made if absent; on a file system that all ranks share.
         values: what this rank holds, by the tensors' global names. The pieces of all ranks must cover every tensor.
         group: the ranks that take part; None: all, or this process alone without a process group.
-        max_file_bytes: tensor bytes per file, and bound of the host memory used on each rank beyond what it holds
-            (larger pieces are cut).
+        max_file_bytes: most tensor bytes per file, and most host memory that a rank uses beyond what it holds (larger
+            pieces are cut).
 
     Raises:
         CheckpointError: on every rank, when a rank could not write.
     """
     with _dcp_errors(f"{folder}: tensors not written", group):
-        dcp.save(
+        save(
             dict(values),
             storage_writer=SafetensorsWriter(folder, max_file_bytes),
             planner=_SavePieces(max_file_bytes),
@@ -105,30 +112,30 @@ def load_sharded(
         values: what this rank holds now; names start with `prefix`.
         group: the ranks that take part; None: all, or this process alone without a process group.
         prefix: the part of the checkpoint that is wanted; each of its tensors must be held by some rank.
-        converts_dtype: whether tensors of another dtype are converted rather than refused.
+        converts_dtype: whether tensors of another dtype are converted instead of refused.
         is_verified: whether the content of the files was compared with their digests just before.
 
     Raises:
-        CheckpointError: on every rank, before any tensor is written to: the checkpoint lacks a tensor, or holds one
-            more, or one of another shape or dtype; a file is missing or is not what was written. Only a device that
+        CheckpointError: on every rank, before any tensor is written to: the checkpoint lacks a tensor or holds an extra
+            one, a tensor has another shape or dtype, a file is missing or is not what was written. Only a device that
             fails between this check and the reading leaves the tensors half filled.
     """
     index = on_first_rank(lambda: read_index(folder), group, other=CheckpointError)
     rank, num_ranks = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
     checked = [] if is_verified else _files_to_check(index, prefix, num_ranks)[rank]
     with _dcp_errors(f"{folder}: not loaded", group):
-        dcp.load(
+        load(
             dict(values),
             storage_reader=SafetensorsReader(folder, index, checked),
-            planner=_LoadPieces(prefix, converts_dtype),
+            planner=_LoadPieces(index, prefix, converts_dtype),
             process_group=group,
             no_dist=not dist.is_initialized(),
         )
 
 
-def _files_to_check(index: Metadata, prefix: str, num_ranks: int) -> list[list[StoredFile]]:
-    """Per rank the files it hashes: each that holds a wanted tensor once, the largest first to who has the least."""
-    wanted = {file for box, file in index.storage_data.items() if box.fqn.startswith(prefix)}
+def _files_to_check(index: TensorIndex, prefix: str, num_ranks: int) -> list[list[StoredFile]]:
+    """The files that each rank hashes: largest first, each to the rank that has the fewest bytes so far."""
+    wanted = {file for box, file in index.files.items() if box.fqn.startswith(prefix)}
     shares: list[list[StoredFile]] = [[] for _ in range(num_ranks)]
     load_bytes = [0] * num_ranks
     for file in sorted(wanted, key=lambda file: (-file.num_bytes, file.name)):
@@ -140,7 +147,7 @@ def _files_to_check(index: Metadata, prefix: str, num_ranks: int) -> list[list[S
 
 @contextlib.contextmanager
 def _dcp_errors(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Turns torch's exception, which it raises on all ranks and which is no `Exception`, into ours."""
+    """Raises torch's exception as ours. torch raises it on all ranks, and it is no `Exception`."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -166,7 +173,7 @@ class _SavePieces(SavePlanner):
         self._values: dict[str, ShardedValue | StreamedValue] = state_dict
 
     def create_local_plan(self) -> SavePlan:
-        items = []
+        items: list[WriteItem] = []
         for name, value in self._values.items():
             max_elements = max(self._max_chunk_bytes // value.dtype.itemsize, 1)
             for box in _boxes(name, value):
@@ -179,12 +186,12 @@ class _SavePieces(SavePlanner):
         data: dict[str, TensorWriteData] = {}
         for rank, plan in enumerate(all_plans):
             for item in plan.items:
-                name, write = item.index.fqn, item.tensor_data
+                name, write = item.index.fqn, write_data_of(item)
                 first = data.setdefault(name, write)
                 assert (first.size, first.properties.dtype) == (write.size, write.properties.dtype), (
                     f"{name}: ranks disagree on its shape or dtype"
                 )
-                holders.setdefault(name, {}).setdefault(_chunk_box(write.chunk), []).append(rank)
+                holders.setdefault(name, {}).setdefault(Box.of_chunk(write.chunk), []).append(rank)
         planned: list[list[WriteItem]] = [[] for _ in all_plans]
         load_bytes = [0] * len(all_plans)
         tensors: dict[str, TensorStorageMetadata] = {}
@@ -194,7 +201,7 @@ class _SavePieces(SavePlanner):
             for box, part in disjoint_parts(boxes):
                 rank = min(boxes[box], key=load_bytes.__getitem__)
                 load_bytes[rank] += part.num_elements * properties.dtype.itemsize
-                chunk = _chunk(part)
+                chunk = part.chunk
                 index = MetadataIndex(name, part.offsets, len(chunks))
                 write = TensorWriteData(chunk, properties, size)
                 planned[rank].append(WriteItem(index, WriteItemType.SHARD, tensor_data=write))
@@ -202,42 +209,41 @@ class _SavePieces(SavePlanner):
             covered = sum(math.prod(chunk.sizes) for chunk in chunks)
             assert covered == math.prod(size), f"{name}: the ranks hold {covered} of {math.prod(size)} elements"
             tensors[name] = TensorStorageMetadata(properties, size, chunks)
-        return [SavePlan(items) for items in planned], Metadata(tensors)
+        return [SavePlan(items) for items in planned], Metadata(dict(tensors))
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        box = _chunk_box(write_item.tensor_data.chunk)
+        box = Box.of_chunk(write_data_of(write_item).chunk)
         value = self._values[write_item.index.fqn]
         if isinstance(value, StreamedValue):
             return value.read(box)
         for piece in value.pieces:
-            if _box(piece).intersect(box) == box:
-                return piece.tensor.detach()[box.slices_in(_box(piece))]
+            if Box.of_piece(piece).intersect(box) == box:
+                return piece.tensor.detach()[box.slices_in(Box.of_piece(piece))]
         raise AssertionError(f"{write_item.index} was planned for a rank that does not hold it")
 
 
 class _LoadPieces(LoadPlanner):
     """Plans which stored boxes fill the boxes held here, after checking that they are of the same model."""
 
-    def __init__(self, prefix: str, converts_dtype: bool) -> None:
+    def __init__(self, index: TensorIndex, prefix: str, converts_dtype: bool) -> None:
+        self._stored = index.tensors
         self._prefix = prefix
         self._converts_dtype = converts_dtype
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        assert metadata is not None
         self._values: dict[str, ShardedValue] = state_dict
-        self._stored: dict[str, TensorStorageMetadata] = metadata.state_dict_metadata
         self._targets = {(name, p.offsets): p.tensor for name, value in state_dict.items() for p in value.pieces}
 
     def create_local_plan(self) -> LoadPlan:
         _refuse([problem for name, value in self._values.items() for problem in self._differences(name, value)])
         items: list[ReadItem] = []
         for name, value in self._values.items():
-            chunks = [_chunk(_box(piece)) for piece in value.pieces]
+            chunks = [Box.of_piece(piece).chunk for piece in value.pieces]
             reads = create_read_items_for_chunk_list(name, self._stored[name], chunks)
             wanted = sum(piece.tensor.numel() for piece in value.pieces)
             found = sum(math.prod(read.lengths) for read in reads)
@@ -259,7 +265,9 @@ class _LoadPieces(LoadPlanner):
         raise AssertionError("the index holds tensors only")
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        tensor = self._targets[read_item.dest_index.fqn, tuple(read_item.dest_index.offset)]
+        corner = read_item.dest_index.offset
+        assert corner is not None, "the items of a plan say which piece they fill"
+        tensor = self._targets[read_item.dest_index.fqn, tuple(corner)]
         where = tuple(slice(o, o + n) for o, n in zip(read_item.dest_offsets, read_item.lengths, strict=True))
         return tensor.detach()[where]
 
@@ -279,11 +287,9 @@ class _LoadPieces(LoadPlanner):
 
 def _refuse(problems: list[str]) -> None:
     if problems:
-        more = len(problems) - _MAX_NAMED_PROBLEMS
-        text = "; ".join(problems[:_MAX_NAMED_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
         raise CheckpointError(
-            f"a checkpoint of another model ({text}); "
-            "set the model as in the checkpoint's config.toml, or load another one"
+            f"a checkpoint of another model ({first_few(problems)}); "
+            "set the model as in the checkpoint's config.toml, or load another checkpoint"
         )
 
 
@@ -292,21 +298,9 @@ def _boxes(name: str, value: ShardedValue | StreamedValue) -> Iterable[Box]:
         return value.boxes
     for piece in value.pieces:
         assert piece.tensor.dtype == value.dtype, f"{name}: a piece of {piece.tensor.dtype} in {value.dtype}"
-    return map(_box, value.pieces)
-
-
-def _box(piece: Piece) -> Box:
-    return Box(tuple(piece.offsets), tuple(piece.tensor.shape))
-
-
-def _chunk(box: Box) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
-
-
-def _chunk_box(chunk: ChunkStorageMetadata) -> Box:
-    return Box(tuple(chunk.offsets), tuple(chunk.sizes))
+    return map(Box.of_piece, value.pieces)
 
 
 def _write_item(name: str, value: ShardedValue | StreamedValue, box: Box) -> WriteItem:
-    write = TensorWriteData(_chunk(box), TensorProperties(dtype=value.dtype), torch.Size(value.global_shape))
+    write = TensorWriteData(box.chunk, TensorProperties(dtype=value.dtype), torch.Size(value.global_shape))
     return WriteItem(MetadataIndex(name, box.offsets), WriteItemType.SHARD, tensor_data=write)

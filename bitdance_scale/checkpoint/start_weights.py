@@ -1,43 +1,94 @@
-"""Weights of one run as the start of another: any layout, any dtype; optimiser, schedule and counters begin anew."""
+"""Weights of one run as the start of another, in any layout and dtype; optimiser, schedule and counters start again.
+
+A start may lack query tokens. The release distils blocks of 16 tokens into blocks of 64 (arXiv 2602.14041 Sec. 4.3):
+the 15 trained query tokens stay, and 48 follow them in the vocabulary. How the new embedding rows are initialised is
+not published; the rules here are `run.new_queries`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import Metadata
 
+from bitdance_scale.checkpoint.boxes import Box
 from bitdance_scale.checkpoint.checkpoint_folder import LATEST_NAME, CheckpointFolder
-from bitdance_scale.checkpoint.manifest import MANIFEST_NAME
-from bitdance_scale.checkpoint.new_rows import NewQueries, fill_rows, first_rows
+from bitdance_scale.checkpoint.integrity import MANIFEST_NAME
 from bitdance_scale.checkpoint.published_names import EMBEDDING, OUTPUT, our_tensors
-from bitdance_scale.checkpoint.run_checkpoint import (
-    MASTER_PREFIX,
-    MODEL_PREFIX,
-    TENSORS_DIR,
-    read_fitting_state,
-)
+from bitdance_scale.checkpoint.run_checkpoint import MASTER_PREFIX, MODEL_PREFIX, TENSORS_DIR, read_fitting_state
 from bitdance_scale.checkpoint.sharded import load_sharded
-from bitdance_scale.checkpoint.stored_tensors import StoredTensors
-from bitdance_scale.checkpoint.tensor_index import read_index
+from bitdance_scale.checkpoint.tensor_index import TensorIndex, read_index
+from bitdance_scale.checkpoint.tensor_storage import StoredTensors
 from bitdance_scale.config.published_config import MODEL_CONFIG_NAME
 from bitdance_scale.config.schema import NetworkConfig
 from bitdance_scale.errors import CheckpointError
+from bitdance_scale.model.initial import named_generator
 from bitdance_scale.parallel.agreement import all_ranks, on_first_rank
-from bitdance_scale.parallel.partition import ShardedValue
-from bitdance_scale.weight_files import TensorSpec, check_tensors
+from bitdance_scale.parallel.partition import Piece, ShardedValue
+from bitdance_scale.weight_files import check_tensors
 
 CHECKPOINTS_DIR = "checkpoints"
+NEW_ROW_SPREAD = 0.1
+"""Spread of rows that start around the mean of other rows, as a share of the spread of those rows."""
+
+
+@dataclass(frozen=True)
+class NewQueries:
+    """Query tokens that a start lacks.
+
+    Attributes:
+        num_old_rows: rows of the start's embedding; the new rows follow.
+        num_trained: query tokens of the start; their rows are its last.
+        num_new: query tokens that it lacks.
+        rule: repeat, mean or noise.
+        seed: of the noise.
+        init_std: standard deviation of rows that are noise.
+    """
+
+    num_old_rows: int
+    num_trained: int
+    num_new: int
+    rule: str
+    seed: int
+    init_std: float
+
+    def rows(self, name: str, trained: torch.Tensor) -> torch.Tensor:
+        """The new rows of a table, float32 [num_new, D].
+
+        repeat: the trained rows in turn, from the first. mean: their mean and normal noise of `NEW_ROW_SPREAD` times
+        their spread, per channel. noise: normal, as the initial values of an embedding.
+
+        Args:
+            name: global name of the table; with the seed it decides the noise.
+            trained: [num_trained, D], rows of the trained query tokens.
+        """
+        trained = trained.float()
+        if self.rule == "repeat":
+            return trained[torch.arange(self.num_new) % self.num_trained]
+        noise = torch.randn(
+            self.num_new, trained.shape[1], generator=named_generator(self.seed, f"new rows of {name}", "cpu")
+        )
+        if self.rule == "noise":
+            return self.init_std * noise
+        assert self.rule == "mean"
+        return around_mean(trained.mean(dim=0), trained.std(dim=0, correction=0), noise)
+
+
+def around_mean(mean: torch.Tensor, spread: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Rows [N, D] around a mean [D]: normal noise [N, D] times `NEW_ROW_SPREAD` of a spread [D]."""
+    return mean + NEW_ROW_SPREAD * spread * noise
 
 
 def find_checkpoint(where: str | Path, group: dist.ProcessGroup | None = None) -> Path:
-    """The checkpoint that a path means; a collective over `group`.
+    """The checkpoint that a path refers to; a collective over `group`.
 
     Args:
-        where: a checkpoint (`step_00001000`), a folder of checkpoints, or a run folder or converted release, whose
-            `latest` is taken.
+        where: a checkpoint (`step_00001000`); or a folder of checkpoints, a run folder or a converted release, whose
+            latest checkpoint is taken.
         group: the ranks that ask; None: all, or this process alone without a process group.
 
     Raises:
@@ -47,23 +98,21 @@ def find_checkpoint(where: str | Path, group: dist.ProcessGroup | None = None) -
     return on_first_rank(lambda: _find(where), group, other=CheckpointError) or _latest(where, group)
 
 
-def check_network(path: Path, index: Metadata, network: NetworkConfig, vocab_size: int) -> None:
-    """Compares the parameters that a checkpoint holds with those of a network, by name and shape.
+def check_network(path: Path, index: TensorIndex, network: NetworkConfig, vocab_size: int) -> None:
+    """Compares the parameters of a checkpoint with those of a network, by name and shape.
 
     Raises:
-        CheckpointError: they differ; names the first three.
+        CheckpointError: they differ; names the first three differences.
     """
     found = {
-        name.removeprefix(MODEL_PREFIX): TensorSpec(tuple(tensor.size), tensor.properties.dtype)
-        for name, tensor in index.state_dict_metadata.items()
-        if name.startswith(MODEL_PREFIX)
+        name.removeprefix(MODEL_PREFIX): index.spec(name) for name in index.tensors if name.startswith(MODEL_PREFIX)
     }
     wanted = {tensor.name: tensor.shape for tensor in our_tensors(network, vocab_size)}
     fix = "Set [model], [head], vision.num_bits, vision.block_side and [text] as in its config.toml"
     check_tensors(path, found, wanted, fix)
 
 
-def load_weights(
+def load_start_weights(
     path: Path,
     model: Mapping[str, ShardedValue],
     masters: Mapping[str, ShardedValue],
@@ -74,12 +123,12 @@ def load_weights(
 ) -> dict[str, Any]:
     """Fills the weights of a model and their float32 masters in place from a checkpoint; a collective.
 
-    Both come from the checkpoint's masters, or, where it has none (a converted release), from its weights as stored.
+    Both come from the checkpoint's masters. A converted release has none; then both come from its weights as stored.
 
     Args:
         path: a committed checkpoint.
         model: what this rank holds of the parameters, by global name, in any dtype.
-        masters: what it holds of their float32 masters.
+        masters: what this rank holds of their float32 masters.
         tokenizer_digest: of the text tokenizer that the checkpoint must have been trained with.
         new_queries: query tokens that the checkpoint lacks; None: none.
         group: the ranks that take part; None: all, or this process alone without a process group.
@@ -94,20 +143,42 @@ def load_weights(
     state = on_first_rank(lambda: read_fitting_state(path, tokenizer_digest), group, other=CheckpointError)
     tensors = path / TENSORS_DIR
     index = on_first_rank(lambda: read_index(tensors), group, other=CheckpointError)
-    has_masters = any(name.startswith(MASTER_PREFIX) for name in index.state_dict_metadata)
+    has_masters = any(name.startswith(MASTER_PREFIX) for name in index.tensors)
     prefix = MASTER_PREFIX if has_masters else MODEL_PREFIX
     for values, is_verified in ((model, False), (masters, True)):
         wanted = {prefix + name: _known_rows(name, value, new_queries) for name, value in values.items()}
         load_sharded(tensors, wanted, group, prefix=prefix, converts_dtype=True, is_verified=is_verified)
     if new_queries is not None:
-        # Small reads that every rank makes; where one fails, the file system has failed between two reads of one file.
+        # Every rank reads these few rows itself. The files were read just before, so only a device can fail here.
         with all_ranks(group, other=CheckpointError):
             _fill_new_rows(StoredTensors(tensors), prefix, (model, masters), new_queries)
     return state.release
 
 
+def first_rows(value: ShardedValue, num_rows: int) -> ShardedValue:
+    """The part of a value that is in the first rows of its tensor; its pieces are views."""
+    kept = Box.of_rows(0, num_rows, value.global_shape)
+    pieces = []
+    for piece in value.pieces:
+        box = Box.of_piece(piece)
+        common = box.intersect(kept)
+        if common is not None:
+            pieces.append(Piece(common.offsets, piece.tensor[common.slices_in(box)]))
+    return ShardedValue((num_rows, *value.global_shape[1:]), value.dtype, tuple(pieces))
+
+
+def fill_rows(value: ShardedValue, first_row: int, rows: torch.Tensor) -> None:
+    """Writes rows first_row.. of a tensor, [N, D], into the parts of them that a value holds, in its dtype."""
+    filled = Box.of_rows(first_row, len(rows), tuple(rows.shape))
+    for piece in value.pieces:
+        box = Box.of_piece(piece)
+        common = box.intersect(filled)
+        if common is not None:
+            piece.tensor[common.slices_in(box)] = rows[common.slices_in(filled)].to(value.dtype)
+
+
 def _known_rows(name: str, value: ShardedValue, new_queries: NewQueries | None) -> ShardedValue:
-    """What the checkpoint has of a value."""
+    """The part of a value that the checkpoint has."""
     if new_queries is None or name not in (EMBEDDING, OUTPUT):
         return value
     return first_rows(value, new_queries.num_old_rows)
@@ -127,7 +198,7 @@ def _fill_new_rows(
 
 
 def _find(where: Path) -> Path | None:
-    """The checkpoint itself, or None where `where` is a folder of checkpoints."""
+    """The path itself if it is a checkpoint; None if it is a folder of checkpoints."""
     if (where / MANIFEST_NAME).is_file():
         return where
     if _checkpoints(where).is_dir():

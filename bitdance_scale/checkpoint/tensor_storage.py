@@ -1,10 +1,13 @@
 """Where torch.distributed.checkpoint puts tensors: safetensors files of each rank, and a JSON index.
 
-torch's own file-system storage pickles its metadata; a checkpoint handed in by someone else must not be unpickled, so
-this storage has nothing to unpickle. Each file can also be read with the safetensors library alone.
+torch's own file-system storage pickles its metadata. A checkpoint that comes from someone else must not be unpickled,
+so this storage has nothing to unpickle. Each file can also be read with the safetensors library alone.
 
 A rank hashes the files it writes; sizes and digests travel with torch's write results into the index. Before anything
-is loaded every file that will be read is hashed again, by one rank each, and its headers are compared with the index.
+is loaded, every file that will be read is hashed again, each by one rank, and its headers are compared with the index.
+
+Files are written in place: the folder they are in is renamed as a whole (`checkpoint/checkpoint_folder.py`). Each rank
+forces its own files to storage, because the rank that renames may be on another node.
 """
 
 from __future__ import annotations
@@ -19,34 +22,36 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import (
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import (
     LoadPlan,
     LoadPlanner,
-    Metadata,
+    ReadItem,
     SavePlan,
     SavePlanner,
-    StorageReader,
-    StorageWriter,
+    TensorWriteData,
+    WriteItem,
 )
-from torch.distributed.checkpoint.planner import ReadItem, WriteItem
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
 from bitdance_scale.atomic_files import sync, write_text
-from bitdance_scale.checkpoint.digest import find_change, saved_digest
-from bitdance_scale.checkpoint.tensor_index import INDEX_NAME, StoredFile, box_key, encode_index, file_name
+from bitdance_scale.checkpoint.boxes import Box
+from bitdance_scale.checkpoint.integrity import find_change, saved_digest
+from bitdance_scale.checkpoint.tensor_index import (
+    INDEX_NAME,
+    StoredFile,
+    TensorIndex,
+    box_key,
+    encode_index,
+    file_name,
+    read_index,
+)
 from bitdance_scale.errors import CheckpointError
+from bitdance_scale.weight_files import SAFETENSORS_DTYPES
 
+# Where each tensor of a file begins in the buffer.
 _ALIGNMENT_BYTES = 64
-_HEADER_DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-}
 
 
 class SafetensorsWriter(StorageWriter):
@@ -62,15 +67,19 @@ class SafetensorsWriter(StorageWriter):
         self._max_file_bytes = max_file_bytes
 
     def reset(self, checkpoint_id: Any = None) -> None:
+        """Nothing to reset: a writer has one folder and writes once."""
         assert checkpoint_id is None, "a writer belongs to its folder"
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Makes the folder; every rank does, whichever comes first."""
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """The plan as it is."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Tells each rank its number, which is in the names of its files."""
         return [SavePlan(plan.items, rank, plan.planner_data) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -87,27 +96,36 @@ class SafetensorsWriter(StorageWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        metadata.storage_data = {result.index: result.storage_data for rank in results for result in rank}
-        for file in set(metadata.storage_data.values()):
+        """Writes the index; on the first rank, when all ranks have written.
+
+        Raises:
+            CheckpointError: a file of another rank is not in the folder that this rank sees.
+        """
+        files: dict[MetadataIndex, StoredFile] = {
+            result.index: result.storage_data for rank in results for result in rank
+        }
+        for file in set(files.values()):
             if not (self._folder / file.name).is_file():
                 raise CheckpointError(
                     f"{self._folder / file.name}: written by its rank but not seen by the first one; "
                     "put the run folder on a file system that all nodes share"
                 )
-        write_text(self._folder / INDEX_NAME, encode_index(metadata))
-        sync(self._folder)
+        tensors = {name: _only_tensor(tensor) for name, tensor in metadata.state_dict_metadata.items()}
+        write_text(self._folder / INDEX_NAME, encode_index(TensorIndex(tensors, files)))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """Whether this storage can hold a checkpoint of this name."""
         return isinstance(checkpoint_id, Path)
 
     def _write_file(self, name: str, items: list[WriteItem], planner: SavePlanner, buffer: np.ndarray) -> StoredFile:
-        # Copied even on the CPU, each into a storage of its own: safetensors refuses tensors that share one, as the
+        # Copied even on the CPU, each to a place of its own: safetensors refuses tensors that share memory, as the
         # engines' views of a flat buffer do.
         tensors: dict[str, torch.Tensor] = {}
         start = 0
         for item in items:
             values = planner.resolve_data(item)
+            assert isinstance(values, torch.Tensor), "only tensors are planned"
             room = torch.from_numpy(buffer[start : start + values.nbytes])
             tensors[box_key(item.index)] = room.view(values.dtype).view(values.shape).copy_(values)
             start += _num_buffer_bytes(item)
@@ -134,22 +152,26 @@ class SafetensorsReader(StorageReader):
     Args:
         folder: where the files lie.
         index: what `read_index` returned for the folder.
-        checked: the files whose content this rank compares with their digests; the ranks deal out all that is read.
+        checked: the files whose content this rank compares with their digests; each file is checked by one rank.
     """
 
-    def __init__(self, folder: Path, index: Metadata, checked: Iterable[StoredFile]) -> None:
+    def __init__(self, folder: Path, index: TensorIndex, checked: Iterable[StoredFile]) -> None:
         self._folder = folder
         self._index = index
+        self._metadata = index.metadata
         self._checked = tuple(checked)
 
     def reset(self, checkpoint_id: Any = None) -> None:
+        """Nothing to reset: a reader has one folder."""
         assert checkpoint_id is None, "a reader belongs to its folder"
 
-    def read_metadata(self) -> Metadata:
-        return self._index
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index, which was read before."""
+        return self._metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        assert metadata is self._index
+        """Nothing to set up: the reader has had the index from the start."""
+        assert metadata is self._metadata
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Compares the files with the index; torch raises one rank's error on all, before any of them reads."""
@@ -164,15 +186,17 @@ class SafetensorsReader(StorageReader):
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """The plans as they are."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copies each box of the plan from its mapped file to its place."""
         for name, items in self._by_file(plan).items():
             with opened(self._folder / name) as file:
                 for item in items:
                     where = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
                     key = box_key(item.storage_index)
-                    # A slice of no dimensions is refused by safetensors; a scalar is read whole.
+                    # safetensors refuses a slice of no dimensions: a scalar is read whole.
                     values = file.get_slice(key)[where] if where else file.get_tensor(key)
                     target = planner.resolve_tensor(item)
                     target.copy_(values)
@@ -183,28 +207,79 @@ class SafetensorsReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """Whether this storage can hold a checkpoint of this name."""
         return isinstance(checkpoint_id, Path)
 
     def _by_file(self, plan: LoadPlan) -> dict[str, list[ReadItem]]:
         by_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
-            by_file.setdefault(self._index.storage_data[item.storage_index].name, []).append(item)
+            by_file.setdefault(self._index.files[item.storage_index].name, []).append(item)
         return by_file
 
     def _check_header(self, file: Any, item: ReadItem) -> None:
-        key = box_key(item.storage_index)
-        stored = file.get_slice(key)
-        tensor = self._index.state_dict_metadata[item.storage_index.fqn]
-        sizes = list(tensor.chunks[item.storage_index.index].sizes)
+        key, number = box_key(item.storage_index), item.storage_index.index
+        assert number is not None, "the items of a plan say which box they read"
+        stored, tensor = file.get_slice(key), self._index.tensors[item.storage_index.fqn]
+        sizes = list(tensor.chunks[number].sizes)
         if list(stored.get_shape()) != sizes:
             raise SafetensorError(f"{key} is {list(stored.get_shape())}, not {sizes}")
-        if _HEADER_DTYPES.get(stored.get_dtype()) != tensor.properties.dtype:
+        if SAFETENSORS_DTYPES.get(stored.get_dtype()) != tensor.properties.dtype:
             raise SafetensorError(f"{key} is {stored.get_dtype()}, not {tensor.properties.dtype}")
+
+
+class StoredTensors:
+    """The tensors of one checkpoint, read some rows at a time without an engine, in whatever boxes they are stored.
+
+    Args:
+        folder: its `tensors/`.
+
+    Raises:
+        CheckpointError: its index cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.index = read_index(folder)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.index.tensors
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor as stored."""
+        return self.index.spec(name).dtype
+
+    def check_files(self, names: Iterable[str]) -> None:
+        """Compares every file that holds a part of these tensors with what was written.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+        wanted = set(names)
+        for file in sorted({file for box, file in self.index.files.items() if box.fqn in wanted}):
+            damage = find_change(self._folder / file.name, file.num_bytes, file.sha256)
+            if damage is not None:
+                raise CheckpointError(f"{damage}; convert another checkpoint")
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows (elements of a vector) start..stop of a tensor, in its dtype, in memory of their own."""
+        spec = self.index.spec(name)
+        wanted = Box.of_rows(start, stop - start, spec.shape)
+        values = torch.empty(wanted.sizes, dtype=spec.dtype)
+        for chunk in self.index.tensors[name].chunks:
+            box = Box.of_chunk(chunk)
+            common = box.intersect(wanted)
+            if common is None:
+                continue
+            index = MetadataIndex(name, chunk.offsets)
+            # Opened for each part: what was read of a mapped file stays resident until the file is closed.
+            with opened(self._folder / self.index.files[index].name) as file:
+                values[common.slices_in(wanted)] = file.get_slice(box_key(index))[common.slices_in(box)]
+        return values
 
 
 @contextlib.contextmanager
 def opened(path: Path, fix: str = "load another checkpoint") -> Iterator[Any]:
-    """A safetensors file, mapped; what goes wrong with it is told with its name and `fix`."""
+    """A safetensors file, mapped. Errors of the file or the library are raised with the file's name and `fix`."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -212,8 +287,20 @@ def opened(path: Path, fix: str = "load another checkpoint") -> Iterator[Any]:
         raise CheckpointError(f"{path}: cannot be read ({error}); {fix}") from error
 
 
+def write_data_of(item: WriteItem) -> TensorWriteData:
+    """Box, shape and dtype of an item of a save plan."""
+    assert item.tensor_data is not None, "only tensors are planned"
+    return item.tensor_data
+
+
+def _only_tensor(metadata: object) -> TensorStorageMetadata:
+    assert isinstance(metadata, TensorStorageMetadata), "only tensors are planned"
+    return metadata
+
+
 def _num_bytes(item: WriteItem) -> int:
-    return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+    data = write_data_of(item)
+    return math.prod(data.chunk.sizes) * data.properties.dtype.itemsize
 
 
 def _num_buffer_bytes(item: WriteItem) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,12 +52,11 @@ def _run(options: argparse.Namespace) -> int:
     export = open_checkpoint(
         options.checkpoint, tokenizer=options.tokenizer, autoencoder=options.autoencoder, dtypes=dtypes
     )
+    if export.warning:
+        print(f"warning: {export.warning}", file=sys.stderr)
     with tqdm(total=2 * export.num_bytes, unit="B", unit_scale=True, desc="write, read back", mininterval=0.5) as bar:
-        export_release(export, options.out, is_forced=options.force, progress=bar.update)
+        export_release(export, options.out, is_forced=options.force, on_bytes=bar.update)
     print(f"{options.out}: {file_size(export.num_bytes)}, step {export.state.step} of {export.path}")
-    num_steps = _planned_steps(export.path)
-    if num_steps is not None and export.state.step < num_steps:
-        print(f"note: the run has not finished: this is step {export.state.step} of {num_steps}", file=sys.stderr)
     if extra := beyond_release(export.network.head):
         print(
             f"note: its head has {extra}, which the release's pipeline does not know and refuses; `bitdance sample` "
@@ -66,10 +64,3 @@ def _run(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return EXIT_COMPLETE
-
-
-def _planned_steps(checkpoint: Path) -> int | None:
-    """`run.steps` of the run that wrote a checkpoint; None for an imported release, which has no run."""
-    config = tomllib.loads((checkpoint / "config.toml").read_text(encoding="utf-8"))
-    steps = config.get("run", {}).get("steps")
-    return steps if isinstance(steps, int) else None

@@ -54,6 +54,6 @@ def _run(options: argparse.Namespace) -> int:
     source = open_source(options.source, NewParts(**given) if given else None)
     num_bytes = 2 * source.num_bytes - source.num_drawn_bytes
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="write, read back", mininterval=0.5) as bar:
-        import_release(source, options.out, is_forced=options.force, progress=bar.update)
+        import_release(source, options.out, is_forced=options.force, on_bytes=bar.update)
     print(f"{options.out}: {file_size(source.num_bytes)}; start a run from it with run.start_from={options.out}")
     return EXIT_COMPLETE

@@ -53,11 +53,11 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 def _run(options: argparse.Namespace) -> int:
     import torch
 
+    from bitdance_scale.generate.image_sizes import beyond_published, check_size
     from bitdance_scale.generate.pipeline import BitDancePipeline
     from bitdance_scale.generate.published_model import read_sections
     from bitdance_scale.generate.requests import check_out, clear_out, draw_requests
     from bitdance_scale.generate.sampler import FlowSolver
-    from bitdance_scale.generate.sizes import beyond_published, check_size
 
     # What can be refused is, before minutes of loading.
     check_out(options.out, is_forced=options.force)

@@ -80,13 +80,12 @@ def run_stage(config: AnyConfig) -> int:
     """
     # Imported late: torch and Megatron take seconds, and a refused configuration should not wait for them.
     if isinstance(config, RunConfig):
-        from bitdance_scale.train.main import run_text_to_image
+        from bitdance_scale.train.text_to_image import run_text_to_image
 
         return run_text_to_image(config)
-    from bitdance_scale.train.tokenizer_trainer import train_tokenizer
+    from bitdance_scale.train.tokenizer import run_tokenizer
 
-    train_tokenizer(config)
-    return EXIT_COMPLETE
+    return run_tokenizer(config)
 
 
 def _title(stage: str) -> str:

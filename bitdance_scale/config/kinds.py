@@ -55,4 +55,4 @@ def shards_of(config: AnyConfig) -> list[str]:
     if isinstance(config, RunConfig):
         sources = [spec for source in config.data.active_sources for spec in source.shards]
         return [*([] if config.data.bits_dir else sources), *config.evaluate.shards]
-    return [*config.data.shards, *config.eval.shards]
+    return [*config.data.shards, *config.evaluate.shards]

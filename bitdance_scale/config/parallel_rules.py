@@ -155,7 +155,7 @@ def _tensor_ranks_divide_sizes(config: RunConfig) -> Iterator[str]:
         "model.num_kv_heads": model.num_kv_heads,
         "model.ffn_size": model.ffn_size,
         "model.hidden_size": model.hidden_size,
-        "head.width x head.mlp_ratio": int(head.width * head.mlp_ratio),
+        "head.width x head.mlp_ratio": head.mlp_size,
     }
     if head.width % head.head_dim == 0:
         sizes["head.width / head.head_dim"] = head.width // head.head_dim

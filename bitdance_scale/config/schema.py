@@ -93,6 +93,12 @@ class ModelSection:
     )
 
 
+# Sizes of the head that no setting changes (published release): features of the flow time, and modulations per channel
+# of an adaLN module (scale, shift and gate, of the attention and of the SwiGLU).
+NUM_TIME_FEATURES = 256
+NUM_MODULATIONS = 6
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadSection:
     """The binary diffusion head (arXiv 2602.14041 Sec. 3.2, 3.3)."""
@@ -106,6 +112,11 @@ class HeadSection:
     time_mean: float = setting(-0.8, doc="Mean of the normal under the sigmoid of t.")
     time_std: float = setting(0.8, doc="Standard deviation of the normal under the sigmoid of t.")
     time_shift: float = setting(1.0, doc="Shift s of t -> t / (t + s (1 - t)); 1 leaves t unchanged.")
+
+    @property
+    def mlp_size(self) -> int:
+        """Hidden width of the SwiGLU, over all tensor-parallel ranks."""
+        return int(self.width * self.mlp_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bitdance_scale.config.schema import setting
+from bitdance_scale.config.schema import CheckpointSection, ObserveSection, setting
 from bitdance_scale.errors import ConfigError
 
 
@@ -21,7 +22,6 @@ class TokenizerRunSection:
     dtype: str = setting(
         "bfloat16", doc="Dtype of the convolutions in training: float32 or bfloat16 (autocast; weights stay float32)."
     )
-    log_every_steps: int = setting(50, doc="Steps between lines of metrics.jsonl.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +95,11 @@ class TokenizerOptimSection:
     beta1: float = setting(0.9, doc="First-moment decay.")
     beta2: float = setting(0.99, doc="Second-moment decay.")
     clip_norm: float = setting(1.0, doc="Global gradient-norm clip.")
+    max_skipped_steps: int = setting(10, doc="Training stops after more consecutive steps with a non-finite gradient.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerEvalSection:
+class TokenizerEvaluateSection:
     """Reconstruction of held-out images, cropped to the centre."""
 
     shards: tuple[str, ...] = setting(doc="WebDataset tars of held-out images.")
@@ -117,7 +118,9 @@ class TokenizerConfig:
     reconstruction: ReconstructionSection
     data: TokenizerDataSection
     optim: TokenizerOptimSection
-    eval: TokenizerEvalSection
+    evaluate: TokenizerEvaluateSection
+    checkpoint: CheckpointSection = dataclasses.field(default_factory=CheckpointSection)
+    observe: ObserveSection = dataclasses.field(default_factory=lambda: ObserveSection(log_every_steps=50))
 
 
 def check_tokenizer(config: TokenizerConfig, world_size: int) -> None:
@@ -154,11 +157,13 @@ def _network_faults(config: TokenizerConfig) -> Iterator[str]:
 def _range_faults(config: TokenizerConfig) -> Iterator[str]:
     at_least_one = {
         "run.steps": config.run.steps,
-        "run.log_every_steps": config.run.log_every_steps,
+        "observe.log_every_steps": config.observe.log_every_steps,
         "data.max_zoom": config.data.max_zoom,
         "data.read_threads": config.data.read_threads,
-        "eval.num_images": config.eval.num_images,
-        "eval.every_steps": config.eval.every_steps,
+        "evaluate.num_images": config.evaluate.num_images,
+        "evaluate.every_steps": config.evaluate.every_steps,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+        "checkpoint.keep": config.checkpoint.keep,
     }
     yield from (f"{name} = {value}: must be 1 or more" for name, value in at_least_one.items() if value < 1)
     above_zero = {
@@ -175,6 +180,7 @@ def _range_faults(config: TokenizerConfig) -> Iterator[str]:
         "reconstruction.l2_weight": config.reconstruction.l2_weight,
         "reconstruction.edge_weight": config.reconstruction.edge_weight,
         "optim.warmup_steps": config.optim.warmup_steps,
+        "optim.max_skipped_steps": config.optim.max_skipped_steps,
     }
     yield from (f"{name} = {value}: must not be negative" for name, value in not_negative.items() if value < 0)
     below_one = {
@@ -188,7 +194,7 @@ def _range_faults(config: TokenizerConfig) -> Iterator[str]:
 
 def _size_faults(config: TokenizerConfig, world_size: int) -> Iterator[str]:
     multiple = config.autoencoder.downsample
-    for name, sizes in (("data.sizes_px", config.data.sizes_px), ("eval.sizes_px", config.eval.sizes_px)):
+    for name, sizes in (("data.sizes_px", config.data.sizes_px), ("evaluate.sizes_px", config.evaluate.sizes_px)):
         if not sizes:
             yield f"{name} is empty: name at least one (height, width)"
         for height, width in sizes:

@@ -1,11 +1,14 @@
-"""Which texts of a sample are captions, and what is wrong with it when there is none.
+"""Which texts of a sample are captions, and what is wrong if it has none.
 
-A caption has a source: `caption`, the `.txt` member or without one `caption` of the `.json`, as img2dataset writes them;
-or a member by its extension (`txt`, `alt.txt`); or a field of a JSON member (`json:re_caption`, `syn.json:syn_text`). A
-field may be a list: alternatives, of which one is drawn each time.
+A caption has a source, which is one of three things:
 
-A sample whose caption is empty, missing or not UTF-8 is still an image worth learning: it is trained unconditionally, as
-if its caption had been dropped, and the ledger counts it.
+- `caption`: the `.txt` member, or without one the field `caption` of the `.json`, as img2dataset writes them;
+- a member by its extension (`txt`, `alt.txt`);
+- a field of a JSON member (`json:re_caption`, `syn.json:syn_text`). The field may be a list of alternatives, of which
+  one is drawn each time.
+
+A sample whose caption is empty, missing or not UTF-8 is still trained, because its image is worth learning. It is
+trained without a caption, as if the caption had been dropped, and it is counted.
 """
 
 from __future__ import annotations
@@ -19,13 +22,13 @@ from bitdance_scale.data.data_errors import ErrorCause
 
 DEFAULT_SOURCE = "caption"
 MAX_TEXT_BYTES = 1 << 20
-"""A text or record above this is no caption and no record; it counts as invalid."""
+"""A text or record that is longer counts as invalid."""
 SEPARATOR = "\0"
-"""Between the alternatives of one caption in the index."""
+"""Separates the alternatives of one caption in the index."""
 
 
 class CaptionStatus(enum.IntEnum):
-    """How the caption of an indexed sample was found; stored in the index as uint8."""
+    """Whether a sample has a caption, and if not, why; stored in the index as uint8."""
 
     USABLE = 0
     EMPTY = 1
@@ -33,19 +36,19 @@ class CaptionStatus(enum.IntEnum):
     INVALID = 3
 
     @property
-    def fault(self) -> ErrorCause | None:
-        """What the ledger counts a sample of this status under."""
-        return _FAULTS[self]
+    def error(self) -> ErrorCause | None:
+        """The cause under which a sample with this status is counted; None if it has a caption."""
+        return _ERRORS[self]
 
 
-_FAULTS = {
+_ERRORS = {
     CaptionStatus.USABLE: None,
     CaptionStatus.EMPTY: ErrorCause.EMPTY_CAPTION,
     CaptionStatus.MISSING: ErrorCause.MISSING_CAPTION,
     CaptionStatus.INVALID: ErrorCause.INVALID_CAPTION,
 }
 Found = tuple[bytes, CaptionStatus]
-"""A caption in UTF-8, its alternatives divided by `SEPARATOR`, and its status; empty unless USABLE."""
+"""A caption in UTF-8, with its alternatives separated by `SEPARATOR`, and its status; empty unless USABLE."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,9 @@ class CaptionSource:
     """Where a caption lies.
 
     Attributes:
-        name: as in the configuration.
-        extension: of the member.
-        field: of the JSON that it holds; None: the member is the text.
+        name: the name in the configuration.
+        extension: extension of the member.
+        field: field of the JSON in the member; None: the member is the text.
     """
 
     name: str
@@ -64,7 +67,7 @@ class CaptionSource:
 
     @staticmethod
     def parse(name: str) -> CaptionSource:
-        """Reads `txt`, `json:re_caption` and the like; `DEFAULT_SOURCE` is that of the `.txt` member."""
+        """The source of a name such as `txt` or `json:re_caption`; `DEFAULT_SOURCE` begins with the `.txt` member."""
         if name == DEFAULT_SOURCE:
             return CaptionSource(name, "txt", None)
         extension, separator, field = name.partition(":")
@@ -72,15 +75,15 @@ class CaptionSource:
 
     @property
     def extensions(self) -> tuple[str, ...]:
-        """Of all members that are looked at."""
+        """Extensions of all members that may hold the caption."""
         return ("txt", "json") if self.name == DEFAULT_SOURCE else (self.extension,)
 
     def find(self, texts: Mapping[str, bytes], records: Mapping[str, dict[str, Any]]) -> Found:
         """The caption of a sample.
 
         Args:
-            texts: members of `extensions` that it has, by extension.
-            records: those that hold a JSON object, read; others are left out.
+            texts: extension -> content of the members that the sample has.
+            records: extension -> parsed content of those members that hold a JSON object.
         """
         if self.field is not None:
             return _of_values(records.get(self.extension, {}).get(self.field))
@@ -104,9 +107,10 @@ def _of_values(value: object) -> Found:
     if value is None:
         return b"", CaptionStatus.MISSING
     values = value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str) for text in values):
+    texts = [text for text in values if isinstance(text, str)]
+    if len(texts) < len(values):
         return b"", CaptionStatus.INVALID
-    return _cleaned(values)
+    return _cleaned(texts)
 
 
 def _cleaned(captions: Iterable[str]) -> Found:
@@ -114,6 +118,6 @@ def _cleaned(captions: Iterable[str]) -> Found:
     try:
         joined = SEPARATOR.join(caption for caption in stripped if caption).encode("utf-8")
     except UnicodeEncodeError:
-        # JSON can spell lone surrogates, which no UTF-8 text holds.
+        # JSON can contain lone surrogates, which UTF-8 cannot encode.
         return b"", CaptionStatus.INVALID
     return joined, CaptionStatus.USABLE if joined else CaptionStatus.EMPTY

@@ -1,7 +1,7 @@
-"""Crops of images without captions, for training and judging the visual tokenizer.
+"""Crops of images without captions, to train and evaluate the visual tokenizer.
 
-Which images a step holds, and how they are cropped, is a function of (seed, step) alone: not of the number of ranks,
-and not of what was read before.
+Which images a step has and how they are cropped depends on (seed, step) alone, not on the number of ranks or on what
+was read before.
 """
 
 from __future__ import annotations
@@ -23,21 +23,23 @@ NUM_STEPS_AHEAD = 2
 
 
 class CropStream:
-    """Batches of random crops, one crop size per step, this rank's part of each.
+    """Batches of random crops, with one crop size per step; yields the part of this rank.
 
-    Every size goes through the images that are large enough for it in permuted epochs. Steps up to `NUM_STEPS_AHEAD`
-    are read ahead by threads. Use as a context manager.
+    Every size goes through the images that are large enough for it, epoch after epoch, each in another order. Threads
+    read up to `NUM_STEPS_AHEAD` steps ahead. Use as a context manager.
 
     Args:
         index: the data set.
         sizes_px: (height, width) of the crops; each step draws one of them, all equally likely.
         images_px: pixels per step over all ranks.
         max_zoom: crops are cut from images scaled to 1..max_zoom times the covering size, never enlarged.
-        seed: of the order and the crops.
-        rank, num_ranks: which part of each step this stream yields.
-        num_steps: steps in all.
+        seed: seed of the order and the crops.
+        rank: this rank, 0 <= rank < num_ranks.
+        num_ranks: ranks that share each step.
+        num_steps: length of the stream.
         num_threads: threads that read and decode.
         max_skipped_share: share of unreadable images above which the stream stops (after 1000 images).
+        first_step: step that the stream begins with.
 
     Raises:
         DataError: no image is large enough for one of the sizes.
@@ -56,6 +58,7 @@ class CropStream:
         num_steps: int,
         num_threads: int,
         max_skipped_share: float,
+        first_step: int = 0,
     ) -> None:
         self._index = index
         self._sizes_px = tuple(sizes_px)
@@ -67,7 +70,8 @@ class CropStream:
         self._size_of_step = np.random.default_rng([seed, 0]).integers(len(self._sizes_px), size=num_steps)
         self._images_of_size = [images_px // (height * width) for height, width in self._sizes_px]
         self._reader = ShardReader()
-        self._ledger = ErrorCounter(max_skipped_share)
+        self._first_step = first_step
+        self._error_counter = ErrorCounter(max_skipped_share)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="crops")
 
     def __enter__(self) -> CropStream:
@@ -86,9 +90,9 @@ class CropStream:
             DataError: too many images are unreadable.
         """
         ahead: list[list[tuple[int, Future[np.ndarray]]]] = []
-        for step in range(len(self._size_of_step)):
-            for later in range(step + len(ahead), min(step + NUM_STEPS_AHEAD + 1, len(self._size_of_step))):
-                ahead.append(self._start(later))
+        for step in range(self._first_step, len(self._size_of_step)):
+            stop = min(step + NUM_STEPS_AHEAD + 1, len(self._size_of_step))
+            ahead += [self._start(later) for later in range(step + len(ahead), stop)]
             yield self._collect(ahead.pop(0))
 
     def _start(self, step: int) -> list[tuple[int, Future[np.ndarray]]]:
@@ -109,7 +113,8 @@ class CropStream:
         stored = self._index.size_px(sample)
         room = min(side / crop for side, crop in zip(stored, crop_px, strict=True))
         zoom = rng.uniform(1.0, max(1.0, min(self._max_zoom, room)))
-        scaled = tuple(max(crop, int(crop * zoom)) for crop in crop_px)
+        height, width = (max(crop, int(crop * zoom)) for crop in crop_px)
+        scaled = height, width
         image = decode_image(self._reader.image(self._index, sample), stored, scaled)
         top, left = (int(rng.integers(side - crop + 1)) for side, crop in zip(scaled, crop_px, strict=True))
         return image[top : top + crop_px[0], left : left + crop_px[1]]
@@ -117,14 +122,16 @@ class CropStream:
     def _collect(self, tasks: Sequence[tuple[int, Future[np.ndarray]]]) -> np.ndarray:
         images = []
         for sample, future in tasks:
-            self._ledger.record_read()
+            self._error_counter.record_read()
             try:
                 images.append(future.result())
-            except SampleError as fault:
-                self._ledger.record_skipped(fault, self._index.shard_path(sample), self._index.name(sample))
-        self._ledger.check()
+            except SampleError as error:
+                self._error_counter.record_skipped(error, self._index.shard_path(sample), self._index.name(sample))
+        self._error_counter.check()
         if not images:
-            raise DataError(f"no image of a step could be read: {self._ledger.summary()}")
+            raise DataError(
+                f"no image of a step could be read: {self._error_counter.summary()}. Repair or remove these shards."
+            )
         return np.stack(images)
 
 
@@ -132,13 +139,13 @@ def large_enough(index: Index, crop_px: tuple[int, int]) -> np.ndarray:
     """int64 [n], the samples that cover `crop_px` (height, width) without being enlarged.
 
     Raises:
-        DataError: there is none.
+        DataError: no sample is large enough.
     """
     samples = np.flatnonzero((index.height_px >= crop_px[0]) & (index.width_px >= crop_px[1]))
     if not len(samples):
         raise DataError(
             f"{index.shards[0].path} (first of {len(index.shards)} shards): none of {len(index)} images covers a crop "
-            f"of {crop_px[0]} x {crop_px[1]} px; remove this size or add larger images"
+            f"of {crop_px[0]} x {crop_px[1]} px. Remove this size or add larger images."
         )
     return samples
 
@@ -154,9 +161,10 @@ def centre_crops(index: Index, crop_px: tuple[int, int], num_images: int) -> np.
     for sample in large_enough(index, crop_px)[:num_images].tolist():
         try:
             crops.append(decode_image(reader.image(index, sample), index.size_px(sample), crop_px))
-        except SampleError as fault:
+        except SampleError as error:
             raise DataError(
-                f"{index.shard_path(sample)}: sample {index.name(sample)}: {fault}; held-out images must be readable"
-            ) from fault
+                f"{index.shard_path(sample)}: sample {index.name(sample)}: {error}. Held-out images must be readable: "
+                "repair the shard or remove it."
+            ) from error
     reader.close()
     return np.stack(crops)

@@ -1,7 +1,8 @@
-"""The fault ledger: every sample that could not be used as it should is counted, by cause and shard.
+"""What can be wrong with a sample, and how often it was: every sample error is counted by cause and shard.
 
-A corrupt sample must neither stop a run of a month nor vanish silently. It becomes a hole: the plan stands, the sample
-is left out of its pack, and the ledger counts it; when skipped_samples pass a set share the run stops and names the shards.
+A bad sample must neither stop a run of a month nor vanish without a trace. It is skipped: its place in the plan stays,
+but it is left out of its pack and counted. If more than `data.max_skipped_share` of the samples are skipped, the run
+stops and names the shards.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from collections import Counter
 from bitdance_scale.errors import DataError
 
 MIN_SAMPLES_FOR_STOP = 1000
-_NUM_SHARDS_NAMED = 3
+_MAX_NAMED_SHARDS = 3
 
 
 class ErrorCause(enum.StrEnum):
-    """Why a sample was left out (a hole) or trained without its caption (the last three, no skipped_samples)."""
+    """Why a sample was skipped, or trained without a caption (the last three)."""
 
     READ_FAILED = "read_failed"
     SHARD_CHANGED = "shard_changed"
@@ -30,15 +31,15 @@ class ErrorCause(enum.StrEnum):
 
     @property
     def is_skipped(self) -> bool:
-        """Whether the sample is left out."""
+        """Whether the sample is skipped."""
         return self not in (ErrorCause.EMPTY_CAPTION, ErrorCause.MISSING_CAPTION, ErrorCause.INVALID_CAPTION)
 
 
 class SampleError(Exception):
-    """One sample cannot be read or decoded; the loader turns it into a hole.
+    """One sample cannot be read or decoded, so it is skipped.
 
     Attributes:
-        cause: what the ledger counts it under.
+        cause: the cause under which it is counted.
         detail: what exactly was found.
     """
 
@@ -49,57 +50,62 @@ class SampleError(Exception):
 
 
 class ErrorCounter:
-    """Counts of one loader since it started, kept by the thread that consumes its packs.
+    """Counts the sample errors of one loader since it started; only the thread that takes its packs may use it.
 
     Args:
-        max_skipped_share: skipped_samples over samples read above which `check` stops the run, once
-            `MIN_SAMPLES_FOR_STOP` samples were read (before that, the share says nothing).
+        max_skipped_share: largest share of skipped samples among the samples read. `check` stops the run above it, but
+            not before `MIN_SAMPLES_FOR_STOP` samples, because a share of few samples says little.
+
+    Attributes:
+        num_read: samples that were read, or that should have been.
+        num_skipped: samples that were skipped.
     """
 
     def __init__(self, max_skipped_share: float) -> None:
-        self._max_hole_share = max_skipped_share
+        self._max_skipped_share = max_skipped_share
         self._counts: dict[ErrorCause, Counter[str]] = {}
         self._example = ""
         self.num_read = 0
         self.num_skipped = 0
 
     def record_read(self, num_samples: int = 1) -> None:
-        """Counts samples that were read or tried."""
+        """Counts samples that were read, or that should have been."""
         self.num_read += num_samples
 
-    def record_skipped(self, fault: SampleError, shard: str, name: str) -> None:
-        """Counts a sample that had to be left out; `name` is its key in the shard."""
+    def record_skipped(self, error: SampleError, shard: str, name: str) -> None:
+        """Counts a sample that was skipped; `name` is its key in the shard."""
         self.num_skipped += 1
-        self._counts.setdefault(fault.cause, Counter())[shard] += 1
-        self._example = f"{shard}: sample {name}: {fault}"
+        self._counts.setdefault(error.cause, Counter())[shard] += 1
+        self._example = f"{shard}: sample {name}: {error}"
 
     def record_caption(self, cause: ErrorCause, shard: str) -> None:
-        """Counts a sample that is trained, but without a caption because it has none."""
+        """Counts a sample that is trained without a caption because it has none."""
         self._counts.setdefault(cause, Counter())[shard] += 1
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Faults by cause, then by shard path."""
+        """Cause -> shard path -> number of samples."""
         return {str(cause): dict(shards) for cause, shards in self._counts.items()}
 
     def summary(self) -> str:
-        """One line: totals, then every cause with the shards it hit most."""
-        parts = [f"{self.num_skipped} of {self.num_read} samples could not be used"]
+        """One line: totals, then every cause with the shards where it occurred most."""
+        parts = [f"{self.num_skipped} of {self.num_read} samples were skipped"]
         for cause, shards in self.counts().items():
             worst = sorted(shards.items(), key=lambda item: (-item[1], item[0]))
-            named = ", ".join(f"{shard} ({count})" for shard, count in worst[:_NUM_SHARDS_NAMED])
-            others = f" and {len(worst) - _NUM_SHARDS_NAMED} more shards" if len(worst) > _NUM_SHARDS_NAMED else ""
+            named = ", ".join(f"{shard} ({count})" for shard, count in worst[:_MAX_NAMED_SHARDS])
+            others = f" and {len(worst) - _MAX_NAMED_SHARDS} more shards" if len(worst) > _MAX_NAMED_SHARDS else ""
             parts.append(f"{cause} {sum(shards.values())} in {named}{others}")
         return "; ".join(parts)
 
     def check(self) -> None:
-        """Stops the run when too much of the data is broken.
+        """Stops the run if too many samples are skipped.
 
         Raises:
-            DataError: skipped_samples exceed the share; names counts, causes, shards and the latest case.
+            DataError: more samples are skipped than allowed; names counts, causes, shards and the latest sample.
         """
-        if self.num_read < MIN_SAMPLES_FOR_STOP or self.num_skipped <= self._max_hole_share * self.num_read:
+        if self.num_read < MIN_SAMPLES_FOR_STOP or self.num_skipped <= self._max_skipped_share * self.num_read:
             return
         raise DataError(
-            f"{self.summary()}. That is more than data.max_skipped_share={self._max_hole_share:g} allows. Latest: "
-            f"{self._example}. Repair or remove these shards, or raise data.max_skipped_share if the loss is acceptable."
+            f"{self.summary()}. That is more than data.max_skipped_share={self._max_skipped_share:g} allows. Latest: "
+            f"{self._example}. Repair or remove these shards, or raise data.max_skipped_share if training without "
+            "these samples is acceptable."
         )

@@ -1,7 +1,7 @@
 """From the bytes of an image file to the pixels of its bucket.
 
-Strict: an image that is cut, damaged or not of the indexed size is a fault, never a half grey picture. EXIF orientation
-is applied, transparency is laid over white, and an animation gives its first frame.
+Decoding is strict: an image that is cut, damaged or not of the indexed size is a sample error, never a half-grey
+picture. EXIF orientation is applied, transparency is laid over white, and an animation gives its first frame.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from PIL import Image, UnidentifiedImageError
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
 
 DECODE_VERSION = 1
-"""Another where the same file would give other pixels."""
-# 8192 x 8192: 200 MB decoded, more than any bucket can use; a header that claims more is a fault before decoding.
+"""Changes whenever the same file would give other pixels."""
+# 8192 x 8192: 200 MB decoded, more than any bucket can use. A header that claims more is refused before decoding.
 MAX_IMAGE_PIXELS = 1 << 26
 
-# Pillow loads its plugins at first need; two threads in need at once would race.
+# Pillow loads its plugins when they are first needed, and two threads would race to do so.
 Image.init()
 
 _EXIF_ORIENTATION = 0x0112
@@ -39,10 +39,10 @@ _DEEP_GRAY_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 def read_size_px(data: bytes) -> tuple[int, int]:
-    """(height, width) of an upright image, from its header alone.
+    """(height, width) of an image after its EXIF orientation, from its header alone.
 
     Raises:
-        SampleError: no image, or one of more than `MAX_IMAGE_PIXELS`.
+        SampleError: the bytes are not an image, or it has more than `MAX_IMAGE_PIXELS`.
     """
     with _open(data) as image:
         return _upright_size_px(image)
@@ -53,15 +53,15 @@ def decode_image(
 ) -> np.ndarray:
     """Decodes an image, resizes it to cover the bucket and crops the centre.
 
-    One Lanczos pass with antialiasing over the centred region that has the bucket's aspect. A JPEG at least twice as
-    large is decoded at half its size, which is four times as fast and costs less than 1 dB; at a quarter it would cost
-    more, whatever is left to resize (docs/benchmarks.md).
+    This is one Lanczos pass with antialiasing over the centred region that has the aspect of the bucket. A JPEG that is
+    at least twice as large is decoded at half its size, which is four times as fast and costs less than 1 dB. Decoding
+    at a quarter would cost more, however much is left to resize (docs/benchmarks.md).
 
     Args:
         data: a JPEG, PNG or WebP file.
         stored_px: (height, width) that the index has for it.
-        bucket_px: (height, width) wanted.
-        content_px: (height, width) of the picture in the middle of the stored image, the rest is border; None: all.
+        bucket_px: (height, width) of the result.
+        content_px: (height, width) of the picture in the middle of the image, if the rest is border; None: no border.
 
     Returns:
         uint8 [height, width, 3], RGB.
@@ -82,10 +82,11 @@ def decode_image(
                 whole_px = image.size
                 image.draft(image.mode, (image.width // 2, image.height // 2))
                 if image.size != whole_px:
-                    # Of an odd side the last pixel is half outside, so it is the region that is exactly half.
-                    region = tuple(side / 2 for side in region)
+                    # An odd side is rounded up, but in pixels of the half-size image the region is exactly halved.
+                    left, top, right, bottom = region
+                    region = (left / 2, top / 2, right / 2, bottom / 2)
             image.load()
-        except Exception as error:  # Damaged bytes make Pillow's plugins raise nearly anything.
+        except Exception as error:  # On damaged bytes Pillow's plugins raise nearly anything.
             raise SampleError(ErrorCause.BAD_IMAGE, f"{type(error).__name__}: {error}") from error
         pixels = _to_rgb(image)
     if orientation in _UPRIGHT:
@@ -106,8 +107,8 @@ def centre_region(size_px: tuple[int, int], bucket_px: tuple[int, int]) -> tuple
 def _region(
     size_px: tuple[int, int], bucket_px: tuple[int, int], content_px: tuple[int, int]
 ) -> tuple[float, float, float, float]:
-    """The centre of the picture inside an image: (left, top, right, bottom)."""
-    # The border above and left of the picture; of an odd one the smaller half, as img2dataset pads.
+    """(left, top, right, bottom) of the centre of the picture inside an image."""
+    # The border above and to the left of the picture; img2dataset puts the smaller half of an odd border there.
     top, left = ((size - side) // 2 for size, side in zip(size_px, content_px, strict=True))
     box = centre_region(content_px, bucket_px)
     return box[0] + left, box[1] + top, box[2] + left, box[3] + top
@@ -124,17 +125,17 @@ def _open(data: bytes) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise SampleError(ErrorCause.TOO_MANY_PIXELS, str(error)) from error
     except UnidentifiedImageError as error:
-        raise SampleError(ErrorCause.BAD_IMAGE, f"no JPEG, PNG or WebP ({len(data)} bytes)") from error
+        raise SampleError(ErrorCause.BAD_IMAGE, f"not a JPEG, PNG or WebP ({len(data)} bytes)") from error
     except Exception as error:  # As in decode_image.
         raise SampleError(ErrorCause.BAD_IMAGE, f"{type(error).__name__}: {error}") from error
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
-        raise SampleError(ErrorCause.TOO_MANY_PIXELS, f"{height} x {width} pixels, the cap is {MAX_IMAGE_PIXELS}")
+        raise SampleError(ErrorCause.TOO_MANY_PIXELS, f"{height} x {width} pixels, the limit is {MAX_IMAGE_PIXELS}")
     return image
 
 
 def _orientation(image: Image.Image) -> int:
-    # Asking Pillow for the EXIF of a PNG without any would decode it.
+    # For a PNG without EXIF, getexif() would decode the whole image.
     if "exif" not in image.info:
         return 1
     try:

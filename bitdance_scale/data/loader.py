@@ -25,7 +25,7 @@ from bitdance_scale.data.data_errors import ErrorCause, ErrorCounter, SampleErro
 from bitdance_scale.data.image_decode import decode_image
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.loader_state import LoaderState
-from bitdance_scale.data.plan.borders import content_px
+from bitdance_scale.data.plan.buckets import content_px
 from bitdance_scale.data.plan.packing import CostModel, partition_batch
 from bitdance_scale.data.plan.plan import Plan, PlannedBatch
 from bitdance_scale.data.prefetch import Prefetcher
@@ -40,7 +40,7 @@ from bitdance_scale.sequence.tokens import TextTokenizer
 logger = logging.getLogger(__name__)
 
 STALL_S = 30.0
-"""An image that is waited for longer is named, again and again."""
+"""An image that is waited for longer is named in a warning, repeatedly."""
 
 _Image = np.ndarray | SampleError
 """Pixels uint8 [height, width, 3], or vision tokens uint8 [h * w, C / 8], or why there are none."""
@@ -51,7 +51,7 @@ class LoadedPack:
     """One micro-batch of this replica.
 
     Attributes:
-        pack: the laid-out samples, images not encoded (`vision_bits` None).
+        pack: the laid-out samples; `vision_bits` is None until the images are encoded.
         images: uint8 [height, width, 3] of every sample of the pack, in its order; none where the pack has its bits.
         state: resumes after this pack.
         step: optimiser step it belongs to.
@@ -78,7 +78,9 @@ class LoadedPack:
 
 @dataclass(frozen=True)
 class LoadedStep:
-    """All micro-batches of one optimiser step on this replica.
+    """All micro-batches of one optimiser step on this replica: what a step is from the loader to the device.
+
+    The loader gives it to one rank of the replica with images, `parallel/broadcast.py` to all of them with bits.
 
     Attributes:
         step: the optimiser step.
@@ -120,7 +122,7 @@ class _StepInFlight:
 
 
 class Loader:
-    """Iterates over the packs of one data-parallel rank, for ever; a context manager.
+    """Iterates over the packs of one data-parallel rank, without end; a context manager.
 
     Args:
         config: the run.
@@ -132,12 +134,12 @@ class Loader:
 
     Attributes:
         plan: the plan it follows.
-        ledger: sample_errors met since it started.
+        error_counter: sample errors met since it started.
 
     Raises:
         CheckpointError: `state` is of another data set, seed or plan.
         DataError: a resolution or a source has no samples; a store cannot be made ready. While iterating: too
-            many skipped_samples.
+            many skipped samples.
         ConfigError: the shards do not fit the node's cache; while iterating, a batch that does not fit the packs (see
             `packing.partition_batch`).
     """
@@ -153,7 +155,7 @@ class Loader:
     ) -> None:
         assert 0 <= data_rank < num_data_ranks, (data_rank, num_data_ranks)
         self.plan = Plan(config.run.seed, index, config.data)
-        self.ledger = ErrorCounter(config.data.max_skipped_share)
+        self.error_counter = ErrorCounter(config.data.max_skipped_share)
         start = LoaderState(config.run.seed, index.hash, self.plan.hash, 0, 0, num_data_ranks)
         if state is not None:
             state.check(start)
@@ -240,7 +242,7 @@ class Loader:
         )
 
     def _start_step(self, step: int) -> _StepInFlight:
-        """Plans a step and sets the reading of this rank's images going; runs in the planning thread."""
+        """Plans a step and starts reading this rank's images; runs in the planning thread."""
         data = self._config.data
         batch = self.plan.batch(step)
         samples = self._builder.build(batch)
@@ -256,8 +258,8 @@ class Loader:
         num_done = self._start.pack if step == self._start.step else 0
         packs: list[list[tuple[Sample, Future[_Image]]]] = []
         for number, places in enumerate(ranks[self._data_rank]):
-            places = places if number >= num_done else []
-            packs.append([(samples[place], self._submit(batch, place)) for place in places])
+            remaining = places if number >= num_done else []
+            packs.append([(samples[place], self._submit(batch, place)) for place in remaining])
         flight = _StepInFlight(step, packs)
         self._ahead.append(flight)
         return flight
@@ -268,7 +270,7 @@ class Loader:
         return sum(1 for _ in ready)
 
     def _wait_for(self, sample: Sample, image: Future[_Image]) -> _Image:
-        """The image when it is read; names what is waited for where that takes long."""
+        """The image once it is read; a long wait is logged with what is waited for."""
         begun_s = time.monotonic()
         while True:
             try:
@@ -298,16 +300,16 @@ class Loader:
             data = self._reader.image(index, sample)
             content = content_px(index, slice(sample, sample + 1), has_borders)
             return decode_image(data, index.size_px(sample), bucket_px, (int(content[0][0]), int(content[1][0])))
-        except SampleError as fault:
-            return fault
+        except SampleError as error:
+            return error
 
     @staticmethod
     def _read_bits(store: BitStore, sample: int, side_px: int) -> _Image:
         """The vision tokens of a sample, or why there are none; runs in the pool."""
         try:
             return store.read(sample, side_px)
-        except SampleError as fault:
-            return fault
+        except SampleError as error:
+            return error
 
     def _assemble(
         self, samples: list[Sample], results: list[_Image]
@@ -318,18 +320,18 @@ class Loader:
         images: list[np.ndarray] = []
         for sample, result in zip(samples, results, strict=True):
             shard = self._index.shard_path(sample.key)
-            self.ledger.record_read()
-            caption_fault = self._caption_fault(sample.key)
-            if caption_fault is not None:
-                self.ledger.record_caption(caption_fault, shard)
-                sample_errors[caption_fault] += 1
+            self.error_counter.record_read()
+            caption_error = self._caption_error(sample.key)
+            if caption_error is not None:
+                self.error_counter.record_caption(caption_error, shard)
+                sample_errors[caption_error] += 1
             if isinstance(result, SampleError):
-                self.ledger.record_skipped(result, shard, self._index.name(sample.key))
+                self.error_counter.record_skipped(result, shard, self._index.name(sample.key))
                 sample_errors[result.cause] += 1
             else:
                 kept.append(sample)
                 images.append(result)
-        self.ledger.check()
+        self.error_counter.check()
         if not kept:
             # Every rank must run every pack of the step, so an empty one cannot be skipped.
             kept, images = [_without_targets(samples[0])], [self._nothing(samples[0])]
@@ -338,10 +340,10 @@ class Loader:
             return pack.with_bits(np.concatenate(images)), [], sample_errors
         return pack, images, sample_errors
 
-    def _caption_fault(self, key: int) -> ErrorCause | None:
+    def _caption_error(self, key: int) -> ErrorCause | None:
         """Why the sample has no caption at all, by the first place to look for one; None where it has one."""
         statuses = [CaptionStatus(self._index.status(choice.source)[key]) for choice in self._config.data.captions]
-        return None if CaptionStatus.USABLE in statuses else statuses[0].fault
+        return None if CaptionStatus.USABLE in statuses else statuses[0].error
 
     def _nothing(self, sample: Sample) -> np.ndarray:
         """A grey image, or bits of -1, of a sample's size."""
@@ -353,7 +355,7 @@ class Loader:
 
 
 def _without_targets(sample: Sample) -> Sample:
-    """The sample as mere context: it adds to no loss."""
+    """The sample as context only: it adds to no loss."""
     return dataclasses.replace(
         sample,
         first_target_before=len(sample.before_ids),

@@ -51,7 +51,7 @@ class LoaderState:
         """Refuses to resume where the data would not go on as they began.
 
         Args:
-            expected: the state in which this run would start anew.
+            expected: the state in which this run would start without a checkpoint.
 
         Raises:
             CheckpointError: another data set, seed or plan, or the middle of a step on another number of ranks.
@@ -69,10 +69,10 @@ class LoaderState:
             )
         if self.plan_hash != expected.plan_hash:
             raise CheckpointError(
-                "the checkpoint was trained with another data.global_batch, data.resolutions, data.max_upscale, data.filters, "
-                "data.captions, data.has_borders or data.sources (names, shares, which shards are whose), or with other "
-                "captions or scores in the shards: the data order would not go on. Restore them, or start a new run from "
-                "the checkpoint's weights."
+                "the checkpoint was trained with another data.global_batch, data.resolutions, data.max_upscale, "
+                "data.filters, data.captions, data.has_borders or data.sources (names, shares, shards of each), or "
+                "with other captions or scores in the shards: the data order would not go on. Restore them, or start a "
+                "new run from the checkpoint's weights."
             )
         if self.pack and self.num_data_ranks != expected.num_data_ranks:
             raise CheckpointError(

@@ -17,7 +17,7 @@ class Prefetcher(Generic[Item]):
     Args:
         make: makes the item of a number; called in the thread.
         first: number of the first item.
-        num_ahead: items made and not yet taken, at most; at least 1.
+        num_ahead: the most items made and not yet taken; at least 1.
     """
 
     def __init__(self, make: Callable[[int], Item], first: int, num_ahead: int) -> None:
@@ -44,7 +44,7 @@ class Prefetcher(Generic[Item]):
         raise self._failure
 
     def close(self) -> None:
-        """Stops the thread and waits for it; an item in the making is finished first."""
+        """Stops the thread and waits for it; an item being made is finished first."""
         self._is_closed.set()
         self._slots.release()
         self._thread.join()
@@ -56,5 +56,5 @@ class Prefetcher(Generic[Item]):
                 if self._is_closed.is_set():
                     return
                 self._items.put(self._make(number))
-        except BaseException as error:  # The consumer raises it; nothing may end this thread in silence.
+        except BaseException as error:  # noqa: BLE001  # The consumer raises it; the thread must not end silently.
             self._items.put(error)

@@ -1,4 +1,4 @@
-"""From a planned batch to samples: captions tokenised, grids set, images still to come."""
+"""From a planned batch to samples with tokenised captions and grids; their images are read later."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SampleBuilder:
         self._config, self._index, self._tokenizer = config, index, tokenizer
 
     def build(self, batch: PlannedBatch) -> list[Sample]:
-        """One sample per place of the batch, without images."""
+        """One sample per place of the batch, without its image."""
         return [self._sample(batch, place) for place in range(len(batch))]
 
     def lengths(self, samples: list[Sample]) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Block-by-block decoding of images, whatever runs the backbone.
+"""Block-by-block decoding of images, with any implementation of the backbone.
 
 Prompts of different length are padded on the left, so that all images of a batch predict the same block at the same
-time. With guidance the unconditional prompts form the second half of the batch and share the state of the first.
+time. With guidance, the unconditional prompts are the second half of the batch and share the bits of the first half.
 
 Shape suffixes: B sequences, I images (B / 2 under guidance), L prefix positions, S positions, P vision tokens per
 block, C bits, D hidden size, K draws.
@@ -16,14 +16,13 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from bitdance_scale.model.attention import visible
-from bitdance_scale.sequence.grid import block_raster_cells
-from bitdance_scale.sequence.layout import ImageTokens, attention_groups, image_prefix_ids
+from bitdance_scale.sequence.layout import ImageTokens, attention_groups, block_raster_cells, image_prefix_ids
+from bitdance_scale.sequence.visibility import visible
 
 
 @dataclass(frozen=True)
 class DecodeLayout:
-    """Everything about the sequences of a batch that is known before a bit is drawn.
+    """All that is known of the sequences of a batch before a bit is drawn.
 
     Attributes:
         prefix_ids: int64 [B, L], prompt and image prefix, padded on the left with 0.
@@ -65,7 +64,7 @@ class DecodeLayout:
 def lay_out(
     prompts: Sequence[np.ndarray], grid: tuple[int, int], block_side: int, tokens: ImageTokens, device: torch.device
 ) -> DecodeLayout:
-    """Lays out prompts (int64 token ids each) and an image of `grid` (height, width) latent cells behind each."""
+    """Lays out prompts (int64 token ids each), each followed by an image of `grid` (height, width) latent cells."""
     suffix = image_prefix_ids(grid, tokens)
     rows = [np.concatenate([prompt, suffix]) for prompt in prompts]
     length, size = max(map(len, rows)), block_side**2
@@ -89,19 +88,19 @@ def lay_out(
     )
 
 
-# The noise of the next block, N(0, 1), float32 [K, I, P, C]: the start tensor, then one per stochastic step.
 Draw = Callable[[], torch.Tensor]
+"""Returns the noise of the next block, N(0, 1), float32 [K, I, P, C]: a start tensor, then one per stochastic step."""
 
 
 class BlockModel(Protocol):
     """A backbone with its head, one block at a time."""
 
     def start(self, layout: DecodeLayout) -> None:
-        """Reads the prefixes; the next block to draw is the first."""
+        """Reads the prefixes; the first block is drawn next."""
         ...
 
     def draw_block(self, cells: torch.Tensor, draw: Draw) -> torch.Tensor:
-        """Draws the next block of every image, bits [I, P, C], at `cells` [P, 2] from the noise `draw()`."""
+        """Draws the next block of every image: bits [I, P, C] at `cells` [P, 2], from the noise `draw()`."""
         ...
 
     def extend(self, bits: torch.Tensor, cells: torch.Tensor) -> None:
@@ -118,7 +117,7 @@ def decode_blocks(
     Args:
         model: backbone and head.
         layout: the sequences of the batch.
-        draw: the noise, asked once per block.
+        draw: the noise, called once per block.
         on_block: called after every block.
 
     Returns:

@@ -1,10 +1,10 @@
-"""Images from a published folder on one device, in the manner of a diffusers pipeline.
+"""Images from a published folder on one device, called like a diffusers pipeline.
 
     pipeline = BitDancePipeline.from_pretrained(folder)
     image = pipeline("a red cube on a blue ball", height=512, width=512).images[0]
 
-Defaults are those of the release: 1024 px, 50 Euler-Maruyama steps, guidance 7.5, and as the unconditional prompt the
-assistant's turn without a user's.
+Defaults are those of the release: 1024 px, 50 Euler-Maruyama steps, guidance 7.5. The unconditional prompt is an
+assistant's turn without a user's turn before it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from PIL import Image
 
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.generate.block_decode import decode_blocks, lay_out
-from bitdance_scale.generate.image_noise import GeneratorNoise
+from bitdance_scale.generate.image_sizes import check_size
 from bitdance_scale.generate.published_model import PublishedModel, load_published
 from bitdance_scale.generate.qwen3_blocks import Qwen3Blocks
-from bitdance_scale.generate.sampler import FlowSolver
-from bitdance_scale.generate.sizes import check_size
+from bitdance_scale.generate.sampler import FlowSolver, GeneratorNoise
 from bitdance_scale.vision.bits import pack_bits
 
 OUTPUT_TYPES = ("pil", "np", "pt", "bits")
@@ -62,7 +61,7 @@ class BitDancePipeline:
         """Loads a published folder.
 
         Args:
-            folder: as `tools/convert_to_hf.py` or the release writes it; nothing is fetched from elsewhere.
+            folder: a local folder as `tools/convert_to_hf.py` or the release writes it; nothing is downloaded.
             dtype: of weights and activations; default bfloat16 on CUDA, float32 elsewhere.
             device: default CUDA where there is one.
 
@@ -97,18 +96,19 @@ class BitDancePipeline:
 
         Args:
             prompt: one or several.
-            height, width: in pixels; multiples of downsample * block side, up to 256 cells a side.
+            height: in pixels; a multiple of downsample * block side, up to 256 cells.
+            width: in pixels; likewise.
             num_inference_steps: solver steps per block.
-            guidance_scale: any but 1 guides, and doubles the sequences.
+            guidance_scale: 1 is no guidance; any other scale doubles the sequences.
             sampler: euler_maruyama or euler.
             num_images_per_prompt: images of each prompt.
-            generator: one draws for the whole batch, as in the release. A list has one per image, and makes an image
-                the same whatever batch it is in, up to rounding.
+            generator: one draws for the whole batch, as in the release. A list has one per image, and an image is then
+                the same in any batch, up to rounding.
             output_type: pil, np, pt or bits; see `PipelineOutput`.
-            on_block: called after each of the blocks of the batch.
+            on_block: called after each block of the batch.
 
         Raises:
-            ConfigError: arguments that cannot be followed; nothing has been computed then.
+            ConfigError: an argument is not possible; nothing has been computed then.
         """
         vision = self.model.vision.section
         solver = FlowSolver(num_inference_steps, float(guidance_scale), sampler)
@@ -144,9 +144,9 @@ class BitDancePipeline:
         return decode_blocks(self._blocks_for(solver), layout, noise, on_block)
 
     def _blocks_for(self, solver: FlowSolver) -> Qwen3Blocks:
-        """The decoder of the last call where it serves: its memory and its graphs are kept."""
+        """The decoder of the last call if it has the same solver, with its memory and its graphs; else a new one."""
         if self._blocks is None or self._blocks[0] != solver:
-            # The old one's memory goes before the new one's is made.
+            # The old decoder's memory is freed before the new one is made.
             self._blocks = None
             model = self.model
             self._blocks = (solver, Qwen3Blocks(model.backbone, model.projector, model.head, solver))
@@ -155,7 +155,7 @@ class BitDancePipeline:
 
 def _check_request(prompts: Sequence[str], images_per_prompt: int, generator: Generators, output_type: str) -> None:
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ConfigError(f"prompt = {prompts!r}: must be a text or a list of at least one")
+        raise ConfigError(f"prompt = {prompts!r}: must be a text or a list with at least one")
     if images_per_prompt < 1:
         raise ConfigError(f"num_images_per_prompt = {images_per_prompt}: must be at least 1")
     if output_type not in OUTPUT_TYPES:
@@ -168,4 +168,4 @@ def _check_request(prompts: Sequence[str], images_per_prompt: int, generator: Ge
             f"generator: a list of {len(generator)} for {num_images} images; give one per image, or a single one"
         )
     if len(set(map(id, generator))) != num_images:
-        raise ConfigError("generator: one stands in the list twice; images would share a stream; make one per image")
+        raise ConfigError("generator: one is in the list twice, so images would share its numbers; make one per image")

@@ -1,7 +1,7 @@
 """A published folder as the parts of a pipeline: backbone, projector, head, autoencoder and tokenizer.
 
-Only safetensors and JSON are read, no code of the folder is run. Names and shapes of all tensors are checked against the
-configuration files before anything large is loaded: transformers itself fills what it misses with random numbers.
+Only safetensors and JSON are read; no code of the folder is run. Names and shapes of all tensors are compared with the
+configuration files before anything large is loaded: transformers itself would fill missing weights with random numbers.
 """
 
 from __future__ import annotations
@@ -29,14 +29,20 @@ from bitdance_scale.vision.autoencoder import published_sizes
 from bitdance_scale.vision.tokenizer import VisionTokenizer, make_autoencoder
 from bitdance_scale.vision.weights import CONFIG_NAME as VISION_CONFIG_NAME
 from bitdance_scale.vision.weights import WEIGHTS_NAME as VISION_WEIGHTS_NAME
-from bitdance_scale.weight_files import TensorSpec, check_tensors, read_folder_headers, read_header, read_json
+from bitdance_scale.weight_files import (
+    BACKBONE_WEIGHTS_NAME,
+    HEAD_WEIGHTS_NAME,
+    PROJECTOR_WEIGHTS_NAME,
+    TensorSpec,
+    check_tensors,
+    read_folder_headers,
+    read_header,
+    read_json,
+)
 
-WEIGHTS_NAME = "model.safetensors"
-HEAD_WEIGHTS_NAME = "vision_head.safetensors"
-PROJECTOR_WEIGHTS_NAME = "projector.safetensors"
-# Prompts are used as they are given, unlike the captions of training.
 MAX_PROMPT_TOKENS = 1 << 20
-_REMEDY = "download or export the folder again"
+"""Prompts are not cut, unlike the captions of training."""
+_FIX = "download or export the folder again"
 
 
 @dataclass(frozen=True)
@@ -45,9 +51,9 @@ class PublishedModel:
 
     Attributes:
         backbone: Qwen3 without its output projection.
-        projector: bits to the backbone.
+        projector: from bits to hidden states of the backbone.
         head: the diffusion head.
-        vision: the autoencoder; its section also tells bits, downsampling and block side.
+        vision: the autoencoder; its section also has the number of bits, the downsampling and the block side.
         text: the tokenizer with its added tokens.
     """
 
@@ -111,7 +117,7 @@ def load_published(folder: str | Path, dtype: torch.dtype, device: torch.device)
     if text.vocab_size > sections.vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer with its resolution and {block_tokens - 1} query tokens has {text.vocab_size} "
-            f"entries, {MODEL_CONFIG_NAME} gives the embedding {sections.vocab_size} rows; {_REMEDY}"
+            f"entries, {MODEL_CONFIG_NAME} gives the embedding {sections.vocab_size} rows, which are too few; {_FIX}"
         )
     with torch.device("meta"):
         num_bits, hidden_size = sections.vision.num_bits, sections.model.hidden_size
@@ -137,7 +143,8 @@ def load_published(folder: str | Path, dtype: torch.dtype, device: torch.device)
 def qwen3_config(section: ModelSection, vocab_size: int) -> Qwen3Config:
     """The configuration of a backbone for transformers.
 
-    Made from checked sizes, not from `config.json`: transformers takes a default where it does not know a key's name.
+    It is made from checked sizes and not from `config.json`, because transformers takes a default where it does not
+    know the name of a key.
     """
     return Qwen3Config(
         vocab_size=vocab_size,
@@ -157,16 +164,16 @@ def qwen3_config(section: ModelSection, vocab_size: int) -> Qwen3Config:
 def _check_backbone(folder: Path, config: Qwen3Config) -> None:
     with torch.device("meta"):
         wanted = Qwen3ForCausalLM(config).state_dict()
-    headers = read_folder_headers(folder, WEIGHTS_NAME)
+    headers = read_folder_headers(folder, BACKBONE_WEIGHTS_NAME)
     found = {name: spec for header in headers.values() for name, spec in header.items()}
     if config.tie_word_embeddings and "lm_head.weight" not in found:
-        # Stored once, as the embedding; some versions of the library store it twice.
+        # A tied projection is stored once, as the embedding; some versions of the library store it twice.
         del wanted["lm_head.weight"]
-    _check(folder / WEIGHTS_NAME, found, wanted)
+    _check(folder / BACKBONE_WEIGHTS_NAME, found, wanted)
 
 
 def _check(path: Path, found: Mapping[str, TensorSpec], wanted: Mapping[str, torch.Tensor]) -> None:
-    fix = f"The weights must fit the configuration files beside them; {_REMEDY}"
+    fix = f"The weights must fit the configuration files beside them; {_FIX}"
     check_tensors(path, found, {name: tensor.shape for name, tensor in wanted.items()}, fix)
 
 
@@ -181,7 +188,7 @@ def _load_backbone(folder: Path, config: Qwen3Config, dtype: torch.dtype, device
 
 @contextlib.contextmanager
 def _errors_only() -> Iterator[None]:
-    """Keeps transformers from reporting the output projection, which is in the files and not wanted."""
+    """Keeps transformers from reporting that the output projection is in the files and not in the model."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -191,7 +198,7 @@ def _errors_only() -> Iterator[None]:
 
 
 def _fill(module: nn.Module, path: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Gives a module on the meta device the tensors of a file, which fit it, and freezes it."""
+    """Gives a module on the meta device the tensors of a checked file, and freezes it."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name).to(device=device, dtype=dtype) for name in module.state_dict()}
     module.load_state_dict(tensors, assign=True)

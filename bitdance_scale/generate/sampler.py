@@ -1,29 +1,38 @@
 """Drawing the bits of one block from the diffusion head (arXiv 2602.14041 Eq. 4; published release).
 
-All times and all noise of a block are known before its first step: the head prepares its modulations for them
-(`generate/head_steps.py`), and on CUDA the whole solution is one graph.
+All times and all noise of a block are known before its first step. The head therefore prepares its modulations for many
+steps at once (`HeadSteps`), and on CUDA the whole solution is one graph.
 
-Shape suffixes: B blocks (one per image), P tokens per block, C bits, K draws.
+The noise of one block, in the order of the published release: a start tensor, then one tensor per stochastic step. All
+of it is drawn before the first step.
+
+Shape suffixes: I images (one block each), B blocks (2 I under guidance), P tokens per block, C bits, K draws per block,
+D head width, Z condition size, T flow times.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from bitdance_scale.errors import ConfigError
+from bitdance_scale.model.diffusion_head import DiffusionHead
 from bitdance_scale.model.flow import MIN_REMAINING_TIME
+from bitdance_scale.sequence.noise import Purpose, generator
 
-# (x [B, P, C] float32, number of the step) -> predicted clean bits [B, P, C] at the time of that step; the head with
-# its condition bound. Asked in the order of the steps.
 Predict = Callable[[torch.Tensor, int], torch.Tensor]
+"""(x [B, P, C] float32, number of the step) -> predicted clean bits [B, P, C] at the time of that step: the head under
+a condition. It is called in the order of the steps."""
 
-# Time left when the stochastic steps end; one plain Euler step covers it.
 LAST_STEP = 0.05
+"""Time left when the stochastic steps end; one plain Euler step covers it."""
+MAX_MODULATION_BYTES = 256 << 20
+"""Most modulations that are held at a time. The 14B head needs 18 MB a step for an image with blocks of 64 tokens."""
 
 SAMPLERS = ("euler_maruyama", "euler")
 
@@ -58,12 +67,12 @@ class FlowSolver:
 
     @property
     def is_guided(self) -> bool:
-        """Whether unconditional sequences are needed."""
+        """Whether unconditional sequences are decoded too."""
         return self.guidance != 1.0
 
     @property
     def num_draws(self) -> int:
-        """Normal tensors per block: the start and one per stochastic step."""
+        """K: the start tensor and one per stochastic step."""
         return 1 if self.sampler == "euler" else self.num_steps + 1
 
     @functools.cached_property
@@ -75,10 +84,11 @@ class FlowSolver:
         return (*(step * dt for step in range(self.num_steps)), 1 - LAST_STEP)
 
     def weights(self, step: int) -> tuple[float, float, float]:
-        """(a, b, c): the step takes the state x to a x + b f + c e, f the guided clean bits and e N(0, 1).
+        """(a, b, c): the step takes the state x to a x + b f + c e; f are the guided clean bits and e is N(0, 1).
 
-        With r = max(1 - t, 0.05) the velocity is v = (f - x) / r; guiding velocities is guiding clean bits, because both
-        halves share x. An Euler step is x + v dt. A stochastic step is x + (v + (1 - t) s) dt + sqrt(2 (1 - t) dt) e
+        With r = max(1 - t, 0.05) the velocity is v = (f - x) / r. Guiding velocities equals guiding clean bits, because
+        both halves share x. An Euler step is x + v dt. A stochastic step is
+        x + (v + (1 - t) s) dt + sqrt(2 (1 - t) dt) e
         with the score s = (t v - x) / ((1 - t)^2 + t (1 - t)), whose denominator is 1 - t: the drift is (1 + t) v - x.
         """
         t = self.times[step]
@@ -93,42 +103,151 @@ class FlowSolver:
 
 
 @torch.no_grad()
-def sample_block(predict: Predict, noise_KBPC: torch.Tensor, solver: FlowSolver) -> torch.Tensor:
-    """Draws the bits of one block of each image: the sign of `solve_flow`, whose arguments it shares.
+def sample_block(predict: Predict, noise_KIPC: torch.Tensor, solver: FlowSolver) -> torch.Tensor:
+    """Draws the bits of one block of each image: the signs of `solve_flow`, which has the same arguments.
 
     Returns:
-        float32 [B, P, C] of -1 and 1.
+        float32 [I, P, C] of -1 and 1.
     """
-    x_BPC = solve_flow(predict, noise_KBPC, solver)
+    x_IPC = solve_flow(predict, noise_KIPC, solver)
     # `torch.where` of two numbers copies them to the device, which a CUDA graph cannot record.
-    return (x_BPC > 0).float() * 2 - 1
+    return (x_IPC > 0).float() * 2 - 1
 
 
-def solve_flow(predict: Predict, noise_KBPC: torch.Tensor, solver: FlowSolver) -> torch.Tensor:
+def solve_flow(predict: Predict, noise_KIPC: torch.Tensor, solver: FlowSolver) -> torch.Tensor:
     """Solves the flow from noise to (nearly) bits.
 
     Args:
-        predict: the head. Under guidance it is called with 2 B blocks, the same state twice, and must apply the
-            captions' conditions to the first B and the unconditional ones to the last B.
-        noise_KBPC: N(0, 1), float32, `solver.num_draws` tensors: the start, then that of each stochastic step.
+        predict: the head. Under guidance it is called with 2 I blocks, the same states twice, and must apply the
+            captions' conditions to the first I and the unconditional condition to the last I.
+        noise_KIPC: N(0, 1), float32, `solver.num_draws` tensors: the start, then one for each stochastic step.
         solver: steps, guidance and kind.
 
     Returns:
-        float32 [B, P, C], the state at t = 1.
+        float32 [I, P, C], the state at t = 1.
     """
-    x_BPC = noise_KBPC[0]
+    x_IPC = noise_KIPC[0]
     for step in range(len(solver.times)):
         keep, pull, kick = solver.weights(step)
-        clean_BPC = _guided(predict, x_BPC, step, solver)
-        x_BPC = torch.add(keep * x_BPC, clean_BPC, alpha=pull)
+        clean_IPC = _guided(predict, x_IPC, step, solver)
+        x_IPC = torch.add(keep * x_IPC, clean_IPC, alpha=pull)
         if kick:
-            x_BPC = torch.add(x_BPC, noise_KBPC[step + 1], alpha=kick)
-    return x_BPC
+            x_IPC = torch.add(x_IPC, noise_KIPC[step + 1], alpha=kick)
+    return x_IPC
 
 
-def _guided(predict: Predict, x_BPC: torch.Tensor, step: int, solver: FlowSolver) -> torch.Tensor:
-    """Clean bits u + s (c - u) whose velocity is the guided one; they may lie beyond -1 and 1."""
+def _guided(predict: Predict, x_IPC: torch.Tensor, step: int, solver: FlowSolver) -> torch.Tensor:
+    """Clean bits u + s (c - u), whose velocity is the guided one; they may be beyond -1 and 1."""
     if not solver.is_guided:
-        return predict(x_BPC, step).float()
-    conditional, unconditional = predict(torch.cat([x_BPC, x_BPC]), step).float().chunk(2)
+        return predict(x_IPC, step).float()
+    conditional, unconditional = predict(torch.cat([x_IPC, x_IPC]), step).float().chunk(2)
     return torch.lerp(unconditional, conditional, solver.guidance)
+
+
+class HeadSteps:
+    """A head prepared for the times of a solver: what does not depend on the noisy bits is computed in batches.
+
+    The linears of the modulations are a fifth of the head's weights. Their weights are read once per group of steps
+    and not once per step. The embedding of the times is the same for all blocks of an image, that of the condition for
+    all steps of a block.
+
+    Args:
+        head: the head; its weights must not change.
+        solver: its times are prepared.
+        device: of the head.
+        max_bytes: most bytes of modulations that are computed together; at least those of one step are.
+    """
+
+    def __init__(
+        self, head: DiffusionHead, solver: FlowSolver, device: torch.device, max_bytes: int = MAX_MODULATION_BYTES
+    ) -> None:
+        self._head, self._max_bytes = head, max_bytes
+        times_T = torch.tensor(solver.times, dtype=torch.float32, device=device)
+        self._time_TD = head.embed_times(times_T)
+
+    def bind(self, cond_BPZ: torch.Tensor) -> Predict:
+        """The head under a condition, to be called for every step in order."""
+        head, time_TD = self._head, self._time_TD
+        cond_BPD = head.embed_condition(cond_BPZ)
+        size = self.steps_per_group(cond_BPD)
+        group: list[torch.Tensor] = []
+
+        def predict(x_BPC: torch.Tensor, step: int) -> torch.Tensor:
+            if step % size == 0:
+                # The old group is freed before the new one is made.
+                group.clear()
+                group.extend(head.modulations(time_TD[step : step + size], cond_BPD))
+            return head.denoise(x_BPC, [part[step % size] for part in group])
+
+        return predict
+
+    def steps_per_group(self, cond_BPD: torch.Tensor) -> int:
+        """Steps whose modulations are computed together: within the bound, in groups of about the same size."""
+        num_times = len(self._time_TD)
+        step_bytes = cond_BPD.numel() * cond_BPD.element_size() * self._head.modulations_per_channel
+        most = max(1, self._max_bytes // step_bytes)
+        return math.ceil(num_times / math.ceil(num_times / most))
+
+
+class ImageNoise:
+    """The noise of sample images in training: image i draws from stream i of a seed, in any batch.
+
+    Args:
+        seed: seed of the images.
+        image_numbers: i of every image.
+        shape: (K, P, C).
+        device: where the noise is used.
+    """
+
+    def __init__(
+        self, seed: int, image_numbers: Sequence[int], shape: tuple[int, int, int], device: torch.device
+    ) -> None:
+        self._streams = [generator(seed, Purpose.SAMPLE_IMAGE, 0, number) for number in image_numbers]
+        self._shape, self._device = shape, device
+
+    def __call__(self) -> torch.Tensor:
+        """The noise of the next block, N(0, 1), float32 [K, I, P, C]."""
+        rows = [stream.standard_normal(self._shape, dtype=np.float32) for stream in self._streams]
+        return torch.from_numpy(np.stack(rows, axis=1)).to(self._device)
+
+
+class GeneratorNoise:
+    """The noise of a pipeline's images, from torch's generators.
+
+    One generator draws tensors [I, P, C] for the whole batch, as the release does. A list gives each image its own
+    stream of tensors [P, C], so that an image is the same in any batch. A generator on the CPU gives the same numbers
+    for images on a GPU.
+
+    Args:
+        generators: one per image, or one for all; None: torch's default generator of `device`.
+        num_images: I.
+        shape: (K, P, C).
+        device: where the noise is used.
+    """
+
+    def __init__(
+        self,
+        generators: torch.Generator | Sequence[torch.Generator] | None,
+        num_images: int,
+        shape: tuple[int, int, int],
+        device: torch.device,
+    ) -> None:
+        self._generators, self._device = generators, device
+        self._num_images, self._shape = num_images, shape
+
+    def __call__(self) -> torch.Tensor:
+        """The noise of the next block, N(0, 1), float32 [K, I, P, C]."""
+        num_draws, *shape = self._shape
+        if self._generators is None or isinstance(self._generators, torch.Generator):
+            return _draw(self._generators, (num_draws, self._num_images, *shape), self._device).to(self._device)
+        images = [_draw(numbers, self._shape, self._device) for numbers in self._generators]
+        return torch.stack([image.to(self._device) for image in images], dim=1)
+
+
+def _draw(numbers: torch.Generator | None, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Normal tensors, drawn one by one along the first axis, on the generator's device."""
+    noise = torch.empty(shape, dtype=torch.float32, device=device if numbers is None else numbers.device)
+    # A single call would give the numbers in another order.
+    for row in noise:
+        row.normal_(generator=numbers)
+    return noise

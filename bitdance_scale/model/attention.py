@@ -1,8 +1,8 @@
-"""Block-causal attention: who sees whom, as one predicate, and attention under it (arXiv 2602.14041 Sec. 3.3).
+"""Block-causal attention under the mask of a pack (arXiv 2602.14041 Sec. 3.3).
 
-The mask of a pack has two forms that say the same. `DocumentMask` holds the predicate dense, sample by sample, for
-PyTorch's scaled dot-product attention, on any device. `FlexMask` holds its intervals and tiles
-(`sequence/visibility.py`) for FlexAttention, whose CUDA kernels skip what is not seen.
+`sequence/visibility.py` defines who sees whom. The mask of a pack has two equivalent forms. `DocumentMask` is dense
+within each sample, for PyTorch's scaled dot-product attention on any device. `FlexMask` holds intervals and tiles for
+FlexAttention, whose CUDA kernels skip what nobody sees.
 
 Shape suffixes: S query positions, T key positions, B batch, N query heads, G key/value heads, K head size, R tile rows.
 """
@@ -10,6 +10,7 @@ Shape suffixes: S query positions, T key positions, B batch, N query heads, G ke
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,48 +24,28 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from bitdance_scale.config.model_rules import MIN_FLEX_HEAD_DIM
 from bitdance_scale.config.schema import ModelSection
-from bitdance_scale.model.transfer import to_device
-from bitdance_scale.sequence.visibility import TileRows, pack_bounds, pack_tiles
+from bitdance_scale.sequence.visibility import TileRows, pack_bounds, pack_tiles, visible
 
-# Positions per side of a tile, the size that FlexAttention's kernels are tuned for.
+# Positions per side of a tile; FlexAttention's kernels are tuned for this size.
 FLEX_TILE = 128
-
-
-def visible(document_ids: torch.Tensor, block_ids: torch.Tensor, num_queries: int | None = None) -> torch.Tensor:
-    """The mask of a pack: position i sees j when both are of one sample and j's block is not after i's.
-
-    `Pack.block_ids` never decrease along a sample, so this is causal attention over blocks and full attention within
-    one. Padding sees padding only, so every row has a visible position.
-
-    Args:
-        document_ids: int [T], sample of each position, -1 for padding.
-        block_ids: int [T], attention group within the sample.
-        num_queries: only the last `num_queries` positions ask, as in decoding with a cache; default all.
-
-    Returns:
-        bool [S, T], True where a query (row) sees a key (column).
-    """
-    first = 0 if num_queries is None else len(document_ids) - num_queries
-    same_document = document_ids[first:, None] == document_ids[None, :]
-    return same_document & (block_ids[None, :] <= block_ids[first:, None])
 
 
 def attend(
     query_SBNK: torch.Tensor, key_TBGK: torch.Tensor, value_TBGK: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """Scaled dot-product attention with grouped queries: N / G neighbouring query heads share a key/value head.
+    """Scaled dot-product attention with grouped queries: N / G adjacent query heads share a key/value head.
 
     Args:
         query_SBNK: float, the queries.
         key_TBGK: float, the keys; G divides N.
         value_TBGK: float, the values.
-        mask: bool, broadcastable to [B, N, S, T], True where a key is seen; a [S, T] mask serves all.
+        mask: bool, broadcastable to [B, N, S, T], True where a query sees a key.
 
     Returns:
         [S, B, N, K] in the dtype of the query.
     """
-    # Heads are repeated here because `enable_gqa` leaves CUDA only kernels without masks, and the one that stores
-    # the whole score matrix.
+    # Heads are repeated here because with `enable_gqa` CUDA has only kernels without masks and one that stores the
+    # whole score matrix.
     group_size = query_SBNK.shape[2] // key_TBGK.shape[2]
     key_TBNK = key_TBGK.repeat_interleave(group_size, dim=2)
     value_TBNK = value_TBGK.repeat_interleave(group_size, dim=2)
@@ -81,7 +62,7 @@ class PackMask(Protocol):
     """The mask of a pack in one of its forms."""
 
     def attend(self, query_SBNK: torch.Tensor, key_SBGK: torch.Tensor, value_SBGK: torch.Tensor) -> torch.Tensor:
-        """Attention under the mask, as `attend` defines it; [S, B, N, K] in the dtype of the query."""
+        """Attention under the mask; result and heads as in the function `attend`, [S, B, N, K]."""
         ...
 
 
@@ -89,7 +70,7 @@ def pack_mask(document_ids: np.ndarray, block_ids: np.ndarray, section: ModelSec
     """The mask of a pack in the form that `model.attention` asks for.
 
     Args:
-        document_ids: int [S], sample of each position, -1 for padding; the positions of a sample are neighbours.
+        document_ids: int [S], sample of each position, -1 for padding; the positions of a sample are adjacent.
         block_ids: int [S], attention group within the sample, never decreasing along it.
         section: `attention` and `head_dim`.
         device: where the mask is used.
@@ -99,16 +80,16 @@ def pack_mask(document_ids: np.ndarray, block_ids: np.ndarray, section: ModelSec
 
 
 def uses_flex(section: ModelSection, device: torch.device) -> bool:
-    """Whether masks on a device are for FlexAttention; auto takes it where it has kernels that train, on CUDA."""
+    """Whether masks on a device are for FlexAttention; with `auto`, only where its kernels can train, on CUDA."""
     has_kernels = device.type == "cuda" and section.head_dim >= MIN_FLEX_HEAD_DIM
     return section.attention == "flex" or (section.attention == "auto" and has_kernels)
 
 
 @dataclass(frozen=True)
 class DocumentMask:
-    """The mask of a pack, sample by sample: what lies between samples is never seen and never computed.
+    """The mask of a pack, sample by sample: pairs between samples, which nobody sees, are never computed.
 
-    A pack of n samples of equal length costs 1 / n of a dense mask over the pack, in time and in memory.
+    With n samples of equal length it costs 1 / n of a dense mask over the whole pack, in time and in memory.
 
     Attributes:
         spans: (start, stop) of each sample's positions, and of the padding.
@@ -128,15 +109,15 @@ class DocumentMask:
 
 
 def document_mask(document_ids: np.ndarray, block_ids: np.ndarray, device: torch.device) -> DocumentMask:
-    """The `visible` predicate of a pack, kept within its samples.
+    """The mask of a pack, dense within its samples.
 
     Args:
-        document_ids: int [S], sample of each position, -1 for padding; the positions of a sample are neighbours.
+        document_ids: int [S], sample of each position, -1 for padding; the positions of a sample are adjacent.
         block_ids: int [S], attention group within the sample.
         device: where the masks are made.
     """
     borders = [0, *(np.flatnonzero(np.diff(document_ids)) + 1).tolist(), len(document_ids)]
-    spans = tuple(zip(borders[:-1], borders[1:], strict=True))
+    spans = tuple(itertools.pairwise(borders))
     documents, blocks = to_device(document_ids, device), to_device(block_ids, device)
     masks = tuple(visible(documents[start:stop], blocks[start:stop]) for start, stop in spans)
     return DocumentMask(spans, masks)
@@ -148,11 +129,11 @@ class FlexMask:
 
     Attributes:
         first_key, stop_key: int32 [S]; a query i sees the keys first_key[i] <= j < stop_key[i].
-        tiles: int32, the tiles in the order of BlockMask's arguments: counts [1, 1, R] and indices [1, 1, R, R] of the
-            partial and of the full key tiles by query tile, then of the query tiles by key tile.
+        tiles: int32, counts [1, 1, R] and indices [1, 1, R, R] of the partial key tiles of each query tile, then of the
+            full ones; then the same of the query tiles of each key tile.
         tile: positions per side of a tile.
-        is_compiled: whether attention is compiled into kernels, which on the CPU have no backward pass. Without it
-            FlexAttention computes all pairs and masks them, and `tiles` change nothing.
+        is_compiled: whether attention is compiled into kernels, which have no backward pass on the CPU. Uncompiled,
+            FlexAttention computes all pairs and masks them, and `tiles` have no effect.
     """
 
     first_key: torch.Tensor
@@ -168,8 +149,8 @@ class FlexMask:
         )
         size, bounds = len(self.first_key), (self.first_key, self.stop_key)
         if self.is_compiled:
-            # Marked one by one: with dynamic=True a head size that happens to equal R or S would be taken for the same
-            # number, and the next pack would be compiled anew.
+            # Marked one by one: with dynamic=True the compiler would take a head size that happens to equal R or S for
+            # the same number, and compile again for the next pack.
             for heads in (query_BNSK, key_BGSK, value_BGSK):
                 torch._dynamo.mark_dynamic(heads, 2)
             mixed_BNSK = _compiled_mix()(
@@ -188,17 +169,17 @@ def flex_mask(
     tile: int = FLEX_TILE,
     is_compiled: bool | None = None,
 ) -> FlexMask:
-    """The `visible` predicate of a pack, as intervals and tiles.
+    """The mask of a pack as intervals and tiles.
 
     Args:
-        document_ids: int [S], sample of each position, -1 for padding; the positions of a sample are neighbours.
+        document_ids: int [S], sample of each position, -1 for padding; the positions of a sample are adjacent.
         block_ids: int [S], attention group within the sample, never decreasing along it.
         device: where the mask is used.
         tile: positions per side of a tile.
-        is_compiled: see `FlexMask`; default on CUDA only.
+        is_compiled: see `FlexMask`; None: only on CUDA.
 
     Raises:
-        ValueError: the positions of a sample are no neighbours, or its block numbers decrease.
+        ValueError: the positions of a sample are not adjacent, or its block numbers decrease.
     """
     bounds = pack_bounds(document_ids, block_ids)
     tiles = pack_tiles(bounds, tile)
@@ -218,7 +199,7 @@ def flex_mask(
 
 
 def _at_least_two(rows: TileRows) -> tuple[np.ndarray, np.ndarray]:
-    """(num, indices), with a second, empty row where there is one tile: to the compiler a size of 1 is a case apart."""
+    """(num, indices), with an empty second row if there is one tile: the compiler specialises on a size of 1."""
     if len(rows.num) > 1:
         return rows.num, rows.indices
     return np.pad(rows.num, (0, 1)), np.pad(rows.indices, (0, 1))
@@ -232,7 +213,19 @@ def _block_mask(
     def is_seen(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (first_key[query] <= key) & (key < stop_key[query])
 
-    return BlockMask((size, size), *tiles, BLOCK_SIZE=(tile, tile), mask_mod=is_seen)
+    return BlockMask(
+        seq_lengths=(size, size),
+        kv_num_blocks=tiles[0],
+        kv_indices=tiles[1],
+        full_kv_num_blocks=tiles[2],
+        full_kv_indices=tiles[3],
+        q_num_blocks=tiles[4],
+        q_indices=tiles[5],
+        full_q_num_blocks=tiles[6],
+        full_q_indices=tiles[7],
+        BLOCK_SIZE=(tile, tile),
+        mask_mod=is_seen,
+    )
 
 
 def _mix(
@@ -245,17 +238,17 @@ def _mix(
     tile: int,
     is_whole: bool,
 ) -> torch.Tensor:
-    """FlexAttention under a `FlexMask`, to be compiled; `is_whole` says that the tile divides S.
+    """FlexAttention under a `FlexMask`, to be compiled; `is_whole`: whether the tile divides S.
 
-    BlockMask is made in here, out of tensors alone, so that the lengths in it are those of the tensors for the compiler
-    and not numbers of one pack.
+    The BlockMask is made in here, from tensors only, so that the compiler sees its lengths as sizes of tensors rather
+    than as numbers of one pack.
     """
     size = query_BNSK.shape[2]
-    # One S for the compiler instead of five.
+    # The compiler would otherwise take these for five different lengths.
     for length in (key_BGSK.shape[2], value_BGSK.shape[2], first_key.shape[0], stop_key.shape[0]):
         torch._check(length == size)
     if is_whole:
-        # Lets the kernels leave out their checks for a ragged end.
+        # Lets the kernels omit their checks for a ragged end.
         torch._check(size % tile == 0)
     return flex_attention(
         query_BNSK,
@@ -270,18 +263,18 @@ def _mix(
 
 @functools.cache
 def _compiled_mix() -> Callable[..., torch.Tensor]:
-    """`_mix` compiled, once per process (twice where some packs end in a ragged tile) for packs of any length."""
-    # Positions index the intervals and cannot lie outside. The check would stand in the inner loop, and the CPU kernels
-    # of torch 2.11 to 2.13 compare with a wrong length in it.
+    """`_mix` compiled for packs of any length, once per process (twice if some packs end in a ragged tile)."""
+    # Positions index the intervals and cannot be out of range. The check would be in the inner loop, and in the CPU
+    # kernels of torch 2.11 to 2.13 it compares with a wrong length.
     return torch.compile(_mix, fullgraph=True, options={"assert_indirect_indexing": False})
 
 
 def _mix_eagerly(
     query_BNSK: torch.Tensor, key_BGSK: torch.Tensor, value_BGSK: torch.Tensor, block_mask: BlockMask
 ) -> torch.Tensor:
-    """FlexAttention's operator itself, which has a dense implementation and a gradient on every device.
+    """FlexAttention's operator itself, which has a dense implementation with a gradient on every device.
 
-    `flex_attention` refuses inputs with a gradient on the CPU, because its compiled kernels there have none.
+    `flex_attention` refuses inputs that require a gradient on the CPU, because its compiled kernels have none there.
     """
 
     def unchanged(score: torch.Tensor, *index: torch.Tensor) -> torch.Tensor:
@@ -292,3 +285,15 @@ def _mix_eagerly(
         query_BNSK, key_BGSK, value_BGSK, unchanged, block_mask.as_tuple(), scale, {"OUTPUT_LOGSUMEXP": True}
     )
     return mixed_BNSK
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array of a pack as a tensor on a device, of the same shape and dtype.
+
+    On the CPU the two share memory. Copies to CUDA go through pinned memory; other copies would first wait for all work
+    in their stream.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -3,8 +3,9 @@
 A small transformer with full attention among the P tokens of a block, modulated per token by the flow time and by the
 backbone's hidden state z (adaLN). Parameter names are those of the published release.
 
-The modulations depend on time and condition but not on the noisy bits. Training computes them on the way; a sampler,
-which knows all its times, computes those of many steps together (`DiffusionHead.modulations`) and then only denoises.
+The modulations depend on the time and the condition but not on the noisy bits. Training computes them as the blocks
+need them. A sampler knows all its times, so it computes the modulations of many steps together
+(`DiffusionHead.modulations`) and then only denoises.
 
 Shape suffixes: B blocks, P tokens per block, C bits, D head width, Z condition size, N attention heads of this rank,
 K channels per head, F time features, T flow times.
@@ -20,15 +21,14 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional
 
-from bitdance_scale.config.schema import HeadSection
+from bitdance_scale.config.schema import NUM_MODULATIONS, NUM_TIME_FEATURES, HeadSection
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.model.linears import LinearFactory
 
 NORM_EPS = 1e-6
-NUM_TIME_FEATURES = 256
 TIME_SCALE = 1000.0
 MAX_TIME_PERIOD = 10000.0
-NUM_MODULATIONS = 6
+# Of the final layer: scale and shift.
 NUM_FINAL_MODULATIONS = 2
 
 
@@ -48,7 +48,7 @@ def time_features(t_B: torch.Tensor) -> torch.Tensor:
 
 
 def modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """X * (1 + scale) + shift, all of one shape."""
+    """`x * (1 + scale) + shift`; all of one shape."""
     return x * (1 + scale) + shift
 
 
@@ -60,10 +60,10 @@ class DiffusionHead(nn.Module):
         cond_size: width Z of the condition, the backbone's hidden size.
         num_bits: C.
         block_tokens: P; no parameter depends on it.
-        linears: maker of the linears, plain or tensor-parallel.
+        linears: makes the linears, plain or tensor-parallel.
 
     Raises:
-        ConfigError: sizes that do not divide.
+        ConfigError: sizes do not divide.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class DiffusionHead(nn.Module):
         self.net = HeadNetwork(section, cond_size, num_bits, linears)
 
     def recompute_blocks(self, checkpoint: Callable[..., torch.Tensor]) -> None:
-        """Makes every block of the head keep its inputs only; `checkpoint(function, *inputs)` calls it so."""
+        """Makes every block keep only its inputs; `checkpoint(block, *inputs)` calls a block that way."""
         self.net.call_block = checkpoint
 
     def forward(self, noisy_BPC: torch.Tensor, t_B: torch.Tensor, cond_BPZ: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,7 @@ class DiffusionHead(nn.Module):
         Args:
             noisy_BPC: float, x_t.
             t_B: float, one flow time per block, 0 noise and 1 data.
-            cond_BPZ: float, hidden states that predict the tokens, with the 2-D position of the predicted cell added.
+            cond_BPZ: float, hidden states that predict the tokens, plus the 2-D positions of the predicted cells.
 
         Returns:
             float32 [B, P, C] in (-1, 1); B may be 0.
@@ -97,7 +97,7 @@ class DiffusionHead(nn.Module):
 
     @property
     def modulations_per_channel(self) -> int:
-        """Numbers per token and channel of D that `modulations` gives for one time."""
+        """How many numbers per token and channel of D `modulations` returns for one time."""
         return NUM_MODULATIONS * len(self.net.ada_ln_blocks) + NUM_FINAL_MODULATIONS
 
     def embed_times(self, t_T: torch.Tensor) -> torch.Tensor:
@@ -116,14 +116,14 @@ class DiffusionHead(nn.Module):
             cond_BPD: conditions, from `embed_condition`.
 
         Returns:
-            [T, B, P, 6 D] of each adaLN module and [T, B, P, 2 D] of the final layer: element t of each, together, is
-            what `denoise` takes.
+            [T, B, P, 6 D] of each adaLN module and [T, B, P, 2 D] of the final layer; `denoise` takes element t of
+            each.
         """
         y_TBPD = functional.silu(time_TD[:, None, None] + cond_BPD)
         return [linear(y_TBPD) for linear in self.net.modulation_linears()]
 
     def denoise(self, noisy_BPC: torch.Tensor, modulations: Iterable[torch.Tensor]) -> torch.Tensor:
-        """`forward` with its modulations at hand: [B, P, 6 D] of each adaLN module, [B, P, 2 D] of the final layer."""
+        """`forward` with given modulations: [B, P, 6 D] of each adaLN module, [B, P, 2 D] of the final layer."""
         self._check_blocks(noisy_BPC)
         return _to_bits(self.net.denoise(noisy_BPC, modulations))
 
@@ -152,7 +152,7 @@ class HeadNetwork(nn.Module):
     def forward(self, noisy_BPC: torch.Tensor, t_B: torch.Tensor, cond_BPZ: torch.Tensor) -> torch.Tensor:
         """Logits [B, P, C] in the dtype of the parameters; arguments as in `DiffusionHead.forward`."""
         y_BPD = functional.silu(self.embed_times(t_B)[:, None] + self.embed_condition(cond_BPZ))
-        # One by one as the blocks ask for them: no modulation is held before its blocks run.
+        # Computed when the blocks need them, so that none is held earlier.
         return self.denoise(noisy_BPC, (linear(y_BPD) for linear in self.modulation_linears()))
 
     def embed_times(self, t_T: torch.Tensor) -> torch.Tensor:
@@ -164,7 +164,7 @@ class HeadNetwork(nn.Module):
         return self.cond_embed(cond_BPZ.to(self.input_proj.weight.dtype))
 
     def modulation_linears(self) -> list[nn.Module]:
-        """The linears of the modulations in the order in which `denoise` uses their outputs."""
+        """The linears of the modulations, in the order in which `denoise` uses their outputs."""
         return [*self.ada_ln_blocks, self.final_layer.ada_ln_modulation]
 
     def denoise(self, noisy_BPC: torch.Tensor, modulations: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -172,7 +172,7 @@ class HeadNetwork(nn.Module):
         outputs = iter(modulations)
         x_BPD = self.input_proj(noisy_BPC.to(self.input_proj.weight.dtype))
         for index, block in enumerate(self.res_blocks):
-            # Consecutive blocks share one adaLN module, and so its output.
+            # Consecutive blocks share one adaLN module and its output.
             if index % self.blocks_per_adaln == 0:
                 block_modulations = next(outputs).chunk(NUM_MODULATIONS, dim=-1)
             x_BPD = self.call_block(block, x_BPD, block_modulations)
@@ -198,7 +198,7 @@ class HeadBlock(nn.Module):
 
     def __init__(self, section: HeadSection, linears: LinearFactory) -> None:
         super().__init__()
-        width, hidden = section.width, mlp_size(section)
+        width, hidden = section.width, section.mlp_size
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.attn = HeadAttention(width, width // section.head_dim // linears.num_partitions, linears)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
@@ -214,7 +214,7 @@ class HeadBlock(nn.Module):
 
 
 class HeadAttention(nn.Module):
-    """Full attention among the tokens of a block, without positions: z carries them."""
+    """Full attention among the tokens of a block, without position embeddings: z contains the positions."""
 
     def __init__(self, width: int, num_local_heads: int, linears: LinearFactory) -> None:
         super().__init__()
@@ -241,13 +241,13 @@ class FinalLayer(nn.Module):
         self.linear = linears.replicated(width, num_bits)
 
     def forward(self, x_BPD: torch.Tensor, modulation_BPE: torch.Tensor) -> torch.Tensor:
-        """Logits [B, P, C] of the bits; the modulation is the output [B, P, 2 D] of `ada_ln_modulation`."""
+        """Logits [B, P, C] of the bits; `modulation_BPE` is the output [B, P, 2 D] of `ada_ln_modulation`."""
         scale, shift = modulation_BPE.chunk(NUM_FINAL_MODULATIONS, dim=-1)
         return self.linear(modulate(self.norm(x_BPD), scale, shift))
 
 
 def _to_bits(logits_BPC: torch.Tensor) -> torch.Tensor:
-    # Sigmoid in float32: bfloat16 cannot tell predictions near -1 and 1 apart.
+    # Sigmoid in float32: bfloat16 cannot resolve predictions near -1 and 1.
     return 2 * torch.sigmoid(logits_BPC.float()) - 1
 
 
@@ -255,13 +255,8 @@ def _call(block: nn.Module, *inputs: object) -> torch.Tensor:
     return block(*inputs)
 
 
-def mlp_size(section: HeadSection) -> int:
-    """Hidden width of the SwiGLU, over all tensor-parallel ranks."""
-    return int(section.width * section.mlp_ratio)
-
-
 def _check(section: HeadSection, num_partitions: int) -> None:
-    """Raises ConfigError where a head cannot be built; `config/rules.py` refuses such a tree before."""
+    """Raises ConfigError if a head cannot be built; `config/rules.py` refuses such settings when a run starts."""
     if section.width % section.head_dim:
         raise ConfigError(f"head.width = {section.width}: must be a multiple of head.head_dim = {section.head_dim}")
     if section.num_blocks % section.num_adaln:
@@ -270,7 +265,7 @@ def _check(section: HeadSection, num_partitions: int) -> None:
         )
     split = {
         "attention heads (head.width / head.head_dim)": section.width // section.head_dim,
-        "SwiGLU channels (head.width * head.mlp_ratio)": mlp_size(section),
+        "SwiGLU channels (head.width * head.mlp_ratio)": section.mlp_size,
     }
     for name, size in split.items():
         if size % num_partitions:

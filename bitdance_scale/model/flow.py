@@ -1,6 +1,10 @@
-"""The flow between noise and bits, and its loss (arXiv 2602.14041 Eq. 3 and 7).
+"""The flow between noise and bits, and the training loss (arXiv 2602.14041 Eq. 3 and 7, Sec. 4.3).
 
-Time runs from 0 (Gaussian noise) to 1 (bits). The head predicts clean bits; the loss compares velocities.
+Time runs from 0 (Gaussian noise) to 1 (bits). The head predicts clean bits; the flow loss compares velocities.
+
+The loss is a mean over the *global* batch. Micro-batches hold unequal numbers of targets, so a mean of their means
+would weigh targets unequally. Each micro-batch therefore contributes sums, divided by the counts of the whole batch,
+and no layout changes the gradient.
 
 Shape suffixes: B blocks, P tokens per block, C bits.
 """
@@ -9,31 +13,31 @@ from __future__ import annotations
 
 import torch
 
-from bitdance_scale.config.schema import HeadSection
+from bitdance_scale.config.schema import HeadSection, LossSection
 from bitdance_scale.errors import ConfigError
 
-# Lower bound of 1 - t under a velocity: near t = 1 the quotient would blow up small errors of the prediction.
+# Lower bound of 1 - t in a velocity: near t = 1 the quotient would amplify small errors of the prediction.
 MIN_REMAINING_TIME = 0.05
 
 
 def draw_time(normal_B: torch.Tensor, section: HeadSection) -> torch.Tensor:
-    """Turns standard normals into flow times of training.
+    """Turns standard normals into the flow times of training.
 
-    logit_normal (published release): t = sigmoid(std n + mean). uniform: t = Phi(n), Phi the distribution function of
-    the normal, so that both schedules consume the same random numbers. Then t -> t / (t + shift (1 - t)).
+    logit_normal (published release): t = sigmoid(std n + mean). uniform: t = Phi(n), where Phi is the distribution
+    function of the normal, so that both schedules use the same random numbers. Then t -> t / (t + shift (1 - t)).
 
     Args:
         normal_B: N(0, 1), any shape.
         section: `time_schedule`, `time_mean`, `time_std`, `time_shift`.
 
     Returns:
-        float32, t in [0, 1], shape of `normal_B`.
+        float32, t in [0, 1], in the shape of `normal_B`.
 
     Raises:
         ConfigError: an unknown `time_schedule`.
     """
-    # In float64: vectorised float32 functions round by the place of an element in its pack, and the head multiplies
-    # t by 1000, so that the last bit of t would make the loss depend on how samples are packed.
+    # In float64: how vectorised float32 functions round an element depends on its place in the pack. The head
+    # multiplies t by 1000, so the last bit of t would make the loss depend on how samples are packed.
     normal_B = normal_B.double()
     if section.time_schedule == "logit_normal":
         t_B = torch.sigmoid(section.time_std * normal_B + section.time_mean)
@@ -68,8 +72,8 @@ def flow_loss(
         t_B: float, its flow time, one per block.
 
     Returns:
-        (float32 scalar, B * P): the sum over tokens of the mean over bits, and the number of tokens. Zero, and
-        differentiable, when there is no block.
+        (float32 scalar, B * P): the sum over tokens of the mean over bits, and the number of tokens. Without blocks
+        the sum is zero, and still differentiable.
     """
     error_BPC = velocity(pred_BPC, noisy_BPC, t_B) - velocity(bits_BPC, noisy_BPC, t_B)
     num_blocks, block_tokens, num_bits = error_BPC.shape
@@ -82,3 +86,27 @@ def block_losses(
     """The flow loss of every block, a mean over its tokens and bits, float32 [B]; arguments as in `flow_loss`."""
     error_BPC = velocity(pred_BPC, noisy_BPC, t_B) - velocity(bits_BPC, noisy_BPC, t_B)
     return error_BPC.square().mean(dim=(1, 2))
+
+
+def combine_losses(
+    vision_sum: torch.Tensor,
+    text_sum: torch.Tensor,
+    global_vision_count: int,
+    global_text_count: int,
+    section: LossSection,
+) -> torch.Tensor:
+    """The part of the loss that one micro-batch contributes; the loss is its sum over micro-batches and replicas.
+
+    Args:
+        vision_sum: float32 scalar, `flow_loss` of the micro-batch.
+        text_sum: float32 scalar, cross-entropy summed over the text targets of the micro-batch.
+        global_vision_count: predicted vision tokens of the global batch.
+        global_text_count: text targets of the global batch.
+        section: the two weights.
+
+    Returns:
+        float32 scalar. A kind of target that is not in the global batch contributes zero.
+    """
+    vision = section.vision_weight * vision_sum / max(global_vision_count, 1)
+    text = section.text_weight * text_sum / max(global_text_count, 1)
+    return vision + text

@@ -1,6 +1,6 @@
 """Initial values of every parameter, drawn whole by its global name.
 
-A rank keeps its slice of what is drawn here (`parallel/initialise.py`), so that values do not depend on the layout.
+A rank keeps its slice of what is drawn here (`parallel/build.py`), so that values do not depend on the layout.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Init:
     """A distribution of initial values.
 
     Attributes:
-        kind: zeros, ones, normal (mean 0) or xavier_uniform. Xavier's fans are those of the whole tensor of the
-            published name: a weight that stacks several matrices is drawn as one, and never a rank's slice.
+        kind: zeros, ones, normal (mean 0) or xavier_uniform. Xavier's fans are those of the whole published tensor: a
+            weight that stacks several matrices is drawn as one matrix, and a rank's slice is never drawn by itself.
         std: standard deviation of the normal; 0 for the others.
     """
 
@@ -28,7 +28,7 @@ class Init:
     std: float = 0.0
 
 
-# The first pattern that fits decides. adaLN at zero makes every block of the head start as the identity.
+# The first pattern that matches decides. With adaLN at zero every block of the head starts as the identity.
 _RULES: tuple[tuple[str, Init], ...] = (
     ("net.*.bias", Init("zeros")),
     ("net.ada_ln_blocks.*.weight", Init("zeros")),
@@ -42,15 +42,15 @@ _RULES: tuple[tuple[str, Init], ...] = (
 
 
 def initial_distribution(parameter_name: str) -> Init:
-    """How a parameter of the head (`net.`..) or of the projector (`fc1`, `fc2`) starts (published release).
+    """The published initial distribution of a parameter of the head (`net.*`) or the projector (`fc1`, `fc2`).
 
     Raises:
-        KeyError: a name of neither.
+        KeyError: the name belongs to neither.
     """
     for pattern, init in _RULES:
         if fnmatch.fnmatchcase(parameter_name, pattern):
             return init
-    raise KeyError(f"{parameter_name!r} is no parameter of the diffusion head or the projector")
+    raise KeyError(f"{parameter_name!r} is not a parameter of the diffusion head or the projector")
 
 
 def draw_initial(
@@ -61,9 +61,9 @@ def draw_initial(
     Args:
         name: its global name.
         shape: its whole shape.
-        seed: of the run; with the name it seeds the generator.
+        seed: seed of the run; it seeds the generator together with the name.
         init_std: standard deviation of the backbone's weights.
-        device: where they are drawn; the numbers of one kind of device differ from another's.
+        device: where the values are drawn; different kinds of device draw different numbers.
     """
     init = _distribution(name, init_std)
     whole = torch.zeros(shape, dtype=torch.float32, device=device)
@@ -80,13 +80,13 @@ def draw_initial(
 
 
 def named_generator(seed: int, name: str, device: torch.device | str) -> torch.Generator:
-    """A generator that depends on a seed and a name only."""
+    """A generator that depends only on a seed and a name."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _distribution(name: str, init_std: float) -> Init:
-    """Which distribution a parameter starts from, by its global name."""
+    """The initial distribution of a parameter, by its global name."""
     part, _, rest = name.partition(".")
     if part in ("head", "projector"):
         return initial_distribution(rest)

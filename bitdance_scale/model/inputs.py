@@ -1,7 +1,7 @@
 """A pack with its noise as tensors on the device: the input of one forward pass.
 
-Every pipeline stage gets all of it (a pack of bits is under 1 MB): the first reads the tokens, every stage the mask and
-the rotary positions, the last the targets.
+Every pipeline stage gets all of it (a pack of bits is under 1 MB). The first stage reads the tokens, every stage the
+mask and the rotary positions, the last stage the targets.
 
 Shape suffixes: S positions, V vision tokens, M predicted blocks, P vision tokens per block, C bits, T text targets,
 K head size.
@@ -16,11 +16,10 @@ import numpy as np
 import torch
 
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.model.attention import PackMask, pack_mask
+from bitdance_scale.model.attention import PackMask, pack_mask, to_device
 from bitdance_scale.model.flow import draw_time
 from bitdance_scale.model.positions import rotary_frequencies
 from bitdance_scale.model.projector import flip_bits
-from bitdance_scale.model.transfer import to_device
 from bitdance_scale.sequence.noise import PackNoise
 from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.vision.bits import unpack_bits
@@ -28,19 +27,19 @@ from bitdance_scale.vision.bits import unpack_bits
 
 @dataclass(frozen=True)
 class PackInputs:
-    """What the model computes on.
+    """The input of the model for one pack.
 
     Attributes:
         token_ids: int64 [S].
         rotary: float32 [S, 1, 1, K], angles of the rotary position embedding.
-        mask: who sees whom.
+        mask: who sees whom (`sequence/visibility.py`).
         vision_positions: int64 [V]; vision_cells: int64 [V, 2]; vision_bits: [V, C] in {-1, +1}, flips applied.
-        predict_positions: int64 [M, P], whose hidden states predict a block; predict_cells: int64 [M, P, 2], of the
-            tokens predicted; clean_bits: [M, P, C] in {-1, +1}; noise: [M, P, C]; time: float32 [M].
+        predict_positions: int64 [M, P], positions whose hidden states predict a block; predict_cells: int64 [M, P, 2],
+            cells of the tokens predicted; clean_bits: [M, P, C] in {-1, +1}; noise: [M, P, C]; time: float32 [M].
         text_positions: int64 [T]; text_targets: int64 [T].
-        num_vision_targets: M * P, or 0 when the pack predicts no image: it then carries one block of weight 0, so that
+        num_vision_targets: M * P, or 0 if the pack predicts no image. Such a pack has one block of weight 0, so that
             every rank calls the same modules, as ZeRO-3 requires.
-        num_text_targets: T, or 0 likewise.
+        num_text_targets: T, or 0 if the pack has no text target; it then has one of weight 0.
         reports_blocks: whether the model also returns the flow loss of every predicted block.
     """
 

@@ -25,11 +25,11 @@ def sincos_2d(cells_V2: torch.Tensor, hidden_size: int) -> torch.Tensor:
         float32 [V, D].
 
     Raises:
-        ConfigError: D is no multiple of 4.
+        ConfigError: D is not a multiple of 4.
     """
     if hidden_size % 4:
         raise ConfigError(f"model.hidden_size = {hidden_size}: must be a multiple of 4 for the 2-D positions")
-    # float64 until the sine: at coordinate 256 a float32 angle is off by 1e-5.
+    # float64 up to the sine: at coordinate 256 a float32 angle would be off by 1e-5.
     quarter = hidden_size // 4
     exponents = torch.arange(quarter, dtype=torch.float64, device=cells_V2.device) / quarter
     angles = cells_V2.double()[:, :, None] * SINCOS_BASE**-exponents
@@ -39,9 +39,9 @@ def sincos_2d(cells_V2: torch.Tensor, hidden_size: int) -> torch.Tensor:
 
 
 def rotary_frequencies(position_ids_S: torch.Tensor, head_dim: int, base: float) -> torch.Tensor:
-    """Rotary angles position / base^(2 i / K), i = 0 .. K / 2 - 1, written twice along the last axis.
+    """Rotary angles position / base^(2 i / K), i = 0 .. K / 2 - 1, repeated twice along the last axis.
 
-    In float32, as Qwen3 and Megatron-core compute them: trained weights know these roundings.
+    In float32, as Qwen3 and Megatron-core compute them: trained weights have adapted to this rounding.
 
     Args:
         position_ids_S: int [S].

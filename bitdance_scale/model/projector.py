@@ -1,4 +1,4 @@
-"""Vision tokens into the backbone: bit flips, then a two-layer projector.
+"""The entry of vision tokens into the backbone: bit flips, then a two-layer projector.
 
 Shape suffixes: V vision tokens, C bits, D hidden size of the backbone.
 """
@@ -13,27 +13,27 @@ from bitdance_scale.model.linears import LinearFactory
 
 
 def flip_bits(bits_VC: torch.Tensor, level_VC: torch.Tensor, draw_VC: torch.Tensor, flip_max: float) -> torch.Tensor:
-    """Flips input bits at random, so that sampling errors are nothing new to the model (published release).
+    """Flips input bits at random, so that the model learns to cope with sampling errors (published release).
 
     Args:
         bits_VC: -1 and 1; targets are never flipped.
         level_VC: float, u ~ U(0, 1) per element; the element flips with probability flip_max * u.
-        draw_VC: float, U(0, 1) per element, decides.
+        draw_VC: float, U(0, 1) per element; decides the flip.
         flip_max: largest probability of a flip, in [0, 1].
 
     Returns:
-        The bits, sign changed where draw < flip_max * u; shape and dtype of `bits_VC`.
+        The bits with the sign changed where draw < flip_max * u, in the shape and dtype of `bits_VC`.
     """
     return torch.where(draw_VC < flip_max * level_VC, -bits_VC, bits_VC)
 
 
 class Projector(nn.Module):
-    """Linear, tanh-GELU, linear: bits of a vision token to the width of the backbone.
+    """Linear, tanh-GELU, linear: from the bits of a vision token to the width of the backbone.
 
     Args:
         num_bits: C.
         hidden_size: D.
-        linears: maker of the linears, plain or tensor-parallel.
+        linears: makes the linears, plain or tensor-parallel.
     """
 
     def __init__(self, num_bits: int, hidden_size: int, linears: LinearFactory) -> None:
@@ -43,4 +43,5 @@ class Projector(nn.Module):
 
     def forward(self, bits_VC: torch.Tensor) -> torch.Tensor:
         """[V, C] of -1 and 1, any dtype -> [V, D] in the dtype of the parameters."""
-        return self.fc2(functional.gelu(self.fc1(bits_VC.to(self.fc1.weight.dtype)), approximate="tanh"))
+        dtype = next(self.parameters()).dtype
+        return self.fc2(functional.gelu(self.fc1(bits_VC.to(dtype)), approximate="tanh"))

@@ -1,4 +1,4 @@
-"""What a run says while it runs: log files, progress on rank 0 and the loss table at its end."""
+"""What a run prints and logs: log files, the progress on rank 0 and the loss table at the end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TextIO
 
@@ -30,12 +31,12 @@ TABLE_COLUMNS = ("steps", "images", "loss", "vision", "text", "grad norm", "lr",
 
 
 def setup_logging(run_folder: Path, rank: int) -> None:
-    """Routes logging, and Python's warnings, of this process; call it once per process.
+    """Routes this process's log messages and Python warnings; call it once per process.
 
-    Rank 0 writes what this package says, and every library's warnings, to `log.txt` in the run folder and to
-    standard output. Every other rank writes warnings to a file of its own, `logs/rank_00001.txt`, made with the first
-    one: ranks on several nodes cannot append to one shared file without losing lines. Its errors go to standard error
-    too. Every line of a file names its rank.
+    Rank 0 writes this package's messages and all libraries' warnings to `log.txt` in the run folder and to standard
+    output. Every other rank writes its warnings to its own file, such as `logs/rank_00001.txt`, because ranks on
+    several nodes would lose lines in a shared one; the file appears with the first warning. Its errors also go to
+    standard error. Every line of a file names its rank.
     """
     run_folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
@@ -62,7 +63,7 @@ def setup_logging(run_folder: Path, rank: int) -> None:
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes to standard output above a progress bar instead of through it."""
+    """Writes to standard output, above a progress bar and not across it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stdout)
@@ -70,20 +71,20 @@ class _ConsoleHandler(logging.Handler):
 
 
 class _ConsoleFormatter(logging.Formatter):
-    """The bare message, its level in front from warnings on."""
+    """The bare message; from warnings on, with the level in front."""
 
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)
         return message if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {message}"
 
 
-class Progress:
-    """Progress of a run on rank 0: a bar on a terminal, a plain line now and then anywhere else.
+class ConsoleProgress:
+    """Shows the progress of a run on rank 0: a bar on a terminal, elsewhere a plain line now and then.
 
     Args:
         num_steps: steps of the whole run.
-        resumed_step: step the run goes on from, 0 for a fresh start.
-        stream: where to write; standard output when None.
+        resumed_step: step from which the run resumes, 0 for a fresh start.
+        stream: where to write; None for standard output.
     """
 
     def __init__(self, num_steps: int, resumed_step: int, stream: TextIO | None = None) -> None:
@@ -103,43 +104,62 @@ class Progress:
                 bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
             )
 
-    def update(self, metrics: StepMetrics) -> None:
-        """Shows a logged step."""
-        self._seconds_per_step.append(metrics.step_s)
-        speed = f"{metrics.images_per_s:.3g} images/s, ETA {self.remaining(metrics.step)}"
+    def update(
+        self,
+        step: int,
+        loss: float,
+        parts: Mapping[str, float],
+        *,
+        grad_norm: float,
+        images_per_s: float,
+        step_s: float,
+    ) -> None:
+        """Shows a logged step.
+
+        Args:
+            step: optimiser steps taken.
+            loss: the loss that is differentiated.
+            parts: name -> loss it is made of; may be empty.
+            grad_norm: global gradient norm before clipping.
+            images_per_s: images per second of all ranks together.
+            step_s: seconds per optimiser step; decides the remaining time.
+        """
+        self._seconds_per_step.append(step_s)
+        speed = f"{images_per_s:.3g} images/s, ETA {self.remaining(step)}"
         if self._bar is not None:
-            # Unlike tqdm's own measure, this one is not 0 in a terminal that does not tell its size.
+            # tqdm's own measure is 0 in a terminal that does not report its size.
             self._bar.ncols = shutil.get_terminal_size().columns
-            self._bar.set_description_str(f"loss {metrics.loss:.4f}", refresh=False)
+            self._bar.set_description_str(f"loss {loss:.4f}", refresh=False)
             self._bar.set_postfix_str(speed, refresh=False)
-            self._bar.update(metrics.step - self._bar.n)
+            self._bar.update(step - self._bar.n)
             return
         now_s = time.monotonic()
-        if now_s < self._next_line_s and metrics.step < self._num_steps:
+        if now_s < self._next_line_s and step < self._num_steps:
             return
         interval_s = (now_s - self._started_s) / INTERVALS_PER_ELAPSED
         self._next_line_s = now_s + min(max(interval_s, SHORTEST_INTERVAL_S), LONGEST_INTERVAL_S)
-        losses = f"loss {metrics.loss:.4f} (vision {metrics.loss_vision:.4f}, text {metrics.loss_text:.4f})"
-        line = f"step {metrics.step}/{self._num_steps}  {losses}  grad norm {metrics.grad_norm:.3g}  {speed}"
+        by_part = ", ".join(f"{name} {part:.4f}" for name, part in parts.items())
+        losses = f"loss {loss:.4f} ({by_part})" if parts else f"loss {loss:.4f}"
+        line = f"step {step}/{self._num_steps}  {losses}  grad norm {grad_norm:.3g}  {speed}"
         print(line, file=self._stream, flush=True)
 
     def remaining(self, step: int) -> str:
-        """Time left after `step`, as `h:mm:ss`, at the mean speed of the last logged steps."""
+        """The time left after `step` as `h:mm:ss`, at the mean speed of the last logged steps."""
         mean_s = sum(self._seconds_per_step) / len(self._seconds_per_step)
         return str(datetime.timedelta(seconds=round(mean_s * (self._num_steps - step))))
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Leaves the bar on the screen as it is."""
         if self._bar is not None:
             self._bar.close()
 
 
 def loss_table(metrics: Sequence[StepMetrics]) -> str:
-    """The course of a run in about ten rows.
+    """A text-to-image run as a table of about ten rows.
 
-    The first row is the first logged step. The others divide the steps after it into ten ranges; losses, gradient norm,
-    and images/s are means over the range, because single steps scatter with the flow times drawn. Learning rate and
-    images are those of its last step. Steps whose loss was not finite are left out of the means.
+    The first row is the first logged step. The others divide the later steps into ten ranges: losses, gradient norm and
+    images/s are means over a range, because single steps scatter with their flow times, and learning rate and images
+    are those of its last step. Values that are not finite are left out of the means.
 
     Args:
         metrics: logged steps, oldest first; at least one.
@@ -147,7 +167,7 @@ def loss_table(metrics: Sequence[StepMetrics]) -> str:
     rest = metrics[1:]
     num_ranges = min(NUM_TABLE_RANGES, len(rest))
     cuts = [round(index * len(rest) / num_ranges) for index in range(num_ranges + 1)] if rest else [0]
-    ranges = [metrics[:1]] + [rest[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
+    ranges = [metrics[:1]] + [rest[start:stop] for start, stop in pairwise(cuts)]
     rows = [TABLE_COLUMNS, *(_table_row(part) for part in ranges)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(TABLE_COLUMNS))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -1,4 +1,4 @@
-"""Pictures for people: grids of sampled images."""
+"""Grids of sampled images with their captions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 from bitdance_scale.atomic_files import replacing
@@ -24,18 +23,21 @@ TEXT_COLOUR = (30, 30, 30)
 def image_grid(images: Sequence[np.ndarray], captions: Sequence[str], path: Path, columns: int) -> None:
     """Writes images in rows, each with its caption wrapped below it, as one PNG.
 
-    Images may differ in size; one that fits several times into a cell is enlarged by the largest whole factor, each
-    pixel a square, so that nothing is invented. None is shrunk.
+    Images may differ in size. An image that fits into a cell several times is enlarged by the largest whole factor, so
+    that every pixel becomes a square and nothing is invented. No image is shrunk.
 
     Args:
         images: uint8 [H, W, 3] each; at least one.
         captions: one per image.
-        path: PNG to write; its folder is made, and a file there is replaced whole.
+        path: PNG to write; its folder is made, and an existing file is replaced atomically.
         columns: images per row.
 
     Raises:
-        ValueError: no image, another count of captions, or an array that is no RGB image.
+        ValueError: there is no image, not one caption per image, or an array that is no RGB image.
     """
+    # It takes a second to import, which only the rank that draws should wait for.
+    from matplotlib.font_manager import findfont
+
     if not images or len(images) != len(captions) or columns < 1:
         raise ValueError(
             f"{len(images)} images, {len(captions)} captions in {columns} columns: need one caption per image"
@@ -58,7 +60,7 @@ def image_grid(images: Sequence[np.ndarray], captions: Sequence[str], path: Path
     pen = ImageDraw.Draw(sheet)
     top = MARGIN_PX
     for row, height in zip(rows, heights, strict=True):
-        # Captions of a row stand on one line, whatever the heights of its pictures.
+        # The captions of a row begin at the same height, whatever the heights of its pictures.
         text_top = top + max(pictures[i].height for i in row) + MARGIN_PX // 2
         for column, i in enumerate(row):
             left = MARGIN_PX + column * (width + MARGIN_PX)
@@ -74,7 +76,7 @@ def image_grid(images: Sequence[np.ndarray], captions: Sequence[str], path: Path
 
 def wrap_caption(caption: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[str]:
     """Breaks a caption into lines of at most `width_px`, between words where possible."""
-    # No character that shows is narrower than a quarter of the font's size.
+    # No visible character is narrower than a quarter of the font size.
     num_characters = max(1, min(len(caption), math.ceil(width_px / (font.size / 4))))
     while num_characters > 1:
         lines = textwrap.wrap(caption, num_characters)

@@ -1,15 +1,19 @@
-"""The metrics of a run, one JSON object per logged step in `metrics.jsonl`."""
+"""The metrics of a run, a JSON object per line: logged steps in `metrics.jsonl`, evaluations in `evaluation.jsonl`.
+
+Every job has its own dataclasses of lines, subclasses of `StepRecord`; those here are of text-to-image training.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from bitdance_scale.atomic_files import write_text
 from bitdance_scale.errors import DataError
@@ -18,15 +22,50 @@ from bitdance_scale.renames import RENAMED_FIELDS, with_new_names
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.jsonl"
 
-Line = TypeVar("Line")
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What is known about a run after one optimiser step: a line of a file.
+
+    A subclass is a frozen dataclass that adds fields. They may be `int`, `float`, `float | None`, `str`,
+    `dict[str | int, ...]` and `tuple[..., ...]` of these. JSON has no NaN or infinity: a `float` that is not finite is
+    stored as null and read back as NaN. A field with a default may be absent from a line.
+
+    Attributes:
+        content: what a line holds, for messages.
+        step: optimiser steps taken.
+    """
+
+    content: ClassVar[str] = "metrics"
+
+    step: int
+
+    def to_json(self) -> str:
+        """One line of strict JSON, without the line end."""
+        return json.dumps(_encoded(dataclasses.asdict(self)), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> Self:
+        """Reads a line of `to_json`, also one of version 0.1.
+
+        Raises:
+            ValueError: the line is no JSON object, or has other fields than this class.
+        """
+        values = json.loads(line)
+        hints, required = _fields(cls)  # type: ignore[arg-type]  # mypy takes a dataclass itself for unhashable
+        if isinstance(values, dict):
+            values = with_new_names(values, RENAMED_FIELDS)
+        if not isinstance(values, dict) or not required <= values.keys() <= hints.keys():
+            raise ValueError(f"expected a JSON object with the fields {sorted(hints)}")
+        return cls(**{name: _decoded(value, hints[name]) for name, value in values.items()})
+
+
+Record = TypeVar("Record", bound=StepRecord)
 
 
 @dataclass(frozen=True)
-class StepMetrics:
-    """What is known about one optimiser step, over all ranks.
-
-    JSON has no NaN or infinity: a non-finite number is stored as null and read back as NaN. `mfu` alone is null when
-    it is unknown.
+class StepMetrics(StepRecord):
+    """A logged step of text-to-image training, over all ranks.
 
     Attributes:
         step: optimiser step, from 1.
@@ -41,20 +80,19 @@ class StepMetrics:
         data_wait_s: part of `step_s` spent waiting for the loader, on the slowest rank.
         tokens_per_s: positions per second of all ranks together, padding left out.
         images_per_s: images per second of all ranks together.
-        mfu: model FLOPs utilisation in 0..1 (`flops.py`); None where the device's peak is unknown.
+        mfu: model FLOPs utilisation in 0..1 (`cost.py`); None where the device's peak is unknown.
         images_by_resolution: resolution (`side_px`) -> images of it seen since the start of the run.
         padding_share: share of the step's positions that are padding, in 0..1.
         memory_bytes: highest memory in use on any rank so far.
         skipped_samples: samples since the start of the run that could not be read and were left out.
-        sample_errors: cause (`data_errors.ErrorCause`) -> samples with it since the start of the run: the skipped samples by cause, and samples
-            trained without a caption.
+        sample_errors: cause (`data_errors.ErrorCause`) -> samples with it since the start of the run: the
+            skipped samples by cause, and samples trained without a caption.
         steps_ready: steps that had been read ahead when this one was taken, on the replica with the fewest.
         skipped_steps: steps since the start of the run whose gradients were not finite and changed nothing.
-        images_by_source: name of the source -> images of it planned since the start of the run, skipped_samples not left out;
-            empty where `data.shards` is the only source.
+        images_by_source: name of the source -> images of it planned since the start of the run, skipped samples
+            included; empty where `data.shards` is the only source.
     """
 
-    step: int
     images: int
     tokens: int
     loss: float
@@ -76,80 +114,36 @@ class StepMetrics:
     skipped_steps: int = 0
     images_by_source: dict[str, int] = dataclasses.field(default_factory=dict)
 
-    def to_json(self) -> str:
-        """One line of strict JSON, without the line end."""
-        values = {name: _finite(value) for name, value in dataclasses.asdict(self).items()}
-        return json.dumps(values, allow_nan=False)
-
-    @staticmethod
-    def from_json(line: str) -> StepMetrics:
-        """Reads a line of `to_json`.
-
-        Raises:
-            ValueError: the line is no JSON object, or has other fields than a `StepMetrics`.
-        """
-        values = _fields(line, StepMetrics)
-        for name, value in values.items():
-            if value is None and name != "mfu":
-                values[name] = math.nan
-        values["images_by_resolution"] = {int(side): count for side, count in values["images_by_resolution"].items()}
-        return StepMetrics(**values)
+    @property
+    def wait_share(self) -> float:
+        """Part of a step's time spent waiting for the loader, in 0..1."""
+        return self.data_wait_s / self.step_s
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Losses on held-out images with fixed noise, over all ranks.
+class Evaluation(StepRecord):
+    """Losses of text-to-image training on held-out images with fixed noise, over all ranks.
 
-    Flow times are spread evenly over 0 .. 1, unlike those of training, so that every part of the flow is seen as well as
-    any other; the vision losses are therefore compared with each other and not with `StepMetrics.loss_vision`.
+    Flow times are spread evenly over 0..1, unlike those of training, so that every part of the flow counts alike.
+    Compare the vision losses with each other, not with `StepMetrics.loss_vision`.
 
     Attributes:
         step: optimiser steps taken.
         vision: flow loss, a mean over all predicted vision tokens (Eq. 7).
         vision_by_resolution: the same by resolution (`side_px`).
-        vision_by_time: the same by flow time, in equal parts of 0 .. 1.
+        vision_by_time: the same by flow time, in equal parts of 0..1.
         text: cross-entropy in nats, a mean over the text targets.
     """
 
-    step: int
+    content: ClassVar[str] = "held-out losses"
+
     vision: float
     vision_by_resolution: dict[int, float]
     vision_by_time: tuple[float, ...]
     text: float
 
-    def to_json(self) -> str:
-        """One line of strict JSON, without the line end; numbers that are not finite are null."""
-        values = dataclasses.asdict(self)
-        values["vision_by_resolution"] = {side: _finite(loss) for side, loss in self.vision_by_resolution.items()}
-        values["vision_by_time"] = [_finite(loss) for loss in self.vision_by_time]
-        return json.dumps({name: _finite(value) for name, value in values.items()}, allow_nan=False)
 
-    @staticmethod
-    def from_json(line: str) -> Evaluation:
-        """Reads a line of `to_json`; null is read as NaN.
-
-        Raises:
-            ValueError: the line is no JSON object, or has other fields than an `Evaluation`.
-        """
-        values = _fields(line, Evaluation)
-        return Evaluation(
-            step=values["step"],
-            vision=_number(values["vision"]),
-            vision_by_resolution={int(side): _number(loss) for side, loss in values["vision_by_resolution"].items()},
-            vision_by_time=tuple(_number(loss) for loss in values["vision_by_time"]),
-            text=_number(values["text"]),
-        )
-
-
-def append_evaluation(run_folder: Path, evaluation: Evaluation) -> None:
-    """Adds a line to `evaluation.jsonl`; lines of this step or later ones, of work that was lost, are dropped."""
-    path = run_folder / EVALUATION_FILE
-    lines = read_evaluations(path) if path.exists() else []
-    kept = [line for line in lines if line.step < evaluation.step]
-    write_text(path, "".join(line.to_json() + "\n" for line in [*kept, evaluation]))
-
-
-class MetricsWriter:
+class MetricsWriter(Generic[Record]):
     """Appends metrics to `metrics.jsonl`, one flushed line per logged step.
 
     A line is handed to the operating system in one write, so a killed process loses at most the line being written.
@@ -157,20 +151,22 @@ class MetricsWriter:
     Args:
         run_folder: folder of the run; made if absent.
         resumed_step: step of the checkpoint the run goes on from, 0 for a fresh start. Lines of later steps were
-            written by a process whose work was lost; they are dropped, so that every step stands in the file once.
+            written by a process whose work was lost; they are dropped, so that every step is in the file once.
+        kind: class of the lines, those that the file holds already included.
 
     Raises:
         DataError: the existing file is damaged before its last line.
     """
 
-    def __init__(self, run_folder: Path, resumed_step: int) -> None:
+    def __init__(self, run_folder: Path, resumed_step: int, kind: type[Record]) -> None:
         run_folder.mkdir(parents=True, exist_ok=True)
         path = run_folder / METRICS_FILE
         if path.exists():
-            _keep_steps(path, resumed_step)
+            kept = [metrics for metrics in read_records(path, kind) if metrics.step <= resumed_step]
+            _rewrite(path, kept)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
-    def write(self, metrics: StepMetrics) -> None:
+    def write(self, metrics: Record) -> None:
         """Appends one line and flushes it."""
         self._file.write(metrics.to_json() + "\n")
         self._file.flush()
@@ -179,7 +175,7 @@ class MetricsWriter:
         """Closes the file; further writes fail."""
         self._file.close()
 
-    def __enter__(self) -> MetricsWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -188,65 +184,77 @@ class MetricsWriter:
         self.close()
 
 
-def read_metrics(path: Path) -> list[StepMetrics]:
-    """Reads a metrics file, oldest step first; a torn last line is left out.
+def append_evaluation(run_folder: Path, evaluation: StepRecord) -> None:
+    """Adds a line to `evaluation.jsonl`; lines of this step or later ones, of work that was lost, are dropped."""
+    path = run_folder / EVALUATION_FILE
+    lines = read_records(path, type(evaluation)) if path.exists() else []
+    _rewrite(path, [*(line for line in lines if line.step < evaluation.step), evaluation])
 
-    Raises:
-        DataError: a line other than the last cannot be read.
-        FileNotFoundError: there is no such file.
-    """
-    return _read_lines(path, StepMetrics.from_json, "metrics")
+
+def read_metrics(path: Path) -> list[StepMetrics]:
+    """`read_records` of a metrics file of text-to-image training."""
+    return read_records(path, StepMetrics)
 
 
 def read_evaluations(path: Path) -> list[Evaluation]:
-    """Reads an evaluation file, oldest step first; a torn last line is left out.
+    """`read_records` of an evaluation file of text-to-image training."""
+    return read_records(path, Evaluation)
+
+
+def read_records(path: Path, kind: type[Record]) -> list[Record]:
+    """Reads a file of records, oldest step first; a torn last line is left out.
 
     Raises:
         DataError: a line other than the last cannot be read.
         FileNotFoundError: there is no such file.
     """
-    return _read_lines(path, Evaluation.from_json, "held-out losses")
-
-
-def _read_lines(path: Path, from_json: Callable[[str], Line], what: str) -> list[Line]:
     # A machine that lost power can leave bytes that are no UTF-8 at the end of the file.
     lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
-    values = []
+    records = []
     for number, line in enumerate(lines, start=1):
         try:
-            values.append(from_json(line))
+            records.append(kind.from_json(line))
         except ValueError as error:
             if number == len(lines):
                 break
             raise DataError(
-                f"{path}, line {number}: {error}; every line holds the {what} of one step. "
+                f"{path}, line {number}: {error}; every line holds the {kind.content} of one step. "
                 f"Delete the line, or move the file away to start a new one"
             ) from error
-    return values
+    return records
 
 
-def _keep_steps(path: Path, last_step: int) -> None:
-    """Rewrites the file with the steps up to `last_step`, whole lines only, by way of a renamed copy."""
-    kept = [metrics for metrics in read_metrics(path) if metrics.step <= last_step]
-    write_text(path, "".join(metrics.to_json() + "\n" for metrics in kept))
+def _rewrite(path: Path, records: Sequence[StepRecord]) -> None:
+    write_text(path, "".join(record.to_json() + "\n" for record in records))
 
 
-def _fields(line: str, kind: type) -> dict[str, Any]:
-    """The JSON object of a line, with the fields of a dataclass and no others; fields with a default may be absent."""
-    values = json.loads(line)
-    if isinstance(values, dict):
-        values = with_new_names(values, RENAMED_FIELDS)
-    expected = {field.name for field in dataclasses.fields(kind)}
-    missing = dataclasses.MISSING
-    required = {f.name for f in dataclasses.fields(kind) if f.default is missing and f.default_factory is missing}
-    if not isinstance(values, dict) or not required <= values.keys() <= expected:
-        raise ValueError(f"expected a JSON object with the fields {sorted(expected)}")
-    return values
+@functools.cache
+def _fields(kind: type[StepRecord]) -> tuple[dict[str, Any], set[str]]:
+    """Types of the fields of a class by name, and the names of the fields without a default."""
+    fields, hints, missing = dataclasses.fields(kind), get_type_hints(kind), dataclasses.MISSING
+    required = {field.name for field in fields if field.default is missing and field.default_factory is missing}
+    return {field.name: hints[field.name] for field in fields}, required
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _finite(value: object) -> object:
+def _encoded(value: Any) -> Any:
+    """The value with null for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: _encoded(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_encoded(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _decoded(value: Any, hint: Any) -> Any:
+    """The value of a field of type `hint`: NaN for null, keys and tuples in their own types."""
+    kind = get_origin(hint) or hint
+    if kind is float and value is None:
+        return math.nan
+    if kind in (dict, tuple) and not isinstance(value, dict if kind is dict else list):
+        raise ValueError(f"expected {hint}, got {value!r}")
+    if kind is dict:
+        key_type, item_hint = get_args(hint)
+        return {key_type(key): _decoded(item, item_hint) for key, item in value.items()}
+    if kind is tuple:
+        return tuple(_decoded(item, get_args(hint)[0]) for item in value)
+    return value

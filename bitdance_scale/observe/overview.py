@@ -1,4 +1,4 @@
-"""One page about a run, or several: losses, optimiser, speed and data, drawn from the files in its folder."""
+"""Draws one page about a run or several, from the files in their folders: losses, optimiser, speed and data."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import math
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from matplotlib import colormaps
@@ -23,6 +23,7 @@ from bitdance_scale.observe.metrics import (
     EVALUATION_FILE,
     METRICS_FILE,
     Evaluation,
+    Record,
     StepMetrics,
     read_evaluations,
     read_metrics,
@@ -48,29 +49,27 @@ SIZE_INCHES, DPI = (17, 10.5), 120
 MARGINS = {"left": 0.042, "right": 0.992, "bottom": 0.052, "wspace": 0.24, "hspace": 0.32}
 HEADER_LINE_INCHES = 0.25
 BLUE, GREEN, ORANGE, RED = "#1f6fb4", "#2f8f4e", "#d9722b", "#c22f2f"
-# Of runs drawn over each other; their series are told apart by lightness.
+# Of runs drawn over each other; the series of a run differ in lightness.
 RUN_COLOURS = (BLUE, ORANGE, GREEN, "#8a4fb0", RED, "#8c6239", "#d0559f", GREY)
 LIGHTEST = 0.35
 RESOLUTION_COLOURS, TIME_COLOURS = "viridis", "plasma"
-# A panel of losses need not show their start: this share of the logged steps, and the evaluation of the untrained model
-# where its loss is so much above those that follow.
+# A panel of losses may cut off their start: this share of the logged steps, and the evaluation of the untrained model
+# if its loss is this many times the later ones, given this many of them.
 START_SHARE = 0.02
 MIN_LATER, DWARFING = 3, 2.0
-# Evaluations up to which each is marked.
+# With more evaluations than this, their points are not marked.
 MAX_MARKED = 40
-
-Record = TypeVar("Record", StepMetrics, Evaluation)
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What the files of a run folder say of it.
+    """A text-to-image run, read from the files of its folder.
 
     Attributes:
-        name: the run's.
+        name: name of the run.
         metrics: logged steps, oldest first, each step once.
         evaluations: losses on held-out images, likewise.
-        clip_norm: gradient norm above which steps were clipped; None where it is not known or none were.
+        clip_norm: gradient norm above which steps are clipped; None if it is unknown or steps are not clipped.
     """
 
     name: str
@@ -80,17 +79,19 @@ class RunRecord:
 
     @property
     def num_steps(self) -> int:
-        """The last step known of."""
+        """The last step in the files."""
         return max((record.step for records in (self.metrics, self.evaluations) for record in records[-1:]), default=0)
 
     @property
     def trained_s(self) -> float:
-        """Seconds spent in steps: saving, sampling and evaluating left out."""
+        """Seconds spent in steps; saving, sampling and evaluating are left out."""
         steps = [0, *(point.step for point in self.metrics)]
-        return sum((step - before) * point.step_s for before, step, point in zip(steps, steps[1:], self.metrics))
+        return sum(
+            (step - before) * point.step_s for (before, step), point in zip(pairwise(steps), self.metrics, strict=True)
+        )
 
     def summary(self) -> str:
-        """Its length in steps, images, tokens and time."""
+        """The length of the run in steps, images, tokens and time."""
         if not self.metrics:
             return "no step logged yet"
         last = self.metrics[-1]
@@ -99,10 +100,10 @@ class RunRecord:
 
 
 def read_run(run_folder: Path) -> RunRecord:
-    """Reads a run folder, also while the run writes to it or after it was killed.
+    """Reads a run folder, even while the run writes to it or after it was killed.
 
     Raises:
-        DataError: a line other than the last of a file cannot be read.
+        DataError: a line of a file other than its last cannot be read.
         FileNotFoundError: there is no metrics file.
     """
     evaluations, config = run_folder / EVALUATION_FILE, run_folder / CONFIG_FILE
@@ -118,15 +119,15 @@ def read_run(run_folder: Path) -> RunRecord:
 
 
 def overview(runs: Sequence[RunRecord], *, one_after_another: bool = False) -> bytes:
-    """Draws one page of runs; returns the PNG.
+    """Draws the page of some runs and returns the PNG.
 
-    In the panels of training, the faint line is the logged steps and the strong one their mean over neighbours.
+    In the panels of training, the faint line shows the logged steps and the strong line their mean over neighbours.
     Panels of a single run name its last values. The start of a long run may lie above the panels of losses.
 
     Args:
-        runs: at least one; `read_run` makes them.
-        one_after_another: the runs are stages, each beginning where the one before it ended; else they are drawn over
-            each other, in a colour each.
+        runs: at least one, from `read_run`.
+        one_after_another: the runs are stages, each of which begins where the one before it ended; otherwise they are
+            drawn over each other, each in its own colour.
     """
     is_overlaid = len(runs) > 1 and not one_after_another
     offsets = [0]
@@ -139,7 +140,7 @@ def overview(runs: Sequence[RunRecord], *, one_after_another: bool = False) -> b
     figure = Figure(figsize=SIZE_INCHES, dpi=DPI)
     FigureCanvasAgg(figure)
     header_inches = _head(figure, tracks, one_after_another)
-    # Fixed places: to find them out, matplotlib would draw the page twice more.
+    # Fixed margins: to find them, matplotlib would draw the page twice more.
     figure.subplots_adjust(top=1 - (header_inches + 0.5) / SIZE_INCHES[1], **MARGINS)
     panels = figure.subplots(3, 4, sharex=True)
     _draw_losses(panels[0], tracks)
@@ -167,14 +168,14 @@ class _Track:
     hue: str | None
 
     def curve(self, records: Sequence[Record], value: Callable[[Record], float]) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values [n] of some records; NaN for what is not finite."""
+        """Steps and values [n] of some records; values that are not finite are NaN."""
         values = np.array([value(record) for record in records], dtype=np.float64)
         values[~np.isfinite(values)] = np.nan
         return np.array([record.step for record in records], dtype=np.int64) + self.offset, values
 
 
 def _draw_losses(panels: Sequence[Axes], tracks: Sequence[_Track]) -> None:
-    flow, text, by_class, by_time = panels
+    flow, text, by_resolution, by_time = panels
     _training(flow, tracks, "Flow loss, training", "flow loss", lambda point: point.loss_vision, BLUE, ".3f")
     _training(text, tracks, "Text loss, training", "nats per text token", lambda point: point.loss_text, GREEN, ".3f")
     show_range(
@@ -200,11 +201,11 @@ def _draw_losses(panels: Sequence[Axes], tracks: Sequence[_Track]) -> None:
 
     sides = sorted({side for track in tracks for line in track.run.evaluations for side in line.vision_by_resolution})
     _held_out(
-        by_class,
+        by_resolution,
         tracks,
         "Held-out flow loss by size (px)",
         [str(side) for side in sides],
-        [lambda line, side=side: line.vision_by_resolution.get(side, math.nan) for side in sides],
+        [_loss_of_resolution(side) for side in sides],
         RESOLUTION_COLOURS,
     )
     parts = max((len(line.vision_by_time) for track in tracks for line in track.run.evaluations), default=0)
@@ -212,20 +213,33 @@ def _draw_losses(panels: Sequence[Axes], tracks: Sequence[_Track]) -> None:
         by_time,
         tracks,
         "Held-out flow loss by flow time",
-        [f"{part / parts:.2g}–{(part + 1) / parts:.2g}" for part in range(parts)],
-        [lambda line, part=part: (*line.vision_by_time, *[math.nan] * parts)[part] for part in range(parts)],
+        [f"{part / parts:.2g}\N{EN DASH}{(part + 1) / parts:.2g}" for part in range(parts)],
+        [_loss_of_time(part) for part in range(parts)],
         TIME_COLOURS,
     )
+
+
+def _loss_of_resolution(side_px: int) -> Callable[[Evaluation], float]:
+    return lambda line: line.vision_by_resolution.get(side_px, math.nan)
+
+
+def _loss_of_time(part: int) -> Callable[[Evaluation], float]:
+    """The loss in a part of the flow time; NaN where an evaluation has fewer parts."""
+    return lambda line: line.vision_by_time[part] if part < len(line.vision_by_time) else math.nan
+
+
+def _images_of_resolution(side_px: int) -> Callable[[StepMetrics], float]:
+    return lambda point: point.images_by_resolution.get(side_px, 0)
 
 
 def _draw_optimiser(norm: Axes, rate: Axes, tracks: Sequence[_Track]) -> None:
     title = "Gradient norm before clipping"
     _training(norm, tracks, title, "gradient norm", lambda point: point.grad_norm, BLUE, ".3g")
-    norms = [track.curve(track.run.metrics, lambda point: point.grad_norm)[1] for track in tracks]
-    show_range(norm, [*norms, [track.run.clip_norm or math.nan for track in tracks]])
+    curves = [track.curve(track.run.metrics, lambda point: point.grad_norm)[1] for track in tracks]
+    show_range(norm, [*curves, [track.run.clip_norm or math.nan for track in tracks]])
     marks = {}
     for track in tracks:
-        # Each run in a row of its own at the top of the panel.
+        # Each run has its own row at the top of the panel.
         height = 0.97 - 0.05 * track.number * (track.hue is not None)
         steps, norms = track.curve(track.run.metrics, lambda point: point.grad_norm)
         clip_norm = track.run.clip_norm
@@ -242,8 +256,9 @@ def _draw_optimiser(norm: Axes, rate: Axes, tracks: Sequence[_Track]) -> None:
         skipped = np.diff([0, *(point.skipped_steps for point in track.run.metrics)]) > 0
         if skipped.any():
             heights, where = np.full(skipped.sum(), height), norm.get_xaxis_transform()
-            style = {"color": RED, "markeredgewidth": 2, "clip_on": False, "zorder": 6}
-            marks["skipped (not finite)"] = norm.plot(steps[skipped], heights, "x", transform=where, **style)[0]
+            marks["skipped (not finite)"] = norm.plot(
+                steps[skipped], heights, "x", transform=where, color=RED, markeredgewidth=2, clip_on=False, zorder=6
+            )[0]
     if marks:
         legend(norm, [*marks.values()], [*marks.keys()])
 
@@ -264,7 +279,7 @@ def _draw_speed(images: Axes, tokens: Axes, mfu: Axes, tracks: Sequence[_Track])
         unit = "% of the devices' peak"
         _training(mfu, tracks, "MFU", unit, lambda point: 100 * _or_nan(point.mfu), GREEN, ".1f", " %")
     else:
-        # A panel is not left empty for a number that this device cannot have.
+        # No empty panel for a number that is unknown on this device.
         _training(mfu, tracks, "Time of a step", "seconds", lambda point: point.step_s, GREEN, ".3g", " s")
         mfu.text(0.02, 0.03, "MFU: the device's peak is not known", transform=mfu.transAxes, fontsize=8, color=GREY)
     for axes in (images, tokens, mfu):
@@ -276,7 +291,7 @@ def _draw_resources(wait: Axes, memory: Axes, resolutions: Axes, tracks: Sequenc
     _training(
         wait, tracks, title, "% of a step", lambda point: 100 * point.data_wait_s / point.step_s, ORANGE, ".1f", " %"
     )
-    # One in a hundred is not to look like much.
+    # One percent must not look like much.
     show_from_zero(wait, 5.0)
 
     memory.set_title("Memory, fullest rank", loc="left", pad=TITLE_PAD)
@@ -291,20 +306,17 @@ def _draw_resources(wait: Axes, memory: Axes, resolutions: Axes, tracks: Sequenc
     skipped_samples = sum(track.run.metrics[-1].skipped_samples for track in tracks if track.run.metrics)
     resolutions.set_title("Images seen by size (px)", loc="left", pad=TITLE_PAD)
     if skipped_samples:
-        style = {"transform": resolutions.transAxes, "fontsize": 8, "color": GREY, "ha": "right"}
-        resolutions.text(0.98, 0.03, f"{skipped_samples:,} could not be read", **style)
+        left_out = f"{skipped_samples:,} could not be read"
+        resolutions.text(0.98, 0.03, left_out, transform=resolutions.transAxes, fontsize=8, color=GREY, ha="right")
     resolutions.set_ylabel("images")
     sides = sorted(
         {side for track in tracks for point in track.run.metrics[-1:] for side in point.images_by_resolution}
     )
     for index, side in enumerate(sides):
         for track in tracks:
-            steps, values = track.curve(
-                track.run.metrics, lambda point, side=side: point.images_by_resolution.get(side, 0)
-            )
-            draw_line(
-                resolutions, *thin(steps, values), _series_colour(track.hue, index, len(sides), RESOLUTION_COLOURS)
-            )
+            steps, values = track.curve(track.run.metrics, _images_of_resolution(side))
+            colour = _series_colour(track.hue, index, len(sides), RESOLUTION_COLOURS)
+            draw_line(resolutions, *thin(steps, values), colour)
     _series_legend(resolutions, tracks, [str(side) for side in sides], RESOLUTION_COLOURS)
     show_from_zero(resolutions)
     if not sides:
@@ -321,7 +333,7 @@ def _training(
     form: str = ",.3g",
     suffix: str = "",
 ) -> None:
-    """One value of the logged steps: raw and faint, smoothed and strong; the last smoothed one at the top right."""
+    """Draws a value of the logged steps: raw and faint, smoothed and strong, with the last one at the top right."""
     axes.set_title(title, loc="left", pad=TITLE_PAD)
     axes.set_ylabel(unit)
     for track in tracks:
@@ -343,7 +355,7 @@ def _held_out(
     values: Sequence[Callable[[Evaluation], float]],
     palette: str,
 ) -> None:
-    """Series of the evaluations, one per label."""
+    """Draws series of the evaluations, one per label."""
     axes.set_title(title, loc="left", pad=TITLE_PAD)
     axes.set_ylabel("flow loss")
     for track in tracks:
@@ -364,7 +376,7 @@ def _after_start(values: np.ndarray) -> np.ndarray:
 
 
 def _without_untrained(track: _Track, values: Sequence[Callable[[Evaluation], float]]) -> list[np.ndarray]:
-    """The series of a run's evaluations; without that before its first step, where it dwarfs the others."""
+    """The series of a run's evaluations, without the one before its first step if it dwarfs the others."""
     lines = track.run.evaluations
     later = lines[1:]
     if len(later) >= MIN_LATER and lines[0].step == 0 and lines[0].vision > DWARFING * max(x.vision for x in later):
@@ -381,16 +393,17 @@ def _series_legend(axes: Axes, tracks: Sequence[_Track], labels: Sequence[str], 
 
 
 def _series_colour(hue: str | None, index: int, count: int, palette: str) -> str:
-    """Of a palette, or the run's own in a lightness of the series'."""
+    """A colour of the palette, or the run's own colour in the lightness of the series."""
     place = index / (count - 1) if count > 1 else 1.0
     if hue is None:
         return to_hex(colormaps[palette](0.85 * place))
     strength = LIGHTEST + (1 - LIGHTEST) * place
-    return to_hex([1 - strength * (1 - part) for part in to_rgb(hue)])
+    red, green, blue = (1 - strength * (1 - part) for part in to_rgb(hue))
+    return to_hex((red, green, blue))
 
 
 def _head(figure: Figure, tracks: Sequence[_Track], one_after_another: bool) -> float:
-    """Names and lengths of the runs above the panels; returns the height taken, in inches."""
+    """Writes the names and lengths of the runs above the panels; returns the height used, in inches."""
     names = [f"{track.run.name}: {track.run.summary()}" for track in tracks]
     if len(tracks) > 1 and not one_after_another:
         handles = [Line2D([], [], color=track.hue, linewidth=3) for track in tracks]
@@ -405,7 +418,7 @@ def _head(figure: Figure, tracks: Sequence[_Track], one_after_another: bool) -> 
 
 
 def _each_once(records: Sequence[Record]) -> list[Record]:
-    """Where a step comes again, what stood from there on was work that was lost."""
+    """Keeps each step once: what came before a repeated step, from that step on, was work that was lost."""
     kept: list[Record] = []
     for record in records:
         while kept and kept[-1].step >= record.step:

@@ -14,19 +14,19 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 GREY = "#7a7a7a"
 # Points between a panel and its title: a legend's row.
 TITLE_PAD = 17
-# Reach of the smoothed curve to either side, as a share of the logged steps.
+# Reach of the smoothing to either side, as a share of the logged steps.
 SMOOTHED_SHARE = 1 / 60
 SMALLEST_WEIGHT = 1e-6
-# Points that a curve is drawn with; a panel is some 400 pixels wide.
+# Most points of a curve; a panel is some 400 pixels wide.
 MAX_POINTS = 1600
-# Room above and below the curves, as a share of their range.
+# Space above and below the curves, as a share of their range.
 MARGIN = 0.06
-# Values further apart than this are drawn on a logarithmic axis.
+# A range of values with a larger ratio is drawn on a logarithmic axis.
 LOG_RATIO = 5.0
 
 
 def draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str) -> None:
-    """A strong curve; a single point is marked."""
+    """Draws a strong curve; a single point is marked."""
     axes.plot(steps, values, color=colour, linewidth=1.8, marker="o" if len(steps) == 1 else "")
 
 
@@ -56,25 +56,36 @@ def show_from_zero(axes: Axes, least_top: float = 0.0) -> None:
 
 
 def legend(axes: Axes, handles: Sequence[Line2D], labels: Sequence[str]) -> None:
-    """A row between the title and the panel, where no curve is."""
-    style = {"fontsize": 8, "frameon": False, "handlelength": 1, "handletextpad": 0.4, "columnspacing": 0.9}
-    where = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderpad": 0, "borderaxespad": 0.4}
-    axes.legend(handles, labels, ncols=max(1, len(labels)), **style, **where)
+    """Puts the legend into the row between title and panel, where no curve is."""
+    axes.legend(
+        handles,
+        labels,
+        ncols=max(1, len(labels)),
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        fontsize=8,
+        frameon=False,
+        handlelength=1,
+        handletextpad=0.4,
+        columnspacing=0.9,
+        borderpad=0,
+        borderaxespad=0.4,
+    )
 
 
 def last_value(axes: Axes, text: str) -> None:
-    """Names a panel's last value at its top right."""
+    """Writes the last value at the top right of a panel."""
     axes.set_title(text, loc="right", fontweight="bold", pad=TITLE_PAD)
 
 
 def note(axes: Axes, text: str) -> None:
-    """Says in the middle of a panel why it is empty."""
+    """Writes into the middle of a panel why it is empty."""
     axes.set_yticks([])
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
 
 
 def finish(axes: Axes, borders: Sequence[int]) -> None:
-    """Ticks and frame of a panel whose curves are drawn; vertical lines where stages begin."""
+    """Sets the ticks and frame of a panel with its curves, and draws vertical lines where stages begin."""
     if axes.get_yscale() == "linear" and len(axes.get_yticks()):
         axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
@@ -89,9 +100,8 @@ def finish(axes: Axes, borders: Sequence[int]) -> None:
 
 def short(value: float) -> str:
     """A number in few characters: 1,500, 20k, 2.5M, 0.25, 1.5e-3."""
-    for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= factor:
-            factor = 1e3 if unit == "k" else factor
+    for least, factor, unit in ((1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= least:
             return f"{value / factor:.3g}{unit}"
     if 0 < abs(value) < 0.01:
         mantissa, exponent = f"{value:.2e}".split("e")
@@ -100,13 +110,13 @@ def short(value: float) -> str:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over neighbours on both sides, weighted down exponentially over a sixtieth of the points: it does not lag.
+    """Mean over the neighbours on both sides, so that it does not lag; weights fall exponentially with the distance.
 
     Args:
         values: float [n].
 
     Returns:
-        float [n]; values that are not finite are left out, and NaN stands where there is none at all.
+        float [n]; values that are not finite are left out, and a point without any finite value near it is NaN.
     """
     decay = 1 - 1 / max(1.0, len(values) * SMOOTHED_SHARE)
     is_finite = np.isfinite(values)
@@ -115,12 +125,12 @@ def smooth(values: np.ndarray) -> np.ndarray:
     total = _decaying_sum(known, decay) + _decaying_sum(known[::-1], decay)[::-1] - known
     weight = _decaying_sum(counts, decay) + _decaying_sum(counts[::-1], decay)[::-1] - counts
     smoothed = np.full(len(values), np.nan)
-    # Far from any finite value nothing is left of its weight.
+    # Far from any finite value the weight vanishes.
     return np.divide(total, weight, out=smoothed, where=weight > SMALLEST_WEIGHT)
 
 
 def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most `MAX_POINTS` points of a curve [n]: the lowest and the highest of each piece, in their order."""
+    """At most `MAX_POINTS` points of a curve [n]: the lowest and the highest of each piece, in order."""
     if len(steps) <= MAX_POINTS:
         return steps, values
     chosen = []

@@ -1,6 +1,6 @@
-"""Metrics and sample pictures to Weights & Biases; the only importer of wandb.
+"""Logs metrics and pictures to Weights & Biases; the only module that imports wandb.
 
-wandb takes seconds to import, so it is imported by the constructor: only the rank that logs pays.
+wandb takes seconds to import, so the constructor imports it: only the rank that logs waits for it.
 """
 
 from __future__ import annotations
@@ -10,36 +10,36 @@ import netrc
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from bitdance_scale.config.schema import ObserveSection
 from bitdance_scale.errors import ConfigError
-from bitdance_scale.observe.metrics import Evaluation, StepMetrics
+from bitdance_scale.observe.metrics import StepRecord
 
 if TYPE_CHECKING:
     import wandb
 
 logger = logging.getLogger(__name__)
 
+Mode = Literal["online", "offline", "disabled"]
+
 DEFAULT_KEY_HOST = "api.wandb.ai"
-# Training waits for the server at the start only; later wandb buffers and retries by itself.
+# Training waits for the server only at the start; later, wandb buffers and retries by itself.
 INIT_TIMEOUT_S = 30.0
 GIB = 2**30
 
-# Field of `StepMetrics` or `Evaluation` -> name in W&B, which shows the part before the slash as one section of panels.
-# Every field is here, so none is dropped in silence. `{}` is the class, source, cause or part of the flow time.
-PANELS = {
-    "step": "progress/step",
-    "images": "progress/images",
+STEP = "progress/step"
+IMAGES = "progress/images"
+# Field or property of a record -> name in W&B, which shows the part before the slash as one section of panels. `{}` is
+# the key of a field with several values: the resolution, source, cause or part of the flow time.
+STEP_PANELS = {
+    "step": STEP,
+    "images": IMAGES,
     "tokens": "progress/tokens",
     "loss": "loss/total",
     "loss_vision": "loss/flow",
     "loss_text": "loss/text",
-    "vision": "evaluate/flow",
-    "vision_by_resolution": "evaluate/flow_{}_px",
-    "vision_by_time": "evaluate/flow_time_{}",
-    "text": "evaluate/text",
     "grad_norm": "optim/grad_norm",
     "lr": "optim/lr",
     "skipped_steps": "optim/skipped_steps",
@@ -49,6 +49,7 @@ PANELS = {
     "mfu": "speed/mfu",
     "memory_bytes": "speed/memory_gib",
     "data_wait_s": "data/wait_s",
+    "wait_share": "data/wait_share",
     "padding_share": "data/padding_share",
     "images_by_resolution": "data/images_{}_px",
     "images_by_source": "data/images_of_{}",
@@ -56,9 +57,14 @@ PANELS = {
     "sample_errors": "data/sample_errors_{}",
     "steps_ready": "data/steps_ready",
 }
-# The one value that is no field: of a step's time, the share in which training waited for the loader.
-WAIT_SHARE = "data/wait_share"
-# What W&B's table of runs shows of a section's metrics.
+EVALUATION_PANELS = {
+    "step": STEP,
+    "vision": "evaluate/flow",
+    "vision_by_resolution": "evaluate/flow_{}_px",
+    "vision_by_time": "evaluate/flow_time_{}",
+    "text": "evaluate/text",
+}
+# Section of panels -> what W&B's table of runs shows of its metrics.
 SUMMARIES = {
     "progress": "last",
     "loss": "last",
@@ -72,30 +78,40 @@ SUMMARIES = {
 class WandbSink:
     """A W&B run in `<run_folder>/wandb`, on the one rank that logs.
 
-    Without a network, or a key, the run is offline: `wandb sync` on its folder uploads it later. A resumed run goes
-    on under the same id; offline that makes one folder per start, to be synced oldest first, the later ones with
-    `wandb sync --append`. Nothing ever asks at the terminal, and offline nothing touches the network.
+    Without a network or a key the run is offline; `wandb sync` on its folder uploads it later. A resumed run keeps its
+    id. Offline, every start makes a folder of its own: sync the oldest first, then the later ones with
+    `wandb sync --append`. It never asks at the terminal, and offline it does not touch the network.
 
     Args:
-        section: project and mode. `auto` obeys the environment's WANDB_MODE, is online where an API key is configured
-            and the server answers, else offline.
+        section: project and mode. `auto` follows WANDB_MODE if it is set; otherwise it is online if an API key is
+            configured and the server answers, and offline if not.
         run_folder: the run's folder; its name is the name of the W&B run.
         config: the resolved configuration, nested by section.
         run_id: id of the W&B run, the same for every start of this run.
+        summaries: section of panels -> what the table of runs shows of its metrics: `last`, `min` or `max`. Every
+            section that is logged is in it.
 
     Attributes:
-        mode: `online`, `offline` or `disabled`, what came of the setting.
+        mode: the mode in effect.
 
     Raises:
-        ConfigError: mode `online`, but there is no API key or the server does not accept the run.
+        ConfigError: the mode is `online`, but there is no API key, or the server does not accept the run.
     """
 
-    def __init__(self, section: ObserveSection, run_folder: Path, config: Mapping[str, object], run_id: str) -> None:
+    def __init__(
+        self,
+        section: ObserveSection,
+        run_folder: Path,
+        config: Mapping[str, object],
+        run_id: str,
+        summaries: Mapping[str, str] = SUMMARIES,
+    ) -> None:
         self._run: wandb.Run | None = None
-        self.mode = "disabled"
+        self._summaries = summaries
+        self.mode: Mode = "disabled"
         if section.wandb_mode == "disabled":
             return
-        # wandb reports its own errors to its makers, by default even from offline runs.
+        # By default wandb reports its own errors to its makers, even from offline runs.
         os.environ["WANDB_ERROR_REPORTING"] = "false"
         import wandb
 
@@ -113,21 +129,23 @@ class WandbSink:
                 ) from error
             logger.warning("W&B could not go online (%s); this run is logged offline", error)
             self.mode = "offline"
-            # The service behind wandb still holds the id of the run that it could not start.
+            # wandb's service process still holds the id of the run that it could not start.
             wandb.teardown()
             self._run = self._start(section, run_folder, config, run_id)
         where = self._run.url if self.mode == "online" else Path(self._run.dir).parent
         logger.info("W&B run %s (%s): %s", run_id, self.mode, where)
 
-    def log(self, step: int, metrics: StepMetrics) -> None:
-        """Adds one point; steps that the W&B run has already are dropped by it."""
-        if self._run is not None:
-            self._run.log(panel_values(metrics) | {WAIT_SHARE: metrics.data_wait_s / metrics.step_s}, step=step)
+    def log(self, record: StepRecord, panels: Mapping[str, str], images: int | None = None) -> None:
+        """Adds a record at its step; W&B drops steps that its run has already.
 
-    def log_evaluation(self, evaluation: Evaluation, images: int) -> None:
-        """Adds the losses of an evaluation; `images`: those seen so far, another x-axis."""
+        Args:
+            record: what is known of the step.
+            panels: field or property of the record -> name in W&B, as in `STEP_PANELS`.
+            images: images seen so far, another x-axis, where the record has no such field.
+        """
         if self._run is not None:
-            self._run.log(panel_values(evaluation) | {PANELS["images"]: images}, step=evaluation.step)
+            x_axis = {} if images is None else {IMAGES: images}
+            self._run.log(panel_values(record, panels) | x_axis, step=record.step)
 
     def log_image(self, step: int, name: str, path: Path, caption: str) -> None:
         """Adds a picture file under `name`."""
@@ -138,20 +156,20 @@ class WandbSink:
         self._run.log({name: wandb.Image(str(path), caption=caption)}, step=step)
 
     def finish(self) -> None:
-        """Waits until everything is written, or uploaded, and ends this process's part of the run."""
+        """Waits until everything is written or uploaded, and closes the run."""
         if self._run is not None:
             self._run.finish()
             self._run = None
 
     def _start(self, section: ObserveSection, run_folder: Path, config: Mapping[str, object], run_id: str) -> wandb.Run:
-        """Starts the run in `self.mode`; what wandb captures beyond the metrics is switched off."""
+        """Starts the run in `self.mode`, with everything off that wandb captures besides the metrics."""
         import wandb
 
         run = wandb.init(
             project=section.wandb_project,
             name=run_folder.name,
             id=run_id,
-            # Offline, wandb only warns that it cannot look the id up.
+            # Offline, wandb would only warn that it cannot look up the id.
             resume="allow" if self.mode == "online" else None,
             dir=run_folder,
             mode=self.mode,
@@ -160,51 +178,62 @@ class WandbSink:
                 silent=True, console="off", disable_git=True, disable_code=True, init_timeout=INIT_TIMEOUT_S
             ),
         )
-        run.define_metric(PANELS["step"], hidden=True)
-        for name, summary in SUMMARIES.items():
-            run.define_metric(f"{name}/*", step_metric=PANELS["step"], summary=summary)
+        run.define_metric(STEP, hidden=True)
+        for name, summary in self._summaries.items():
+            run.define_metric(f"{name}/*", step_metric=STEP, summary=summary)
         return run
 
 
-def panel_values(record: StepMetrics | Evaluation) -> dict[str, float]:
-    """What is logged of a record, by the names in `PANELS`; what is None, unknown here, is left out."""
-    values = {}
-    for key, value in vars(record).items():
-        name = PANELS[key]
+def panel_values(record: StepRecord, panels: Mapping[str, str]) -> dict[str, float]:
+    """The values of a record by their names in W&B; None, an unknown value, is left out.
+
+    Raises:
+        ValueError: `panels` lacks a field of the record, which would be dropped silently.
+    """
+    lacking = vars(record).keys() - panels.keys()
+    if lacking:
+        raise ValueError(f"no name in W&B for {sorted(lacking)} of {type(record).__name__}; add it to the panels")
+    values: dict[str, float] = {}
+    for key, name in panels.items():
+        value = getattr(record, key)
         if isinstance(value, Mapping):
             values |= {name.format(part): number for part, number in value.items()}
         elif isinstance(value, tuple):
-            # No flow times: W&B takes a dot for a path into a nested value, whose definitions it then does not apply.
+            # Parts have numbers: W&B reads the dot of a flow time as a path and then ignores the metric's definition.
             values |= {name.format(f"{part}_of_{len(value)}"): number for part, number in enumerate(value, start=1)}
         elif value is not None:
             values[name] = value / GIB if key == "memory_bytes" else value
     return values
 
 
-def choose_mode(setting: str, wandb_settings: wandb.Settings) -> str:
-    """What `observe.wandb_mode` means here: online, offline or disabled."""
+def choose_mode(setting: str, wandb_settings: wandb.Settings) -> Mode:
+    """The mode in effect for a value of `observe.wandb_mode`.
+
+    Raises:
+        ConfigError: the value is `online`, but no API key is configured.
+    """
     if setting == "offline":
         return "offline"
     has_key = _has_credentials(wandb_settings)
     if setting == "online":
-        # wandb itself would ask for a key at the terminal.
+        # wandb would ask for a key at the terminal.
         if not has_key:
             raise ConfigError(
                 "observe.wandb_mode = online: no W&B API key is configured; set WANDB_API_KEY, run `wandb login`, or "
                 "set observe.wandb_mode=auto"
             )
         return "online"
-    if wandb_settings.mode in ("offline", "disabled"):
+    if wandb_settings.mode == "offline" or wandb_settings.mode == "disabled":
         return wandb_settings.mode
     return "online" if has_key else "offline"
 
 
 def _has_credentials(wandb_settings: wandb.Settings) -> bool:
-    """Whether wandb will find a key where it looks: environment, its settings files, netrc."""
+    """Whether wandb will find a key in the environment, its settings files or netrc."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or wandb_settings.api_key:
         return True
     hosts = {urlsplit(wandb_settings.base_url).netloc}
-    # Keys for the public server are filed under this name, whatever address it is reached at.
+    # Keys for the public server are stored under this name, whatever its address.
     if "WANDB_BASE_URL" not in os.environ:
         hosts.add(DEFAULT_KEY_HOST)
     candidates = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
@@ -212,7 +241,7 @@ def _has_credentials(wandb_settings: wandb.Settings) -> bool:
         try:
             entries = netrc.netrc(os.path.expanduser(candidate)).hosts
         except (OSError, netrc.NetrcParseError):
-            # Absent or unreadable: wandb would not find a key in it either.
+            # The file is absent or unreadable: wandb would find no key in it either.
             continue
         if hosts & entries.keys():
             return True

@@ -1,6 +1,6 @@
 """The model over many ranks: process groups, pipeline stages, one optimiser step, ZeRO."""
 
-from bitdance_scale.parallel.quiet import silence_engines
+from bitdance_scale.parallel.engine_setup import prepare_engines
 
-# Here, because the engines talk while they are imported, and only this package imports them.
-silence_engines()
+# Here, because it must come before any import of an engine, and only modules of this package import them.
+prepare_engines()

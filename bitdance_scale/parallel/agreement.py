@@ -1,8 +1,8 @@
 """What one rank finds out and all ranks must act on: an error, a result of the first rank, a flag.
 
-A rank that gives up alone leaves the others waiting in a collective. Every step that may fail on some ranks only therefore
-runs inside `all_ranks` or `on_first_rank`, which are collectives themselves and raise the same error on every rank. Without
-a process group they are plain calls.
+A rank that gives up alone leaves the others waiting in a collective. Every step that may fail on some ranks only
+therefore runs inside `all_ranks` or `on_first_rank`, which are collectives themselves and raise the same error on every
+rank. Without a process group they are plain calls.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def all_ranks(group: dist.ProcessGroup | None = None, *, other: type[BitDanceErr
     error: Exception | None = None
     try:
         yield
-    except Exception as caught:
+    except Exception as caught:  # noqa: BLE001  # The other ranks must hear of every error.
         error = caught
     if any_rank(error is not None, group):
         errors = [_portable(error, other)]
@@ -66,7 +66,7 @@ def on_first_rank(
     if dist.get_rank(group) == 0:
         try:
             message = [(action(), None)]
-        except Exception as caught:
+        except Exception as caught:  # noqa: BLE001  # The other ranks must hear of every error.
             error = caught
             message = [(None, _portable(error, other))]
     dist.broadcast_object_list(message, src=0 if group is None else dist.get_global_rank(group, 0), group=group)
@@ -102,10 +102,10 @@ def _portable(error: Exception | None, other: type[BitDanceError] | None) -> Exc
         logger.debug("a step failed", exc_info=error)
         return other(message)
     try:
-        # Some exceptions are pickled and cannot be built again.
-        return pickle.loads(pickle.dumps(error))
-    except Exception:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001  # Anything may go wrong in an exception's own pickling.
         return RuntimeError(message)
+    return copy if isinstance(copy, Exception) else RuntimeError(message)
 
 
 def _first(errors: list[Exception | None]) -> Exception:

@@ -1,9 +1,9 @@
-"""The Qwen3 backbone: Megatron-core's TransformerBlock through a ModuleSpec, with our core attention and norm.
+"""The Qwen3 backbone: Megatron-core's TransformerBlock, with our core attention and norm.
 
-Only two submodules of the layer are ours. `BlockCausalAttention` takes the mask of a pack and can keep keys and values
-for block-by-block decoding; `RMSNorm` sums its weight gradient over tensor-parallel ranks where each rank sees only
-its own heads or positions. Everything else (fused query/key/value, SwiGLU, rotary application, residuals) is
-Megatron-core's. Recomputation is torch's checkpointing around our core attention or around the whole layer.
+Only two submodules of the layer are ours. `BlockCausalAttention` takes the mask of a pack and can cache keys and values
+for block-by-block decoding. `RMSNorm` sums its weight gradient over tensor-parallel ranks where each rank sees only its
+own heads or positions. Everything else (fused query/key/value, SwiGLU, rotary application, residuals) is
+Megatron-core's. Recomputation is torch's checkpointing, around our core attention or around the whole layer.
 
 Shape suffixes: S positions, B batch, N query heads, G key/value heads, K head size, D hidden size, of this rank.
 """
@@ -38,10 +38,10 @@ from bitdance_scale.parallel.topology import Topology
 class RMSNorm(nn.Module):
     """Root-mean-square norm in float32, as Qwen3 computes it.
 
-    Its weight is replicated, but a tensor-parallel rank may see only a part of what it normalises: its own query or key
-    heads (`is_per_head`), and under sequence parallelism its own positions. The gradient must then be summed over the
-    ranks. Summing inside autograd keeps it right under every ZeRO stage, whose hooks take the gradient as soon as it is
-    made.
+    Its weight is replicated, but a tensor-parallel rank may see only a part of what the norm is applied to: its own
+    query or key heads (`is_per_head`), and under sequence parallelism its own positions. The gradient must then be
+    summed over the ranks. It is summed inside autograd because the hooks of ZeRO-2 and 3 take a gradient as soon as it
+    exists.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
 
 
 class BlockCausalAttention(nn.Module):
-    """Core attention under the mask of a pack, with an optional key/value memory for decoding."""
+    """Core attention under the mask of a pack, with an optional key/value cache for decoding."""
 
     def __init__(
         self,
@@ -75,13 +75,13 @@ class BlockCausalAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.recomputes = False
-        self.remembers = False
-        self._memory: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._uses_cache = False
+        self._cache: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def remember(self, is_on: bool) -> None:
-        """Starts with an empty key/value memory (True), or drops it (False)."""
-        self.remembers = is_on
-        self._memory = None
+    def use_cache(self, is_on: bool) -> None:
+        """Starts with an empty key/value cache (True), or drops the cache (False)."""
+        self._uses_cache = is_on
+        self._cache = None
 
     def forward(
         self,
@@ -95,48 +95,49 @@ class BlockCausalAttention(nn.Module):
     ) -> torch.Tensor:
         """Attends; returns [S, B, N * K].
 
-        attention_mask: a pack's mask, or in decoding bool, broadcastable to [B, 1, S, S_key], True where a key is seen.
+        `attention_mask` is the mask of a pack. In decoding it is bool, broadcastable to [B, 1, S, T], and True where a
+        query sees a key; T counts the cached keys too.
         """
         if not isinstance(attention_mask, torch.Tensor):
-            assert not self.remembers, "decoding masks are dense"
+            assert not self._uses_cache, "decoding masks are dense"
             if self.recomputes and torch.is_grad_enabled():
                 mixed = recompute(attention_mask.attend, query_SBNK, key_SBGK, value_SBGK)
             else:
                 mixed = attention_mask.attend(query_SBNK, key_SBGK, value_SBGK)
             return mixed.flatten(2)
-        if self.remembers:
-            if self._memory is not None:
-                key_SBGK = torch.cat([self._memory[0], key_SBGK])
-                value_SBGK = torch.cat([self._memory[1], value_SBGK])
-            self._memory = (key_SBGK, value_SBGK)
+        if self._uses_cache:
+            if self._cache is not None:
+                key_SBGK = torch.cat([self._cache[0], key_SBGK])
+                value_SBGK = torch.cat([self._cache[1], value_SBGK])
+            self._cache = (key_SBGK, value_SBGK)
         return attend(query_SBNK, key_SBGK, value_SBGK, attention_mask).flatten(2)
 
 
 class RecomputedLayer(TransformerLayer):
-    """A layer that keeps its input only and runs a second time in the backward pass."""
+    """A layer that keeps only its input and runs a second time in the backward pass."""
 
     def forward(self, hidden_states: torch.Tensor, **inputs: object) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `TransformerLayer.forward`."""
+        """Same arguments and result as `TransformerLayer.forward`."""
         if not torch.is_grad_enabled():
             return super().forward(hidden_states, **inputs)
         return recompute(super().forward, hidden_states, **inputs)
 
 
-def recompute(function: Callable[..., Any], *args: object, **kwargs: object) -> Any:
+def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls a function whose activations are computed again in the backward pass instead of being kept.
 
-    Nothing random runs inside a layer, so no generator is saved. Not Megatron-core's own checkpointing, which takes
-    tensors only (a pack's mask is none) and needs CUDA's generators.
+    Nothing random runs inside a layer, so no generator state is saved. Megatron-core's own checkpointing would not do:
+    it takes only tensors, which the mask of a pack is not, and needs CUDA's generators.
     """
-    # Under ZeRO-3 the weights among the saved tensors are gathered ones in one pass and empty partitions in the other;
-    # a check of their shapes would refuse that.
+    # Under ZeRO-3 the weights among the saved tensors are gathered in one pass and empty in the other; a check of their
+    # shapes would refuse that.
     return checkpoint(
         function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none", **kwargs
     )
 
 
 def transformer_config(config: RunConfig, vocab_size: int, topology: Topology) -> TransformerConfig:
-    """Megatron's configuration, derived from the tree."""
+    """Megatron-core's configuration, derived from the run's."""
     model, parallel = config.model, config.parallel
     dtype = getattr(torch, config.run.dtype)
     is_cuda = topology.device.type == "cuda"
@@ -162,7 +163,7 @@ def transformer_config(config: RunConfig, vocab_size: int, topology: Topology) -
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        # A parameter is made on the device in force and filled by `parallel/initialise.py`, so that its values do not
+        # Parameters are made on the default device and filled by `parallel/build.py`, so that their values do not
         # depend on the layout.
         use_cpu_initialization=True,
         perform_initialization=False,
@@ -175,18 +176,18 @@ def transformer_config(config: RunConfig, vocab_size: int, topology: Topology) -
         virtual_pipeline_model_parallel_size=parallel.virtual_stages if parallel.virtual_stages > 1 else None,
         pipeline_model_parallel_layout=_pipeline_layout(config, vocab_size),
         variable_seq_lengths=True,
-        # There is no mixture of experts, but its default dispatcher refuses packs of unequal length.
+        # The model has no mixture of experts, but the default dispatcher refuses packs of unequal length.
         moe_token_dispatcher_type="alltoall",
         # gloo has no batched point-to-point calls.
         batch_p2p_comm=is_cuda,
-        # Losses are sums over global counts: the schedule must not divide them by the number of micro-batches.
+        # Losses are sums divided by global counts: the schedule must not divide by the number of micro-batches.
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=True,
     )
 
 
 def _pipeline_layout(config: RunConfig, vocab_size: int) -> list[list[str]] | None:
-    """What every stage holds, in Megatron-core's words; None without a pipeline."""
+    """What every stage holds, in Megatron-core's terms; None without a pipeline."""
     if config.parallel.num_stages == 1:
         return None
     layout = [["decoder"] * num_layers for num_layers in stage_split(config, vocab_size)]
@@ -196,7 +197,7 @@ def _pipeline_layout(config: RunConfig, vocab_size: int) -> list[list[str]] | No
 
 
 def layer_spec(recomputes_layer: bool) -> ModuleSpec:
-    """One Qwen3 layer out of Megatron-core's parts and our norm and core attention."""
+    """One Qwen3 layer made of Megatron-core's parts, our norm and our core attention."""
     per_head_norm = ModuleSpec(module=RMSNorm, params={"is_per_head": True})
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
@@ -229,7 +230,8 @@ def make_backbone(
         megatron: from `transformer_config`.
         num_layers: layers of the stage.
         virtual_stage: which of this rank's stages it is.
-        is_first, is_last: whether it is the first or last stage of the model.
+        is_first: whether it is the first stage of the model.
+        is_last: whether it is the last stage of the model.
         recomputes: `parallel.recompute`.
     """
     specs = [layer_spec(recomputes_layer=recomputes == "full")] * num_layers
@@ -240,7 +242,8 @@ def make_backbone(
         post_process=is_last,
         vp_stage=virtual_stage,
     )
-    # Under sequence parallelism the block would fork CUDA's random states around its layers, for dropouts they lack.
+    # Under sequence parallelism the block would fork CUDA's random states around its layers, for dropouts that they do
+    # not have.
     backbone.config = without_sequence_parallel(megatron)
     for layer in backbone.layers:
         layer.self_attention.core_attention.recomputes = recomputes == "selective"
@@ -249,11 +252,13 @@ def make_backbone(
 
 @contextlib.contextmanager
 def whole_sequences(module: nn.Module) -> Iterator[None]:
-    """Switches sequence parallelism off inside the block, without gradients: a block being decoded is a few positions
-    that need not divide over the ranks.
+    """Switches sequence parallelism off within the context; gradients must be off.
+
+    Decoding computes a few positions at a time, whose number the ranks need not divide.
     """
     assert not torch.is_grad_enabled(), "the split linears would not sum the gradient of their input"
-    split = [part for part in module.modules() if getattr(part, "sequence_parallel", False)]
+    # Any, because the attribute is Megatron-core's.
+    split: list[Any] = [part for part in module.modules() if getattr(part, "sequence_parallel", False)]
     for part in split:
         part.sequence_parallel = False
     try:
@@ -263,7 +268,7 @@ def whole_sequences(module: nn.Module) -> Iterator[None]:
             part.sequence_parallel = True
 
 
-def remember_keys(backbone: TransformerBlock, is_on: bool) -> None:
-    """Switches the key/value memory of every layer, for block-by-block decoding."""
+def use_cache(backbone: TransformerBlock, is_on: bool) -> None:
+    """Switches the key/value cache of every layer, for block-by-block decoding."""
     for layer in backbone.layers:
-        layer.self_attention.core_attention.remember(is_on)
+        layer.self_attention.core_attention.use_cache(is_on)

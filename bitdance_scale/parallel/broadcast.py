@@ -7,82 +7,84 @@ cost more than it saves. Packs that hold bits already pass through.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from bitdance_scale.data.loader import LoadedStep
 from bitdance_scale.parallel.topology import Topology
-from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
-
-@dataclass(frozen=True)
-class ReadStep:
-    """What the reader of a replica has for one step.
-
-    Attributes:
-        packs: the micro-batches of this replica.
-        images: per pack, per sample, uint8 [H, W, 3]; empty lists for packs whose bits are known.
-        report: figures of the step for the metrics; any small picklable object of ours.
-    """
-
-    packs: Sequence[Pack]
-    images: Sequence[Sequence[np.ndarray]]
-    report: object
+Images = list[np.ndarray]
 
 
 @dataclass(frozen=True)
-class SharedStep:
-    """The same on every rank of the replica, all images encoded."""
+class _Header:
+    """What every rank is told of a step: the step without its images, images per pack, and how they are dealt out."""
 
-    packs: Sequence[Pack]
-    report: object
+    step: LoadedStep
+    num_images: list[int]
+    order: list[int]
 
 
-def share_step(read: ReadStep | None, tokenizer: VisionTokenizer, topology: Topology) -> SharedStep:
-    """Gives every rank of the replica the packs of a step; `read` is None except on the reader.
+def share_step(read: LoadedStep | None, tokenizer: VisionTokenizer, topology: Topology) -> LoadedStep:
+    """Gives every rank of the replica the packs of a step with their images encoded.
 
     Objects travel pickled, between ranks of one job only. A failure of the reader must be raised before this call on
     all ranks (`parallel/agreement.py`), or the others wait.
+
+    Args:
+        read: the step on the reader, None on the other ranks.
+        tokenizer: encodes the images.
+        topology: the ranks.
     """
     if len(topology.replica_ranks) == 1:
-        assert read is not None
-        bits = _encode(tokenizer, [image for images in read.images for image in images])
-        return SharedStep(_with_bits(read.packs, [len(images) for images in read.images], bits), read.report)
+        assert read is not None, "a replica of one rank reads its own packs"
+        header = _header(read)
+        return _with_bits(header, _encode(tokenizer, [image for pack in read.packs for image in pack.images]))
     source, group, num_ranks = topology.replica_ranks[0], topology.replica_host_group, len(topology.replica_ranks)
-    header: list[object] = [None]
-    shares: list[list[np.ndarray]] | None = None
+    headers: list[_Header | None] = [None]
+    shares: list[Images] | None = None
     if read is not None:
-        images = [image for pack_images in read.images for image in pack_images]
-        # Dealt by size, the largest first, so that the shares cost about the same.
-        order = sorted(range(len(images)), key=lambda index: -images[index].size)
-        shares = [[images[index] for index in order[rank::num_ranks]] for rank in range(num_ranks)]
-        header = [(read.packs, [len(pack_images) for pack_images in read.images], order, read.report)]
-    dist.broadcast_object_list(header, src=source, group=group)
-    mine: list[list[np.ndarray] | None] = [None]
+        images, own = [image for pack in read.packs for image in pack.images], _header(read)
+        headers = [own]
+        shares = [[images[index] for index in own.order[rank::num_ranks]] for rank in range(num_ranks)]
+    dist.broadcast_object_list(headers, src=source, group=group)
+    mine: list[Images] = [[]]
     dist.scatter_object_list(mine, shares, src=source, group=group)
-    encoded: list[list[np.ndarray] | None] = [None] * num_ranks
+    encoded: list[Images] = [[] for _ in range(num_ranks)]
     dist.all_gather_object(encoded, _encode(tokenizer, mine[0]), group=group)
-    packs, num_images, order, report = header[0]
-    bits: list[np.ndarray | None] = [None] * len(order)
+    header = cast(_Header, headers[0])
+    bits: Images = [np.empty(0)] * len(header.order)
     for rank, share in enumerate(encoded):
-        for index, image_bits in zip(order[rank::num_ranks], share, strict=True):
+        for index, image_bits in zip(header.order[rank::num_ranks], share, strict=True):
             bits[index] = image_bits
-    return SharedStep(_with_bits(packs, num_images, bits), report)
+    return _with_bits(header, bits)
 
 
-def _encode(tokenizer: VisionTokenizer, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _header(read: LoadedStep) -> _Header:
+    images = [image for pack in read.packs for image in pack.images]
+    # Dealt by size, the largest first, so that the shares cost about the same.
+    order = sorted(range(len(images)), key=lambda index: -images[index].size)
+    bare = [dataclasses.replace(pack, images=[]) for pack in read.packs]
+    return _Header(dataclasses.replace(read, packs=bare), [len(pack.images) for pack in read.packs], order)
+
+
+def _encode(tokenizer: VisionTokenizer, images: Sequence[np.ndarray]) -> Images:
     return tokenizer.encode([torch.tensor(image) for image in images])
 
 
-def _with_bits(packs: Sequence[Pack], num_images: Sequence[int], bits: Sequence[np.ndarray]) -> list[Pack]:
-    """Gives every pack the bits of its images, in pack order; a pack without images to encode stays as it is."""
+def _with_bits(header: _Header, bits: Images) -> LoadedStep:
+    """The step with the bits of its images, in pack order; a pack without images to encode stays as it is."""
     remaining = iter(bits)
-    filled = []
-    for pack, count in zip(packs, num_images, strict=True):
+    packs = []
+    for loaded, count in zip(header.step.packs, header.num_images, strict=True):
         parts = [next(remaining) for _ in range(count)]
-        filled.append(pack.with_bits(np.concatenate(parts)) if parts else pack)
-    return filled
+        filled = loaded.pack.with_bits(np.concatenate(parts)) if parts else loaded.pack
+        packs.append(dataclasses.replace(loaded, pack=filled))
+    return dataclasses.replace(header.step, packs=packs)

@@ -1,10 +1,11 @@
-"""One process as any rank of a job of any size: collectives that do nothing on tensors that hold nothing.
+"""One process that acts as any rank of a job of any size: collectives do nothing, and tensors hold nothing.
 
 PyTorch's "fake" process-group backend answers every collective at once, and `FakeTensorMode` gives every tensor its
 shape, dtype and storage size without memory. Stages, engines and schedules run on them unchanged, so that what they
-would allocate on a rank can be written down. Three places need telling where values do not exist; they are below.
+would allocate on a rank can be logged. Two places need values that do not exist: the pipeline's messages about shapes,
+which `no_memory` answers, and the numbers that engines read, which `StorageLog` answers.
 
-The process groups are global to the process: `parallel/memory_estimate.py` gives every such rank a process of its own.
+The process groups are global to the process: `parallel/memory_estimate.py` gives every such rank its own process.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -25,7 +27,7 @@ from bitdance_scale.parallel.topology import Topology, make_topology
 
 
 def join_fake_job(world_size: int, rank: int, section: ParallelSection) -> Topology:
-    """Makes this process rank `rank` of a job of `world_size` ranks that do not exist; it must be in no job yet."""
+    """Makes this process rank `rank` of a job of `world_size` ranks that do not exist; it must not be in a job yet."""
     # Registers the backend.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -40,11 +42,10 @@ def no_memory(hidden_shape: tuple[int, int, int]) -> Iterator[StorageLog]:
     """Within it tensors take no memory and are logged.
 
     Args:
-        hidden_shape: what pipeline stages send each other; the message with the shape has no value here.
+        hidden_shape: what pipeline stages send each other; a message that contains the shape has no value here.
     """
-    # Decompositions and collectives of the fake tensors are registered on import.
-    import torch.distributed._tools.fake_collectives  # noqa: F401
-    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+    # Registers the collectives of fake tensors.
+    import torch.distributed._tools.fake_collectives  # noqa: F401  (imported for the side effect)
 
     def communicate_shapes(
         _self: object, send_next: object, send_previous: object, recv_previous: bool, recv_next: bool
@@ -63,7 +64,7 @@ def no_memory(hidden_shape: tuple[int, int, int]) -> Iterator[StorageLog]:
 
 
 def _convert(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-    """`Module.to` and the like as they treat real tensors: in place. Fake ones PyTorch would swap, and refuses to."""
+    """Converts in place, as `Module.to` does with real tensors; PyTorch would try to swap fake ones, and fail."""
     if recurse:
         for child in module.children():
             _convert(child, convert)

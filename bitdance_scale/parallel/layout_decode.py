@@ -1,7 +1,7 @@
 """Decoding with the model that is being trained, under any tensor and pipeline layout and ZeRO stage.
 
 All ranks of a replica call the same methods in the same order. Hidden states travel down the pipeline; the last stage
-draws the bits and tells them to the others. Tensor-parallel ranks draw the same noise and hence the same bits.
+draws the bits and broadcasts them. Tensor-parallel ranks draw the same noise and hence the same bits.
 
 Shape suffixes: S new positions, B sequences, I images, P vision tokens per block, C bits, D hidden size.
 """
@@ -15,19 +15,18 @@ import torch.distributed as dist
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.generate.block_decode import DecodeLayout, Draw
-from bitdance_scale.generate.head_steps import HeadSteps
-from bitdance_scale.generate.sampler import FlowSolver, sample_block
+from bitdance_scale.generate.sampler import FlowSolver, HeadSteps, sample_block
 from bitdance_scale.model.positions import rotary_frequencies
-from bitdance_scale.parallel.backbone import remember_keys, whole_sequences
+from bitdance_scale.parallel.backbone import use_cache, whole_sequences
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import ZeroEngine
 
 
 class StageDecoder:
-    """A `generate.decode.BlockModel` over the stages of a pipeline rank.
+    """A `BlockModel` (`generate/block_decode.py`) over the stages of a pipeline rank.
 
-    With `sample.use_cache` every layer keeps its keys and values and only new positions are computed; without, the
-    whole sequence is computed for every block.
+    With `sample.use_cache` every layer caches its keys and values and only new positions are computed; without it the
+    whole sequence is computed again for every block.
     """
 
     def __init__(self, engine: ZeroEngine, config: RunConfig, topology: Topology) -> None:
@@ -49,12 +48,12 @@ class StageDecoder:
         self._contexts.enter_context(torch.no_grad())
         for stage in self._engine.stages:
             self._contexts.enter_context(whole_sequences(stage))
-            remember_keys(stage.decoder, self._config.sample.use_cache)
+            use_cache(stage.decoder, self._config.sample.use_cache)
         return self
 
     def __exit__(self, *_: object) -> None:
         for stage in self._engine.stages:
-            remember_keys(stage.decoder, False)
+            use_cache(stage.decoder, False)
         self._contexts.close()
 
     def start(self, layout: DecodeLayout) -> None:
@@ -68,7 +67,7 @@ class StageDecoder:
         self._read(rows, layout.prefix_length)
 
     def extend(self, bits: torch.Tensor, cells: torch.Tensor) -> None:
-        """Reads a block, bits [I, P, C] at cells [P, 2]; under guidance by both halves of the batch."""
+        """Reads a block, bits [I, P, C] at cells [P, 2]; under guidance both halves of the batch read it."""
         rows = None
         if self._first.is_first:
             repeated = bits.repeat(self._layout.num_sequences // len(bits), 1, 1)
@@ -78,8 +77,9 @@ class StageDecoder:
         self._read(rows, len(cells))
 
     def draw_block(self, cells: torch.Tensor, draw: Draw) -> torch.Tensor:
-        """Draws the next block of every image on the last stage and tells it to all; float32 [I, P, C]."""
+        """Draws the next block of every image on the last stage and broadcasts it; float32 [I, P, C]."""
         if self._last.is_last:
+            assert self._hidden is not None, "start() comes first"
             hidden_BPD = self._hidden.transpose(0, 1)
             condition_BPD = self._last.conditions(hidden_BPD, cells.expand(len(hidden_BPD), -1, -1))
             bits = sample_block(self._head_steps.bind(condition_BPD), draw(), self._solver)

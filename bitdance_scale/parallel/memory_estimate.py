@@ -1,11 +1,11 @@
-"""What a rank of a run needs in memory, in bytes, without allocating it.
+"""How much memory a rank of a run needs, in bytes, without allocating it.
 
-The stage, DeepSpeed's engine and the pipeline schedule of that rank are run for two optimiser steps, on tensors without
-memory (`fake_ranks.py`); a log of their storages (`storage_log.py`) is all that is kept. Nothing is computed from
-formulas, so that a change of the model or an engine shows in the result.
+The stage, DeepSpeed's engine and the pipeline schedule of that rank run for two optimiser steps, on tensors without
+memory (`fake_ranks.py`); only a log of their storages (`storage_log.py`) is kept. No formula is involved, so a change
+of the model or of an engine shows in the result.
 
-Not seen, on a GPU: the CUDA context, NCCL's and cuBLAS's own buffers, and what the caching allocator loses to rounding
-and fragmentation.
+On a GPU the estimate leaves out the CUDA context, NCCL's and cuBLAS's own buffers, and what the caching allocator loses
+to rounding and fragmentation.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,22 +34,22 @@ from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.vision.autoencoder import Autoencoder
 
-# The second step is measured: ZeRO-3 learns in the first in which order it will gather weights ahead.
+# The second step is measured: in the first, ZeRO-3 learns the order in which it will prefetch weights.
 _NUM_STEPS = 2
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes by what they are for.
+    """Bytes by purpose.
 
     Attributes:
         weights: parameters in training dtype, as ZeRO keeps them: flat, padded; under ZeRO-3 this rank's partition.
-        gradients: of the weights, in the dtypes and partitions that the engine accumulates them in.
+        gradients: of the weights, in the dtypes and partitions in which the engine accumulates them.
         masters: float32 weights of the optimiser's partition.
         moments: AdamW's two, float32.
         buffers: DeepSpeed's for reducing and gathering, and temporary tensors of the optimiser.
         inputs: packs of the step: tokens, noise, masks.
-        activations: everything that the model makes going forward and backward.
+        activations: everything that the model makes in the forward and backward passes.
         tokenizer: the frozen autoencoder, float32. It encodes between steps, when there are no activations.
     """
 
@@ -68,18 +69,18 @@ class Bytes:
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """What one rank needs.
+class MemoryEstimate:
+    """How much memory one rank needs.
 
     Attributes:
-        held: between the last backward pass of a step and the optimiser's step.
-        peak: at the fullest moment of a step.
-        building_peak: the most before the first step, initial weights and the engine's construction included.
-        most_activations: the most bytes of activations at any moment of a step; the peak may lie elsewhere, such as
-            where gradients are reduced.
+        held: bytes held between the last backward pass of a step and the optimiser's step.
+        peak: bytes at the fullest moment of a step.
+        building_peak: the most bytes before the first step, initial weights and the engine's construction included.
+        most_activations: the most bytes of activations at any moment of a step; the peak may be another moment, such as
+            the reduction of gradients.
         largest: name and bytes of the largest single activation or buffer at the peak.
-        num_micro_batches: of this replica in a step.
-        num_in_flight: of these, how many this rank keeps activations for at once.
+        num_micro_batches: micro-batches of this replica in a step.
+        num_in_flight: how many of them this rank keeps activations of at once.
     """
 
     held: Bytes
@@ -91,47 +92,49 @@ class Footprint:
     num_in_flight: int
 
 
-def footprint(config: RunConfig, vocab_size: int, world_size: int, rank: int, is_fused: bool = True) -> Footprint:
-    """What rank `rank` of a job of `world_size` ranks needs, computed in a process of its own.
+def estimate_memory(
+    config: RunConfig, vocab_size: int, world_size: int, rank: int, is_fused: bool = True
+) -> MemoryEstimate:
+    """How much memory rank `rank` of a job of `world_size` ranks needs, computed in a separate process.
 
-    The packs are those of `typical_packs`; as many of them run as fit into the pipeline at once, each as the one with
-    most text targets.
+    The packs of a step are those of `typical_packs`. As many run as are in the pipeline at once, and each of these is
+    the pack with the most text targets.
 
     Args:
         config: the run, checked for `world_size`.
         vocab_size: entries of the tokenizer.
         world_size: ranks of the job.
-        rank: which of them. Under ZeRO-3 it must be 0: all of them need the same.
+        rank: which of them. Under ZeRO-3 it must be 0; there all ranks need the same.
         is_fused: whether AdamW is one kernel without temporary tensors, as on CUDA.
 
     Raises:
-        ConfigError: the global batch cannot be dealt out to the replicas.
+        ConfigError: the global batch cannot be divided among the replicas.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_be_quiet) as executor:
-        return executor.submit(footprint_here, config, vocab_size, world_size, rank, is_fused=is_fused).result()
+        return executor.submit(estimate_memory_here, config, vocab_size, world_size, rank, is_fused=is_fused).result()
 
 
-def footprint_here(
+def estimate_memory_here(
     config: RunConfig,
     vocab_size: int,
     world_size: int,
     rank: int,
     packs: Sequence[Pack] | None = None,
     is_fused: bool = True,
-) -> Footprint:
-    """`footprint` in this process, which joins the fake job for good.
+) -> MemoryEstimate:
+    """`estimate_memory` in this process, which joins the fake job for good.
 
-    packs: the micro-batches of a step, all of which run; default `typical_packs`.
+    `packs` are the micro-batches of a step, all of which run; None stands for those of `estimate_memory`.
     """
-    assert config.parallel.zero_stage < 3 or rank == 0, "ZeRO-3 has the ranks agree with rank 0, which is not there"
+    assert config.parallel.zero_stage < 3 or rank == 0, "under ZeRO-3 ranks compare values with rank 0, which is fake"
     topology = join_fake_job(world_size, rank, config.parallel)
     in_flight = num_in_flight(config.parallel, topology.pipeline_rank)
     waiting: list[Pack] = []
     if packs is None:
         packs, waiting = _chosen(config, topology.data_size, in_flight)
     num_positions = packs[0].num_positions // (config.parallel.tensor if config.parallel.sequence_parallel else 1)
-    # Packs are small; they are made as they really are, and copied into the world without memory.
+    # Packs are small: they are made of real tensors, then copied into tensors without memory.
     made = {id(pack): _inputs(pack, config) for pack in [*packs, *waiting]}
     with no_memory((num_positions, 1, config.model.hidden_size)) as log:
         engine = _build(log, config, vocab_size, topology, is_fused)
@@ -140,7 +143,7 @@ def footprint_here(
         held, peak, most_activations = _run_steps(log, engine, batch, config, topology)
     tokenizer = _tokenizer_bytes(config.vision)
     largest = next(storage for storage in peak.storages if storage.role in ("buffers", "activations"))
-    return Footprint(
+    return MemoryEstimate(
         held=Bytes(**held, tokenizer=tokenizer),
         peak=Bytes(**peak.by_role, tokenizer=tokenizer),
         building_peak=building_peak + tokenizer,
@@ -152,10 +155,11 @@ def footprint_here(
 
 
 def num_in_flight(section: ParallelSection, pipeline_rank: int) -> int:
-    """Forward passes that a rank keeps activations of at once, if the step has enough micro-batches.
+    """Forward passes whose activations a rank keeps at once, if the step has enough micro-batches.
 
-    One per later stage and one of its own under 1F1B. With virtual stages a pass is through one of the rank's stages:
-    two per later rank, and a round of all ranks for every further stage (Narayanan et al. 2021, Sec. 2.2).
+    Under 1F1B there is one per later stage and one for the rank's own. With virtual stages a pass goes through one of
+    the rank's stages; there are two per later rank and a round of all ranks for every further stage (Narayanan et al.
+    2021, Sec. 2.2).
     """
     later = section.pipeline - 1 - pipeline_rank
     if section.virtual_stages == 1:
@@ -164,9 +168,10 @@ def num_in_flight(section: ParallelSection, pipeline_rank: int) -> int:
 
 
 def _chosen(config: RunConfig, num_replicas: int, in_flight: int) -> tuple[list[Pack], list[Pack]]:
-    """(packs that run, packs of the same step that only wait); all that run are the one with most text targets."""
+    """(packs that run, packs of the step that only wait); the one with the most text targets runs every time."""
     packs = typical_packs(config, num_replicas)
-    # One pass more than is in flight replaces the oldest; virtual stages take packs in rounds of the pipeline.
+    # One pass more than are in flight, so that the oldest is replaced; virtual stages take packs in rounds of the
+    # pipeline.
     num_run = max(2, -(-(in_flight + 1) // config.parallel.virtual_stages))
     num_run += -num_run % config.parallel.pipeline
     num_run = min(len(packs), num_run)
@@ -177,9 +182,10 @@ def _build(log: StorageLog, config: RunConfig, vocab_size: int, topology: Topolo
     stages = build_stages(config, vocab_size, topology)
 
     def note(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None, "a hook that runs after the gradient is accumulated"
         log.assign([parameter.grad], "gradients")
 
-    # Before the engine's own hooks, which take the gradient away.
+    # Registered before the engine's own hooks, which take the gradient away.
     for parameter in stages.parameters():
         parameter.register_post_accumulate_grad_hook(note)
     return ZeroEngine(stages, config, topology, is_fused)
@@ -195,7 +201,7 @@ def _run_steps(
         counts = count_targets(batch, topology)
         accumulate_gradients(engine, batch, counts, config.loss, topology)
         _assign_holdings(log, engine)
-        # All activations are gone: what else is held are gradients, in whatever buffers the engine keeps them.
+        # No activation is left: whatever else is held is a gradient, in whichever buffer the engine keeps it.
         held: Counter[str] = Counter()
         for storage in log.alive():
             storage.role = storage.role or "gradients"
@@ -218,9 +224,10 @@ def _inputs(pack: Pack, config: RunConfig) -> PackInputs:
 
 
 def _copy(inputs: PackInputs, log: StorageLog) -> PackInputs:
-    """The same in tensors without memory; equal packs in a batch become tensors of their own, as in training."""
+    """The same in tensors without memory; a pack that a batch holds twice is copied twice, as in training."""
 
-    def copy(value: object) -> object:
+    # Any, because it rebuilds tensors, tuples and dataclasses alike.
+    def copy(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             new = torch.empty_like(value)
             log.assign([new], "inputs")
@@ -228,7 +235,7 @@ def _copy(inputs: PackInputs, log: StorageLog) -> PackInputs:
         if isinstance(value, tuple):
             return tuple(copy(item) for item in value)
         # The inputs themselves and, within them, the mask.
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = {field.name: copy(getattr(value, field.name)) for field in dataclasses.fields(value)}
             return dataclasses.replace(value, **fields)
         return value
@@ -248,5 +255,5 @@ def _tokenizer_bytes(section: VisionSection) -> int:
 
 
 def _be_quiet() -> None:
-    """Engines print on building; the caller's output is not theirs."""
+    """Discards what the engines print while they are built: standard output belongs to the caller."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -10,7 +10,7 @@ import torch
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.attention import uses_flex
-from bitdance_scale.parallel.memory_estimate import Bytes, Footprint, footprint
+from bitdance_scale.parallel.memory_estimate import Bytes, MemoryEstimate, estimate_memory
 from bitdance_scale.sequence.tokens import load_text_tokenizer
 
 GIB = 2**30
@@ -23,14 +23,14 @@ class StageLine:
     """The first rank of one pipeline stage."""
 
     rank: int
-    footprint: Footprint
+    estimate: MemoryEstimate
 
 
 def stage_lines(config: RunConfig, vocab_size: int, world_size: int) -> list[StageLine]:
-    """The footprint of the first rank of every pipeline stage."""
+    """The memory of the first rank of every pipeline stage."""
     ranks_per_stage = world_size // config.parallel.pipeline
     ranks = [stage * ranks_per_stage for stage in range(config.parallel.pipeline)]
-    return [StageLine(rank, footprint(config, vocab_size, world_size, rank)) for rank in ranks]
+    return [StageLine(rank, estimate_memory(config, vocab_size, world_size, rank)) for rank in ranks]
 
 
 def table(lines: Sequence[StageLine], device_gib: float, is_markdown: bool) -> str:
@@ -45,10 +45,10 @@ def table(lines: Sequence[StageLine], device_gib: float, is_markdown: bool) -> s
     ]
     rows = [header]
     for stage, line in enumerate(lines):
-        peak, (name, size) = line.footprint.peak, line.footprint.largest
-        needed = max(peak.total, line.footprint.building_peak)
+        peak, (name, size) = line.estimate.peak, line.estimate.largest
+        needed = max(peak.total, line.estimate.building_peak)
         fits = "yes" if needed <= device_gib * GIB else f"no, {needed / GIB:.1f}"
-        most = f"{line.footprint.most_activations / GIB:.2f}"
+        most = f"{line.estimate.most_activations / GIB:.2f}"
         rows.append([str(stage), *_gib(peak), most, f"{size / GIB:.2f} {name}", fits])
     if is_markdown:
         marked = [header, ["---"] * len(header), *rows[1:]]
@@ -59,10 +59,10 @@ def table(lines: Sequence[StageLine], device_gib: float, is_markdown: bool) -> s
 
 def remark(lines: Sequence[StageLine]) -> str:
     """What the table does not say, in a sentence."""
-    building = ", ".join(f"{line.footprint.building_peak / GIB:.1f}" for line in lines)
-    in_flight = ", ".join(str(line.footprint.num_in_flight) for line in lines)
+    building = ", ".join(f"{line.estimate.building_peak / GIB:.1f}" for line in lines)
+    in_flight = ", ".join(str(line.estimate.num_in_flight) for line in lines)
     return (
-        f"{lines[0].footprint.num_micro_batches} micro-batches per replica and step; activations of {in_flight} at "
+        f"{lines[0].estimate.num_micro_batches} micro-batches per replica and step; activations of {in_flight} at "
         f"once (by stage); at most {building} GiB while the model is built."
     )
 

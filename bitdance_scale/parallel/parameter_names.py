@@ -1,8 +1,8 @@
 """Global names and placements of the parameters of a stage.
 
-A parameter is known by the name it has in the whole model (layers counted over all stages) and by where this rank's
-slice lies in the whole tensor. Initial values, checkpoints and parity tests speak of parameters in these terms only, so
-none of them depends on the layout.
+A parameter is identified by the name it has in the whole model (layers counted over all stages) and by where this
+rank's slice lies in the whole tensor. Initial values, checkpoints and parity tests use only these terms, so that none
+of them depends on the layout.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Parameters = dict[str, Located]
 def name_parameters(module: RankStages, topology: Topology) -> Parameters:
     """Global name -> parameter and placement, in the order of the module; a tied weight appears once, as the embedding.
 
-    Split parameters are marked `tensor_model_parallel`, by which DeepSpeed counts them on every tensor-parallel rank in
-    the gradient norm (replicated ones are counted on the first).
+    Also marks split parameters `tensor_model_parallel`. DeepSpeed counts marked parameters in the gradient norm on
+    every tensor-parallel rank, and the others on the first rank only.
     """
     named: Parameters = {}
     for stage in module.stages:
@@ -45,7 +45,7 @@ def name_parameters(module: RankStages, topology: Topology) -> Parameters:
             module_name, _, leaf = name.rpartition(".")
             placement = _placement(module_name, modules[module_name], leaf, parameter, stage, topology)
             if placement.dim is not None:
-                parameter.tensor_model_parallel = True
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # DeepSpeed's own mark
             named[_global_name(name, stage)] = Located(parameter, placement)
     return named
 
@@ -57,7 +57,7 @@ def _global_name(name: str, stage: Stage) -> str:
 def _placement(
     module_name: str, module: nn.Module, leaf: str, parameter: torch.Tensor, stage: Stage, topology: Topology
 ) -> Placement:
-    """Where the local parameter lies in the whole one, from the kind of module that owns it."""
+    """Where the local parameter lies in the whole one, by the kind of module that owns it."""
     shape, rank, size = tuple(parameter.shape), topology.tensor_rank, topology.tensor_size
     if isinstance(module, RowParallelLinear) and leaf == "weight":
         return Placement.split(shape, dim=1, rank=rank, size=size)

@@ -1,9 +1,9 @@
 """Which boxes of the global tensors a rank holds: the layout-free view of parameters and optimiser state.
 
-A parameter is cut twice. Tensor parallelism gives a rank a slice of it (`Placement`); ZeRO then cuts the row-major
+A parameter is cut twice. Tensor parallelism gives a rank a slice of it (`Placement`). ZeRO then cuts the row-major
 flattening of that slice between data-parallel ranks, at any element. Both cuts together are expressed as n-d boxes of
-the global tensor (`Piece`), views of the memory the engines train in, so that a checkpoint neither knows the layout nor
-gathers a tensor. Pure data: no engine is imported here.
+the global tensor (`Piece`), which are views of the memory that the engines train in. A checkpoint therefore neither
+knows the layout nor gathers a tensor.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class ShardedValue:
     Attributes:
         global_shape: shape of the whole tensor.
         dtype: dtype of the whole tensor and of every piece.
-        pieces: boxes held here, none empty, no two overlapping; other ranks may hold the same or overlapping boxes
-            (replicas), which are then taken to be equal.
+        pieces: boxes held here, none empty, no two overlapping. Other ranks may hold the same or overlapping boxes
+            (replicas), whose values are assumed to be equal.
     """
 
     global_shape: tuple[int, ...]
@@ -51,10 +51,10 @@ class Placement:
     Attributes:
         global_shape: shape of the whole parameter, without padding.
         local_shape: shape of this rank's slice, padding included.
-        dim: the dimension that is split; None: every rank holds the whole parameter.
+        dim: the dimension that is split; None if every rank holds the whole parameter.
         blocks: (local_start, global_start, length) along `dim`, in local order. A weight that stacks several matrices,
-            each split by itself, has one block per matrix (local `[gate_r; up_r]`). Local rows in no block are padding
-            (vocabulary) and belong to no global tensor.
+            each split separately, has one block per matrix (local `[gate_r; up_r]`). Local rows outside the blocks are
+            padding (vocabulary) and belong to no global tensor.
     """
 
     global_shape: tuple[int, ...]
@@ -96,14 +96,15 @@ class Placement:
             dim: the dimension that is split.
             rank: tensor-parallel rank.
             size: tensor-parallel ranks.
-            num_chunks: matrices stacked along `dim`, each split by itself; the local tensor stacks their shares.
-            valid_length: global length along `dim` where padding follows it (vocabulary); None: no padding.
+            num_chunks: matrices stacked along `dim`, each split separately; the local tensor stacks their shares.
+            valid_length: global length along `dim` without the padding that follows (vocabulary); None if there is
+            none.
         """
         padded_length = local_shape[dim] * size
         length = padded_length if valid_length is None else valid_length
         assert local_shape[dim] % num_chunks == 0, f"{num_chunks} chunks do not divide dim {dim} of {local_shape}"
         assert length <= padded_length, f"{size} shares {local_shape} are less than {length} along dim {dim}"
-        assert num_chunks == 1 or length == padded_length, "padding lies at the end, so only one chunk can carry it"
+        assert num_chunks == 1 or length == padded_length, "padding is at the end, so it needs num_chunks = 1"
         share = local_shape[dim] // num_chunks
         starts = [(chunk * size + rank) * share for chunk in range(num_chunks)]
         blocks = [(i * share, start, min(share, length - start)) for i, start in enumerate(starts) if start < length]
@@ -131,10 +132,10 @@ def fragment_pieces(flat: torch.Tensor, start: int, placement: Placement) -> Sha
     """Pieces of a flat fragment of a rank's slice; they are views of `flat`.
 
     Args:
-        flat: [length], elements start..start+length of the row-major flattening of the local tensor. An empty one may
-            start anywhere: ZeRO leaves the last ranks nothing of a short parameter.
-        start: index of the first one.
-        placement: shape of the local tensor and where it lies.
+        flat: [length], elements start..start+length of the row-major flattening of the local tensor. An empty fragment
+            may start anywhere: ZeRO leaves the last ranks nothing of a short parameter.
+        start: index of the first element.
+        placement: shape of the local tensor and where it lies in the global one.
     """
     stop = start + flat.numel()
     assert flat.ndim == 1 and (start == stop or 0 <= start < stop <= math.prod(placement.local_shape)), (
@@ -157,7 +158,7 @@ def _sharded(dtype: torch.dtype, placement: Placement, pieces: list[Piece]) -> S
 def _boxes_of_range(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(offsets, sizes) of the boxes that make up elements start..stop of a row-major tensor, in memory order.
 
-    At most 2 * ndim - 1 boxes: a partial first row, the full rows, a partial last row, the partial ones cut again.
+    At most 2 * ndim - 1 boxes: a partial first row, the full rows, and a partial last row. Partial rows are cut again.
     """
     if stop <= start:
         return
@@ -174,7 +175,7 @@ def _boxes_of_range(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[t
             return
         first += 1
     if last > first:
-        yield (first,) + (0,) * (len(shape) - 1), (last - first,) + shape[1:]
+        yield (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
     if tail:
         yield from _in_row(last, 0, tail, shape)
 
@@ -183,11 +184,11 @@ def _in_row(
     index: int, start: int, stop: int, shape: tuple[int, ...]
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     for offsets, sizes in _boxes_of_range(start, stop, shape[1:]):
-        yield (index,) + offsets, (1,) + sizes
+        yield (index, *offsets), (1, *sizes)
 
 
 def _placed(box: torch.Tensor, offsets: tuple[int, ...], placement: Placement) -> list[Piece]:
-    """Moves a box of the local tensor to the global one, cut at the borders of the placement's blocks."""
+    """A box of the local tensor as boxes of the global one, cut at the borders of the placement's blocks."""
     dim = placement.dim
     if dim is None:
         return [Piece(offsets, box)] if box.numel() else []
@@ -196,6 +197,6 @@ def _placed(box: torch.Tensor, offsets: tuple[int, ...], placement: Placement) -
     for local_start, global_start, length in placement.blocks:
         start, stop = max(box_start, local_start), min(box_stop, local_start + length)
         if stop > start:
-            corner = offsets[:dim] + (global_start + start - local_start,) + offsets[dim + 1 :]
+            corner = (*offsets[:dim], global_start + start - local_start, *offsets[dim + 1 :])
             pieces.append(Piece(corner, box.narrow(dim, start - box_start, stop - start)))
     return pieces

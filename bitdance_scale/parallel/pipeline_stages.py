@@ -1,10 +1,10 @@
 """What each pipeline stage holds, and its forward pass.
 
-The first stage embeds text and bits, every stage runs its share of the backbone, the last holds the diffusion head and
-the text projection and returns the two loss sums. With one stage all of it is in one module. A pipeline rank holds one
-stage, or several under the interleaved schedule: stage k is on rank k modulo the ranks.
+The first stage embeds text and bits. Every stage runs its share of the backbone. The last stage holds the diffusion
+head and the text projection, and returns the two loss sums. Without a pipeline one stage does all of it. A pipeline
+rank holds one stage, or several under the interleaved schedule: stage k is on rank k modulo the number of ranks.
 
-Under sequence parallelism the hidden states between the split linears are shared out over the tensor-parallel ranks:
+Under sequence parallelism the hidden states between the split linears are divided among the tensor-parallel ranks,
 [S / ranks, B, D]. They are whole before the first layer and after the last.
 
 Shape suffixes: S positions, V vision tokens, M predicted blocks, P vision tokens per block, C bits, T text targets,
@@ -12,6 +12,9 @@ D hidden size, B batch.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from megatron.core.enums import ModelType
@@ -36,7 +39,7 @@ from bitdance_scale.parallel.topology import Topology
 
 
 class RankStages(nn.Module):
-    """The stages of one pipeline rank: what its engine trains.
+    """The stages of one pipeline rank, which one ZeRO engine trains.
 
     Attributes:
         stages: in the order in which a micro-batch passes through them.
@@ -45,10 +48,12 @@ class RankStages(nn.Module):
     def __init__(self, config: RunConfig, vocab_size: int, topology: Topology) -> None:
         super().__init__()
         numbers = range(topology.pipeline_rank, config.parallel.num_stages, topology.pipeline_size)
-        self.stages = nn.ModuleList(Stage(config, vocab_size, topology, number) for number in numbers)
+        stages = nn.ModuleList(Stage(config, vocab_size, topology, number) for number in numbers)
+        # ModuleList is not generic.
+        self.stages = cast(Sequence[Stage], stages)
 
     def forward(self, inputs: PackInputs) -> torch.Tensor:
-        """The loss sums of a micro-batch, where one stage is the whole model."""
+        """The loss sums of a micro-batch; only where one stage is the whole model."""
         assert len(self.stages) == 1, "a pipeline is driven by its schedule"
         return self.stages[0](inputs)
 
@@ -58,8 +63,9 @@ class Stage(nn.Module):
 
     Attributes:
         number: 0 .. `parallel.num_stages` - 1, in the order in which a micro-batch passes through them.
-        vocab_size: entries of the tokenizer; the tables hold `padded_vocab_size` rows, which the tensor-parallel ranks
-            divide, and the padding is kept out of the soft-max.
+        vocab_size: entries of the tokenizer. The tables hold `padded_vocab_size` rows, divided among the
+        tensor-parallel
+            ranks; the padding is kept out of the softmax.
         layers: global indices of the backbone layers held here.
         has_copied_output: whether the text projection is a copy of the embedding on another rank (`parallel/tied.py`).
     """
@@ -117,7 +123,7 @@ class Stage(nn.Module):
         self.decoder.set_input_tensor(tensor)
 
     def forward(self, inputs: PackInputs) -> torch.Tensor:
-        """Hidden states [S, 1, D] for the next stage; on the last stage what `losses` returns."""
+        """Hidden states [S, 1, D] for the next stage; on the last stage the result of `losses`."""
         hidden_SBD = self.embed_pack(inputs) if self.is_first else None
         if self.is_first and self.config.sequence_parallel:
             hidden_SBD = scatter_to_sequence_parallel_region(hidden_SBD)
@@ -125,7 +131,8 @@ class Stage(nn.Module):
         if not self.is_last:
             return hidden_SBD
         if self.config.sequence_parallel:
-            # What follows sums its gradient over the ranks itself, so each has the whole gradient and keeps its part.
+            # What follows sums its gradient over the ranks itself, so every rank has the whole gradient and keeps its
+            # own part.
             hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=False)
         return self.losses(hidden_SBD[:, 0], inputs)
 
@@ -140,7 +147,7 @@ class Stage(nn.Module):
         return self.embedding(token_ids).transpose(0, 1)
 
     def embed_bits(self, bits_VC: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-        """Projects bits [V, C] at `cells` [V, 2] to [V, D], their 2-D positions added (release)."""
+        """Projects bits [V, C] to [V, D] and adds the 2-D positions of their `cells` [V, 2] (published release)."""
         dtype = self.config.params_dtype
         return self.projector(bits_VC.to(dtype)) + sincos_2d(cells, self.hidden_size).to(dtype)
 
@@ -150,9 +157,9 @@ class Stage(nn.Module):
         return hidden_MPD + positions.to(hidden_MPD.dtype)
 
     def losses(self, hidden_SD: torch.Tensor, inputs: PackInputs) -> torch.Tensor:
-        """Sums of the flow loss over vision targets and of the cross-entropy over text targets, float32 [2].
+        """The flow loss summed over vision targets and the cross-entropy summed over text targets, float32 [2].
 
-        With `inputs.reports_blocks` the flow loss of each of the M predicted blocks follows: float32 [2 + M].
+        With `inputs.reports_blocks` the flow losses of the M predicted blocks follow: float32 [2 + M].
         """
         condition_MPD = self.conditions(hidden_SD[inputs.predict_positions], inputs.predict_cells)
         noisy_MPC = interpolate(inputs.clean_bits, inputs.noise, inputs.time)
@@ -166,7 +173,7 @@ class Stage(nn.Module):
         return torch.cat([sums, block_losses(predicted_MPC, inputs.clean_bits, noisy_MPC, inputs.time)])
 
     def text_loss_sum(self, hidden_TD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy summed over text targets, over the vocabulary split between tensor-parallel ranks."""
+        """Cross-entropy summed over text targets; the tensor-parallel ranks divide the vocabulary."""
         logits = self.output(hidden_TD).float()
         is_entry = torch.arange(logits.shape[-1], device=logits.device) < self._num_local_entries
         logits = logits.masked_fill(~is_entry, float("-inf"))

@@ -1,9 +1,9 @@
-"""How many backbone layers every pipeline stage gets: the split that makes the slowest stage as fast as it can be.
+"""How many backbone layers each pipeline stage gets, so that the slowest stage takes as little time as possible.
 
-The first stage also holds the projector, the last the diffusion head and the text projection. The head alone weighs about
-five layers of the 14B backbone, so an even split leaves the other stages waiting for the last one. Costs are
-FLOPs of an average image of the run's own mix of resolutions (`observe/flops.py`); text embedding is a table look-up and
-costs none.
+The first stage also holds the projector, the last one the diffusion head and the text projection. The head alone costs
+as much as about five layers of the 14B backbone, so under an even split the other stages wait for the last one. Costs
+are FLOPs of an average image of the run's own mix of resolutions (`observe/cost.py`). Text embedding is a table
+look-up and costs none.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.plan.synthetic_packs import placeholder_sample, placeholder_tokens
-from bitdance_scale.observe.flops import TRAINING_OVER_FORWARD, PackCounts, count_pack, encode_flops, step_flops
+from bitdance_scale.observe.cost import TRAINING_OVER_FORWARD, PackCounts, count_pack, encode_flops, step_flops
 from bitdance_scale.sequence.layout import pack_samples
 
-# Tokens of a caption, which no setting knows; alternative texts have about 20 and written descriptions 60 to 150. A layer
-# of 14B costs 1 % more for every 15 of them at the PT mix, so the split hardly depends on it.
+# Tokens of a caption, which no setting gives: alternative texts have about 20, written descriptions 60 to 150. At the
+# PT mix every 15 of them make a layer of the 14B model 1 % more expensive, so the split hardly depends on the number.
 TYPICAL_CAPTION_TOKENS = 64
 
 
@@ -32,8 +32,9 @@ class StageCosts:
         layer: one backbone layer.
         first: what only the first stage does (projector).
         last: what only the last stage does (head, text projection).
-        encoder: the frozen autoencoder on one rank of the replica. The images of a step are shared out over the replica
-            and encoded before the pipeline starts, so it adds to every stage alike and moves no border.
+        encoder: one rank's part of the frozen autoencoder. The images of a step are divided among the ranks of the
+            replica and encoded before the pipeline starts. The cost is therefore the same on every rank and does not
+            change the split.
     """
 
     layer: float
@@ -42,14 +43,14 @@ class StageCosts:
     encoder: float
 
     def of_stages(self, split: tuple[int, ...]) -> list[float]:
-        """FLOPs of every stage under a split, the encoder left out."""
+        """FLOPs of every stage under a split, without the encoder."""
         costs = [count * self.layer for count in split]
         costs[0] += self.first
         costs[-1] += self.last
         return costs
 
     def of_ranks(self, split: tuple[int, ...], num_ranks: int) -> list[float]:
-        """FLOPs of every pipeline rank, its share of the encoder included; stage k is on rank k modulo the ranks."""
+        """FLOPs of every pipeline rank, its part of the encoder included; stage k is on rank k modulo `num_ranks`."""
         costs = self.of_stages(split)
         return [self.encoder + sum(costs[rank::num_ranks]) for rank in range(num_ranks)]
 
@@ -59,7 +60,7 @@ def stage_split(config: RunConfig, vocab_size: int) -> tuple[int, ...]:
 
     Args:
         config: the run.
-        vocab_size: entries of the tokenizer, which the text projection costs.
+        vocab_size: entries of the tokenizer; the cost of the text projection depends on it.
     """
     parallel, num_layers = config.parallel, config.model.num_layers
     if not isinstance(parallel.pipeline_split, str):
@@ -77,16 +78,16 @@ def stage_layers(config: RunConfig, vocab_size: int, stage: int) -> range:
 
 
 def even_split(num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """The same number of layers everywhere; earlier stages take the remainder, as the head weighs on the last."""
+    """The same number of layers everywhere; the first stages take the remainder, as the last one holds the head."""
     base, remainder = divmod(num_layers, num_stages)
     return tuple(base + (stage < remainder) for stage in range(num_stages))
 
 
 def balanced_split(costs: StageCosts, num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """The split whose slowest stage is the fastest, each stage holding at least one layer.
+    """The split whose most expensive stage is cheapest; every stage holds at least one layer.
 
-    Every next layer goes to the stage that is the cheapest with it. As all layers cost the same this is the optimum: a
-    layer placed elsewhere would have made a dearer stage.
+    Each layer goes to the stage that is cheapest once it has it. Since all layers cost the same this is optimal: any
+    other choice would make a more expensive stage.
     """
     split = [1] * num_stages
     for _ in range(num_layers - num_stages):
@@ -96,15 +97,13 @@ def balanced_split(costs: StageCosts, num_layers: int, num_stages: int) -> tuple
 
 
 def stage_costs(config: RunConfig, vocab_size: int) -> StageCosts:
-    """Costs of the configured model on its own mix of images; recomputed activations count, as they take time."""
+    """Costs of the configured model on its own mix of images; recomputation counts, as it takes time."""
     num_images, counts = typical_counts(config)
     flops = step_flops(config, vocab_size, counts)
-    again = {"none": 0, "selective": 0, "full": 1}[config.parallel.recompute]
-    again_attention = int(config.parallel.recompute != "none")
-    layers = (TRAINING_OVER_FORWARD + again) * flops.backbone + (
-        TRAINING_OVER_FORWARD + again_attention
-    ) * flops.attention
-    head = (TRAINING_OVER_FORWARD + again) * flops.head * (1 - config.data.image_to_text_share)
+    passes = TRAINING_OVER_FORWARD + int(config.parallel.recompute == "full")
+    attention_passes = TRAINING_OVER_FORWARD + int(config.parallel.recompute != "none")
+    layers = passes * flops.backbone + attention_passes * flops.attention
+    head = passes * flops.head * (1 - config.data.image_to_text_share)
     replica_ranks = config.parallel.tensor * config.parallel.pipeline
     return StageCosts(
         layer=layers / config.model.num_layers / num_images,
@@ -115,11 +114,11 @@ def stage_costs(config: RunConfig, vocab_size: int) -> StageCosts:
 
 
 def typical_counts(config: RunConfig) -> tuple[int, PackCounts]:
-    """(images, counts of them all): every bucket with its share of the mix and a typical caption, text to image."""
+    """(images, their total counts): every bucket with its share of the mix and a typical caption, text to image."""
     vision, resolutions = config.vision, config.data.resolutions
     tokens = placeholder_tokens(vision)
     num_caption_tokens = min(TYPICAL_CAPTION_TOKENS, config.text.max_caption_tokens)
-    # Buckets of a class are equally likely, and the resolutions hold different numbers of them.
+    # Buckets of one resolution are equally likely, and the resolutions have different numbers of buckets.
     multiple = math.lcm(*(len(resolution.buckets_px) for resolution in resolutions))
     num_images, total = 0, np.zeros(len(dataclasses.fields(PackCounts)), dtype=np.int64)
     for resolution in resolutions:

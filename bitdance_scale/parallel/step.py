@@ -1,13 +1,14 @@
 """One optimiser step: forward and backward over all micro-batches, then the update.
 
-Losses are sums over targets, divided by the counts of the *global* batch (all micro-batches, all replicas) before the
-first backward. The gradient is therefore the same whatever the number of replicas, micro-batches or their fill, which
-an average of averages is not (arXiv 2602.14041 Sec. 4.3, weights 0.01 : 1).
+Losses are sums over targets, divided by the counts of the *global* batch (all micro-batches of all replicas). The
+counts are known before the first backward pass. The gradient therefore does not depend on how many replicas and
+micro-batches there are or how full they are; that of an average of averages would (arXiv 2602.14041 Sec. 4.3, weights
+0.01 : 1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,8 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from bitdance_scale.config.schema import LossSection
+from bitdance_scale.model.flow import combine_losses
 from bitdance_scale.model.inputs import PackInputs
-from bitdance_scale.model.losses import combine
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import StepOutcome, ZeroEngine
 
@@ -55,7 +56,7 @@ def accumulate_gradients(
 ) -> StepLosses:
     """Runs forward and backward over the micro-batches of this replica.
 
-    Returns the losses of the global batch; gradients are left, reduced, in the engine.
+    Returns the losses of the global batch. The engine then holds the reduced gradients.
     """
     if topology.pipeline_size > 1:
         sums = _run_pipeline(engine, batch, counts, section, topology)
@@ -71,7 +72,7 @@ def accumulate_gradients(
 def train_step(
     engine: ZeroEngine, batch: Sequence[PackInputs], section: LossSection, lr: float, topology: Topology
 ) -> tuple[StepLosses, StepOutcome]:
-    """One whole optimiser step on the micro-batches of this replica."""
+    """One optimiser step on the micro-batches of this replica."""
     counts = count_targets(batch, topology)
     losses = accumulate_gradients(engine, batch, counts, section, topology)
     return losses, engine.step(lr)
@@ -79,7 +80,7 @@ def train_step(
 
 @torch.no_grad()
 def forward_only(engine: ZeroEngine, batch: Sequence[PackInputs], topology: Topology) -> list[torch.Tensor]:
-    """What the last stage returns of every micro-batch of this replica, without gradients; nothing on other stages."""
+    """What the last stage returns for every micro-batch of this replica, without gradients; [] on other stages."""
     if engine.tied is not None:
         engine.tied.share_weight()
     if topology.pipeline_size == 1:
@@ -88,7 +89,7 @@ def forward_only(engine: ZeroEngine, batch: Sequence[PackInputs], topology: Topo
     def keep_output(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return output[0], output.new_zeros((), dtype=torch.int), output
 
-    def forward_step(inputs: object, stage: torch.nn.Module) -> tuple[torch.Tensor, object]:
+    def forward_step(inputs: Iterator[PackInputs], stage: torch.nn.Module) -> tuple[torch.Tensor, object]:
         return stage(next(inputs)), keep_output
 
     return get_forward_backward_func()(
@@ -104,23 +105,23 @@ def forward_only(engine: ZeroEngine, batch: Sequence[PackInputs], topology: Topo
 
 def _loss(sums: torch.Tensor, counts: TargetCounts, section: LossSection, topology: Topology) -> torch.Tensor:
     """This micro-batch's part of the global loss, times the replicas that the engine will average over."""
-    loss = combine(sums[0], sums[1], counts.num_vision, counts.num_text, section)
+    loss = combine_losses(sums[0], sums[1], counts.num_vision, counts.num_text, section)
     return loss * topology.data_size
 
 
 def _run_pipeline(
     engine: ZeroEngine, batch: Sequence[PackInputs], counts: TargetCounts, section: LossSection, topology: Topology
 ) -> list[torch.Tensor]:
-    """Megatron's 1F1B schedule, interleaved where a rank holds several stages.
+    """Runs Megatron-core's 1F1B schedule, interleaved where a rank holds several stages.
 
-    Returns the loss sums per micro-batch on the last stage, nothing elsewhere.
+    Returns the loss sums of every micro-batch on the last stage, [] elsewhere.
     """
 
     def reduce_output(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # The second value is a token count that the schedule only totals; counts are global already.
+        # The second value is a token count, which the schedule only adds up.
         return _loss(sums, counts, section, topology), sums.new_zeros((), dtype=torch.int), sums.detach()
 
-    def forward_step(inputs: object, stage: torch.nn.Module) -> tuple[torch.Tensor, object]:
+    def forward_step(inputs: Iterator[PackInputs], stage: torch.nn.Module) -> tuple[torch.Tensor, object]:
         return stage(next(inputs)), reduce_output
 
     with engine.external_backward() as stages:
@@ -129,7 +130,7 @@ def _run_pipeline(
             data_iterator=[iter(batch) for _ in stages],
             model=stages,
             num_microbatches=len(batch),
-            seq_length=0,  # unused: the stages tell each other the length of every pack
+            seq_length=0,  # unused: the stages send each other the length of every pack
             micro_batch_size=1,
         )
 
@@ -144,7 +145,7 @@ def _reduce_losses(
     if topology.pipeline_size > 1:
         dist.broadcast(total, topology.last_stage_rank, group=topology.pipeline_group)
     vision, text = total.tolist()
-    loss = combine(total[0], total[1], counts.num_vision, counts.num_text, section).item()
+    loss = combine_losses(total[0], total[1], counts.num_vision, counts.num_text, section).item()
     return StepLosses(
         vision=vision / counts.num_vision if counts.num_vision else 0.0,
         text=text / counts.num_text if counts.num_text else 0.0,

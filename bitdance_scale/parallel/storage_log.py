@@ -1,7 +1,7 @@
 """A log of every tensor storage made and freed while it is on: the memory of a program, event by event.
 
-It sees what PyTorch's dispatcher sees. Under `FakeTensorMode` nothing is allocated and the log is all that remains of
-the memory; scratch space inside a kernel or a communication library is never seen.
+The log sees what PyTorch's dispatcher sees. Under `FakeTensorMode` nothing is allocated and only the log records what
+would be. It never sees scratch space inside a kernel or a communication library.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-# Packages whose code is named as the maker of a storage, the innermost frame first.
+# The maker of a storage is the innermost frame in one of these packages.
 _MAKERS = ("bitdance_scale", "megatron", "deepspeed")
-# DeepSpeed's replacement of `torch.nn.functional.linear` under ZeRO-3: what it makes are activations of its caller.
+# DeepSpeed's replacement for `torch.nn.functional.linear` under ZeRO-3; what it makes are activations of its caller.
 _TRANSPARENT = ("/deepspeed/runtime/zero/linear.py",)
 _OPTIMIZER = "/torch/optim/"
 _AUTOGRAD = "/torch/autograd/graph.py"
@@ -31,8 +33,8 @@ class Storage:
 
     Attributes:
         nbytes: its size.
-        maker: who made it, `package/file.py function`; for what autograd makes by itself, the operation.
-        role: what it is for; empty until somebody knows.
+        maker: the function that made it, as `package/file.py function`; the operation, if autograd made it.
+        role: what it is for; empty until it is assigned.
     """
 
     nbytes: int
@@ -51,8 +53,8 @@ class Peak:
 
     Attributes:
         total: bytes alive.
-        by_role: bytes alive by `Storage.role`.
-        storages: what was alive, the largest first.
+        by_role: bytes alive, by `Storage.role`.
+        storages: the storages alive, the largest first.
     """
 
     total: int
@@ -61,13 +63,13 @@ class Peak:
 
 
 class StorageLog(TorchDispatchMode):
-    """Logs storages by what operations return; enter it inside a `FakeTensorMode`.
+    """Logs the storages of what operations return; enter it inside a `FakeTensorMode`.
 
-    Values do not exist under that mode, but engines ask for a few. Integers that a program wrote down itself
-    (`torch.tensor([..])`) are remembered; any other number asked for is 1.0, or 0 for an integer or boolean.
+    Values do not exist under that mode, but engines read a few. Integers that the program itself wrote into a tensor
+    (`torch.tensor([..])`) are remembered. Any other number reads as 1.0, or 0 for an integer or boolean.
     """
 
-    # FlexAttention is one: it passes like any other, and its fake results are those of its kernels.
+    # FlexAttention is such an operator; its fake results are those of its kernels.
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
@@ -76,7 +78,9 @@ class StorageLog(TorchDispatchMode):
         self._alive: dict[int, tuple[Storage, weakref.ref]] = {}
         self._integers: dict[int, list[int]] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return self._number(args[0])
         literal = None
@@ -92,7 +96,7 @@ class StorageLog(TorchDispatchMode):
 
     @property
     def position(self) -> int:
-        """How far the log has come; a stretch is between two positions."""
+        """Number of events so far; a stretch of the log lies between two positions."""
         return len(self.events)
 
     def alive(self) -> list[Storage]:
@@ -100,21 +104,21 @@ class StorageLog(TorchDispatchMode):
         return [storage for storage, _ in self._alive.values()]
 
     def assign(self, tensors: Iterable[torch.Tensor], role: str) -> None:
-        """Says what the storages of these tensors are for; the first role given to a storage stays."""
+        """Sets what the storages of these tensors are for; a storage keeps the first role it is given."""
         for tensor in tensors:
             entry = self._alive.get(tensor.untyped_storage()._cdata)
             if entry is not None and not entry[0].role:
                 entry[0].role = role
 
     def peak(self, start: int, stop: int) -> Peak:
-        """The first fullest moment after the events number `start` to `stop` - 1."""
+        """The fullest moment, or the first of several, after the events number `start` to `stop` - 1."""
         live = sum(storage.nbytes * sign for storage, sign in self.events[:start])
         most, moment = live, start
         for number, (storage, sign) in enumerate(self.events[start:stop], start + 1):
             live += storage.nbytes * sign
             if live > most:
                 most, moment = live, number
-        count = Counter()
+        count: Counter[Storage] = Counter()
         for storage, sign in self.events[:moment]:
             count[storage] += sign
         storages = sorted((storage for storage, number in count.items() if number), key=lambda item: -item.nbytes)
@@ -124,7 +128,7 @@ class StorageLog(TorchDispatchMode):
         return Peak(most, dict(by_role), tuple(storages))
 
     def most_of(self, role: str, start: int) -> int:
-        """The most bytes of one role alive at once since event number `start`."""
+        """The most bytes of one role that were alive at once since event number `start`."""
         live, most = 0, 0
         for number, (storage, sign) in enumerate(self.events):
             if storage.role == role:
@@ -157,7 +161,7 @@ class StorageLog(TorchDispatchMode):
 
 
 def _integers_of(tensor: torch.Tensor) -> list[int] | None:
-    """The values of a real tensor of int64; as a list, since an operation under the modes would have no values."""
+    """The values of a real int64 tensor, as a list: under the modes a tensor would lose them; None for other dtypes."""
     if tensor.dtype != torch.int64:
         return None
     with _disable_current_modes():
@@ -165,8 +169,8 @@ def _integers_of(tensor: torch.Tensor) -> list[int] | None:
 
 
 def _maker(func: object) -> str:
-    """The function of ours or of an engine that is running; for an operation of the backward pass, the operation."""
-    frame = sys._getframe(3)
+    """The running function of this project or of an engine; for an operation of the backward pass, the operation."""
+    frame: FrameType | None = sys._getframe(3)
     while frame is not None:
         file = frame.f_code.co_filename
         if file.endswith(_AUTOGRAD):

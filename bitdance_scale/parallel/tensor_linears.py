@@ -1,7 +1,7 @@
 """Tensor-parallel linear layers for the diffusion head and the projector.
 
-Megatron-core's column- and row-parallel layers behind the factory that `model/` asks for its linears, so that model
-code stays free of process groups.
+They wrap Megatron-core's column- and row-parallel layers in the factory from which `model/` gets its linears. Model
+code therefore needs no process groups.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from bitdance_scale.parallel.topology import Topology
 
 
 def _no_init(tensor: torch.Tensor) -> torch.Tensor:
-    """Megatron-core asks for an initialiser it never calls here; `parallel/initialise.py` fills every weight."""
+    """Megatron-core requires an initialiser but never calls it here; `parallel/build.py` fills every weight."""
     return tensor
 
 
 class ColumnLinear(ColumnParallelLinear):
     """Output features split over tensor-parallel ranks.
 
-    `num_chunks` matrices are stacked in the weight and each is split by itself: the local weight holds this rank's part
-    of the first, then of the second, and so on.
+    The weight stacks `num_chunks` matrices, and each is split separately: the local weight holds this rank's part of
+    the first matrix, then of the second, and so on.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class RowLinear(RowParallelLinear):
 
 
 def without_sequence_parallel(megatron: TransformerConfig) -> TransformerConfig:
-    """The same configuration for modules whose input every tensor-parallel rank has whole."""
+    """The same configuration, for modules whose whole input every tensor-parallel rank has."""
     whole = copy.copy(megatron)
     whole.sequence_parallel = False
     return whole
@@ -69,8 +69,8 @@ def without_sequence_parallel(megatron: TransformerConfig) -> TransformerConfig:
 class TensorParallelLinears:
     """The linear factory of `model/` over the tensor-parallel group.
 
-    The head and the projector work on rows (blocks, vision tokens), not on positions, so that sequence parallelism stops
-    before them: every rank has their input whole.
+    The head and the projector work on blocks and vision tokens rather than positions, so sequence parallelism ends
+    before them and every rank has their whole input.
     """
 
     def __init__(self, megatron: TransformerConfig, topology: Topology) -> None:
@@ -85,6 +85,6 @@ class TensorParallelLinears:
         """A linear whose input features are split over the ranks."""
         return RowLinear(in_size, out_size, self._megatron)
 
-    def replicated(self, in_size: int, out_size: int) -> nn.Module:
+    def replicated(self, in_size: int, out_size: int) -> nn.Linear:
         """A linear that every rank holds and computes whole."""
         return nn.Linear(in_size, out_size, dtype=self._megatron.params_dtype)

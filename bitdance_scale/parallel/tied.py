@@ -1,9 +1,9 @@
 """A tied embedding under a pipeline: one weight that is used on two ranks.
 
-The first stage embeds with it, the last projects to the vocabulary with it. The first stage owns it: its engine holds the
-only master, moments and gradient, and a checkpoint has it once. The last stage computes with a copy that is refreshed
-before every use, and sends the gradient of its use back before gradients are reduced. Two owners that step alike would
-drift apart by rounding, since the two stages may sum over data-parallel ranks in different orders.
+The first stage embeds with it, the last projects to the vocabulary with it. The first stage owns it: its engine holds
+the only master, moments and gradient, and a checkpoint stores it once. The last stage computes with a copy, which is
+refreshed before every use, and sends the copy's gradient back before gradients are reduced. Two owners that make the
+same steps would drift apart by rounding, since the two stages may sum over data-parallel ranks in different orders.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ class TiedEmbedding:
             self._owner = stages[0].embedding.weight
         else:
             self._copy = stages[-1].output.weight
-            # Over micro-batches the gradient is summed in float32, as the engine sums the others.
+            # Summed over micro-batches in float32, as the engine sums the other gradients.
             self._gradient = torch.zeros_like(self._copy, dtype=torch.float32)
             self._copy.register_post_accumulate_grad_hook(self._take_gradient)
 
     @torch.no_grad()
     def share_weight(self) -> None:
-        """Refreshes the copy; before every step and before decoding, whoever has changed the weight."""
-        if self._owner is not None or self._copy is not None:
-            weight = self._owner if self._owner is not None else self._copy
+        """Refreshes the copy from the weight; call it before every step, evaluation and decoding."""
+        weight = self._owner if self._owner is not None else self._copy
+        if weight is not None:
             dist.broadcast(weight.data, self._topology.first_stage_rank, group=self._topology.ends_group)
 
     def return_gradient(self) -> None:
-        """Adds the gradient of the copy to that of the weight, through autograd, where the engine's hooks see it."""
+        """Adds the gradient of the copy to that of the weight, through autograd, so that the engine's hooks see it."""
         if self._copy is not None:
             dist.send(self._gradient, self._topology.first_stage_rank, group=self._topology.ends_group)
             self._gradient.zero_()
@@ -58,5 +58,6 @@ class TiedEmbedding:
             self._owner.backward(received.to(self._owner.dtype))
 
     def _take_gradient(self, copy: torch.Tensor) -> None:
+        assert copy.grad is not None, "a hook that runs after the gradient is accumulated"
         self._gradient += copy.grad
         copy.grad = None

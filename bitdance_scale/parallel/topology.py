@@ -1,6 +1,6 @@
 """The process groups of a run as one object.
 
-Ranks are laid out as Megatron does: tensor-parallel ranks are neighbours, then data, then pipeline, so that
+Ranks are laid out as in Megatron-core: tensor-parallel ranks are neighbours, then data, then pipeline, so that
 tensor-parallel traffic stays inside a node. The ranks that hold one copy of the model (tensor x pipeline) are a
 *replica*; the data rank numbers the replicas.
 """
@@ -13,25 +13,25 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from bitdance_scale.config.schema import ParallelSection
-from bitdance_scale.parallel.cpu import redirect_cuda_calls
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Where this rank stands, and the groups it communicates in.
+    """The position of this rank in the layout, and the groups in which it communicates.
 
     The `get_*` methods are the model-parallel interface that DeepSpeed expects of its `mpu` argument.
 
     Attributes:
         device: device of this rank's tensors.
-        tensor_group, pipeline_group, data_group: the three axes.
+        tensor_group, pipeline_group, data_group: one group per axis of the layout.
         replica_group: all ranks of this replica, tensor x pipeline.
         replica_host_group: the same ranks over gloo, for host objects; the same group on CPU.
         replica_ranks: global ranks of the replica; the first reads the data.
-        ends_group: the first and the last pipeline rank with this rank's tensor and data rank, between which a tied
-            embedding travels; None on the ranks between them and without a pipeline.
+        ends_group: the first and the last pipeline rank with this rank's tensor and data rank, which exchange a tied
+            embedding; None on the ranks between them and without a pipeline.
     """
 
     device: torch.device
@@ -45,39 +45,47 @@ class Topology:
 
     @property
     def device_name(self) -> str:
-        """What the maker calls this rank's device; `cpu` without CUDA."""
+        """The vendor's name of this rank's device; `cpu` without CUDA."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
     @property
     def rank(self) -> int:
+        """Global rank."""
         return dist.get_rank()
 
     @property
     def world_size(self) -> int:
+        """Ranks of the job."""
         return dist.get_world_size()
 
     @property
     def tensor_rank(self) -> int:
+        """Rank on the tensor-parallel axis."""
         return dist.get_rank(self.tensor_group)
 
     @property
     def tensor_size(self) -> int:
+        """Ranks on the tensor-parallel axis."""
         return dist.get_world_size(self.tensor_group)
 
     @property
     def pipeline_rank(self) -> int:
+        """Rank on the pipeline axis."""
         return dist.get_rank(self.pipeline_group)
 
     @property
     def pipeline_size(self) -> int:
+        """Ranks on the pipeline axis."""
         return dist.get_world_size(self.pipeline_group)
 
     @property
     def data_rank(self) -> int:
+        """Number of this replica."""
         return dist.get_rank(self.data_group)
 
     @property
     def data_size(self) -> int:
+        """Number of replicas."""
         return dist.get_world_size(self.data_group)
 
     @property
@@ -96,39 +104,51 @@ class Topology:
         return dist.get_global_rank(self.pipeline_group, self.pipeline_size - 1)
 
     def get_model_parallel_rank(self) -> int:
+        """Rank in the replica."""
         return dist.get_rank(self.replica_group)
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """The replica."""
         return self.replica_group
 
     def get_model_parallel_world_size(self) -> int:
+        """Ranks of the replica."""
         return dist.get_world_size(self.replica_group)
 
     def get_data_parallel_rank(self) -> int:
+        """`data_rank`."""
         return self.data_rank
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """`data_group`."""
         return self.data_group
 
     def get_data_parallel_world_size(self) -> int:
+        """`data_size`."""
         return self.data_size
 
     def get_tensor_model_parallel_rank(self) -> int:
+        """`tensor_rank`."""
         return self.tensor_rank
 
     def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        """`tensor_group`."""
         return self.tensor_group
 
     def get_tensor_model_parallel_world_size(self) -> int:
+        """`tensor_size`."""
         return self.tensor_size
 
     def get_pipeline_model_parallel_rank(self) -> int:
+        """`pipeline_rank`."""
         return self.pipeline_rank
 
     def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
+        """`pipeline_group`."""
         return self.pipeline_group
 
     def get_pipeline_model_parallel_world_size(self) -> int:
+        """`pipeline_size`."""
         return self.pipeline_size
 
 
@@ -140,11 +160,16 @@ def start_process_group(timeout_s: float = 1800.0) -> None:
     dist.init_process_group("nccl" if has_cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
 
 
-def make_topology(section: ParallelSection) -> Topology:
-    """Builds the groups over all ranks of the running job; `start_process_group` comes first."""
-    redirect_cuda_calls()
+def end_process_group() -> None:
+    """Leaves the job and forgets its groups, so that this process can join another one."""
     from megatron.core import parallel_state
 
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def make_topology(section: ParallelSection) -> Topology:
+    """Builds the groups over all ranks of the running job; `start_process_group` comes first."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=section.tensor,
         pipeline_model_parallel_size=section.pipeline,
@@ -169,19 +194,13 @@ def make_topology(section: ParallelSection) -> Topology:
 
 def _ends_group(section: ParallelSection) -> dist.ProcessGroup | None:
     """Megatron's embedding group, of the first and last pipeline rank."""
-    from megatron.core import parallel_state
-
     is_end = parallel_state.is_rank_in_embedding_group(ignore_virtual=True)
     return parallel_state.get_embedding_group() if section.pipeline > 1 and is_end else None
 
 
 def _host_group(replica_ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    """A gloo group of this replica; every rank must take part in creating every replica's group."""
-    replicas: list[tuple[int, ...] | None] = [None] * dist.get_world_size()
+    """A gloo group of this replica; every rank must take part in making every replica's group."""
+    replicas: list[tuple[int, ...]] = [()] * dist.get_world_size()
     dist.all_gather_object(replicas, replica_ranks)
-    mine = None
-    for ranks in sorted(set(replicas)):
-        group = dist.new_group(list(ranks), backend="gloo")
-        if ranks == replica_ranks:
-            mine = group
-    return mine
+    groups = {ranks: dist.new_group(list(ranks), backend="gloo") for ranks in sorted(set(replicas))}
+    return groups[replica_ranks]

@@ -1,12 +1,12 @@
 """DeepSpeed ZeRO over the data-parallel ranks: the only module that knows DeepSpeed.
 
-The engine partitions optimiser state (stage 1), gradients (2) and parameters (3), reduces gradients, takes the norm over
-the whole model, clips, refuses a step whose norm is not finite on any rank, and steps AdamW on float32 masters. Its
-dictionary is derived from the configuration. Losses arrive as parts of a global mean (`parallel/step.py`), so the
-engine's averaging over data-parallel ranks is undone there and its division by accumulation steps is never used.
+The engine partitions optimiser state (stage 1), gradients (2) and parameters (3). It reduces gradients, takes the norm
+over the whole model, clips, refuses a step whose norm is not finite on any rank, and steps AdamW on float32 masters.
+Its configuration is derived from the run's. Losses arrive as parts of a global mean (`parallel/step.py`): the engine's
+average over data-parallel ranks is undone there, and its division by accumulation steps is not used.
 
-What is kept for a parameter is told in fragments: a range of its flattened local tensor, with the float32 master and the
-two moments as views into the engine's buffers. Checkpoints read and write these views.
+What a rank keeps of a parameter is a fragment: a range of the flattened local tensor, with its float32 master and two
+moments as views into the engine's buffers. Checkpoints read and write these views.
 """
 
 from __future__ import annotations
@@ -14,23 +14,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
+import deepspeed
 import torch
+from deepspeed.utils import safe_get_full_grad
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.inputs import PackInputs
-from bitdance_scale.parallel.cpu import redirect_cuda_calls
 from bitdance_scale.parallel.parameter_names import Parameters, name_parameters
 from bitdance_scale.parallel.partition import ShardedValue, fragment_pieces, whole_pieces
 from bitdance_scale.parallel.pipeline_stages import RankStages, Stage
 from bitdance_scale.parallel.tied import TiedEmbedding
 from bitdance_scale.parallel.topology import Topology
 
-redirect_cuda_calls()
-import deepspeed  # noqa: E402  (its accelerator is chosen at import)
-from deepspeed.utils import safe_get_full_grad  # noqa: E402
-
-# A shared-memory all-reduce for inference on CPUs, which every process would compile or load at its start.
+# A shared-memory all-reduce for inference on CPUs, which every process would compile or load when it starts.
 deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -40,11 +38,11 @@ MAX_BUCKET_ELEMENTS = 500_000_000
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """How the optimiser step went.
+    """The result of an optimiser step.
 
     Attributes:
         grad_norm: norm of the whole model's gradient before clipping.
-        is_skipped: the norm was not finite, so that no rank changed anything.
+        is_skipped: whether the norm was not finite, so that no rank changed anything.
     """
 
     grad_norm: float
@@ -56,7 +54,7 @@ class Fragment:
     """What this rank's optimiser keeps of one parameter.
 
     Attributes:
-        start: first element, in the flattened local parameter.
+        start: index of the first element in the flattened local parameter.
         master: float32 [n], weights; a view.
         exp_avg, exp_avg_sq: float32 [n], AdamW's moments; views.
     """
@@ -68,13 +66,13 @@ class Fragment:
 
 
 def deepspeed_config(config: RunConfig, data_size: int, num_elements: int) -> dict[str, object]:
-    """DeepSpeed's dictionary, derived from the tree; bf16 accumulates gradients in float32.
+    """DeepSpeed's configuration, derived from the run's; under bfloat16 gradients are accumulated in float32.
 
     Args:
         config: the run.
         data_size: data-parallel ranks.
-        num_elements: elements of this rank's parameters. The buffer in which gradients are reduced holds no more of
-            them: how gradients are dealt to reductions changes nothing in their sums.
+        num_elements: elements of this rank's parameters. The buffer in which gradients are reduced needs no more than
+            these: the sums do not depend on which gradients are reduced together.
     """
     settings: dict[str, object] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -102,11 +100,12 @@ class ZeroEngine:
         module: the stages, with their initial weights.
         config: the run.
         topology: the ranks.
-        is_fused: whether AdamW is one kernel, without temporary tensors; default: on CUDA.
+        is_fused: whether AdamW is one kernel without temporary tensors; None: only on CUDA.
 
     Attributes:
-        stages: the modules; their parameters are the engine's, but for a copy of a tied embedding (`parallel/tied.py`).
-        parameters: global name -> parameter and placement.
+        stages: the modules; the engine trains all their parameters except a copy of a tied embedding
+        (`parallel/tied.py`). tied: moves a tied embedding between the ends of the pipeline; None if embeddings are not
+        tied. parameters: global name -> parameter and placement.
     """
 
     def __init__(self, module: RankStages, config: RunConfig, topology: Topology, is_fused: bool | None = None) -> None:
@@ -139,13 +138,13 @@ class ZeroEngine:
         return self._engine(inputs)
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
-        """Backpropagates one micro-batch; gradients are reduced over replicas with the last of a step (ZeRO-1)."""
+        """Backpropagates one micro-batch; under ZeRO-1 gradients are reduced with the last one of a step."""
         self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.backward(loss, scale_wrt_gas=False)
 
     @contextlib.contextmanager
     def external_backward(self) -> Iterator[list[Stage]]:
-        """Lends the stages to Megatron's schedule for a whole step, then reduces the gradients it left (ZeRO-1)."""
+        """Lends the stages to Megatron-core's schedule for a whole step, then reduces their gradients (ZeRO-1)."""
         self._engine.set_gradient_accumulation_boundary(False)
         if self.tied is not None:
             self.tied.share_weight()
@@ -164,34 +163,36 @@ class ZeroEngine:
         return StepOutcome(grad_norm=norm, is_skipped=bool(self._optimizer.overflow))
 
     def gradient(self, name: str) -> torch.Tensor:
-        """The reduced gradient of a local parameter, before the step; collective over data-parallel ranks.
+        """The gradient of the global loss for a local parameter, before the step; collective over data-parallel ranks.
 
-        It is the gradient of the global loss. For tests and diagnosis: it is assembled from the partitions.
+        For tests and diagnosis: it is assembled from the partitions, which is slow.
         """
         return safe_get_full_grad(self.parameters[name].parameter).float()
 
     def fragments(self) -> Iterator[tuple[str, Fragment]]:
-        """What this rank keeps of each parameter, by global name; parameters kept elsewhere do not appear."""
+        """(global name, fragment) of each parameter that this rank keeps a part of."""
         for name, (parameter, _) in self.parameters.items():
             kept = self._locate(parameter)
             if kept is None:
                 continue
             flat, offset, start, length = kept
             state = self._adam.state[flat]
-            views = [tensor.narrow(0, offset, length) for tensor in (flat.data, *(state[key] for key in MOMENTS))]
-            yield name, Fragment(start, *views)
+            master, exp_avg, exp_avg_sq = (
+                tensor.narrow(0, offset, length) for tensor in (flat.data, *(state[key] for key in MOMENTS))
+            )
+            yield name, Fragment(start, master, exp_avg, exp_avg_sq)
 
     def model_values(self) -> dict[str, ShardedValue]:
         """The weights in training dtype, as views to save from or load into.
 
-        Under ZeRO-3 they are loaded before the first step: after one, DeepSpeed keeps small parameters gathered beside
-        the parts that these views see.
+        Under ZeRO-3, load only before the first step: from then on DeepSpeed keeps small parameters gathered in
+        addition to the parts that these views show.
         """
         values = {}
         for name, (parameter, placement) in self.parameters.items():
             if self._zero_stage == 3:
                 start, length = self._partition_range(parameter)
-                flat = parameter.ds_tensor.data.narrow(0, 0, length)
+                flat = _under_zero3(parameter).ds_tensor.data.narrow(0, 0, length)
                 values[name] = fragment_pieces(flat, start, placement)
             else:
                 values[name] = whole_pieces(parameter.data, placement)
@@ -208,16 +209,16 @@ class ZeroEngine:
         return values
 
     def holdings(self) -> dict[str, list[torch.Tensor]]:
-        """What the engine keeps from step to step, by kind; tensors may be views of one storage.
+        """What the engine keeps from step to step, by kind; several tensors may be views of one storage.
 
-        `weights` in training dtype, `masters` and `moments` in float32, `buffers` for reducing gradients (ZeRO-3; the
-        other stages make theirs anew in every step).
+        `weights` in training dtype, `masters` and `moments` in float32, `buffers` for reducing gradients (ZeRO-3 only:
+        the other stages make them again in every step).
         """
         parameters = [located.parameter for located in self.parameters.values()]
         masters = self._flat_masters()
         weights, buffers = [parameter.data for parameter in parameters], []
         if self._zero_stage == 3:
-            weights += [parameter.ds_tensor for parameter in parameters]
+            weights += [_under_zero3(parameter).ds_tensor.data for parameter in parameters]
             buffers += [bucket.buffer for bucket in self._optimizer.ipg_buckets.values()]
         return {
             "weights": weights,
@@ -227,24 +228,24 @@ class ZeroEngine:
         }
 
     def optimizer_step(self) -> int:
-        """Optimiser steps taken, AdamW's bias-correction counter."""
+        """Optimiser steps taken, which AdamW counts for its bias correction."""
         return int(self._adam.state[self._flat_masters()[0]]["step"].item())
 
     def set_optimizer_step(self, step: int) -> None:
-        """Restores AdamW's bias-correction counter."""
+        """Restores the number of optimiser steps taken."""
         for flat in self._flat_masters():
             self._adam.state[flat]["step"].fill_(float(step))
 
     def _flat_masters(self) -> list[torch.Tensor]:
-        """The float32 buffers that AdamW steps."""
+        """The float32 buffers on which AdamW steps."""
         if self._zero_stage == 3:
             return list(self._optimizer.fp32_partitioned_groups_flat)
         return [parameter for group in self._adam.param_groups for parameter in group["params"]]
 
     def _make_moments(self) -> None:
-        """Makes AdamW's state at once rather than at the first step, so that a checkpoint can be loaded into it."""
+        """Makes AdamW's state now rather than at the first step, so that a checkpoint can be loaded into it."""
         for flat in self._flat_masters():
-            # Fused AdamW (CUDA) counts steps on the device, the plain one on the host.
+            # A tensor on the device, as fused AdamW requires.
             step = torch.zeros((), dtype=torch.float32, device=flat.device)
             moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
             self._adam.state[flat] = {"step": step, **moments}
@@ -255,7 +256,7 @@ class ZeroEngine:
             group, offset, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
             start, length = self._partition_range(parameter)
             return (self._flat_masters()[group], int(offset), start, length) if length else None
-        mapping = parameter._hp_mapping
+        mapping = cast(_LinkedParameter, parameter)._hp_mapping
         if mapping is None:
             return None
         flat = self._flat_masters()[mapping.param_group_index]
@@ -267,10 +268,35 @@ class ZeroEngine:
         )
 
     def _partition_range(self, parameter: torch.Tensor) -> tuple[int, int]:
-        """(start, length) of this rank's ZeRO-3 partition; the last ones are padded, and may be empty."""
-        size = parameter.ds_tensor.ds_numel
-        start = min(self._topology.data_rank * size, parameter.ds_numel)
-        return start, min(size, parameter.ds_numel - start)
+        """(start, length) of this rank's ZeRO-3 partition; the last ranks' partitions are padded and may be empty."""
+        partitioned = _under_zero3(parameter)
+        size = partitioned.ds_tensor.ds_numel
+        start = min(self._topology.data_rank * size, partitioned.ds_numel)
+        return start, min(size, partitioned.ds_numel - start)
+
+
+class _Partition(Protocol):
+    """A rank's padded part of a parameter."""
+
+    data: torch.Tensor
+    ds_numel: int
+
+
+class _PartitionedParameter(Protocol):
+    """What ZeRO-3 adds to a parameter: this rank's part, and the number of elements of the whole."""
+
+    ds_tensor: _Partition
+    ds_numel: int
+
+
+class _LinkedParameter(Protocol):
+    """What ZeRO-1 and 2 add to a parameter: where its fragment lies in the flat buffers; None if it is elsewhere."""
+
+    _hp_mapping: Any
+
+
+def _under_zero3(parameter: torch.Tensor) -> _PartitionedParameter:
+    return cast(_PartitionedParameter, parameter)
 
 
 def _num_elements(parameters: Parameters) -> int:

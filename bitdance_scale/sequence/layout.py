@@ -1,13 +1,13 @@
-"""The sole home of "which position is what, which block it is in and who sees whom".
+"""The layout of samples and packs: what every position is, and which attention group it is in.
 
 One text-to-image sample (arXiv 2602.14041 Sec. 4.3, `[bos] {text} [boi] [res_i] [res_j] {visual} [eoi] [eos]`) is
 
     {before} <|vision_start|> <|res_h|> <|res_w|> <|query_1|> .. <|query_{P-1}|> {vision tokens} <|vision_end|> {after}
 
 The P positions `<|res_w|>, <|query_1|>, ..` predict the first block, block m predicts block m + 1, and the last block
-predicts nothing (Sec. 3.3). Attention is causal, but positions of one block (and of the group `<|res_w|>` and queries)
-all see each other, unless `ImageTokens.is_causal` takes that away (the ablation of Table 14). Samples of a pack do not
-see each other.
+predicts nothing (Sec. 3.3). A block is an attention group, and so are `<|res_w|>` and the queries together; every other
+position is a group by itself. `sequence/visibility.py` says who sees whom. With `ImageTokens.is_causal`, the ablation
+of Table 14, every position is a group by itself.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from einops import rearrange
 
-from bitdance_scale.sequence.grid import block_raster_cells
 from bitdance_scale.sequence.pack import Pack, Sample
 
 
@@ -29,7 +29,7 @@ class ImageTokens:
         vision_start, vision_end: ids of `<|vision_start|>` and `<|vision_end|>`.
         resolution: ids of `<|res_1|>`, `<|res_2|>`, ..; the token of n cells is `resolution[n - 1]`.
         queries: ids of `<|query_1|>` .. `<|query_{P-1}|>`.
-        is_causal: whether positions of one block see only those before them.
+        is_causal: whether positions of a block see only those before them.
     """
 
     vision_start: int
@@ -65,26 +65,26 @@ def attention_groups(num_before: int, num_vision: int, num_after: int, tokens: I
     Args:
         num_before: positions before `<|res_w|>`.
         num_vision: vision tokens, a multiple of P.
-        num_after: positions behind them.
+        num_after: positions after the vision tokens.
         tokens: size of a block, and whether its positions see each other.
 
     Returns:
-        int32 [num_before + P + num_vision + num_after], from 0 on.
+        int32 [num_before + P + num_vision + num_after], counted from 0.
     """
     size = tokens.block_tokens
     if tokens.is_causal:
         return np.arange(num_before + size + num_vision + num_after, dtype=np.int32)
-    # A plain position is a group of its own; `<|res_w|>` with the queries is one group, and so is every vision block.
-    sizes = [np.ones(num_before), np.full(1 + num_vision // size, size), np.ones(num_after)]
-    sizes = np.concatenate(sizes).astype(np.int64)
+    # `<|res_w|>` with the queries is one group, and so is every vision block.
+    sizes = np.ones(num_before + 1 + num_vision // size + num_after, dtype=np.int64)
+    sizes[num_before : len(sizes) - num_after] = size
     return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
 
 
 def pack_samples(samples: Sequence[Sample], tokens: ImageTokens, pack_multiple: int) -> Pack:
-    """Lays samples end to end in one training row.
+    """Lays samples end to end in one training row, in the order given.
 
     Args:
-        samples: at least one; grids divisible by the block side.
+        samples: at least one; the sides of their grids are divisible by the block side.
         tokens: ids of the special tokens around an image.
         pack_multiple: the row is padded to a multiple of this many positions.
 
@@ -127,7 +127,7 @@ class _Rows:
 
 
 def _append_sample(rows: _Rows, document: int, sample: Sample, tokens: ImageTokens) -> None:
-    """Adds one sample; the comments on offsets refer to the sequence in the module's docstring."""
+    """Adds one sample, the sequence in the module's docstring."""
     size = tokens.block_tokens
     prefix = image_prefix_ids(sample.grid, tokens)
     num_before, num_vision, num_after = len(sample.before_ids), sample.grid[0] * sample.grid[1], len(sample.after_ids)
@@ -162,6 +162,30 @@ def _append_sample(rows: _Rows, document: int, sample: Sample, tokens: ImageToke
         text_targets=token_ids[text_indices],
         sample_vision=np.array([[vision_before, vision_before + num_vision]], dtype=np.int64),
     )
+
+
+def block_raster_cells(grid: tuple[int, int], block_side: int) -> np.ndarray:
+    """Cells of an image in block raster order, in which its vision tokens follow: `(h p1) (w p2) -> (h w p1 p2)`.
+
+    The grid is cut into p x p blocks; blocks come in raster order, and so do the cells inside a block
+    (arXiv 2602.14041 Sec. 3.3, Fig. 4).
+
+    Args:
+        grid: (height, width) in latent cells, both divisible by `block_side`.
+        block_side: p.
+
+    Returns:
+        int32 [height * width, 2], (row, column) of every cell.
+
+    Raises:
+        ValueError: a side is not divisible by `block_side`.
+    """
+    height, width = grid
+    if height % block_side or width % block_side:
+        raise ValueError(f"grid {grid}: sides must be divisible by the block side {block_side}")
+    rows, columns = np.meshgrid(np.arange(height, dtype=np.int32), np.arange(width, dtype=np.int32), indexing="ij")
+    cells = np.stack([rows, columns], axis=-1)
+    return rearrange(cells, "(h p1) (w p2) rc -> (h w p1 p2) rc", p1=block_side, p2=block_side)
 
 
 def _side(block_tokens: int) -> int:

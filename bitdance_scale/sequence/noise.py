@@ -1,8 +1,9 @@
-"""Counter-based noise: every random number of a sample is a function of (seed, step, sample), of nothing else.
+"""Counter-based noise: every random number of a sample is a function of (seed, step, sample) and of nothing else.
 
-No rank, layout, worker or position in a pack enters, so two layouts of one run, or a run and its resumption, draw the
-same numbers, and losses and gradients can be compared across layouts. Philox (Salmon et al., "Parallel random numbers:
-as easy as 1, 2, 3", 2011) through numpy, whose stream is fixed across versions and machines.
+It does not depend on the rank, the layout, the worker or the position in a pack. Two layouts of a run, or a run and its
+resumption, therefore draw the same numbers, and losses and gradients can be compared across layouts. The generator is
+Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) in numpy, whose stream is the same in every
+version and on every machine.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from bitdance_scale.sequence.pack import Pack
 
 
 class Purpose(enum.IntEnum):
-    """What a stream of numbers is for; streams of different purpose are independent."""
+    """What a stream of numbers is for; streams of different purposes are independent."""
 
     TRAIN = 1
     EVALUATE = 2
@@ -43,7 +44,7 @@ class PackNoise:
     Attributes:
         flip_level: float32 [V, C], u ~ U(0, 1): the element is flipped with probability flip_max * u.
         flip_draw: float32 [V, C], U(0, 1), decides the flip.
-        time_normal: float32 [Q / P], N(0, 1) per predicted block, from which the flow time is made.
+        time_normal: float32 [Q / P], N(0, 1) per predicted block, which `model/flow.py` turns into a flow time.
         noise: float32 [Q, C], the Gaussian end of the flow.
     """
 
@@ -54,7 +55,7 @@ class PackNoise:
 
 
 def pack_noise(pack: Pack, num_bits: int, seed: int, step: int, purpose: Purpose = Purpose.TRAIN) -> PackNoise:
-    """Draws the noise of a pack, sample by sample, each from its own generator."""
+    """Draws the noise of a pack, each sample's from its own generator."""
     uniforms: list[np.ndarray] = []
     times: list[np.ndarray] = []
     noises: list[np.ndarray] = []

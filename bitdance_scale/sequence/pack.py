@@ -1,9 +1,9 @@
 """Sample and Pack: what the loader hands to the model.
 
 A `Sample` is one image with its text, tokenized. A `Pack` is one training row: several samples laid end to end by
-`layout.py`. It holds, per position and per vision token, everything the model must know, so that no other code ever
-derives again "which position is what". Packs are numpy: they are built by loader threads, sent between the ranks of a
-replica and moved to the device once.
+`layout.py`. It holds, per position and per vision token, everything that the model needs to know, so no other code
+works out what a position is. Packs are numpy arrays: loader threads build them, the ranks of a replica send them to
+each other, and they move to the device once.
 
 Sizes: S positions, V vision tokens, Q predicted vision tokens, P vision tokens per block, C bits, T text targets,
 N samples.
@@ -22,12 +22,12 @@ class Sample:
     """One image-text pair, ready to be laid out; `sequence/tokens.py` makes them from captions.
 
     Attributes:
-        key: identity of the sample in the data set, 0 <= key < 2^63; all its noise is keyed by it.
+        key: identity of the sample in the data set, 0 <= key < 2^63; all its noise depends on it.
         grid: (height, width) of the image in latent cells.
         before_ids: int64 [A], tokens before `<|vision_start|>`.
         after_ids: int64 [B], tokens after `<|vision_end|>`.
-        first_target_before: index in before_ids of the first text target (at least 1); A when there is none.
-        first_target_after: index in after_ids of the first text target (at least 1); B when there is none.
+        first_target_before: index in before_ids of the first text target (at least 1); A if there is none.
+        first_target_after: index in after_ids of the first text target (at least 1); B if there is none.
         predicts_image: whether the vision tokens are targets (text-to-image) or only context (image-to-text).
     """
 
@@ -48,8 +48,8 @@ class Pack:
         token_ids: int64 [S], text and special token ids; 0 at vision positions and padding.
         position_ids: int64 [S], rotary position, restarting at 0 in every sample.
         document_ids: int32 [S], sample of the position, -1 for padding.
-        block_ids: int32 [S], attention group within the sample, never decreasing along it. Position i sees j when
-            both are of one document and block_ids[j] <= block_ids[i].
+        block_ids: int32 [S], attention group within the sample, never decreasing along it. With `document_ids` it
+            decides who sees whom (`sequence/visibility.py`).
         vision_positions: int64 [V], position of every vision token.
         vision_cells: int32 [V, 2], (row, column) of its latent cell.
         vision_bits: uint8 [V, C / 8], its bits packed by `vision/bits.py`; None until the images are encoded.
@@ -92,9 +92,10 @@ class Pack:
         return int((self.document_ids < 0).sum())
 
     def with_bits(self, vision_bits: np.ndarray) -> Pack:
-        """The pack with its images encoded; vision_bits: uint8 [V, C / 8]."""
+        """The pack with its images encoded, as uint8 [V, C / 8]; ValueError for another shape or dtype."""
         if vision_bits.shape[0] != len(self.vision_positions) or vision_bits.dtype != np.uint8:
             raise ValueError(
-                f"expected uint8 [{len(self.vision_positions)}, C/8], got {vision_bits.dtype} {vision_bits.shape}"
+                f"vision_bits: {vision_bits.dtype} {vision_bits.shape}, expected uint8 "
+                f"[{len(self.vision_positions)}, C/8]"
             )
         return dataclasses.replace(self, vision_bits=vision_bits)

@@ -1,7 +1,7 @@
-"""The text tokenizer of a run as the files of a published folder, which transformers 4.57 and 5 read alike.
+"""Writes the text tokenizer of a run as the files of a published folder, which transformers 4.57 and 5 can read.
 
-The files are written by editing their JSON: what one version of transformers saves, another may not load (5 names a
-tokenizer class that 4.57 does not know). A sentencepiece model is written as the `tokenizer.json` of the same tokenizer.
+The JSON files are edited rather than saved by transformers, because one version may not load what another saved (5
+names a tokenizer class that 4.57 does not know). A sentencepiece model is written as an equivalent `tokenizer.json`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 _ADDED_NAME = "added_tokens.json"
 _COPIED_NAMES = ("special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja")
-# What transformers 5 calls a tokenizer that is its `tokenizer.json` and nothing else, and what both versions know.
+# The class of a tokenizer that is only a `tokenizer.json`: as transformers 5 names it, and as both versions know it.
 _CLASS_OF_5, _CLASS_OF_BOTH = "TokenizersBackend", "PreTrainedTokenizerFast"
 _SPACE = "▁"
 
 
 def write_tokenizer(section: TextSection, tokenizer: TextTokenizer, folder: Path) -> None:
-    """Writes the tokenizer with its resolution and query tokens, and loads it again to see that it is the same.
+    """Writes the tokenizer with its resolution and query tokens, and loads it again to check that it is the same.
 
     Args:
         section: where the tokenizer came from.
-        tokenizer: as `load_text_tokenizer` made it of that section.
-        folder: must exist.
+        tokenizer: what `load_text_tokenizer` made from that section.
+        folder: where to write; it must exist.
 
     Raises:
-        ConfigError: it cannot be written so.
+        ConfigError: the tokenizer cannot be written in this form, or what is written differs from it.
     """
     if section.kind == "sentencepiece":
         _write_sentencepiece(section.tokenizer_path, tokenizer, folder)
@@ -44,15 +44,15 @@ def write_tokenizer(section: TextSection, tokenizer: TextTokenizer, folder: Path
     written = TextSection(kind="huggingface", path=str(folder), max_caption_tokens=section.max_caption_tokens)
     if load_text_tokenizer(written, tokenizer.image_tokens.block_tokens).digest != tokenizer.digest:
         raise ConfigError(
-            f"text.path = {section.path!r}: the tokenizer written to {folder} has other entries than this one; "
-            "its tokenizer.json does not describe it fully: save it again with transformers"
+            f"text.path = {section.path!r}: the tokenizer written to {folder} has other entries than this one, whose "
+            "tokenizer.json does not describe it fully; save it again with transformers"
         )
 
 
 def _write_extended(source: Path, tokenizer: TextTokenizer, folder: Path) -> None:
-    """Copies a Hugging Face tokenizer, with what it lacks of the added tokens put in."""
+    """Copies a Hugging Face tokenizer and adds those of the added tokens that it lacks."""
     if not (source / TOKENIZER_NAME).is_file():
-        raise ConfigError(f"text.path = {str(source)!r}: it has no {TOKENIZER_NAME}, which is written out; add it")
+        raise ConfigError(f"text.path = {str(source)!r}: it has no {TOKENIZER_NAME}, which would be written; add it")
     document = _read(source / TOKENIZER_NAME)
     present = {entry["content"] for entry in document["added_tokens"]}
     missing = {name: index for name, index in tokenizer.added_entries.items() if name not in present}
@@ -73,7 +73,7 @@ def _write_extended(source: Path, tokenizer: TextTokenizer, folder: Path) -> Non
 
 
 def _write_sentencepiece(path: Path, tokenizer: TextTokenizer, folder: Path) -> None:
-    """Writes a byte-fallback BPE model of sentencepiece that changes no character as a `tokenizer.json`."""
+    """Writes a sentencepiece model as a `tokenizer.json`: BPE with byte fallback that does not alter characters."""
     from sentencepiece import sentencepiece_model_pb2 as schema
 
     model = schema.ModelProto()
@@ -95,7 +95,7 @@ def _write_sentencepiece(path: Path, tokenizer: TextTokenizer, folder: Path) -> 
     pieces = {piece.piece: index for index, piece in enumerate(model.pieces)}
     user_defined = [piece.piece for piece in model.pieces if piece.type == piece.USER_DEFINED]
     added = [{"id": pieces[name], **_added_entry(name), "special": False} for name in user_defined]
-    # The markup and added tokens follow the last piece, in this order (`sequence/tokens.py`).
+    # The markup and the added tokens follow the last piece, in the order of `sequence/tokens.py`.
     special = range(len(pieces), tokenizer.vocab_size)
     added += [{"id": index, **_added_entry(tokenizer.decode([index]))} for index in special]
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == piece.NORMAL}
@@ -135,9 +135,10 @@ def _write_sentencepiece(path: Path, tokenizer: TextTokenizer, folder: Path) -> 
 
 
 def _merges(pieces: Mapping[str, int], scores: Mapping[str, float]) -> list[list[str]]:
-    """All pairs of pieces that make up a piece, in the order in which sentencepiece merges: by score, then by id.
+    """All pairs of pieces that spell a piece, in the order in which sentencepiece merges: by score, then by id.
 
-    sentencepiece merges whatever pair spells a piece of the best score; a list of pairs says the same.
+    sentencepiece merges any pair that spells the piece with the best score, so the list of all such pairs is
+    equivalent.
     """
     ordered = sorted(scores, key=lambda piece: (-scores[piece], pieces[piece]))
     return [

@@ -1,9 +1,9 @@
-"""Text tokenizers with the special tokens of BitDance, and the samples made of a caption with them.
+"""Text tokenizers with the special tokens of BitDance, and the samples that they make from captions.
 
-Two tokenizers behind one interface: a local Hugging Face folder (Qwen3's) and a sentencepiece model. Markup ids are
-put in by number and all other text is encoded without any special token in force, so no caption can spell one.
-The Hugging Face backend itself splits a text at its special tokens first and encodes the pieces between them
-separately, so the ids are those of the whole chat string encoded at once, as the published release does.
+One interface has two tokenizers: a local Hugging Face folder (Qwen3's) and a sentencepiece model. Markup is inserted as
+ids, and all other text is encoded with special tokens switched off, so no caption can spell one. The Hugging Face
+backend also splits a text at its special tokens and encodes the pieces separately, so the ids equal those of the whole
+chat string encoded at once, as in the published release.
 
 The added tokens follow the tokenizer's last entry: `<|res_1|>` .. `<|res_256|>`, then `<|query_1|>` ..
 `<|query_{P-1}|>` (from 151669 on for Qwen3; published release).
@@ -36,18 +36,17 @@ MARKUP_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end
 
 
 class TextTokenizer(abc.ABC):
-    """Text to ids, ids to text, and the ids of the chat markup.
+    r"""Text to ids, ids to text, and the ids of the chat markup.
 
     Attributes:
-        vocab_size: entries in all, the added ones included; the rows of the embedding before padding.
-        num_new_entries: how many of the entries were put in here, because the files lack them.
+        vocab_size: number of entries, the added ones included; rows of the embedding before padding.
+        num_new_entries: how many of the entries were added here because the files lack them.
         num_query_entries: query tokens among the entries, at least P - 1; a tokenizer folder may hold more.
         image_tokens: ids of the special tokens around an image.
         max_caption_tokens: longer captions are cut to this many tokens.
-        digest: SHA-256 of the vocabulary, the added entries included; a checkpoint fits tokenizers of its digest only.
-        turn_end_ids: int64 [1], `<|im_end|>`.
-        user_turn_ids: int64 [N], `<|im_start|>user\\n`.
-        reply_ids: int64 [N], `<|im_end|>\\n<|im_start|>assistant\\n`.
+        digest: SHA-256 of the vocabulary, the added entries included; a checkpoint fits only tokenizers with its
+        digest. turn_end_ids: int64 [1], `<|im_end|>`. user_turn_ids: int64 [N], `<|im_start|>user\n`. reply_ids: int64
+        [N], `<|im_end|>\n<|im_start|>assistant\n`.
     """
 
     def __init__(
@@ -89,11 +88,11 @@ class TextTokenizer(abc.ABC):
         """The text of ids; special tokens appear by name."""
 
     def encode(self, text: str) -> np.ndarray:
-        """int64 [N], ids of a user's text; the name of a special token in it is encoded as ordinary characters."""
+        """int64 [N], ids of a user's text; the name of a special token is encoded as ordinary characters."""
         return np.array(self._encode(text), dtype=np.int64)
 
     def prompt_ids(self, caption: str) -> np.ndarray:
-        """int64 [A], `<|im_start|>user\\n{caption}<|im_end|>\\n<|im_start|>assistant\\n`.
+        r"""int64 [A], `<|im_start|>user\n{caption}<|im_end|>\n<|im_start|>assistant\n`.
 
         A caption of more than `max_caption_tokens` tokens is cut to that many.
         """
@@ -101,7 +100,7 @@ class TextTokenizer(abc.ABC):
         return np.concatenate([self.user_turn_ids[:1], user_turn, self.reply_ids])
 
     def unconditional_ids(self) -> np.ndarray:
-        """int64 [A], `<|im_start|>assistant\\n`: what a dropped caption leaves, and the unconditional prompt."""
+        r"""int64 [A], `<|im_start|>assistant\n`: the unconditional prompt, and what a dropped caption leaves."""
         return self._assistant_turn_ids.copy()
 
 
@@ -109,13 +108,13 @@ def load_text_tokenizer(section: TextSection, block_tokens: int, is_causal: bool
     """Loads the tokenizer of a run and adds the resolution and query tokens.
 
     Args:
-        section: kind and path; only local files are read and no code of the folder is run.
+        section: kind and path; only local files are read, and no code of the folder is run.
         block_tokens: P, vision tokens per block; P - 1 query tokens are added.
         is_causal: whether positions of one block see only those before them (`ImageTokens`).
 
     Raises:
-        ConfigError: there is no such file or folder, it holds no tokenizer of that kind, or one without what the
-            chat markup needs.
+        ConfigError: there is no such file or folder, it holds no tokenizer of that kind, or the tokenizer lacks what
+            the chat markup needs.
     """
     load = {"huggingface": _load_huggingface, "sentencepiece": _load_sentencepiece}
     if section.kind not in load:
@@ -152,7 +151,7 @@ def text_to_image_sample(
         key: identity of the sample in the data set.
         caption: its text.
         grid: (height, width) of the image in latent cells.
-        is_caption_dropped: whether the caption turn is left out (classifier-free guidance).
+        is_caption_dropped: whether the caption turn is omitted (classifier-free guidance).
     """
     before = tokenizer.unconditional_ids() if is_caption_dropped else tokenizer.prompt_ids(caption)
     return Sample(
@@ -169,8 +168,8 @@ def text_to_image_sample(
 def image_to_text_sample(tokenizer: TextTokenizer, key: int, caption: str, grid: tuple[int, int]) -> Sample:
     """The sample that teaches a caption from its image: the image in the user's turn, the caption as the reply.
 
-    Text targets run from the caption's first token to the closing `<|im_end|>`. The caption is encoded apart from the
-    markup, as ids generated after that markup would be.
+    Text targets run from the caption's first token to the closing `<|im_end|>`. The caption is encoded separately from
+    the markup, as it would be generated after that markup.
 
     Args:
         tokenizer: text tokenizer of the run.
@@ -216,7 +215,7 @@ class _HuggingFaceTokenizer(TextTokenizer):
 
 
 class _SentencePieceTokenizer(TextTokenizer):
-    """A sentencepiece model; its special tokens exist only as ids behind its last piece."""
+    """A sentencepiece model; its special tokens exist only as ids after its last piece."""
 
     def __init__(self, processor: SentencePieceProcessor, block_tokens: int, max_caption_tokens: int) -> None:
         self._processor = processor
@@ -240,13 +239,13 @@ class _SentencePieceTokenizer(TextTokenizer):
 
 
 def _load_huggingface(section: TextSection, block_tokens: int) -> TextTokenizer:
-    # Loading transformers takes seconds, which runs with a sentencepiece model need not spend.
+    # Imported here because it takes seconds, which runs with a sentencepiece model can save.
     from transformers import AddedToken, AutoTokenizer
 
     if not section.tokenizer_path.is_dir():
         raise ConfigError(
             f"text.path = {section.path!r}: there is no such folder; download the tokenizer (tokenizer.json, "
-            "tokenizer_config.json) and name its folder"
+            "tokenizer_config.json) and set text.path to its folder"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -259,7 +258,7 @@ def _load_huggingface(section: TextSection, block_tokens: int) -> TextTokenizer:
     missing = [name for name in MARKUP_TOKENS if name not in tokenizer.get_vocab()]
     if missing:
         raise ConfigError(
-            f"text.path = {section.path!r}: the tokenizer has no {', '.join(missing)}; use that of a Qwen3 model"
+            f"text.path = {section.path!r}: the tokenizer has no {', '.join(missing)}; use a Qwen3 tokenizer"
         )
     names = [*_resolution_names(), *_query_names(block_tokens)]
     num_known = len(tokenizer.get_vocab())
@@ -277,7 +276,7 @@ def _load_sentencepiece(section: TextSection, block_tokens: int) -> TextTokenize
     from sentencepiece import SentencePieceProcessor
 
     if not section.tokenizer_path.is_file():
-        raise ConfigError(f"text.path = {section.path!r}: there is no such file; name a sentencepiece .model file")
+        raise ConfigError(f"text.path = {section.path!r}: there is no such file; set it to a sentencepiece .model file")
     try:
         processor = SentencePieceProcessor(model_file=str(section.tokenizer_path))
     except (OSError, RuntimeError) as error:
@@ -288,7 +287,7 @@ def _load_sentencepiece(section: TextSection, block_tokens: int) -> TextTokenize
     if clashing:
         raise ConfigError(
             f"text.path = {section.path!r}: the model has pieces named {', '.join(clashing)}, which captions could "
-            "spell; train it without them, they are added here"
+            "spell; train it without them, as they are added when it is loaded"
         )
     return _SentencePieceTokenizer(processor, block_tokens, section.max_caption_tokens)
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.config.schema import ParallelSection, RunConfig
 from bitdance_scale.data.bit_shards import (
     Bits,
     read_tables,
     recipe,
+    recipe_sides_px,
     shard_file,
     shard_meta,
     shard_samples,
@@ -28,13 +26,14 @@ from bitdance_scale.data.bit_shards import (
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.image_decode import decode_image
 from bitdance_scale.data.index.index import Index
-from bitdance_scale.data.plan.borders import content_px
+from bitdance_scale.data.plan.buckets import content_px
 from bitdance_scale.data.plan.plan import Plan
 from bitdance_scale.data.reader import ShardReader
 from bitdance_scale.data.storage.stores import Stores
 from bitdance_scale.errors import DataError
-from bitdance_scale.parallel.agreement import all_ranks
-from bitdance_scale.parallel.topology import start_process_group
+from bitdance_scale.parallel.agreement import all_ranks, any_rank
+from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopRequest
+from bitdance_scale.train.run import joined_ranks
 from bitdance_scale.train.shared_index import training_index
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
@@ -76,9 +75,9 @@ class Encoder:
                 if read_tables(path)[0] == meta:
                     return False
             except DataError as error:
-                logger.warning("%s It is made anew.", error)
+                logger.warning("%s It is made again.", error)
         samples = shard_samples(self._index, row)
-        resolutions = {int(side): list(self._encoded(samples, int(side))) for side in self.recipe["classes"]}
+        resolutions = {side_px: list(self._encoded(samples, side_px)) for side_px in recipe_sides_px(self.recipe)}
         write_bit_shard(path, meta, resolutions)
         self._verify(path, samples, row)
         return True
@@ -99,13 +98,13 @@ class Encoder:
                     else:
                         yield None if image is None else next(bits).tobytes()
 
-    def _check_lasting(self, sample: int, fault: SampleError) -> None:
-        """What is wrong with an image stays so; that it could not be read may be of this hour."""
-        if fault.cause in (ErrorCause.READ_FAILED, ErrorCause.SHARD_CHANGED):
+    def _check_lasting(self, sample: int, error: SampleError) -> None:
+        """A bad image stays bad, and is stored as such; a failed read may succeed tomorrow, and stops the encoding."""
+        if error.cause in (ErrorCause.READ_FAILED, ErrorCause.SHARD_CHANGED):
             raise DataError(
-                f"{self._index.shard_path(sample)}: sample {self._index.name(sample)}: {fault}. Restore the shard and run "
-                "again: what is encoded stays."
-            ) from fault
+                f"{self._index.shard_path(sample)}: sample {self._index.name(sample)}: {error}. Restore the shard and "
+                "run again: what is encoded stays."
+            ) from error
 
     def _image(self, sample: int, bucket_px: tuple[int, int]) -> np.ndarray | SampleError | None:
         if not bucket_px[0]:
@@ -116,8 +115,8 @@ class Encoder:
         try:
             data = self._reader.image(index, sample)
             return decode_image(data, index.size_px(sample), bucket_px, (int(height[0]), int(width[0])))
-        except SampleError as fault:
-            return fault
+        except SampleError as error:
+            return error
 
     def _verify(self, path: Path, samples: range, row: int) -> None:
         """Reads some bits back, and encodes their images once more."""
@@ -136,52 +135,45 @@ class Encoder:
                     name = self._index.name(samples.start + place)
                     raise DataError(
                         f"{path}: sample {name} at {side_px} px: encoding it alone gives other bits than together with "
-                        "others, or the file is damaged. Delete it and run again; if it comes back, the device does not "
-                        "compute reproducibly: encode on another."
+                        "others, or the file is damaged. Delete it and run again; if it comes back, the device does "
+                        "not compute reproducibly: encode on another."
                     )
 
 
 def run_encode(config: RunConfig, folder: Path, num_verified: int) -> int:
-    """Encodes the images of a configuration in this process, one rank of a torchrun job or a job of one process.
+    """Encodes the images of a configuration into bit shards; the ranks of this job share out the shards.
 
     Args:
-        config: the run that is to train on the bits.
-        folder: where the bit shards go; the run's `data.bits_dir`.
-        num_verified: samples of each shard that are read back and encoded again.
+        config: the run that is to train on them.
+        folder: where they go; the run's `data.bits_dir`. What is there already stays.
+        num_verified: samples of each shard that are read back and encoded once more.
 
     Returns:
-        The exit code.
+        The exit code (`process.py`).
+
+    Raises:
+        BitDanceError: on all ranks, what the user can mend.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    try:
-        if "RANK" in os.environ:
-            # Ranks that are done wait for those that are not.
-            start_process_group(timeout_s=_WAIT_S)
-        _encode_all(config, folder, num_verified, rank, num_ranks)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
-
-
-def _encode_all(config: RunConfig, folder: Path, num_verified: int, rank: int, num_ranks: int) -> None:
     # No bits are wanted where they are made.
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, bits_dir=""))
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-    index = training_index(config.data)
-    with all_ranks():
-        folder.mkdir(parents=True, exist_ok=True)
-        encoder = Encoder(config, index, VisionTokenizer(config.vision, device), folder, num_verified)
-        rows = range(rank, len(index.shards), num_ranks)
-        for done, row in enumerate(rows, start=1):
-            is_new = encoder.encode(row)
-            logger.info("rank %d: %d of %d shards, %s", rank, done, len(rows), "encoded" if is_new else "there already")
-    with all_ranks():
-        if rank == 0:
-            write_table(folder, index, encoder.recipe)
-            logger.info("%d samples in %s; train with data.bits_dir=%s", len(index), folder, folder)
+    # Ranks that are done wait for those that are not. All ranks encode, whatever the layout of the run.
+    with joined_ranks(ParallelSection(), timeout_s=_WAIT_S) as topology, StopRequest() as stop:
+        index = training_index(config.data)
+        with all_ranks():
+            folder.mkdir(parents=True, exist_ok=True)
+            encoder = Encoder(config, index, VisionTokenizer(config.vision, topology.device), folder, num_verified)
+            rows = range(topology.rank, len(index.shards), topology.world_size)
+            for done, row in enumerate(rows, start=1):
+                if stop.is_requested:
+                    break
+                is_new = encoder.encode(row)
+                what = "encoded" if is_new else "there already"
+                logger.info("rank %d: %d of %d shards, %s", topology.rank, done, len(rows), what)
+        if any_rank(stop.is_requested):
+            logger.warning("stopped on request; run again to encode the rest")
+            return EXIT_REQUEUE
+        with all_ranks():
+            if topology.rank == 0:
+                write_table(folder, index, encoder.recipe)
+                logger.info("%d samples in %s; train with data.bits_dir=%s", len(index), folder, folder)
+    return EXIT_COMPLETE

@@ -20,8 +20,8 @@ from bitdance_scale.parallel.zero import ZeroEngine
 from bitdance_scale.sequence.noise import PackNoise, Purpose, pack_noise
 from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.sequence.tokens import TextTokenizer
-from bitdance_scale.train.reading import StepReader
 from bitdance_scale.train.shared_index import training_index
+from bitdance_scale.train.step_feed import StepReader
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
 # Equal parts of the flow time in which losses are told apart.
@@ -31,8 +31,8 @@ NUM_TIME_PARTS = 5
 class Evaluator:
     """The held-out images of a run, encoded. All ranks call it alike.
 
-    Every image is a text-to-image sample with its caption. Flow times are uniform (`Evaluation` says why). Which replica
-    computes which images depends on the layout; no number drawn for an image does.
+    Every image is a text-to-image sample with its caption. Flow times are uniform (`Evaluation` says why). Which
+    replica computes which images depends on the layout; no number drawn for an image does.
 
     Args:
         config: the run.
@@ -67,7 +67,7 @@ class Evaluator:
         index_dir = str(Path(config.data.index_dir) / "held_out") if config.data.index_dir else ""
         index = training_index(dataclasses.replace(data, index_dir=index_dir))
         with StepReader(held_out, index, text, vision, topology, None) as reader:
-            return cls(config, reader.next_step().packs, topology)
+            return cls(config, [loaded.pack for loaded in reader.next_step().packs], topology)
 
     def evaluate(self, engine: ZeroEngine, step: int) -> Evaluation:
         """The losses of the model as it is after `step` steps; the same on all ranks."""

@@ -90,9 +90,9 @@ class StopRequest:
     """Turns SIGTERM, SIGUSR1 and SIGINT into a flag while its `with` block runs; a second SIGINT kills.
 
     A signal may reach some ranks only, and at different steps. All ranks therefore agree after every step
-    (`parallel.agreement.any_rank`), so that they stop after the same one, save, and end with `EXIT_REQUEUE`. Signals reach
-    Python's main thread only, so the block must run there. torchrun forwards SIGTERM and SIGINT and kills its workers 30
-    seconds later; where a checkpoint takes longer, send SIGUSR1 to the workers themselves, ahead of time.
+    (`parallel.agreement.any_rank`), so that they stop after the same one, save, and end with `EXIT_REQUEUE`. Signals
+    reach Python's main thread only, so the block must run there. torchrun forwards SIGTERM and SIGINT and kills its
+    workers 30 seconds later; where a checkpoint takes longer, send SIGUSR1 to the workers themselves, ahead of time.
 
     Attributes:
         signal_name: name of the first signal that came to this process; None when none has.

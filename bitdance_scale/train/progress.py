@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from bitdance_scale.config.schema import OptimSection, RunConfig
 from bitdance_scale.data.data_errors import ErrorCause
-from bitdance_scale.observe.flops import PackCounts, count_pack, peak_flops, step_flops, utilisation
-from bitdance_scale.observe.memory import memory_bytes
+from bitdance_scale.observe.cost import PackCounts, count_pack, memory_bytes, peak_flops, step_flops, utilisation
 from bitdance_scale.observe.metrics import StepMetrics
 from bitdance_scale.parallel.step import StepLosses
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import StepOutcome
-from bitdance_scale.sequence.pack import Pack
-from bitdance_scale.train.reading import StepReport
+from bitdance_scale.train.step_feed import ReadyStep
 
 
 def learning_rate(section: OptimSection, step: int, num_steps: int) -> float:
-    """Rate of optimiser step `step`, from 0, of `num_steps`: linear warm-up, then constant (arXiv 2602.14041 Table 4), then
-    down in a line over the last `decay_steps`, or over the whole of a shorter run.
+    """Rate of optimiser step `step` of `num_steps`, counted from 0.
+
+    It warms up linearly, is constant (arXiv 2602.14041 Table 4), and falls linearly over the last `decay_steps`, or
+    over the whole of a shorter run.
     """
     warmup = min(1.0, (step + 1) / max(1, section.warmup_steps))
     decay = min(1.0, (num_steps - step) / max(1, min(section.decay_steps, num_steps)))
@@ -70,19 +70,21 @@ class StepMeter:
         self._peak = peak_flops(topology.device_name, config.run.dtype)
         # No count of ours: the plan knows it of any step.
         self._images_by_source: dict[str, int] = {}
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Begins a new interval between logged steps."""
         self._begun_s, self._num_steps, self._wait_s = time.monotonic(), 0, 0.0
         self._images, self._positions, self._padding, self._flops = 0, 0, 0, 0.0
         self._num_ready = 0
 
-    def add(self, packs: Sequence[Pack], report: StepReport, wait_s: float, is_skipped: bool) -> None:
-        """Counts one step, in whose time `wait_s` seconds were spent waiting; one small sum over the replicas."""
-        counts = sum((count_pack(pack) for pack in packs), PackCounts())
-        num_padding = sum(pack.num_padding for pack in packs)
+    def add(self, ready: ReadyStep, is_skipped: bool) -> None:
+        """Counts one step that was trained; one small sum over the replicas."""
+        loaded = ready.loaded
+        counts = sum((count_pack(loaded_pack.pack) for loaded_pack in loaded.packs), PackCounts())
+        num_padding = sum(loaded_pack.pack.num_padding for loaded_pack in loaded.packs)
         flops = step_flops(self._config, self._vocab_size, counts).training
-        sample_errors = [report.sample_errors.get(cause, 0) for cause in ErrorCause]
+        sample_errors = [loaded.sample_errors[cause] for cause in ErrorCause]
         totals = torch.tensor(
             [counts.num_positions, num_padding, flops, *sample_errors],
             dtype=torch.float64,
@@ -92,7 +94,7 @@ class StepMeter:
         positions, padding, total_flops, *sample_errors = totals.tolist()
         by_cause = {cause: int(count) for cause, count in zip(ErrorCause, sample_errors, strict=True) if count}
         skipped_samples = sum(count for cause, count in by_cause.items() if cause.is_skipped)
-        planned = sum(report.images_by_resolution.values())
+        planned = sum(loaded.images_by_resolution.values())
         progress = self.progress
         progress.step += 1
         progress.images += planned - skipped_samples
@@ -101,13 +103,13 @@ class StepMeter:
         for cause, count in by_cause.items():
             progress.sample_errors[str(cause)] = progress.sample_errors.get(str(cause), 0) + count
         progress.skipped_steps += int(is_skipped)
-        for side_px, count in report.images_by_resolution.items():
+        for side_px, count in loaded.images_by_resolution.items():
             progress.images_by_resolution[side_px] = progress.images_by_resolution.get(side_px, 0) + count
-        self._images_by_source = report.images_by_source
+        self._images_by_source = loaded.images_by_source
         self._num_steps += 1
-        self._wait_s += wait_s
+        self._wait_s += ready.wait_s
         self._images += planned - skipped_samples
-        self._num_ready = report.num_ready
+        self._num_ready = loaded.num_ready
         self._positions += int(positions)
         self._padding += int(padding)
         self._flops += total_flops
@@ -148,7 +150,7 @@ class StepMeter:
             skipped_steps=progress.skipped_steps,
             images_by_source=dict(self._images_by_source),
         )
-        self._restart()
+        self.restart()
         return metrics
 
     def pause(self) -> None:
@@ -157,7 +159,7 @@ class StepMeter:
             self._begun_s = time.monotonic()
 
 
-def progress_fields(progress: Progress) -> dict[str, object]:
+def progress_fields(progress: Progress) -> dict[str, Any]:
     """The counts as JSON values, for a checkpoint's `TrainState`."""
     values = dataclasses.asdict(progress)
     skipped = values.pop("skipped_steps")

@@ -1,46 +1,44 @@
-"""Everything a run shows: console, metrics.jsonl, W&B, sample grids, the page that draws it, and the table at its end."""
+"""What a text-to-image run shows: its summary, metrics, sample grids, one page of plots, and the table at its end."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from bitdance_scale.atomic_files import write_bytes, write_text
+from bitdance_scale.atomic_files import write_bytes
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.plan.filters import FilterCount, describe
 from bitdance_scale.data.plan.plan import StreamUse
-from bitdance_scale.observe.console import Progress, loss_table
+from bitdance_scale.observe.console import loss_table
+from bitdance_scale.observe.cost import count_parameters, peak_flops, step_flops
 from bitdance_scale.observe.figures import image_grid
-from bitdance_scale.observe.flops import count_parameters, peak_flops, step_flops
 from bitdance_scale.observe.metrics import (
     METRICS_FILE,
     Evaluation,
-    MetricsWriter,
     StepMetrics,
-    append_evaluation,
     read_metrics,
 )
-from bitdance_scale.observe.overview import overview, read_run
-from bitdance_scale.observe.wandb_sink import WandbSink
+from bitdance_scale.observe.wandb_sink import EVALUATION_PANELS, STEP_PANELS, SUMMARIES
 from bitdance_scale.parallel.stage_split import stage_split, typical_counts
 from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.train.run_sinks import RecordKinds, RunSinks
 
 logger = logging.getLogger(__name__)
 
-RUN_ID_FILE = "run_id.txt"
 OVERVIEW_FILE = "overview.png"
 GRID_COLUMNS = 4
 # Utilisation at which the length of a run is estimated beforehand; what it really is, `mfu` says.
 TYPICAL_MFU = 0.4
 
 
-class RunObserver:
-    """The sinks of a run, on rank 0; on other ranks it does nothing. A context manager.
+_KINDS = RecordKinds(StepMetrics, STEP_PANELS, EVALUATION_PANELS, SUMMARIES)
+
+
+class RunObserver(RunSinks):
+    """What a text-to-image run shows, on rank 0; on other ranks it does nothing. A context manager.
 
     Args:
         config: the run.
@@ -53,30 +51,29 @@ class RunObserver:
     def __init__(
         self, config: RunConfig, topology: Topology, run_folder: Path, vocab_size: int, resumed_step: int
     ) -> None:
-        self._config, self._run_folder = config, run_folder
-        self._is_active = topology.rank == 0
-        if not self._is_active:
-            return
-        logger.info(_summary(config, topology, vocab_size, resumed_step))
-        self._writer = MetricsWriter(run_folder, resumed_step)
-        self._wandb = WandbSink(config.observe, run_folder, dataclasses.asdict(config), _run_id(run_folder))
-        self._console = Progress(config.run.steps, resumed_step)
+        is_active = topology.rank == 0
+        if is_active:
+            logger.info(_summary(config, topology, vocab_size, resumed_step))
+        super().__init__(
+            is_active=is_active,
+            section=config.observe,
+            config=config,
+            run_folder=run_folder,
+            num_steps=config.run.steps,
+            resumed_step=resumed_step,
+            kinds=_KINDS,
+        )
+        self._prompts = config.sample.prompts
         self._last_step, self._drawn_step = resumed_step, -1
 
-    def __enter__(self) -> RunObserver:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._is_active:
-            self._console.close()
-            self._writer.close()
-            if self._drawn_step < self._last_step:
-                self._draw_overview()
-            self._wandb.finish()
+    def close(self) -> None:
+        """Draws the page of the last step, unless it is drawn."""
+        if self._drawn_step < self._last_step:
+            self._draw_overview()
 
     def sources(self, uses: Sequence[StreamUse], filters: Mapping[str, Sequence[FilterCount]]) -> None:
         """Says what the filters leave out, and what the whole run takes of every source."""
-        if self._is_active:
+        if self.is_active:
             for name, counts in filters.items():
                 for count in counts:
                     logger.info("filter of %s: %s", f"source {name}" if name else "data", describe(count))
@@ -84,49 +81,55 @@ class RunObserver:
 
     def step(self, metrics: StepMetrics) -> None:
         """Records a logged step everywhere."""
-        if self._is_active:
-            self._writer.write(metrics)
-            self._wandb.log(metrics.step, metrics)
-            self._console.update(metrics)
-            self._last_step = metrics.step
+        self.write_step(
+            metrics,
+            metrics.loss,
+            {"vision": metrics.loss_vision, "text": metrics.loss_text},
+            grad_norm=metrics.grad_norm,
+            images_per_s=metrics.images_per_s,
+            step_s=metrics.step_s,
+        )
+        self._last_step = metrics.step
 
     def evaluation(self, evaluation: Evaluation, images: int) -> None:
         """Records the losses on held-out images everywhere; `images`: those trained on so far."""
-        if self._is_active:
-            append_evaluation(self._run_folder, evaluation)
-            self._wandb.log_evaluation(evaluation, images)
-            by_class = ", ".join(f"{side} px {loss:.4f}" for side, loss in evaluation.vision_by_resolution.items())
-            by_time = " ".join(f"{loss:.3f}" for loss in evaluation.vision_by_time)
-            logger.info(
-                "held out after step %d: vision %.4f (%s; by flow time %s), text %.4f",
-                evaluation.step,
-                evaluation.vision,
-                by_class,
-                by_time,
-                evaluation.text,
-            )
-            self._last_step = evaluation.step
-            self._draw_overview()
+        if not self.is_active:
+            return
+        self.write_evaluation(evaluation, images)
+        by_resolution = ", ".join(f"{side} px {loss:.4f}" for side, loss in evaluation.vision_by_resolution.items())
+        by_time = " ".join(f"{loss:.3f}" for loss in evaluation.vision_by_time)
+        logger.info(
+            "held out after step %d: vision %.4f (%s; by flow time %s), text %.4f",
+            evaluation.step,
+            evaluation.vision,
+            by_resolution,
+            by_time,
+            evaluation.text,
+        )
+        self._last_step = evaluation.step
+        self._draw_overview()
 
     def samples(self, step: int, images: Sequence[np.ndarray]) -> None:
         """Writes the grid of a step's pictures, uint8 [H, W, 3] each, one per prompt."""
-        if self._is_active:
-            path = write_samples(self._run_folder, step, images, self._config.sample.prompts)
-            self._wandb.log_image(step, "samples", path, f"step {step}")
+        if self.is_active:
+            self.log_picture(step, "samples", write_samples(self.run_folder, step, images, self._prompts))
 
     def _draw_overview(self) -> None:
         try:
-            path = draw_overview(self._run_folder)
-            self._wandb.log_image(self._last_step, "overview", path, f"step {self._last_step}")
-        except Exception:
-            # No run ends over its picture.
+            self.log_picture(self._last_step, "overview", draw_overview(self.run_folder))
+        except Exception:  # No run ends over its picture.
             logger.warning("%s could not be drawn", OVERVIEW_FILE, exc_info=True)
         self._drawn_step = self._last_step
 
 
 def draw_overview(run_folder: Path) -> Path:
     """Draws the page of a run from what its folder holds."""
+    # It imports matplotlib, which only the rank that draws needs.
+
     path = run_folder / OVERVIEW_FILE
+    # matplotlib takes a second to import, and only the rank that draws needs it.
+    from bitdance_scale.observe.overview import overview, read_run
+
     page = overview([read_run(run_folder)])
     write_bytes(path, page)
     return path
@@ -201,11 +204,3 @@ def _step_size(config: RunConfig, topology: Topology, vocab_size: int, resumed_s
     step_s = flops / (topology.world_size * peak * TYPICAL_MFU)
     days = step_s * (config.run.steps - resumed_step) / 86_400
     return f"{text}; {step_s:.1f} s a step and {days:.1f} days at {TYPICAL_MFU:.0%} of the devices' peak"
-
-
-def _run_id(run_folder: Path) -> str:
-    """The id of this run in W&B, the same after every resume."""
-    path = run_folder / RUN_ID_FILE
-    if not path.exists():
-        write_text(path, uuid.uuid4().hex[:12] + "\n")
-    return path.read_text(encoding="utf-8").strip()

@@ -10,8 +10,7 @@ import torch.distributed as dist
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.generate.block_decode import decode_blocks, lay_out
-from bitdance_scale.generate.image_noise import ImageNoise
-from bitdance_scale.generate.sampler import FlowSolver
+from bitdance_scale.generate.sampler import FlowSolver, ImageNoise
 from bitdance_scale.parallel.layout_decode import StageDecoder
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import ZeroEngine
@@ -39,12 +38,12 @@ def draw_samples(
     per_replica = math.ceil(len(prompts) / topology.data_size)
     # Every replica draws as many, some of them twice, because ZeRO-3 gathers weights at every call.
     numbers = [(topology.data_rank + topology.data_size * index) % len(prompts) for index in range(per_replica)]
-    mine = {}
+    mine: dict[int, np.ndarray] = {}
     for start in range(0, per_replica, MAX_BATCH):
         batch = numbers[start : start + MAX_BATCH]
         bits = _draw_batch(engine, config, text, [prompts[number] for number in batch], batch, grid, topology)
         mine |= dict(zip(batch, pack_bits(bits.cpu().numpy()), strict=True))
-    drawn: list[dict[int, np.ndarray] | None] = [None] * topology.data_size
+    drawn: list[dict[int, np.ndarray]] = [{} for _ in range(topology.data_size)]
     dist.all_gather_object(drawn, mine, group=topology.data_group)
     if topology.rank != 0:
         return []

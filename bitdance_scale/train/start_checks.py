@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitdance_scale.checkpoint.new_rows import NewQueries
 from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME, TENSORS_DIR, TrainState, read_state
-from bitdance_scale.checkpoint.start_weights import check_network
+from bitdance_scale.checkpoint.start_weights import NewQueries, check_network
 from bitdance_scale.checkpoint.tensor_index import read_index
 from bitdance_scale.config.load import load_network
 from bitdance_scale.config.schema import NetworkConfig, RunConfig
@@ -36,8 +35,8 @@ class Start:
 
     Attributes:
         path: the checkpoint.
-        tokenizer_digest: of the text tokenizer that it must have been trained with: the stage's, with the query tokens of
-            the checkpoint's blocks.
+        tokenizer_digest: of the text tokenizer that it must have been trained with: the stage's, with the query tokens
+            of the checkpoint's blocks.
         new_queries: query tokens that it lacks; None: none.
     """
 
@@ -50,8 +49,8 @@ def check_start(path: Path, config: RunConfig) -> Start:
     """Compares a checkpoint with the stage that is to start from it, reading no tensor.
 
     Raises:
-        ConfigError: it is of a stage that this one does not follow, of a run that has not finished, of blocks of another
-            side than the stage may start from, or trained with another of `SAME_SETTINGS`.
+        ConfigError: it is of a stage that this one does not follow, of a run that has not finished, of blocks of
+            another side than the stage may start from, or trained with another of `SAME_SETTINGS`.
         CheckpointError: it is damaged, or of another network.
     """
     state, network = read_state(path), load_network(path / CONFIG_NAME)
@@ -61,12 +60,12 @@ def check_start(path: Path, config: RunConfig) -> Start:
     if old != new and not (STAGES[config.run.stage].changes_block_side and old < new):
         raise ConfigError(
             f"vision.block_side = {new}: {path} was trained with {old}; only stage distill makes blocks larger. Set "
-            f"vision.block_side={old}, or run pipelines/distill.py"
+            f"vision.block_side={old}, or run stage distill"
         )
     if old == 1 and new > 1 and config.run.new_queries != "noise":
         raise ConfigError(
-            f"run.new_queries = {config.run.new_queries!r}: {path} has blocks of one token and no query token to go by; "
-            "set run.new_queries=noise"
+            f"run.new_queries = {config.run.new_queries!r}: {path} has blocks of one token, and so no query token to "
+            "derive new ones from; set run.new_queries=noise"
         )
     _check_meaning(path, network, config)
     text = load_text_tokenizer(config.text, old**2)
@@ -94,14 +93,14 @@ def check_resume(path: Path, config: RunConfig) -> None:
     network, stage = load_network(path / CONFIG_NAME), _run_section(path).get("stage", config.run.stage)
     if stage != config.run.stage:
         raise ConfigError(
-            f"run.name = {config.run.name!r}: {path} is of stage {stage!r}, and this is stage {config.run.stage!r}; give "
-            "the run another name"
+            f"run.name = {config.run.name!r}: {path} is of stage {stage!r}, and this is stage {config.run.stage!r}; "
+            "give the run another name"
         )
     _check_meaning(path, network, config)
 
 
 def _check_meaning(path: Path, network: NetworkConfig, config: RunConfig) -> None:
-    """Other values would fit the tensors and make another function of them."""
+    """Refuses values that would fit the tensors and compute something else with them."""
     for section, name in SAME_SETTINGS:
         found, wanted = (getattr(getattr(tree, section), name) for tree in (network, config))
         if found != wanted:
@@ -120,7 +119,7 @@ def _check_order(path: Path, state: TrainState, config: RunConfig) -> None:
     anyway = "or set run.start_from_any=true to start anyway"
     run = _run_section(path)
     if "steps" not in run:
-        # An import: no stage has made it.
+        # An import, made by no stage.
         if stage.follows and state.release.get("kind") == "Qwen3":
             raise ConfigError(
                 f"run.start_from = {config.run.start_from!r}: a Qwen3 with an untrained head; {stage.title} follows "
@@ -128,15 +127,15 @@ def _check_order(path: Path, state: TrainState, config: RunConfig) -> None:
             )
         return
     found, steps = run.get("stage", "pt"), run["steps"]
-    # Going on with the same stage on other data is no jump.
+    # A stage may continue on other data.
     if found not in (stage.follows, config.run.stage):
         follows = f"follows stage {stage.follows!r}" if stage.follows else "is the first stage"
         raise ConfigError(
-            f"run.start_from = {config.run.start_from!r}: a run of stage {found!r}; {stage.title} {follows}. Name a run of "
-            f"that stage, {anyway}"
+            f"run.start_from = {config.run.start_from!r}: a run of stage {found!r}; {stage.title} {follows}. Name a "
+            f"run of that stage, {anyway}"
         )
     if state.step < steps:
         raise ConfigError(
-            f"run.start_from = {config.run.start_from!r}: its run of stage {found!r} is at step {state.step} of {steps}. "
-            f"Run it to its end, {anyway}"
+            f"run.start_from = {config.run.start_from!r}: its run of stage {found!r} is at step {state.step} "
+            f"of {steps}. Run it to its end, {anyway}"
         )

@@ -1,13 +1,13 @@
 """The convolutional autoencoder of the binary visual tokenizer, as published.
 
-Parameter names equal the published tensor names, so weights pass both ways unchanged. What the list of names leaves
-open, and how it is settled here:
+Parameter names equal the published tensor names, so weights pass both ways unchanged. The names leave some questions
+open, which are settled here as follows:
 
-- levels count from 0, the finest; `decoder.up` and `decoder.adaptive` are indexed by level although the decoder runs
+- levels count from 0, the finest; `decoder.up` and `decoder.adaptive` are indexed by level, although the decoder runs
   from the deepest level to 0;
-- level l of the encoder works with `channels * channel_mult[l]` channels; its first residual block changes the width
-  from that of level l - 1 (level 0: from `channels`), hence has `nin_shortcut`, a 1x1 convolution without bias, when
-  the two differ; `mid_block` keeps the deepest width, and has `num_res_blocks` residual blocks as every level has;
+- level l of the encoder has `channels * channel_mult[l]` channels; its first residual block changes the width from that
+  of level l - 1 (level 0: from `channels`), and has `nin_shortcut`, a 1x1 convolution without bias, if the two differ;
+  `mid_block` keeps the deepest width, and like every level has `num_res_blocks` residual blocks;
 - `encoder.conv_in` and `decoder.conv_in` are 3x3 convolutions, the first without a bias, the second with one; so are
   `downsample` and `upsample.conv1`, both with a bias and both keeping the width of their level (`upsample.conv1` makes
   four times as many channels, which depth-to-space folds into pixels);
@@ -16,8 +16,8 @@ open, and how it is settled here:
   channels;
 - `encoder.conv_out` (1x1) and `decoder.conv_out` (3x3) have biases.
 
-With the published sizes (channels 256, multipliers 1, 1, 2, 2, 4, 4 residual blocks, 32 bits) this makes 460 M
-parameters. Shapes: N images, C bits per token, H x W pixels, h x w = H/f x W/f latent cells.
+The published sizes (channels 256, multipliers 1, 1, 2, 2, 4, 4 residual blocks, 32 bits) give 460 M parameters. Shapes:
+N images, C bits per token, H x W pixels, h x w = H/f x W/f latent cells.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Autoencoder(nn.Module):
 
     Args:
         num_bits: C, bits per token.
-        channels: base width; multiples of 32, the number of groups of the norms.
+        channels: base width, a multiple of 32, the number of groups of the norms.
         channel_mult: multiplier of the width per level; the downsampling factor is 2^(levels - 1).
         num_res_blocks: residual blocks per level and in the middle.
     """
@@ -54,11 +54,11 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(num_bits, widths, num_res_blocks)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Bits [N, C, h, w] in {-1, +1} of pixels [N, 3, H, W] in [-1, 1]; H and W divisible by the downsampling."""
+        """Bits [N, C, h, w] in {-1, +1} of pixels [N, 3, H, W] in [-1, 1]; the downsampling divides H and W."""
         return sign_bits(self.encoder(pixels))
 
     def decode(self, bits: torch.Tensor) -> torch.Tensor:
-        """Pixels [N, 3, H, W], about [-1, 1] but not clipped, of bits [N, C, h, w]; at least two cells (a variance)."""
+        """Pixels [N, 3, H, W], about [-1, 1] but not clipped, of bits [N, C, h, w]; h * w must be at least 2."""
         return self.decoder(bits)
 
 
@@ -71,11 +71,7 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         width = channels
         for level, next_width in enumerate(widths):
-            stage = nn.Module()
-            stage.block = residual_blocks(width, next_width, num_res_blocks)
-            if level < len(widths) - 1:
-                stage.downsample = nn.Conv2d(next_width, next_width, 3, stride=2, padding=1)
-            self.down.append(stage)
+            self.down.append(EncoderLevel(width, next_width, num_res_blocks, is_last=level == len(widths) - 1))
             width = next_width
         self.mid_block = residual_blocks(width, width, num_res_blocks)
         self.norm_out = nn.GroupNorm(NORM_GROUPS, width, eps=NORM_EPS)
@@ -84,18 +80,32 @@ class Encoder(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Latents [N, C, h, w] of pixels [N, 3, H, W]."""
         hidden = self.conv_in(pixels)
-        for level, stage in enumerate(self.down):
-            for block in stage.block:
-                hidden = block(hidden)
-            if level < len(self.down) - 1:
-                hidden = stage.downsample(hidden)
+        for level in self.down:
+            hidden = level(hidden)
         for block in self.mid_block:
             hidden = block(hidden)
         return self.conv_out(F.silu(self.norm_out(hidden)))
 
 
+class EncoderLevel(nn.Module):
+    """Residual blocks, then on all levels but the last a convolution that halves height and width."""
+
+    def __init__(self, in_width: int, out_width: int, num_res_blocks: int, is_last: bool) -> None:
+        super().__init__()
+        self.block = residual_blocks(in_width, out_width, num_res_blocks)
+        self.is_last = is_last
+        if not is_last:
+            self.downsample = nn.Conv2d(out_width, out_width, 3, stride=2, padding=1)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, in, h, w] to [N, out, h / 2, w / 2]; on the last level [N, out, h, w]."""
+        for block in self.block:
+            hidden = block(hidden)
+        return hidden if self.is_last else self.downsample(hidden)
+
+
 class Decoder(nn.Module):
-    """Bits [N, C, h, w] to pixels [N, 3, H, W]; the bits also modulate the entry of every level."""
+    """Bits [N, C, h, w] to pixels [N, 3, H, W]; the bits also modulate the input of every level."""
 
     def __init__(self, num_bits: int, widths: Sequence[int], num_res_blocks: int) -> None:
         super().__init__()
@@ -105,11 +115,7 @@ class Decoder(nn.Module):
         self.adaptive = nn.ModuleList(AdaptiveGroupNorm(num_bits, width) for width in entry_widths)
         self.up = nn.ModuleList()
         for level, (entry_width, width) in enumerate(zip(entry_widths, widths, strict=True)):
-            stage = nn.Module()
-            stage.block = residual_blocks(entry_width, width, num_res_blocks)
-            if level > 0:
-                stage.upsample = Upsample(width)
-            self.up.append(stage)
+            self.up.append(DecoderLevel(entry_width, width, num_res_blocks, is_last=level == 0))
         self.norm_out = nn.GroupNorm(NORM_GROUPS, widths[0], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
@@ -119,12 +125,25 @@ class Decoder(nn.Module):
         for block in self.mid_block:
             hidden = block(hidden)
         for level in reversed(range(len(self.up))):
-            hidden = self.adaptive[level](hidden, bits)
-            for block in self.up[level].block:
-                hidden = block(hidden)
-            if level > 0:
-                hidden = self.up[level].upsample(hidden)
+            hidden = self.up[level](self.adaptive[level](hidden, bits))
         return self.conv_out(F.silu(self.norm_out(hidden)))
+
+
+class DecoderLevel(nn.Module):
+    """Residual blocks, then on all levels but the last (level 0) a doubling of height and width."""
+
+    def __init__(self, in_width: int, out_width: int, num_res_blocks: int, is_last: bool) -> None:
+        super().__init__()
+        self.block = residual_blocks(in_width, out_width, num_res_blocks)
+        self.is_last = is_last
+        if not is_last:
+            self.upsample = Upsample(out_width)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, in, h, w] to [N, out, 2h, 2w]; on the last level [N, out, h, w]."""
+        for block in self.block:
+            hidden = block(hidden)
+        return hidden if self.is_last else self.upsample(hidden)
 
 
 class ResidualBlock(nn.Module):
@@ -148,25 +167,25 @@ class ResidualBlock(nn.Module):
 
 
 def residual_blocks(in_width: int, out_width: int, num_blocks: int) -> nn.ModuleList:
-    """`num_blocks` residual blocks, of which the first changes the width."""
+    """`num_blocks` residual blocks; the first one changes the width."""
     return nn.ModuleList(ResidualBlock(in_width if i == 0 else out_width, out_width) for i in range(num_blocks))
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """Group norm whose scale and bias are linear in the spread and the mean of the image's bits."""
+    """Group norm whose scale and bias are linear in the standard deviation and the mean of the image's bits."""
 
     def __init__(self, num_bits: int, width: int) -> None:
         super().__init__()
         self.gamma = nn.Linear(num_bits, width)
         self.beta = nn.Linear(num_bits, width)
-        # Training starts from a plain group norm; how the published weights were initialised is not known.
+        # Training starts from a plain group norm; the initialisation of the published weights is not known.
         nn.init.zeros_(self.gamma.weight)
         nn.init.ones_(self.gamma.bias)
         nn.init.zeros_(self.beta.weight)
         nn.init.zeros_(self.beta.bias)
 
     def forward(self, hidden: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-        """Normalised `hidden` [N, D, h, w] under `bits` [N, C, h, w]; the variance over cells is the unbiased one."""
+        """Normalises `hidden` [N, D, h, w] given `bits` [N, C, h, w]; uses the unbiased variance over cells."""
         cells = rearrange(bits, "n c h w -> n c (h w)")
         scale = self.gamma((cells.var(dim=-1) + NORM_EPS).sqrt())
         bias = self.beta(cells.mean(dim=-1))
@@ -182,7 +201,7 @@ class Upsample(nn.Module):
         self.conv1 = nn.Conv2d(width, 4 * width, 3, padding=1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, D, h, w] to [N, D, 2h, 2w]; the channels read (block row, block column, channel), as published."""
+        """[N, D, h, w] to [N, D, 2h, 2w]; the channels are ordered (block row, block column, channel), as published."""
         return rearrange(self.conv1(hidden), "n (p1 p2 d) h w -> n d (h p1) (w p2)", p1=2, p2=2)
 
 
@@ -208,7 +227,8 @@ def published_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments of `Autoencoder` in a published `ae_config.json`; the inverse of `published_config`.
 
     Raises:
-        DataError: a size is missing, or the network is another one (`gan_decoder`, `double_z`, other image channels).
+        DataError: a size is missing, or the network is not an `Autoencoder` (`gan_decoder`, `double_z`, other image
+            channels).
     """
     try:
         sizes = config["ddconfig"]

@@ -1,13 +1,13 @@
 """Signs of latent values and their storage, eight bits to the byte.
 
-Bit c of a token stands in byte c // 8, most significant bit first (the order of `numpy.packbits`), 1 for +1 and 0 for
--1. Four bytes hold a token of the published 32-bit tokenizer. Every function takes numpy arrays and torch tensors
-alike and answers in kind.
+Bit c of a token is in byte c // 8, most significant bit first (the order of `numpy.packbits`); 1 means +1 and 0 means
+-1. A token of the published 32-bit tokenizer takes four bytes. Every function takes numpy arrays and torch tensors, and
+returns what it is given.
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import numpy as np
 import torch
@@ -16,13 +16,13 @@ Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 
 def sign_bits(latents: Array) -> Array:
-    """Quantises each value to +1 where it is above 0 and to -1 elsewhere (arXiv 2602.14041 Eq. 1; release at 0).
+    """Quantises each value to +1 if it is above 0 and to -1 otherwise (arXiv 2602.14041 Eq. 1; at 0 as in the release).
 
     Args:
         latents: floating point, any shape.
 
     Returns:
-        -1 or +1 in the same shape and dtype; 0 and NaN become -1.
+        -1 or +1, in the same shape and dtype; 0 and NaN become -1.
     """
     if isinstance(latents, torch.Tensor):
         return torch.where(latents > 0, 1.0, -1.0).to(latents.dtype)
@@ -30,7 +30,7 @@ def sign_bits(latents: Array) -> Array:
 
 
 def pack_bits(bits: Array) -> Array:
-    """Packs the last axis, eight bits to the byte; `unpack_bits` gives the signs back exactly.
+    """Packs the last axis, eight bits to the byte; `unpack_bits` restores the signs exactly.
 
     Args:
         bits: [..., C], any real dtype; values above 0 are +1, all others -1.
@@ -43,28 +43,30 @@ def pack_bits(bits: Array) -> Array:
     """
     num_bits = bits.shape[-1]
     if num_bits % 8:
-        raise ValueError(f"{num_bits} bits per token do not fill whole bytes: the number must be divisible by 8")
+        raise ValueError(f"{num_bits} bits per token do not fill whole bytes; use a multiple of 8")
     if isinstance(bits, np.ndarray):
         return np.packbits(bits > 0, axis=-1)
     octets = (bits > 0).to(torch.uint8).unflatten(-1, (num_bits // 8, 8))
     return (octets << _shifts(bits.device)).sum(dim=-1, dtype=torch.uint8)
 
 
-def unpack_bits(packed: Array, dtype: np.dtype | torch.dtype | None = None) -> Array:
+@overload
+def unpack_bits(packed: np.ndarray) -> np.ndarray: ...
+@overload
+def unpack_bits(packed: torch.Tensor) -> torch.Tensor: ...
+def unpack_bits(packed: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     """Unpacks the last axis into signs.
 
     Args:
         packed: uint8 [..., C / 8].
-        dtype: dtype of the result, of numpy or torch as `packed` is; float32 when None.
 
     Returns:
-        -1 or +1, [..., C].
+        float32 [..., C], -1 or +1.
     """
     if isinstance(packed, np.ndarray):
-        signs = np.unpackbits(packed, axis=-1).astype(np.int8) * 2 - 1
-        return signs.astype(dtype or np.float32)
+        return np.unpackbits(packed, axis=-1).astype(np.float32) * 2 - 1
     ones = (packed.unsqueeze(-1) >> _shifts(packed.device)) & 1
-    return (ones.to(torch.int8) * 2 - 1).flatten(-2).to(dtype or torch.float32)
+    return (ones.to(torch.int8) * 2 - 1).flatten(-2).to(torch.float32)
 
 
 def _shifts(device: torch.device) -> torch.Tensor:

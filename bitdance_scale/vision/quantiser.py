@@ -19,8 +19,8 @@ class EntropyLoss(NamedTuple):
     """The two terms of Eq. 2 in nats, scalars, averaged over groups.
 
     Attributes:
-        token: E[H(q)], how undecided single tokens are; at most K ln 2, to be made small.
-        codebook: H[E q], how evenly the codes are used; at most K ln 2, to be made large.
+        token: E[H(q)], how undecided single tokens are; at most K ln 2; the loss makes it small.
+        codebook: H[E q], how evenly the codes are used; at most K ln 2; the loss makes it large.
     """
 
     token: torch.Tensor
@@ -33,8 +33,8 @@ class EntropyLoss(NamedTuple):
 
 
 def straight_through_sign(latents: torch.Tensor) -> torch.Tensor:
-    """Signs of the latents (arXiv 2602.14041 Eq. 1), with the gradient of the identity; same shape and dtype."""
-    # The second term is exactly 0, so the signs stay exact in bfloat16; x + (sign x - x) would round.
+    """Signs of the latents (arXiv 2602.14041 Eq. 1) with the gradient of the identity; same shape and dtype."""
+    # The second term is exactly 0, so the signs are exact in bfloat16; x + (sign x - x) would round.
     return sign_bits(latents).detach() + (latents - latents.detach())
 
 
@@ -44,30 +44,32 @@ def entropy_loss(
     temperature: float,
     mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> EntropyLoss:
-    """E[H(q)] - H[E q] with the channels in groups (arXiv 2602.14041 Eq. 2 and Sec. 3.1).
+    """E[H(q)] - H[E q], with the channels in groups (arXiv 2602.14041 Eq. 2 and Sec. 3.1).
 
     For a group x of K channels and the codebook {-1, +1}^K,
 
         q_c(x) = exp(-|x - c|^2 / temperature) / sum over codes c' of exp(-|x - c'|^2 / temperature),
 
-    the expectation is over tokens, and both terms are means over groups. |x|^2 and |c|^2 are the same for every code,
-    so q factorises into independent bits, p(c_k = +1) = sigmoid(4 x_k / temperature). H(q) is therefore the sum of K
-    binary entropies, and only E q, which does not factorise, is formed over the 2^K codes.
+    where the expectation is over tokens, and both terms are means over groups. |x|^2 and |c|^2 are the same for every
+    code, so q factorises into independent bits, p(c_k = +1) = sigmoid(4 x_k / temperature). H(q) is therefore the sum
+    of K binary entropies. Only E q, which does not factorise, is computed over the 2^K codes.
 
     Args:
         latents: [N, C], any floating dtype; the loss is computed in float32.
         num_groups: G, a divisor of C; memory grows with N * G * 2^(C / G).
         temperature: in units of squared latent distance; lower is sharper.
         mean_over_ranks: averages a tensor without gradient over data-parallel ranks. E q is then that of the global
-            batch, while the gradient flows through the local tokens, so that the mean of the ranks' gradients is the
-            gradient of the global loss. None: one rank.
+            batch, while the gradient flows through the local tokens only, so that the mean of the ranks' gradients is
+            the gradient of the global loss. None: one rank.
 
     Raises:
         ValueError: `num_groups` does not divide C, or a group has more than 16 bits.
     """
     num_bits = latents.shape[-1]
     if num_bits % num_groups or num_bits // num_groups > 16:
-        raise ValueError(f"{num_bits} bits in {num_groups} groups: every group must hold the same number, at most 16")
+        raise ValueError(
+            f"{num_bits} bits in {num_groups} groups: every group must have the same number of bits, at most 16"
+        )
     logits = 4.0 / temperature * rearrange(latents.float(), "n (g k) -> n g k", g=num_groups)
     plus = torch.sigmoid(logits)
     # H(sigmoid(a)) = softplus(a) - a sigmoid(a); stable where the probability rounds to 0 or 1.
@@ -81,7 +83,7 @@ def entropy_loss(
 
 
 def code_usage(bits: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """Share of tokens that use each code, float32 [G, 2^K], of bits [N, C]; bit 0 of a group counts most."""
+    """Share of the tokens with bits [N, C] that use each code, float32 [G, 2^K]; bit 0 of a group is the highest."""
     return _code_probabilities((rearrange(bits, "n (g k) -> n g k", g=num_groups) > 0).float()).mean(dim=0)
 
 

@@ -22,7 +22,7 @@ def autoencoder_sizes(section: VisionSection) -> dict[str, Any]:
 
 
 def make_autoencoder(section: VisionSection) -> Autoencoder:
-    """The autoencoder of a section's sizes, not yet with its weights."""
+    """An autoencoder with a section's sizes, without its weights."""
     return Autoencoder(**autoencoder_sizes(section))
 
 
@@ -32,12 +32,12 @@ class VisionTokenizer:
     Args:
         section: sizes and weights file of the autoencoder, and the block side.
         device: where it runs.
-        max_batch_px: images of one size are encoded together up to this many pixels (one image at least).
-        dtype: what it computes in; bits are stored and trained on as float32 gives them.
+        max_batch_px: images of one size are encoded together up to this many pixels (at least one image).
+        dtype: dtype of the computation; training and stored bits use float32.
 
     Raises:
         ConfigError: the weights file is missing.
-        CheckpointError: it is damaged, or does not fit the sizes of the section.
+        CheckpointError: it is damaged, or does not match the sizes of the section.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class VisionTokenizer:
             One uint8 [h * w, C / 8] per image, cells in block raster order `(h p1) (w p2) c -> (h w p1 p2) c`.
 
         Raises:
-            DataError: an image of another dtype or shape.
+            DataError: an image has another dtype or shape.
         """
         groups: dict[tuple[int, int], list[int]] = {}
         for i, image in enumerate(images):
@@ -89,10 +89,10 @@ class VisionTokenizer:
             grid: (h, w) in latent cells.
 
         Returns:
-            uint8 [H, W, 3] on the CPU, 127.5 x + 128 clipped to bytes (release).
+            uint8 [H, W, 3] on the CPU, 127.5 x + 128 clipped to bytes (published release).
 
         Raises:
-            ValueError: the bits do not fill the grid.
+            ValueError: the bits do not match the grid.
         """
         tokens = torch.as_tensor(bits)
         tokens = unpack_bits(tokens) if tokens.dtype == torch.uint8 else tokens.float()

@@ -26,7 +26,7 @@ def load_weights(path: str | Path, wanted: Mapping[str, torch.Tensor]) -> dict[s
 
     Raises:
         ConfigError: no such file.
-        CheckpointError: it is damaged, or of a network of other sizes; names the first tensors at fault.
+        CheckpointError: it is damaged or belongs to a network of other sizes; names the first wrong tensors.
     """
     check_weights(path, wanted)
     return load_file(path)
@@ -35,12 +35,12 @@ def load_weights(path: str | Path, wanted: Mapping[str, torch.Tensor]) -> dict[s
 def check_weights(path: str | Path, wanted: Mapping[str, torch.Tensor]) -> None:
     """Compares the header of a weights file with a network; the arguments and errors of `load_weights`."""
     if not Path(path).is_file():
-        raise ConfigError(f"vision.weights = {str(path)!r}: no such file; name the autoencoder's safetensors file")
+        raise ConfigError(f"vision.weights = {str(path)!r}: no such file; set it to the autoencoder's safetensors file")
     check_tensors(
         Path(path),
         read_header(Path(path)),
         {name: tensor.shape for name, tensor in wanted.items()},
-        "The weights must fit vision.num_bits, channels, channel_mult and num_res_blocks; "
+        "The weights must match vision.num_bits, channels, channel_mult and num_res_blocks; "
         f"{CONFIG_NAME} beside the file states its sizes (z_channels, ch, ch_mult, num_res_blocks)",
     )
 
@@ -49,9 +49,9 @@ def save_weights(folder: str | Path, state: Mapping[str, torch.Tensor], publishe
     """Writes `ae.safetensors` and `ae_config.json`, each complete or not at all.
 
     Args:
-        folder: where; made if absent.
-        state: the network's tensors under their published names; stored as float32.
-        published_config: what `autoencoder.published_config` gives for the network.
+        folder: where to write; made if absent.
+        state: the network's tensors by their published names; stored as float32.
+        published_config: the result of `autoencoder.published_config` for the network.
     """
     folder = Path(folder)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}

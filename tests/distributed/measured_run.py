@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from bitdance_scale.config.schema import ModelSection, RunConfig
 from bitdance_scale.data.plan.synthetic_packs import typical_packs
 from bitdance_scale.model.inputs import PackInputs, make_inputs
-from bitdance_scale.parallel.memory_estimate import Footprint, footprint_here
+from bitdance_scale.parallel.memory_estimate import MemoryEstimate, estimate_memory_here
 from bitdance_scale.parallel.topology import make_topology, start_process_group
 from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.sequence.pack import Pack
@@ -54,10 +54,10 @@ def wide_config(dtype: str, **parallel: int | str | bool) -> RunConfig:
     )
 
 
-def estimate(_rank: int, config: RunConfig, world_size: int, rank: int, is_fused: bool) -> Footprint:
-    """The footprint of the same step."""
+def estimate(_rank: int, config: RunConfig, world_size: int, rank: int, is_fused: bool) -> MemoryEstimate:
+    """The memory estimate of the same step."""
     packs = _packs(config)
-    return footprint_here(config, VOCAB_SIZE, world_size, rank, packs, is_fused)
+    return estimate_memory_here(config, VOCAB_SIZE, world_size, rank, packs, is_fused)
 
 
 def measure(_rank: int, config: RunConfig, is_fused: bool) -> Measured:

@@ -20,7 +20,7 @@ def _decode(rank: int, config, num_micro: int = 1) -> tuple[torch.Tensor, torch.
     """(bits, the last block's hidden states, loss of a training step taken after the decoding)."""
     engine, topology = make_engine(config)
     from bitdance_scale.generate.block_decode import decode_blocks, lay_out
-    from bitdance_scale.generate.image_noise import ImageNoise
+    from bitdance_scale.generate.sampler import ImageNoise
     from bitdance_scale.parallel.layout_decode import StageDecoder
     from bitdance_scale.parallel.step import train_step
 

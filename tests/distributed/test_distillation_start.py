@@ -34,7 +34,7 @@ def _distill(rank: int, start_from: Path, root: Path, parallel: dict[str, object
     """Starts a distillation and saves it before its first step."""
     from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
     from bitdance_scale.checkpoint.run_checkpoint import TrainState, save_checkpoint
-    from bitdance_scale.checkpoint.start_weights import load_weights
+    from bitdance_scale.checkpoint.start_weights import load_start_weights
     from bitdance_scale.config.load import dump_toml
     from bitdance_scale.parallel.build import build_engine
     from bitdance_scale.parallel.topology import make_topology, start_process_group
@@ -58,7 +58,7 @@ def _distill(rank: int, start_from: Path, root: Path, parallel: dict[str, object
     engine = build_engine(config, text.vocab_size, topology)
     model, optimizer = engine.model_values(), engine.optimizer_values()
     masters = {name.removeprefix("master."): v for name, v in optimizer.items() if name.startswith("master.")}
-    release = load_weights(
+    release = load_start_weights(
         start.path, model, masters, tokenizer_digest=start.tokenizer_digest, new_queries=start.new_queries
     )
     state = TrainState(

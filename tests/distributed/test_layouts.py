@@ -20,15 +20,15 @@ from tests.distributed.layout_run import RankRecord, assemble, train
 from tests.distributed.spawn import run_ranks
 from tests.distributed.toy import lopsided_packs, toy_config
 
-# float32 sums in another order: eps is 1.2e-7, and chains of sums amplify it a few times. A missing or doubled reduction
-# shows at 1e-2 and more.
+# float32 sums in another order: eps is 1.2e-7, and chains of sums amplify it a few times. A missing or doubled
+# reduction shows at 1e-2 and more.
 BOUND = 1e-6
 # Tensor parallelism sums the products of split linears by ranks, and FlexAttention sums over all keys at once: not only
 # gradients but the activations of every layer round differently, which four layers amplify to 1.7e-6 (measured).
 ACTIVATION_BOUND = 3e-6
 # The gradient of a query or key norm is one short vector summed over all positions and heads, whose terms cancel to a
-# 17th of their size (measured on layer 2 of the toy). Tensor parallelism adds it up by heads and ZeRO-3 by micro-batches
-# of each rank, instead of in one sweep; 17 eps is 2e-6.
+# 17th of their size (measured on layer 2 of the toy). Tensor parallelism adds it up by heads and ZeRO-3 by
+# micro-batches of each rank, instead of in one sweep; 17 eps is 2e-6.
 HEAD_NORM_BOUND = 4e-6
 HEAD_NORM = re.compile(r"\.[qk]_layernorm\.weight$")
 NUM_STEPS = 3

@@ -1,4 +1,4 @@
-"""What `footprint` says a rank needs, against what ranks of a real job allocate."""
+"""The memory estimate of a rank against what ranks of a real job allocate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("world_size", "parallel", "dtype", "is_fused"), LAYOUTS)
-def test_footprint_is_what_ranks_allocate(world_size, parallel, dtype, is_fused):
+def test_estimate_is_what_ranks_allocate(world_size, parallel, dtype, is_fused):
     config = wide_config(dtype, **parallel)
     measured = run_ranks(world_size, measure, config, is_fused, timeout_s=280)
     for rank in range(0, world_size, world_size // config.parallel.pipeline):

@@ -85,9 +85,6 @@ def test_backbone_equals_transformers_qwen3(tensor):
 
 def _train_without_head_sum(rank: int, config):
     """A run whose query/key norms take only their own heads' gradient, as Megatron-core's own norms would."""
-    from bitdance_scale.parallel.topology import redirect_cuda_calls
-
-    redirect_cuda_calls()
     from bitdance_scale.parallel import backbone
 
     backbone.copy_to_tensor_model_parallel_region = lambda weight: weight

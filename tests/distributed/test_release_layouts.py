@@ -35,7 +35,7 @@ def _start(rank: int, started_from: Path, root: Path, parallel: dict[str, object
     """Builds the engine, takes over the weights of a checkpoint and saves them at step 0; rows padded here."""
     from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
     from bitdance_scale.checkpoint.run_checkpoint import load_checkpoint, save_checkpoint
-    from bitdance_scale.checkpoint.start_weights import load_weights
+    from bitdance_scale.checkpoint.start_weights import load_start_weights
     from bitdance_scale.config.load import dump_toml
     from bitdance_scale.parallel.build import build_engine
     from bitdance_scale.parallel.topology import make_topology, start_process_group
@@ -62,7 +62,7 @@ def _start(rank: int, started_from: Path, root: Path, parallel: dict[str, object
     else:
         prefix = "master."
         masters = {name.removeprefix(prefix): v for name, v in optimizer.items() if name.startswith(prefix)}
-        release = load_weights(path, model, masters, tokenizer_digest=digest)
+        release = load_start_weights(path, model, masters, tokenizer_digest=digest)
     new_state = dataclasses.replace(state, release=release)
     save_checkpoint(CheckpointFolder(root, keep=1), new_state, model, optimizer, dump_toml(config))
     return engine.stages[0].padded_vocab_size - vocab_size

@@ -41,12 +41,13 @@ def _run(rank: int, root: str, overrides: list[str], kill: str | None) -> tuple[
     from bitdance_scale.config.load import load_config
     from bitdance_scale.parallel.topology import make_topology, start_process_group
     from bitdance_scale.train.process import StopRequest
-    from bitdance_scale.train.trainer import Trainer
+    from bitdance_scale.train.run import train
+    from bitdance_scale.train.text_to_image import TextToImageJob
 
     config = load_config("demo", [*overrides, f"run.root='{root}'"])
     start_process_group(timeout_s=60)
-    trainer = Trainer(config, make_topology(config.parallel), Path(root) / config.run.name)
-    start_step = trainer.progress.step
+    job = TextToImageJob(config, make_topology(config.parallel), Path(root) / config.run.name)
+    start_step = job.step
 
     def die_if(is_moment: bool) -> None:
         if is_moment:
@@ -55,15 +56,19 @@ def _run(rank: int, root: str, overrides: list[str], kill: str | None) -> tuple[
     if kill == "data":
         _break_data(rank)
     elif kill not in (None, "between"):
-        trainer._checkpoints._before = lambda action: die_if(trainer.progress.step == KILL_STEP and action == kill)
-    with StopRequest() as stop:
-        if kill == "between":
+        job.checkpoints._before = lambda action: die_if(job.step == KILL_STEP and action == kill)
+
+    class KillingRequest(StopRequest):
+        @property
+        def is_requested(self) -> bool:
             # Asked after every step: the one after a checkpoint is trained, the next is read already.
-            agreed = stop.agreed
-            stop.agreed = lambda *ranks: (die_if(trainer.progress.step == KILL_STEP + 1), agreed(*ranks))[1]
-        assert trainer.train(stop)
+            die_if(kill == "between" and job.step == KILL_STEP + 1)
+            return super().is_requested
+
+    with KillingRequest() as stop:
+        assert train(job, stop)
     digest = hashlib.sha256()
-    for values in (trainer._engine.model_values(), trainer._engine.optimizer_values()):
+    for values in (job._engine.model_values(), job._engine.optimizer_values()):
         for name in sorted(values):
             for piece in values[name].pieces:
                 digest.update(name.encode() + piece.tensor.contiguous().numpy().tobytes())
@@ -72,10 +77,10 @@ def _run(rank: int, root: str, overrides: list[str], kill: str | None) -> tuple[
 
 def _break_data(rank: int) -> None:
     """On rank 1 the step after `FAULT_STEP` cannot be read."""
+    from bitdance_scale.data.loader import Loader
     from bitdance_scale.errors import DataError
-    from bitdance_scale.train.reading import StepReader
 
-    read, num_read = StepReader._read, 0
+    read, num_read = Loader.next_step, 0
 
     def read_or_fail(loader):
         nonlocal num_read
@@ -84,7 +89,7 @@ def _break_data(rank: int) -> None:
         num_read += 1
         return read(loader)
 
-    StepReader._read = staticmethod(read_or_fail)
+    Loader.next_step = read_or_fail
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +100,8 @@ def uninterrupted(material, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    # Before the manifest nothing of the save counts; after the rename all of it does, pointed at or not. What was trained
-    # before a fault of the data is saved between two checkpoints.
+    # Before the manifest nothing of the save counts; after the rename all of it does, pointed at or not. What was
+    # trained before a fault of the data is saved between two checkpoints.
     ("kill", "resumed_step", "message"),
     [
         ("between", KILL_STEP, "exit code -9"),

@@ -36,37 +36,36 @@ def _train(rank: int, root: str, overrides: list[str], parallel: dict[str, int],
     from bitdance_scale.config.load import load_config
     from bitdance_scale.parallel.topology import make_topology, start_process_group
     from bitdance_scale.train.process import StopRequest
-    from bitdance_scale.train.trainer import Trainer
+    from bitdance_scale.train.run import train
+    from bitdance_scale.train.text_to_image import TextToImageJob
 
     layout = [f"parallel.{name}={value}" for name, value in parallel.items()]
     config = load_config("demo", [*overrides, *layout, f"run.root='{root}'"])
     start_process_group(timeout_s=60)
     topology = make_topology(config.parallel)
-    trainer = Trainer(config, topology, Path(root) / config.run.name)
-    first_step = trainer.progress.step
+    job = TextToImageJob(config, topology, Path(root) / config.run.name)
+    first_step = job.step
     prepared: Samples = {}
-    prepare = trainer._prepare
+    prepare = job._prepare
 
     def record(packs, step):
         prepared[step + 1] = [key for pack in packs for key in pack.sample_keys.tolist()]
         return prepare(packs, step)
 
-    trainer._prepare = record
-    with StopRequest() as stop:
-        agreed = stop.agreed
+    job._prepare = record
 
-        def ask_on_one_rank(*arguments):
-            if trainer.progress.step == last_step and rank == dist.get_world_size() - 1:
-                stop.signal_name = "SIGTERM"
-            return agreed(*arguments)
+    class RequestOnOneRank(StopRequest):
+        @property
+        def is_requested(self) -> bool:
+            # Asked after every step.
+            return job.step == last_step and rank == dist.get_world_size() - 1
 
-        # Asked after every step.
-        stop.agreed = ask_on_one_rank
-        trainer.train(stop)
+    with RequestOnOneRank() as stop:
+        train(job, stop)
     # One step more is prepared than trained; the run that goes on trains it.
     samples = {step: keys for step, keys in prepared.items() if step <= last_step}
     assert sorted(samples) == list(range(first_step + 1, last_step + 1))
-    assert trainer.progress.step == last_step
+    assert job.step == last_step
     return topology.data_rank, samples
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from bitdance_scale.checkpoint import tensor_storage
 from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
-from bitdance_scale.checkpoint.digest import find_change
+from bitdance_scale.checkpoint.integrity import find_change
 from bitdance_scale.checkpoint.run_checkpoint import TrainState, load_checkpoint, save_checkpoint
 from bitdance_scale.checkpoint.sharded import load_sharded, save_sharded
 from bitdance_scale.errors import CheckpointError
@@ -138,17 +138,19 @@ def fail_in_turn(rank: int, root: Path) -> None:
     save_checkpoint(folder, STATE, holder.model(), holder.fragments, config_text="")
     first = folder.latest()
 
-    with pytest.raises(CheckpointError, match="step_00000003 is already there"):
+    with pytest.raises(CheckpointError, match="step_00000003 exists"):
         save_checkpoint(folder, STATE, holder.model(), holder.fragments, config_text="")
-    with pytest.raises(CheckpointError, match="step 4 was not committed: rank 1: OSError: disk full"):
-        with folder.write(4):
-            if rank == 1:
-                raise OSError("disk full")
-    with mock.patch.object(tensor_storage, "save_file", refuse if rank == 1 else tensor_storage.save_file):
-        with pytest.raises(CheckpointError, match="tensors not written: rank 1: SafetensorError: no space left"):
-            save_checkpoint(
-                folder, dataclasses.replace(STATE, step=5), holder.model(), holder.fragments, config_text=""
-            )
+    with (
+        pytest.raises(CheckpointError, match="step 4 was not committed: rank 1: OSError: disk full"),
+        folder.write(4),
+    ):
+        if rank == 1:
+            raise OSError("disk full")
+    with (
+        mock.patch.object(tensor_storage, "save_file", refuse if rank == 1 else tensor_storage.save_file),
+        pytest.raises(CheckpointError, match="tensors not written: rank 1: SafetensorError: no space left"),
+    ):
+        save_checkpoint(folder, dataclasses.replace(STATE, step=5), holder.model(), holder.fragments, config_text="")
     with pytest.raises(CheckpointError, match="not seen by the first one; put the run folder on a file system"):
         # Every rank has a disk of its own.
         save_sharded(root / f"disk{rank}", holder.model())

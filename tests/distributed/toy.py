@@ -25,8 +25,8 @@ from bitdance_scale.config.schema import (
 from bitdance_scale.sequence.layout import ImageTokens, pack_samples
 from bitdance_scale.sequence.pack import Pack, Sample
 
-# 61 text entries, 2 markup tokens, 40 resolutions, 3 queries and one more: 107 entries divide over no two ranks, so that
-# tables are padded under tensor parallelism.
+# 61 text entries, 2 markup tokens, 40 resolutions, 3 queries and one more: 107 entries divide over no two ranks, so
+# that tables are padded under tensor parallelism.
 VOCAB_SIZE = 107
 TOKENS = ImageTokens(vision_start=61, vision_end=62, resolution=tuple(range(63, 103)), queries=(103, 104, 105))
 GRIDS = ((2, 2), (4, 4), (2, 6), (4, 2))
@@ -105,8 +105,9 @@ def lopsided_samples() -> list[Sample]:
 
 
 def lopsided_packs(data_rank: int, data_size: int, num_micro: int, config: RunConfig) -> list[Pack]:
-    """This replica's micro-batches of `lopsided_samples`, in order: with four packs or more the first have no text target
-    and the next no vision target.
+    """This replica's micro-batches of `lopsided_samples`, in order.
+
+    With four packs or more, the first have no text target and the next no vision target.
     """
     samples, num_packs = lopsided_samples(), data_size * num_micro
     owner = [index * num_packs // len(samples) for index in range(len(samples))]

@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from bitdance_scale.generate.block_decode import decode_blocks, lay_out
-from bitdance_scale.generate.capture import CapturedCall
-from bitdance_scale.generate.image_noise import GeneratorNoise
 from bitdance_scale.generate.pipeline import BitDancePipeline
 from bitdance_scale.generate.published_model import load_published
-from bitdance_scale.generate.qwen3_blocks import Qwen3Blocks
-from bitdance_scale.generate.sampler import FlowSolver
+from bitdance_scale.generate.qwen3_blocks import CapturedCall, Qwen3Blocks
+from bitdance_scale.generate.sampler import FlowSolver, GeneratorNoise
 from tests.released import write_published
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -47,7 +45,7 @@ def test_graphs_draw_the_bits_of_plain_calls(folder, dtype):
     device = torch.device("cuda")
     model = load_published(folder, dtype, device)
     graphs, plain = (
-        Qwen3Blocks(model.backbone, model.projector, model.head, SOLVER, uses_graphs) for uses_graphs in (True, False)
+        Qwen3Blocks(model.backbone, model.projector, model.head, SOLVER, use_graphs) for use_graphs in (True, False)
     )
     for prompts in (PROMPTS, PROMPTS[::-1], PROMPTS):
         rows = [model.text.prompt_ids(prompt) for prompt in prompts] + [model.text.unconditional_ids()] * 2

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks.literal_generation import draw_literally
-from bitdance_scale.generate.image_noise import GeneratorNoise
 from bitdance_scale.generate.pipeline import BitDancePipeline
+from bitdance_scale.generate.sampler import GeneratorNoise
 from bitdance_scale.vision.bits import pack_bits
 from tests.released import write_published
 

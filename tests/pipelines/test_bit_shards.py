@@ -81,7 +81,7 @@ def test_fifty_steps_of_bits_are_those_of_images(overrides: list[str], bits: Pat
     with Loader(config, text, index, 0, 2) as images, Loader(with_bits, text, index, 0, 2) as encoded:
         for _ in range(50):
             for one, other in zip(images.next_step().packs, encoded.next_step().packs, strict=True):
-                assert (one.faults, one.state) == (other.faults, other.state) and other.images == []
+                assert (one.sample_errors, one.state) == (other.sample_errors, other.state) and other.images == []
                 np.testing.assert_array_equal(one.pack.token_ids, other.pack.token_ids)
                 np.testing.assert_array_equal(one.pack.sample_keys, other.pack.sample_keys)
                 expected = np.concatenate(vision.encode([torch.tensor(image) for image in one.images]))
@@ -104,7 +104,7 @@ def test_two_processes_share_the_work_and_go_on(overrides: list[str], bits: Path
     (tmp_path / shard_file(1)).write_bytes(b"half a shard")
     done = run(["tools/encode_shards.py", DEMO, *overrides, "--out", tmp_path], 2)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("there already") == 1 and "It is made anew" in done.stderr
+    assert done.stderr.count("there already") == 1 and "It is made again" in done.stderr
     for path in sorted(bits.iterdir()):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -128,14 +128,16 @@ def test_other_bits_are_refused(overrides: list[str], bits: Path, tmp_path: Path
         BitStore(bits, other, wanted)
 
 
-def test_damaged_bits_are_skipped_and_what_was_left_out_is_refused(overrides: list[str], bits: Path, tmp_path: Path) -> None:
+def test_damage_is_a_skipped_sample_and_what_was_left_out_is_refused(
+    overrides: list[str], bits: Path, tmp_path: Path
+) -> None:
     config = config_of(overrides)
     index = training_index(config.data)
     folder = shutil.copytree(bits, tmp_path / "bits")
     _, tables = read_tables(folder / shard_file(0))
     table = tables[64]
-    first = int(np.flatnonzero(table.fault == bit_shards.HAS_BITS)[0])
-    left_out = int(np.flatnonzero(table.fault == bit_shards.NOT_ENCODED)[0])
+    first = int(np.flatnonzero(table.error_code == bit_shards.HAS_BITS)[0])
+    left_out = int(np.flatnonzero(table.error_code == bit_shards.NOT_ENCODED)[0])
     with open(folder / shard_file(0), "r+b") as file:
         file.seek(int(table.start[first]) + 3)
         byte = file.read(1)[0]
@@ -145,7 +147,7 @@ def test_damaged_bits_are_skipped_and_what_was_left_out_is_refused(overrides: li
     with pytest.raises(SampleError, match="they are damaged") as fault:
         store.read(first, 64)
     assert fault.value.cause == ErrorCause.READ_FAILED
-    with pytest.raises(DataError, match="has no bits for class 64 px: filters left it out"):
+    with pytest.raises(DataError, match="has no bits for resolution 64 px: filters left it out"):
         store.read(left_out, 64)
 
 

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Installs what the tests of the launch scripts need from Debian's packages, if it is not there yet; as root.
+# Installs the Debian packages that the tests of the launch scripts need, where they are missing; as root.
 set -euo pipefail
 
 missing=()

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Starts a Slurm on this machine, runs the tests of the launch scripts on it and stops it: run.sh PYTHON [options of pytest].
-# One machine plays three nodes, each with a slurmd of its own and all cores. Nothing outside a temporary folder is touched,
-# but for what apt installs; no systemd and no cgroups are needed.
+# Starts Slurm on this machine, runs the tests of the launch scripts and stops it: run.sh PYTHON [pytest options].
+# The machine plays three nodes, each with its own slurmd and all cores. It writes to a temporary folder only, except for
+# the packages that apt installs, and needs neither systemd nor cgroups.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -11,7 +11,7 @@ python=$1
 shift
 
 if [[ $(id -u) != 0 ]]; then
-    echo "test-slurm: skipped: starting Slurm's daemons takes root (sudo make test-slurm)"
+    echo "test-slurm: skipped: Slurm's daemons start as root only (sudo make test-slurm)"
     exit 0
 fi
 
@@ -40,7 +40,7 @@ stop_slurm() {
     if ((code != 0)); then
         tail -n 20 "$folder"/*.log "$folder"/munge/*.log 2>/dev/null || true
     fi
-    # Of jobs that a failed test has left behind.
+    # A failed test may have left jobs.
     squeue --noheader --format=%i 2>/dev/null | xargs --no-run-if-empty scancel --hurry 2>/dev/null || true
     for _ in {1..30}; do
         [[ -n $(squeue --noheader 2>/dev/null) ]] || break
@@ -73,7 +73,7 @@ ClusterName=test
 SlurmctldHost=$host(127.0.0.1)
 SlurmUser=root
 AuthType=auth/munge
-# A requeued job waits until its credential has expired, by default two minutes.
+# A requeued job waits until its credential has expired: two minutes by default.
 AuthInfo=socket=$folder/munge/socket,cred_expire=5
 SlurmctldPort=${ports[0]}
 StateSaveLocation=$folder/state

@@ -1,4 +1,4 @@
-"""Stands in for an entry point where only the launch is tested: `stand_in.py CONFIG crash|wait|finish FILE`."""
+"""An entry point for tests of the launch alone: `stand_in.py CONFIG crash|wait|finish FILE`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from bitdance_scale.train.process import EXIT_REQUEUE, record_exit
 
 
 def main() -> int:
-    """Ends with a fault, or well, or waits to be stopped, as a trainer is, and says in FILE that it does."""
+    """Crashes, finishes, or makes FILE and then waits for a request to stop, as a trainer does."""
     _, _, mode, file = sys.argv
     if mode == "crash":
-        raise RuntimeError("the stand-in's fault")
+        raise RuntimeError("crash of the stand-in")
     if mode == "finish":
         record_exit(0)
         return 0

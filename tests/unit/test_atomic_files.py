@@ -21,8 +21,8 @@ def names(folder: Path) -> list[str]:
 def test_a_file_is_replaced_whole(tmp_path: Path, is_shared: bool) -> None:
     path = tmp_path / "figures" / "page.png"
     write_bytes(path, b"old", is_shared=is_shared)
-    with pytest.raises(OSError, match="disk full"), replacing(path, is_shared=is_shared) as aside:
-        aside.write_bytes(b"n")
+    with pytest.raises(OSError, match="disk full"), replacing(path, is_shared=is_shared) as writing:
+        writing.write_bytes(b"n")
         raise OSError("disk full")
     assert path.read_bytes() == b"old" and names(path.parent) == ["page.png"]
     write_bytes(path, b"new", is_shared=is_shared)
@@ -61,16 +61,30 @@ def test_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
 
 def test_a_folder_appears_whole_and_its_predecessor_stays_until_then(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with new_folder(out) as aside:
-        (aside / "a").write_text("old")
+    with new_folder(out) as writing:
+        (writing / "a").write_text("old")
         assert not out.exists()
-    with pytest.raises(ValueError, match="broken"), new_folder(out) as aside:
-        (aside / "a").write_text("new")
+    with pytest.raises(ValueError, match="broken"), new_folder(out) as writing:
+        (writing / "a").write_text("new")
         raise ValueError("broken")
     assert (out / "a").read_text() == "old" and names(tmp_path) == ["out"]
-    with new_folder(out) as aside:
-        (aside / "b").write_text("new")
+    with new_folder(out) as writing:
+        (writing / "b").write_text("new")
     assert names(out) == ["b"] and names(tmp_path) == ["out"]
+
+
+def test_a_folder_that_another_process_made_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, rename = tmp_path / "out", os.rename
+
+    def rename_too_late(source: Path, target: Path) -> None:
+        out.mkdir()
+        (out / "a").write_text("theirs")
+        rename(source, target)
+
+    monkeypatch.setattr(atomic_files.os, "rename", rename_too_late)
+    with pytest.raises(OSError, match="not empty"), new_folder(out) as writing:
+        (writing / "a").write_text("ours")
+    assert (out / "a").read_text() == "theirs" and names(tmp_path) == ["out"]
 
 
 def test_an_interrupted_replacement_is_undone(tmp_path: Path) -> None:
@@ -86,8 +100,8 @@ def test_an_interrupted_replacement_is_undone(tmp_path: Path) -> None:
 def test_of_two_equal_folders_the_first_stays(tmp_path: Path) -> None:
     out = tmp_path / "columns"
     for number in range(2):
-        aside = tmp_path / f"aside_{number}"
-        aside.mkdir()
-        (aside / "number").write_text(str(number))
-        commit_folder(aside, out)
+        writing = tmp_path / f"writing_{number}"
+        writing.mkdir()
+        (writing / "number").write_text(str(number))
+        commit_folder(writing, out)
     assert (out / "number").read_text() == "0" and names(tmp_path) == ["columns"]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from bitdance_scale.wording import file_size
+from bitdance_scale.wording import file_size, first_few
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,8 @@ from bitdance_scale.wording import file_size
 )
 def test_a_size_has_three_significant_digits(num_bytes: int, text: str) -> None:
     assert file_size(num_bytes) == text
+
+
+def test_a_long_list_is_cut() -> None:
+    assert first_few(["a", "b", "c"]) == "a; b; c"
+    assert first_few(list("abcdefghij")) == "a; b; c; and 7 more"

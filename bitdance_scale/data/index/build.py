@@ -1,8 +1,8 @@
-"""Builds the index of a data set: in parallel, only what is new or changed, and resumable.
+"""Builds the index of a data set: in parallel, only from shards that are new or have changed, and resumable.
 
-What has been scanned is written down now and then as a part, itself an index, so that a build that was stopped goes on
-from there. At the end the pieces of all shards, from an earlier index, parts and memory, are joined column by column,
-never more than one piece in memory.
+From time to time, what has been scanned is saved as a part, which is itself an index. A build that was stopped goes on
+from its parts. At the end the pieces of all shards, from an earlier index, the parts and memory, are joined column by
+column, with never more than one piece in memory.
 """
 
 from __future__ import annotations
@@ -44,14 +44,15 @@ from bitdance_scale.data.index.index import (
 )
 from bitdance_scale.data.index.shard_scan import COLUMN_DTYPES, scan_shard
 from bitdance_scale.data.index.tar_scan import WINDOW_BYTES
-from bitdance_scale.data.storage.stores import S3_SCHEME, ReadError, ShardState, Stores
+from bitdance_scale.data.storage.store_contract import S3_SCHEME, ReadError, ShardState
+from bitdance_scale.data.storage.stores import Stores
 from bitdance_scale.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 _PARTS_NAME = ".parts"
 _PART_SAMPLES = 1 << 20
-_PART_SECONDS = 60.0
+_PART_S = 60.0
 _BYTES_PER_WORKER = 1 << 31
 _MAX_WORKERS = 32
 _TASKS_PER_WORKER = 4
@@ -75,7 +76,7 @@ class _Piece:
         return self.index.columns[column][self.start : self.stop]
 
     def text(self, column: str) -> tuple[np.ndarray, np.ndarray]:
-        """Lengths of the texts, and all of them as bytes."""
+        """Lengths of the texts, and the bytes of all texts one after the other."""
         starts = self.index.columns[f"{column}_start"][self.start : self.stop + 1]
         return np.diff(starts), self.index.columns[f"{column}_text"][starts[0] : starts[-1]]
 
@@ -100,17 +101,17 @@ def build_index(
     progress: _Progress | None = None,
     stores: Stores | None = None,
 ) -> Index:
-    """Brings the index of a list of shards up to date and opens it; one process of a job calls this.
+    """Brings the index of a list of shards up to date and opens it. Only one process of a job may call this.
 
-    Shards that an existing index there knows by path, size and modification time are not read again.
+    Shards that the index in the folder has with the same path, length and tag are not read again.
 
     Args:
         shards: paths of tars, as `shards.expand_shards` gives them; their order is the order of the samples.
-        index_dir: folder of the index, made if absent.
-        captions: sources of captions to keep (`captions.CaptionSource`); those that the index has already stay.
-        num_workers: processes that scan; None: by the amount to read, this process alone for little.
-        progress: called for every shard that was scanned.
-        stores: how shards are read; None: by default.
+        index_dir: folder of the index, created if missing.
+        captions: caption sources to keep (`captions.CaptionSource`), besides those that the index already has.
+        num_workers: processes that scan; None: depends on the amount to read, and little is read in this process.
+        progress: called for every shard that has been scanned.
+        stores: how to read shards; None: with default settings.
 
     Raises:
         DataError: a shard is missing or cannot be read, no shard holds an image, or the folder cannot be written.
@@ -133,8 +134,8 @@ def build_index(
         pieces = [known[task] for task in tasks]
         if not sum(piece.entry.num_samples for piece in pieces):
             raise DataError(
-                f"data.shards: no usable image in {len(shards)} shards ({_all_faults(pieces)}). Samples need a .jpg, .png "
-                "or .webp member and, beside it, .txt and .json of the same key."
+                f"data.shards: no usable image in {len(shards)} shards ({_all_errors(pieces)}). A sample needs a .jpg, "
+                ".png or .webp member, and .txt and .json members with the same key."
             )
         _write(pieces, captions, index_dir)
         for folder in parts:
@@ -147,10 +148,10 @@ def build_index(
 
 
 def scan_file(task: _Task, captions: Sequence[str], stores: Stores) -> Index:
-    """The index of one shard.
+    """Scans one shard and returns its index.
 
     Raises:
-        DataError: it cannot be opened or read.
+        DataError: the shard cannot be opened or read.
     """
     total_bytes = task.state.num_bytes
 
@@ -169,7 +170,7 @@ def scan_file(task: _Task, captions: Sequence[str], stores: Stores) -> Index:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """A scan makes millions of small objects without a cycle among them, which the collector would go through."""
+    """Turns the garbage collector off: it would visit the millions of small objects of a scan, which form no cycles."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -197,7 +198,7 @@ def _pieces(indexes: Iterator[Index]) -> dict[_Task, _Piece]:
     return pieces
 
 
-def _all_faults(pieces: Sequence[_Piece]) -> dict[str, dict[str, int]]:
+def _all_errors(pieces: Sequence[_Piece]) -> dict[str, dict[str, int]]:
     return {piece.entry.path: piece.entry.errors for piece in pieces}
 
 
@@ -208,7 +209,7 @@ def _scan_all(
     save: Callable[[Sequence[_Piece]], dict[_Task, _Piece]],
     progress: _Progress | None,
 ) -> dict[_Task, _Piece]:
-    """Scans shards and saves what was scanned now and then; the rest stays in memory."""
+    """Scans shards and saves the results as parts from time to time; the last results stay in memory."""
     if num_workers is None:
         num_workers = min(sum(task.state.num_bytes for task in tasks) // _BYTES_PER_WORKER, _num_cores(), _MAX_WORKERS)
     found: dict[_Task, _Piece] = {}
@@ -220,11 +221,11 @@ def _scan_all(
             if progress is not None:
                 progress(index.shards[0])
             num_samples = sum(piece.entry.num_samples for piece in unsaved)
-            if num_samples >= _PART_SAMPLES or (num_samples and time.monotonic() - saved_s >= _PART_SECONDS):
+            if num_samples >= _PART_SAMPLES or (num_samples and time.monotonic() - saved_s >= _PART_S):
                 found |= save(unsaved)
                 unsaved, saved_s = [], time.monotonic()
     except BaseException:
-        # Stopped, or a shard that cannot be read: the next build goes on from here.
+        # The build was stopped or a shard cannot be read: the next build goes on from here.
         if any(piece.entry.num_samples for piece in unsaved):
             save(unsaved)
         raise
@@ -235,10 +236,10 @@ def _scanned(tasks: Sequence[_Task], scan: _Scan, num_workers: int) -> Iterator[
     if num_workers < 2 or len(tasks) < 2:
         yield from map(scan, tasks)
         return
-    # Forked from a server that has no threads and no CUDA.
+    # Forking this process could copy threads and CUDA; the server has neither.
     with ProcessPoolExecutor(min(num_workers, len(tasks)), mp_context=get_context("forkserver")) as pool:
         waiting = iter(tasks)
-        # Few at a time: every result that nobody has taken is in memory.
+        # Few tasks at a time, because results wait in memory until they are taken.
         running = {pool.submit(scan, task) for task in itertools.islice(waiting, _TASKS_PER_WORKER * num_workers)}
         try:
             while running:
@@ -255,13 +256,13 @@ def _num_cores() -> int:
 
 
 def _open_old(index_dir: Path) -> Index | None:
-    """The index that is there; None where there is none that this version can read, so that it is built anew."""
+    """The index in the folder; None if there is none that this version can read, so that it is built again."""
     if not (index_dir / TABLE_NAME).exists():
         return None
     try:
         return open_index(index_dir)
     except DataError as error:
-        logger.warning("%s It is built anew.", error)
+        logger.warning("%s Building it again.", error)
         return None
 
 
@@ -271,7 +272,7 @@ def _open_parts(index_dir: Path) -> dict[Path, Index]:
         try:
             parts[folder] = open_index(folder)
         except DataError:
-            # The build was stopped while it wrote this one, or another version wrote it.
+            # The build was stopped while it wrote this part, or another version wrote it.
             shutil.rmtree(folder, ignore_errors=True)
     return parts
 
@@ -284,7 +285,7 @@ def _save_part(index_dir: Path, parts: dict[Path, Index], pieces: Sequence[_Piec
 
 
 def _write(pieces: Sequence[_Piece], captions: Sequence[str], index_dir: Path) -> None:
-    """Columns first, then the table that names them, each by rename."""
+    """Writes the columns first, then the table that names them, each by rename."""
     index_dir.mkdir(parents=True, exist_ok=True)
     scores = list(dict.fromkeys(field for piece in pieces for field in piece.index.scores))
     building = index_dir / f".{uuid.uuid4().hex}{WRITING}"
@@ -293,7 +294,7 @@ def _write(pieces: Sequence[_Piece], captions: Sequence[str], index_dir: Path) -
         digests = _write_columns(pieces, captions, scores, building)
         content = _digest([f"{name} {digest}" for name, digest in digests.items()])
         folder = index_dir / columns_folder(content)
-        # Another job may have built the same index, meanwhile too.
+        # Another job may have built the same index, even meanwhile.
         if not folder.exists():
             commit_folder(building, folder)
     finally:
@@ -323,7 +324,7 @@ def _stored_path(path: str, index_dir: Path) -> str:
 def _write_columns(
     pieces: Sequence[_Piece], captions: Sequence[str], scores: Sequence[str], folder: Path
 ) -> dict[str, str]:
-    """Writes every column; returns column -> hexadecimal digest."""
+    """Writes all columns; returns column -> hexadecimal digest."""
     counts = [piece.entry.num_samples for piece in pieces]
     files = column_files(captions, scores)
     write = partial(_write_column, folder, files)
@@ -335,7 +336,7 @@ def _write_columns(
     for name in (NAME, *map(caption_column, captions)):
         num_bytes = sum(len(piece.text(name)[1]) for piece in pieces)
         digests[f"{name}_start"] = write(f"{name}_start", np.int64, sum(counts) + 1, _starts(pieces, name))
-        # One byte more than needed: an empty array cannot be mapped.
+        # One byte more than needed, because an empty array cannot be mapped.
         chunks = itertools.chain((piece.text(name)[1] for piece in pieces), [np.zeros(1, np.uint8)])
         digests[f"{name}_text"] = write(f"{name}_text", np.uint8, num_bytes + 1, chunks)
     for name in map(caption_column, captions):
@@ -370,7 +371,7 @@ def _write_column(
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (length,)}
         np.lib.format.write_array_header_1_0(file, header)
         for chunk in chunks:
-            content = np.ascontiguousarray(chunk, dtype)
+            content = np.ascontiguousarray(chunk, dtype).data
             digest.update(content)
             file.write(content)
     return digest.hexdigest()

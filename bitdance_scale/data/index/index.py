@@ -1,16 +1,17 @@
 """The index: where every sample of a data set lies, its stored size, captions and scores, in memory-mapped columns.
 
-`index_build.py` makes it once; `open_index` opens it everywhere. In the index folder, `index.json` holds the shard table
-and names a folder of columns, one `.npy` each; both appear by rename, so a reader sees an old build or a new one, never
-half of one. The columns of a superseded build stay until their folder is deleted, for runs that have it open.
+`build.py` writes it once; `open_index` opens it everywhere. In the index folder, `index.json` holds the table of shards
+and names a folder of columns, one `.npy` file each. Both appear by rename, so a reader sees the old build or the new
+one and never a mixture. The columns of an old build stay until somebody deletes them, because runs may have them open.
 
-A sample is known by its position in the index, which is its key everywhere (`Sample.key`). The index hash covers order,
-sizes and places in the shards, and not where the shards lie, so that a moved data set resumes; captions and scores have
-digests of their own, for the plans that use them.
+The position of a sample in the index is its key everywhere (`Sample.key`). The index hash covers order, sizes and
+places in the shards. It does not cover where the shards lie, so a run resumes on a moved data set. Captions and scores
+have digests of their own, for the plans that use them.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import orjson
 from bitdance_scale.data.captions import SEPARATOR
 from bitdance_scale.data.index.shard_scan import COLUMN_DTYPES, ShardContent
 from bitdance_scale.data.index.tar_scan import TarError
-from bitdance_scale.data.storage.stores import S3_SCHEME
+from bitdance_scale.data.storage.store_contract import S3_SCHEME
 from bitdance_scale.errors import DataError
 from bitdance_scale.renames import RENAMED_INDEX_FIELDS, with_new_names
 
@@ -33,15 +34,15 @@ NAME = "name"
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """A shard as it was when indexed.
+    """A shard as it was when it was indexed.
 
     Attributes:
         path: absolute path of the tar, or `s3://BUCKET/KEY`.
-        num_bytes: its length.
-        tag: with the length, what tells that it changed (`store.ShardState`).
-        num_samples: its samples in the index.
+        num_bytes: length of the shard.
+        tag: `store_contract.ShardState.tag`; a change of the tag or the length shows that the shard has changed.
+        num_samples: samples of the shard that are in the index.
         errors: `shard_scan.ShardError` -> how often the scan found it.
-        tar_errors: where the tar is broken.
+        tar_errors: the places where the tar is broken.
     """
 
     path: str
@@ -53,21 +54,22 @@ class ShardEntry:
 
 
 class Index:
-    """All samples of a data set, in columns; N samples.
+    """All N samples of a data set, in columns.
 
     Attributes:
         hash: hexadecimal digest of order, sizes and places.
-        shards: table of the shards, in the order of `data.shards`; those of a source lie together.
-        captions: sources of captions that are kept (`captions.CaptionSource`).
+        shards: table of the shards in the order of `data.shards`; the shards of a source are contiguous.
+        captions: caption sources that are kept (`captions.CaptionSource`).
+        scores: numeric fields of the records that are kept.
         digests: hexadecimal digest of each caption source and score.
-        sources: samples of each source, which lie together; one range unless the index was `divided`.
-        columns: the arrays below by name, those of texts in two: `NAME_start` int64 [N + 1] and `NAME_text` uint8.
+        sources: samples of each source, which are contiguous; one range unless the index was `divided`.
+        columns: the arrays below by name. Texts have two: `NAME_start`, int64 [N + 1], and `NAME_text`, uint8.
         shard: int32 [N], row in `shards`.
         image_offset: int64 [N], first byte of the image in its shard.
-        image_bytes: int64 [N], its length.
-        header_crc: uint32 [N], CRC-32 of its tar header.
+        image_bytes: int64 [N], length of the image file.
+        header_crc: uint32 [N], CRC-32 of the tar header of the image.
         height_px, width_px: int32 [N], stored size.
-        original_height_px, original_width_px: int32 [N], size before img2dataset resized it; 0: not known.
+        original_height_px, original_width_px: int32 [N], size before img2dataset resized the image; 0: not known.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class Index:
         return len(self.shard)
 
     def divided(self, num_shards: Sequence[int]) -> Index:
-        """The same index, its first `num_shards[0]` shards the first source, the next `num_shards[1]` the second, ..."""
+        """The same index with sources: the first `num_shards[0]` shards are the first source, and so on."""
         assert sum(num_shards) == len(self.shards), (num_shards, len(self.shards))
         samples_before = np.cumsum([0, *(entry.num_samples for entry in self.shards)])
         stops = samples_before[np.cumsum([0, *num_shards])].tolist()
@@ -112,11 +114,11 @@ class Index:
             digest=self.hash,
             digests=self.digests,
         )
-        divided.sources = tuple(range(start, stop) for start, stop in zip(stops, stops[1:], strict=False))
+        divided.sources = tuple(itertools.starmap(range, itertools.pairwise(stops)))
         return divided
 
     def caption(self, sample: int, source: str | None = None) -> str:
-        """First alternative of a caption of a sample; empty unless its status is USABLE.
+        """The first alternative of a caption of a sample; empty unless its status is USABLE.
 
         Args:
             sample: position in the index.
@@ -125,7 +127,7 @@ class Index:
         return self.alternatives(sample, source)[0]
 
     def alternatives(self, sample: int, source: str | None = None) -> list[str]:
-        """All alternatives of it."""
+        """All alternatives of a caption of a sample; the arguments are those of `caption`."""
         return self._text(caption_column(source or self.captions[0]), sample).decode("utf-8").split(SEPARATOR)
 
     def status(self, source: str) -> np.ndarray:
@@ -133,7 +135,7 @@ class Index:
         return self.columns[caption_column(source) + "_status"]
 
     def score(self, field: str) -> np.ndarray:
-        """float32 [N], a numeric field of the records; NaN where a sample has none."""
+        """float32 [N], a numeric field of the records; NaN for samples without it."""
         return self.columns[score_column(field)]
 
     def name(self, sample: int) -> str:
@@ -152,8 +154,8 @@ class Index:
         """What the scan found wrong: `shard_scan.ShardError` -> shard path -> count."""
         counts: dict[str, dict[str, int]] = {}
         for entry in self.shards:
-            for fault, count in entry.errors.items():
-                counts.setdefault(fault, {})[entry.path] = count
+            for error, count in entry.errors.items():
+                counts.setdefault(error, {})[entry.path] = count
         return counts
 
     def _text(self, column: str, sample: int) -> bytes:
@@ -172,7 +174,7 @@ def score_column(field: str) -> str:
 
 
 def column_files(captions: Sequence[str], scores: Sequence[str]) -> dict[str, str]:
-    """Column -> file name; a source or field may hold what no file name can."""
+    """Column -> file name; a source or field may contain characters that a file name cannot."""
     files = {name: name for name in ("shard", *COLUMN_DTYPES, f"{NAME}_start", f"{NAME}_text")}
     for number, source in enumerate(captions):
         files |= {
@@ -182,7 +184,7 @@ def column_files(captions: Sequence[str], scores: Sequence[str]) -> dict[str, st
 
 
 def content_index(entry: ShardEntry, content: ShardContent) -> Index:
-    """What a scan found, as the index of one shard, without digests."""
+    """The result of a scan as an index of one shard, without digests."""
     columns = {**content.columns, "shard": np.zeros(len(content), np.int32)}
     texts = {NAME: content.names} | {caption_column(name): text for name, (text, _) in content.captions.items()}
     for name, text in texts.items():
@@ -194,29 +196,29 @@ def content_index(entry: ShardEntry, content: ShardContent) -> Index:
 
 
 def default_index_dir(shards: Sequence[str]) -> str:
-    """`.bitdance_index` beside the first shard, where the index goes when `data.index_dir` is empty.
+    """The index folder when `data.index_dir` is empty: `.bitdance_index` beside the first shard.
 
     Raises:
-        DataError: the shard is on S3, and an index is a folder.
+        DataError: the shard is on S3, where an index cannot lie.
     """
     if shards[0].startswith(S3_SCHEME):
         raise DataError(
-            f"data.index_dir is empty and {shards[0]} lies on S3: name a folder for the index that all ranks see "
-            "(data.index_dir, or --index-dir of a tool)."
+            f"data.index_dir is empty and {shards[0]} is on S3. Set data.index_dir (or --index-dir of a tool) to a "
+            "folder that all ranks see."
         )
     return str(Path(shards[0]).parent / ".bitdance_index")
 
 
 def sources_index_dir(names: Sequence[str], shards: Sequence[str]) -> str:
-    """The same for sources of these names: another folder, so that a run on the first one alone keeps its own."""
+    """The same for named sources: another folder, so that a run on the first source alone keeps its own index."""
     return f"{default_index_dir(shards)}_{'_'.join(names)}"
 
 
 def open_index(index_dir: str | Path) -> Index:
-    """Opens the index that `index_build.build_index` left in a folder.
+    """Opens the index that `build.build_index` left in a folder.
 
     Raises:
-        DataError: there is none, or it is damaged or of another format.
+        DataError: there is none, or it is damaged or has another format.
     """
     index_dir = Path(index_dir)
     table_path = index_dir / TABLE_NAME
@@ -230,7 +232,7 @@ def open_index(index_dir: str | Path) -> Index:
         entries = tuple(_entry(index_dir, shard) for shard in table["shards"])
         folder = index_dir / columns_folder(table["content"])
         columns = {
-            # As plain arrays: reading one number of np.memmap takes ten times as long.
+            # As plain arrays: reading one number from an np.memmap takes ten times as long.
             name: np.asarray(np.load(folder / f"{file}.npy", mmap_mode="r", allow_pickle=False))
             for name, file in column_files(table["captions"], table["scores"]).items()
         }
@@ -247,7 +249,7 @@ def open_index(index_dir: str | Path) -> Index:
 
 
 def columns_folder(content: str) -> str:
-    """Name of the folder of the columns with this digest."""
+    """Name of the folder of the columns with this content digest."""
     return f"columns_{content[:16]}"
 
 
@@ -255,5 +257,5 @@ def _entry(index_dir: Path, shard: dict[str, object]) -> ShardEntry:
     values = with_new_names(shard, RENAMED_INDEX_FIELDS)
     if not values["path"].startswith(S3_SCHEME):
         values["path"] = os.path.abspath(index_dir / values["path"])
-    values["tar_errors"] = tuple(TarError(**damage) for damage in values["tar_errors"])
+    values["tar_errors"] = tuple(TarError(**tar_error) for tar_error in values["tar_errors"])
     return ShardEntry(**values)

@@ -1,4 +1,4 @@
-"""What an index says about its shards: what they lost, which look wrong, and whether training may start on them."""
+"""What an index says about its shards: what is missing from them, which look wrong, and whether training may start."""
 
 from __future__ import annotations
 
@@ -10,45 +10,52 @@ from bitdance_scale.data.captions import CaptionStatus
 from bitdance_scale.data.index.index import Index, ShardEntry
 from bitdance_scale.data.index.shard_scan import ShardError
 from bitdance_scale.errors import DataError
+from bitdance_scale.wording import file_size
 
-_NUM_NAMED = 3
+_MAX_NAMED_SHARDS = 3
 _FEW = 0.5
 """A shard with fewer samples than this share of the median is suspicious."""
 _MANY = 0.01
-"""So is one with errors in more than this share of its samples."""
-_LOSSES = (ShardError.MISSING_IMAGE, ShardError.UNREADABLE_SIZE)
+"""So is a shard with errors in more than this share of its samples."""
+_SKIPPING_ERRORS = (ShardError.MISSING_IMAGE, ShardError.UNREADABLE_SIZE)
+"""Each of them keeps one sample out of the index."""
 
 
 def skipped_samples(index: Index) -> dict[str, int]:
-    """Shard path -> samples that it should have had and the index has not; shards that lost none are left out.
+    """Shard path -> samples of the shard that are missing from the index; complete shards are left out.
 
-    Samples without image or size are counted. Behind the place where a tar was cut nothing can be counted: a damaged
-    tar lost at least as many samples as it lacks to the median of the sound ones, and at least one per damage.
+    Samples without an image or a readable size are counted. What a broken tar lacks cannot be counted, so it is
+    estimated: its difference to the median of the tars without errors, and at least one sample per tar error.
     """
     sound = [entry.num_samples for entry in index.shards if not entry.tar_errors]
     typical = int(np.median(sound)) if sound else 0
-    lost = {entry.path: _lost(entry, typical) for entry in index.shards}
-    return {path: count for path, count in lost.items() if count}
+    skipped = {entry.path: _num_skipped(entry, typical) for entry in index.shards}
+    return {path: count for path, count in skipped.items() if count}
 
 
 def check_skipped(index: Index, max_share: float) -> None:
-    """Refuses to train on shards that lost more than a share of their samples.
+    """Refuses to train on shards of which too many samples are missing from the index.
+
+    Args:
+        index: the data set.
+        max_share: the share of missing samples that is allowed (`data.max_skipped_share`).
 
     Raises:
-        DataError: names the shards that lost most, where they are broken, and what to do.
+        DataError: names the shards that miss most, where they are broken, and what to do.
     """
-    lost = skipped_samples(index)
-    num_lost = sum(lost.values())
-    if num_lost <= max_share * (len(index) + num_lost):
+    skipped = skipped_samples(index)
+    num_skipped = sum(skipped.values())
+    num_samples = len(index) + num_skipped
+    if num_skipped <= max_share * num_samples:
         return
     entries = {entry.path: entry for entry in index.shards}
-    worst = sorted(lost, key=lambda path: (-lost[path], path))
-    named = "; ".join(f"{path}: {lost[path]} ({_reason(entries[path])})" for path in worst[:_NUM_NAMED])
-    others = f"; and {len(worst) - _NUM_NAMED} more shards" if len(worst) > _NUM_NAMED else ""
+    worst = sorted(skipped, key=lambda path: (-skipped[path], path))
+    named = "; ".join(f"{path}: {skipped[path]} ({_reason(entries[path])})" for path in worst[:_MAX_NAMED_SHARDS])
+    others = f"; and {len(worst) - _MAX_NAMED_SHARDS} more shards" if len(worst) > _MAX_NAMED_SHARDS else ""
     raise DataError(
-        f"about {num_lost} of {len(index) + num_lost} samples are lost: {named}{others}. That is more than "
-        f"data.max_skipped_share={max_share:g} allows. Fetch or write these shards again, remove them from data.shards, or "
-        "raise data.max_skipped_share if the loss is acceptable."
+        f"about {num_skipped} of {num_samples} samples would be skipped: {named}{others}. That is more than "
+        f"data.max_skipped_share={max_share:g} allows. Fetch or write these shards again, remove them from "
+        "data.shards, or raise data.max_skipped_share if training without these samples is acceptable."
     )
 
 
@@ -59,10 +66,11 @@ def suspicious_shards(index: Index) -> Iterator[tuple[str, str]]:
     without_caption = np.bincount(index.shard, weights=is_without, minlength=len(index.shards))
     share_without = float(without_caption.sum()) / max(1, len(index))
     for row, entry in enumerate(index.shards):
-        reasons = [f"byte {damage.offset}: {damage.problem}" for damage in entry.tar_errors]
-        num_faults = sum(count for fault, count in entry.errors.items() if fault != ShardError.DAMAGED_TAR)
-        if num_faults > _MANY * entry.num_samples:
-            reasons.append(", ".join(f"{fault} {count}" for fault, count in entry.errors.items()))
+        reasons = [f"byte {tar_error.offset}: {tar_error.problem}" for tar_error in entry.tar_errors]
+        # Tar errors are named already.
+        num_errors = sum(count for error, count in entry.errors.items() if error != ShardError.DAMAGED_TAR)
+        if num_errors > _MANY * entry.num_samples:
+            reasons.append(_counts(entry))
         if entry.num_samples < _FEW * typical:
             reasons.append(f"{entry.num_samples} samples, the median has {typical:g}")
         if without_caption[row] > (share_without + _FEW * (1 - share_without)) * max(1, entry.num_samples):
@@ -72,39 +80,42 @@ def suspicious_shards(index: Index) -> Iterator[tuple[str, str]]:
 
 
 def summary(index: Index) -> list[str]:
-    """Counts of samples, captions, scores and errors, a line each."""
-    num_bytes = sum(entry.num_bytes for entry in index.shards)
-    lines = [f"{len(index)} samples in {len(index.shards)} shards of {num_bytes / 1e9:.2f} GB, index {index.hash}"]
+    """Counts of samples, captions, scores and errors, one line each."""
+    size = file_size(sum(entry.num_bytes for entry in index.shards))
+    lines = [f"{len(index)} samples in {len(index.shards)} shards of {size}, index {index.hash}"]
     for source in index.captions:
         counts = np.bincount(index.status(source), minlength=len(CaptionStatus))
         named = ", ".join(f"{status.name.lower()} {counts[status]}" for status in CaptionStatus)
         lines.append(f"captions {source}: {named}")
-    for field in index.scores:
-        lines.append(f"score {field}: {_describe(index.score(field))}")
-    for fault, shards in index.errors().items():
-        lines.append(f"{fault}: {sum(shards.values())} in {len(shards)} shards, first {next(iter(shards))}")
-    lost = skipped_samples(index)
-    if lost:
-        lines.append(f"lost: about {sum(lost.values())} samples of {len(lost)} shards")
+    lines += [f"score {field}: {_describe(index.score(field))}" for field in index.scores]
+    for error, shards in index.errors().items():
+        lines.append(f"{error}: {sum(shards.values())} in {len(shards)} shards, first {next(iter(shards))}")
+    skipped = skipped_samples(index)
+    if skipped:
+        lines.append(f"skipped: about {sum(skipped.values())} samples of {len(skipped)} shards")
     return lines
 
 
 def _describe(values: np.ndarray) -> str:
     present = values[~np.isnan(values)]
-    missing = len(values) - len(present)
+    num_missing = len(values) - len(present)
     low, middle, high = np.quantile(present, (0, 0.5, 1)) if len(present) else (np.nan,) * 3
-    return f"{low:.4g} to {high:.4g}, median {middle:.4g}, missing in {missing}"
+    return f"{low:.4g} to {high:.4g}, median {middle:.4g}, missing in {num_missing}"
 
 
-def _lost(entry: ShardEntry, typical: int) -> int:
-    counted = sum(entry.errors.get(fault, 0) for fault in _LOSSES)
+def _num_skipped(entry: ShardEntry, typical: int) -> int:
+    num_counted = sum(entry.errors.get(error, 0) for error in _SKIPPING_ERRORS)
     if not entry.tar_errors:
-        return counted
-    return max(counted, len(entry.tar_errors), typical - entry.num_samples)
+        return num_counted
+    return max(num_counted, len(entry.tar_errors), typical - entry.num_samples)
 
 
 def _reason(entry: ShardEntry) -> str:
     if entry.tar_errors:
         more = f" and {len(entry.tar_errors) - 1} more places" if len(entry.tar_errors) > 1 else ""
         return f"byte {entry.tar_errors[0].offset}: {entry.tar_errors[0].problem}{more}"
-    return ", ".join(f"{fault} {count}" for fault, count in entry.errors.items())
+    return _counts(entry)
+
+
+def _counts(entry: ShardEntry) -> str:
+    return ", ".join(f"{error} {count}" for error, count in entry.errors.items())

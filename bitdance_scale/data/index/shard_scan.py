@@ -1,11 +1,11 @@
 """Finds the samples of one shard: image-text pairs in img2dataset's WebDataset layout.
 
-A sample is the members of one key: an image (`.jpg`, `.jpeg`, `.png` or `.webp`), a `.txt` caption that may be missing,
-and a `.json` record whose `width` and `height` are the stored size. Only headers, texts and records are read; an image
-is read only when its record does not give its size.
+A sample is all members with the same key: an image (`.jpg`, `.jpeg`, `.png` or `.webp`), a `.txt` caption that may be
+missing, and a `.json` record whose `width` and `height` are the stored size. Only headers, texts and records are read;
+an image is read only if its record does not give its size.
 
-The key of a member is its name up to the first dot of the file name, and the rest its extension, in lower case, as in
-webdataset: `a/0001.syn.json` has key `a/0001`, extension `syn.json`.
+As in webdataset, the key of a member is its name up to the first dot of the file name, and its extension is the rest in
+lower case: `a/0001.syn.json` has key `a/0001` and extension `syn.json`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bitdance_scale.data.image_decode import read_size_px
 from bitdance_scale.data.index.tar_scan import WINDOW_BYTES, Members, ReadRange, TarError, TarScan
 
 _IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-# Members that webdataset keeps for itself.
+# Members that webdataset reserves for itself.
 _META_NAME = re.compile(rb"__[^/]*__($|/)")
 _SIZE_FIELDS = ("height", "width", "original_height", "original_width")
 _MAX_SCORES = 64
@@ -46,7 +46,10 @@ COLUMN_DTYPES: dict[str, type] = {
 
 
 class ShardError(enum.StrEnum):
-    """What a scan finds wrong; the first three cost samples."""
+    """What a scan of a shard counts as wrong. The first three may keep samples out of the index.
+
+    Their values are in the tables of existing indexes.
+    """
 
     DAMAGED_TAR = "damaged_tar"
     MISSING_IMAGE = "missing_image"
@@ -61,7 +64,7 @@ class Texts:
 
     Attributes:
         lengths: int64 [n], in bytes.
-        joined: all of them, one after the other.
+        joined: all texts, one after the other.
     """
 
     lengths: np.ndarray
@@ -69,21 +72,21 @@ class Texts:
 
     @staticmethod
     def of(texts: Sequence[bytes]) -> Texts:
-        """Joins them."""
+        """Joins the texts of all samples."""
         return Texts(np.fromiter(map(len, texts), np.int64, len(texts)), b"".join(texts))
 
 
 @dataclass(frozen=True)
 class ShardContent:
-    """The samples of one shard, in the order of their first members.
+    """The n samples of one shard, in the order of their first members.
 
     Attributes:
         columns: one array [n] per entry of `COLUMN_DTYPES`.
         names: key of every sample in the shard.
-        captions: by source: UTF-8 (`captions.Found`), and uint8 [n] of `CaptionStatus`.
-        scores: by field of the record: float32 [n], NaN where a sample has no number there.
+        captions: source -> texts in UTF-8 (`captions.Found`), and uint8 [n] of `CaptionStatus`.
+        scores: field of the record -> float32 [n], NaN for samples without a number there.
         errors: how often each `ShardError` was found.
-        tar_errors: where the tar is broken.
+        tar_errors: the places where the tar is broken.
     """
 
     columns: dict[str, np.ndarray]
@@ -104,7 +107,7 @@ class _Image(NamedTuple):
 
 
 _Sample = dict[str, Any]
-"""Extension -> `_Image`, or bytes of a text or record, or None for a member that is not looked at."""
+"""Extension -> `_Image`, or the bytes of a text or record, or None for a member that is not used."""
 
 
 def scan_shard(
@@ -117,9 +120,9 @@ def scan_shard(
 
     Args:
         read: reads a range of the tar.
-        total_bytes: its length.
-        captions: sources of captions to keep (`captions.CaptionSource`).
-        window_bytes: how much of it is read at a time.
+        total_bytes: length of the tar.
+        captions: caption sources to keep (`captions.CaptionSource`).
+        window_bytes: how much of the tar is read at a time.
     """
     sources = [CaptionSource.parse(name) for name in captions]
     errors: Counter[str] = Counter()
@@ -161,7 +164,7 @@ def scan_shard(
             for source, texts in zip(sources, found, strict=True)
         },
         scores=scores.columns(),
-        errors={str(fault): count for fault, count in errors.items() if count},
+        errors={str(error): count for error, count in errors.items() if count},
         tar_errors=tuple(scan.tar_errors),
     )
 
@@ -169,10 +172,11 @@ def scan_shard(
 def _group(
     scan: Iterable[Members], read: ReadRange, text_extensions: set[str], errors: Counter[str]
 ) -> dict[bytes, _Sample]:
-    """Members by key; of a repeated name the first counts."""
+    """Key -> members of the sample; if a name is repeated, the first one counts."""
     samples: dict[bytes, _Sample] = {}
     extensions: dict[bytes, str] = {}
-    last_key, sample = None, None
+    last_key: bytes | None = None
+    sample: _Sample = {}
     for members in scan:
         window, start, stop = members.window, members.start, members.start + len(members.window)
         for name, offset, num_bytes, crc in zip(
@@ -185,10 +189,11 @@ def _group(
             key = name[:dot]
             if key != last_key:
                 last_key = key
-                sample = samples.get(key)
-                if sample is None:
+                known = samples.get(key)
+                if known is None:
                     is_meta = key[:2] == b"__" and _META_NAME.match(name) is not None
-                    sample = {} if is_meta else samples.setdefault(key, {})
+                    known = {} if is_meta else samples.setdefault(key, {})
+                sample = known
             extension = extensions.get(name[dot + 1 :])
             if extension is None:
                 extension = name[dot + 1 :].decode("utf-8", errors="replace").lower()
@@ -198,7 +203,7 @@ def _group(
             elif extension not in text_extensions:
                 sample[extension] = _Image(offset, num_bytes, crc) if extension in _IMAGE_EXTENSIONS else None
             elif num_bytes > MAX_TEXT_BYTES:
-                # No UTF-8 and no JSON.
+                # Neither valid UTF-8 nor valid JSON.
                 sample[extension] = b"\xff"
             elif offset + num_bytes <= stop:
                 sample[extension] = window[offset - start : offset - start + num_bytes]
@@ -212,7 +217,7 @@ def _record(content: bytes, errors: Counter[str]) -> dict[str, Any]:
         record = orjson.loads(content)
     except ValueError:
         try:
-            # What the standard forbids and Python writes: NaN, lone surrogates.
+            # Python writes what the JSON standard forbids: NaN, lone surrogates.
             record = json.loads(content)
         except (ValueError, RecursionError):
             record = None
@@ -223,26 +228,26 @@ def _record(content: bytes, errors: Counter[str]) -> dict[str, Any]:
 
 
 def _side(value: object) -> int:
-    """A side in pixels; 0 for what is none."""
+    """A side in pixels; 0 if the value is not a valid side."""
     return value if type(value) is int and 0 < value < _MAX_SIDE_PX else 0
 
 
 class _Scores:
-    """Collects the numeric fields of records, but for the sizes; records of one layout are transposed together."""
+    """Collects the numeric fields of records except sizes; records with the same fields are transposed together."""
 
     def __init__(self) -> None:
         self._num_records = 0
         self._by_layout: dict[tuple[str, ...], tuple[list[int], list[tuple[object, ...]]]] = {}
 
     def add(self, record: dict[str, Any]) -> None:
-        """Takes the record of the next sample."""
+        """Adds the record of the next sample."""
         rows, values = self._by_layout.setdefault(tuple(record), ([], []))
         rows.append(self._num_records)
         values.append(tuple(record.values()))
         self._num_records += 1
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Field -> float32 [n], NaN where a sample has no number there."""
+        """Field -> float32 [n], NaN for samples without a number there."""
         columns: dict[str, np.ndarray] = {}
         for layout, (rows, values) in self._by_layout.items():
             for field, found in zip(layout, zip(*values, strict=True), strict=False):
@@ -257,6 +262,6 @@ class _Scores:
 
 def _number(value: object) -> float:
     try:
-        return float(value) if type(value) in _NUMBERS else np.nan
+        return float(value) if isinstance(value, int | float) else np.nan
     except OverflowError:
         return np.nan

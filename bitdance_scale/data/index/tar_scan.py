@@ -1,11 +1,12 @@
-"""Walks the headers of a tar, past whatever is damaged in it.
+"""Walks the headers of a tar, and goes on after places where the tar is broken.
 
-The standard tarfile module and webdataset's stream both end quietly where a tar is cut or damaged, which loses the
-samples behind that point for ever. Here every such place is recorded, and the walk goes on at the next sound header.
+The standard tarfile module and webdataset's stream both stop without an error where a tar is cut or damaged, so all
+samples after that place would be missing. Here every such place is recorded, and the walk goes on at the next valid
+header.
 
-A tar is read in windows, so that a local file and an object in a store are walked alike. Runs of plain headers, which
-are nearly all of a data set's, are followed by their sizes alone and then checked together; any other header is looked
-at by itself.
+A tar is read in windows, so local files and objects on S3 are walked in the same way. Nearly all headers of a data set
+are plain. A run of plain headers is followed by their sizes alone and then checked at once; every other header is
+handled by itself.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 BLOCK_BYTES = 512
 WINDOW_BYTES = 1 << 20
 ReadRange = Callable[[int, int], bytes]
-"""(offset, number of bytes) -> these bytes; fewer where the tar ends."""
+"""(offset, number of bytes) -> these bytes; fewer at the end of the tar."""
 
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
 _MAGIC = b"ustar"
@@ -27,7 +28,7 @@ _REGULAR_KINDS = frozenset(b"0\0007")
 _DATALESS_KINDS = frozenset(b"123456")
 _KIND, _PREFIX = 156, 345
 _CHECKSUM = slice(148, 156)
-# A checksum counts its own field as eight spaces (POSIX ustar).
+# The checksum of a header counts its own field as eight spaces (POSIX ustar).
 _CHECKSUM_SPACES = 8 * 0x20
 _LANES = np.uint64(0x00FF00FF00FF00FF)
 _OCTAL_WEIGHTS = 8 ** np.arange(5, -1, -1)
@@ -35,13 +36,13 @@ _OCTAL_WEIGHTS = 8 ** np.arange(5, -1, -1)
 
 @dataclass(frozen=True)
 class Members:
-    """Regular files of a tar, in file order, n of them.
+    """Some regular files of a tar, in file order.
 
     Attributes:
-        window: bytes of the tar, with the headers of these files and what happens to lie between.
+        window: bytes of the tar, with the headers of these files and as much of their contents as lies in between.
         start: place of the window in the tar.
-        names: their paths in the tar, as bytes.
-        offsets: first byte of each content in the tar; its header is the 512 bytes before.
+        names: path of each file in the tar, as bytes.
+        offsets: first byte of each content in the tar; the header is the 512 bytes before it.
         num_bytes: length of each content.
         header_crcs: CRC-32 of each header (name, size, times, owner), by which a reader notices a replaced shard.
     """
@@ -56,10 +57,10 @@ class Members:
 
 @dataclass(frozen=True)
 class TarError:
-    """Where a tar is not as a tar must be.
+    """A place where a tar is broken.
 
     Attributes:
-        offset: byte of the tar.
+        offset: the place, in bytes from the start of the tar.
         problem: what is wrong there, in words.
     """
 
@@ -68,12 +69,15 @@ class TarError:
 
 
 class TarScan:
-    """The regular files of a tar (ustar, GNU or pax). Iterate once; `tar_errors` is complete then.
+    """The regular files of a tar (ustar, GNU or pax). Iterate once; after that, `tar_errors` is complete.
 
     Args:
         read: reads a range of the tar.
         total_bytes: length of the tar.
         window_bytes: how much is read at a time.
+
+    Attributes:
+        tar_errors: the places where the tar is broken, in the order of the walk.
     """
 
     def __init__(self, read: ReadRange, total_bytes: int, window_bytes: int = WINDOW_BYTES) -> None:
@@ -81,11 +85,12 @@ class TarScan:
         self._read = read
         self._total_bytes = total_bytes
         self._window_bytes = window_bytes
-        # What GNU and pax headers say of the member after them.
+        # What GNU and pax headers say about the member that follows.
         self._overrides: dict[str, bytes] = {}
 
     def __iter__(self) -> Iterator[Members]:
-        window, start, position = b"", 0, 0
+        window, start = b"", 0
+        position: int | None = 0
         while position is not None:
             if not start <= position <= start + len(window) - BLOCK_BYTES:
                 window, start = self._read(position, self._window_bytes), position
@@ -93,14 +98,14 @@ class TarScan:
             if not self._overrides:
                 position = self._take_run(members, position)
             header = window[position - start : position - start + BLOCK_BYTES]
-            # A header beyond the window is read with the next one, which starts there; what that lacks, the tar lacks.
+            # A header that the window cuts is read again, by a window that starts there. If that cuts it, the tar does.
             if len(header) == BLOCK_BYTES or position == start:
                 position = self._take_one(members, position, header)
             if members.names:
                 yield members
 
     def _take_run(self, members: Members, position: int) -> int:
-        """Takes the plain headers that follow each other from `position` on; returns the place behind them."""
+        """Takes the run of plain headers that starts at `position`; returns the place after it."""
         window, start = members.window, members.start
         headers: list[bytes] = []
         places: list[int] = []
@@ -121,7 +126,7 @@ class TarScan:
             places.append(start + place)
             sizes.append(size)
             place = end
-        count = _num_sound(headers)
+        count = _num_valid(headers)
         if count < len(headers):
             place = places[count] - start
             headers, places, sizes = headers[:count], places[:count], sizes[:count]
@@ -135,15 +140,15 @@ class TarScan:
         return start + place
 
     def _take_one(self, members: Members, position: int, header: bytes) -> int | None:
-        """Takes any header; returns the place of the next, None at the end of the tar."""
+        """Takes one header of any kind; returns the place of the next one, None at the end of the tar."""
         if len(header) < BLOCK_BYTES:
-            self._note(position, "the tar ends without an end-of-archive mark, so it was cut")
+            self._record(position, "the tar ends without an end-of-archive mark, so it was cut")
             return None
         if header == _ZERO_BLOCK:
-            goes_on = self._first_byte(position)
-            if goes_on is None:
+            next_byte = self._first_byte(position)
+            if next_byte is None:
                 return None
-            return self._resume(position, f"an empty header, but data goes on at byte {goes_on}")
+            return self._resume(position, f"an empty header, but there is data at byte {next_byte}")
         if not _is_checksum_right(header):
             return self._resume(position, "the tar header fails its checksum")
         kind, content = header[_KIND], position + BLOCK_BYTES
@@ -171,15 +176,15 @@ class TarScan:
         elif kind not in b"gK":
             self._overrides = {}
             if kind not in _REGULAR_KINDS | _DATALESS_KINDS:
-                self._note(position, f"tar member type {chr(kind)!r} is not supported")
+                self._record(position, f"tar member type {chr(kind)!r} is not supported")
         return end
 
-    def _note(self, position: int, problem: str) -> None:
+    def _record(self, position: int, problem: str) -> None:
         self.tar_errors.append(TarError(position, problem))
 
     def _resume(self, position: int, problem: str) -> int | None:
-        """Records damage; returns the place of the next sound header behind it, None where there is none."""
-        self._note(position, problem)
+        """Records a tar error; returns the place of the next valid header, None if there is none."""
+        self._record(position, problem)
         self._overrides = {}
         place = position + BLOCK_BYTES
         while len(window := self._read(place, self._window_bytes)) >= BLOCK_BYTES:
@@ -191,7 +196,7 @@ class TarScan:
         return None
 
     def _first_byte(self, position: int) -> int | None:
-        """Place of the first byte from `position` on that is not zero."""
+        """Place of the first byte that is not zero, from `position` on; None if there is none."""
         while window := self._read(position, self._window_bytes):
             rest = window.lstrip(b"\0")
             if rest:
@@ -213,20 +218,20 @@ class TarScan:
         return size if size >= 0 else None
 
 
-def _num_sound(headers: list[bytes]) -> int:
-    """How many headers from the first on have the right checksum."""
+def _num_valid(headers: list[bytes]) -> int:
+    """How many headers have the right checksum before the first that does not."""
     if not headers:
         return 0
     joined = b"".join(headers)
-    # Sums of bytes, four at a time in 16-bit lanes: 128 bytes per lane stay below 2^16.
+    # Sums bytes in four 16-bit lanes at once: the 128 bytes of a lane add up to less than 2^16.
     words = np.frombuffer(joined, np.uint64).reshape(len(headers), -1)
     lanes = (words & _LANES).sum(axis=1) + ((words >> np.uint64(8)) & _LANES).sum(axis=1)
     fields = np.frombuffer(joined, np.uint8).reshape(len(headers), -1)[:, _CHECKSUM].astype(np.int64)
     found = lanes.view(np.uint16).reshape(-1, 4).sum(axis=1, dtype=np.int64) - fields.sum(axis=1) + _CHECKSUM_SPACES
     digits = fields[:, :6] - ord("0")
-    is_sound = ((digits >= 0) & (digits < 8)).all(axis=1) & (digits @ _OCTAL_WEIGHTS == found)
-    for row in np.flatnonzero(~is_sound).tolist():
-        # Written another way, or wrong.
+    is_valid = ((digits >= 0) & (digits < 8)).all(axis=1) & (digits @ _OCTAL_WEIGHTS == found)
+    for row in np.flatnonzero(~is_valid).tolist():
+        # The field is written in another way, or the checksum is wrong.
         if not _is_checksum_right(headers[row]):
             return row
     return len(headers)
@@ -243,7 +248,7 @@ def _is_checksum_right(header: bytes) -> bool:
 
 def _name(header: bytes) -> bytes:
     name = header[:100].partition(b"\0")[0]
-    # Only POSIX ustar has a prefix field; GNU headers ("ustar  ") keep other things there.
+    # Only POSIX ustar has a prefix field; GNU headers ("ustar  ") use these bytes for other things.
     prefix = header[_PREFIX:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
     return prefix + b"/" + name if prefix else name
 
@@ -253,7 +258,7 @@ def _text(name: bytes) -> str:
 
 
 def _pax_records(content: bytes) -> dict[str, bytes] | None:
-    """Records are "<length> <key>=<value>\\n", the length counting the whole record; None: they are not."""
+    r"""The records of a pax header, "<length> <key>=<value>\n" with the length of the whole record; None if invalid."""
     records: dict[str, bytes] = {}
     while content.strip(b"\0"):
         length, separator, rest = content.partition(b" ")

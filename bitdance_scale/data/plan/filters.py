@@ -1,4 +1,4 @@
-"""Which samples of a source may be trained on at all, by their sizes and scores, and how many each rule leaves out."""
+"""Which samples of a source pass `data.filters`, by their sizes and scores, and how many each filter leaves out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import numpy as np
 
 from bitdance_scale.config.schema import DataFilter, DataSource
 from bitdance_scale.data.index.index import Index
-from bitdance_scale.data.plan.borders import content_px
-from bitdance_scale.data.plan.buckets import SAMPLES_PER_CHUNK
+from bitdance_scale.data.plan.buckets import SAMPLES_PER_CHUNK, content_px
 from bitdance_scale.errors import DataError
 
 _Sides = tuple[np.ndarray, np.ndarray]
@@ -26,13 +25,13 @@ _SIZES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class FilterCount:
-    """What a rule leaves out of the samples that the rules before it kept.
+    """What a filter leaves out of the samples that passed the filters before it.
 
     Attributes:
         rule: the filter.
-        num_outside: samples whose value lies outside.
+        num_outside: samples left out because their value is outside the range.
         num_missing: samples left out because they have no value.
-        num_kept: samples left after it.
+        num_kept: samples that remain.
     """
 
     rule: DataFilter
@@ -46,7 +45,7 @@ class KeptSamples:
 
     Args:
         index: the data set.
-        samples: positions of the source's samples.
+        samples: positions of the samples of the source.
         source: the source.
         filters: all filters of the run.
 
@@ -54,7 +53,7 @@ class KeptSamples:
         counts: what each filter of the source leaves out, in their order.
 
     Raises:
-        DataError: a filter asks for a column that the index has not.
+        DataError: a filter names a column that the index does not have.
     """
 
     def __init__(self, index: Index, samples: range, source: DataSource, filters: Sequence[DataFilter]) -> None:
@@ -63,7 +62,7 @@ class KeptSamples:
             if rule.column not in _SIZES and rule.column not in index.scores:
                 found = ", ".join(index.scores) or "none"
                 raise DataError(
-                    f"data.filters: {rule.column!r} is no size and no numeric field of the records; sizes are "
+                    f"data.filters: {rule.column!r} is neither a size nor a numeric field of the records. Sizes are "
                     f"{', '.join(_SIZES)}; fields found: {found}. Correct data.filters[].column."
                 )
         outside, missing = np.zeros(len(rules), np.int64), np.zeros(len(rules), np.int64)
@@ -84,27 +83,27 @@ class KeptSamples:
         left = len(samples) - np.cumsum(outside + missing)
         counts = zip(rules, outside.tolist(), missing.tolist(), left.tolist(), strict=True)
         self.counts = [FilterCount(*count) for count in counts]
-        # Chunks are whole bytes but for the last.
+        # All chunks but the last are whole bytes.
         self._bitmap = np.concatenate(chunks) if rules else None
 
     def __call__(self, part: slice) -> np.ndarray | bool:
-        """Bool [n] of a range of the source's samples that begins with a whole chunk; True: all."""
+        """Bool [n], which samples pass, for a range of the source that starts at a multiple of the chunk; True: all."""
         if self._bitmap is None:
             return True
         start, count = part.start // 8, part.stop - part.start
         return np.unpackbits(self._bitmap[start : start + -(-count // 8)], count=count).astype(bool)
 
     def of(self, numbers: np.ndarray) -> np.ndarray | bool:
-        """Bool [n] of any of the source's samples, by their numbers in it; True: all."""
+        """Bool [n], which samples pass, for any samples by their numbers in the source; True: all."""
         if self._bitmap is None:
             return True
         return (self._bitmap[numbers >> 3] >> (7 - (numbers & 7)).astype(np.uint8)) & 1 == 1
 
 
 def describe(count: FilterCount) -> str:
-    """One line of a report."""
+    """One line that says what a filter leaves out."""
     rule = count.rule
     low = f"{rule.min:g} <= " if rule.min > float("-inf") else ""
     high = f" <= {rule.max:g}" if rule.max < float("inf") else ""
-    without = f", {count.num_missing:,} without it" if rule.missing == "drop" else ", those without it stay"
-    return f"{low}{rule.column}{high}: leaves out {count.num_outside:,}{without}; {count.num_kept:,} left"
+    missing = f"{count.num_missing:,} without a value" if rule.missing == "drop" else "none for a missing value"
+    return f"{low}{rule.column}{high}: leaves out {count.num_outside:,} by value and {missing}; {count.num_kept:,} left"

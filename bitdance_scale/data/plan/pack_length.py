@@ -1,8 +1,8 @@
-"""Which `data.max_pack_tokens` wastes least: found from the lengths of real batches, for a number of replicas.
+"""Which `data.max_pack_tokens` wastes least, for a number of replicas, from the lengths of real batches.
 
-Every replica gets the same number k of packs, so that packs of one length hold ranks x k x length positions, whatever the
-batch needs. A cap just above (positions of a batch) / (ranks x k) therefore wastes little, and one below it costs every
-replica a pack more. The second matters as much with packs of variable length: shorter packs, more of them.
+Every replica gets the same number k of packs. Packs of a fixed length therefore hold ranks x k x length positions,
+however many the batch has. A cap just above (positions of a batch) / (ranks x k) wastes little; a cap just below it
+costs every replica one more pack. The latter holds for packs of variable length too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.plan.packing import CostModel, fits, partition_batch
 
 _MAX_TRIES = 64
-"""Caps that are tried for a number of packs, from the shortest that could do on."""
+"""Caps to try for a number of packs, starting at the shortest that is possible."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class PackLength:
 
     Attributes:
         num_packs: packs of every replica.
-        max_pack_tokens: the shortest cap with which so few packs hold each of the batches.
-        padding_variable: share of positions that are padding when packs are padded to the next multiple.
-        padding_fixed: the same when all packs are padded to the cap.
-        slowest: cost of the dearest replica over the mean.
-        more_packs: share of all batches that need more packs than that, and so a longer step.
+        max_pack_tokens: the shortest cap with which this number of packs holds each of the batches.
+        padding_variable: share of padding among all positions if packs are padded to the next multiple.
+        padding_fixed: the same if all packs are padded to the cap.
+        slowest: cost of the most expensive replica over the mean.
+        more_packs: share of all batches that need more packs and therefore a longer step.
     """
 
     num_packs: int
@@ -48,18 +48,18 @@ def pack_lengths(
     max_pack_tokens: int,
     multiple: int,
 ) -> list[PackLength]:
-    """A cap for every number of packs that is possible, fewest packs first.
+    """The best cap for every possible number of packs, fewest packs first.
 
     Args:
         config: the run; model and pipeline are read.
         batches: int64 [B] each, positions of the samples of global batches; the caps are chosen for these.
-        further: as `batches`; how the caps do is measured on both.
+        further: more batches; the caps are measured on both.
         num_ranks: data-parallel replicas.
         max_pack_tokens: the longest pack that memory allows.
-        multiple: caps are multiples of it, and packs of variable length are padded to one.
+        multiple: caps are multiples of it, and packs of variable length are padded to a multiple of it.
 
     Returns:
-        Nothing where not even the longest packs can hold every sample.
+        An empty list if even the longest packs cannot hold every sample.
     """
     longest, most = max(int(batch.max()) for batch in batches), max(int(batch.sum()) for batch in batches)
     step, highest = config.parallel.packs_multiple, max_pack_tokens // multiple * multiple
@@ -71,7 +71,7 @@ def pack_lengths(
             if all(fits(batch, num_ranks * num_packs, cap, CostModel.of_model(config.model)) for batch in batches):
                 found.append(_measured(config, [*batches, *further], num_ranks, num_packs, cap, multiple))
                 break
-        # More packs cannot be shorter than the longest sample.
+        # No cap can be shorter than the longest sample, so more packs bring nothing.
         if found and found[-1].max_pack_tokens == longest + -longest % multiple:
             break
     return found

@@ -1,8 +1,8 @@
-"""Deals a global batch out to the packs of all data-parallel ranks, evenly.
+"""Divides a global batch evenly among the packs of all data-parallel ranks.
 
 All ranks compute the same partition from the lengths alone, without communication. Every rank gets the same number of
-packs, since the pipeline schedule and ZeRO's collectives run once per pack on all of them; and packs of equal cost,
-since a step is as slow as its slowest rank.
+packs, because the pipeline schedule and ZeRO's collectives run once per pack on all ranks. All ranks get about the same
+cost, because a step is as slow as its slowest rank.
 """
 
 from __future__ import annotations
@@ -21,33 +21,34 @@ from bitdance_scale.errors import ConfigError
 
 _MAX_EXCHANGES_PER_RANK = 8
 _MAX_PARTNERS = 8
-# Exchanges that are tried for whether they fit the packs.
+# At most this many exchanges between two ranks are tried, the best first, until one fits the packs.
 _MAX_FITS = 8
-# Ranks this close to the mean are even: a further swap gains less than the step time varies.
+# Ranks this close to the mean count as even: another exchange would gain less than the step time varies.
 _EVEN_SHARE = 1e-3
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Time of a sample of L tokens, in units of 1/16 of one token's linear layers: 16 (L + quadratic * L^2).
+    """Time of a sample of L tokens: 16 (L + quadratic * L^2), in sixteenths of the linear layers of one token.
 
     Attributes:
-        quadratic: cost of attention between two tokens over the cost of the linear layers for one.
+        quadratic: cost of attention between two tokens over the cost of the linear layers of one token.
     """
 
     quadratic: float
 
     @classmethod
     def of_model(cls, model: ModelSection) -> CostModel:
-        """From the multiply-adds per layer: projections and SwiGLU per token; scores and values, half of them masked,
-        per pair of tokens.
+        """The cost model of a transformer, from the multiply-adds of a layer.
+
+        Per token these are the projections and SwiGLU; per pair of tokens the scores and values, half of them masked.
         """
         attention_width = model.num_heads * model.head_dim
         projections = model.hidden_size * (2 * attention_width + 2 * model.num_kv_heads * model.head_dim)
         return cls(quadratic=attention_width / (projections + 3 * model.hidden_size * model.ffn_size))
 
     def costs(self, lengths: np.ndarray) -> np.ndarray:
-        """int64 [n], cost of samples of `lengths` [n] tokens; integers, whose sums are the same on every machine."""
+        """int64 [n], cost of samples of `lengths` [n] tokens; sums of integers are the same on every machine."""
         lengths = lengths.astype(np.float64)
         return np.rint(16.0 * (lengths + self.quadratic * (lengths * lengths))).astype(np.int64)
 
@@ -55,21 +56,22 @@ class CostModel:
 def partition_batch(
     lengths: np.ndarray, num_ranks: int, max_pack_tokens: int, cost_model: CostModel, packs_multiple: int = 1
 ) -> list[list[list[int]]]:
-    """Packs of every rank, as places in the global batch.
+    """The packs of every rank, as places in the global batch.
 
-    The fewest packs per rank that fit; longest sample first into the cheapest pack that has room; packs to ranks so
-    that costs even out; then exchanges between the dearest rank and the cheapest ones. No sample is dropped or repeated.
+    It takes the fewest packs per rank that fit, and puts the samples, longest first, into the cheapest pack that has
+    room. It gives the packs to the ranks so that costs even out, and then exchanges samples between the most expensive
+    rank and the cheapest ones. No sample is dropped or repeated.
 
     Args:
         lengths: int64 [B], positions that each sample takes in a pack.
         num_ranks: data-parallel ranks.
-        max_pack_tokens: positions a pack may hold.
-        cost_model: what to even out.
+        max_pack_tokens: positions that a pack may hold.
+        cost_model: the cost to even out.
         packs_multiple: every rank gets a multiple of this many packs (micro-batches of an interleaved pipeline).
 
     Returns:
-        [num_ranks][k], each a sorted list of places in 0 .. B - 1, at least one; a rank's dearest pack comes first, so
-        that the ranks do packs of like cost at the same time.
+        [num_ranks][k], each a sorted list of places in 0 .. B - 1 with at least one place. The most expensive pack of a
+        rank comes first, so that the ranks work on packs of similar cost at the same time.
 
     Raises:
         ConfigError: a sample is longer than a pack, or there are fewer samples than packs.
@@ -101,17 +103,16 @@ def partition_batch(
 
 
 def fits(lengths: np.ndarray, num_packs: int, max_pack_tokens: int, cost_model: CostModel) -> bool:
-    """Whether samples of `lengths` [n] go into so many packs the way `partition_batch` fills them."""
+    """Whether samples of `lengths` [n] fit into so many packs the way `partition_batch` fills them."""
     return _fill(lengths, cost_model.costs(lengths), num_packs, max_pack_tokens) is not None
 
 
 def _fill(lengths: np.ndarray, costs: np.ndarray, num_packs: int, capacity: int) -> list[list[int]] | None:
-    """Longest first, each into the cheapest pack with room; should that leave one over, each into the fullest."""
+    """Longest first, each into the cheapest pack with room; if a sample is left over, each into the fullest pack."""
     order = np.lexsort((np.arange(len(lengths)), -lengths)).tolist()
-    sizes, prices = lengths.tolist(), costs.tolist()
-    packs = _fill_cheapest(order, sizes, prices, num_packs, capacity)
+    packs = _fill_cheapest(order, lengths.tolist(), costs.tolist(), num_packs, capacity)
     if packs is None:
-        packs = _fill_fullest(order, sizes, num_packs, capacity)
+        packs = _fill_fullest(order, lengths.tolist(), num_packs, capacity)
     if packs is not None:
         _open_empty(packs)
     return packs
@@ -120,11 +121,12 @@ def _fill(lengths: np.ndarray, costs: np.ndarray, num_packs: int, capacity: int)
 def _fill_cheapest(
     order: list[int], lengths: list[int], costs: list[int], num_packs: int, capacity: int
 ) -> list[list[int]] | None:
-    """Samples in this order, longest first, each into the cheapest pack that has room; None where one has nowhere to go."""
+    """Samples in this order, longest first, each into the cheapest pack with room; None if one does not fit."""
     packs: list[list[int]] = [[] for _ in range(num_packs)]
     room = [capacity] * num_packs
-    # Packs without room for the present length, roomiest first: a shorter one may fit them again.
-    open_packs, set_aside = [(0, pack) for pack in range(num_packs)], []
+    open_packs = [(0, pack) for pack in range(num_packs)]
+    # Packs without room for the present length, roomiest first: a shorter sample may fit them later.
+    set_aside: list[tuple[int, int, int]] = []
     for place in order:
         length = lengths[place]
         while set_aside and -set_aside[0][0] >= length:
@@ -145,7 +147,7 @@ def _fill_cheapest(
 def _fill_fullest(
     order: list[int], lengths: Sequence[int] | dict[int, int], num_packs: int, capacity: int
 ) -> list[list[int]] | None:
-    """Samples in this order, each into the fullest pack that has room; None where one has nowhere to go."""
+    """Samples in this order, each into the fullest pack with room; None if one does not fit."""
     packs: list[list[int]] = [[] for _ in range(num_packs)]
     by_room = [(capacity, pack) for pack in range(num_packs)]
     for place in order:
@@ -159,7 +161,7 @@ def _fill_fullest(
 
 
 def _open_empty(packs: list[list[int]]) -> None:
-    """Gives every empty pack the shortest sample of the pack of most samples, as long as one has two."""
+    """Gives every empty pack the shortest sample of the pack with most samples, while some pack has two."""
     for pack in packs:
         donor = max(packs, key=len)
         if not pack and len(donor) > 1:
@@ -167,7 +169,7 @@ def _open_empty(packs: list[list[int]]) -> None:
 
 
 def _deal(packs: list[list[int]], costs: np.ndarray, num_ranks: int) -> list[list[list[int]]]:
-    """Dearest pack first to the cheapest rank that still lacks packs."""
+    """Gives out packs, most expensive first, each to the cheapest rank that still lacks packs."""
     pack_costs = np.array([costs[pack].sum() for pack in packs])
     ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
     rank_costs = np.zeros(num_ranks)
@@ -181,48 +183,57 @@ def _deal(packs: list[list[int]], costs: np.ndarray, num_ranks: int) -> list[lis
 
 
 def _even_out(ranks: list[list[list[int]]], lengths: np.ndarray, costs: np.ndarray, capacity: int) -> None:
-    """Exchanges samples between the dearest rank and one of the cheapest, in place, while that lowers the dearer of the two.
+    """Exchanges samples, in place, between the most expensive rank and one of the cheapest while that evens them out.
 
-    One sample against one is not enough where a large image costs what four small ones do and a rank has a dozen: up to
-    two change sides each way.
+    Exchanging one sample for one is not enough if a large image costs as much as four small ones and a rank has only a
+    dozen samples. So up to two samples move each way.
     """
     rank_costs = np.array([sum(costs[pack].sum() for pack in rank) for rank in ranks])
     for _ in range(_MAX_EXCHANGES_PER_RANK * len(ranks)):
-        dear, moved = int(rank_costs.argmax()), 0
-        for cheap in np.argsort(rank_costs, kind="stable")[:_MAX_PARTNERS].tolist():
-            gap = int(rank_costs[dear] - rank_costs[cheap])
+        most, moved = int(rank_costs.argmax()), 0
+        for least in np.argsort(rank_costs, kind="stable")[:_MAX_PARTNERS].tolist():
+            gap = int(rank_costs[most] - rank_costs[least])
             if gap <= _EVEN_SHARE * rank_costs.mean():
                 return
-            moved = _exchange(ranks, dear, cheap, lengths, costs, capacity, gap)
+            moved = _exchange(ranks, most, least, lengths, costs, capacity, gap)
             if moved:
                 break
         if not moved:
             return
-        rank_costs[dear] -= moved
-        rank_costs[cheap] += moved
+        rank_costs[most] -= moved
+        rank_costs[least] += moved
 
 
 def _exchange(
     ranks: list[list[list[int]]],
-    dear: int,
-    cheap: int,
+    most: int,
+    least: int,
     lengths: np.ndarray,
     costs: np.ndarray,
     capacity: int,
     gap: int,
 ) -> int:
-    """Makes the exchange that best halves the gap between two ranks and still fits their packs.
+    """Makes the exchange that brings two ranks closest together and still fits their packs.
+
+    Args:
+        ranks: the packs of every rank; changed in place.
+        most: the more expensive of the two ranks.
+        least: the cheaper one.
+        lengths: int64 [B].
+        costs: int64 [B].
+        capacity: positions that a pack may hold.
+        gap: cost of `most` minus cost of `least`.
 
     Returns:
-        The cost moved, 0 if no exchange narrows the gap.
+        The cost that moved; 0 if no exchange narrows the gap.
     """
-    ours, theirs = (np.array(sorted(place for pack in ranks[rank] for place in pack)) for rank in (dear, cheap))
+    ours, theirs = (np.array(sorted(place for pack in ranks[rank] for place in pack)) for rank in (most, least))
     our_subsets, their_subsets = _small_subsets(len(ours)), _small_subsets(len(theirs))
     our_sums, their_sums = (
         np.append(costs[places], 0)[subsets].sum(axis=1)
         for places, subsets in ((ours, our_subsets), (theirs, their_subsets))
     )
-    # For every subset of ours the one of theirs that brings the move nearest to half the gap.
+    # For every subset of ours, the two of theirs that bring the move nearest to half the gap.
     order = np.argsort(their_sums, kind="stable")
     wanted = our_sums - gap // 2
     right = np.searchsorted(their_sums[order], wanted)
@@ -237,26 +248,24 @@ def _exchange(
         give, take = our_subsets[pairs[0, choice]], their_subsets[pairs[1, choice]]
         give, take = ours[give[give < len(ours)]].tolist(), theirs[take[take < len(theirs)]].tolist()
         fitted = [
-            _refill(
-                [place for place in kept.tolist() if place not in lost] + gained, lengths, len(ranks[rank]), capacity
-            )
-            for rank, kept, lost, gained in ((dear, ours, give, take), (cheap, theirs, take, give))
+            _refill([place for place in own.tolist() if place not in out] + into, lengths, len(ranks[rank]), capacity)
+            for rank, own, out, into in ((most, ours, give, take), (least, theirs, take, give))
         ]
         if all(fitted):
-            ranks[dear], ranks[cheap] = fitted
+            ranks[most], ranks[least] = fitted
             return int(moves[choice])
     return 0
 
 
 @functools.cache
 def _small_subsets(count: int) -> np.ndarray:
-    """int64 [s, 2], the subsets of at most two of `count` numbers; `count` itself stands for none."""
+    """int64 [s, 2], the subsets of at most two of 0 .. count - 1; `count` marks an empty place."""
     singles = [(number, count) for number in range(count)]
     return np.array([(count, count), *singles, *itertools.combinations(range(count), 2)])
 
 
 def _refill(places: list[int], lengths: np.ndarray, num_packs: int, capacity: int) -> list[list[int]]:
-    """Samples into so many packs, longest first into the fullest that has room; empty where they do not fit."""
+    """Samples in so many packs, longest first, each in the fullest with room; an empty list if they do not fit."""
     sizes = dict(zip(places, lengths[places].tolist(), strict=True))
     packs = _fill_fullest(sorted(places, key=lambda place: (-sizes[place], place)), sizes, num_packs, capacity)
     if packs is None:

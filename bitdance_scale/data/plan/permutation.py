@@ -1,6 +1,6 @@
-"""Order and chance as functions: a permutation in constant memory, and draws keyed by what they are for.
+"""Order and randomness as functions of a key: a permutation in constant memory, and uniform draws.
 
-Both are defined by integer arithmetic on 64 bits alone, so that every machine, rank and thread computes the same.
+Both use 64-bit integer arithmetic only, so every machine, rank and thread computes the same values.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import numpy as np
 
 _NUM_ROUNDS = 6
 _MASK64 = (1 << 64) - 1
-# 2^64 over the golden ratio, the increment of SplitMix64.
+# 2^64 divided by the golden ratio, the increment of SplitMix64.
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64, a bijection of uint64 that scatters neighbours.
+    """The finaliser of SplitMix64: a bijection of uint64 that maps neighbours far apart.
 
     Source: Steele et al., "Fast splittable pseudorandom number generators", 2014.
     """
@@ -26,7 +26,7 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def fold_key(key: Sequence[int]) -> np.ndarray:
-    """uint64 [1], a key of integers of any length and size folded into one word."""
+    """uint64 [1], a key of any number of integers of any size, folded into one word."""
     state = np.zeros(1, dtype=np.uint64)
     for part in (len(key), *key):
         state = mix((state + _GOLDEN) ^ mix(np.array([part & _MASK64], dtype=np.uint64)))
@@ -34,20 +34,20 @@ def fold_key(key: Sequence[int]) -> np.ndarray:
 
 
 def keyed_hash(folded_key: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """uint64 [n], a hash of each of the non-negative `values` [n] under a key from `fold_key`."""
+    """uint64 [n], a hash of each of the non-negative integers `values` [n] under a key from `fold_key`."""
     return mix(mix(values.astype(np.uint64) + _GOLDEN) ^ folded_key)
 
 
 def uniform(key: Sequence[int], values: np.ndarray) -> np.ndarray:
-    """float64 [n] in [0, 1), one draw for each of the non-negative integers `values` [n] under a key of integers."""
+    """float64 [n] in [0, 1), one draw for each of the non-negative integers `values` [n] under a key."""
     return (keyed_hash(fold_key(key), values) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 class Permutation:
     """A keyed bijection of 0 .. size - 1 that stores nothing.
 
-    A balanced Feistel network over the next even number of bits, walked until the value falls below `size` (cycle
-    walking, Black and Rogaway, "Ciphers with arbitrary finite domains", 2002); the domain is at most four times `size`.
+    It is a balanced Feistel network over an even number of bits, applied until the value is below `size` (cycle
+    walking; Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). Its domain is at most four times `size`.
 
     Args:
         size: number of items, 1 <= size <= 2^62.

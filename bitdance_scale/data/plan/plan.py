@@ -1,9 +1,9 @@
 """The plan: which samples make up which global batch, as a pure function of (seed, index, configuration, step).
 
-Every source is, for every resolution, a stream that runs through its eligible samples epoch after epoch, each
-epoch in another order. A global batch takes its exact share of every class, and a class its exact share of every source.
-Nothing is remembered from batch to batch and no rank enters, so that a run resumes at any step, on any number of ranks,
-with the same batches.
+For every resolution, every source is a stream that goes through its eligible samples epoch after epoch, each epoch in
+another order. A global batch takes exactly its share from every resolution, and a resolution exactly its share from
+every source. The plan keeps no state between batches and does not depend on ranks, so a run resumes at any step, on any
+number of ranks, with the same batches.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from bitdance_scale.config.schema import DataSection, Resolution
 from bitdance_scale.data.captions import CaptionStatus
 from bitdance_scale.data.index.index import Index, score_column
 from bitdance_scale.data.plan.apportion import Apportionment
-from bitdance_scale.data.plan.borders import content_px
-from bitdance_scale.data.plan.buckets import EligibleSamples, assign_buckets, resolution_buckets
+from bitdance_scale.data.plan.buckets import EligibleSamples, assign_buckets, content_px, resolution_buckets
 from bitdance_scale.data.plan.filters import FilterCount, KeptSamples
 from bitdance_scale.data.plan.permutation import Permutation, uniform
 from bitdance_scale.errors import DataError
@@ -44,15 +43,15 @@ class PlannedBatch:
 
     Attributes:
         step: optimiser step it is for, from 0.
-        samples: int64 [B], position in the index, which is the sample's key.
-        side_px: int32 [B], name of the resolution.
-        bucket_px: int32 [B, 2], (height, width) to train at.
+        samples: int64 [B], position in the index, which is the key of the sample.
+        side_px: int32 [B], `side_px` of the resolution.
+        bucket_px: int32 [B, 2], (height, width) at which the image is trained.
         source: int16 [B], number of the source in `data.active_sources`.
-        epoch: int64 [B], how often the source has been through its samples of the class.
-        is_caption_dropped: bool [B], trained without caption, by chance (guidance) or because it has none.
+        epoch: int64 [B], how often the source has gone through its samples of the resolution.
+        is_caption_dropped: bool [B], trained without its caption, by chance (guidance) or because it has none.
         is_image_to_text: bool [B], trained to describe the image; never together with a dropped caption.
-        caption: int8 [B], number in `data.captions` of the caption drawn; -1 where the sample has none.
-        alternative: float64 [B] in [0, 1), which of its alternatives, where there are several.
+        caption: int8 [B], number in `data.captions` of the caption that was drawn; -1 if the sample has none.
+        alternative: float64 [B] in [0, 1), which of the alternatives of the caption is taken.
     """
 
     step: int
@@ -72,12 +71,12 @@ class PlannedBatch:
 
 @dataclass(frozen=True)
 class StreamUse:
-    """What a number of steps takes of one source in one class.
+    """What a number of steps takes of one source at one resolution.
 
     Attributes:
         source: name of the source; empty for `data.shards`.
-        side_px: name of the resolution.
-        num_samples: samples that it draws from; 0 where the other sources have its share.
+        side_px: `side_px` of the resolution.
+        num_samples: samples that the stream draws from; 0 if the other sources take its share.
         num_images: images drawn.
     """
 
@@ -88,7 +87,7 @@ class StreamUse:
 
     @property
     def epochs(self) -> float:
-        """Times through its samples."""
+        """How often the stream goes through its samples."""
         return self.num_images / max(1, self.num_samples)
 
 
@@ -101,8 +100,8 @@ class Plan:
         data: the data section of the configuration.
 
     Raises:
-        DataError: no sample is large enough for one of the resolutions, or none of a source for any class; a filter asks for
-            what the index has not.
+        DataError: a resolution has no sample that is large enough for it, or a source has none for any resolution, or a
+            filter names a column that the index does not have.
     """
 
     def __init__(self, seed: int, index: Index, data: DataSection) -> None:
@@ -122,14 +121,14 @@ class Plan:
             if number not in used:
                 raise DataError(
                     f"data.sources: none of the {len(index.sources[number])} images of source {source.name!r} fills a "
-                    f"bucket of any class with data.max_upscale={data.max_upscale:g} and passes data.filters, so that its "
-                    "share cannot be kept. Set its share to 0, add larger images to it, add a class of smaller buckets, "
-                    "raise data.max_upscale or widen the filters."
+                    f"bucket of any resolution with data.max_upscale={data.max_upscale:g} and passes data.filters, so "
+                    "its share cannot be kept. Set its share to 0, add larger images to it, add a resolution with "
+                    "smaller buckets, raise data.max_upscale or widen the filters."
                 )
 
     @property
     def num_eligible(self) -> dict[int, int]:
-        """Samples that each class draws from, by its side in pixels."""
+        """Samples that each resolution draws from, by `side_px`."""
         return {mix.side_px: sum(stream.num_samples for stream in mix.streams) for mix in self._mixes}
 
     def filter_counts(self) -> dict[str, list[FilterCount]]:
@@ -138,7 +137,7 @@ class Plan:
         return {name: kept.counts for name, kept in zip(names, self._kept, strict=True)}
 
     def buckets_px(self, samples: np.ndarray, side_px: int) -> np.ndarray:
-        """int32 [n, 2], (height, width) at which a class trains each of any samples; 0 where it never draws one."""
+        """int32 [n, 2], (height, width) at which a resolution trains each sample; 0 for samples that it never draws."""
         buckets = np.zeros((len(samples), 2), np.int32)
         for stream in next(mix for mix in self._mixes if mix.side_px == side_px).streams:
             own = self._index.sources[stream.source]
@@ -148,7 +147,7 @@ class Plan:
         return buckets
 
     def source_of(self, sample: int) -> int:
-        """Number in `data.active_sources` of a sample's source."""
+        """Number in `data.active_sources` of the source of a sample."""
         return next(number for number, samples in enumerate(self._index.sources) if sample in samples)
 
     def batch(self, step: int) -> PlannedBatch:
@@ -179,7 +178,7 @@ class Plan:
         )
 
     def images_by_resolution(self, step: int) -> dict[int, int]:
-        """Samples of each resolution in the global batch of a step, by its side in pixels."""
+        """Samples of each resolution in the global batch of a step, by `side_px`."""
         size = self._data.global_batch
         counts = self._apportionment.counts_before((step + 1) * size) - self._apportionment.counts_before(step * size)
         return {mix.side_px: int(count) for mix, count in zip(self._mixes, counts, strict=True)}
@@ -193,7 +192,7 @@ class Plan:
         return counts
 
     def uses(self, num_steps: int) -> list[StreamUse]:
-        """What the first `num_steps` global batches take of every source in every class, by source, then by class."""
+        """What the first `num_steps` global batches take of every source at every resolution, source by source."""
         before = self._apportionment.counts_before(num_steps * self._data.global_batch).tolist()
         counts = [mix.counts_before(count) for mix, count in zip(self._mixes, before, strict=True)]
         sizes = [{stream.source: stream.num_samples for stream in mix.streams} for mix in self._mixes]
@@ -204,7 +203,7 @@ class Plan:
         ]
 
     def _choose_captions(self, samples: np.ndarray, chances: np.ndarray) -> np.ndarray:
-        """int8 [n], one of the captions that each sample has, by share; -1 where it has none."""
+        """int8 [n], one of the captions that each sample has, drawn by share; -1 if it has none."""
         shares = np.array([choice.share for choice in self._data.captions])
         statuses = [self._index.status(choice.source)[samples] for choice in self._data.captions]
         sums = np.cumsum((np.stack(statuses) == CaptionStatus.USABLE) * shares[:, None], axis=0)
@@ -212,7 +211,7 @@ class Plan:
         return np.where(sums[-1] > 0, chosen, -1).astype(np.int8)
 
     def _chances(self, draw: _Draw, stream: _Stream, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """float64 [n] in [0, 1), keyed by (seed, purpose, class, epoch, sample)."""
+        """float64 [n] in [0, 1), keyed by (seed, purpose, resolution, epoch, sample)."""
         chances = np.empty(len(samples))
         for epoch in np.unique(epochs).tolist():
             places = epochs == epoch
@@ -221,7 +220,7 @@ class Plan:
 
 
 class _SourceMix:
-    """How the samples of one resolution are dealt out to the sources that have any for it."""
+    """How the samples of one resolution are shared among the sources that have samples for it."""
 
     def __init__(
         self, seed: int, index: Index, resolution: Resolution, data: DataSection, kept: Sequence[KeptSamples]
@@ -230,23 +229,27 @@ class _SourceMix:
         assert len(index.sources) == len(sources), (index.sources, sources)
         self.side_px = resolution.side_px
         every = [_Stream(seed, index, resolution, data, number, kept[number]) for number in range(len(sources))]
-        # Without samples a source leaves its share in this class to the others, in proportion to theirs.
+        # A source without samples leaves its share of this resolution to the others, in proportion to their shares.
         self.streams = [stream for stream in every if stream.num_samples]
         if not self.streams:
             largest = int(np.argmax(np.minimum(index.height_px, index.width_px)))
             raise DataError(
-                f"data.resolutions: none of the {len(index)} images fills a bucket of class {resolution.side_px} px with "
-                f"data.max_upscale={data.max_upscale:g} and passes data.filters; the one with the longest short side has "
-                f"(height, width) {index.size_px(largest)}. Set the share of the class to 0, give it smaller buckets, add "
-                "larger images, raise data.max_upscale or widen the filters."
+                f"data.resolutions: none of the {len(index)} images fills a bucket of resolution {resolution.side_px} "
+                f"px with data.max_upscale={data.max_upscale:g} and passes data.filters; that with the longest short "
+                f"side has (height, width) {index.size_px(largest)}. Set the share of the resolution to 0, give it "
+                "smaller buckets, add larger images, raise data.max_upscale or widen the filters."
             )
         self._apportionment = Apportionment([sources[stream.source].share for stream in self.streams])
 
     def deal(self, places: np.ndarray, start: int) -> Iterator[tuple[_Stream, np.ndarray, int]]:
-        """Deals out the class's samples from number `start` on, at `places` [n] in a batch.
+        """Divides the places of the resolution in a batch among its streams.
+
+        Args:
+            places: int64 [n], places in the batch.
+            start: how many samples of the resolution came before this batch.
 
         Yields:
-            Stream, its places (a part of `places`), and the number of its first sample among all of the stream.
+            A stream, its part of `places`, and how many samples of the stream came before this batch.
         """
         labels = self._apportionment.labels(start, start + len(places))
         before = self._apportionment.counts_before(start).tolist()
@@ -254,13 +257,13 @@ class _SourceMix:
             yield stream, places[labels == number], before[number]
 
     def counts_before(self, position: int) -> dict[int, int]:
-        """Number of the source -> samples of it among the class's first `position`."""
+        """Number of the source -> its samples among the first `position` samples of the resolution."""
         counts = self._apportionment.counts_before(position).tolist()
         return {stream.source: count for stream, count in zip(self.streams, counts, strict=True)}
 
 
 class _Stream:
-    """The endless sequence of samples of one source in one resolution."""
+    """The endless sequence of samples of one source at one resolution."""
 
     def __init__(
         self,
@@ -284,11 +287,11 @@ class _Stream:
             lambda part: (self._rows(slice(part.start + self._first, part.stop + self._first)) >= 0) & kept(part),
         )
         self.num_samples = len(self._eligible)
-        # One source has the order that it had when there were no others.
+        # With one source the order is that of a run without `data.sources`.
         self._order_key = (source,) if len(index.sources) > 1 else ()
 
     def draw(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions in the index and epochs, int64 [count] each, of the stream's samples from number `start` on."""
+        """Positions in the index and epochs, int64 [count] each, of the samples `start` .. of the stream."""
         numbers = np.arange(start, start + count, dtype=np.int64)
         epochs, places = numbers // self.num_samples, numbers % self.num_samples
         ranks = np.empty(count, dtype=np.int64)
@@ -301,21 +304,21 @@ class _Stream:
         return self._first + self._eligible.select(ranks), epochs
 
     def buckets_px(self, samples: np.ndarray) -> np.ndarray:
-        """int32 [n, 2], bucket of each sample."""
+        """int32 [n, 2], (height, width) of the bucket of each sample."""
         return self._buckets[self._rows(samples)]
 
     def is_drawn(self, samples: np.ndarray) -> np.ndarray:
-        """Bool [n], whether any of the source's samples is among those that are drawn."""
+        """Bool [n], whether the stream ever draws each of these samples of its source."""
         return (self._rows(samples) >= 0) & self._kept.of(samples - self._first)
 
     def _rows(self, samples: np.ndarray | slice) -> np.ndarray:
-        """int16 [n], row of each sample's bucket, or -1."""
+        """int16 [n], row of the bucket of each sample, or -1."""
         sides = content_px(self._index, samples, self._has_borders)
         return assign_buckets(*sides, self._buckets, self._max_upscale)
 
 
 def _plan_hash(seed: int, index: Index, data: DataSection) -> str:
-    """Digest of all that decides which sample stands where: a loader state of another plan must be refused."""
+    """Digest of everything that decides which sample comes when, so that a loader state of another plan is refused."""
     resolutions: Sequence[object] = [
         (resolution.side_px, resolution.share, resolution.buckets_px) for resolution in data.resolutions
     ]

@@ -1,4 +1,4 @@
-"""Samples and packs as the configuration mixes them, without any data: for saying beforehand what a run needs."""
+"""Samples and packs like those of a run, made from its configuration alone, to estimate what the run needs."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from bitdance_scale.sequence.pack import Pack, Sample
 
 
 def typical_packs(config: RunConfig, num_replicas: int) -> list[Pack]:
-    """The packs of one replica's step, the one with most text targets first; captions as long as allowed, bits zero.
+    """The packs of one step of one replica, the pack with the most text targets first; all bits are zero.
 
-    Classes stand in their shares, the buckets of a class equally often. Real captions are mostly shorter: then packs
-    hold more images, fewer text targets and as many positions.
+    The resolutions have their shares, and every bucket of a resolution occurs equally often. Captions have the longest
+    length that is allowed. Real ones are mostly shorter, so real packs hold more images, fewer text targets and about
+    as many positions.
 
     Args:
-        config: the run; sizes, mix and caps are read.
+        config: the run; sizes, mix and limits are read.
         num_replicas: data-parallel ranks.
 
     Raises:
-        ConfigError: the batch cannot be dealt out to so many replicas.
+        ConfigError: the batch cannot be divided among so many replicas.
     """
     samples = _samples(config)
     lengths = np.array(
@@ -48,12 +49,12 @@ def typical_packs(config: RunConfig, num_replicas: int) -> list[Pack]:
 
 
 def placeholder_tokens(section: VisionSection) -> ImageTokens:
-    """One id for all special tokens: only shapes count here."""
+    """Image tokens that all have id 0, for when only shapes matter."""
     return ImageTokens(0, 0, (0,) * NUM_RESOLUTION_TOKENS, (0,) * (section.block_tokens - 1))
 
 
 def placeholder_sample(key: int, grid: tuple[int, int], num_caption_tokens: int) -> Sample:
-    """A text-to-image sample of these sizes; the chat markup around its caption takes as much as a tokenizer may need."""
+    """A text-to-image sample of these sizes, with the longest chat markup that a tokenizer may need."""
     before_ids = np.zeros(MAX_MARKUP_TOKENS - 1 + num_caption_tokens, dtype=np.int64)
     return Sample(
         key=key,

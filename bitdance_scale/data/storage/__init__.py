@@ -1,0 +1,10 @@
+"""Where shards lie, and how their bytes are read.
+
+    shards.py          data.shards, data.sources   -> paths of tars
+    stores.py          path, offset, length        -> bytes, of a local file or an S3 object
+    s3.py              the S3 side of it: requests, retries, listings
+    block_cache.py     what s3.py has read, kept on the disk of the node
+    store_contract.py  what files and objects have in common: the state of a shard, the error of a read
+
+`stores.py` imports `s3.py`, and with it boto3, only when an object is read.
+"""

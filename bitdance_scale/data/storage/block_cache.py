@@ -1,9 +1,9 @@
-"""A cache of objects on a node's disk: blocks in files that all processes of the node share, within a bound of bytes.
+"""A cache of objects on the disk of a node: blocks in files that all processes of the node share, limited in size.
 
-A sample is some 100 KB somewhere in a shard, and samples come in random order; a file for each would be millions of
-files. Blocks of megabytes are kept instead, so that every byte of a data set crosses the network once per node. That pays
-where the data set fits; where it does not, a block would be gone before its next sample is asked for
-(`S3Store.prepare` refuses that).
+A sample is about 100 kB somewhere in a shard, and samples are read in random order. One file per sample would mean
+millions of files, so the cache keeps blocks of several megabytes: every byte of a data set crosses the network once per
+node. This pays only if the whole data set fits. Otherwise a block would be evicted before its next sample is read;
+`S3Store.prepare` refuses such a cache.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ logger = logging.getLogger(__name__)
 
 _MAGIC = b"BDBLOCK1"
 _HEADER = struct.Struct("<8sQ")
-"""Magic and the number of bytes kept; behind it CRC-32s of the pages, then the bytes."""
+"""Magic and number of content bytes. The CRC-32s of the pages follow, then the content."""
 _PAGE_BYTES = 1 << 16
 _NUM_LOCKS = 256
 _POLL_S = 0.01
-# Room is made for more than one block at a time: a look at the whole folder precedes it.
+# Making room scans the whole folder, so it frees more than one block.
 _KEPT_SHARE = 0.95
-# How exact "least recently used" is.
+# A use is recorded at most this often, so "least recently used" is this exact.
 _TOUCH_S = 60.0
 
 
 class BlockCache:
     """Blocks of objects in a folder; safe to use from several threads, processes and runs at once.
 
-    A disk that fails or is full once it runs costs the cache and not the run: there is a warning, and objects are read past it.
+    If the disk fails or fills up later, the cache logs a warning and objects are read directly: the run goes on.
 
     Args:
-        folder: on a disk of this node; made where it is missing.
-        max_bytes: the files in it never take more.
-        block_bytes: what is fetched and kept at once.
-        patience_s: how long a block that another process fetches is waited for; then it is read past the cache.
+        folder: on a disk of this node; created if missing.
+        max_bytes: limit on the size of all files in it.
+        block_bytes: how much is fetched and kept at once.
+        patience_s: how long to wait for a block that another process is fetching; after that it is read directly.
 
     Attributes:
-        num_fetches: blocks that this process fetched so far.
+        num_fetches: blocks that this process has fetched.
 
     Raises:
-        DataError: the folder cannot be made or written to.
+        DataError: the folder cannot be created or written to.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int, block_bytes: int, patience_s: float) -> None:
@@ -72,12 +72,13 @@ class BlockCache:
             ) from error
 
     def read(self, key: str, offset: int, num_bytes: int, fetch: Callable[[int, int], bytes]) -> bytes:
-        """Bytes `offset` .. `offset + num_bytes` of an object; fewer where it ends.
+        """Bytes `offset` .. `offset + num_bytes` of an object; fewer if the object ends before that.
 
         Args:
-            key: names the object and its version.
-            offset, num_bytes: the range.
-            fetch: reads a range, (offset, number of bytes), of the object itself; what it raises is passed on.
+            key: identifies the object and its version.
+            offset: first byte of the range.
+            num_bytes: length of the range.
+            fetch: reads a range (offset, number of bytes) of the object itself; what it raises is passed on.
         """
         parts: list[bytes] = []
         for block in range(offset // self._block_bytes, -(-(offset + num_bytes) // self._block_bytes)):
@@ -92,10 +93,10 @@ class BlockCache:
         """Bytes `begin` .. `end` of the block of the object that starts at `start`."""
         if (kept := self._kept(path, begin, end)) is not None:
             return kept
-        with self._claim(str(int(path.name[:8], 16) % _NUM_LOCKS)) as is_ours:
-            if not is_ours:
+        with self._claim(str(int(path.name[:8], 16) % _NUM_LOCKS)) as is_held:
+            if not is_held:
                 return fetch(start + begin, end - begin)
-            # Whoever had the claim before may have fetched it.
+            # The previous holder of the lock may have fetched it.
             if (kept := self._kept(path, begin, end)) is not None:
                 return kept
             content = fetch(start, self._block_bytes)
@@ -104,12 +105,12 @@ class BlockCache:
         return content[begin:end]
 
     def _kept(self, path: Path, begin: int, end: int) -> bytes | None:
-        """Bytes `begin` .. `end` of a block's file; None where there is none, or a damaged one, which is removed."""
+        """Bytes `begin` .. `end` of a kept block; None if there is none. A damaged block is removed."""
         try:
             with open(path, "rb", buffering=0) as file:
                 content, stat = _checked(file.fileno(), begin, end), os.fstat(file.fileno())
             if content is None:
-                logger.warning("%s: damaged; fetched anew", path)
+                logger.warning("%s: the block is damaged; fetching it again", path)
                 path.unlink()
             elif time.time() - stat.st_mtime > _TOUCH_S:
                 os.utime(path)
@@ -125,12 +126,12 @@ class BlockCache:
         return self._folder / digest[:2] / digest[2:42]
 
     def _keep(self, path: Path, content: bytes) -> None:
-        """Writes a block, and makes room for it."""
+        """Makes room for a block and writes it."""
         table = np.array([zlib.crc32(content[at : at + _PAGE_BYTES]) for at in range(0, len(content), _PAGE_BYTES)])
         data = _HEADER.pack(_MAGIC, len(content)) + table.astype("<u4").tobytes() + content
         try:
-            with self._claim("usage") as is_ours:
-                if not is_ours or len(data) > self._max_bytes:
+            with self._claim("usage") as is_held:
+                if not is_held or len(data) > self._max_bytes:
                     return
                 used = self._used_bytes()
                 if used + len(data) > self._max_bytes:
@@ -142,11 +143,11 @@ class BlockCache:
 
     def _warn(self, error: OSError) -> None:
         if not self._has_warned:
-            logger.warning("data.s3.cache_dir=%s: %s; reading past the cache", self._folder, error)
+            logger.warning("data.s3.cache_dir=%s: %s; reading without the cache", self._folder, error)
         self._has_warned = True
 
     def _used_bytes(self) -> int:
-        """What all blocks take, from the count that is kept beside them; counted anew once by every process."""
+        """Size of all blocks, from the total that is kept beside them; every process adds it up itself once."""
         if self._has_counted:
             with contextlib.suppress(OSError, ValueError):
                 return int((self._folder / "used_bytes").read_text())
@@ -154,7 +155,7 @@ class BlockCache:
         return self._make_room(self._max_bytes)
 
     def _make_room(self, max_bytes: int) -> int:
-        """Removes the least recently used blocks, and what a process that died left; returns the bytes that remain."""
+        """Removes the least recently used blocks and leftovers of dead processes; returns the bytes that remain."""
         blocks = []
         for folder in os.scandir(self._folder):
             if not folder.is_dir() or folder.name == "locks":
@@ -175,16 +176,16 @@ class BlockCache:
 
     @contextlib.contextmanager
     def _claim(self, name: str) -> Iterator[bool]:
-        """Holds one of the folder's locks; False where it is not to be had in time. A process that dies lets go of it."""
+        """Holds a lock of the folder; yields False if it is not free in time. A process that dies frees its locks."""
         with contextlib.ExitStack() as stack:
-            is_ours = False
+            is_held = False
             try:
-                # Closing the file lets go.
+                # Closing the file releases the lock.
                 file = stack.enter_context(open(self._folder / "locks" / name, "w"))
-                is_ours = self._lock(file)
+                is_held = self._lock(file)
             except OSError as error:
                 self._warn(error)
-            yield is_ours
+            yield is_held
 
     def _lock(self, file: IO[str]) -> bool:
         deadline_s = time.monotonic() + self._patience_s
@@ -197,7 +198,7 @@ class BlockCache:
 
 
 def _checked(descriptor: int, begin: int, end: int) -> bytes | None:
-    """The bytes asked for of an open block; None where it is not whole or their pages are not as they were written."""
+    """Bytes `begin` .. `end` of an open block; None if the file is cut or one of their pages fails its checksum."""
     header = os.pread(descriptor, _HEADER.size, 0)
     if len(header) < _HEADER.size:
         return None

@@ -1,4 +1,4 @@
-"""From `data.shards` and `data.sources` to lists of tars; home of webdataset's shard-list rules."""
+"""Expands `data.shards` and `data.sources` to lists of tars, by webdataset's rules for brace lists."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from fnmatch import fnmatchcase
 from webdataset.shardlists import expand_urls
 
 from bitdance_scale.config.schema import DataSource
-from bitdance_scale.data.storage.stores import S3_SCHEME, Stores
+from bitdance_scale.data.storage.store_contract import S3_SCHEME
+from bitdance_scale.data.storage.stores import Stores
 from bitdance_scale.errors import DataError
 
 _GLOB_CHARACTERS = frozenset("*?[")
 
 
 def expand_braces(spec: str, setting: str = "data.shards") -> list[str]:
-    """Shard names of a webdataset brace list such as `data/{00000..00099}.tar`; `setting` is what messages call it.
+    """Shard names of a webdataset brace list such as `data/{00000..00099}.tar`.
+
+    Args:
+        spec: the brace list.
+        setting: name of the setting for messages.
 
     Raises:
         DataError: unbalanced braces or an unset `${variable}`.
@@ -32,10 +37,10 @@ def expand_braces(spec: str, setting: str = "data.shards") -> list[str]:
 
 
 def expand_sources(sources: Sequence[DataSource], stores: Stores | None = None) -> list[list[str]]:
-    """Paths of the tars of every source, each as `expand_shards` gives them.
+    """Paths of the tars of every source, as `expand_shards` gives them.
 
     Raises:
-        DataError: a spec matches nothing, a shard does not exist, or one is in two sources.
+        DataError: a spec matches nothing, a shard does not exist, or a shard is in two sources.
     """
     expanded = [expand_shards(source.shards, f"shards of source {source.name!r}", stores) for source in sources]
     owners: dict[str, str] = {}
@@ -43,21 +48,21 @@ def expand_sources(sources: Sequence[DataSource], stores: Stores | None = None) 
         for path in paths:
             if path in owners:
                 raise DataError(
-                    f"data.sources: shard {path} is in source {owners[path]!r} and in source {source.name!r}. Leave it in "
-                    "one of the two: its images would count for both shares."
+                    f"data.sources: shard {path} is in source {owners[path]!r} and in source {source.name!r}, so its "
+                    "images would count for both shares. Leave it in one of the two."
                 )
         owners |= dict.fromkeys(paths, source.name)
     return expanded
 
 
 def expand_shards(specs: Iterable[str], setting: str = "data.shards", stores: Stores | None = None) -> list[str]:
-    """Paths of the tars that files, folders, globs and brace lists stand for, here or on S3.
+    """Paths of the tars that a list of files, folders, globs and brace lists names, local or on S3.
 
     Args:
         specs: each a tar, a folder (every `*.tar` in it, sorted), a glob (sorted) or a brace list (in its order). A
-            tar named twice is taken once.
-        setting: what messages call them.
-        stores: how S3 is reached; None: by default. Single objects and brace lists of them are not looked for here.
+            tar that is named twice is taken once.
+        setting: name of the setting for messages.
+        stores: how to reach S3; None: with default settings. Objects that are named in full are not checked here.
 
     Returns:
         Absolute paths, or `s3://BUCKET/KEY`, in the order of the specs.
@@ -80,11 +85,8 @@ def expand_shards(specs: Iterable[str], setting: str = "data.shards", stores: St
 
 def _expand_spec(spec: str, setting: str) -> list[str]:
     if "://" in spec:
-        raise DataError(f"{setting}: {spec!r}: only local files and s3:// can be read; mount or copy the shards.")
-    if os.path.exists(spec):
-        candidates = [spec]
-    else:
-        candidates = expand_braces(spec, setting)
+        raise DataError(f"{setting}: {spec!r}: only local files and s3:// can be read. Mount or copy the shards.")
+    candidates = [spec] if os.path.exists(spec) else expand_braces(spec, setting)
     paths: list[str] = []
     for candidate in candidates:
         if os.path.isdir(candidate):
@@ -106,13 +108,13 @@ def _expand_spec(spec: str, setting: str) -> list[str]:
 
 
 def _objects(candidate: str, setting: str, stores: Stores | None) -> list[str]:
-    """Objects that one path on S3 stands for: itself, those of a folder, or those of a glob."""
+    """Objects that one path on S3 names: an object, all tars of a folder, or all matches of a glob."""
     if candidate.endswith(".tar") and not _GLOB_CHARACTERS & set(candidate):
         return [candidate]
     pattern = candidate if candidate.endswith(".tar") else candidate.rstrip("/") + "/*.tar"
     start = min(pattern.find(character) for character in _GLOB_CHARACTERS if character in pattern)
     listed = (stores or Stores()).list(pattern[:start], is_flat="/" not in pattern[start:])
-    # As in the glob of files, no star stands for a slash.
+    # As in a glob of files, a star does not match a slash.
     found = [path for path in listed if path.count("/") == pattern.count("/") and fnmatchcase(path, pattern)]
     if not found:
         raise DataError(f"{setting}: {candidate!r} holds no *.tar. Correct {setting}.")

@@ -1,6 +1,6 @@
-"""Where shards lie: files of this machine, or objects of an S3 store. Everything else reads ranges and asks no further.
+"""Reads ranges of shards, whether they are local files or S3 objects; nothing above this module sees the difference.
 
-A path with `s3://` in front is an object; any other path is a file.
+A path that begins with `s3://` names an object; any other path names a file.
 """
 
 from __future__ import annotations
@@ -9,108 +9,82 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bitdance_scale.config.schema import S3Section
+from bitdance_scale.data.storage.store_contract import S3_SCHEME, ReadError, ShardState
 from bitdance_scale.errors import DataError
 
 if TYPE_CHECKING:
     from bitdance_scale.data.storage.s3 import S3Store
-
-S3_SCHEME = "s3://"
-
-
-@dataclass(frozen=True)
-class ShardState:
-    """What tells whether a shard changed.
-
-    Attributes:
-        num_bytes: its length.
-        tag: modification time in nanoseconds of a file, ETag of an object.
-    """
-
-    num_bytes: int
-    tag: str
-
-
-class ReadError(Exception):
-    """A range could not be read, and trying again does not help; the message says why.
-
-    Attributes:
-        is_changed: whether the shard is another one than was asked for.
-    """
-
-    def __init__(self, message: str, is_changed: bool = False) -> None:
-        super().__init__(message)
-        self.is_changed = is_changed
 
 
 class Stores:
     """Reads shards wherever they lie; safe to use from several threads, and picklable.
 
     Args:
-        s3: how S3 is reached; its client is made at the first object that is asked for.
-        max_open_files: local shards kept open.
+        s3: how to reach S3; the client is made when the first object is read.
+        max_open_files: local shards kept open at a time.
     """
 
     def __init__(self, s3: S3Section | None = None, max_open_files: int = 128) -> None:
         self._s3_section = s3 or S3Section()
+        self._max_open_files = max_open_files
         self._lock = threading.Lock()
         self._s3: S3Store | None = None
         self._files = _Files(max_open_files)
 
-    def __getstate__(self) -> S3Section:
-        return self._s3_section
-
-    def __setstate__(self, section: S3Section) -> None:
-        self.__init__(section)
+    def __reduce__(self) -> tuple[type[Stores], tuple[S3Section, int]]:
+        # Open files and a client stay in their process.
+        return Stores, (self._s3_section, self._max_open_files)
 
     def read(self, path: str, offset: int, num_bytes: int, tag: str = "") -> bytes:
-        """Bytes `offset` .. `offset + num_bytes` of a shard; fewer where it ends.
+        """Bytes `offset` .. `offset + num_bytes` of a shard; fewer if the shard ends before that.
 
         Args:
-            path: file or `s3://bucket/key`.
-            offset, num_bytes: the range.
-            tag: of the object when it was indexed; files are told apart by their tar headers instead. Empty: any.
+            path: a file or `s3://BUCKET/KEY`.
+            offset: first byte of the range.
+            num_bytes: length of the range.
+            tag: `ShardState.tag` of the object when it was indexed; another object is refused. Empty: any object. Files
+                ignore it: their readers compare tar headers.
 
         Raises:
-            ReadError: for good; passing troubles of a store are waited out.
+            ReadError: the range cannot be read. Temporary failures of S3 are retried first (`data.s3.deadline_s`).
         """
         if path.startswith(S3_SCHEME):
             return self._objects().read(path, offset, num_bytes, tag)
         return self._files.read(path, offset, num_bytes)
 
     def prepare(self, shards: Iterable[tuple[str, int]]) -> None:
-        """Makes ready to read shards at random, so that what is wrong with a store's settings shows at once.
+        """Checks before the first read that these shards can be read in random order.
 
         Args:
-            shards: path and length in bytes of each.
+            shards: path and length in bytes of each shard.
 
         Raises:
-            ConfigError: those on S3 do not fit the cache.
-            DataError: no client for S3 can be made, or its cache cannot be used.
+            ConfigError: the shards on S3 do not fit the cache.
+            DataError: the S3 client cannot be made, or its cache cannot be used.
         """
         num_bytes = sum(length for path, length in shards if path.startswith(S3_SCHEME))
         if num_bytes:
             self._objects().prepare(num_bytes)
 
     def states(self, paths: Sequence[str]) -> list[ShardState]:
-        """The state of every shard.
+        """The state of every shard, in the order of `paths`.
 
         Raises:
-            DataError: one does not exist or cannot be looked at.
+            DataError: a shard does not exist or cannot be accessed.
         """
         remote = [path for path in paths if path.startswith(S3_SCHEME)]
         found = self._objects().states(remote) if remote else {}
         return [found[path] if path in found else _file_state(path) for path in paths]
 
     def list(self, prefix: str, is_flat: bool) -> list[str]:
-        """Paths of all objects that begin with `s3://bucket/prefix`, sorted.
+        """Paths of all objects whose path begins with a prefix, sorted.
 
         Args:
-            prefix: what they begin with.
-            is_flat: whether those with another slash behind it are left out.
+            prefix: `s3://BUCKET/` and the beginning of a key.
+            is_flat: whether to leave out objects with a slash after the prefix.
 
         Raises:
             DataError: the bucket cannot be listed.
@@ -118,13 +92,13 @@ class Stores:
         return self._objects().list(prefix, is_flat)
 
     def close(self) -> None:
-        """Forgets open files; each closes when the last read in it ends."""
+        """Closes the open files, each as soon as the last read in it has ended."""
         self._files.close()
 
     def _objects(self) -> S3Store:
         with self._lock:
             if self._s3 is None:
-                # boto3 takes a second to import; runs on local shards do without.
+                # boto3 takes a second to import, which runs on local shards do not need.
                 from bitdance_scale.data.storage.s3 import S3Store
 
                 self._s3 = S3Store(self._s3_section)
@@ -132,7 +106,7 @@ class Stores:
 
 
 class _Files:
-    """Open files, few at a time; the least recently used is closed first."""
+    """A bounded number of open files; the least recently used is closed first."""
 
     def __init__(self, max_open: int) -> None:
         self._max_open = max_open
@@ -141,7 +115,7 @@ class _Files:
 
     def read(self, path: str, offset: int, num_bytes: int) -> bytes:
         try:
-            # The name keeps the descriptor open until the read has ended, should another thread evict it.
+            # This reference keeps the descriptor open until the read has ended, even if another thread evicts it.
             file = self._file(path)
             return os.pread(file.descriptor, num_bytes, offset)
         except OSError as error:
@@ -163,7 +137,7 @@ class _Files:
 
 
 class _OpenFile:
-    """A descriptor that closes with its last reference, so that eviction never closes it under a reading thread."""
+    """A descriptor that closes with its last reference, so that eviction never closes it while a thread reads."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = -1

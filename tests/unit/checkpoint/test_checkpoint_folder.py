@@ -97,9 +97,9 @@ def test_a_kill_at_any_step_leaves_a_whole_checkpoint(tmp_path, is_first):
 def test_an_error_in_the_block_leaves_the_earlier_checkpoint(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=1)
     save(folder, 1)
-    with pytest.raises(CheckpointError, match="step 2 was not committed: OSError: disk full. Earlier ones"):
-        with folder.write(2):
-            raise OSError("disk full")
+    message = "step 2 was not committed: OSError: disk full. Earlier checkpoints are as they were"
+    with pytest.raises(CheckpointError, match=message), folder.write(2):
+        raise OSError("disk full")
     assert names(tmp_path) == ["latest", "step_00000001"]
     assert content(folder.latest()) == "step 1"
 
@@ -107,7 +107,7 @@ def test_an_error_in_the_block_leaves_the_earlier_checkpoint(tmp_path):
 def test_the_checkpoint_in_use_is_not_overwritten(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=1)
     save(folder, 1)
-    with pytest.raises(CheckpointError, match="step_00000001 is already there"):
+    with pytest.raises(CheckpointError, match="step_00000001 exists"):
         save(folder, 1)
     assert content(folder.latest()) == "step 1"
 
@@ -146,7 +146,7 @@ def test_without_a_pointer_the_newest_is_used_and_said(tmp_path, caplog):
     (tmp_path / "latest").unlink()
     with caplog.at_level(logging.WARNING):
         assert content(folder.latest()) == "step 2"
-    assert "the newest checkpoint is step_00000002" in caplog.text
+    assert "taking the newest checkpoint, step_00000002" in caplog.text
 
 
 def test_going_back_to_an_older_checkpoint(tmp_path):

@@ -9,6 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
+import convert_to_hf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,13 +19,12 @@ from bitdance_scale.checkpoint import conversion_folder
 from bitdance_scale.checkpoint import export_release as export_module
 from bitdance_scale.checkpoint.export_release import export_release, open_checkpoint
 from bitdance_scale.checkpoint.import_release import import_release
-from bitdance_scale.checkpoint.manifest import write_manifest
-from bitdance_scale.checkpoint.new_rows import NEW_ROW_SPREAD
+from bitdance_scale.checkpoint.integrity import write_manifest
+from bitdance_scale.checkpoint.published_files import TensorFileWriter
 from bitdance_scale.checkpoint.published_names import Part, our_tensors
 from bitdance_scale.checkpoint.release_source import NewParts, open_source
-from bitdance_scale.checkpoint.start_weights import find_checkpoint
-from bitdance_scale.checkpoint.stored_tensors import StoredTensors
-from bitdance_scale.checkpoint.tensor_file import TensorFileWriter
+from bitdance_scale.checkpoint.start_weights import NEW_ROW_SPREAD, find_checkpoint
+from bitdance_scale.checkpoint.tensor_storage import StoredTensors
 from bitdance_scale.errors import BitDanceError, CheckpointError, ConfigError
 from bitdance_scale.model.initial import draw_initial
 from bitdance_scale.sequence.tokens import load_text_tokenizer
@@ -75,7 +75,7 @@ def stored(run: Path) -> StoredTensors:
 
 def whole(run: Path, name: str) -> torch.Tensor:
     tensors = stored(run)
-    num_rows = tensors.index.state_dict_metadata[f"model.{name}"].size[0]
+    num_rows = tensors.index.spec(f"model.{name}").shape[0]
     return tensors.read_rows(f"model.{name}", 0, num_rows)
 
 
@@ -134,6 +134,41 @@ class TestRoundTrip:
         assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
         name = "net.cond_embed.weight"
         assert torch.equal(found[name], whole(imported, f"head.{name}").bfloat16())
+
+
+def as_a_run(imported: Path, copy: Path, steps: int) -> Path:
+    """An import made to look like the checkpoint at step 0 of a run of so many steps."""
+    run = shutil.copytree(imported, copy)
+    folder = find_checkpoint(run)
+    config = (folder / "config.toml").read_text()
+    assert config.count("[run]\n") == 1
+    section = f'[run]\nname = "sft_small"\nstage = "sft"\nsteps = {steps}\n'
+    (folder / "config.toml").write_text(config.replace("[run]\n", section))
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+    return run
+
+
+class TestUnfinishedRun:
+    def test_it_is_said_and_kept_in_the_report(self, imported, tmp_path, capsys):
+        run = as_a_run(imported, tmp_path / "run", steps=20)
+        assert convert_to_hf.main([str(run), str(tmp_path / "out")]) == 0
+        warning = "step 0 of 20 of run sft_small, stage sft: the run has not finished"
+        assert f"warning: {find_checkpoint(run)} is at {warning}\n" in capsys.readouterr().err
+        assert read_json(tmp_path / "out" / "conversion_report.json")["run"] == {
+            "name": "sft_small",
+            "stage": "sft",
+            "step": 0,
+            "num_steps": 20,
+            "is_finished": False,
+        }
+
+    def test_a_finished_run_and_an_import_are_not_warned_of(self, imported, tmp_path, capsys):
+        finished = open_checkpoint(as_a_run(imported, tmp_path / "run", steps=0))
+        assert finished.run is not None and finished.run.is_finished and finished.warning is None
+        assert convert_to_hf.main([str(imported), str(tmp_path / "out")]) == 0
+        assert "warning" not in capsys.readouterr().err
+        assert read_json(tmp_path / "out" / "conversion_report.json")["run"] is None
 
 
 class TestQwen3:
@@ -343,9 +378,9 @@ class TestOutcome:
         out.mkdir()
         (out / "mine").write_text("kept")
         export = open_checkpoint(imported)
-        with pytest.raises(CheckpointError, match="is there already; .* --force"):
+        with pytest.raises(CheckpointError, match="exists already; .* --force"):
             export_release(export, out)
-        with pytest.raises(CheckpointError, match="no conversion_report.json, so that --force does not replace it"):
+        with pytest.raises(CheckpointError, match="no conversion_report.json, so --force does not replace it"):
             export_release(export, out, is_forced=True)
         assert (out / "mine").read_text() == "kept"
         shutil.rmtree(out)
@@ -363,7 +398,7 @@ class TestOutcome:
             lambda: export_release(open_checkpoint(imported), tmp_path / "out"),
             lambda: import_release(open_source(published, None), tmp_path / "out"),
         ):
-            with pytest.raises(CheckpointError, match="GB will be written and 0.0 GB are free"):
+            with pytest.raises(CheckpointError, match=r"\d MB will be written and 1.00 kB are free"):
                 convert()
         assert not [*tmp_path.iterdir()]
 
@@ -403,7 +438,7 @@ class TestOutcome:
             with pytest.raises(CheckpointError, match="Input/output error"):
                 export_release(open_checkpoint(imported), out, is_forced=True)
             monkeypatch.undo()
-        with pytest.raises(CheckpointError, match="is there already"):
+        with pytest.raises(CheckpointError, match="exists already"):
             export_release(open_checkpoint(imported), out)
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
         assert {path.name for path in tmp_path.iterdir()} == {"out"}
@@ -435,19 +470,19 @@ class TestOutcome:
         assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
-def _convert(direction: str, source: Path, out: Path, progress=lambda _: None) -> None:
+def _convert(direction: str, source: Path, out: Path, on_bytes=lambda _: None) -> None:
     if direction == "import":
-        import_release(open_source(source, None), out, progress=progress)
+        import_release(open_source(source, None), out, on_bytes=on_bytes)
     else:
-        export_release(open_checkpoint(source), out, progress=progress)
+        export_release(open_checkpoint(source), out, on_bytes=on_bytes)
 
 
 def _convert_and_die(direction: str, source: Path, out: Path) -> None:
     calls = []
 
-    def progress(num_bytes: int) -> None:
+    def on_bytes(num_bytes: int) -> None:
         calls.append(num_bytes)
         if len(calls) == 40:
             os._exit(9)
 
-    _convert(direction, source, out, progress)
+    _convert(direction, source, out, on_bytes)

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from bitdance_scale.checkpoint import run_checkpoint
 from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
-from bitdance_scale.checkpoint.digest import file_digest
-from bitdance_scale.checkpoint.manifest import write_manifest
+from bitdance_scale.checkpoint.integrity import file_digest, write_manifest
 from bitdance_scale.checkpoint.run_checkpoint import TrainState, load_checkpoint, save_checkpoint
 from bitdance_scale.checkpoint.sharded import save_sharded
 from bitdance_scale.errors import CheckpointError
@@ -112,7 +111,7 @@ def test_a_flipped_bit_in_the_manifest_accuses_the_manifest(root):
         if is_harmless:
             assert chr(written[position]).isspace()
         else:
-            assert_refused(root, r"manifest.json (is damaged|is of version)")
+            assert_refused(root, r"manifest.json (is damaged|has version)")
 
 
 def _remove(name: str) -> Callable[[Path], None]:
@@ -164,7 +163,7 @@ def _be_version_1(path: Path) -> None:
         (_be_another_folder, "manifest.json is missing"),
         (_be_a_file, "manifest.json is damaged .NotADirectoryError"),
         (shutil.rmtree, "there is no such checkpoint"),
-        (_be_version_1, "manifest.json is of version 1, this program reads 2: use the one that wrote it"),
+        (_be_version_1, "manifest.json has version 1, this program reads version 2: use the program that wrote it"),
     ],
 )
 def test_a_partial_or_foreign_folder_is_named_with_the_way_back(root, damage, message):
@@ -218,10 +217,13 @@ def _name_file(name: str) -> Callable[[dict], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda index: index.update(version=1), "version 1, this program reads 2; use the one that wrote it"),
-        (_name_file("../" + TENSORS[0]), "'../rank00000_000.safetensors' is none of this folder's"),
-        (_name_file("/elsewhere/" + TENSORS[0]), "'/elsewhere/rank00000_000.safetensors' is none of this folder's"),
-        (_name_file(".."), "'..' is none of this folder's"),
+        (
+            lambda index: index.update(version=1),
+            "version 1, this program reads version 2; use the program that wrote it",
+        ),
+        (_name_file("../" + TENSORS[0]), "'../rank00000_000.safetensors' is not one of this folder"),
+        (_name_file("/elsewhere/" + TENSORS[0]), "'/elsewhere/rank00000_000.safetensors' is not one of this folder"),
+        (_name_file(".."), "'..' is not one of this folder"),
         (lambda index: index["files"][0].pop(), "TypeError"),
         (lambda index: index["files"][0].__setitem__(2, "no digest"), "is not a size and a SHA-256"),
         (_chunks([[0, 0], [3, 3], 0]), "do not add up to its shape .4, 3."),

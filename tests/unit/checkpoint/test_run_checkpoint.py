@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
-from bitdance_scale.checkpoint.manifest import write_manifest
+from bitdance_scale.checkpoint.integrity import write_manifest
 from bitdance_scale.checkpoint.run_checkpoint import TrainState, load_checkpoint, save_checkpoint
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.parallel.partition import Placement, ShardedValue, whole_pieces

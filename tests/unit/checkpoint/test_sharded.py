@@ -85,7 +85,7 @@ def test_overlapping_replicas_are_written_once(tmp_path):
     tensor = make_tensors()["matrix"]
     pieces = fragments(tensor, [3, 17]).pieces + fragments(tensor, [9]).pieces
     save_sharded(tmp_path, {"matrix": ShardedValue((7, 5), torch.float32, pieces)})
-    chunks = read_index(tmp_path).state_dict_metadata["matrix"].chunks
+    chunks = read_index(tmp_path).tensors["matrix"].chunks
     assert sum(math.prod(chunk.sizes) for chunk in chunks) == 35
     values = cleared({"matrix": whole(tensor.clone())})
     load_sharded(tmp_path, values)

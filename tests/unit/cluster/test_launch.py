@@ -1,4 +1,4 @@
-"""What launch.sh and chain.sh do, with stand-ins for Slurm's commands that write down how they were called."""
+"""launch.sh and chain.sh with stand-ins for Slurm's commands, which record how they were called."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 STAGES = {"pt": "pretrain.py", "ct": "continue_train.py", "sft": "sft.py", "distill": "distill.py"}
-# The trainer's code comes from OUTCOME; without it the trainer had a fault.
+# OUTCOME is the trainer's exit code; without it the trainer crashed.
 SRUN = """
 printf '%s|' "$@" >>"$CALLS"; echo >>"$CALLS"
 if [[ " $* " != *" cluster.node "* ]]; then
@@ -41,7 +41,7 @@ echo $((100 + $(wc -l <"$CALLS")))
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Runs a script with the stand-ins first in PATH; returns (exit code, output, calls)."""
+    """Runs a script with the stand-ins first on PATH; returns (exit code, output, calls)."""
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, body in (("srun", SRUN), ("scontrol", SCONTROL), ("sbatch", SBATCH)):
@@ -65,6 +65,7 @@ def slurm(tmp_path):
             stderr=subprocess.STDOUT,
             text=True,
             timeout=60,
+            check=False,
         )
         return done.returncode, done.stdout, calls.read_text().splitlines()
 
@@ -87,9 +88,9 @@ def test_stage_starts_its_entry_point_with_its_settings(slurm, stage):
     assert "|--nodes|n0|n1|--head|10.0.0.1|--port|20018|--gpus|8|--procs|8|" in preflight
     assert "--nodes=2|--ntasks=2|--ntasks-per-node=1|--cpus-per-task=96|" in train
     assert "|.venv/bin/python|-m|cluster.node|--nodes|2|--procs|8|--head|10.0.0.1|--port|20017|--id|17.0|" in train
-    entry = f"|--|pipelines/{STAGES[stage]}|bitdance_scale/config/files/{stage}_14b.toml|"
+    entry = f"|--|pipelines/{STAGES[stage]}|{stage}_14b|"
     assert entry in train and train.endswith("|run.steps=3|data.shards=['a b']|")
-    # Where a stage starts is said once, in its configuration.
+    # Only its configuration says where a stage starts.
     assert "run.start_from" not in train
 
 
@@ -110,11 +111,11 @@ def test_container_takes_the_place_of_the_environment(slurm):
         ({"OUTCOME": "0"}, 0, False, "the run is complete"),
         ({"OUTCOME": "2"}, 2, False, "refused: see"),
         ({"OUTCOME": "75"}, 75, True, "stopped on request and saved; requeued"),
-        ({}, 75, True, "fault 1 of 2 that are allowed (no exit code of the trainer, srun's 1"),
-        ({"MAX_FAULTS": "0"}, 1, False, "failed for good after 1 faults"),
+        ({}, 75, True, "fault 1 of 2 allowed (no exit code of the trainer, srun's 1"),
+        ({"MAX_FAULTS": "0"}, 1, False, "gave up at fault 1, 0 allowed"),
         ({"OUTCOME": "75", "STATE": "JobState=COMPLETING Reason=None"}, 75, False, "not requeued from here"),
         ({"OUTCOME": "75", "STATE": "JobState=COMPLETING Reason=TimeLimit"}, 75, True, "requeued"),
-        ({"PREFLIGHT_CODE": "1"}, 3, False, "pre-flight: n0: no verdict"),
+        ({"PREFLIGHT_CODE": "1"}, 3, False, "pre-flight: n0 wrote no verdict"),
         ({"SLURM_GPUS_ON_NODE": ""}, 2, False, "set PROCS_PER_NODE"),
     ],
 )
@@ -160,7 +161,7 @@ def test_chain_inside_a_job_submits_what_follows_once(slurm):
         submitted = [call for call in calls if "cluster/" in call]
         assert len(submitted) == num_submitted
         if submitted:
-            # Where a run starts from stands in its file, as long as no other root is given.
+            # Its configuration says where a run starts, unless run.root moves the runs.
             assert "--dependency=afterok:17|" in submitted[0] and "run.start_from" not in submitted[0]
 
 
@@ -168,15 +169,21 @@ def test_chain_takes_the_files_of_a_folder(slurm, tmp_path):
     for stage in ("sft", "distill"):
         (tmp_path / f"{stage}_14b.toml").touch()
     code, printed, calls = slurm("cluster/ct.sbatch", CHAIN="1", CONFIG_ROOT=str(tmp_path))
-    assert code == 2 and calls == [] and f"{tmp_path}/ct_14b.toml is not there" in printed
+    assert code == 2 and calls == [] and f"there is no {tmp_path}/ct_14b.toml" in printed
     code, printed, calls = slurm("cluster/sft.sbatch", CHAIN="1", CONFIG_ROOT=str(tmp_path))
     assert code == 0 and len(calls) == 2, printed
     _, _, calls = slurm("cluster/sft.sbatch", OUTCOME="0", CONFIG_ROOT=str(tmp_path), **JOB)
     assert f"pipelines/sft.py|{tmp_path}/sft_14b.toml|" in calls[-1]
 
 
+def test_one_stage_takes_a_configuration_of_its_own(slurm, tmp_path):
+    variables = {"CONFIG": "pt_0p6b", "CONFIG_ROOT": str(tmp_path), "OUTCOME": "0"}
+    _, _, calls = slurm("cluster/pt.sbatch", **variables, **JOB)
+    assert "|pipelines/pretrain.py|pt_0p6b|" in calls[-1]
+
+
 @pytest.mark.parametrize("job", [{}, JOB])
-def test_chain_refuses_the_file_of_one_stage(slurm, job):
+def test_chain_refuses_the_configuration_of_one_stage(slurm, job):
     code, printed, calls = slurm("cluster/pt.sbatch", CHAIN="1", CONFIG="own.toml", **job)
     assert code == 2 and calls == [] and "CONFIG=own.toml" in printed and "CONFIG_ROOT" in printed
 

@@ -1,4 +1,4 @@
-"""A node's part of a launch: the command of torchrun, and requests to stop on their way to the workers."""
+"""A node's part of a launch: the torchrun command, and requests to stop on their way to the workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pre-flight as nodes run it, on this machine: good, with a node that is missing, with processes that fail."""
+"""The pre-flight as nodes run it, on this machine: with good nodes, a missing node and failing processes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_verdict_names_every_bad_node_once():
     found = [Finding("n1", "a", "b", "c"), Finding("n1", "d", "e", "f"), Finding("n4", "g", "h", "i")]
     text = preflight.verdict_text({}, found)
     assert text.splitlines()[0] == "pre-flight: n1: a; rule: b; fix: c"
-    assert text.rstrip().endswith("--exclude=n1,n4")
+    assert text.rstrip().endswith("sbatch --exclude=n1,n4")
 
 
 def test_job_goes_on_without_few_bad_nodes_only():

@@ -28,7 +28,7 @@ from tests.unit.data.small_data import CharacterTokenizer, sample_members, write
 
 @pytest.fixture(scope="session")
 def data_set(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Three shards of 7, 5 and 9 images of 24 .. 96 px, two thirds of them at least 32 px on the short side."""
+    """Three shards of 7, 5 and 9 images of 24 to 96 px; the short side of two thirds is at least 32 px."""
     folder = tmp_path_factory.mktemp("data_set")
     numbers = np.random.default_rng(5)
     paths, number = [], 0
@@ -50,7 +50,7 @@ def tokenizer() -> CharacterTokenizer:
 
 @pytest.fixture
 def make_config() -> Callable[..., RunConfig]:
-    """Makes a run on resolutions 16 (share 3) and 32 px (share 2) of 4 x 4 px cells; arguments change its data section."""
+    """Makes a run at 16 px (share 3) and 32 px (share 2) with cells of 4 x 4 px; arguments change its data section."""
 
     def make(shards: Sequence[str] = (), seed: int = 3, **data: object) -> RunConfig:
         settings: dict[str, object] = {

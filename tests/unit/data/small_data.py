@@ -50,7 +50,7 @@ def write_tar(path: Path, samples: dict[str, Members]) -> Path:
 
 
 def members_of(path: str) -> list[tuple[int, int, int]]:
-    """Offset, length and header CRC of the members of a tar, as `ShardReader.read` takes them."""
+    """Offset, length and header CRC of the members of a tar, in the form that `ShardReader.read` takes."""
     content = Path(path).read_bytes()
     scan = TarScan(lambda offset, num_bytes: content[offset : offset + num_bytes], len(content))
     return [place for m in scan for place in zip(m.offsets, m.num_bytes, m.header_crcs, strict=True)]
@@ -59,7 +59,7 @@ def members_of(path: str) -> list[tuple[int, int, int]]:
 def bare_index(
     height_px: np.ndarray, width_px: np.ndarray, shards: tuple[ShardEntry, ...] = (), **columns: Any
 ) -> Index:
-    """An index of sizes alone, and of other `columns`: nothing can be read by it. Scores are named `score.FIELD`."""
+    """An index of sizes and other `columns` (scores are `score.FIELD`), with no shards that could be read."""
     zeros = np.zeros(len(height_px), np.int64)
     names = ("shard", "image_offset", "image_bytes", "header_crc", "original_height_px", "original_width_px")
     found = dict.fromkeys(names, zeros) | {"height_px": height_px, "width_px": width_px} | columns

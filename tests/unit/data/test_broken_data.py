@@ -1,10 +1,9 @@
-"""A corpus of broken shards and samples: never a crash, never a silent loss, the counts right to the sample."""
+"""A corpus of broken shards and samples: nothing crashes, and every skipped sample is counted."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import struct
 import tarfile
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from bitdance_scale.config.schema import Resolution, RunConfig
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.loader import Loader
-from tests.unit.data.small_data import Members, encode_image, sample_members, write_tar
+from tests.unit.data.small_data import Members, sample_members, write_tar
 
 NUM_SOUND = 6
 SIZE_PX = (40, 60)
@@ -29,7 +28,7 @@ Change = Callable[[bytes, dict[str, int]], bytes]
 
 
 def replaced(members: Members, **changes: bytes | None) -> Members:
-    """The members with others in place; None takes one out, `_` in a name stands for a dot."""
+    """The members with some replaced; None removes one, and `_` in a name means a dot."""
     changed = members | {name.replace("_", "."): content for name, content in changes.items()}
     return {name: content for name, content in changed.items() if content is not None}
 
@@ -57,20 +56,20 @@ def bomb() -> bytes:
 
 @dataclass(frozen=True)
 class Case:
-    """A shard of sound samples and one more, and what must become of it.
+    """A shard of sound samples and one more sample, and what must be counted.
 
     Attributes:
         sample: changes the members of the last sample.
-        shard: changes the bytes of the shard; is given where the header of each member lies.
-        index: faults that the index counts.
-        ledger: faults that the loader counts in one pass.
+        shard: changes the bytes of the shard; also gets the place of the header of each member.
+        shard_errors: shard errors that the index counts.
+        sample_errors: sample errors that the loader counts in one pass.
         num_trained: samples that are trained on.
     """
 
     sample: Callable[[Members], Members] = lambda members: members
     shard: Change = lambda content, headers: content
-    index: dict[str, int] = field(default_factory=dict)
-    ledger: dict[str, int] = field(default_factory=dict)
+    shard_errors: dict[str, int] = field(default_factory=dict)
+    sample_errors: dict[str, int] = field(default_factory=dict)
     num_trained: int = NUM_SOUND + 1
 
 
@@ -78,53 +77,57 @@ def put(content: bytes, offset: int, value: bytes) -> bytes:
     return content[:offset] + value + content[offset + len(value) :]
 
 
-HOLE, LOST = {"num_trained": NUM_SOUND}, {"num_trained": NUM_SOUND}
+SKIPPED = {"num_trained": NUM_SOUND}
 CASES = {
     "nothing": Case(),
-    "tar cut in a header": Case(shard=lambda c, h: c[: h["6.jpg"] + 100], index={"damaged_tar": 1}, **LOST),
-    "tar cut in a body": Case(shard=lambda c, h: c[: h["6.jpg"] + 700], index={"damaged_tar": 1}, **LOST),
+    "tar cut in a header": Case(shard=lambda c, h: c[: h["6.jpg"] + 100], shard_errors={"damaged_tar": 1}, **SKIPPED),
+    "tar cut in a body": Case(shard=lambda c, h: c[: h["6.jpg"] + 700], shard_errors={"damaged_tar": 1}, **SKIPPED),
     "tar cut between the members of a sample": Case(
-        shard=lambda c, h: c[: h["6.json"]], index={"damaged_tar": 1}, ledger={"missing_caption": 1}
+        shard=lambda c, h: c[: h["6.json"]], shard_errors={"damaged_tar": 1}, sample_errors={"missing_caption": 1}
     ),
     "flipped byte in the header of an image": Case(
-        shard=lambda c, h: put(c, h["3.jpg"] + 5, b"#"), index={"damaged_tar": 1, "missing_image": 1}, **LOST
+        shard=lambda c, h: put(c, h["3.jpg"] + 5, b"#"), shard_errors={"damaged_tar": 1, "missing_image": 1}, **SKIPPED
     ),
     "flipped byte in the header of a caption": Case(
-        shard=lambda c, h: put(c, h["3.txt"], b"#"), index={"damaged_tar": 1}
+        shard=lambda c, h: put(c, h["3.txt"], b"#"), shard_errors={"damaged_tar": 1}
     ),
     "zeroed block at a header": Case(
-        shard=lambda c, h: put(c, h["3.jpg"], bytes(512)), index={"damaged_tar": 1, "missing_image": 1}, **LOST
+        shard=lambda c, h: put(c, h["3.jpg"], bytes(512)),
+        shard_errors={"damaged_tar": 1, "missing_image": 1},
+        **SKIPPED,
     ),
-    "repeated key": Case(shard=lambda c, h: c[: h["end"]] + c, index={"duplicate_member": 3 * (NUM_SOUND + 1)}),
-    "no image": Case(lambda m: replaced(m, jpg=None), index={"missing_image": 1}, **LOST),
+    "repeated key": Case(shard=lambda c, h: c[: h["end"]] + c, shard_errors={"duplicate_member": 3 * (NUM_SOUND + 1)}),
+    "no image": Case(lambda m: replaced(m, jpg=None), shard_errors={"missing_image": 1}, **SKIPPED),
     "no record": Case(lambda m: replaced(m, json=None)),
-    "empty caption": Case(lambda m: replaced(m, txt=b" \n"), ledger={"empty_caption": 1}),
+    "empty caption": Case(lambda m: replaced(m, txt=b" \n"), sample_errors={"empty_caption": 1}),
     "no caption": Case(
-        lambda m: replaced(m, txt=None, json=b'{"width": 60, "height": 40}'), ledger={"missing_caption": 1}
+        lambda m: replaced(m, txt=None, json=b'{"width": 60, "height": 40}'), sample_errors={"missing_caption": 1}
     ),
     "caption in another encoding": Case(
-        lambda m: replaced(m, txt="größe".encode("latin-1")), ledger={"invalid_caption": 1}
+        lambda m: replaced(m, txt="größe".encode("latin-1")), sample_errors={"invalid_caption": 1}
     ),
-    "truncated JPEG": Case(lambda m: replaced(m, jpg=m["jpg"][:-200]), ledger={"bad_image": 1}, **HOLE),
-    "JPEG bomb by its header": Case(lambda m: replaced(m, jpg=bomb()), ledger={"too_many_pixels": 1}, **HOLE),
+    "truncated JPEG": Case(lambda m: replaced(m, jpg=m["jpg"][:-200]), sample_errors={"bad_image": 1}, **SKIPPED),
+    "JPEG bomb by its header": Case(lambda m: replaced(m, jpg=bomb()), sample_errors={"too_many_pixels": 1}, **SKIPPED),
     "JPEG bomb without a record": Case(
-        lambda m: replaced(m, jpg=bomb(), json=None), index={"unreadable_size": 1}, **LOST
+        lambda m: replaced(m, jpg=bomb(), json=None), shard_errors={"unreadable_size": 1}, **SKIPPED
     ),
     "another size than the record says": Case(
-        lambda m: replaced(m, json=b'{"width": 61, "height": 40}'), ledger={"size_mismatch": 1}, **HOLE
+        lambda m: replaced(m, json=b'{"width": 61, "height": 40}'), sample_errors={"size_mismatch": 1}, **SKIPPED
     ),
     "CMYK JPEG": Case(lambda m: replaced(m, jpg=saved("JPEG", "CMYK"))),
     "palette PNG": Case(lambda m: replaced(m, jpg=None, png=saved("PNG", "P"))),
     "animated WebP": Case(lambda m: replaced(m, jpg=None, webp=animated("WEBP"))),
     "animated PNG": Case(lambda m: replaced(m, jpg=None, png=animated("PNG"))),
     "PNG called a JPEG": Case(lambda m: replaced(m, jpg=saved("PNG"))),
-    "GIF called a JPEG": Case(lambda m: replaced(m, jpg=saved("GIF")), ledger={"bad_image": 1}, **HOLE),
-    "web page called a JPEG": Case(lambda m: replaced(m, jpg=b"<html>404</html>"), ledger={"bad_image": 1}, **HOLE),
-    "image of no bytes": Case(lambda m: replaced(m, jpg=b""), ledger={"bad_image": 1}, **HOLE),
-    "image of no bytes, no record": Case(
-        lambda m: replaced(m, jpg=b"", json=None), index={"unreadable_size": 1}, **LOST
+    "GIF called a JPEG": Case(lambda m: replaced(m, jpg=saved("GIF")), sample_errors={"bad_image": 1}, **SKIPPED),
+    "web page called a JPEG": Case(
+        lambda m: replaced(m, jpg=b"<html>404</html>"), sample_errors={"bad_image": 1}, **SKIPPED
     ),
-    "record that is no JSON": Case(lambda m: replaced(m, json=b'{"width": 6'), index={"invalid_json": 1}),
+    "image of no bytes": Case(lambda m: replaced(m, jpg=b""), sample_errors={"bad_image": 1}, **SKIPPED),
+    "image of no bytes, no record": Case(
+        lambda m: replaced(m, jpg=b"", json=None), shard_errors={"unreadable_size": 1}, **SKIPPED
+    ),
+    "record that is no JSON": Case(lambda m: replaced(m, json=b'{"width": 6'), shard_errors={"invalid_json": 1}),
     "record of NaN": Case(lambda m: replaced(m, json=b'{"width": 60, "height": 40, "punsafe": NaN}')),
 }
 
@@ -141,13 +144,13 @@ def write(folder: Path, case: Case) -> str:
 
 
 def one_pass(config: RunConfig, index: Index, tokenizer) -> tuple[int, dict[str, int]]:
-    """Samples trained, and faults by cause, of a loader that goes through the index once."""
-    (resolution,) = (Resolution(side_px=16, share=1, buckets_px=((16, 16),)),)
+    """Samples trained, and sample errors by cause, of a loader that goes through the index once."""
+    resolution = Resolution(side_px=16, share=1, buckets_px=((16, 16),))
     data = dataclasses.replace(config.data, resolutions=(resolution,), global_batch=len(index), text_drop=0.0)
     with Loader(dataclasses.replace(config, data=data), tokenizer, index, 0, 1) as loader:
         step = loader.next_step()
-        counts = {cause: sum(shards.values()) for cause, shards in loader.ledger.counts().items()}
-    assert counts == {str(cause): count for cause, count in step.faults.items()}
+        counts = {cause: sum(shards.values()) for cause, shards in loader.error_counter.counts().items()}
+    assert counts == {str(cause): count for cause, count in step.sample_errors.items()}
     return len(index) - step.num_skipped, counts
 
 
@@ -156,8 +159,8 @@ def test_case(name: str, tmp_path: Path, make_config, tokenizer) -> None:
     case = CASES[name]
     shard = write(tmp_path, case)
     index = build_index([shard], tmp_path / "index")
-    assert {fault: shards[shard] for fault, shards in index.faults().items()} == case.index
-    assert one_pass(make_config([shard]), index, tokenizer) == (case.num_trained, case.ledger)
+    assert {error: shards[shard] for error, shards in index.errors().items()} == case.shard_errors
+    assert one_pass(make_config([shard]), index, tokenizer) == (case.num_trained, case.sample_errors)
 
 
 def test_shard_replaced_after_indexing(tmp_path: Path, make_config, tokenizer) -> None:
@@ -176,9 +179,9 @@ def test_shard_cut_after_indexing(tmp_path: Path, make_config, tokenizer) -> Non
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1))
-def test_random_damage_is_counted(tmp_path_factory, make_config_once, tokenizer_once, seed: int) -> None:
-    """Bytes overwritten anywhere, perhaps the end cut off: what is not trained on is a hole, or a fault of the index."""
-    folder = tmp_path_factory.mktemp("damage")
+def test_random_bytes_are_counted(tmp_path_factory, make_config_once, tokenizer_once, seed: int) -> None:
+    """Bytes anywhere are overwritten and perhaps the end is cut: every sample is trained on or its error is counted."""
+    folder = tmp_path_factory.mktemp("random")
     shard = Path(write(folder, Case()))
     draw = np.random.default_rng(seed)
     content = bytearray(shard.read_bytes())
@@ -189,11 +192,11 @@ def test_random_damage_is_counted(tmp_path_factory, make_config_once, tokenizer_
     index = build_index([str(shard), write(folder / "sound", Case())], folder / "index")
     num_all = 2 * (NUM_SOUND + 1)
     if len(index) < num_all:
-        assert index.shards[0].faults, "samples are missing and nothing says so"
+        assert index.shards[0].errors, "samples are missing and no shard error was counted"
     num_trained, counts = one_pass(make_config_once([str(shard)]), index, tokenizer_once)
-    skipped_samples = sum(count for cause, count in counts.items() if not cause.endswith("caption"))
-    assert num_trained + skipped_samples == len(index) <= num_all + sum(index.shards[0].faults.values())
-    assert index.shards[1].sample_errors == {} and index.shards[1].num_samples == NUM_SOUND + 1
+    num_skipped = sum(count for cause, count in counts.items() if not cause.endswith("caption"))
+    assert num_trained + num_skipped == len(index) <= num_all + sum(index.shards[0].errors.values())
+    assert index.shards[1].errors == {} and index.shards[1].num_samples == NUM_SOUND + 1
 
 
 @pytest.fixture(scope="module")
@@ -208,17 +211,3 @@ def tokenizer_once():
     from tests.unit.data.small_data import CharacterTokenizer
 
     return CharacterTokenizer()
-
-
-def test_records_that_are_all_alike_but_one(tmp_path: Path) -> None:
-    """Scores of records with other fields, in another order, or with text where the others have numbers."""
-    records = [{"a": 1.5, "b": 2}, {"b": 3, "a": 2.5}, {"a": "none", "c": 1}, {}, {"a": 10**400, "b": True}]
-    samples = {
-        str(n): {"jpg": encode_image(*SIZE_PX), "json": json.dumps(record | {"width": 60, "height": 40}).encode()}
-        for n, record in enumerate(records)
-    }
-    index = build_index([str(write_tar(tmp_path / "0.tar", samples))], tmp_path / "index")
-    nan = np.nan
-    np.testing.assert_array_equal(index.score("a"), np.array([1.5, 2.5, nan, nan, nan], np.float32))
-    np.testing.assert_array_equal(index.score("b"), np.array([2, 3, nan, nan, 1], np.float32))
-    np.testing.assert_array_equal(index.score("c"), np.array([nan, nan, 1, nan, nan], np.float32))

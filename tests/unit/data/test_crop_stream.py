@@ -1,4 +1,4 @@
-"""Crops for the visual tokenizer: reproducible, the same for any number of ranks, and strict about bad data."""
+"""Crops for the visual tokenizer: reproducible, the same for any number of ranks, and strict about bad images."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_another_seed_gives_other_crops(index: Index):
 
 def test_an_epoch_shows_every_large_image_once(index: Index):
     num_images = len(large_enough(index, (32, 32)))
-    # Without zoom the crop of an image is the same every time but for its offset; one epoch of one step.
+    # Without zoom, only the offset of the crop of an image varies. One step is one image.
     batch = np.concatenate(batches(index, sizes_px=((32, 32),), images_px=1024, num_steps=num_images, max_zoom=1.0))
     whole = centre_crops(index, (32, 32), num_images)
     distance = np.abs(batch[:, None].astype(int) - whole[None].astype(int)).mean(axis=(2, 3, 4))

@@ -60,7 +60,7 @@ def run_steps(config, tokenizer, index: Index, num_ranks: int, state: LoaderStat
 
 
 def test_an_epoch_over_a_chain_of_replicas(shards, index, make_config, tokenizer) -> None:
-    """24 -> 16 -> 48 -> 100 -> 7 replicas, with other numbers of threads and of steps ahead: nothing twice or missed."""
+    """24 -> 16 -> 48 -> 100 -> 7 replicas, other numbers of threads and steps ahead: nothing twice or missed."""
     state, seen = None, []
     for number, num_ranks in enumerate(CHAIN):
         config = make_config(
@@ -79,7 +79,7 @@ def test_an_epoch_over_a_chain_of_replicas(shards, index, make_config, tokenizer
 
 
 def test_epochs_of_unequal_sources_go_by_source(shards, index, make_config, tokenizer) -> None:
-    """Sources of 701 and 499 samples, one to one: after 499 of each the small one begins again, the large one does not."""
+    """Sources of 701 and 499 samples, one to one: after 499 of each only the small one begins again."""
     sources = tuple(DataSource(name=name, shards=(name,), share=1) for name in ("large", "small"))
     config = make_config((), sources=sources, resolutions=RESOLUTIONS, global_batch=120)
     divided = index.divided([2, 3])

@@ -1,7 +1,8 @@
-"""Decoding: every kind of picture to RGB, the centre crop, and faults instead of half pictures."""
+"""Decoding: every kind of picture to RGB, the centre crop, and sample errors instead of half pictures."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zlib
@@ -22,7 +23,7 @@ def saved(picture: Image.Image, kind: str, **options: object) -> bytes:
     return file.getvalue()
 
 
-def fault_of(data: bytes, stored_px: tuple[int, int] = (40, 60)) -> SampleError:
+def error_of(data: bytes, stored_px: tuple[int, int] = (40, 60)) -> SampleError:
     with pytest.raises(SampleError) as caught:
         decode_image(data, stored_px, (16, 16))
     return caught.value
@@ -37,9 +38,9 @@ def fault_of(data: bytes, stored_px: tuple[int, int] = (40, 60)) -> SampleError:
         ("PNG", "L", 0),
         ("PNG", "LA", 0),
         ("PNG", "1", 0),
-        # The levels of the web palette lie 51 apart, and dithering takes the one above or below.
+        # The levels of the web palette are 51 apart, and dithering takes the one above or below.
         ("PNG", "P", 51),
-        # JPEG at quality 75 of a smooth picture, through CMYK once more.
+        # JPEG of a smooth picture at quality 75; CMYK converts twice.
         ("JPEG", "RGB", 24),
         ("JPEG", "L", 24),
         ("JPEG", "CMYK", 24),
@@ -85,7 +86,7 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     size = (60, 40) if orientation >= 5 else (40, 60)
     assert read_size_px(data) == size
     pixels = decode_image(data, size, size)
-    # By the EXIF standard, where the top left corner of the stored picture is seen.
+    # Where the EXIF standard puts the top left corner of the stored picture.
     rows, columns = size[0] // 2, size[1] // 2
     top, bottom = pixels[:rows], pixels[rows:]
     corners = {"tl": top[:, :columns], "tr": top[:, columns:], "bl": bottom[:, :columns], "br": bottom[:, columns:]}
@@ -99,31 +100,31 @@ def test_crop_is_centred_and_keeps_the_aspect() -> None:
     columns = np.zeros((40, 120, 3), dtype=np.uint8)
     columns[:, 40:80] = 255
     pixels = decode_image(saved(Image.fromarray(columns), "PNG"), (40, 120), (20, 20))
-    # The filter of the outermost columns reaches over the edge of the crop into the black.
+    # For the outermost columns the filter reaches across the edge of the crop into the black.
     assert (pixels[:, 1:-1] >= 253).all() and (pixels >= 230).all()
 
 
 def test_resize_is_antialiased() -> None:
-    """A checkerboard of single pixels becomes the mean; plain subsampling would give 0 or 255."""
+    """A checkerboard of single pixels becomes its mean; plain subsampling would give 0 or 255."""
     board = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
     pixels = decode_image(saved(Image.fromarray(board), "PNG"), (64, 64), (16, 16))
-    # Lanczos leaves up to a level or two at the rim, where its window is cut.
+    # At the rim, where its window is cut, Lanczos is up to two levels off.
     assert np.abs(pixels.astype(int) - 127.5).max() < 3
 
 
-def test_damage_is_a_fault() -> None:
+def test_a_damaged_file_is_a_sample_error() -> None:
     jpeg = encode_image(40, 60)
     png = encode_image(40, 60, kind="PNG")
-    assert fault_of(jpeg[:-200]).cause == ErrorCause.BAD_IMAGE
-    assert fault_of(png[: len(png) // 2]).cause == ErrorCause.BAD_IMAGE
-    assert fault_of(b"").cause == ErrorCause.BAD_IMAGE
-    assert "no JPEG, PNG or WebP (3 bytes)" in str(fault_of(b"GIF"))
-    assert fault_of(saved(Image.new("RGB", (60, 40)), "GIF")).cause == ErrorCause.BAD_IMAGE
+    assert error_of(jpeg[:-200]).cause == ErrorCause.BAD_IMAGE
+    assert error_of(png[: len(png) // 2]).cause == ErrorCause.BAD_IMAGE
+    assert error_of(b"").cause == ErrorCause.BAD_IMAGE
+    assert "not a JPEG, PNG or WebP (3 bytes)" in str(error_of(b"GIF"))
+    assert error_of(saved(Image.new("RGB", (60, 40)), "GIF")).cause == ErrorCause.BAD_IMAGE
 
 
-def test_another_size_than_indexed_is_a_fault() -> None:
-    fault = fault_of(encode_image(40, 61))
-    assert fault.cause == ErrorCause.SIZE_MISMATCH and "(40, 61)" in str(fault) and "(40, 60)" in str(fault)
+def test_another_size_than_indexed_is_a_sample_error() -> None:
+    error = error_of(encode_image(40, 61))
+    assert error.cause == ErrorCause.SIZE_MISMATCH and "(40, 61)" in str(error) and "(40, 60)" in str(error)
 
 
 @pytest.mark.parametrize("side", [8193, 60_000])
@@ -135,10 +136,10 @@ def test_bomb_is_refused_by_its_header(side: int) -> None:
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    assert fault_of(bomb, (side, side)).cause == ErrorCause.TOO_MANY_PIXELS
+    assert error_of(bomb, (side, side)).cause == ErrorCause.TOO_MANY_PIXELS
 
 
-def test_random_damage_never_escapes_as_another_error() -> None:
+def test_random_bytes_give_pixels_or_a_sample_error() -> None:
     numbers = np.random.default_rng(0)
     for kind in ("JPEG", "PNG", "WEBP"):
         data = np.frombuffer(encode_image(40, 60, kind=kind), dtype=np.uint8)
@@ -146,10 +147,8 @@ def test_random_damage_never_escapes_as_another_error() -> None:
             damaged = data.copy()
             places = numbers.integers(0, len(data), int(numbers.integers(1, 6)))
             damaged[places] = numbers.integers(0, 256, len(places))
-            try:
+            with contextlib.suppress(SampleError):
                 assert decode_image(damaged.tobytes(), (40, 60), (16, 16)).shape == (16, 16, 3)
-            except SampleError:
-                pass
 
 
 def detailed_picture(height: int, width: int, seed: int) -> Image.Image:
@@ -172,7 +171,7 @@ def decibels(found: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.parametrize("size_px", [(512, 512), (513, 771), (400, 1003), (1037, 411)])
 @pytest.mark.parametrize("quality", [75, 95])
 def test_half_size_decoding_costs_less_than_one_decibel(size_px: tuple[int, int], quality: int, monkeypatch) -> None:
-    """Against the picture before it was compressed, resized whole."""
+    """Compared with the picture before compression, resized in one piece."""
     picture = detailed_picture(*size_px, seed=quality)
     bucket_px = (192, 192)
     box = centre_region(size_px, bucket_px)
@@ -185,7 +184,7 @@ def test_half_size_decoding_costs_less_than_one_decibel(size_px: tuple[int, int]
     found = decode_image(data, size_px, bucket_px)
     assert sizes[0] == (-(-size_px[1] // 2), -(-size_px[0] // 2))
     assert decibels(found, truth) > decibels(whole, truth) - 1
-    # Where the picture is not twice as large, nothing changes.
+    # A picture that is less than twice as large is decoded at full size.
     sizes.clear()
     bucket_px = (min(size_px) // 2 + 1, min(size_px) // 2 + 1)
     decode_image(data, size_px, bucket_px)

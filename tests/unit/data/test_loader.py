@@ -1,4 +1,4 @@
-"""The loader end to end: the same batches for any number of ranks, exact resume, skipped_samples, and threads that end."""
+"""The loader end to end: the same batches for any number of ranks, exact resume, skipped samples, ended threads."""
 
 from __future__ import annotations
 
@@ -137,9 +137,11 @@ def test_states_of_another_run_are_refused(index, data_set, make_config, tokeniz
         with pytest.raises(CheckpointError, match=message):
             Loader(changed, tokenizer, used, 0, 1, state)
     inside = dataclasses.replace(state, pack=50)
-    with Loader(config, tokenizer, index, 0, 1, inside) as loader:
-        with pytest.raises(CheckpointError, match="after pack 50"):
-            next(loader)
+    with (
+        Loader(config, tokenizer, index, 0, 1, inside) as loader,
+        pytest.raises(CheckpointError, match="after pack 50"),
+    ):
+        next(loader)
     with pytest.raises(CheckpointError, match="expected the fields"):
         LoaderState.from_dict({"step": 3})
 
@@ -205,9 +207,9 @@ def test_states_of_other_sources_are_refused(mixed, tokenizer) -> None:
         (first, dataclasses.replace(second, name="bought")),
     ):
         changed = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
-        with pytest.raises(CheckpointError, match="or data.sources .names, shares, which shards are whose."):
+        with pytest.raises(CheckpointError, match="or data.sources .names, shares, shards of each."):
             Loader(changed, tokenizer, index, 0, 1, state)
-    with pytest.raises(CheckpointError, match="which shards are whose"):
+    with pytest.raises(CheckpointError, match="shards of each"):
         Loader(config, tokenizer, index.divided([1, 2]), 0, 1, state)
     alone = dataclasses.replace(first, share=1), dataclasses.replace(second, share=0)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=alone))
@@ -231,7 +233,7 @@ def test_unreadable_images_are_holes_and_the_plan_stands(make_config, tokenizer,
     index = build_index(shards, tmp_path / "index")
     with Loader(make_config(global_batch=20), tokenizer, index, 0, 1) as loader:
         steps = [loader.next_step() for _ in range(4)]
-        ledger, plan = loader.ledger, loader.plan
+        ledger, plan = loader.error_counter, loader.plan
     for step in steps:
         planned = plan.batch(step.step).samples
         kept = sorted(key for pack in step.packs for key in pack.pack.sample_keys.tolist())
@@ -257,12 +259,14 @@ def test_too_many_holes_stop_the_run(make_config, tokenizer, tmp_path: Path) -> 
     shards = broken_data_set(tmp_path, num_good=6, num_broken=2)
     index = build_index(shards, tmp_path / "index")
     config = make_config(global_batch=200, max_pack_tokens=4096, max_skipped_share=0.01)
-    with Loader(config, tokenizer, index, 0, 1) as loader:
-        with pytest.raises(DataError, match="bad_image .*00000.tar") as stopped:
-            for _ in range(6):
-                loader.next_step()
+    with (
+        Loader(config, tokenizer, index, 0, 1) as loader,
+        pytest.raises(DataError, match="bad_image .*00000.tar") as stopped,
+    ):
+        for _ in range(6):
+            loader.next_step()
     assert "more than data.max_skipped_share=0.01 allows" in str(stopped.value)
-    assert 1000 <= loader.ledger.num_read < 1200
+    assert 1000 <= loader.error_counter.num_read < 1200
 
 
 def test_shards_changed_or_lost_become_holes(data_set, make_config, tokenizer, tmp_path: Path) -> None:
@@ -272,10 +276,10 @@ def test_shards_changed_or_lost_become_holes(data_set, make_config, tokenizer, t
     write_tar(Path(shards[1]), {"0": {"jpg": encode_image(40, 40)}})
     with Loader(make_config(global_batch=40), tokenizer, index, 0, 1) as loader:
         loader.next_step()
-    counts = loader.ledger.counts()
+    counts = loader.error_counter.counts()
     assert set(counts["read_failed"]) >= {shards[0]}
     assert shards[2] not in {shard for by_shard in counts.values() for shard in by_shard}
-    assert loader.ledger.num_skipped == sum(sum(by_shard.values()) for by_shard in counts.values()) > 0
+    assert loader.error_counter.num_skipped == sum(sum(by_shard.values()) for by_shard in counts.values()) > 0
 
 
 def test_samples_without_caption_train_unconditionally_and_are_counted(make_config, tokenizer, tmp_path: Path) -> None:
@@ -290,7 +294,7 @@ def test_samples_without_caption_train_unconditionally_and_are_counted(make_conf
     with Loader(config, tokenizer, index, 0, 1) as loader:
         step = loader.next_step()
     # 18 of class 16 and 12 of class 32, each through its 3 samples 6 and 4 times.
-    assert loader.ledger.counts() == {"empty_caption": {shard: 10}, "missing_caption": {shard: 10}}
+    assert loader.error_counter.counts() == {"empty_caption": {shard: 10}, "missing_caption": {shard: 10}}
     assert step.num_skipped == 0
     for loaded in step.packs:
         for document, key in enumerate(loaded.pack.sample_keys.tolist()):
@@ -300,9 +304,11 @@ def test_samples_without_caption_train_unconditionally_and_are_counted(make_conf
 
 
 def test_errors_of_the_threads_reach_the_consumer(index, make_config, tokenizer, monkeypatch) -> None:
-    with Loader(make_config(max_pack_tokens=64), tokenizer, index, 0, 1) as loader:
-        with pytest.raises(ConfigError, match=r"data.max_pack_tokens=64: a sample of the batch has"):
-            next(loader)
+    with (
+        Loader(make_config(max_pack_tokens=64), tokenizer, index, 0, 1) as loader,
+        pytest.raises(ConfigError, match=r"data.max_pack_tokens=64: a sample of the batch has"),
+    ):
+        next(loader)
 
     def fail(*_: object) -> None:
         raise RuntimeError("decoder ran out of luck")
@@ -354,11 +360,11 @@ def test_steps_read_ahead_are_counted(index, make_config, tokenizer) -> None:
         assert loader.next_step().num_ready >= 2
 
 
-def test_faults_of_a_step_are_told_by_cause(make_config, tokenizer, tmp_path: Path) -> None:
+def test_errors_of_a_step_are_counted_by_cause(make_config, tokenizer, tmp_path: Path) -> None:
     members = {"0": sample_members(40, 40, "a"), "1": sample_members(40, 40, None), "2": {"jpg": b"\xff\xd8"}}
     members["2"] |= {"json": members["0"]["json"], "txt": b" "}
     index = build_index([str(write_tar(tmp_path / "0.tar", members))], tmp_path / "index")
     with Loader(make_config(global_batch=15), tokenizer, index, 0, 1) as loader:
         step = loader.next_step()
-    counts = {str(cause): count for cause, count in step.faults.items()}
+    counts = {str(cause): count for cause, count in step.sample_errors.items()}
     assert counts == {"missing_caption": 5, "empty_caption": 5, "bad_image": 5} and step.num_skipped == 5

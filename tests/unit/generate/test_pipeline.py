@@ -89,7 +89,7 @@ def test_every_block_is_reported(pipeline):
         ({"num_images_per_prompt": 0}, "num_images_per_prompt = 0"),
         ({"output_type": "latent"}, "output_type = 'latent': must be one of pil, np, pt, bits"),
         ({"generator": numbers(1)}, "a list of 1 for 2 images"),
-        ({"generator": numbers(1) * 2}, "stands in the list twice"),
+        ({"generator": numbers(1) * 2}, "one is in the list twice"),
     ],
 )
 def test_refusals_come_before_any_work(pipeline, monkeypatch, changes, message):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
 
 from bitdance_scale.generate import qwen3_blocks
 from bitdance_scale.generate.block_decode import DecodeLayout, decode_blocks, lay_out
-from bitdance_scale.generate.image_noise import GeneratorNoise
 from bitdance_scale.generate.published_model import PublishedModel
 from bitdance_scale.generate.qwen3_blocks import Qwen3Blocks
-from bitdance_scale.generate.sampler import FlowSolver
+from bitdance_scale.generate.sampler import FlowSolver, GeneratorNoise
 
 SOLVER = FlowSolver(3, guidance=2.0)
 GRID = (8, 12)
@@ -19,9 +20,9 @@ CPU = torch.device("cpu")
 
 
 class StandInForCapture:
-    """What `CapturedCall` does, without a graph: runs the function before, keeps buffers, refuses other shapes."""
+    """Does what `CapturedCall` does, without a graph: runs the function first, keeps buffers, refuses other shapes."""
 
-    made: list[str] = []
+    made: ClassVar[list[str]] = []
 
     def __init__(self, function, *examples):
         self.made.append(function.__name__)
@@ -47,8 +48,8 @@ def draw(model: PublishedModel, blocks: Qwen3Blocks, seed: int, *prompts: str) -
     return decode_blocks(blocks, layout_of(model, *prompts), noise)
 
 
-def make(model: PublishedModel, uses_graphs: bool) -> Qwen3Blocks:
-    return Qwen3Blocks(model.backbone, model.projector, model.head, SOLVER, uses_graphs)
+def make(model: PublishedModel, use_graphs: bool) -> Qwen3Blocks:
+    return Qwen3Blocks(model.backbone, model.projector, model.head, SOLVER, use_graphs)
 
 
 @pytest.mark.parametrize("seen_multiple", [32, 1024])
@@ -66,7 +67,7 @@ def test_steps_of_fixed_shape_draw_the_same_bits(model, monkeypatch, seen_multip
     assert len(seen) == (3 if seen_multiple == 32 else 1)
     assert StandInForCapture.made.count("_solve") == 1
     assert StandInForCapture.made.count("_read_block") == len(seen)
-    # Other prompts that fill the same slots, and the first ones again: nothing is recorded anew, nothing left over.
+    # Other prompts that fill the same slots, and the first ones again: nothing is recorded again, nothing is left over.
     second = draw(model, fixed, 5, "two blue squares", "a")
     assert torch.equal(second, draw(model, plain, 5, "two blue squares", "a"))
     assert torch.equal(draw(model, fixed, 1, "a red circle", "two blue squares"), first)
@@ -76,7 +77,7 @@ def test_steps_of_fixed_shape_draw_the_same_bits(model, monkeypatch, seen_multip
 
 
 def test_hidden_states_do_not_depend_on_padding(model):
-    """The prompt alone, and beside a longer one that pads it on the left."""
+    """The prompt alone, and in a batch with a longer one, which pads it on the left."""
     states = []
     for prompts in (["a"], ["a", "two blue squares and a red circle"]):
         blocks = Qwen3Blocks(model.backbone, model.projector, model.head, SOLVER)

@@ -24,10 +24,10 @@ from bitdance_scale.model.attention import (
     flex_mask,
     pack_mask,
     uses_flex,
-    visible,
 )
 from bitdance_scale.sequence.layout import ImageTokens, pack_samples
 from bitdance_scale.sequence.pack import Pack, Sample
+from bitdance_scale.sequence.visibility import visible
 
 BLOCK_TOKENS = 4
 TOKENS = ImageTokens(vision_start=1, vision_end=2, resolution=tuple(range(10, 40)), queries=(50, 51, 52))

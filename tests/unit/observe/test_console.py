@@ -14,8 +14,8 @@ import sys
 import pytest
 
 from bitdance_scale.observe import console
-from bitdance_scale.observe.console import Progress, loss_table, setup_logging
-from tests.unit.observe.test_metrics import POINT, point
+from bitdance_scale.observe.console import ConsoleProgress, loss_table, setup_logging
+from tests.unit.observe.test_metrics import point
 
 
 class Terminal(io.StringIO):
@@ -64,44 +64,51 @@ def test_the_table_leaves_losses_that_are_not_finite_out():
     assert loss_table([point(1, loss=math.nan)]).splitlines()[2].split()[2] == "nan"
 
 
+def show(progress: ConsoleProgress, step: int, step_s: float = 0.5, **parts: float) -> None:
+    progress.update(step, 1.5, parts, grad_norm=2.0, images_per_s=16.0, step_s=step_s)
+
+
 def test_plain_lines_come_at_intervals_and_at_the_end(monkeypatch):
     clock = iter(range(0, 1000, 4))
     monkeypatch.setattr(console.time, "monotonic", lambda: float(next(clock)))
     stream = io.StringIO()
-    progress = Progress(num_steps=10, resumed_step=0, stream=stream)
+    progress = ConsoleProgress(num_steps=10, resumed_step=0, stream=stream)
     for step in range(1, 11):
-        progress.update(point(step))
+        show(progress, step, vision=1.4, text=10.0)
     progress.close()
     lines = stream.getvalue().splitlines()
     # A step every 4 seconds and a line at most every 10.
     assert [line.split()[1] for line in lines] == ["1/10", "4/10", "7/10", "10/10"]
-    assert "loss 1.5000 (vision 1.4000, text 10.0000)" in lines[0]
-    assert lines[0].endswith("16 images/s, ETA 0:00:04")
+    assert lines[0] == ("step 1/10  loss 1.5000 (vision 1.4000, text 10.0000)  grad norm 2  16 images/s, ETA 0:00:04")
     assert "\r" not in stream.getvalue()
+
+
+def test_a_loss_without_parts_is_shown_alone():
+    stream = io.StringIO()
+    show(ConsoleProgress(num_steps=1, resumed_step=0, stream=stream), 1)
+    assert stream.getvalue() == "step 1/1  loss 1.5000  grad norm 2  16 images/s, ETA 0:00:00\n"
 
 
 def test_a_terminal_gets_a_bar_with_loss_speed_and_remaining_time():
     stream = Terminal()
-    progress = Progress(num_steps=10, resumed_step=4, stream=stream)
-    progress.update(dataclasses.replace(POINT, step=6, step_s=90.0))
+    progress = ConsoleProgress(num_steps=10, resumed_step=4, stream=stream)
+    show(progress, 6, step_s=90.0)
     progress.close()
     last = stream.getvalue().rsplit("\r", maxsplit=1)[-1]
     assert "loss 1.5000" in last and "6/10" in last and "16 images/s, ETA 0:06:00" in last
 
 
 BAR = """
-import sys
-from bitdance_scale.observe.console import Progress
-from bitdance_scale.observe.metrics import StepMetrics
-progress = Progress(num_steps=10, resumed_step=0)
-progress.update(StepMetrics.from_json(sys.argv[1]))
+from bitdance_scale.observe.console import ConsoleProgress
+progress = ConsoleProgress(num_steps=10, resumed_step=0)
+progress.update(7, 1.5, {}, grad_norm=2.0, images_per_s=16.0, step_s=0.5)
 progress.close()
 """
 
 
 def test_a_terminal_that_does_not_tell_its_size_gets_the_bar_too():
     controller, terminal = pty.openpty()
-    subprocess.run([sys.executable, "-c", BAR, point(7).to_json()], stdout=terminal, check=True)
+    subprocess.run([sys.executable, "-c", BAR], stdout=terminal, check=True)
     os.close(terminal)
     shown = os.read(controller, 65536).decode()
     os.close(controller)

@@ -20,9 +20,11 @@ from bitdance_scale.observe.metrics import (
     Evaluation,
     MetricsWriter,
     StepMetrics,
+    StepRecord,
     append_evaluation,
     read_evaluations,
     read_metrics,
+    read_records,
 )
 
 POINT = StepMetrics(
@@ -37,31 +39,31 @@ def point(step: int, **changes: object) -> StepMetrics:
 
 
 def write(folder: Path, steps: range, resumed_step: int) -> None:
-    with MetricsWriter(folder, resumed_step) as writer:
+    with MetricsWriter(folder, resumed_step, StepMetrics) as writer:
         for step in steps:
             writer.write(point(step))
 
 
 def test_written_metrics_are_read_back(tmp_path):
-    with MetricsWriter(tmp_path, resumed_step=0) as writer:
+    with MetricsWriter(tmp_path, 0, StepMetrics) as writer:
         writer.write(point(1))
         writer.write(point(2, mfu=0.45, skipped_samples=3, skipped_steps=1))
     assert read_metrics(tmp_path / METRICS_FILE) == [point(1), point(2, mfu=0.45, skipped_samples=3, skipped_steps=1)]
 
 
-def test_a_run_goes_on_over_lines_from_before_there_were_sources_and_faults(tmp_path):
+def test_a_run_resumes_over_lines_that_lack_newer_fields(tmp_path):
     write(tmp_path, range(1, 2), resumed_step=0)
     path = tmp_path / METRICS_FILE
     later = ("images_by_source", "sample_errors", "steps_ready")
     old = {name: value for name, value in json.loads(path.read_text()).items() if name not in later}
     path.write_text(json.dumps(old) + "\n")
-    with MetricsWriter(tmp_path, resumed_step=1) as writer:
+    with MetricsWriter(tmp_path, 1, StepMetrics) as writer:
         writer.write(point(2, images_by_source={"open": 12, "own": 4}))
     assert [metrics.images_by_source for metrics in read_metrics(path)] == [{}, {"open": 12, "own": 4}]
 
 
 def test_lines_are_strict_json_even_when_the_loss_is_not_finite(tmp_path):
-    with MetricsWriter(tmp_path, resumed_step=0) as writer:
+    with MetricsWriter(tmp_path, 0, StepMetrics) as writer:
         writer.write(point(1, loss=math.nan, grad_norm=math.inf))
 
     def refuse(name: str) -> None:
@@ -112,7 +114,7 @@ def test_damage_before_the_last_line_is_an_error_that_names_the_line(tmp_path):
     with pytest.raises(DataError, match="metrics.jsonl, line 2: .*Delete the line"):
         read_metrics(path)
     with pytest.raises(DataError, match="line 2"):
-        MetricsWriter(tmp_path, resumed_step=3)
+        MetricsWriter(tmp_path, 3, StepMetrics)
 
 
 WRITE_FOR_EVER = """
@@ -120,7 +122,7 @@ import sys
 from pathlib import Path
 from bitdance_scale.observe.metrics import MetricsWriter, StepMetrics
 point = StepMetrics.from_json(sys.argv[2])
-writer = MetricsWriter(Path(sys.argv[1]), 0)
+writer = MetricsWriter(Path(sys.argv[1]), 0, StepMetrics)
 while True:
     writer.write(point)
     print("written", flush=True)
@@ -153,3 +155,83 @@ def test_evaluations_are_read_back_and_those_of_lost_work_are_dropped(tmp_path):
     path.write_text('{"step": 0}\n' + first.to_json())
     with pytest.raises(DataError, match="evaluation.jsonl, line 1: .*held-out losses"):
         read_evaluations(path)
+
+
+LINE = (
+    '{"step": 1, "images": 8, "tokens": 900, "loss": 1.5, "loss_vision": 1.4, "loss_text": 10.0, "grad_norm": null, '
+    '"lr": 0.0001, "step_s": 0.5, "data_wait_s": 0.01, "tokens_per_s": 1800.0, "images_per_s": 16.0, "mfu": null, '
+    '"images_by_resolution": {"256": 2, "512": 6}, "padding_share": 0.05, "memory_bytes": 1073741824, '
+    '"skipped_samples": 3, "sample_errors": {"bad_image": 3}, "steps_ready": 0, "skipped_steps": 1, '
+    '"images_by_source": {"open": 8}}\n'
+)
+EVALUATION_LINE = (
+    '{"step": 1, "vision": 0.5, "vision_by_resolution": {"256": 0.4, "512": null}, "vision_by_time": [0.1, null], '
+    '"text": 9.0}\n'
+)
+
+
+def in_version_0_1(line: str) -> str:
+    """The same line under the names of version 0.1."""
+    for name, old in [
+        ("images_by_resolution", "images_by_class"),
+        ("vision_by_resolution", "vision_by_class"),
+        ("skipped_samples", "holes"),
+        ("sample_errors", "faults"),
+    ]:
+        line = line.replace(f'"{name}"', f'"{old}"')
+    return line
+
+
+def test_a_line_keeps_its_bytes():
+    assert StepMetrics.from_json(LINE).to_json() + "\n" == LINE
+    assert Evaluation.from_json(EVALUATION_LINE).to_json() + "\n" == EVALUATION_LINE
+
+
+def test_a_resumed_run_rewrites_metrics_of_version_0_1_under_the_new_names(tmp_path):
+    path = tmp_path / METRICS_FILE
+    path.write_text(in_version_0_1(LINE))
+    assert "images_by_class" in path.read_text() and '"holes"' in path.read_text() and '"faults"' in path.read_text()
+    (line,) = read_metrics(path)
+    assert line.images_by_resolution == {256: 2, 512: 6}
+    assert line.skipped_samples == 3 and line.sample_errors == {"bad_image": 3}
+    with MetricsWriter(tmp_path, 1, StepMetrics) as writer:
+        writer.write(point(2))
+    assert path.read_text() == LINE + point(2).to_json() + "\n"
+
+
+def test_an_evaluation_rewrites_those_of_version_0_1_under_the_new_names(tmp_path):
+    path = tmp_path / EVALUATION_FILE
+    path.write_text(in_version_0_1(EVALUATION_LINE))
+    assert "vision_by_class" in path.read_text()
+    (line,) = read_evaluations(path)
+    assert line.vision_by_resolution[256] == 0.4
+    append_evaluation(tmp_path, evaluation(2))
+    assert path.read_text() == EVALUATION_LINE + evaluation(2).to_json() + "\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerMetrics(StepRecord):
+    l1: float
+    psnr_db: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def test_the_lines_of_another_job_are_read_and_resumed_in_their_own_class(tmp_path):
+    lines = [TokenizerMetrics(1, 0.5), TokenizerMetrics(2, 0.25, {"256x256": 31.5}), TokenizerMetrics(3, 0.125)]
+    with MetricsWriter(tmp_path, 0, TokenizerMetrics) as writer:
+        for line in lines:
+            writer.write(line)
+    path = tmp_path / METRICS_FILE
+    assert path.read_text().splitlines()[1] == '{"step": 2, "l1": 0.25, "psnr_db": {"256x256": 31.5}}'
+    MetricsWriter(tmp_path, 2, TokenizerMetrics).close()
+    assert read_records(path, TokenizerMetrics) == lines[:2]
+    append_evaluation(tmp_path, lines[0])
+    assert read_records(tmp_path / EVALUATION_FILE, TokenizerMetrics) == lines[:1]
+    with pytest.raises(DataError, match="line 1: expected a JSON object with the fields .*'tokens'"):
+        read_metrics(path)
+
+
+def test_a_value_of_another_shape_names_its_line(tmp_path):
+    path = tmp_path / METRICS_FILE
+    path.write_text(LINE.replace('{"256": 2, "512": 6}', "8") + LINE)
+    with pytest.raises(DataError, match=r"line 1: expected dict\[int, int\], got 8"):
+        read_metrics(path)

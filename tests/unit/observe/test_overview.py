@@ -93,7 +93,7 @@ def test_everything_is_on_the_page(tmp_path, drawn):
     assert inside["Images seen by size (px)"] == ["3 could not be read", "256", "512"]
     assert figure.get_suptitle() == "demo: 200 steps, 1,600 images, 900 tokens, 0:01:40 of training"
     assert inside["Held-out flow loss by size (px)"] == ["256", "512"]
-    assert inside["Held-out flow loss by flow time"] == ["0–0.33", "0.33–0.67", "0.67–1"]
+    assert inside["Held-out flow loss by flow time"] == ["0\N{EN DASH}0.33", "0.33\N{EN DASH}0.67", "0.67\N{EN DASH}1"]
     # Of 200 norms 50 / step the first 49 are above 1.
     assert inside["Gradient norm before clipping"] == ["limit 1", "clipped (24.5% of steps)", "skipped (not finite)"]
     panels = dict(zip(TITLES, figure.axes, strict=True))

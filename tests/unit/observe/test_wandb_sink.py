@@ -22,8 +22,16 @@ from wandb.proto.wandb_internal_pb2 import HistoryItem, SummaryItem
 from bitdance_scale.config.schema import ObserveSection
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.observe import wandb_sink
-from bitdance_scale.observe.metrics import Evaluation, StepMetrics
-from bitdance_scale.observe.wandb_sink import PANELS, SUMMARIES, WAIT_SHARE, WandbSink, panel_values
+from bitdance_scale.observe.metrics import Evaluation, StepMetrics, StepRecord
+from bitdance_scale.observe.wandb_sink import (
+    EVALUATION_PANELS,
+    IMAGES,
+    STEP,
+    STEP_PANELS,
+    SUMMARIES,
+    WandbSink,
+    panel_values,
+)
 from tests.unit.observe.test_metrics import POINT
 
 PROGRAM = """
@@ -34,7 +42,7 @@ import numpy as np
 from bitdance_scale.config.schema import ObserveSection
 from bitdance_scale.observe.figures import image_grid
 from bitdance_scale.observe.metrics import Evaluation, StepMetrics
-from bitdance_scale.observe.wandb_sink import WandbSink
+from bitdance_scale.observe.wandb_sink import EVALUATION_PANELS, STEP_PANELS, WandbSink
 
 folder = Path(sys.argv[1])
 sink = WandbSink(ObserveSection(), folder, {"run": {"steps": 2}}, run_id="abc123")
@@ -43,12 +51,12 @@ point = StepMetrics(
     data_wait_s=0.01, tokens_per_s=1800.0, images_per_s=16.0, mfu=None, images_by_resolution={256: 2, 512: 6},
     padding_share=0.05, memory_bytes=2**30,
 )
-sink.log(1, point)
+sink.log(point, STEP_PANELS)
 image_grid([np.zeros((8, 8, 3), dtype=np.uint8)], ["black"], folder / "grid.png", columns=1)
-sink.log_evaluation(Evaluation(1, 0.5, {256: 0.4, 512: 0.6}, (0.3, 0.7), 9.0), images=8)
+sink.log(Evaluation(1, 0.5, {256: 0.4, 512: 0.6}, (0.3, 0.7), 9.0), EVALUATION_PANELS, images=8)
 sink.log_image(1, "samples", folder / "grid.png", "black")
-sink.log(2, dataclasses.replace(point, step=2, loss_vision=1.6, mfu=0.25))
-sink.log_evaluation(Evaluation(3, 0.8, {256: 0.7, 512: 0.9}, (0.6, 1.0), 9.0), images=24)
+sink.log(dataclasses.replace(point, step=2, loss_vision=1.6, mfu=0.25), STEP_PANELS)
+sink.log(Evaluation(3, 0.8, {256: 0.7, 512: 0.9}, (0.6, 1.0), 9.0), EVALUATION_PANELS, images=24)
 sink.finish()
 print(sink.mode)
 """
@@ -72,7 +80,7 @@ def test_without_a_key_the_run_is_offline_silent_and_off_the_network(tmp_path):
         run_folder = tmp_path / "runs" / "demo"
         result = subprocess.run(
             [sys.executable, "-c", PROGRAM, str(run_folder)],
-            env=environment, stdin=terminal, capture_output=True, text=True, timeout=100,
+            env=environment, stdin=terminal, capture_output=True, text=True, timeout=100, check=False,
         )  # fmt: skip
         os.close(controller)
         os.close(terminal)
@@ -134,25 +142,50 @@ def values(items: Iterable[HistoryItem | SummaryItem]) -> dict[str, Any]:
     return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
 
 
-@pytest.mark.parametrize("record", [StepMetrics, Evaluation])
-def test_every_field_has_a_panel(record):
-    assert {field.name for field in dataclasses.fields(record)} <= PANELS.keys()
-    assert {name.partition("/")[0] for name in PANELS.values()} == SUMMARIES.keys()
+@pytest.mark.parametrize(("kind", "panels"), [(StepMetrics, STEP_PANELS), (Evaluation, EVALUATION_PANELS)])
+def test_every_field_has_a_panel(kind, panels):
+    assert {field.name for field in dataclasses.fields(kind)} | {"wait_share"} >= panels.keys()
+    assert {field.name for field in dataclasses.fields(kind)} <= panels.keys()
+
+
+def test_every_section_has_a_summary():
+    names = [*STEP_PANELS.values(), *EVALUATION_PANELS.values()]
+    assert {name.partition("/")[0] for name in names} == SUMMARIES.keys()
+
+
+def test_a_field_without_a_name_is_refused():
+    lacking = {name: panel for name, panel in STEP_PANELS.items() if name != "lr"}
+    with pytest.raises(ValueError, match=r"no name in W&B for \['lr'\] of StepMetrics"):
+        panel_values(POINT, lacking)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerMetrics(StepRecord):
+    l1: float
+    entropy: dict[str, float]
+
+
+def test_a_record_of_another_job_is_logged_by_a_table_of_its_own():
+    panels = {"step": STEP, "l1": "loss/l1", "entropy": "loss/entropy_{}"}
+    logged = panel_values(TokenizerMetrics(5, 0.25, {"token": 0.5, "codebook": 3.0}), panels)
+    assert logged == {STEP: 5, "loss/l1": 0.25, "loss/entropy_token": 0.5, "loss/entropy_codebook": 3.0}
 
 
 def test_every_value_is_logged_once():
     point = dataclasses.replace(
         POINT, mfu=0.4, images_by_source={"open": 5, "own": 3, "drawn": 0}, sample_errors={"bad_image": 2}
     )
-    logged = panel_values(point)
-    parts = (point.images_by_resolution, point.images_by_source, point.faults)
-    assert len(logged) == len(dataclasses.fields(StepMetrics)) - len(parts) + sum(map(len, parts))
-    assert logged["data/images_of_own"] == 3 and logged["data/faults_bad_image"] == 2
+    logged = panel_values(point, STEP_PANELS)
+    parts = (point.images_by_resolution, point.images_by_source, point.sample_errors)
+    # `wait_share` is no field.
+    assert len(logged) == len(dataclasses.fields(StepMetrics)) + 1 - len(parts) + sum(map(len, parts))
+    assert logged["data/wait_share"] == point.data_wait_s / point.step_s
+    assert logged["data/images_of_own"] == 3 and logged["data/sample_errors_bad_image"] == 2
     assert logged["loss/flow"] == point.loss_vision and logged["data/images_256_px"] == 2
     evaluation = Evaluation(1, 0.5, {256: 0.4, 512: 0.6}, (0.1, 0.2, 0.3), 9.0)
-    assert list(panel_values(evaluation).values()) == [1, 0.5, 0.4, 0.6, 0.1, 0.2, 0.3, 9.0]
+    assert list(panel_values(evaluation, EVALUATION_PANELS).values()) == [1, 0.5, 0.4, 0.6, 0.1, 0.2, 0.3, 9.0]
     # W&B takes a dot for a path, and does not find its definition.
-    assert not any("." in name for name in [*logged, *panel_values(evaluation), WAIT_SHARE])
+    assert not any("." in name for name in [*logged, *panel_values(evaluation, EVALUATION_PANELS), IMAGES])
 
 
 UNREACHABLE = """
@@ -175,7 +208,7 @@ def start_without_a_server(tmp_path: Path, mode: str) -> subprocess.CompletedPro
         address = f"http://127.0.0.1:{taken.getsockname()[1]}"
     environment = bare_environment(tmp_path, WANDB_API_KEY="k" * 40, WANDB_BASE_URL=address)
     command = [sys.executable, "-c", UNREACHABLE, str(tmp_path / "demo"), mode]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
 
 
 @pytest.mark.timeout(120)
@@ -251,6 +284,6 @@ def test_online_without_a_key_is_refused_instead_of_asking(monkeypatch, tmp_path
 @pytest.mark.timeout(60)
 def test_a_disabled_sink_takes_everything(tmp_path):
     sink = WandbSink(ObserveSection(wandb_mode="disabled"), tmp_path, {}, "x")
-    sink.log(1, None)
+    sink.log(POINT, STEP_PANELS)
     sink.log_image(1, "samples", tmp_path / "absent.png", "nothing")
     sink.finish()

@@ -1,4 +1,4 @@
-"""What the footprint is made of, against arithmetic, and that making it takes no memory."""
+"""The parts of the memory estimate against arithmetic, and that making it takes no memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import ParallelSection
 from bitdance_scale.config.shipped import CONFIGS
-from bitdance_scale.observe.flops import count_parameters
-from bitdance_scale.parallel.memory_estimate import Bytes, Footprint, footprint_here, num_in_flight
+from bitdance_scale.observe.cost import count_parameters
+from bitdance_scale.parallel.memory_estimate import Bytes, MemoryEstimate, estimate_memory_here, num_in_flight
 from bitdance_scale.parallel.zero import MAX_BUCKET_ELEMENTS, deepspeed_config
 from tests.distributed.spawn import run_ranks
 from tests.distributed.toy import toy_config
@@ -44,13 +44,13 @@ def test_reduction_buffer_is_no_larger_than_the_model(num_elements, expected):
     assert settings["zero_optimization"]["reduce_bucket_size"] == expected
 
 
-def _large(_rank: int) -> tuple[Footprint, int, int]:
-    """(footprint of two layers at the 14B width, bytes that this process grew by at most, parameters)."""
+def _large(_rank: int) -> tuple[MemoryEstimate, int, int]:
+    """(estimate of two layers at the 14B width, bytes that this process grew by at most, parameters)."""
     overrides = ["parallel.tensor=1", "parallel.sequence_parallel=false", "parallel.recompute=none"]
     config = load_config(CONFIG, [*overrides, "data.global_batch=80", "data.max_pack_tokens=8192"])
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=2))
     before = _resident("VmRSS")
-    found = footprint_here(config, VOCAB_SIZE, world_size=8, rank=0)
+    found = estimate_memory_here(config, VOCAB_SIZE, world_size=8, rank=0)
     return found, _resident("VmHWM") - before, count_parameters(config, VOCAB_SIZE)["total"]
 
 
@@ -64,8 +64,8 @@ def test_a_model_of_many_gigabytes_takes_none():
     assert found.peak.total > 30 * 2**30
     # The packs are made for real (some 20 MB each, with their masks), and PyTorch imports its shape rules late.
     assert grown < 1000 * MIB
-    # bfloat16 under ZeRO-1 on 8 replicas: 2 bytes of weights and 4 of gradients for all, 4 + 8 for an eighth. Padding to
-    # the replicas is below 1e-6.
+    # bfloat16 under ZeRO-1 on 8 replicas: 2 bytes of weights and 4 of gradients for all, 4 + 8 for an eighth. Padding
+    # to the replicas is below 1e-6.
     assert found.held.weights == pytest.approx(2 * num_parameters, rel=1e-6)
     assert found.held.gradients == pytest.approx(4 * num_parameters, rel=1e-6)
     assert found.held.masters == pytest.approx(4 * num_parameters / 8, rel=1e-6)

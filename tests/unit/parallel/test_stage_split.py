@@ -53,7 +53,7 @@ def test_14b_over_four_ranks_beats_the_even_split() -> None:
 
 def test_costs_are_those_of_the_step() -> None:
     """Added up over the stages they are the training FLOPs that utilisation is computed from."""
-    from bitdance_scale.observe.flops import encode_flops, step_flops
+    from bitdance_scale.observe.cost import encode_flops, step_flops
 
     config = pretraining("parallel.pipeline=4", "parallel.tensor=2", "parallel.recompute=none")
     num_images, counts = typical_counts(config)

@@ -7,8 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from bitdance_scale.sequence.grid import block_raster_cells
-from bitdance_scale.sequence.layout import ImageTokens, num_positions, pack_samples
+from bitdance_scale.sequence.layout import ImageTokens, block_raster_cells, num_positions, pack_samples
 from bitdance_scale.sequence.noise import Purpose, pack_noise
 from bitdance_scale.sequence.pack import Sample
 

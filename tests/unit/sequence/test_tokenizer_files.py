@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -62,6 +63,7 @@ def test_texts_are_encoded_the_same(pair, text):
     assert written.decode(written.encode(text)) == ours.decode(ours.encode(text))
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="transformers 4.57 saves a class it knows")
 def test_no_class_of_one_version_is_named(tmp_path):
     """Transformers 5 saves a class that 4.57 does not know."""
     qwen_like().save_pretrained(tmp_path / "source")

@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from bitdance_scale.model.attention import visible
 from bitdance_scale.sequence.layout import ImageTokens, pack_samples
 from bitdance_scale.sequence.pack import Pack, Sample
-from bitdance_scale.sequence.visibility import TileRows, Tiles, pack_bounds, pack_tiles
+from bitdance_scale.sequence.visibility import TileRows, Tiles, count_visible_pairs, pack_bounds, pack_tiles, visible
 
 NUM_PACKS = 260  # for each of the eight cases, 2080 in all
 MAX_CELLS = 32
@@ -40,14 +39,22 @@ def test_intervals_are_the_rule(documents):
     bounds = pack_bounds(document_ids, block_ids)
     keys = np.arange(len(document_ids))
     found = (bounds.first_key[:, None] <= keys) & (keys < bounds.stop_key[:, None])
-    expected = visible(torch.from_numpy(document_ids), torch.from_numpy(block_ids)).numpy()
+    expected = visible(document_ids, block_ids)
     np.testing.assert_array_equal(found, expected)
+    assert count_visible_pairs(document_ids, block_ids) == expected[document_ids >= 0].sum()
     assert bounds.first_key.dtype == bounds.stop_key.dtype == np.int32
+
+
+def test_visible_pairs_by_hand():
+    # Document 0: blocks of 1 and 2 positions see 1 + 2 * 3 pairs; document 1: 1 + 2; padding none.
+    documents, blocks = np.array([0, 0, 0, 1, 1, -1, -1]), np.array([0, 1, 1, 0, 1, 0, 1])
+    assert count_visible_pairs(documents, blocks) == 10
+    assert count_visible_pairs(np.array([-1, -1]), np.array([0, 1])) == 0
 
 
 @pytest.mark.parametrize(
     ("document_ids", "block_ids", "message"),
-    [([0, 1, 0], [0, 0, 0], "document_ids: .* neighbours"), ([0, 0, 1], [1, 0, 0], "block_ids: must not decrease")],
+    [([0, 1, 0], [0, 0, 0], "document_ids: .* adjacent"), ([0, 0, 1], [1, 0, 0], "block_ids: must not decrease")],
 )
 def test_ids_without_intervals_are_refused(document_ids, block_ids, message):
     with pytest.raises(ValueError, match=message):
@@ -59,7 +66,8 @@ def random_pack(numbers: np.random.Generator, side: int, tile: int) -> Pack:
     tokens = ImageTokens(1, 2, resolution=tuple(range(10, 10 + MAX_CELLS)), queries=tuple(range(50, 49 + side**2)))
     samples = []
     for key in range(numbers.integers(1, 4)):
-        # Sides from 1 block to MAX_CELLS cells, small ones more often, as the oracle takes time with the square of a pack.
+        # Sides from 1 block to MAX_CELLS cells, small ones more often, as the oracle takes time with the square of a
+        # pack.
         largest = int(numbers.choice([2 * side, MAX_CELLS], p=[0.97, 0.03])) // side
         grid = (int(numbers.integers(1, largest + 1)) * side, int(numbers.integers(1, largest + 1)) * side)
         num_before, num_after = numbers.integers(0, 61), numbers.integers(1, 61)
@@ -95,8 +103,8 @@ def assert_same(tiles: Tiles, expected: BlockMask) -> None:
         "partial queries": (tiles.partial_queries, expected.q_num_blocks, expected.q_indices),
         "full queries": (tiles.full_queries, expected.full_q_num_blocks, expected.full_q_indices),
     }
-    for name, (found, num, indices) in pairs.items():
-        num, indices = num[0, 0].numpy(), indices[0, 0].numpy()
+    for name, (found, expected_num, expected_indices) in pairs.items():
+        num, indices = expected_num[0, 0].numpy(), expected_indices[0, 0].numpy()
         np.testing.assert_array_equal(found.num, num, err_msg=name)
         counts = np.arange(indices.shape[1]) < num[:, None]
         np.testing.assert_array_equal(found.indices[counts], indices[counts], err_msg=name)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bitdance_scale.checkpoint.published_files import TensorFileWriter
 from bitdance_scale.checkpoint.published_names import Part, published_tensors
-from bitdance_scale.checkpoint.tensor_file import TensorFileWriter
 from bitdance_scale.config.published_config import read_model
 from bitdance_scale.config.schema import HeadSection, NetworkConfig, TextSection, VisionSection
 from bitdance_scale.weight_files import TensorSpec

@@ -7,12 +7,24 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from bitdance_scale.errors import ConfigError
 from bitdance_scale.parallel.agreement import any_rank
-from bitdance_scale.train.process import EXIT_REQUEUE, SAME_SIGINT_S, StopRequest
+from bitdance_scale.train import process
+from bitdance_scale.train.process import (
+    EXIT_RECORD,
+    EXIT_REFUSED,
+    EXIT_REQUEUE,
+    REFUSAL_SUFFIX,
+    SAME_SIGINT_S,
+    StopRequest,
+    run_process,
+)
 from tests.distributed.spawn import run_ranks
 
 
@@ -45,7 +57,9 @@ def test_a_signal_to_one_rank_stops_all():
 
 WAIT = """
 import time
+from bitdance_scale.errors import ConfigError
 from bitdance_scale.parallel.agreement import any_rank
+from bitdance_scale.train import process
 from bitdance_scale.train.process import StopRequest
 with StopRequest() as stop:
     print("ready", flush=True)
@@ -72,3 +86,34 @@ def test_a_second_sigint_kills():
 def test_the_exit_code_is_told_apart_from_success_failure_and_signals():
     # Launch scripts rely on the number.
     assert EXIT_REQUEUE == 75
+
+
+def test_a_refusal_is_told_to_the_launcher_and_to_torchrun(tmp_path, monkeypatch, capsys):
+    record, error_file = tmp_path / "exit_code", tmp_path / "error.json"
+    monkeypatch.setenv(EXIT_RECORD, str(record))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(error_file))
+    monkeypatch.setattr(process, "FIRST_RANK_AHEAD_S", 0.0)
+
+    def refuse() -> int:
+        raise ConfigError("run.steps = 0: must be 1 or more")
+
+    monkeypatch.setenv("RANK", "1")
+    assert run_process(refuse) == EXIT_REFUSED
+    # Every rank has the same error, and one prints it; torchrun reports the rank that ended first.
+    assert [path.name for path in tmp_path.iterdir()] == ["error.json"] and capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    assert run_process(refuse) == EXIT_REFUSED
+    message = "ConfigError: run.steps = 0: must be 1 or more"
+    assert capsys.readouterr().err == f"\n{message}\n"
+    assert record.read_text() == f"{EXIT_REFUSED}\n"
+    assert Path(f"{record}{REFUSAL_SUFFIX}").read_text() == f"{message}\n"
+    # As torchrun reads it.
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=EXIT_REFUSED, error_file=str(error_file))
+    assert failure.message["message"] == message
+
+
+def test_an_error_of_the_program_is_not_recorded(tmp_path, monkeypatch):
+    monkeypatch.setenv(EXIT_RECORD, str(tmp_path / "exit_code"))
+    with pytest.raises(ZeroDivisionError):
+        run_process(lambda: 1 // 0)
+    assert list(tmp_path.iterdir()) == []

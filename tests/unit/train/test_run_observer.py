@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from bitdance_scale.config.load import load_config
+from bitdance_scale.observe import overview as page
 from bitdance_scale.observe.metrics import Evaluation
-from bitdance_scale.train import run_observer
+from bitdance_scale.train import run_sinks
 from bitdance_scale.train.run_observer import OVERVIEW_FILE, RunObserver, show_result
 from tests.unit.observe.test_metrics import point
 
@@ -22,7 +23,7 @@ class Sink:
 
     images: list[tuple[int, str]]
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         Sink.images = []
 
     def log_image(self, step: int, name: str, path: Path, caption: str) -> None:
@@ -32,13 +33,12 @@ class Sink:
     def log(self, *_: object) -> None:
         pass
 
-    log_evaluation = log
     finish = log
 
 
 @pytest.fixture
 def observe(monkeypatch, tmp_path):
-    monkeypatch.setattr(run_observer, "WandbSink", Sink)
+    monkeypatch.setattr(run_sinks, "WandbSink", Sink)
     config = load_config("demo")
 
     def make(rank: int = 0) -> RunObserver:
@@ -70,7 +70,7 @@ def test_the_page_of_the_last_step_is_drawn_once(observe):
 
 
 def test_a_run_goes_on_where_the_page_cannot_be_drawn(observe, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(run_observer, "overview", lambda runs: 1 / 0)
+    monkeypatch.setattr(page, "overview", lambda runs: 1 / 0)
     with observe() as observer:
         observer.step(point(2))
         observer.evaluation(EVALUATION, 16)

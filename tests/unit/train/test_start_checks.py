@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bitdance_scale.checkpoint.digest import text_digest
 from bitdance_scale.checkpoint.import_release import import_release
-from bitdance_scale.checkpoint.manifest import MANIFEST_NAME, write_manifest
+from bitdance_scale.checkpoint.integrity import MANIFEST_NAME, text_digest, write_manifest
 from bitdance_scale.checkpoint.release_source import NewParts, open_source
 from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME
 from bitdance_scale.checkpoint.start_weights import find_checkpoint
@@ -105,10 +104,10 @@ def test_larger_blocks_are_distilled(released):
         check_start(path, with_block_side(config_for(released, "distill"), 2))
 
 
-def test_blocks_of_one_token_have_no_query_to_go_by(tmp_path):
+def test_blocks_of_one_token_have_no_query_to_derive_from(tmp_path):
     import_release(open_source(write_published(tmp_path / "published", block_side=1), None), tmp_path / "run")
     path = find_checkpoint(tmp_path / "run")
-    with pytest.raises(ConfigError, match="no query token to go by; set run.new_queries=noise"):
+    with pytest.raises(ConfigError, match="no query token to derive new ones from; set run.new_queries=noise"):
         check_start(path, with_block_side(config_for(tmp_path / "run", "distill"), 4))
     forced = config_for(tmp_path / "run", "distill", new_queries="noise")
     assert check_start(path, with_block_side(forced, 4)).new_queries.num_new == 15

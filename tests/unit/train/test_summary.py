@@ -19,7 +19,8 @@ def test_a_14b_run_says_what_it_costs():
     # 1,178 vision tokens an image on the square mix (0.2 x 256 + 0.7 x 1024 + 0.1 x 4096), with caption and markup.
     tokens = int(text.split("about ")[1].split(" tokens")[0].replace(",", "")) / 2560
     assert 1178 < tokens < 1450
-    # 6 FLOP per weight and token at the least: 14.77 B, without the embedding's 0.78 B and the output's on most positions.
+    # 6 FLOP per weight and token at the least: 14.77 B, without the embedding's 0.78 B and the output's on most
+    # positions.
     flops = float(text.split("tokens and ")[1].split(" FLOP")[0])
     assert 6 * 13.2e9 * tokens * 2560 < flops < 1.6 * 6 * 14.8e9 * tokens * 2560
     step_s = flops / (256 * 989e12 * 0.4)
@@ -42,8 +43,10 @@ def test_sources_say_what_the_run_takes_of_them():
     ]
     assert sources_summary(uses).splitlines() == [
         "source open: 3,500 images in all, 87.50%; 512 px 1.5 epochs of 1,000 images, 1024 px 5 epochs of 400 images",
-        "source own: 500 images in all, 12.50%; 512 px 10 epochs of 50 images, 1024 px none is large enough, its share "
-        "goes to the other sources",
+        (
+            "source own: 500 images in all, 12.50%; 512 px 10 epochs of 50 images, 1024 px none is large enough, its "
+            "share goes to the other sources"
+        ),
     ]
     (line,) = sources_summary([StreamUse("", 512, 8, 2)]).splitlines()
     assert line == "data: 2 images in all, 100.00%; 512 px 0.25 epochs of 8 images"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from bitdance_scale.config.schema import VisionSection
 from bitdance_scale.errors import CheckpointError, ConfigError, DataError
-from bitdance_scale.sequence.grid import block_raster_cells
+from bitdance_scale.sequence.layout import block_raster_cells
 from bitdance_scale.vision.autoencoder import Autoencoder, published_config
 from bitdance_scale.vision.bits import pack_bits, unpack_bits
 from bitdance_scale.vision.tokenizer import VisionTokenizer

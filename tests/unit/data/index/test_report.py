@@ -1,7 +1,8 @@
-"""What shards lost is counted and named, and stops training above the set share."""
+"""Skipped samples are counted and named, and too many of them stop training."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -28,19 +29,22 @@ def test_sound_shards_pass(shards: list[str], tmp_path: Path) -> None:
     index = index_of(shards, tmp_path)
     check_skipped(index, 0.0)
     assert skipped_samples(index) == {} and list(suspicious_shards(index)) == []
-    assert summary(index)[1] == "captions caption: usable 40, empty 0, missing 0, invalid 0"
+    lines = summary(index)
+    assert re.fullmatch(r"40 samples in 4 shards of [0-9.]{3,4} kB, index [0-9a-f]{32}", lines[0])
+    assert lines[1] == "captions caption: usable 40, empty 0, missing 0, invalid 0"
 
 
 def test_a_cut_shard_is_estimated_by_the_others(shards: list[str], tmp_path: Path) -> None:
     content = Path(shards[1]).read_bytes()
     Path(shards[1]).write_bytes(content[: int(len(content) * 0.45)])
     index = index_of(shards, tmp_path)
-    lost = 10 - index.shards[1].num_samples
-    assert 4 < lost < 8 and skipped_samples(index) == {shards[1]: lost}
-    check_skipped(index, lost / 40)
-    message = rf"about {lost} of 40 samples are lost: .*1.tar: {lost} \(byte \d+: .* it was cut\).*Fetch or write these"
+    skipped = 10 - index.shards[1].num_samples
+    assert 4 < skipped < 8 and skipped_samples(index) == {shards[1]: skipped}
+    check_skipped(index, skipped / 40)
+    message = rf"about {skipped} of 40 samples would be skipped: .*1.tar: {skipped} \(byte \d+: .* was cut\).*Fetch or"
     with pytest.raises(DataError, match=message):
-        check_skipped(index, (lost - 1) / 40)
+        check_skipped(index, (skipped - 1) / 40)
+    assert summary(index)[-1] == f"skipped: about {skipped} samples of 1 shards"
     assert [path for path, _ in suspicious_shards(index)] == [shards[1]]
 
 
@@ -49,7 +53,7 @@ def test_a_damaged_header_costs_its_sample_alone(shards: list[str], tmp_path: Pa
         file.seek(10)
         file.write(b"#")
     index = index_of(shards, tmp_path)
-    assert index.faults() == {"damaged_tar": {shards[2]: 1}, "missing_image": {shards[2]: 1}}
+    assert index.errors() == {"damaged_tar": {shards[2]: 1}, "missing_image": {shards[2]: 1}}
     assert skipped_samples(index) == {shards[2]: 1}
     ((path, reason),) = suspicious_shards(index)
     assert path == shards[2] and "byte 0: the tar header fails its checksum" in reason

@@ -1,4 +1,4 @@
-"""Scanning tars: agrees with tarfile on whole ones; in broken ones names the place and finds all that is left."""
+"""Walking tars: agrees with tarfile on sound ones; in broken ones it names the place and finds all the rest."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ Found = list[tuple[bytes, int, int, int]]
 
 
 def scan(content: bytes, window_bytes: int = 1 << 20) -> tuple[Found, list[tuple[int, str]]]:
-    """(name, offset, bytes, CRC) of every member, and the tar_errors."""
+    """(name, offset, bytes, CRC) of every member, and the tar errors."""
     tar = TarScan(lambda offset, num_bytes: content[offset : offset + num_bytes], len(content), window_bytes)
     found: Found = []
     for members in tar:
         assert content[members.start : members.start + len(members.window)] == members.window
         found += zip(members.names, members.offsets, members.num_bytes, members.header_crcs, strict=True)
-    return found, [(damage.offset, damage.problem) for damage in tar.tar_errors]
+    return found, [(error.offset, error.problem) for error in tar.tar_errors]
 
 
 @pytest.mark.parametrize("window_bytes", [512, 3000, 1 << 20])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_agrees_with_tarfile(tmp_path: Path, kind: str, window_bytes: int) -> None:
     path = tmp_path / "a.tar"
-    # Ustar splits long names between two fields, GNU and pax add a member for them.
+    # Ustar splits long names between two fields; GNU and pax add a member for them.
     names = ["0.jpg", "folder/0.txt", "d" * 90 + "/" + "n" * 60 + ".json", "empty.txt", "d" * 99 + "/" + "n" * 12]
     names += ["x" * 100, "last.jpg"] + (["d" * 200 + "/" + "ü" * 120 + ".jpg"] if kind != "ustar" else [])
     with tarfile.open(path, "w", format=FORMATS[kind]) as tar:
@@ -55,7 +55,7 @@ def test_agrees_with_tarfile(tmp_path: Path, kind: str, window_bytes: int) -> No
 
 
 def test_members_of_eight_gibibytes_and_more() -> None:
-    """Sizes that a header writes in base 256, and that pax writes beside it; the contents are skipped_samples."""
+    """GNU headers write such a size in base 256, pax headers in a member of their own; the contents are not read."""
     for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         info = tarfile.TarInfo("big.bin")
         info.size = (1 << 33) + 5
@@ -101,11 +101,11 @@ def put(content: bytes, offset: int, value: bytes) -> bytes:
         (
             lambda c: put(c, 1536, bytes(512)),
             1536,
-            "an empty header, but data goes on at byte 2048",
+            "an empty header, but there is data at byte 2048",
             ["0.jpg", "1.jpg"],
         ),
         (lambda c: c[:2048] + c, 2560, "the tar header fails its checksum", ["0.jpg", "0.txt", "0.txt", "1.jpg"]),
-        (lambda c: c + c, 4096, "an empty header, but data goes on", ["0.jpg", "0.txt", "1.jpg"] * 2),
+        (lambda c: c + c, 4096, "an empty header, but there is data at", ["0.jpg", "0.txt", "1.jpg"] * 2),
     ],
     ids=[
         "cut in header",
@@ -119,7 +119,7 @@ def put(content: bytes, offset: int, value: bytes) -> bytes:
         "two tars in one file",
     ],
 )
-def test_damage_is_named_and_passed(
+def test_tar_errors_are_named_and_passed(
     tmp_path: Path, change: Callable[[bytes], bytes], offset: int, problem: str, left: list[str]
 ) -> None:
     for window_bytes in (600, 1 << 20):
@@ -131,8 +131,10 @@ def test_damage_is_named_and_passed(
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.booleans())
 @example(seed=0, num_places=1, is_cut=True)
-def test_random_damage_loses_no_more_than_it_hits(tmp_path_factory, seed: int, num_places: int, is_cut: bool) -> None:
-    """Bytes are flipped or zeroed, or the end is cut off: the scan ends, and what was not hit is found as it was."""
+def test_random_tar_errors_cost_only_the_members_that_they_hit(
+    tmp_path_factory, seed: int, num_places: int, is_cut: bool
+) -> None:
+    """Bytes are overwritten or zeroed, or the end is cut off: the walk ends and finds every other member unchanged."""
     draw = np.random.default_rng(seed)
     path = write_tar(
         tmp_path_factory.mktemp("tar") / "a.tar",
@@ -150,10 +152,10 @@ def test_random_damage_loses_no_more_than_it_hits(tmp_path_factory, seed: int, n
     length = int(draw.integers(len(content))) if is_cut else len(content)
     found, tar_errors = scan(bytes(content[:length]), int(draw.choice([512, 4096, 1 << 20])))
     for member in expected:
-        name, offset, num_bytes, crc = member
+        _, offset, num_bytes, _ = member
         is_whole = offset + num_bytes + -num_bytes % BLOCK_BYTES <= length
         if is_whole and not hit[offset - BLOCK_BYTES : offset].any():
             assert member in found, (member, tar_errors)
-        # Zeros up to the end are an end.
+        # Nothing but zeros is a valid end.
         if not is_whole and any(content[offset - BLOCK_BYTES : length]):
             assert tar_errors

@@ -1,4 +1,4 @@
-"""Exact shares, at every prefix."""
+"""The shares are exact at every prefix."""
 
 from __future__ import annotations
 

@@ -1,26 +1,33 @@
-"""Bucket assignment, and selection from the bitmap of eligible samples."""
+"""The bucket of an image, selection from the bitmap of eligible samples, and the picture inside a border."""
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
 from bitdance_scale.config.schema import Resolution
-from bitdance_scale.data.plan.buckets import EligibleSamples, assign_buckets, resolution_buckets
+from bitdance_scale.data.image_decode import decode_image
+from bitdance_scale.data.plan.buckets import EligibleSamples, assign_buckets, content_px, resolution_buckets
+from tests.unit.data.small_data import bare_index
 
 # Sec. 4.3, the sizes of about 1024 x 1024 pixels.
 RELEASE = ((512, 2048), (512, 1920), (640, 1536), (768, 1280), (896, 1152), (1024, 1024))
-CLASS = Resolution(side_px=1024, share=1, buckets_px=RELEASE)
+RESOLUTION = Resolution(side_px=1024, share=1, buckets_px=RELEASE)
 
 
 def assigned(height: int, width: int, max_upscale: float = 1.0) -> tuple[int, int] | None:
-    buckets = resolution_buckets(CLASS)
+    buckets = resolution_buckets(RESOLUTION)
     row = assign_buckets(np.array([height]), np.array([width]), buckets, max_upscale)[0]
     return None if row < 0 else tuple(buckets[row].tolist())
 
 
 def test_transposes_are_added_once() -> None:
-    buckets = resolution_buckets(CLASS).tolist()
+    buckets = resolution_buckets(RESOLUTION).tolist()
     assert len(buckets) == 11
     assert [2048, 512] in buckets and buckets.count([1024, 1024]) == 1
 
@@ -52,7 +59,7 @@ def test_max_upscale_admits_smaller_images() -> None:
 def test_agrees_with_logarithms_one_by_one() -> None:
     numbers = np.random.default_rng(0)
     heights, widths = numbers.integers(300, 3000, (2, 500))
-    buckets = resolution_buckets(CLASS)
+    buckets = resolution_buckets(RESOLUTION)
     rows = assign_buckets(heights, widths, buckets, 1.25)
     for height, width, row in zip(heights.tolist(), widths.tolist(), rows.tolist(), strict=True):
         fitting = [i for i, (h, w) in enumerate(buckets.tolist()) if max(h / height, w / width) <= 1.25]
@@ -64,7 +71,7 @@ def test_agrees_with_logarithms_one_by_one() -> None:
 
 
 def eligible_squares(sides: np.ndarray) -> EligibleSamples:
-    buckets = resolution_buckets(CLASS)
+    buckets = resolution_buckets(RESOLUTION)
     return EligibleSamples(len(sides), lambda part: assign_buckets(sides[part], sides[part], buckets, 1.0) >= 0)
 
 
@@ -84,3 +91,43 @@ def test_gaps_of_many_groups_are_skipped() -> None:
     sides[[3, 4000, 4999]] = 1100
     eligible = eligible_squares(sides)
     assert eligible.select(np.array([0, 1, 2])).tolist() == [3, 4000, 4999]
+
+
+def pad_as_img2dataset(picture: Image.Image, side: int) -> tuple[Image.Image, tuple[int, int, int, int]]:
+    """The image scaled to the side and padded with white, more below and right; and the box of the picture."""
+    scale = side / max(picture.size)
+    width, height = (round(length * scale) for length in picture.size)
+    left, top = (side - width) // 2, (side - height) // 2
+    padded = Image.new("RGB", (side, side), (255, 255, 255))
+    padded.paste(picture.resize((width, height), Image.Resampling.BICUBIC), (left, top))
+    return padded, (left, top, left + width, top + height)
+
+
+@given(st.integers(20, 3000), st.integers(20, 3000), st.sampled_from([64, 255, 256]))
+def test_the_picture_is_found_inside_its_border(height: int, width: int, side: int) -> None:
+    _, box = pad_as_img2dataset(Image.new("RGB", (width, height)), side)
+    index = bare_index(
+        np.array([side]), np.array([side]), original_height_px=np.array([height]), original_width_px=np.array([width])
+    )
+    found = tuple(int(values[0]) for values in content_px(index, slice(0, 1), True))
+    expected = []
+    for low, high in ((box[1], box[3]), (box[0], box[2])):
+        expected.append(high - low if high - low == side else max(1, high - low - 2))
+    assert found == tuple(expected)
+    assert content_px(index, slice(0, 1), False)[0][0] == side
+
+
+@pytest.mark.parametrize("size_px", [(300, 200), (200, 301), (333, 100)])
+def test_no_border_is_left_in_a_decoded_image(size_px: tuple[int, int]) -> None:
+    height, width = size_px
+    black = Image.new("RGB", (width, height))
+    padded, _ = pad_as_img2dataset(black, 256)
+    file = io.BytesIO()
+    padded.save(file, "JPEG", quality=95)
+    index = bare_index(
+        np.array([256]), np.array([256]), original_height_px=np.array([height]), original_width_px=np.array([width])
+    )
+    content = tuple(int(values[0]) for values in content_px(index, slice(0, 1), True))
+    bucket = (64, 48) if height > width else (48, 64)
+    assert decode_image(file.getvalue(), (256, 256), bucket, content).max() < 60
+    assert decode_image(file.getvalue(), (256, 256), bucket).max() > 200

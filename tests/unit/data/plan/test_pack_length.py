@@ -17,7 +17,7 @@ def test_caps_are_the_shortest_and_what_they_waste_is_counted(make_config) -> No
     choices = pack_lengths(config, batches[:3], batches[3:], num_ranks, 2000, multiple)
     assert [choice.num_packs for choice in choices] == sorted({choice.num_packs for choice in choices})
     assert len(choices) > 4 and choices[0].max_pack_tokens <= 2000
-    # More packs cannot be shorter than the longest sample.
+    # No cap can be shorter than the longest sample.
     assert choices[-1].max_pack_tokens == 544 < choices[-2].max_pack_tokens
     for choice in choices:
         cap, num_packs = choice.max_pack_tokens, choice.num_packs * num_ranks

@@ -1,4 +1,4 @@
-"""Partition of a global batch into packs: invariants on random batches, and how even the ranks are."""
+"""The partition of a global batch into packs: invariants on random batches, and how even the ranks are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COST = CostModel.of_model(QWEN3_14B)
     lengths=st.lists(st.integers(1, 500), min_size=1, max_size=120),
     num_ranks=st.integers(1, 9),
     capacity=st.integers(500, 2000),
-    # With 1.0, long samples are so dear that an exchange towards even ranks often has no room.
+    # With 1.0, long samples cost so much that an exchange that would even out the ranks often has no room.
     quadratic=st.sampled_from([COST.quadratic, 1.0]),
     multiple=st.integers(1, 4),
 )
@@ -67,7 +67,7 @@ def test_exchanges_even_out_what_longest_first_leaves() -> None:
 
 
 def test_exchanges_keep_to_the_cap() -> None:
-    """Ranks of two packs of 10 and one sample of 9 or ten of 1: only an exchange that overfills a pack would even them."""
+    """Two ranks of two packs of 10, with samples of 9 and of 1: only overfull packs would make the ranks even."""
     lengths = np.array([9, 9, 9] + [1] * 10)
     ranks = partition_batch(lengths, 2, 10, CostModel(1.0))
     assert all(lengths[pack].sum() <= 10 for rank in ranks for pack in rank)
@@ -91,7 +91,7 @@ def test_pretraining_ranks_are_even(num_ranks: int) -> None:
 
 @pytest.mark.parametrize("num_ranks", [64, 192, 256])
 def test_continued_training_ranks_are_even(num_ranks: int) -> None:
-    """A rank has ten images, of which half cost four times what the others do: single swaps leave 3 % at 256 ranks."""
+    """A rank has ten images, half of them four times as expensive: exchanging single ones leaves 3 % at 256 ranks."""
     numbers = np.random.default_rng(0)
     images = np.concatenate([numbers.choice([4096, 4032, 3840], 1240), numbers.choice([1024, 960], 1240)])
     lengths = images + 20 + np.minimum(numbers.lognormal(3.8, 0.6, len(images)), 512).astype(np.int64)

@@ -41,7 +41,7 @@ def test_batches_have_the_exact_mix_and_fitting_buckets(index: Index, make_confi
             assert tuple(bucket) in {16: {(16, 16), (24, 8), (8, 24)}, 32: {(32, 32)}}[side]
 
 
-def test_every_eligible_sample_once_an_epoch_of_its_class(index: Index, make_config) -> None:
+def test_every_eligible_sample_once_an_epoch_of_its_resolution(index: Index, make_config) -> None:
     plan = Plan(3, index, make_config().data)
     sides = np.minimum(index.height_px, index.width_px)
     eligible = {16: set(range(21)), 32: set(np.flatnonzero(sides >= 32).tolist())}
@@ -102,9 +102,9 @@ def test_draws_are_of_the_sample_and_its_epoch_not_of_its_place(make_config) -> 
     assert any(by_epoch[0][key] != by_epoch[1][key] for key in by_epoch[1])
 
 
-def test_a_class_without_samples_is_refused_and_one_without_share_is_not(index: Index, make_config) -> None:
+def test_a_resolution_without_samples_is_refused_and_one_without_share_is_not(index: Index, make_config) -> None:
     huge = Resolution(side_px=512, share=1, buckets_px=((512, 512),))
-    with pytest.raises(DataError, match="none of the 21 images fills a bucket of class 512 px with data.max_up"):
+    with pytest.raises(DataError, match="none of the 21 images fills a bucket of resolution 512 px with data.max_up"):
         Plan(0, index, make_config(resolutions=(huge,)).data)
     unused = Resolution(side_px=512, share=0, buckets_px=((512, 512),))
     kept = make_config().data.resolutions

@@ -1,4 +1,4 @@
-"""The batch without data, against the configuration's mix."""
+"""Synthetic packs have the mix of the configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def test_one_replica_gets_the_batch_in_its_shares():
     config = load_config(CONFIG, ["data.global_batch=80"])
     packs = typical_packs(config, num_replicas=1)
     cells = [int(height) * int(width) for pack in packs for height, width in pack.sample_grids]
-    # 2 : 7 : 1 of 80 images; a class's buckets have about the cells of its square (16, 32 or 64 a side).
+    # 2 : 7 : 1 of 80 images; the buckets of a resolution have about as many cells as its square (16, 32, 64 a side).
     counts = [sum(low <= count < high for count in cells) for low, high in ((0, 400), (400, 2048), (2048, 5000))]
     assert counts == [16, 56, 8]
     assert all(pack.num_positions <= config.data.max_pack_tokens for pack in packs)

@@ -1,7 +1,8 @@
-"""The node's cache of objects: what comes out is what went in, once per node, within the bound."""
+"""The block cache: the right bytes, fetched once per node, within the size limit."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import multiprocessing
 import os
@@ -29,7 +30,7 @@ def fetch(offset: int, num_bytes: int) -> bytes:
 
 
 def no_fetch(offset: int, num_bytes: int) -> bytes:
-    raise AssertionError(f"{offset}, {num_bytes}: fetched though it is kept")
+    raise AssertionError(f"{offset}, {num_bytes}: fetched although it is kept")
 
 
 def block_files(folder: Path) -> list[Path]:
@@ -42,7 +43,7 @@ def random_ranges(count: int, seed: int = 1) -> list[tuple[int, int]]:
 
 
 def read_all(folder: Path, seed: int, log: Path) -> None:
-    """What a process of its own does: reads at random and writes down what it fetched."""
+    """What each process does: reads random ranges and logs what it fetched."""
 
     def fetch_slowly(offset: int, num_bytes: int) -> bytes:
         time.sleep(0.05)
@@ -55,7 +56,7 @@ def read_all(folder: Path, seed: int, log: Path) -> None:
         assert cache.read("object", offset, num_bytes, fetch_slowly) == CONTENT[offset : offset + num_bytes]
 
 
-def test_any_range_is_that_of_the_object(tmp_path: Path) -> None:
+def test_any_range_is_read_correctly(tmp_path: Path) -> None:
     cache = make_cache(tmp_path)
     edges = [(0, 1), (BLOCK - 1, 2), (BLOCK, BLOCK), (0, len(CONTENT)), (len(CONTENT) - 1, 1), (len(CONTENT) - 5, 99)]
     for offset, num_bytes in edges + random_ranges(100):
@@ -85,26 +86,26 @@ def test_threads_and_processes_fetch_a_block_once(tmp_path: Path) -> None:
     assert sorted(fetched) == [block * BLOCK for block in range(6)]
 
 
-def test_the_bound_holds_and_the_least_recently_used_go(tmp_path: Path) -> None:
-    bound = 4 * (BLOCK + 200)
-    cache = make_cache(tmp_path, bound)
+def test_the_limit_holds_and_the_least_recently_used_are_evicted(tmp_path: Path) -> None:
+    limit = 4 * (BLOCK + 200)
+    cache = make_cache(tmp_path, limit)
     for block in range(4):
         cache.read("object", block * BLOCK, 1, fetch)
-        # A file's time is as coarse as the kernel's clock.
+        # The time of a file is as coarse as the clock of the kernel.
         os.utime(newest := max(block_files(tmp_path), key=lambda path: path.stat().st_mtime), (block, block))
         assert newest.stat().st_mtime == block
     cache.read("object", 0, 1, no_fetch)
     cache.read("object", 4 * BLOCK, 1, fetch)
-    assert sum(path.stat().st_size for path in block_files(tmp_path)) <= bound
+    assert sum(path.stat().st_size for path in block_files(tmp_path)) <= limit
     cache.read("object", 0, 1, no_fetch)
     assert cache.read("object", BLOCK, 1, fetch) == CONTENT[BLOCK : BLOCK + 1]
     assert cache.num_fetches == 6
     for offset, num_bytes in random_ranges(40):
         assert cache.read("object", offset, num_bytes, fetch) == CONTENT[offset : offset + num_bytes]
-        assert sum(path.stat().st_size for path in block_files(tmp_path)) <= bound
+        assert sum(path.stat().st_size for path in block_files(tmp_path)) <= limit
 
 
-def test_a_block_larger_than_the_bound_is_not_kept(tmp_path: Path) -> None:
+def test_a_block_larger_than_the_limit_is_not_kept(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, BLOCK)
     assert cache.read("object", 3, 9, fetch) == CONTENT[3:12]
     assert not block_files(tmp_path)
@@ -114,7 +115,7 @@ def test_what_a_dead_process_left_is_counted_or_removed(tmp_path: Path) -> None:
     make_cache(tmp_path).read("object", 0, 1, fetch)
     kept = block_files(tmp_path)[0]
     kept.with_suffix(".part").write_bytes(b"half of a bl")
-    # The count says less than there is, as after a death between a block and its count.
+    # The total is too low, as if a process had died after writing a block and before adding it to the total.
     (tmp_path / "used_bytes").write_text("0")
     cache = make_cache(tmp_path, 2 * (BLOCK + 200))
     for block in (1, 2, 3):
@@ -123,44 +124,43 @@ def test_what_a_dead_process_left_is_counted_or_removed(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("??/*.part"))
 
 
-@pytest.mark.parametrize("damage", ["page", "magic", "cut", "empty", "table"])
-def test_a_damaged_block_is_fetched_anew(tmp_path: Path, damage: str, caplog) -> None:
+@pytest.mark.parametrize("part", ["page", "magic", "end", "all", "table"])
+def test_a_damaged_block_is_fetched_again(tmp_path: Path, part: str, caplog) -> None:
     cache = make_cache(tmp_path)
     cache.read("object", 0, 1, fetch)
     (path,) = block_files(tmp_path)
     data = bytearray(path.read_bytes())
-    match damage:
+    match part:
         case "page":
             data[-100] ^= 1
         case "magic":
             data[0] ^= 1
-        case "cut":
+        case "end":
             data = data[:-1]
-        case "empty":
+        case "all":
             data.clear()
         case "table":
             data[17] ^= 1
     path.write_bytes(data)
     assert cache.read("object", 0, BLOCK, fetch) == CONTENT[:BLOCK]
-    assert cache.num_fetches == 2 and "damaged; fetched anew" in caplog.text
+    assert cache.num_fetches == 2 and "the block is damaged; fetching it again" in caplog.text
     assert cache.read("object", 0, BLOCK, no_fetch) == CONTENT[:BLOCK]
 
 
-def test_a_process_that_hangs_while_fetching_is_not_waited_for_without_end(tmp_path: Path) -> None:
+def test_no_process_waits_forever_for_one_that_hangs_while_fetching(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, patience_s=0.2)
-    files = [open(tmp_path / "locks" / str(number), "w") for number in range(256)]
-    for file in files:
-        fcntl.flock(file, fcntl.LOCK_EX)
     asked = []
 
     def direct(offset: int, num_bytes: int) -> bytes:
         asked.append((offset, num_bytes))
         return fetch(offset, num_bytes)
 
-    assert cache.read("object", 5, 10, direct) == CONTENT[5:15]
-    assert asked == [(5, 10)] and not block_files(tmp_path)
-    for file in files:
-        file.close()
+    with contextlib.ExitStack() as locks:
+        for number in range(256):
+            file = locks.enter_context(open(tmp_path / "locks" / str(number), "w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        assert cache.read("object", 5, 10, direct) == CONTENT[5:15]
+        assert asked == [(5, 10)] and not block_files(tmp_path)
     assert cache.read("object", 5, 10, fetch) == CONTENT[5:15]
     assert len(block_files(tmp_path)) == 1
 
@@ -177,7 +177,7 @@ def test_a_failure_to_fetch_is_passed_on_and_leaves_nothing(tmp_path: Path) -> N
     assert cache.read("object", 0, 1, fetch) == CONTENT[:1]
 
 
-def test_a_full_disk_costs_the_cache_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+def test_a_full_disk_does_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     cache = make_cache(tmp_path)
 
     def full(*_: object) -> int:
@@ -190,9 +190,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(tmp_path: Path, monkeypatch
     assert not block_files(tmp_path)
 
 
-def test_a_disk_that_fails_costs_the_cache_and_not_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
-) -> None:
+def test_a_disk_that_fails_does_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     cache = make_cache(tmp_path / "cache")
     assert cache.read("object", 0, 9, fetch) == CONTENT[:9]
 
@@ -202,10 +200,10 @@ def test_a_disk_that_fails_costs_the_cache_and_not_the_run(
     with monkeypatch.context() as patch:
         patch.setattr(os, "pread", broken)
         assert cache.read("object", 0, 9, fetch) == CONTENT[:9]
-    assert "Input/output error; reading past the cache" in caplog.text
+    assert "Input/output error; reading without the cache" in caplog.text
     shutil.rmtree(tmp_path / "cache")
     assert cache.read("object", 5, 9, fetch) == CONTENT[5:14]
-    assert caplog.text.count("reading past the cache") == 1
+    assert caplog.text.count("reading without the cache") == 1
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Shards on a real S3 server, read through a proxy that refuses, resets, cuts, mixes up and delays."""
+"""Shards on a real S3 server, read through a proxy that refuses, resets, cuts, confuses and delays requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from bitdance_scale.data.loader import Loader
 from bitdance_scale.data.reader import ShardReader
 from bitdance_scale.data.storage.s3 import S3Store
 from bitdance_scale.data.storage.shards import expand_shards
-from bitdance_scale.data.storage.stores import ReadError, Stores
+from bitdance_scale.data.storage.store_contract import ReadError
+from bitdance_scale.data.storage.stores import Stores
 from bitdance_scale.errors import ConfigError, DataError
 from tests.s3_server import CREDENTIALS, FAULTS, FaultInjector, s3_server
 
@@ -30,7 +31,7 @@ def server(tmp_path_factory) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch, s3_server() as url:
         for name, value in CREDENTIALS.items():
             patch.setenv(name, value)
-        # No configuration of this machine's own.
+        # Without the configuration of this machine.
         patch.setenv("AWS_CONFIG_FILE", "/dev/null")
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
         yield url
@@ -83,7 +84,9 @@ def test_index_and_packs_are_those_of_the_files(
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_what_passes_is_waited_out(injector: FaultInjector, remote: list[str], data_set: list[str], kind: str) -> None:
+def test_temporary_failures_are_retried(
+    injector: FaultInjector, remote: list[str], data_set: list[str], kind: str
+) -> None:
     injector.share, injector.kinds = 0.4, (kind,)
     store = S3Store(section(injector.url), pause=lambda _: None)
     content = Path(data_set[0]).read_bytes()
@@ -96,8 +99,8 @@ def test_what_passes_is_waited_out(injector: FaultInjector, remote: list[str], d
     assert (store.num_retries > 5) == (kind != "slow_start")
 
 
-def test_a_body_cut_short_goes_on_where_it_broke_off(injector: FaultInjector, remote, data_set) -> None:
-    """Every answer is cut in half: the rest of the range still comes, in ever smaller pieces, and none twice."""
+def test_a_broken_body_resumes_where_it_broke(injector: FaultInjector, remote, data_set) -> None:
+    """Every response is cut in half: the rest of the range still arrives, in smaller and smaller pieces, none twice."""
     injector.share, injector.kinds = 1.0, ("cut",)
     store = S3Store(section(injector.url, deadline_s=0.5), pause=lambda _: None)
     assert store.read(remote[0], 100, 1000, "") == Path(data_set[0]).read_bytes()[100:1100]
@@ -109,10 +112,12 @@ def test_a_range_past_the_end_is_short(server: str, remote: list[str], data_set:
     assert Stores(section(server)).read(remote[0], len(content) - 10, 100) == content[-10:]
 
 
-def test_trouble_that_does_not_pass_ends(injector: FaultInjector, remote: list[str]) -> None:
+def test_retries_end_after_the_deadline(injector: FaultInjector, remote: list[str]) -> None:
     injector.share, injector.kinds = 1.0, ("refused",)
     store = S3Store(section(injector.url, deadline_s=0.3))
-    with pytest.raises(ReadError, match=rf"s3://{BUCKET}/small/00000.tar, bytes 0..9: nothing came for .* status 503"):
+    with pytest.raises(
+        ReadError, match=rf"s3://{BUCKET}/small/00000.tar, bytes 0..9: nothing arrived for .* status 503"
+    ):
         store.read(remote[0], 0, 9, "")
 
 
@@ -127,11 +132,9 @@ def test_permanent_failures_name_bucket_key_and_cause(
     with pytest.raises(DataError, match="list of s3://nowhere/x/: NoSuchBucket"):
         build_index(["s3://nowhere/x/0.tar"], tmp_path, stores=Stores(section(server)))
     injector.share, injector.kinds = 1.0, ("denied",)
-    with pytest.raises(
-        ReadError, match="status 403: the credentials that boto3 finds do not allow it; set AWS_PROFILE"
-    ):
+    with pytest.raises(ReadError, match="status 403: the credentials of boto3 do not allow it; set AWS_PROFILE"):
         S3Store(section(injector.url)).read(remote[0], 0, 9, "")
-    with pytest.raises(DataError, match="data.s3: no client for S3 can be made .*nobody"):
+    with pytest.raises(DataError, match="data.s3: cannot make a client for S3 .*nobody"):
         S3Store(section(server, profile="nobody"))
 
 
@@ -140,9 +143,9 @@ def test_a_replaced_object_is_noticed(server: str, client, data_set: list[str], 
     path = f"s3://{BUCKET}/replaced/0.tar"
     index = build_index([path], tmp_path / "index", stores=Stores(section(server)))
     client.upload_file(data_set[1], BUCKET, "replaced/0.tar")
-    with pytest.raises(SampleError, match="PreconditionFailed") as fault:
+    with pytest.raises(SampleError, match="PreconditionFailed") as error:
         ShardReader(Stores(section(server))).image(index, 0)
-    assert fault.value.cause == ErrorCause.SHARD_CHANGED
+    assert error.value.cause == ErrorCause.SHARD_CHANGED
     again = build_index([path], tmp_path / "index", stores=Stores(section(server)))
     assert len(again) == 5
 
@@ -150,7 +153,7 @@ def test_a_replaced_object_is_noticed(server: str, client, data_set: list[str], 
 def test_epochs_of_two_replicas_fetch_every_shard_once(
     injector: FaultInjector, remote: list[str], data_set: list[str], tmp_path: Path, make_config, tokenizer
 ) -> None:
-    """Through the node's cache, with half of all requests broken; pixels as from files."""
+    """Through the cache, while half of all requests fail; the pixels are those of local files."""
     cached = section(injector.url, cache_dir=str(tmp_path / "cache"), cache_block_mb=1)
     local = build_index(data_set, tmp_path / "local")
     index = build_index(remote, tmp_path / "remote", stores=Stores(section(injector.url)))
@@ -164,7 +167,7 @@ def test_epochs_of_two_replicas_fetch_every_shard_once(
             assert ours.num_skipped == 0
             for one, other in zip(ours.packs, theirs.packs, strict=True):
                 assert all(np.array_equal(*images) for images in zip(one.images, other.images, strict=True))
-    # 60 samples of 3 shards of less than a block each.
+    # 60 samples of 3 shards, each smaller than a block.
     assert sum(loader._reader._stores._s3.cache.num_fetches for loader in loaders) == 3
     for loader in loaders + expected:
         loader.close()
@@ -176,7 +179,7 @@ def test_a_cache_that_the_shards_do_not_fit_is_refused(
     index = build_index(remote, tmp_path / "remote", stores=Stores(section(server)))
     small = section(server, cache_dir=str(tmp_path / "cache"), cache_gb=1e-6)
     with pytest.raises(
-        ConfigError, match=r"data.s3.cache_gb=1e-06: the shards on S3 are .* GB.*Raise data.s3.cache_gb"
+        ConfigError, match=r"data.s3.cache_gb=1e-06: the shards on S3 have .* kB. .*Raise data.s3.cache_gb"
     ):
         Loader(make_config(remote, s3=small), tokenizer, index, 0, 1)
     (tmp_path / "file").write_text("")
@@ -199,7 +202,7 @@ def test_folders_globs_and_brace_lists(server: str, client, remote: list[str]) -
         expand_shards([f"{below}/none"], stores=stores)
 
 
-def test_more_objects_than_one_answer_holds(server: str, client) -> None:
+def test_more_objects_than_one_response_holds(server: str, client) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda n: client.put_object(Bucket=BUCKET, Key=f"many/{n:05d}.tar", Body=b""), range(1003)))
     paths = expand_shards([f"s3://{BUCKET}/many"], stores=Stores(section(server)))

@@ -1,0 +1,176 @@
+"""Weight files of a published folder (BitDance's release, or a plain Qwen3), read and written some rows at a time.
+
+No tensor is ever whole in memory. The safetensors library writes a file from tensors that are all in memory, so
+`TensorFileWriter` writes the format itself: the length of the header, a header of names, dtypes, shapes and offsets as
+JSON, then the values in the order of their offsets (https://huggingface.co/docs/safetensors). Files are read with the
+library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from bitdance_scale.checkpoint.integrity import tensor_bytes
+from bitdance_scale.checkpoint.published_names import Part, PublishedTensor
+from bitdance_scale.checkpoint.tensor_storage import opened
+from bitdance_scale.weight_files import (
+    BACKBONE_WEIGHTS_NAME,
+    HEAD_WEIGHTS_NAME,
+    HEADER_LENGTH_BYTES,
+    PROJECTOR_WEIGHTS_NAME,
+    SAFETENSORS_DTYPES,
+    TensorSpec,
+    check_tensors,
+    read_folder_headers,
+    refuse,
+)
+
+PART_FILES: Mapping[Part, str] = {
+    Part.BACKBONE: BACKBONE_WEIGHTS_NAME,
+    Part.HEAD: HEAD_WEIGHTS_NAME,
+    Part.PROJECTOR: PROJECTOR_WEIGHTS_NAME,
+}
+_FIX = "Take all files from one release"
+_CHUNK_BYTES = 64 * 2**20
+# Values begin at a multiple of this, as in the files that the library writes.
+_ALIGNMENT_BYTES = 8
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+def row_chunks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the rows of a tensor that are read at a time: 64 MiB, or one row."""
+    step = max(1, _CHUNK_BYTES // row_bytes)
+    for start in range(0, num_rows, step):
+        yield start, min(start + step, num_rows)
+
+
+class PublishedTensors:
+    """The tensors of one part of a folder; only headers are read when it is made.
+
+    Args:
+        folder: the published folder.
+        part: which part.
+
+    Attributes:
+        part: the part.
+        found: name -> shape and dtype.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or holds a dtype that weights do not have.
+    """
+
+    def __init__(self, folder: Path, part: Part) -> None:
+        self.part, self._folder = part, folder
+        self.found: dict[str, TensorSpec] = {}
+        self._files: dict[str, Path] = {}
+        for path, header in read_folder_headers(folder, PART_FILES[part]).items():
+            self.found |= header
+            self._files |= dict.fromkeys(header, path)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of all tensors of the part, as `check` makes sure."""
+        return next(iter(self.found.values())).dtype
+
+    def file(self, name: str) -> Path:
+        """The file of a tensor."""
+        return self._files[name]
+
+    def check(self, wanted: Mapping[str, PublishedTensor]) -> None:
+        """Compares names, shapes and dtypes with those of a network.
+
+        Raises:
+            CheckpointError: a tensor is missing, unknown, of another shape, or of another dtype than the first.
+        """
+        where = self._folder / PART_FILES[self.part]
+        check_tensors(where, self.found, {name: tensor.shape for name, tensor in wanted.items()}, _FIX)
+        refuse(
+            where,
+            [
+                f"{name} is {spec.dtype}, expected {self.dtype} as the first tensor of the part has"
+                for name, spec in self.found.items()
+                if spec.dtype != self.dtype
+            ],
+            "A part has one dtype",
+        )
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows (elements of a vector) start..stop of a tensor, in its dtype, in memory of their own."""
+        # Opened for each part: what was read of a mapped file stays resident until the file is closed.
+        with opened(self._files[name], "fetch the folder again") as file:
+            rows: torch.Tensor = file.get_slice(name)[start:stop].clone()
+        return rows
+
+
+class TensorFileWriter:
+    """A safetensors file under construction; a context manager.
+
+    The file is written in place and not forced to storage: it is part of a folder that is renamed as a whole
+    (`conversion_folder`).
+
+    Args:
+        path: the file; must not exist.
+        specs: the tensors, in the order in which they are written.
+
+    Attributes:
+        path: the file.
+        digests: name -> hexadecimal SHA-256 of the tensor's bytes, for the tensors that are complete.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+        self.path = path
+        self.digests: dict[str, str] = {}
+        self._specs = dict(specs)
+        self._waiting = list(specs)
+        self._digest = hashlib.sha256()
+        self._num_written = 0
+
+    def __enter__(self) -> TensorFileWriter:
+        self._file = self.path.open("xb")
+        self._file.write(_header(self._specs))
+        return self
+
+    def write(self, name: str, values: torch.Tensor) -> None:
+        """Appends values to the tensor whose turn it is.
+
+        Args:
+            name: the tensor.
+            values: its next elements in row-major order; contiguous, on the CPU, of the tensor's dtype.
+        """
+        assert self._waiting and self._waiting[0] == name, f"{name} is not the tensor whose turn it is"
+        spec = self._specs[name]
+        assert values.dtype == spec.dtype and values.is_contiguous(), f"{name}: {values.dtype} for {spec.dtype}"
+        content = tensor_bytes(values)
+        self._file.write(content)
+        self._digest.update(content)
+        self._num_written += content.nbytes
+        assert self._num_written <= spec.num_bytes, f"{name}: more values than its shape holds"
+        if self._num_written == spec.num_bytes:
+            self.digests[name] = self._digest.hexdigest()
+            self._waiting.pop(0)
+            self._digest, self._num_written = hashlib.sha256(), 0
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._file:
+            assert kind is not None or not self._waiting, f"{self.path}: {self._waiting[0]} is not whole"
+
+
+def _header(specs: Mapping[str, TensorSpec]) -> bytes:
+    # transformers refuses a file that does not say which framework it is for.
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, spec in specs.items():
+        stop = start + spec.num_bytes
+        entries[name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT_BYTES)
+    return len(text).to_bytes(HEADER_LENGTH_BYTES, "little") + text

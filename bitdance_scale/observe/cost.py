@@ -1,0 +1,249 @@
+"""What a step costs: parameters, floating-point operations, the utilisation of the hardware, and memory.
+
+FLOPs are *model* FLOPs: the products that the mathematics asks for, two per multiply-add. Padding, pairs of positions
+that do not see each other and recomputed activations are left out, whatever the kernels do, so that wasted work cannot
+raise the utilisation. Norms, activations and rotations are left out too (below 1 %).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bitdance_scale.config.schema import (
+    NUM_MODULATIONS,
+    NUM_TIME_FEATURES,
+    HeadSection,
+    ModelSection,
+    RunConfig,
+    VisionSection,
+)
+from bitdance_scale.sequence.pack import Pack
+from bitdance_scale.sequence.visibility import count_visible_pairs
+
+STATUS_FILE = Path("/proc/self/status")
+# A backward pass forms the gradients of both factors of every product.
+TRAINING_OVER_FORWARD = 3
+
+# Dense (not sparse) peak of the tensor cores in FLOP/s, from the vendor's data sheets. The first name contained in
+# `torch.cuda.get_device_name()` counts. float32 is the rate without TF32, PyTorch's default.
+PEAK_FLOPS = (
+    ("H200 NVL", {"bfloat16": 835.5e12, "float32": 60.0e12}),
+    ("H200", {"bfloat16": 989.5e12, "float32": 67.0e12}),
+    ("H100 NVL", {"bfloat16": 835.5e12, "float32": 60.0e12}),
+    ("H100 PCIe", {"bfloat16": 756.5e12, "float32": 51.0e12}),
+    ("H100", {"bfloat16": 989.5e12, "float32": 67.0e12}),
+    ("A100", {"bfloat16": 312.0e12, "float32": 19.5e12}),
+)
+
+
+@dataclass(frozen=True)
+class PackCounts:
+    """What decides the cost of packs; counts of several packs add up.
+
+    Attributes:
+        num_positions: positions of samples, padding left out.
+        num_visible_pairs: (query, key) pairs of positions where the query sees the key, a position itself included.
+        num_vision: vision tokens at the input.
+        num_predicted: vision tokens predicted by the head.
+        num_blocks: blocks predicted by the head.
+        num_text_targets: text tokens predicted.
+    """
+
+    num_positions: int = 0
+    num_visible_pairs: int = 0
+    num_vision: int = 0
+    num_predicted: int = 0
+    num_blocks: int = 0
+    num_text_targets: int = 0
+
+    def __add__(self, other: PackCounts) -> PackCounts:
+        sums = np.add(dataclasses.astuple(self), dataclasses.astuple(other))
+        return PackCounts(*sums.tolist())
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of the parts of the model over some packs; forward pass only, except `training`.
+
+    Attributes:
+        backbone: products with weights of the backbone, at every position.
+        attention: scores and weighted values of the backbone's attention, over visible pairs.
+        head: diffusion head, attention within its blocks included.
+        projector: vision tokens into the backbone.
+        text: projection of text targets to the vocabulary.
+    """
+
+    backbone: int
+    attention: int
+    head: int
+    projector: int
+    text: int
+
+    @property
+    def forward(self) -> int:
+        """One forward pass of everything that trains."""
+        return self.backbone + self.attention + self.head + self.projector + self.text
+
+    @property
+    def training(self) -> int:
+        """Forward and backward of everything that trains; the frozen autoencoder is not in it (`encode_flops`)."""
+        return TRAINING_OVER_FORWARD * self.forward
+
+
+def count_pack(pack: Pack) -> PackCounts:
+    """Counts of one pack, exact."""
+    return PackCounts(
+        num_positions=pack.num_positions - pack.num_padding,
+        num_visible_pairs=count_visible_pairs(pack.document_ids, pack.block_ids),
+        num_vision=len(pack.vision_positions),
+        num_predicted=len(pack.predict_positions),
+        num_blocks=len(pack.predict_positions) // pack.block_tokens,
+        num_text_targets=len(pack.text_targets),
+    )
+
+
+def step_flops(config: RunConfig, vocab_size: int, counts: PackCounts) -> StepFlops:
+    """FLOPs of the packs counted.
+
+    Args:
+        config: sizes of the model.
+        vocab_size: entries of the tokenizer, padding left out.
+        counts: sum of `count_pack` over the packs of a step.
+    """
+    model, bits = config.model, config.vision.num_bits
+    # Scores and weighted values each take `head_dim` multiply-adds per pair and head.
+    attention_per_pair = 4 * model.num_layers * model.num_heads * model.head_dim
+    head_per_token, head_per_block = _head_weights(config.head, model.hidden_size, bits)
+    head_pairs = counts.num_predicted * config.vision.block_tokens
+    return StepFlops(
+        backbone=2 * counts.num_positions * _layer_weights(model) * model.num_layers,
+        attention=attention_per_pair * counts.num_visible_pairs,
+        head=2 * (counts.num_predicted * head_per_token + counts.num_blocks * head_per_block)
+        + 4 * config.head.num_blocks * config.head.width * head_pairs,
+        projector=2 * counts.num_vision * (bits * model.hidden_size + model.hidden_size**2),
+        text=2 * counts.num_text_targets * model.hidden_size * vocab_size,
+    )
+
+
+def encode_flops(section: VisionSection, num_tokens: int) -> int:
+    """Forward FLOPs of the autoencoder's encoder for images of `num_tokens` vision tokens in all.
+
+    Follows `vision/autoencoder.py`: 3x3 convolutions, two per residual block, a 1x1 shortcut where channels change,
+    a 3x3 stride-2 convolution between levels, residual blocks in the middle and a 1x1 projection to the bits.
+    """
+    widths = [section.channels * multiplier for multiplier in section.channel_mult]
+    cells = section.downsample**2
+    weights = cells * 9 * 3 * section.channels
+    width = section.channels
+    for level, out_width in enumerate(widths):
+        for _ in range(section.num_res_blocks):
+            shortcut = width * out_width if width != out_width else 0
+            weights += cells * (9 * width * out_width + 9 * out_width**2 + shortcut)
+            width = out_width
+        if level + 1 < len(widths):
+            cells //= 4
+            weights += cells * 9 * width**2
+    weights += section.num_res_blocks * 2 * 9 * width**2 + width * section.num_bits
+    return 2 * weights * num_tokens
+
+
+def count_parameters(config: RunConfig, vocab_size: int) -> dict[str, int]:
+    """Parameters of each part that trains.
+
+    Args:
+        config: sizes of the model.
+        vocab_size: entries of the tokenizer; rows that pad a split table are not counted.
+
+    Returns:
+        `embedding`, `backbone` (layers and final norm), `output` (0 when tied to the embedding), `head`, `projector`
+        and their sum `total`.
+    """
+    model, head, bits = config.model, config.head, config.vision.num_bits
+    norms_per_layer = 2 * model.hidden_size + 2 * model.head_dim
+    per_token, per_block = _head_weights(head, model.hidden_size, bits)
+    parts = {
+        "embedding": vocab_size * model.hidden_size,
+        "backbone": model.num_layers * (_layer_weights(model) + norms_per_layer) + model.hidden_size,
+        "output": 0 if model.tie_embeddings else vocab_size * model.hidden_size,
+        "head": per_token + per_block + _head_vectors(head, bits),
+        "projector": bits * model.hidden_size + model.hidden_size**2 + 2 * model.hidden_size,
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """Peak FLOP/s of a device for dense products.
+
+    Args:
+        device_name: what `torch.cuda.get_device_name()` says; anything else on a CPU.
+        dtype: `bfloat16` or `float32`.
+
+    Returns:
+        None when the device is not in the table: then there is no utilisation to speak of.
+    """
+    for name, rates in PEAK_FLOPS:
+        if name in device_name:
+            return rates[dtype]
+    return None
+
+
+def utilisation(training_flops: float, step_s: float, num_devices: int, peak: float | None) -> float | None:
+    """Model FLOPs utilisation in 0..1.
+
+    Args:
+        training_flops: `StepFlops.training` of one optimiser step, over all ranks.
+        step_s: seconds the step took.
+        num_devices: devices that shared it.
+        peak: `peak_flops` of one device; None makes the result None.
+    """
+    return None if peak is None else training_flops / (step_s * num_devices * peak)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The most memory this process has used so far, in bytes.
+
+    On a CUDA device that is what PyTorch's allocator had in use on it; on the CPU it is the resident set of the whole
+    process, libraries included.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Not `getrusage` on Linux: its maximum there includes that of the process that forked this one.
+    peak_kib = re.search(r"^VmHWM:\s+(\d+) kB$", _status(), re.MULTILINE)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if peak_kib is None else int(peak_kib[1]) * 1024
+
+
+def _status() -> str:
+    """What Linux tells of this process; empty elsewhere."""
+    return STATUS_FILE.read_text() if STATUS_FILE.exists() else ""
+
+
+def _layer_weights(model: ModelSection) -> int:
+    """Elements of the weight matrices of one backbone layer."""
+    query_size = model.num_heads * model.head_dim
+    kv_size = model.num_kv_heads * model.head_dim
+    return model.hidden_size * (2 * query_size + 2 * kv_size + 3 * model.ffn_size)
+
+
+def _head_weights(head: HeadSection, cond_size: int, num_bits: int) -> tuple[int, int]:
+    """Elements of the head's weight matrices that are used per predicted token, and once per block (the time)."""
+    width, hidden = head.width, head.mlp_size
+    per_res_block = 4 * width**2 + 3 * width * hidden
+    per_adaln = NUM_MODULATIONS * width**2
+    ends = num_bits * width + cond_size * width + 2 * width**2 + width * num_bits
+    per_block = NUM_TIME_FEATURES * width + width**2
+    return head.num_blocks * per_res_block + head.num_adaln * per_adaln + ends, per_block
+
+
+def _head_vectors(head: HeadSection, num_bits: int) -> int:
+    """Elements of the head's biases and norms."""
+    width, hidden = head.width, head.mlp_size
+    norms = 2 * 2 * width
+    per_res_block = norms + 4 * width + 2 * hidden + width
+    return head.num_blocks * per_res_block + head.num_adaln * NUM_MODULATIONS * width + 6 * width + num_bits

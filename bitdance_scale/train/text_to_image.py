@@ -1,0 +1,264 @@
+"""Text-to-image training (arXiv 2602.14041 Sec. 4.3): its steps, evaluation and pictures; the rest is in `run.py`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitdance_scale.checkpoint.run_checkpoint import TrainState, load_checkpoint
+from bitdance_scale.checkpoint.start_weights import find_checkpoint, load_start_weights
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.model.inputs import PackInputs, make_inputs
+from bitdance_scale.observe.metrics import EVALUATION_FILE, Evaluation, append_evaluation, read_evaluations
+from bitdance_scale.parallel.agreement import on_first_rank
+from bitdance_scale.parallel.build import build_engine
+from bitdance_scale.parallel.partition import ShardedValue
+from bitdance_scale.parallel.step import train_step
+from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.sequence.noise import pack_noise
+from bitdance_scale.sequence.pack import Pack
+from bitdance_scale.sequence.tokens import load_text_tokenizer
+from bitdance_scale.train.evaluation import Evaluator
+from bitdance_scale.train.progress import Progress, StepMeter, learning_rate, progress_fields
+from bitdance_scale.train.run import Job, Schedule, run_job
+from bitdance_scale.train.run_observer import RunObserver, draw_overview, samples_path, show_result, write_samples
+from bitdance_scale.train.sampling import draw_samples
+from bitdance_scale.train.shared_index import training_index
+from bitdance_scale.train.start_checks import Start, check_resume, check_start
+from bitdance_scale.train.step_feed import ReadyStep, StepFeed, StepReader
+from bitdance_scale.vision.tokenizer import VisionTokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def run_text_to_image(config: RunConfig) -> int:
+    """Trains a stage of text-to-image in this process, one rank of a torchrun job or a job of one process.
+
+    Args:
+        config: the run, checked.
+
+    Returns:
+        The exit code (`process.py`).
+
+    Raises:
+        BitDanceError: on all ranks, what the user can mend.
+    """
+    return run_job(config, config.parallel, lambda topology, folder: TextToImageJob(config, topology, folder))
+
+
+class TextToImageJob(Job):
+    """A stage of text-to-image training on this rank.
+
+    Args:
+        config: the run, checked.
+        topology: the ranks.
+        run_folder: `<run.root>/<run.name>`.
+
+    Attributes:
+        progress: what was done since the start of the run.
+
+    Raises:
+        BitDanceError: on every rank, what is wrong with files or data, before any step.
+    """
+
+    def __init__(self, config: RunConfig, topology: Topology, run_folder: Path) -> None:
+        super().__init__(config, topology, run_folder)
+        self.config = config
+        self._text = load_text_tokenizer(
+            config.text, config.vision.block_tokens, is_causal=config.model.mask == "causal"
+        )
+        self._vision = VisionTokenizer(config.vision, topology.device)
+        # Before the model, which takes minutes to build at full size.
+        self._index = training_index(config.data)
+        latest = self.checkpoints.latest()
+        if latest is not None:
+            on_first_rank(lambda: check_resume(latest, config))
+        start = self._find_start() if latest is None and config.run.start_from else None
+        self._evaluator = Evaluator.read(config, self._text, self._vision, topology) if config.evaluate.shards else None
+        self._engine = build_engine(config, self._text.vocab_size, topology)
+        self._loader_state: dict[str, Any] | None = None
+        self.progress = Progress()
+        # What a checkpoint keeps of the release that the weights came from.
+        self._release: dict[str, Any] = {}
+        if latest is not None:
+            self._resume(latest)
+        elif start is not None:
+            self._start(start)
+        self._meter = StepMeter(config, self._text.vocab_size, topology, self.progress)
+        self._observer: RunObserver | None = None
+        self._feed: StepFeed | None = None
+        self._ready: ReadyStep | None = None
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps taken, skipped ones included."""
+        return self.progress.step
+
+    @property
+    def schedule(self) -> Schedule:
+        """What is due when."""
+        config = self.config
+        return Schedule(
+            num_steps=config.run.steps,
+            log=config.observe.log_every_steps,
+            save=config.checkpoint.every_steps,
+            evaluate=config.evaluate.every_steps if self._evaluator else 0,
+            draw=config.sample.every_steps if config.sample.prompts else 0,
+            max_skipped_steps=config.optim.max_skipped_steps,
+        )
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Opens the loader, its feed and the sinks."""
+        config, topology, step = self.config, self.topology, self.progress.step
+        with (
+            RunObserver(config, topology, self.run_folder, self._text.vocab_size, step) as self._observer,
+            StepReader(config, self._index, self._text, self._vision, topology, self._loader_state) as reader,
+            StepFeed(reader.next_step, self._prepare, step, config.run.steps, topology.device) as self._feed,
+        ):
+            self._observer.sources(reader.uses(config.run.steps), reader.filter_counts())
+            self._meter.restart()
+            yield
+
+    def read(self) -> None:
+        """Takes the packs of the next step."""
+        assert self._feed is not None, "steps are taken within a session"
+        self._ready = self._feed.take()
+
+    def take_step(self) -> bool:
+        """Trains on the packs that were read."""
+        ready, config = self._ready, self.config
+        assert ready is not None, "a step is read before it is taken"
+        self._lr = learning_rate(config.optim, self.progress.step, config.run.steps)
+        self._losses, self._outcome = train_step(self._engine, ready.batch, config.loss, self._lr, self.topology)
+        self._meter.add(ready, self._outcome.is_skipped)
+        # Of the step that was trained, not of the one that is read already.
+        self._loader_state = ready.loaded.state.to_dict()
+        return self._outcome.is_skipped
+
+    def log(self) -> None:
+        """Writes the metrics of the steps since the last call."""
+        metrics = self._meter.metrics(self._losses, self._outcome, self._lr)
+        if self._observer is not None:
+            self._observer.step(metrics)
+
+    def evaluate(self) -> None:
+        """Writes the losses on the held-out images, if the run has any."""
+        evaluation = self._evaluate()
+        if evaluation is not None and self._observer is not None:
+            self._observer.evaluation(evaluation, self.progress.images)
+
+    def draw(self) -> None:
+        """Draws the configured prompts."""
+        pictures = self._draw_samples()
+        if self._observer is not None:
+            self._observer.samples(self.progress.step, pictures)
+
+    def pause(self) -> None:
+        """Leaves out of the speeds what happened since the last step."""
+        self._meter.pause()
+
+    def state(self) -> TrainState:
+        """How far the run is."""
+        fields = progress_fields(self.progress)
+        fields["optimizer"] |= {"step": self._engine.optimizer_step()}
+        assert self._loader_state is not None, "a checkpoint is of a step that was trained"
+        return TrainState(
+            loader=self._loader_state, tokenizer_digest=self._text.digest, release=self._release, **fields
+        )
+
+    def model_values(self) -> Mapping[str, ShardedValue]:
+        """What this rank holds of the parameters."""
+        return self._engine.model_values()
+
+    def optimizer_values(self) -> Mapping[str, ShardedValue]:
+        """What this rank holds of the optimiser's state."""
+        return self._engine.optimizer_values()
+
+    def finish(self) -> None:
+        """Prints the loss table and where everything is."""
+        if self.topology.rank == 0:
+            print("\n" + show_result(self.run_folder), flush=True)
+
+    def complete(self) -> None:
+        """Makes the losses on held-out images and the pictures of the last step, if they are not there."""
+        lacks_evaluation, lacks_samples = on_first_rank(lambda: (self._lacks_evaluation(), self._lacks_samples()))
+        evaluation = self._evaluate() if lacks_evaluation else None
+        pictures = self._draw_samples() if lacks_samples else []
+        if self.topology.rank == 0 and (lacks_evaluation or lacks_samples):
+            if evaluation is not None:
+                append_evaluation(self.run_folder, evaluation)
+            if lacks_samples:
+                write_samples(self.run_folder, self.step, pictures, self.config.sample.prompts)
+            draw_overview(self.run_folder)
+            self.finish()
+
+    def _lacks_evaluation(self) -> bool:
+        if self._evaluator is None:
+            return False
+        path = self.run_folder / EVALUATION_FILE
+        evaluations = read_evaluations(path) if path.exists() else []
+        return not evaluations or evaluations[-1].step < self.step
+
+    def _lacks_samples(self) -> bool:
+        return self.schedule.draw > 0 and not samples_path(self.run_folder, self.step).exists()
+
+    def _evaluate(self) -> Evaluation | None:
+        return None if self._evaluator is None else self._evaluator.evaluate(self._engine, self.progress.step)
+
+    def _draw_samples(self) -> list[np.ndarray]:
+        """The configured prompts; uint8 [H, W, 3] each on rank 0, nothing elsewhere."""
+        return draw_samples(self._engine, self.config, self._text, self._vision, self.topology)
+
+    def _resume(self, path: Path) -> None:
+        state = load_checkpoint(
+            path,
+            self._engine.model_values(),
+            self._engine.optimizer_values(),
+            tokenizer_digest=self._text.digest,
+        )
+        self._engine.set_optimizer_step(state.optimizer["step"])
+        self._loader_state = state.loader
+        self._release = state.release
+        self.progress = Progress(
+            step=state.step,
+            images=state.images,
+            tokens=state.tokens,
+            images_by_resolution={int(side_px): count for side_px, count in state.images_by_resolution.items()},
+            skipped_samples=state.skipped_samples,
+            sample_errors=dict(state.sample_errors),
+            skipped_steps=state.optimizer["skipped_steps"],
+        )
+        self._saved_step = state.step
+        logger.info("resumed from %s", path)
+
+    def _find_start(self) -> Start:
+        """What `run.start_from` means, and whether the stage can start from it."""
+        path = find_checkpoint(self.config.run.start_from)
+        return on_first_rank(lambda: check_start(path, self.config))
+
+    def _start(self, start: Start) -> None:
+        prefix = "master."
+        values = self._engine.optimizer_values()
+        masters = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+        self._release = load_start_weights(
+            start.path,
+            self._engine.model_values(),
+            masters,
+            tokenizer_digest=start.tokenizer_digest,
+            new_queries=start.new_queries,
+        )
+        logger.info("started from the weights of %s", start.path)
+
+    def _prepare(self, packs: Sequence[Pack], step: int) -> list[PackInputs]:
+        """The micro-batches of a step on the device; called in the feed's thread."""
+        config = self.config
+        noises = [pack_noise(pack, config.vision.num_bits, config.run.seed, step) for pack in packs]
+        return [
+            make_inputs(pack, noise, config, self.topology.device) for pack, noise in zip(packs, noises, strict=True)
+        ]

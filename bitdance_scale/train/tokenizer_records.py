@@ -1,0 +1,143 @@
+"""What a tokenizer run records: its state in a checkpoint, its metrics and its evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bitdance_scale.checkpoint.run_checkpoint import StepState
+from bitdance_scale.observe.metrics import StepRecord
+from bitdance_scale.train.run_sinks import RecordKinds
+from bitdance_scale.train.tokenizer_evaluation import Reconstruction
+
+LOSSES = ("l1", "l2", "edge", "entropy_token", "entropy_codebook", "commit")
+
+
+@dataclass(frozen=True)
+class TokenizerState(StepState):
+    """How far a tokenizer run is.
+
+    Attributes:
+        images: images trained on.
+        skipped_samples: images that could not be read and were left out, on all ranks.
+        skipped_steps: steps whose gradient was not finite and changed nothing.
+        data_digest: digest of all that decides which crops make up a step.
+    """
+
+    images: int = 0
+    skipped_samples: int = 0
+    skipped_steps: int = 0
+    data_digest: str = ""
+
+
+@dataclass(frozen=True)
+class TokenizerMetrics(StepRecord):
+    """A logged step of tokenizer training, over all ranks.
+
+    Attributes:
+        images: images trained on since the start of the run.
+        loss: the weighted sum that is differentiated, a mean over the ranks, as are its unweighted parts.
+        l1, l2, edge: errors of the pixels, which are in [-1, 1].
+        entropy_token, entropy_codebook: E[H(q)] and H[E q] in nats, means over the groups (Eq. 1, 2).
+        commit: mean squared distance of the latents from their signs.
+        grad_norm: global gradient norm before clipping.
+        lr: learning rate of the step.
+        step_s: seconds per step, a mean since the last logged step.
+        data_wait_s: seconds of it in which the slowest rank waited for its images.
+        images_per_s: images per second of all ranks together.
+        memory_bytes: highest memory in use on any rank so far.
+        skipped_samples: images since the start of the run that could not be read and were left out.
+        skipped_steps: steps since the start of the run whose gradient was not finite and changed nothing.
+    """
+
+    images: int
+    loss: float
+    l1: float
+    l2: float
+    edge: float
+    entropy_token: float
+    entropy_codebook: float
+    commit: float
+    grad_norm: float
+    lr: float
+    step_s: float
+    data_wait_s: float
+    images_per_s: float
+    memory_bytes: int
+    skipped_samples: int
+    skipped_steps: int
+
+
+@dataclass(frozen=True)
+class TokenizerEvaluation(StepRecord):
+    """Reconstruction of held-out images, by size as `HEIGHTxWIDTH` in pixels.
+
+    Attributes:
+        psnr_db: PSNR of the decoded bytes in dB, a mean over the images.
+        psnr_flipped_db: the same when one bit in a hundred is flipped.
+        code_share: share of the codes of a group that occur, a mean over the groups.
+        code_entropy_bits: entropy of the codes of a group, a mean over the groups.
+    """
+
+    content: ClassVar[str] = "reconstruction"
+
+    psnr_db: dict[str, float]
+    psnr_flipped_db: dict[str, float]
+    code_share: dict[str, float]
+    code_entropy_bits: dict[str, float]
+
+
+KINDS = RecordKinds(
+    step=TokenizerMetrics,
+    step_panels={
+        "step": "progress/step",
+        "images": "progress/images",
+        "loss": "loss/total",
+        "l1": "loss/l1",
+        "l2": "loss/l2",
+        "edge": "loss/edge",
+        "entropy_token": "loss/entropy_token",
+        "entropy_codebook": "loss/entropy_codebook",
+        "commit": "loss/commit",
+        "grad_norm": "optim/grad_norm",
+        "lr": "optim/lr",
+        "skipped_steps": "optim/skipped_steps",
+        "step_s": "speed/step_s",
+        "images_per_s": "speed/images_per_s",
+        "memory_bytes": "speed/memory_gib",
+        "data_wait_s": "data/wait_s",
+        "skipped_samples": "data/skipped_samples",
+    },
+    evaluation_panels={
+        "step": "progress/step",
+        "psnr_db": "evaluate/psnr_db_{}",
+        "psnr_flipped_db": "evaluate/psnr_flipped_db_{}",
+        "code_share": "evaluate/code_share_{}",
+        "code_entropy_bits": "evaluate/code_entropy_bits_{}",
+    },
+    summaries={
+        "progress": "last",
+        "loss": "last",
+        "evaluate": "max",
+        "optim": "last",
+        "speed": "last",
+        "data": "last",
+    },
+)
+
+
+def evaluation_record(step: int, results: Mapping[tuple[int, int], Reconstruction]) -> TokenizerEvaluation:
+    """The record of an evaluation by (height, width) in pixels."""
+    return TokenizerEvaluation(
+        step,
+        psnr_db={size_name(size): result.psnr_db for size, result in results.items()},
+        psnr_flipped_db={size_name(size): result.psnr_flipped_db for size, result in results.items()},
+        code_share={size_name(size): result.code_share for size, result in results.items()},
+        code_entropy_bits={size_name(size): result.code_entropy_bits for size, result in results.items()},
+    )
+
+
+def size_name(size_px: tuple[int, int]) -> str:
+    """`HEIGHTxWIDTH`."""
+    return f"{size_px[0]}x{size_px[1]}"

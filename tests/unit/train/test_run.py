@@ -1,0 +1,138 @@
+"""The loop of every job: what is done after which step, and what a stop or a fault leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from bitdance_scale.config.schema import CheckpointSection, ParallelSection
+from bitdance_scale.config.tokenizer_schema import TokenizerRunSection
+from bitdance_scale.errors import ConfigError, DataError, TrainingError
+from bitdance_scale.train import run
+from bitdance_scale.train.process import StopRequest
+from bitdance_scale.train.run import Job, Schedule, joined_ranks, train
+
+
+class RecordedJob(Job):
+    """Does nothing and writes down what it is asked for."""
+
+    def __init__(self, *, step: int = 0, skipped: tuple[int, ...] = (), broken: int = -1) -> None:
+        self.events: list[str] = []
+        self._step, self._skipped, self._broken = step, skipped, broken
+        self._saved_step = step
+
+    step = property(lambda self: self._step)
+    schedule = property(lambda self: Schedule(6, log=2, save=4, evaluate=3, draw=0, max_skipped_steps=1))
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        self.events.append("open")
+        yield
+        self.events.append("close")
+
+    def read(self) -> None:
+        if self._step == self._broken:
+            raise DataError("unreadable")
+
+    def take_step(self) -> bool:
+        self._step += 1
+        return self._step in self._skipped
+
+    def save(self) -> None:
+        if self._saved_step != self._step:
+            self.events.append(f"save {self._step}")
+        self._saved_step = self._step
+
+    def log(self) -> None:
+        self.events.append(f"log {self._step}")
+
+    def evaluate(self) -> None:
+        self.events.append(f"evaluate {self._step}")
+
+    def draw(self) -> None:
+        self.events.append(f"draw {self._step}")
+
+    def pause(self) -> None:
+        pass
+
+    state = model_values = optimizer_values = finish = complete = pause
+
+
+def asked_to_stop_after(job: RecordedJob, step: int) -> StopRequest:
+    class Request(StopRequest):
+        is_requested = property(lambda self: job.step == step)
+
+    return Request()
+
+
+def test_everything_is_done_when_it_is_due_and_after_the_last_step() -> None:
+    job = RecordedJob()
+    assert train(job, StopRequest())
+    assert job.events == [
+        "open", "evaluate 0", "log 2", "evaluate 3", "log 4", "save 4", "log 6", "save 6", "evaluate 6", "close",
+    ]  # fmt: skip
+
+
+def test_a_resumed_run_does_not_evaluate_first() -> None:
+    job = RecordedJob(step=4)
+    assert train(job, StopRequest())
+    assert job.events == ["open", "log 6", "save 6", "evaluate 6", "close"]
+
+
+def test_a_stop_saves_the_step_that_was_trained() -> None:
+    job = RecordedJob()
+    assert not train(job, asked_to_stop_after(job, 3))
+    assert job.events[-2:] == ["save 3", "close"] and "evaluate 3" not in job.events
+
+
+def test_unreadable_data_saves_the_steps_before_it() -> None:
+    job = RecordedJob(broken=3)
+    with pytest.raises(DataError, match="unreadable"):
+        train(job, StopRequest())
+    assert job.events[-1] == "save 3"
+
+
+def test_steps_may_be_skipped_but_not_in_a_row() -> None:
+    assert train(RecordedJob(skipped=(1, 3, 5)), StopRequest())
+    job = RecordedJob(skipped=(2, 3))
+    with pytest.raises(TrainingError, match=r"step 3: .* 2 consecutive steps \(optim.max_skipped_steps = 1\)"):
+        train(job, StopRequest())
+    assert "save 3" not in job.events, "the weights are those of step 1; the last checkpoint is taken up again"
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with (
+        pytest.raises(ConfigError, match="cannot be written"),
+        joined_ranks(ParallelSection(), tmp_path / "runs" / "a"),
+    ):
+        raise AssertionError("joined")
+
+
+def test_a_job_of_one_process_leaves_no_trace_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for _ in range(2):
+        with joined_ranks(ParallelSection()) as topology:
+            assert (topology.rank, topology.world_size, os.environ["RANK"]) == (0, 1, "0")
+        assert "RANK" not in os.environ
+
+
+def test_a_complete_run_only_makes_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = RecordedJob(step=6)
+    job.complete = lambda: job.events.append("complete")
+    config = SimpleNamespace(
+        run=TokenizerRunSection(name="a", root=str(tmp_path), output="", steps=6), checkpoint=CheckpointSection()
+    )
+    monkeypatch.setattr(run, "setup_logging", lambda folder, rank: None)
+    caplog.set_level("INFO")
+    assert run.run_job(config, ParallelSection(), lambda topology, folder: job) == 0
+    assert job.events == ["complete"] and "is complete at step 6; extend it with run.steps=12" in caplog.text
+    assert not (tmp_path / "a" / "config.toml").exists()

@@ -1,0 +1,132 @@
+"""Tokenizer training as a whole on a few small pictures: it learns, it is reproducible, it leaves usable weights."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bitdance_scale.config.load import load_config
+from bitdance_scale.config.schema import VisionSection
+from bitdance_scale.config.shipped import CONFIGS
+from bitdance_scale.config.tokenizer_schema import TokenizerConfig
+from bitdance_scale.demo.shards import write_shards
+from bitdance_scale.errors import ConfigError, DataError
+from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE, read_records
+from bitdance_scale.train.tokenizer import learning_rate, run_tokenizer
+from bitdance_scale.train.tokenizer_evaluation import evaluate, psnr_db
+from bitdance_scale.train.tokenizer_objective import edge_loss
+from bitdance_scale.train.tokenizer_records import TokenizerEvaluation, TokenizerMetrics
+from bitdance_scale.vision.autoencoder import Autoencoder
+from bitdance_scale.vision.tokenizer import VisionTokenizer
+
+DEMO = CONFIGS / "demo_tokenizer.toml"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer_shards")
+    write_shards(folder / "train", num_images=24, per_shard=24, seed=0)
+    write_shards(folder / "held_out", num_images=8, per_shard=8, seed=1)
+    return folder
+
+
+def small_config(shards: Path, out: Path, *overrides: str) -> TokenizerConfig:
+    settings = [
+        f"run.root={out}", f"run.output={out / 'weights'}", f'data.shards=["{shards / "train"}"]',
+        f'evaluate.shards=["{shards / "held_out"}"]', f"data.index_dir={out / 'index'}", "run.dtype=float32",
+        "run.steps=12",
+        "observe.log_every_steps=1", "autoencoder.channel_mult=[1, 1]", "data.sizes_px=[[16, 16], [32, 16]]",
+        "data.images_px=2048", "optim.warmup_steps=2", "evaluate.sizes_px=[[16, 16]]", "evaluate.num_images=8",
+        "observe.wandb_mode=disabled", *overrides,
+    ]  # fmt: skip
+    return load_config(DEMO, settings, TokenizerConfig)
+
+
+def records(out: Path) -> list[TokenizerMetrics]:
+    return read_records(out / "demo_tokenizer" / METRICS_FILE, TokenizerMetrics)
+
+
+def test_a_run_learns_and_leaves_weights_that_the_tokenizer_loads(shards: Path, tmp_path: Path):
+    assert run_tokenizer(small_config(shards, tmp_path, "run.steps=40")) == 0
+    losses = [record.l1 for record in records(tmp_path)]
+    assert len(losses) == 40
+    # Learning to paint the mean colour alone takes off more than a quarter; without learning they scatter by a tenth.
+    assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:5])
+    section = VisionSection(
+        weights=str(tmp_path / "weights" / "ae.safetensors"),
+        num_bits=16,
+        channels=32,
+        channel_mult=(1, 1),
+        num_res_blocks=1,
+    )
+    tokenizer = VisionTokenizer(section, "cpu")
+    image = torch.full((16, 24, 3), 200, dtype=torch.uint8)
+    (bits,) = tokenizer.encode([image])
+    assert tokenizer.decode(bits, (8, 12)).shape == (16, 24, 3)
+    evaluations = read_records(tmp_path / "demo_tokenizer" / EVALUATION_FILE, TokenizerEvaluation)
+    assert [evaluation.step for evaluation in evaluations] == [0, 40]
+    assert evaluations[1].psnr_db["16x16"] > evaluations[0].psnr_db["16x16"] + 3
+    assert load_config(tmp_path / "demo_tokenizer" / "config.toml", schema=TokenizerConfig).run.steps == 40
+
+
+def test_equal_seeds_give_equal_weights(shards: Path, tmp_path: Path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run_tokenizer(small_config(shards, tmp_path / name, "run.steps=2", f"run.seed={seed}"))
+    first, same, other = (load_file(tmp_path / name / "weights" / "ae.safetensors") for name in "abc")
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not torch.equal(first["encoder.conv_in.weight"], other["encoder.conv_in.weight"])
+
+
+def test_held_out_shards_must_be_held_out(shards: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"evaluate\.shards: .*00000\.tar is in data\.shards as well"):
+        run_tokenizer(small_config(shards, tmp_path, f'evaluate.shards=["{shards / "train"}"]'))
+
+
+def test_missing_shards_are_named(shards: Path, tmp_path: Path):
+    with pytest.raises(DataError, match="nowhere"):
+        run_tokenizer(small_config(shards, tmp_path, 'data.shards=["nowhere"]'))
+
+
+def test_learning_rate_rises_linearly_and_falls_as_a_cosine_to_zero(shards: Path, tmp_path: Path):
+    config = small_config(shards, tmp_path, "run.steps=110", "optim.warmup_steps=10", "optim.lr=0.4")
+    assert learning_rate(0, config) == pytest.approx(0.04)
+    assert learning_rate(9, config) == pytest.approx(0.4)
+    assert learning_rate(60, config) == pytest.approx(0.2)
+    assert learning_rate(85, config) == pytest.approx(0.2 * (1 + math.cos(0.75 * math.pi)))
+    assert 0 < learning_rate(109, config) < 1e-3
+
+
+def test_psnr_by_hand():
+    images = np.zeros((2, 2, 2, 3), dtype=np.uint8)
+    decoded = images.copy()
+    decoded[1] = 51
+    # An error of 51 everywhere is a fifth of the range: 20 log10(5) dB.
+    assert psnr_db(decoded, images).tolist() == pytest.approx([100.0, 20 * math.log10(5)])
+
+
+def test_edge_loss_by_hand():
+    pixels = torch.zeros(1, 3, 4, 4)
+    decoded = pixels.clone()
+    decoded[..., 2:] = 1.0
+    # One of three horizontal differences is off by 1, no vertical one: (1/3 + 0) / 2.
+    assert edge_loss(decoded, pixels).item() == pytest.approx(1 / 6)
+    assert edge_loss(pixels + 0.5, pixels).item() == 0
+
+
+def test_evaluation_counts_bits_and_hides_nothing_behind_batches(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(num_bits=8, channels=32, channel_mult=(1, 1), num_res_blocks=1)
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    whole = evaluate(autoencoder, images, 1, torch.device("cpu"))
+    monkeypatch.setattr("bitdance_scale.train.tokenizer_evaluation.BATCH_PX", 2 * 16 * 16)
+    parts = evaluate(autoencoder, images, 1, torch.device("cpu"))
+    assert whole.decoded.shape == images.shape and whole.bit_balance.shape == (8,)
+    np.testing.assert_array_equal(whole.bit_balance, parts.bit_balance)
+    # A byte at a rounding boundary may differ between batch sizes.
+    assert whole.psnr_db == pytest.approx(parts.psnr_db, abs=0.01)
+    assert 0 < whole.code_share <= 1 and 0 <= whole.code_entropy_bits <= 8
