@@ -69,7 +69,9 @@ class ModelSection:
     """The backbone: a Qwen3 decoder (arXiv 2602.14041 Sec. 4.3)."""
 
     preset: str = setting(
-        "", doc="Name in `config/presets.py` that fills this section and `head.width`; explicit settings win."
+        "",
+        doc="Name in `config/presets.py` that fills this section and `head.width`; explicit settings win.",
+        example='"qwen3-0.6b"',
     )
     num_layers: int = setting(doc="Transformer layers.")
     hidden_size: int = setting(doc="Width of the residual stream.")

@@ -30,6 +30,7 @@ def _run(*command: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         timeout=250,
+        check=False,
     )
 
 

@@ -136,5 +136,5 @@ def test_scores_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_stage_that_fails_ends_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(BitDanceError, match="exit status 3 of: "):
         recipe._run(["bash", "-c", "exit 3"])
-    assert recipe.main(["no.toml", "--out", str(tmp_path)]) == 1
-    assert "recipe: " in capsys.readouterr().err
+    assert recipe.main(["no.toml", "--out", str(tmp_path)]) == 2
+    assert "no.toml: cannot read" in capsys.readouterr().err
