@@ -1,0 +1,42 @@
+"""What importing the engines must not load, and that what was hidden from them is there afterwards."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+IMPORTS = """
+import sys
+import torch
+compile_before = torch.compile
+import bitdance_scale.parallel.build
+import bitdance_scale.parallel.layout_decode
+import bitdance_scale.parallel.step
+"""
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_engines_are_imported_without_what_is_not_used():
+    unused = ["matplotlib", "torch._dynamo", "torch._inductor.compile_fx", "transformers", "wandb"]
+    assert run_python(f"{IMPORTS}\nprint([name for name in {unused} if name in sys.modules])") == "[]\n"
+
+
+def test_what_was_hidden_works_afterwards():
+    pytest.importorskip("wandb")
+    checks = "import wandb; print(wandb.__name__, torch.compile is compile_before)"
+    assert run_python(f"{IMPORTS}\n{checks}") == "wandb True\n"
+
+
+def test_an_imported_package_stays():
+    pytest.importorskip("wandb")
+    assert run_python(f"import wandb\n{IMPORTS}\nprint(sys.modules['wandb'] is wandb)") == "True\n"
+
+
+def test_warnings_of_the_engines_are_not_shown():
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True)
+    assert "Apex" not in done.stderr and "CUDA_DEVICE_MAX_CONNECTIONS" not in done.stderr
