@@ -31,8 +31,8 @@ def config_page() -> str:
         "A run is one TOML file and any number of overrides: `bitdance train CONFIG section.key=value ...`, each value",
         "written as in TOML (a bare word is a string). CONFIG may also be the name of a configuration that comes with",
         'the package (`bitdance config list`). With a top-level `extends = "other.toml"`, or `extends = "pt_14b"`, a',
-        "file changes the settings of another, which may extend a third. Later layers win: defaults, `model.preset`, the",
-        "extended files, the file, the overrides. `bitdance config print CONFIG` prints the resolved tree, which",
+        "file changes the settings of another, which may extend a third. Later layers win: defaults, `model.preset`,",
+        "the extended files, the file, the overrides. `bitdance config print CONFIG` prints the resolved tree, which",
         "the run folder keeps as `config.toml`; `bitdance config explain KEY` says what this page says of one setting.",
         "",
     ]

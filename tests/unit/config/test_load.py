@@ -125,7 +125,7 @@ def test_unknown_key_in_a_list_of_tables_names_its_file(config_path: Path) -> No
         ),
         (
             "sample.size_px=[1,2,3]",
-            "sample.size_px = [1, 2, 3]: expected a pair of integers, such as sample.size_px='[512, 512]'; got a list of",
+            "sample.size_px = [1, 2, 3]: expected a pair of integers, such as sample.size_px='[512, 512]'; got",
         ),
         (
             "data.shards=x",
