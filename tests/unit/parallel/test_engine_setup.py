@@ -1,4 +1,4 @@
-"""What importing the engines must not load, and that what was hidden from them is there afterwards."""
+"""The engines do not load what is not used here, and what was hidden from them is available afterwards."""
 
 from __future__ import annotations
 
