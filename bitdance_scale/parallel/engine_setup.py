@@ -87,7 +87,7 @@ class _TorchWithoutCuda(ModuleType):
 def no_compiler() -> Iterator[None]:
     """Within it `torch.compile` returns a function as it is, for engine code that is decorated but never called here.
 
-    To decorate a function with `torch.compile` loads the compiler, which takes four seconds of processor time.
+    Decorating a function with `torch.compile` loads the compiler, which takes four seconds of processor time.
     Megatron-core decorates its fused layers when it is imported, DeepSpeed its Muon optimiser when an engine is built.
     """
     with mock.patch.object(torch, "compile", lambda function: function):
