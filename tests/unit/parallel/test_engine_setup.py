@@ -1,4 +1,4 @@
-"""What importing the engines must not load, and that what was hidden from them is there afterwards."""
+"""The engines do not load what is not used here, and what was hidden from them is available afterwards."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+
+from tests.distributed.spawn import run_ranks
+from tests.distributed.toy import toy_config
 
 IMPORTS = """
 import sys
@@ -40,3 +43,14 @@ def test_an_imported_package_stays():
 def test_warnings_of_the_engines_are_not_shown():
     done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True)
     assert "Apex" not in done.stderr and "CUDA_DEVICE_MAX_CONNECTIONS" not in done.stderr
+
+
+def _builds_without_compiler(_rank: int) -> bool:
+    from tests.distributed.layout_run import make_engine
+
+    make_engine(toy_config())
+    return "torch._inductor.compile_fx" not in sys.modules
+
+
+def test_engines_are_built_without_the_compiler():
+    assert run_ranks(1, _builds_without_compiler) == [True]
