@@ -48,7 +48,7 @@ class RunSection:
     )
     start_from: str = setting(
         "",
-        doc="Where a new run takes its weights from: a checkpoint, a run folder or a converted release, of any layout "
+        doc="Where a new run takes its weights from: a checkpoint, a run folder or an imported release, of any layout "
         "and dtype; optimiser and counters start from nothing. Empty: random weights.",
     )
     start_from_any: bool = setting(

@@ -118,7 +118,7 @@ def test_other_bits_are_refused(overrides: list[str], bits: Path, tmp_path: Path
         ({"tokenizer": "0"}, "made with tokenizer = "),
         ({"max_upscale": 2.0}, "made with max_upscale = 1.0, now it is 2.0"),
     ):
-        with pytest.raises(DataError, match=f"{message}.*Run tools/encode_shards.py"):
+        with pytest.raises(DataError, match=f"{message}.*Run `bitdance encode`"):
             BitStore(bits, index, wanted | change)
     with pytest.raises(DataError, match="no bits are there"):
         BitStore(tmp_path, index, wanted)
