@@ -117,7 +117,7 @@ class RunObserver(RunSinks):
     def _draw_overview(self) -> None:
         try:
             self.log_picture(self._last_step, "overview", draw_overview(self.run_folder))
-        except Exception:  # No run ends over its picture.
+        except Exception:  # A picture must not end a run.
             logger.warning("%s could not be drawn", OVERVIEW_FILE, exc_info=True)
         self._drawn_step = self._last_step
 
