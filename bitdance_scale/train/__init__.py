@@ -9,4 +9,6 @@ text_to_image.py  the text-to-image job, with start_checks.py, step_feed.py, pro
                   run_observer.py
 tokenizer.py      the tokenizer's job, with tokenizer_objective.py, tokenizer_evaluation.py and tokenizer_records.py
 encode_bits.py    images into bit shards: no training, but it starts, stops and ends like it
+
+All ranks call everything alike, so that no rank waits for another in a collective.
 """
