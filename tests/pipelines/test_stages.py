@@ -34,6 +34,8 @@ def _run(*command: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+# Four stages, an export and a picture; slow cores need more than the usual limit.
+@pytest.mark.timeout(600)
 def test_pretraining_to_the_pictures_of_the_distilled_model(tmp_path):
     settings = [
         setting

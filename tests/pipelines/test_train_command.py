@@ -62,7 +62,7 @@ def test_two_machines_make_one_run(run):
     assert [point.step for point in metrics] == [1, 2]
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(540)
 def test_a_refusal_of_the_ranks_is_the_last_thing_on_both_screens(run):
     folder, overrides = run
     for code, printed in two_machines(folder, *overrides, "model.num_layers=3"):
@@ -71,7 +71,7 @@ def test_a_refusal_of_the_ranks_is_the_last_thing_on_both_screens(run):
         assert printed.rstrip().splitlines()[-1].startswith("CheckpointError: ")
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(540)
 def test_a_request_to_stop_saves_and_ends_with_75(run):
     folder, overrides = run
     process = start([*TRAIN, *overrides, "run.steps=5000", "--nproc", "2"], folder)
