@@ -9,13 +9,13 @@ BIN := $(VENV)/bin
 NPROC ?= 2
 # Test processes side by side. What shares a fixture stays together; in the order of the files, as the longest come first.
 WORKERS ?= 2
-CONFIG ?= bitdance_scale/config/files/demo.toml
+CONFIG ?= demo
 # The stamp carries the folder: a copied checkout would otherwise run the package of the original.
 STAMP := $(VENV)/installed-$(shell pwd -P | cksum | cut -d' ' -f1)
 # Which Python makes the environment; the first of 3.11 or newer unless PYTHON= names one.
 FIND_PYTHON = for python in $(PYTHON) python3 python3.11 python3.12 python3.13 python3.14; do \
 	"$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$python"; break; }; done
-# An environment whose Python is gone (upgraded, removed) is made anew.
+# An environment whose Python is gone (upgraded, removed) is made again.
 ifneq ($(wildcard $(STAMP)),)
 $(shell $(BIN)/python -c '' 2>/dev/null || rm -f $(STAMP))
 endif
@@ -43,15 +43,14 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt tests/transformers-4.57.txt
 	@touch $@
 
 demo-data: setup
-	$(BIN)/python tools/make_demo_shards.py data/demo --images 4000
-	$(BIN)/python tools/make_demo_shards.py data/demo_held_out --images 200 --seed 1000
+	$(BIN)/bitdance demo-data data/demo --images 4000
+	$(BIN)/bitdance demo-data data/demo_held_out --images 200 --seed 1000
 
 pretrain: demo-data  ## draw the demo images, train on them; ARGS= overrides settings, NPROC= processes
-	$(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$(NPROC) pipelines/pretrain.py $(CONFIG) $(ARGS)
+	$(BIN)/bitdance train $(CONFIG) --nproc $(NPROC) $(ARGS)
 
 recipe: demo-data  ## all four stages of the demo, export, scene scores and a report; ARGS= goes to tools/recipe.py
-	$(BIN)/python tools/recipe.py $(addprefix bitdance_scale/config/files/,demo.toml ct_demo.toml sft_demo.toml distill_demo.toml) \
-		--nproc $(NPROC) $(ARGS)
+	$(BIN)/python tools/recipe.py demo ct_demo sft_demo distill_demo --nproc $(NPROC) $(ARGS)
 
 lint: setup  ## format, rules of style, types, layers
 	$(BIN)/ruff format --check --quiet .

@@ -5,7 +5,7 @@
 The batches are those of Table 4 (arXiv 2602.14041) with the configured buckets. Aspect ratios are log-normal with a
 median wider than high, as of photographs; captions have a log-normal length with a median of 45 tokens. Costs are
 those of the 14B backbone (`packing.CostModel`). With fixed packs (`data.pack_multiple = data.max_pack_tokens`) every
-pack is padded to the cap, which the search of `tools/pack_length.py` chooses on other batches than the measured ones.
+pack is padded to the cap, which the search of `bitdance pack-length` chooses on other batches than the measured ones.
 In the baseline each replica packs its share of the batch alone, in the order of the plan, with a new pack where the
 next sample does not fit.
 """

@@ -25,10 +25,12 @@ from pathlib import Path
 from recipe_report import ScoredModel, StageReport, write_report
 
 from bitdance_scale.atomic_files import new_folder, write_text
+from bitdance_scale.cli.command import CommandParser, run_command
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.config.training_stages import STAGES
 from bitdance_scale.errors import BitDanceError, ConfigError
+from bitdance_scale.train.process import EXIT_COMPLETE
 
 TOOLS = Path(__file__).resolve().parent
 STEPS, GUIDANCE = (10, 25, 50), (1.0, 2.0, 3.0, 5.0, 7.5)
@@ -180,7 +182,7 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def sides_of(config: RunConfig) -> list[int]:
-    """Sides in pixels of the squares that a stage is scored at: that of its samples first, then its largest class."""
+    """Sides in pixels of the squares that a stage is scored at: its samples' first, then its largest resolution's."""
     largest = max(resolution.side_px for resolution in config.data.resolutions if resolution.share > 0)
     return list(dict.fromkeys([config.sample.size_px[0], largest]))
 
@@ -197,38 +199,37 @@ def _run(command: Sequence[str], folder: Path | None = None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line; returns the exit code."""
+    parser = CommandParser(None, __doc__)
     parser.add_argument("configs", type=Path, nargs="+", help="configurations in the order of the stages")
     parser.add_argument("--out", type=Path, default=Path("runs/recipe"), help="results (default: %(default)s)")
     parser.add_argument("--nproc", type=int, default=2, help="processes of each run (default: %(default)s)")
     parser.add_argument("--per-category", type=int, default=10, help="pictures per category (default: %(default)s)")
     parser.add_argument("--thorough", action="store_true", help="an untrained model and the sweeps as well")
     parser.add_argument("--sweep-per-category", type=int, default=20, help="the same in sweeps (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    return run_command(parser, arguments, _make)
+
+
+def _make(options: argparse.Namespace) -> int:
     begun_s = time.monotonic()
-    try:
-        recipe = Recipe(options.configs, options.out, options.nproc)
-        names, sides = [], {}
-        if options.thorough:
-            names.append("untrained")
-            sides["untrained"] = sides_of(recipe.configs[0])[:1]
-            recipe.export("untrained", recipe.train_untrained())
-        for number, config in enumerate(recipe.configs):
-            names.append(config.run.stage)
-            # The largest pictures take longest; two stages are enough to compare blocks of 16 and 64 tokens at them.
-            is_early = number < len(recipe.configs) - 2
-            sides[config.run.stage] = sides_of(config)[: 1 if is_early else None]
-            recipe.export(config.run.stage, recipe.train(number))
-        sweep_per_category = options.sweep_per_category if options.thorough else None
-        jobs = plan_jobs(names, sides, options.per_category, sweep_per_category)
-        recipe.score(jobs)
-        path = recipe.report(jobs)
-    except BitDanceError as error:
-        print(f"recipe: {error}", file=sys.stderr)
-        return 1
+    recipe = Recipe(options.configs, options.out, options.nproc)
+    names, sides = [], {}
+    if options.thorough:
+        names.append("untrained")
+        sides["untrained"] = sides_of(recipe.configs[0])[:1]
+        recipe.export("untrained", recipe.train_untrained())
+    for number, config in enumerate(recipe.configs):
+        names.append(config.run.stage)
+        # The largest pictures take longest; two stages are enough to compare blocks of 16 and 64 tokens at them.
+        is_early = number < len(recipe.configs) - 2
+        sides[config.run.stage] = sides_of(config)[: 1 if is_early else None]
+        recipe.export(config.run.stage, recipe.train(number))
+    sweep_per_category = options.sweep_per_category if options.thorough else None
+    jobs = plan_jobs(names, sides, options.per_category, sweep_per_category)
+    recipe.score(jobs)
+    path = recipe.report(jobs)
     print(f"{path}: {(time.monotonic() - begun_s) / 60:.1f} minutes")
-    return 0
+    return EXIT_COMPLETE
 
 
 if __name__ == "__main__":

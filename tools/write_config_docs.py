@@ -29,11 +29,11 @@ def config_page() -> str:
         f"Generated from `bitdance_scale/config/schema.py` by `{COMMAND}`.",
         "",
         "A run is one TOML file and any number of overrides: `bitdance train CONFIG section.key=value ...`, each value",
-        "written as in TOML (a bare word is a string). CONFIG may also be the name of a configuration that comes with the",
-        'package (`bitdance config list`). With a top-level `extends = "other.toml"`, or `extends = "pt_14b"`, a file',
-        "changes the settings of another, which may extend a third. Later layers win: defaults, `model.preset`, the",
-        "extended files, the file, the overrides. `bitdance config print CONFIG` prints the resolved tree, which the run",
-        "folder keeps as `config.toml`; `bitdance config explain KEY` says what this page says of one setting.",
+        "written as in TOML (a bare word is a string). CONFIG may also be the name of a configuration that comes with",
+        'the package (`bitdance config list`). With a top-level `extends = "other.toml"`, or `extends = "pt_14b"`, a',
+        "file changes the settings of another, which may extend a third. Later layers win: defaults, `model.preset`,",
+        "the extended files, the file, the overrides. `bitdance config print CONFIG` prints the resolved tree, which",
+        "the run folder keeps as `config.toml`; `bitdance config explain KEY` says what this page says of one setting.",
         "",
     ]
     for section, schema in field_types(RunConfig).items():
@@ -71,8 +71,8 @@ def rules_page() -> str:
                 "# Rules of a configuration",
                 "",
                 f"Generated from `bitdance_scale/config/` by `{COMMAND}`. All of them are checked before any process",
-                "starts, those over the number of ranks where it is known: `bitdance check CONFIG --ranks 64`. A refusal",
-                "lists every broken rule with the setting, its value and a fix.",
+                "starts, those over the number of ranks where it is known: `bitdance check CONFIG --ranks 64`. A",
+                "refusal lists every broken rule with the setting, its value and a fix.",
                 "",
                 rules_table(),
             ]

@@ -147,7 +147,7 @@ def open_checkpoint(
     """Checks a checkpoint without reading a tensor.
 
     Args:
-        where: a checkpoint, a run folder or a converted release.
+        where: a checkpoint, a run folder or an imported release.
         tokenizer: folder of its text tokenizer; None: as in its configuration.
         autoencoder: weights file of its autoencoder; None: as in its configuration.
         dtypes: dtypes of parts, in place of those of the release that it started from.

@@ -87,7 +87,7 @@ def find_checkpoint(where: str | Path, group: dist.ProcessGroup | None = None) -
     """The checkpoint that a path refers to; a collective over `group`.
 
     Args:
-        where: a checkpoint (`step_00001000`); or a folder of checkpoints, a run folder or a converted release, whose
+        where: a checkpoint (`step_00001000`); or a folder of checkpoints, a run folder or an imported release, whose
             latest checkpoint is taken.
         group: the ranks that ask; None: all, or this process alone without a process group.
 
@@ -123,7 +123,7 @@ def load_start_weights(
 ) -> dict[str, Any]:
     """Fills the weights of a model and their float32 masters in place from a checkpoint; a collective.
 
-    Both come from the checkpoint's masters. A converted release has none; then both come from its weights as stored.
+    Both come from the checkpoint's masters. An imported release has none; then both come from its weights as stored.
 
     Args:
         path: a committed checkpoint.
@@ -204,9 +204,9 @@ def _find(where: Path) -> Path | None:
     if _checkpoints(where).is_dir():
         return None
     if (where / MODEL_CONFIG_NAME).is_file():
-        fix = "it is a Hugging Face folder: convert it with tools/convert_from_hf.py first"
+        fix = f"it is a Hugging Face folder: import it first with `bitdance import {where} OUT`"
     else:
-        fix = "name a run folder, a converted release or one checkpoint of them (checkpoints/step_...)"
+        fix = "name a run folder, an imported release or one checkpoint of them (checkpoints/step_...)"
     raise CheckpointError(f"{where}: no checkpoint is there; {fix}")
 
 

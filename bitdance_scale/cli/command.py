@@ -72,10 +72,9 @@ class CommandParser(argparse.ArgumentParser):
 
 def positive(text: str) -> int:
     """The type of an option that is a number of things."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least 1")
+    return int(text)
 
 
 def run_command(

@@ -177,8 +177,11 @@ class Relay:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
-        """Runs torchrun to its end and returns its exit code."""
+    def forwarded(self, num_ranks: int) -> None:
+        """Called when the request was first passed on, to so many ranks."""
+
+    def run(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
+        """Runs torchrun to its end and returns its exit code; without an environment it has that of this process."""
         # An ignored signal stays ignored in the programs that a process starts. This process has one thread.
         process = subprocess.Popen(command, env=environment, preexec_fn=_ignore_stop_signals)  # noqa: PLW1509
         next_s = 0.0
@@ -186,8 +189,11 @@ class Relay:
             if self._is_killed:
                 self._kill(process)
             elif self._is_asked and time.monotonic() >= next_s:
-                for rank in children(process.pid):
+                ranks = children(process.pid)
+                for rank in ranks:
                     _send(rank, signal.SIGUSR1)
+                if next_s == 0.0:
+                    self.forwarded(len(ranks))
                 next_s = time.monotonic() + REPEAT_S
             time.sleep(POLL_S)
         return process.returncode

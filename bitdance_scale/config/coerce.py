@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import shlex
 import types
 import typing
@@ -29,6 +30,7 @@ _SCALARS: Mapping[object, tuple[str, str]] = {
     str: ("string", "strings"),
 }
 _INVALID = object()
+_WORD = re.compile(r"(?!(?:true|false|inf|nan)$)[A-Za-z_][\w./:-]*")
 
 
 def is_schema(hint: object) -> TypeGuard[type[Any]]:
@@ -82,9 +84,9 @@ def example_override(path: Path, field: dataclasses.Field[Any], hint: object) ->
     if text is None:
         has_default = field.default is not dataclasses.MISSING and field.default not in ("", ())
         text = toml_value(field.default) if has_default else _any_value(hint)
-    # A string that reads like no other TOML value needs no quotes.
-    word = text[1:-1] if hint is str and text[1:-1].isidentifier() else text
-    return f"{dotted(path)}={shlex.quote(word)}"
+    # A string that is no other TOML value needs no quotes.
+    is_word = hint is str and _WORD.fullmatch(text[1:-1]) is not None
+    return f"{dotted(path)}={shlex.quote(text[1:-1] if is_word else text)}"
 
 
 def _any_value(hint: object) -> str:

@@ -48,7 +48,7 @@ class RunSection:
     )
     start_from: str = setting(
         "",
-        doc="Where a new run takes its weights from: a checkpoint, a run folder or a converted release, of any layout "
+        doc="Where a new run takes its weights from: a checkpoint, a run folder or an imported release, of any layout "
         "and dtype; optimiser and counters start from nothing. Empty: random weights.",
     )
     start_from_any: bool = setting(
@@ -69,7 +69,9 @@ class ModelSection:
     """The backbone: a Qwen3 decoder (arXiv 2602.14041 Sec. 4.3)."""
 
     preset: str = setting(
-        "", doc="Name in `config/presets.py` that fills this section and `head.width`; explicit settings win."
+        "",
+        doc="Name in `config/presets.py` that fills this section and `head.width`; explicit settings win.",
+        example='"qwen3-0.6b"',
     )
     num_layers: int = setting(doc="Transformer layers.")
     hidden_size: int = setting(doc="Width of the residual stream.")

@@ -146,7 +146,7 @@ def read_tables(path: Path) -> tuple[dict[str, Any], dict[int, BitTable]]:
             }
     except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path}: no usable bit shard ({error!r}). Delete it and run tools/encode_shards.py again."
+            f"{path}: no usable bit shard ({error!r}). Delete it and run `bitdance encode` again."
         ) from error
     return meta, tables
 
@@ -185,7 +185,7 @@ def write_table(folder: Path, index: Index, recipe: Mapping[str, Any]) -> None:
         if meta != shard_meta(index, row, recipe):
             raise DataError(
                 f"{path}: made from other images than those of {entry.path}, or with other settings. Delete it and run "
-                "tools/encode_shards.py again."
+                "`bitdance encode` again."
             )
         stop = start + entry.num_samples
         for (side_px, field), column in columns.items():
@@ -201,7 +201,7 @@ class BitStore:
     """The bits of a data set, by sample; safe to use from several threads.
 
     Args:
-        folder: folder that `tools/encode_shards.py` wrote.
+        folder: folder that `bitdance encode` wrote.
         index: the data set.
         recipe: the recipe that the bits must have (`recipe`).
 
@@ -215,7 +215,7 @@ class BitStore:
         self._stores = Stores()
         self._token_bytes = recipe["num_bits"] // 8
         path = self._folder / TABLE_NAME
-        again = "Run tools/encode_shards.py with this configuration."
+        again = "Run `bitdance encode` with this configuration."
         try:
             table = json.loads(path.read_text())
             found, index_hash = table["recipe"], table["index"]
@@ -263,7 +263,7 @@ class BitStore:
             raise DataError(
                 f"data.bits_dir: sample {self._index.name(sample)} of {self._index.shard_path(sample)} has no bits for "
                 f"resolution {side_px} px: filters left it out when the shards were encoded. Run "
-                "tools/encode_shards.py with this configuration."
+                "`bitdance encode` with this configuration."
             )
         raise SampleError(_CAUSES[error_code - 1], "when the shards were encoded")
 
@@ -272,7 +272,7 @@ class BitStore:
             return BitTable(**{field: _mapped(_column_path(self._folder, side_px, field)) for field in _COLUMNS})
         except (OSError, ValueError) as error:
             raise DataError(
-                f"data.bits_dir: {self._folder}: the table is damaged ({error}). Run tools/encode_shards.py again."
+                f"data.bits_dir: {self._folder}: the table is damaged ({error}). Run `bitdance encode` again."
             ) from error
 
 

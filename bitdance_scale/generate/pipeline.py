@@ -61,7 +61,7 @@ class BitDancePipeline:
         """Loads a published folder.
 
         Args:
-            folder: a local folder as `tools/convert_to_hf.py` or the release writes it; nothing is downloaded.
+            folder: a local folder as `bitdance export` or the release writes it; nothing is downloaded.
             dtype: of weights and activations; default bfloat16 on CUDA, float32 elsewhere.
             device: default CUDA where there is one.
 

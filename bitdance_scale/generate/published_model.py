@@ -103,7 +103,7 @@ def load_published(folder: str | Path, dtype: torch.dtype, device: torch.device)
     """Loads a published folder.
 
     Args:
-        folder: as `tools/convert_to_hf.py` or the release writes it.
+        folder: as `bitdance export` or the release writes it.
         dtype: of weights and activations of all parts.
         device: where they are put.
 

@@ -125,7 +125,7 @@ def estimate_memory_here(
 ) -> MemoryEstimate:
     """`estimate_memory` in this process, which joins the fake job for good.
 
-    `packs` are the micro-batches of a step, all of which run; None stands for those of `estimate_memory`.
+    `packs` are the micro-batches of a step, all of which run; None: as in `estimate_memory`.
     """
     assert config.parallel.zero_stage < 3 or rank == 0, "under ZeRO-3 ranks compare values with rank 0, which is fake"
     topology = join_fake_job(world_size, rank, config.parallel)
@@ -226,7 +226,7 @@ def _inputs(pack: Pack, config: RunConfig) -> PackInputs:
 def _copy(inputs: PackInputs, log: StorageLog) -> PackInputs:
     """The same in tensors without memory; a pack that a batch holds twice is copied twice, as in training."""
 
-    # Any, because it rebuilds tensors, tuples and dataclasses alike.
+    # Any, because it rebuilds tensors, tuples and dataclasses.
     def copy(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             new = torch.empty_like(value)

@@ -22,6 +22,7 @@ from deepspeed.utils import safe_get_full_grad
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.inputs import PackInputs
+from bitdance_scale.parallel.engine_setup import no_compiler
 from bitdance_scale.parallel.parameter_names import Parameters, name_parameters
 from bitdance_scale.parallel.partition import ShardedValue, fragment_pieces, whole_pieces
 from bitdance_scale.parallel.pipeline_stages import RankStages, Stage
@@ -122,13 +123,14 @@ class ZeroEngine:
             weight_decay=config.optim.weight_decay,
             fused=topology.device.type == "cuda" if is_fused is None else is_fused,
         )
-        self._engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            config=deepspeed_config(config, topology.data_size, _num_elements(self.parameters)),
-            mpu=topology,
-            dist_init_required=False,
-        )
+        with no_compiler():
+            self._engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                config=deepspeed_config(config, topology.data_size, _num_elements(self.parameters)),
+                mpu=topology,
+                dist_init_required=False,
+            )
         self._optimizer = self._engine.optimizer
         self._adam = self._engine.basic_optimizer
         self._make_moments()

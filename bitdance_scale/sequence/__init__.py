@@ -1,1 +1,1 @@
-"""Samples as sequences: text tokens, block raster order, layout of packs, noise."""
+"""Samples as sequences: text tokens, layout of packs, who sees whom, noise."""

@@ -280,7 +280,7 @@ def _load_sentencepiece(section: TextSection, block_tokens: int) -> TextTokenize
     try:
         processor = SentencePieceProcessor(model_file=str(section.tokenizer_path))
     except (OSError, RuntimeError) as error:
-        raise ConfigError(f"text.path = {section.path!r}: is no sentencepiece model: {error}") from error
+        raise ConfigError(f"text.path = {section.path!r}: is not a sentencepiece model: {error}") from error
     pieces = {processor.id_to_piece(index) for index in range(processor.vocab_size())}
     names = (*MARKUP_TOKENS, *_resolution_names(), *_query_names(block_tokens))
     clashing = [name for name in names if name in pieces]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -154,6 +155,8 @@ def run_encode(config: RunConfig, folder: Path, num_verified: int) -> int:
     Raises:
         BitDanceError: on all ranks, what the user can mend.
     """
+    # There is no run folder for a log file.
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     # No bits are wanted where they are made.
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, bits_dir=""))
     # Ranks that are done wait for those that are not. All ranks encode, whatever the layout of the run.

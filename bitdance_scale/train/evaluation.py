@@ -24,7 +24,7 @@ from bitdance_scale.train.shared_index import training_index
 from bitdance_scale.train.step_feed import StepReader
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
-# Equal parts of the flow time in which losses are told apart.
+# Losses are given for so many equal parts of the flow time.
 NUM_TIME_PARTS = 5
 
 

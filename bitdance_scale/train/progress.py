@@ -1,4 +1,4 @@
-"""What a run has done so far, and the metrics of each logged step made of it."""
+"""What a text-to-image run has done so far, and the metrics of its logged steps."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Progress:
     """Counts since the start of the run; they survive a resume.
 
     Attributes:
-        step: optimiser steps taken (or refused, see `skipped_steps`).
-        images: images seen, skipped_samples left out.
+        step: optimiser steps taken, those of `skipped_steps` included.
+        images: images trained on, skipped samples left out.
         tokens: positions seen, padding left out.
         images_by_resolution: resolution (`side_px`) -> images planned.
-        skipped_samples: images that could not be used.
-        sample_errors: cause (`data_errors.ErrorCause`) -> images with it, those trained without their caption too.
-        skipped_steps: steps refused because a gradient was not finite.
+        skipped_samples: samples that could not be used.
+        sample_errors: cause (`data_errors.ErrorCause`) -> samples with it, those trained without their caption too.
+        skipped_steps: steps that changed nothing, because a gradient was not finite.
     """
 
     step: int = 0

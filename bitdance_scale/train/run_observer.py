@@ -117,26 +117,23 @@ class RunObserver(RunSinks):
     def _draw_overview(self) -> None:
         try:
             self.log_picture(self._last_step, "overview", draw_overview(self.run_folder))
-        except Exception:  # No run ends over its picture.
+        except Exception:  # A picture must not end a run.
             logger.warning("%s could not be drawn", OVERVIEW_FILE, exc_info=True)
         self._drawn_step = self._last_step
 
 
 def draw_overview(run_folder: Path) -> Path:
     """Draws the page of a run from what its folder holds."""
-    # It imports matplotlib, which only the rank that draws needs.
-
-    path = run_folder / OVERVIEW_FILE
     # matplotlib takes a second to import, and only the rank that draws needs it.
     from bitdance_scale.observe.overview import overview, read_run
 
-    page = overview([read_run(run_folder)])
-    write_bytes(path, page)
+    path = run_folder / OVERVIEW_FILE
+    write_bytes(path, overview([read_run(run_folder)]))
     return path
 
 
 def sources_summary(uses: Sequence[StreamUse]) -> str:
-    """One line per source: images that the run takes of it, and how often it goes through those of each class."""
+    """One line per source: images that the run takes of it, and how often it goes through those of each resolution."""
     by_source: dict[str, list[StreamUse]] = {}
     for use in uses:
         by_source.setdefault(use.source, []).append(use)

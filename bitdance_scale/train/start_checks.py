@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME, TENSORS_DIR, TrainState, read_state
+from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME, TENSORS_DIR, TrainState, read_run_section, read_state
 from bitdance_scale.checkpoint.start_weights import NewQueries, check_network
 from bitdance_scale.checkpoint.tensor_index import read_index
 from bitdance_scale.config.load import load_network
@@ -26,7 +24,7 @@ SAME_SETTINGS = (
     ("model", "head_dim"),
     ("head", "head_dim"),
 )
-"""Section and name of the settings that decide what the parameters compute and do not show in all of their shapes."""
+"""Section and name of settings that change what the parameters compute without changing all of their shapes."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def check_start(path: Path, config: RunConfig) -> Start:
     """Compares a checkpoint with the stage that is to start from it, reading no tensor.
 
     Raises:
-        ConfigError: it is of a stage that this one does not follow, of a run that has not finished, of blocks of
+        ConfigError: it is of a stage that this one does not follow, of a run that has not finished, with blocks of
             another side than the stage may start from, or trained with another of `SAME_SETTINGS`.
         CheckpointError: it is damaged, or of another network.
     """
@@ -90,7 +88,7 @@ def check_resume(path: Path, config: RunConfig) -> None:
     Raises:
         ConfigError: it is of another stage, or was trained with another of `SAME_SETTINGS`.
     """
-    network, stage = load_network(path / CONFIG_NAME), _run_section(path).get("stage", config.run.stage)
+    network, stage = load_network(path / CONFIG_NAME), read_run_section(path).get("stage", config.run.stage)
     if stage != config.run.stage:
         raise ConfigError(
             f"run.name = {config.run.name!r}: {path} is of stage {stage!r}, and this is stage {config.run.stage!r}; "
@@ -109,15 +107,11 @@ def _check_meaning(path: Path, network: NetworkConfig, config: RunConfig) -> Non
             )
 
 
-def _run_section(path: Path) -> dict[str, Any]:
-    return tomllib.loads((path / CONFIG_NAME).read_text(encoding="utf-8")).get("run", {})
-
-
 def _check_order(path: Path, state: TrainState, config: RunConfig) -> None:
     """The stage of the checkpoint's run against the one that is to start."""
     stage = STAGES[config.run.stage]
     anyway = "or set run.start_from_any=true to start anyway"
-    run = _run_section(path)
+    run = read_run_section(path)
     if "steps" not in run:
         # An import, made by no stage.
         if stage.follows and state.release.get("kind") == "Qwen3":

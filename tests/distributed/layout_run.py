@@ -1,4 +1,4 @@
-"""One training run under a layout, told in global terms; imported by the spawned ranks."""
+"""One training run under a layout, recorded in global names; imported by the spawned ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.distributed.toy import VOCAB_SIZE, lopsided_packs, toy_packs
 
 @dataclass
 class RankRecord:
-    """What one rank saw: losses of every step, and its slices of the first gradients and of the final weights."""
+    """What one rank records: losses of every step, and its slices of the first gradients and of the final weights."""
 
     losses: list[tuple[float, float, float]]
     grad_norms: list[float]
@@ -39,7 +39,7 @@ def make_engine(config: RunConfig) -> tuple[object, Topology]:
 
 
 def _disturb(parameters: dict[str, object]) -> None:
-    """Moves every weight off its initial value: adaLN starts at zero, which hides the gradients behind it."""
+    """Moves every weight off its initial value: adaLN starts at zero, which makes the gradients before it zero."""
     for name, (parameter, placement) in parameters.items():
         numbers = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         noise = torch.randn(placement.global_shape, generator=numbers) * 0.05
@@ -59,7 +59,7 @@ def step_inputs(
 
 
 def train(rank: int, config: RunConfig, num_micro: int, num_steps: int, is_lopsided: bool = False) -> RankRecord:
-    """Runs `num_steps` optimiser steps, on packs of very uneven targets if asked for."""
+    """Runs `num_steps` optimiser steps; with `is_lopsided` on packs with very uneven targets."""
     engine, topology = make_engine(config)
     from bitdance_scale.parallel.partition import whole_pieces
     from bitdance_scale.parallel.step import accumulate_gradients, count_targets

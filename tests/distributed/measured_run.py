@@ -1,4 +1,4 @@
-"""What a real run on real ranks allocates, told by the allocator; imported by the spawned ranks."""
+"""What a real run on real ranks allocates, measured at the allocator; imported by the spawned ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NUM_MICRO = 2
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes on one rank, inputs left out.
+    """Bytes on one rank, without the inputs.
 
     Attributes:
         storages: of the tensors that the engine keeps, by kind.
@@ -68,7 +68,7 @@ def measure(_rank: int, config: RunConfig, is_fused: bool) -> Measured:
     from bitdance_scale.parallel.step import accumulate_gradients, count_targets
     from bitdance_scale.parallel.zero import ZeroEngine
 
-    # Before the profiler, which then does not count them.
+    # Made before the profiler starts, so that it does not count them.
     batch = [_inputs(config, index) for index in range(NUM_MICRO)]
     not_counted = _tensors()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -92,7 +92,7 @@ def _peak(profiler: profile, left: set[int]) -> int:
 
     Releases by gloo's threads are not reported. Their reference can be the last one only right after a collective, when
     this thread has let go already: a block without a reported release that is not in use at the end (`left`, addresses)
-    is taken as released at once. Otherwise such blocks would pile up.
+    counts as released at once. Otherwise such blocks would pile up.
     """
     events = list(_flatten(profiler.profiler.kineto_results.experimental_event_tree()))
     begin = next(event.start_time_ns for event in events if event.name == "step 1")
@@ -101,7 +101,7 @@ def _peak(profiler: profile, left: set[int]) -> int:
         for event in events
         if event.tag == _EventType.Allocation
     )
-    # The next thing reported about an address, going backwards: True if it is a release.
+    # Going backwards, the next event reported about an address: True if it is a release.
     is_released_next: dict[int, bool] = dict.fromkeys(left, True)
     counted = []
     for time_ns, address, size in reversed(changes):
@@ -122,7 +122,7 @@ def _flatten(nodes: Sequence[object]) -> Iterator[object]:
 
 
 def _tensors() -> list[torch.Tensor]:
-    """Every tensor that Python knows of."""
+    """Every tensor that Python holds."""
     gc.collect()
     return [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor) and item.device.type == "cpu"]
 

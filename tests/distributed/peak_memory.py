@@ -1,4 +1,4 @@
-"""How far a process's own memory grows while a block runs, seen from outside."""
+"""How much a process's own memory grows while a block runs, measured by another process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PeakMemory:
         stop_end, self._stop = os.pipe()
         self._child = os.fork()
         if self._child == 0:
-            # The stopping end must have one holder only, or its closing is never seen.
+            # Only one process may hold the stopping end; otherwise the other end never sees it close.
             os.close(self._stop)
             peak_bytes = 0
             while True:

@@ -1,6 +1,7 @@
 """Imported once by the server that ranks are forked from: the engines take seconds to import.
 
-Importing starts no thread and opens no process group, so forking afterwards is safe.
+`torch._dynamo` is one of their imports: PyTorch imports it when it makes an optimiser. Importing starts no thread and
+opens no process group, so forking afterwards is safe.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import threading
 
 import torch
+import torch._dynamo
 
 import bitdance_scale.checkpoint.run_checkpoint
 import bitdance_scale.parallel.build

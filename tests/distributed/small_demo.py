@@ -1,4 +1,4 @@
-"""The demo made small, for tests that run the whole trainer: few images, an untrained tokenizer, two layers."""
+"""A small version of the demo for tests that run the whole trainer: few images, an untrained tokenizer, two layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 
 def small_demo(folder: Path, *, num_steps: int, save_every: int) -> list[str]:
-    """Draws the images and the tokenizer's weights into `folder`; overrides of demo."""
+    """Draws the images and the tokenizer's weights into `folder`; returns overrides of the demo configuration."""
     from bitdance_scale.demo.shards import write_shards
     from bitdance_scale.vision.autoencoder import Autoencoder
 

@@ -78,7 +78,7 @@ def _rank_main(
     faulthandler.dump_traceback_later(max(deadline - time.time(), 0.1), exit=True, file=stack_file)
     try:
         message = ("result", fn(rank, *args))
-        # Plain pickle: the connection's own hands tensors over as shared memory, which dies with this process.
+        # Plain pickle: the connection's own would pass tensors in shared memory, which ends with this process.
         payload = pickle.dumps(message)
     except BaseException:  # noqa: BLE001  (whatever ends a rank is reported to the test)
         payload = pickle.dumps(("error", traceback.format_exc()))

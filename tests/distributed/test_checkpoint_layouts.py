@@ -30,11 +30,11 @@ LAYOUTS: list[tuple[int, dict[str, object]]] = [
     (4, {"tensor": 1, "pipeline": 2, "zero_stage": 1}),
     (4, {"tensor": 2, "pipeline": 2, "zero_stage": 1, "sequence_parallel": True, "pipeline_split": (3, 1)}),
 ]
-# Numbers of the layouts that are compared, each with each other.
+# Numbers of the layouts that are compared, each with every other.
 SAVED_LAYOUTS = {"float32": range(len(LAYOUTS)), "bfloat16": (1, 4, 7)}
 NUM_STEPS = 2
-# float32: sums in another order, as between layouts without a checkpoint. bfloat16: the next loss is of activations
-# that are rounded at 2^-8 in other places; it averages over some hundred targets.
+# float32: sums in another order, as between layouts without a checkpoint. bfloat16: the activations of the
+# next loss are rounded at 2^-8 in other places; the loss averages over some hundred targets.
 LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 Tensors = dict[str, torch.Tensor]
 
@@ -74,7 +74,7 @@ def _state(number: int, optimizer_step: int):
 
 
 def _rate(number: int) -> float:
-    """A learning rate of its own, so that no two checkpoints hold the same numbers."""
+    """A different learning rate per layout, so that no two checkpoints hold the same numbers."""
     return 1e-3 * (1 + number / 4)
 
 
@@ -185,11 +185,11 @@ def _save_all(dtype: str, root: Path) -> Saved:
         saved.tensors = _whole(records)
         save_file(saved.tensors, saved.root / f"{number}.safetensors")
         saved.next_losses[number] = records[0].next_loss
-        # The masters and moments are float32 under either dtype, the weights as trained.
+        # Masters and moments are float32 under either dtype; the weights have the dtype of training.
         for name, tensor in saved.tensors.items():
             is_weight = not name.startswith(("master.", "exp_avg.", "exp_avg_sq."))
             assert tensor.dtype == (getattr(torch, dtype) if is_weight else torch.float32), name
-    # Its loss tells a checkpoint from the others: a rate of its own moves it by more than the tolerance.
+    # The loss identifies a checkpoint: its learning rate moves the loss by more than the tolerance.
     losses = saved.next_losses.values()
     assert min(abs(a - b) for a, b in itertools.combinations(losses, 2)) > 3 * LOSS_TOLERANCE[dtype]
     return saved

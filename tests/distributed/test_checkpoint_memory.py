@@ -1,4 +1,4 @@
-"""Saving holds one file of tensors at a time and loading none: measured on real ranks, against ones that hold more."""
+"""Saving holds one file of tensors at a time, loading none: measured on real ranks, next to versions that hold more."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NUM_TENSORS = 4
 FILE_BYTES = 32 * MIB
 SHARE_BYTES = NUM_TENSORS * SHAPE[0] * SHAPE[1] * 4 // NUM_RANKS
 # Descriptions of boxes, buffers of the process group, the 256 KiB a file is hashed through, pages the allocator keeps.
-# Below a tensor (96 MiB) and a rank's share (192 MiB) by enough to tell them apart.
+# Clearly less than a tensor (96 MiB) and a rank's share (192 MiB).
 SLACK_BYTES = 8 * MIB
 SAVE_BOUND_BYTES = FILE_BYTES + SLACK_BYTES
 LOAD_BOUND_BYTES = SLACK_BYTES
@@ -70,7 +70,7 @@ def _holding_too_much(what: str) -> Iterator[None]:
 
 
 class _Slice:
-    """What safetensors gives for a tensor, of one in memory."""
+    """The interface of a safetensors slice, for a tensor in memory."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
@@ -89,7 +89,7 @@ def _measure(rank: int, folder: Path, save_waste: str, load_waste: str) -> tuple
     """Bytes that saving and loading add to what this rank holds."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    # Everything that is made at the first call is there before the measurement.
+    # Whatever the first call makes exists before the measurement.
     small = {"small": ShardedValue((1,), torch.float32, (Piece((0,), torch.zeros(1)),))}
     save_sharded(folder / "small", small)
     load_sharded(folder / "small", small)
@@ -111,7 +111,7 @@ def _measure(rank: int, folder: Path, save_waste: str, load_waste: str) -> tuple
 def test_no_rank_holds_more_than_a_file_beside_its_share(tmp_path):
     assert SHARE_BYTES > 3 * SAVE_BOUND_BYTES
     for saving_bytes, loading_bytes in run_ranks(NUM_RANKS, _measure, tmp_path, "", ""):
-        # At least the file in hand: else nothing was measured.
+        # At least the file being written; otherwise nothing was measured.
         assert FILE_BYTES / 2 < saving_bytes <= SAVE_BOUND_BYTES
         assert loading_bytes <= LOAD_BOUND_BYTES
 

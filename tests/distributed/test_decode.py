@@ -1,4 +1,4 @@
-"""Decoding with the training model: layouts and the key/value memory agree with one process without a memory."""
+"""Decoding with the training model: all layouts, cached or not, agree with one process without a cache."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def reference():
     ],
     ids=str,
 )
-def test_decoding_is_independent_of_layout_and_memory(reference, num_ranks, parallel, use_cache):
+def test_decoding_is_independent_of_layout_and_cache(reference, num_ranks, parallel, use_cache):
     records = run_ranks(num_ranks, _decode, _config(use_cache, **parallel))
     for bits, hidden, loss in records:
         assert torch.equal(bits, reference[0])
@@ -100,7 +100,7 @@ def _teacher_forced(rank: int, config, is_causal: bool) -> tuple[torch.Tensor, t
         vision = stage.embed_bits(bits, torch.from_numpy(pack.vision_cells))
         rows = text.index_copy(0, torch.from_numpy(pack.vision_positions), vision[:, None])
         document, block = pack.document_ids, pack.block_ids
-        # The rule read position by position, as the independent side.
+        # The rule written out position by position, as an independent reference.
         mask = [
             [document[i] == document[j] and (j <= i if is_causal else block[j] <= block[i]) for j in range(len(block))]
             for i in range(len(block))

@@ -1,4 +1,4 @@
-"""A p = 8 model that starts from a p = 4 one: everything that was trained is there, and it exports and samples."""
+"""A p = 8 model that starts from a p = 4 model keeps everything that was trained, and can be exported and sampled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses on held-out images: the same under every layout, and those of training's own loss."""
+"""Losses on held-out images: the same under every layout, and equal to the training loss."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _config(parallel):
 
 
 def _evaluate(rank: int, parallel: dict[str, object], trains: bool):
-    """(evaluation, what it is computed of on the last stage)."""
+    """(evaluation, what it is computed from on the last stage)."""
     config = _config(parallel)
     engine, topology = make_engine(config)
     from bitdance_scale.parallel.step import train_step
@@ -71,7 +71,7 @@ def test_every_layout_gives_the_same_losses(one_process, world_size, parallel):
 
 
 def _by_hand(rank: int):
-    """Means of the loss sums that training would report of the same inputs, with the evaluation."""
+    """Means of the loss sums that training would report for the same inputs, and the evaluation."""
     config = _config({})
     engine, topology = make_engine(config)
     from bitdance_scale.model.flow import draw_time
@@ -100,7 +100,7 @@ def test_the_means_are_those_of_training():
     vision, text, times, found = run_ranks(1, _by_hand)[0]
     assert found.vision == pytest.approx(float(vision[0] / vision[1]), rel=1e-5)
     assert found.text == pytest.approx(float(text[0] / text[1]), rel=1e-5)
-    # Parts weighted by their blocks make up the whole.
+    # The parts, weighted by their blocks, add up to the whole.
     counts = torch.histc(times, bins=5, min=0, max=1)
     parts = torch.tensor(found.vision_by_time)
     assert float((parts.nan_to_num() * counts).sum() / counts.sum()) == pytest.approx(found.vision, rel=1e-5)

@@ -12,7 +12,7 @@ from tests.distributed.spawn import run_ranks
 from tests.distributed.test_qwen3_parity import _our_weights, _qwen3
 from tests.distributed.toy import TOKENS, toy_config
 
-# Caption and grid of the two samples; of different length, so that their batch in decoding has padding.
+# Caption and grid of the two samples. They differ in length, so that their batch in decoding has padding.
 CAPTIONS = ([3, 4, 5, 6, 7, 8, 9], [10, 11])
 GRID = (4, 6)
 
@@ -50,7 +50,7 @@ def _states(rank: int, config) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     conditions = []
     stage.head.register_forward_pre_hook(lambda module, arguments: conditions.append(arguments[2]))
     projector = Projector(vision.num_bits, config.model.hidden_size, PlainLinears())
-    # Megatron-core's linears have the same names, and extra state that is none of ours.
+    # Megatron-core's linears have the same names, and extra state that is not needed here.
     projector.load_state_dict(
         {
             name: tensor

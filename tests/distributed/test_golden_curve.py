@@ -1,6 +1,6 @@
-"""The loss curve of the toy model against the recorded one: a refactor keeps it, a change of the model shows in it.
+"""The loss curve of the toy model against the recorded one: a refactor keeps it, a change of the model changes it.
 
-After a change that is meant to move the curve: `python -m tests.distributed.test_golden_curve` records it anew.
+After a change that should move the curve, `python -m tests.distributed.test_golden_curve` records it again.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ NUM_STEPS = 3
 
 @dataclass(frozen=True)
 class Layout:
-    """A way to lay the toy out; every one of them trains on the same sixteen samples.
+    """A layout of the toy model; all of them train on the same sixteen samples.
 
     Attributes:
         num_ranks: processes.
@@ -144,7 +144,7 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _gradient_errors(layout: Layout, records: list[RankRecord]) -> dict[str, float]:
-    """Relative error of every parameter's first gradient; none may be where one process has none."""
+    """Relative error of every parameter's first gradient; where one process has a zero gradient, it must be zero."""
     expected = assemble([_reference_of(layout)], "gradients")
     found = assemble(records, "gradients")
     assert found.keys() == expected.keys()
@@ -154,7 +154,7 @@ def _gradient_errors(layout: Layout, records: list[RankRecord]) -> dict[str, flo
 
 
 def _refusals(layout: Layout) -> Iterator[str]:
-    """What the rules of layouts say against it; the toy's data are not a user's, so the other rules do not apply."""
+    """What the rules about layouts object to; the other rules do not apply to the toy's data."""
     config = layout.config()
     for rule in parallel_rules.RULES:
         yield from rule.violations(config, layout.num_ranks)
@@ -218,14 +218,14 @@ def test_bfloat16_layouts_agree(layout: Layout) -> None:
 
 
 def test_flex_attention_is_another_path() -> None:
-    """Its layouts above would also agree if both masks ran the same kernels: rounding tells them apart."""
+    """The layouts above would also agree if both masks ran the same kernels; rounding shows that they do not."""
     dense, flex = (Layout(1, 1, {}, attention=attention) for attention in ("dense", "flex"))
     expected, found = (assemble(_run(layout), "gradients") for layout in (dense, flex))
     assert any(not torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_first_steps_change_the_weights() -> None:
-    """The comparison above would also hold for a trainer that does nothing."""
+    """The comparison above would also hold for a trainer that changes nothing."""
     first = reference().losses[0]
     assert all(losses != first for losses in reference().losses[1:])
 

@@ -33,11 +33,11 @@ def test_estimate_is_what_ranks_allocate(world_size, parallel, dtype, is_fused):
         assert found.held.moments == pytest.approx(real.storages["moments"], **within)
         assert found.held.buffers == pytest.approx(real.storages["buffers"], **within)
         assert found.held.gradients == pytest.approx(real.held - sum(real.storages.values()), **within)
-        # The measured rank made its inputs before it looked, and has no tokenizer.
+        # The measured rank makes its inputs before the measurement starts, and has no tokenizer.
         peak = found.peak.total - found.peak.inputs - found.peak.tokenizer
         assert peak == pytest.approx(real.peak, **within), f"rank {rank}"
         if config.parallel.recompute == "none":
-            # A comparison that parameters alone would decide says nothing about activations.
+            # If parameters alone decided the comparison, it would say nothing about activations.
             assert found.peak.activations > 0.25 * peak
 
 

@@ -1,4 +1,4 @@
-"""The 14B preset, built as the real stage on the meta device."""
+"""The 14B configuration, built as a real stage on the meta device."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def _qwen3(config):
 
 
 def _our_weights(reference, config) -> dict[str, torch.Tensor]:
-    """The backbone by our names, assembled from Qwen3's tensors by the table of checkpoint/published_names.py."""
+    """The backbone's tensors by our names, assembled from Qwen3's with the table in `checkpoint/published_names.py`."""
     from bitdance_scale.checkpoint.published_names import Part, our_tensors
 
     theirs = {f"model.{name}": tensor for name, tensor in reference.state_dict().items()}

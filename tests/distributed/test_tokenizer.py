@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_demo_shards import write_shards
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig
+from bitdance_scale.demo.shards import write_shards
 from bitdance_scale.errors import DataError
 from bitdance_scale.observe.metrics import METRICS_FILE, read_records
 from bitdance_scale.train.process import EXIT_REQUEUE

@@ -115,7 +115,7 @@ def lopsided_packs(data_rank: int, data_size: int, num_micro: int, config: RunCo
 
 
 def toy_packs(data_rank: int, data_size: int, num_micro: int, config: RunConfig) -> list[Pack]:
-    """This replica's micro-batches; the samples are dealt unevenly, so that counts differ between packs."""
+    """This replica's micro-batches; the samples are divided unevenly, so that counts differ between packs."""
     samples = toy_samples(config.data.global_batch)
     num_packs = data_size * num_micro
     # Pack 0 takes what is left after one or two samples for each of the others.

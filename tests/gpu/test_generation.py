@@ -59,7 +59,7 @@ def test_graphs_draw_the_bits_of_plain_calls(folder, dtype):
             for blocks in (graphs, plain)
         )
         # The first block sees no difference but the graph. Later ones attend over masked slots as well, which rounds
-        # otherwise, and in bfloat16 (8 bits) a bit near a tie may turn and the rest of the image with it.
+        # differently. In bfloat16 (8 bits) a bit near a tie may then flip, and the rest of the image with it.
         assert torch.equal(found[:, :16], expected[:, :16])
         if dtype is torch.float32:
             assert (found == expected).float().mean() > 0.99
@@ -78,7 +78,7 @@ def test_a_generator_of_the_cpu_gives_the_image_of_the_cpu(folder):
         ).images
         for device in ("cpu", "cuda")
     ]
-    # The same bits but for ties; the autoencoder may multiply in TF32, 10 bits, and pixels are of order 1.
+    # The same bits except near ties; the autoencoder may multiply in TF32, 10 bits, and pixels are of order 1.
     assert abs(images[0] - images[1]).mean() < 0.02
 
 

@@ -31,7 +31,7 @@ def test_decoding_with_and_without_memory_agrees():
     plain = dataclasses.replace(config, sample=dataclasses.replace(config.sample, use_cache=False))
     cached_bits, cached_hidden, _ = run_ranks(1, _decode, config, on_gpu=True)[0]
     bits, hidden, _ = run_ranks(1, _decode, plain, on_gpu=True)[0]
-    # float32 products in other shapes round differently; bits near a tie may turn.
+    # float32 products in other shapes round differently; bits near a tie may flip.
     assert (cached_bits == bits).float().mean() > 0.99
     torch.testing.assert_close(cached_hidden, hidden, rtol=1e-2, atol=1e-2)
 

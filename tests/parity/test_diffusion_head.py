@@ -68,7 +68,7 @@ def head_by_formula(weights, section, noisy, t, cond):
 
 @pytest.fixture(scope="module")
 def head() -> DiffusionHead:
-    """A head none of whose weights is zero, so that every path shows in the output."""
+    """A head without zero weights, so that every path affects the output."""
     torch.manual_seed(0)
     head = DiffusionHead(SECTION, COND_SIZE, NUM_BITS, BLOCK_TOKENS, PlainLinears())
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The pipeline against generation written as the method is described, and against itself in other batches."""
+"""The pipeline against generation written out as the paper describes it, and against itself in other batches."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_an_image_is_the_same_in_every_batch(pipeline):
     together = pipeline([*PROMPTS, "a"], generator=numbers(1, 2, 3), **SETTINGS).images
     for index, prompt in enumerate([*PROMPTS, "a"]):
         alone = pipeline(prompt, generator=numbers(index + 1), **SETTINGS).images[0]
-        # float32 rounds batches of another shape otherwise; of 1536 bits none of these is near enough to a tie.
+        # float32 rounds batches of another shape differently, but none of the 1536 bits is close enough to a tie.
         assert (together[index] == alone).all()
     reordered = pipeline(PROMPTS[::-1], generator=numbers(2, 1), **SETTINGS).images
     assert (reordered[::-1] == together[:2]).all()

@@ -12,7 +12,7 @@ from bitdance_scale.vision.quantiser import code_usage, entropy_loss, straight_t
 
 
 def enumerated(latents: torch.Tensor, num_groups: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eq. 2 of arXiv 2602.14041 read literally: distances to every code, softmax, entropies; group after group."""
+    """Eq. 2 of arXiv 2602.14041 taken literally: distances to every code, softmax and entropies, group by group."""
     size = latents.shape[1] // num_groups
     codebook = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=size)), dtype=latents.dtype)
     token, codes = [], []
@@ -43,11 +43,11 @@ def test_terms_and_gradients_equal_the_enumeration(num_bits: int, num_groups: in
 
 
 def test_extremes():
-    """Decided tokens spread evenly over all codes reach -K ln 2; undecided ones, or all alike, reach 0."""
+    """Decided tokens spread evenly over all codes reach -K ln 2; undecided or identical ones reach 0."""
     codes = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=4)))
     # exp(-4 * 10) is below float32's resolution of 1.
     torch.testing.assert_close(entropy_loss(10 * codes, 1, 1.0).loss.item(), -4 * math.log(2), rtol=1e-6, atol=0)
-    # Both terms are 4 ln 2 (undecided) or 0 (alike) up to rounding of sums of 16 values.
+    # Both terms are 4 ln 2 (undecided) or 0 (identical) up to rounding of sums of 16 values.
     assert entropy_loss(torch.zeros(16, 4), 1, 1.0).loss.item() == pytest.approx(0, abs=1e-5)
     assert entropy_loss(10 * codes[:1].expand(16, 4), 1, 1.0).loss.item() == pytest.approx(0, abs=1e-5)
 

@@ -25,7 +25,7 @@ def stand_in_for_head(seed: int):
 
 
 def at_times(predict, solver: FlowSolver):
-    """The stand-in asked by the number of the step."""
+    """The stand-in, called with the number of the step."""
     return lambda x, step: predict(x, torch.full((len(x),), solver.times[step]))
 
 
@@ -42,7 +42,7 @@ def loop_velocity(predict, x, t, guidance):
 
 
 def sample_by_loop(predict, draws, num_steps, guidance, kind):
-    """The final state before its sign, in plain steps."""
+    """The final state before its sign, computed step by step."""
     x = draws[0]
     if kind == "euler":
         for step in range(num_steps):
@@ -104,6 +104,6 @@ def test_stochastic_steps_keep_the_distribution_of_the_flow():
 
     noise = torch.randn(solver.num_draws, 500, 4, 32, generator=numbers)
     final = solve_flow(at_times(ideal, solver), noise, solver)
-    # 64000 draws know a variance to 0.6 %; 200 steps leave a discretisation error of about 1 %. A wrong factor in
-    # drift or noise moves it by 10 % or more.
+    # 64000 draws give a variance to within 0.6 %; 200 steps leave a discretisation error of about 1 %. A wrong factor
+    # in drift or noise moves it by 10 % or more.
     assert final.var().item() == pytest.approx(1.0, abs=0.03)

@@ -366,7 +366,7 @@ class TestRefusals:
         assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
     def test_no_checkpoint(self, published, tmp_path):
-        with pytest.raises(CheckpointError, match="convert it with tools/convert_from_hf.py first"):
+        with pytest.raises(CheckpointError, match="import it first with `bitdance import "):
             open_checkpoint(published)
         with pytest.raises(CheckpointError, match="no checkpoint is there; name a run folder"):
             open_checkpoint(tmp_path)

@@ -10,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from cluster.node import children, torchrun_command
+from bitdance_scale.cli.launch import children
+from cluster.node import torchrun_command
 
 ROOT = Path(__file__).parents[3]
 # Starts a worker in a session of its own, as torchrun does, and ends with it. The worker listens late.
@@ -24,9 +25,10 @@ time.sleep(60)
 """
 RUN = """
 import sys
-from cluster import node
-node.REPEAT_S = 0.5
-with node.Relay() as relay:
+from bitdance_scale.cli import launch
+from cluster.node import NodeRelay
+launch.REPEAT_S = 0.5
+with NodeRelay() as relay:
     sys.exit(relay.run([sys.executable, "-c", *sys.argv[1:]]))
 """
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitdance_scale.config.load import describe, dump_toml, load_config, setting_docs
+from bitdance_scale.config.describe import describe, setting_docs
+from bitdance_scale.config.load import dump_toml, load_config
 from bitdance_scale.config.presets import PRESETS
 from bitdance_scale.config.schema import Resolution, RunConfig, setting
+from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.errors import ConfigError
 
 
@@ -107,19 +110,31 @@ def test_unknown_key_in_a_list_of_tables_names_its_file(config_path: Path) -> No
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("run.steps=1.0", "run.steps = 1.0: expected integer, found number"),
-        ("run.steps=true", "run.steps = True: expected integer, found true or false"),
-        ("run.steps=ten", "run.steps = 'ten': expected integer, found string"),
-        ("optim.lr=fast", "optim.lr = 'fast': expected number, found string"),
-        ("optim.lr=true", "optim.lr = True: expected number, found true or false"),
-        ("optim.lr=inf", "optim.lr = inf: expected number and finite"),
-        ("run.name=7", "run.name = 7: expected string, found integer; put it in quotes"),
-        ("sample.use_cache=1", "sample.use_cache = 1: expected true or false, found integer"),
-        ("sample.size_px=[1,2,3]", "sample.size_px = [1, 2, 3]: expected (integer, integer), found list of 3"),
-        ("vision.channel_mult=2", "vision.channel_mult = 2: expected list of integer, found integer"),
-        ("vision.channel_mult=[1,2.5]", "vision.channel_mult[1] = 2.5: expected integer, found number"),
-        ("model=3", "model = 3: expected table, found integer"),
-        ("data.resolutions=[3]", "data.resolutions[0] = 3: expected table, found integer"),
+        ("run.steps=1.0", "run.steps = 1.0: expected an integer, such as run.steps=1; got a number"),
+        ("run.steps=true", "run.steps = True: expected an integer, such as run.steps=1; got true or false"),
+        ("run.seed=ten", "run.seed = 'ten': expected an integer, such as run.seed=0; got a string"),
+        ("optim.lr=fast", "optim.lr = 'fast': expected a number, such as optim.lr=0.0001; got a string"),
+        ("optim.lr=inf", "optim.lr = inf: expected a finite number, such as optim.lr=0.0001; got a number"),
+        (
+            "run.name=7",
+            """run.name = 7: expected a string, which is written in quotes: run.name='"7"'; got an integer""",
+        ),
+        (
+            "sample.use_cache=1",
+            "sample.use_cache = 1: expected true or false, such as sample.use_cache=true; got an integer",
+        ),
+        (
+            "sample.size_px=[1,2,3]",
+            "sample.size_px = [1, 2, 3]: expected a pair of integers, such as sample.size_px='[512, 512]'; got",
+        ),
+        (
+            "data.shards=x",
+            """data.shards = 'x': expected a list of strings, such as data.shards='["data/demo"]'; got one string""",
+        ),
+        ("vision.channel_mult=[1,2.5]", "vision.channel_mult[1] = 2.5: expected an integer; got a number"),
+        ("parallel.pipeline_split=1.5", "parallel.pipeline_split = 1.5: expected a string or a list of integers"),
+        ("model=3", "model = 3: expected a table of settings, such as model.preset=qwen3-0.6b; got an integer"),
+        ("data.resolutions=[3]", "data.resolutions[0] = 3: expected a table; got an integer"),
     ],
 )
 def test_wrong_type_is_refused(config_path: Path, override: str, expected: str) -> None:
@@ -225,6 +240,17 @@ def test_describe_names_every_setting_with_type_default_and_doc() -> None:
     text = describe(RunConfig)
     assert "run.steps  (integer, required)" in text
     assert "optim.eps  (number, default 1e-15)" in text
-    assert "data.resolutions[].buckets_px  (list of (integer, integer), required)" in text
-    assert "vision.channel_mult  (list of integer, default [1, 1, 2, 2, 4])" in text
+    assert "data.resolutions[].buckets_px  (list of pairs of integers, required)" in text
+    assert "vision.channel_mult  (list of integers, default [1, 1, 2, 2, 4])" in text
     assert all(doc.doc for doc in setting_docs(RunConfig))
+
+
+@pytest.mark.parametrize("schema", [RunConfig, TokenizerConfig])
+def test_every_example_is_an_override_of_the_right_type(schema: type) -> None:
+    path = {RunConfig: "demo", TokenizerConfig: "demo_tokenizer"}[schema]
+    examples = [setting.example for setting in setting_docs(schema) if setting.example]
+    assert len(examples) > 30
+    for example in examples:
+        # As a shell reads it.
+        (override,) = shlex.split(example)
+        load_config(path, [override], schema)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bitdance_scale.config.load import load_config, setting_docs
+from bitdance_scale.config.describe import setting_docs
+from bitdance_scale.config.load import load_config
 from bitdance_scale.config.ranges import CONSTRAINTS
 from bitdance_scale.config.rules import RULES, check, rules_table
 from bitdance_scale.config.schema import RunConfig
@@ -110,7 +111,7 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
     "caption named twice": (
         ["data.captions=[{source='txt'}, {source='txt', share=2}]"],
         1,
-        ["data.captions[1].source = 'txt'", "there already"],
+        ["data.captions[1].source = 'txt'", "is listed before"],
     ),
     "caption without a field": (
         ["data.captions=[{source='json:'}]"],
@@ -217,7 +218,7 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
     "wandb": (["observe.wandb_mode=on"], 1, ["observe.wandb_mode = 'on'", "auto, online, offline, disabled"]),
     "tokenizer kind": (["text.kind=hf"], 1, ["text.kind = 'hf'", "huggingface, sentencepiece"]),
     "ZeRO stage": (["parallel.zero_stage=0"], 1, ["parallel.zero_stage = 0", "one of 1, 2, 3"]),
-    "empty prompt": (['sample.prompts=["x", " "]'], 1, ["sample.prompts[1] = ' '", "not empty"]),
+    "empty prompt": (['sample.prompts=["x", " "]'], 1, ["sample.prompts[1] = ' '", "must not be empty"]),
     "no shards": (["data.shards=[]"], 1, ["data.shards = [] and data.sources = []", "no data", "name tars"]),
     "shards and sources": (
         [sources("a", 1, "b", 1)[1]],
@@ -232,7 +233,7 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
     "source without shards": (
         ["data.shards=[]", "data.sources=[{name='a', share=1, shards=[]}]"],
         1,
-        ["data.sources[0].shards = ()", "not empty"],
+        ["data.sources[0].shards = ()", "must not be empty"],
     ),
     "bucket number": ([ONE_CLASS.format("[64, 0]")], 1, ["data.resolutions[0].buckets_px[0][1] = 0", "at least 1"]),
 }
@@ -288,3 +289,13 @@ def test_table_has_a_row_for_every_rule_and_setting() -> None:
 def test_demo_can_be_trained(layout: list[str]) -> None:
     demo = CONFIGS / "demo.toml"
     check(load_config(demo, layout), 2)
+
+
+def test_rules_over_ranks_wait_until_ranks_are_known(config_path: Path) -> None:
+    config = load_config(config_path, ["parallel.tensor=2"])
+    check(config, None)
+    with pytest.raises(ConfigError, match="must divide the 3 ranks"):
+        check(config, 3)
+    assert sum(rule.needs_ranks for rule in RULES) == 3
+    with pytest.raises(ConfigError, match=r"parallel.tensor = 3: must divide"):
+        check(load_config(config_path, ["parallel.tensor=3"]), None)

@@ -47,7 +47,7 @@ def test_the_demo_run_uses_the_sizes_of_the_demo_tokenizer():
         ("data.sizes_px=[[34, 32]]", r"data.sizes_px: 34 x 32 px: sides must be multiples of the downsampling, 4 px"),
         ("data.sizes_px=[[4, 4]]", r"more than one cell"),
         ("data.images_px=65537", r"data.images_px = 65537: must be a multiple of 32 \* 32 px \* 2 ranks"),
-        ("eval.sizes_px=[]", r"eval.sizes_px is empty"),
+        ("evaluate.sizes_px=[]", r"evaluate.sizes_px is empty"),
     ],
 )
 def test_mistakes_are_named(override: str, message: str):

@@ -52,7 +52,8 @@ def test_objects_lie_inside_the_picture_apart_from_each_other():
             # Extents are rounded to four digits.
             assert min(left, top) > -1e-3 and max(right, bottom) < 1.001, scene
             assert all(
-                r < left + 0.01 or right < l + 0.01 or b < top + 0.01 or bottom < t + 0.01 for l, t, r, b in boxes
+                box[2] < left + 0.01 or right < box[0] + 0.01 or box[3] < top + 0.01 or bottom < box[1] + 0.01
+                for box in boxes
             ), scene
             boxes.append((left, top, right, bottom))
 

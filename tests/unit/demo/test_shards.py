@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bitdance_scale.cli.demo_data import main
 from bitdance_scale.demo.scenes import make_scene
-from bitdance_scale.demo.shards import main, write_shards
+from bitdance_scale.demo.shards import check_shipped_sets, write_shards
 from bitdance_scale.errors import DataError
 
 
@@ -63,10 +64,10 @@ def test_a_complete_data_set_is_left_alone(tmp_path: Path, capsys: pytest.Captur
 def test_other_arguments_are_refused_unless_forced(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "demo"
     write_shards(out, num_images=2, per_shard=2, seed=1)
-    with pytest.raises(DataError, match=r"seed 1 \(wanted 2\); use --force"):
+    with pytest.raises(DataError, match=r"seed 1 \(wanted 2\); replace it with --force"):
         write_shards(out, num_images=2, per_shard=2, seed=2)
-    assert main([str(out), "--images", "2", "--per-shard", "2", "--seed", "2"]) == 1
-    assert "use --force" in capsys.readouterr().err
+    assert main([str(out), "--images", "2", "--per-shard", "2", "--seed", "2"]) == 2
+    assert "replace it with --force" in capsys.readouterr().err
     assert main([str(out), "--images", "2", "--per-shard", "2", "--seed", "2", "--force"]) == 0
     assert json.loads((out / "dataset.json").read_text())["seed"] == 2
 
@@ -79,12 +80,12 @@ def test_a_folder_of_unknown_origin_is_never_replaced(tmp_path: Path):
 
 
 def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import make_demo_shards
+    from bitdance_scale.demo import shards
 
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(make_demo_shards, "_write_shard", interrupted)
+    monkeypatch.setattr(shards, "_write_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_shards(tmp_path / "demo", num_images=1, per_shard=1, seed=0)
     assert list(tmp_path.iterdir()) == []
@@ -107,3 +108,18 @@ def test_the_loader_reads_the_shards(tmp_path: Path):
     assert [index.caption(i) for i in range(12)] == [make_scene(0, i).caption for i in range(12)]
     crops = centre_crops(index, (32, 32), num_images=4)
     assert crops.shape == (4, 32, 32, 3) and crops.dtype == np.uint8
+
+
+def test_a_run_of_the_demo_without_its_images_is_told_how_to_draw_them(tmp_path: Path, monkeypatch, capsys):
+    from bitdance_scale.cli.main import main as bitdance
+
+    monkeypatch.chdir(tmp_path)
+    assert bitdance(["train", "demo"]) == 2
+    assert f"data/demo: no such folder in {tmp_path}" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"bitdance demo-data data/demo data/demo_held_out$"):
+        check_shipped_sets(["data/demo", "elsewhere", "data/demo_held_out"])
+    assert bitdance(["demo-data", "data/demo_held_out"]) == 0
+    assert "200 images written" in capsys.readouterr().out
+    assert json.loads((tmp_path / "data/demo_held_out/dataset.json").read_text())["seed"] == 1000
+    with pytest.raises(DataError, match=r"bitdance demo-data data/demo$"):
+        check_shipped_sets(["data/demo", "data/demo_held_out"])

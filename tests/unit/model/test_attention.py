@@ -1,6 +1,6 @@
-"""The mask against an O(n^2) reading of the rules on random packs; attention against a loop over heads.
+"""The mask against the rule written out for every pair, on random packs; attention against a loop over heads.
 
-FlexAttention against dense attention, both uncompiled with its gradients and compiled with its tiles.
+FlexAttention is compared with dense attention, uncompiled with gradients and compiled with tiles.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def random_pack(seed: int, pack_multiple: int = 32) -> tuple[Pack, list[Sample]]
 
 
 def roles(samples: list[Sample], num_positions: int) -> list[tuple[int, str, int]]:
-    """(sample, role, number in the role) of every position, read off the sequence, the padding as sample -1."""
+    """(sample, role, number in the role) of every position, from the sequence; padding is sample -1."""
     listed: list[tuple[int, str, int]] = []
     for number, sample in enumerate(samples):
         names = ["text"] * len(sample.before_ids) + ["vision_start", "res_h"]
@@ -63,7 +63,7 @@ def roles(samples: list[Sample], num_positions: int) -> list[tuple[int, str, int
 
 
 def sees(i: int, j: int, listed: list[tuple[int, str, int]]) -> bool:
-    """The rules in words: nothing across samples; the past; and the whole of one's own block or query group."""
+    """A position sees nothing of other samples, the past, and all of its own block or query group."""
     sample, role, count = listed[i]
     other_sample, other_role, other_count = listed[j]
     if sample != other_sample:

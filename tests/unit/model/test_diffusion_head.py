@@ -1,4 +1,4 @@
-"""Names, sizes, start and refusals of the diffusion head."""
+"""Names, sizes, initial values and refusals of the diffusion head."""
 
 from __future__ import annotations
 

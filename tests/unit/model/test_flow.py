@@ -1,4 +1,4 @@
-"""Losses are sums over global counts: any split of a batch gives the same loss and gradient."""
+"""The loss: any split of a batch gives the same loss and gradient, because it divides sums by global counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The 2-D table against a written-out loop; rotary against complex rotation."""
+"""The 2-D table against a plain loop; rotary angles against complex rotation."""
 
 from __future__ import annotations
 

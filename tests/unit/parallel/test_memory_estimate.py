@@ -62,7 +62,7 @@ def _resident(field: str) -> int:
 def test_a_model_of_many_gigabytes_takes_none():
     found, grown, num_parameters = run_ranks(1, _large, timeout_s=280)[0]
     assert found.peak.total > 30 * 2**30
-    # The packs are made for real (some 20 MB each, with their masks), and PyTorch imports its shape rules late.
+    # The packs are real (some 20 MB each, with their masks), and PyTorch imports its shape rules late.
     assert grown < 1000 * MIB
     # bfloat16 under ZeRO-1 on 8 replicas: 2 bytes of weights and 4 of gradients for all, 4 + 8 for an eighth. Padding
     # to the replicas is below 1e-6.

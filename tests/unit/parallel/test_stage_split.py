@@ -1,4 +1,4 @@
-"""Splitting the backbone over pipeline stages: the optimum, and what it weighs."""
+"""The split of the backbone over pipeline stages: that it is optimal, and the costs behind it."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def test_14b_over_four_ranks_beats_the_even_split() -> None:
     costs, split = stage_costs(config, VOCAB_SIZE), stage_split(config, VOCAB_SIZE)
     even = even_split(40, 4)
     assert even == (10, 10, 10, 10) and split == (11, 11, 11, 7)
-    # The head weighs 4.8 layers at the PT mix (5.2 by parameters, but text positions do not pass through it).
+    # The head costs 4.8 layers at the PT mix (5.2 by parameters, but text positions do not pass through it).
     assert costs.last / costs.layer == pytest.approx(4.8, abs=0.1)
     assert max(costs.of_stages(even)) / max(costs.of_stages(split)) > 1.2
 
 
 def test_costs_are_those_of_the_step() -> None:
-    """Added up over the stages they are the training FLOPs that utilisation is computed from."""
+    """Over all stages they add up to the training FLOPs from which utilisation is computed."""
     from bitdance_scale.observe.cost import encode_flops, step_flops
 
     config = pretraining("parallel.pipeline=4", "parallel.tensor=2", "parallel.recompute=none")
@@ -60,7 +60,7 @@ def test_costs_are_those_of_the_step() -> None:
     costs = stage_costs(config, VOCAB_SIZE)
     total = sum(costs.of_stages(stage_split(config, VOCAB_SIZE))) * num_images
     assert total == pytest.approx(step_flops(config, VOCAB_SIZE, counts).training)
-    # Eight ranks share the images of a step out.
+    # Eight ranks divide the images of a step.
     assert costs.encoder * 8 * num_images == pytest.approx(encode_flops(config.vision, counts.num_vision))
     assert sum(costs.of_ranks((10, 10, 10, 10), 4)) * num_images == pytest.approx(
         total + 4 * costs.encoder * num_images

@@ -1,4 +1,4 @@
-"""The log of storages, against memory counted by hand."""
+"""The log of storages against memory counted by hand."""
 
 from __future__ import annotations
 

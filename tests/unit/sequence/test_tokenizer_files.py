@@ -1,4 +1,4 @@
-"""Tokenizers written as files of a published folder are the tokenizers they were."""
+"""A tokenizer written as files of a published folder stays the same tokenizer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def section(path: Path, kind: str = "huggingface") -> TextSection:
 
 @pytest.fixture(scope="module", params=["huggingface", "qwen3", "sentencepiece"])
 def pair(request, tmp_path_factory) -> tuple[TextTokenizer, TextTokenizer]:
-    """(a run's tokenizer, the one loaded from the folder written of it)."""
+    """(a run's tokenizer, the one loaded from the folder to which it was written)."""
     folder = tmp_path_factory.mktemp("tokenizer")
     source = section(DEMO_MODEL, "sentencepiece")
     if request.param != "sentencepiece":

@@ -83,7 +83,7 @@ def test_a_folder_saved_with_added_tokens_keeps_their_ids(qwen_folder: Path, tmp
     assert theirs.image_tokens == ours.image_tokens
     assert theirs.digest == ours.digest
     assert not set(theirs.encode("<|res_3|><|query_2|>")) & special_ids(theirs)
-    # Distillation to 8 x 8 keeps the 15 queries and adds 48 behind them.
+    # Distillation to 8 x 8 keeps the 15 queries and adds 48 after them.
     distilled = load_text_tokenizer(section(tmp_path), 64)
     assert distilled.image_tokens.queries[:15] == ours.image_tokens.queries
     assert distilled.vocab_size == ours.vocab_size + 48
@@ -121,7 +121,7 @@ def test_captions_cannot_spell_special_tokens(tokenizer: TextTokenizer, name: st
 def test_any_caption_is_text(caption: str) -> None:
     tokenizer = load_text_tokenizer(section(DEMO_MODEL, "sentencepiece"), 4)
     ids = tokenizer.encode(caption)
-    # sentencepiece marks spaces with U+2581 and cannot tell the two apart afterwards; NUL ends its strings.
+    # sentencepiece marks spaces with U+2581 and cannot distinguish the two afterwards; NUL ends its strings.
     if not set(caption) & {"\u2581", "\0"}:
         assert tokenizer.decode(ids) == caption
     assert not set(ids.tolist()) & special_ids(tokenizer)
@@ -202,7 +202,7 @@ def test_missing_and_damaged_tokenizers_are_refused(tmp_path: Path) -> None:
     assert "there is no such file" in refusal(section(tmp_path / "absent.model", "sentencepiece"))
     damaged = tmp_path / "damaged.model"
     damaged.write_bytes(b"no model")
-    assert "is no sentencepiece model" in refusal(section(damaged, "sentencepiece"))
+    assert "is not a sentencepiece model" in refusal(section(damaged, "sentencepiece"))
     assert "text.kind = 'hf'" in refusal(section(tmp_path, "hf"))
 
 

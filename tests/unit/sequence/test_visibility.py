@@ -62,11 +62,11 @@ def test_ids_without_intervals_are_refused(document_ids, block_ids, message):
 
 
 def random_pack(numbers: np.random.Generator, side: int, tile: int) -> Pack:
-    """Up to three samples, image-to-text among them, with captions of up to 60 tokens; some end in a ragged tile."""
+    """Up to three samples of either kind, with captions of up to 60 tokens; some packs end in a ragged tile."""
     tokens = ImageTokens(1, 2, resolution=tuple(range(10, 10 + MAX_CELLS)), queries=tuple(range(50, 49 + side**2)))
     samples = []
     for key in range(numbers.integers(1, 4)):
-        # Sides from 1 block to MAX_CELLS cells, small ones more often, as the oracle takes time with the square of a
+        # Sides from 1 block to MAX_CELLS cells, small ones more often, as the reference takes time with the square of a
         # pack.
         largest = int(numbers.choice([2 * side, MAX_CELLS], p=[0.97, 0.03])) // side
         grid = (int(numbers.integers(1, largest + 1)) * side, int(numbers.integers(1, largest + 1)) * side)
@@ -109,7 +109,7 @@ def assert_same(tiles: Tiles, expected: BlockMask) -> None:
         counts = np.arange(indices.shape[1]) < num[:, None]
         np.testing.assert_array_equal(found.indices[counts], indices[counts], err_msg=name)
         assert found.num.dtype == found.indices.dtype == np.int32 and found.indices.shape == indices.shape
-        # A kernel may look at the entry behind the last: it must be a tile that exists.
+        # A kernel may read the entry after the last one, so it must be a tile that exists.
         assert (found.indices >= 0).all() and (found.indices < len(num)).all(), name
     assert (as_dense(tiles.partial_keys) | as_dense(tiles.full_keys) == expected.to_dense()[0, 0].bool().numpy()).all()
 

@@ -23,24 +23,22 @@ DEMO = [CONFIGS / f"{name}.toml" for name in ("demo", "ct_demo", "sft_demo", "di
 
 def a_step(step: int, loss: float) -> StepMetrics:
     return StepMetrics(
-        step,
-        10 * step,
-        3000 * step,
-        loss,
-        loss,
-        1.0,
-        0.5,
-        1e-3,
-        0.5,
-        0.0,
-        6e3,
-        20.0,
-        None,
-        {64: 10 * step},
-        0.0,
-        1,
-        0,
-        0,
+        step=step,
+        images=10 * step,
+        tokens=3000 * step,
+        loss=loss,
+        loss_vision=loss,
+        loss_text=1.0,
+        grad_norm=0.5,
+        lr=1e-3,
+        step_s=0.5,
+        data_wait_s=0.0,
+        tokens_per_s=6e3,
+        images_per_s=20.0,
+        mfu=None,
+        images_by_resolution={64: 10 * step},
+        padding_share=0.0,
+        memory_bytes=1,
     )
 
 
@@ -138,5 +136,5 @@ def test_scores_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_stage_that_fails_ends_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(BitDanceError, match="exit status 3 of: "):
         recipe._run(["bash", "-c", "exit 3"])
-    assert recipe.main(["no.toml", "--out", str(tmp_path)]) == 1
-    assert "recipe: " in capsys.readouterr().err
+    assert recipe.main(["no.toml", "--out", str(tmp_path)]) == 2
+    assert "no.toml: cannot read" in capsys.readouterr().err

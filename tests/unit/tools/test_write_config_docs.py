@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import write_config_docs
 
-from bitdance_scale.config.load import setting_docs
+from bitdance_scale.config.describe import setting_docs
 from bitdance_scale.config.schema import RunConfig
 
 

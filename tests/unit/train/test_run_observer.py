@@ -1,4 +1,4 @@
-"""The page of a run is drawn when there is something new on it, and no run ends over it."""
+"""The page of a run is drawn when there is something new on it, and failing to draw it never ends a run."""
 
 from __future__ import annotations
 

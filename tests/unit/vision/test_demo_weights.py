@@ -1,4 +1,4 @@
-"""The weights that ship with the demo keep what docs/vision_tokenizer.md promises, on scenes nobody has trained on."""
+"""The weights that ship with the demo do what docs/vision_tokenizer.md says, on scenes not used in training."""
 
 from __future__ import annotations
 

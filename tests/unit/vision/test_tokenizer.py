@@ -1,4 +1,4 @@
-"""Images to bits and back: token order, independence of the batch, and what is said about bad weights."""
+"""Images to bits and back: token order, independence of the batch, and errors about bad weights."""
 
 from __future__ import annotations
 

@@ -1,18 +1,12 @@
-"""The cap that wastes least: against positions counted by hand, and as the tool reports it for a data set."""
+"""The cap that wastes least, against counting positions by hand."""
 
 from __future__ import annotations
-
-import importlib.util
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bitdance_scale.data.plan.pack_length import pack_lengths
 from bitdance_scale.data.plan.packing import CostModel, fits, partition_batch
-from tests.unit.data.small_data import sample_members, write_tar
-
-ROOT = Path(__file__).parents[4]
 
 
 def test_caps_are_the_shortest_and_what_they_waste_is_counted(make_config) -> None:
@@ -53,25 +47,3 @@ def test_packs_that_cannot_hold_a_sample_are_no_choice(make_config) -> None:
     assert [choice.max_pack_tokens for choice in pack_lengths(make_config(), [batch], [], 1, 800, 16)] == [704]
     # Four replicas need four samples.
     assert pack_lengths(make_config(), [batch], [], 4, 800, 16) == []
-
-
-def test_the_tool_reads_captions_and_sizes(tmp_path: Path, capsys) -> None:
-    for shard in range(2):
-        members = {f"{shard}{n:03d}": sample_members(40 + n, 130, "a red circle " * (n % 5), n) for n in range(60)}
-        write_tar(tmp_path / f"{shard:05d}.tar", members)
-    spec = importlib.util.spec_from_file_location("pack_length", ROOT / "tools" / "pack_length.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    demo = ["demo", f'data.shards=["{tmp_path}"]', "data.max_upscale=4"]
-    demo += ["vision.weights=asset:demo/ae.safetensors"]
-    demo += ["text.path=asset:demo/tokenizer.model", "data.global_batch=40"]
-    assert tool.main([*demo, "--ranks", "4", "--steps", "2"]) == 0
-    printed = capsys.readouterr().out
-    assert "4 steps of 40 samples on 4 replicas" in printed
-    assert "32 px: 10% up to" in printed and "128 px: 10% up to" in printed
-    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("|")][2:]
-    caps = [int(row[1].replace(",", "")) for row in rows]
-    assert caps == sorted(caps, reverse=True) and all(cap % 32 == 0 and 1000 < cap <= 2304 for cap in caps)
-    assert sum("*" in row[2] for row in rows) >= 1 and sum("*" in row[3] for row in rows) >= 1
-    assert tool.main([*demo, "--ranks", "4", "--longest", "500"]) == 2
-    assert "--longest 500: no number of packs holds the 40 samples" in capsys.readouterr().err

@@ -1,12 +1,12 @@
-"""The page of runs from the command line."""
+"""`bitdance plot`."""
 
 from __future__ import annotations
 
 from PIL import Image
 
+from bitdance_scale.cli.plot_run import main
 from tests.unit.observe.test_metrics import point
 from tests.unit.observe.test_overview import write_run
-from tools.plot_run import main
 
 
 def test_a_page_of_two_stages_is_written(tmp_path, capsys):

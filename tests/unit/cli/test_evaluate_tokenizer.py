@@ -1,4 +1,4 @@
-"""The tool that measures a tokenizer: its table, its picture, and what it says about a wrong folder."""
+"""`bitdance tokenizer evaluate`: its table, its picture, and what it says about a wrong folder."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluate_tokenizer import NUM_COLUMNS, TILE_PX, load_autoencoder, main
 from PIL import Image
 
+from bitdance_scale.cli.evaluate_tokenizer import main
 from bitdance_scale.demo.shards import write_shards
 from bitdance_scale.errors import DataError
+from bitdance_scale.train.tokenizer_report import NUM_COLUMNS, TILE_PX, load_autoencoder
 from bitdance_scale.vision.autoencoder import Autoencoder, published_config
 from bitdance_scale.vision.weights import save_weights
 
@@ -28,18 +29,8 @@ def folder(tmp_path: Path) -> Path:
 def test_table_and_picture(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write_shards(tmp_path / "shards", num_images=6, per_shard=6, seed=0)
     picture = tmp_path / "picture.png"
-    arguments = [
-        str(folder),
-        str(tmp_path / "shards"),
-        "--sizes",
-        "16",
-        "32",
-        "--images",
-        "3",
-        "--picture",
-        str(picture),
-    ]
-    assert main(arguments) == 0
+    options = ["--sizes", "16", "32", "--images", "3", "--picture", str(picture)]
+    assert main([str(folder), str(tmp_path / "shards"), *options]) == 0
     printed = capsys.readouterr().out
     assert "| 16 x 16 |" in printed and "| 32 x 32 |" in printed and "encode" in printed
     width, height = Image.open(picture).size
@@ -47,7 +38,7 @@ def test_table_and_picture(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_a_folder_without_weights_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert main([str(tmp_path), str(tmp_path)]) == 1
+    assert main([str(tmp_path), str(tmp_path)]) == 2
     assert "ae_config.json: no such file" in capsys.readouterr().err
 
 

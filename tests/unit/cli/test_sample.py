@@ -1,29 +1,23 @@
-"""tools/sample.py from prompts to pictures, and what it refuses."""
+"""`bitdance sample` from prompts to pictures, and what it refuses."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from bitdance_scale.cli.sample import main
 from tests.released import write_published
 
-SCRIPT = Path(__file__).parents[3] / "tools" / "sample.py"
 FAST = ["--steps", "2", "--guidance", "2", "--size", "32x48", "--device", "cpu"]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    spec = importlib.util.spec_from_file_location("sample", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "sample", module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
-    module.main()
+def run(*arguments: object) -> int:
+    return main([*map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +34,7 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
-def test_a_prompt_file(folder, tmp_path, monkeypatch):
+def test_a_prompt_file(folder, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     lines = [
         {"prompt": "a red circle"},
@@ -50,7 +44,7 @@ def test_a_prompt_file(folder, tmp_path, monkeypatch):
     ]
     prompts.write_text("\n\n".join(json.dumps(line) for line in lines))
     out = tmp_path / "out"
-    run(monkeypatch, folder, "--prompts", prompts, "--out", out, "--seed", 3, "--batch-size", 2, *FAST)
+    assert run(folder, "--prompts", prompts, "--out", out, "--seed", 3, "--batch-size", 2, *FAST) == 0
     names = {path.name for path in out.iterdir()}
     assert names == {*(f"0000{i}.png" for i in range(4)), "grid.png", "requests.jsonl"}
     assert [pixels(out / f"0000{i}.png").shape for i in range(4)] == [
@@ -67,20 +61,20 @@ def test_a_prompt_file(folder, tmp_path, monkeypatch):
     assert all(line["seconds"] > 0 for line in found)
     # Image 3 alone, from what its line says.
     alone = tmp_path / "alone"
-    run(monkeypatch, folder, "--prompt", found[3]["prompt"], "--out", alone, "--seed", 6, *FAST)
+    assert run(folder, "--prompt", found[3]["prompt"], "--out", alone, "--seed", 6, *FAST) == 0
     assert (pixels(alone / "00000.png") == pixels(out / "00003.png")).all()
 
 
-def test_only_an_empty_folder_is_written_to(folder, tmp_path, monkeypatch):
+def test_only_an_empty_folder_is_written_to(folder, tmp_path, capsys):
     for name in ("00005.png", "notes.txt"):
         (tmp_path / name).write_text("kept")
     arguments = [folder, "--prompt", "a", "--prompt", "b", "--out", tmp_path, *FAST]
-    with pytest.raises(SystemExit, match="is not empty; .*--force"):
-        run(monkeypatch, *arguments)
-    with pytest.raises(SystemExit, match="height = 33"):
-        run(monkeypatch, *arguments, "--force", "--size", "33x32")
+    assert run(*arguments) == 2
+    assert re.search("is not empty; .*--force", capsys.readouterr().err)
+    assert run(*arguments, "--force", "--size", "33x32") == 2
+    assert re.search("height = 33", capsys.readouterr().err)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00005.png", "notes.txt"]
-    run(monkeypatch, *arguments, "--force")
+    assert run(*arguments, "--force") == 0
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["00000.png", "00001.png", "grid.png", "notes.txt", "requests.jsonl"]
 
@@ -92,18 +86,18 @@ def test_only_an_empty_folder_is_written_to(folder, tmp_path, monkeypatch):
         ('{"prompt": "a"', ":1: not JSON"),
         ('{"prompt": "a"}\n{"text": "b"}', ":2: must be an object with prompt"),
         ('{"prompt": "a", "steps": 3}', ":1: must be an object"),
-        ('{"prompt": 3}', "prompt = 3: must be a text"),
+        ('{"prompt": 3}', "prompt = 3: must be text"),
         ('{"prompt": "a", "seed": -1}', "seed = -1: must be an integer"),
         ('{"prompt": "a", "height": "32"}', "height = '32': must be a number of pixels"),
         ('{"prompt": "a", "height": 31}', "height = 31"),
         (b'{"prompt": "a fl\xf6te"}', "cannot be read as UTF-8 text .*; save it so"),
     ],
 )
-def test_faulty_prompt_files_are_refused(folder, tmp_path, monkeypatch, content, message):
+def test_faulty_prompt_files_are_refused(folder, tmp_path, capsys, content, message):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(SystemExit, match=message):
-        run(monkeypatch, folder, "--prompts", prompts, "--out", tmp_path / "out", *FAST)
+    assert run(folder, "--prompts", prompts, "--out", tmp_path / "out", *FAST) == 2
+    assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
@@ -116,13 +110,13 @@ def test_faulty_prompt_files_are_refused(folder, tmp_path, monkeypatch, content,
         (["--seed", "-1"], "--seed -1"),
     ],
 )
-def test_faulty_arguments_are_refused(folder, tmp_path, monkeypatch, arguments, message):
-    with pytest.raises(SystemExit, match=message):
-        run(monkeypatch, folder, "--prompt", "a", "--out", tmp_path / "out", *FAST, *arguments)
+def test_faulty_arguments_are_refused(folder, tmp_path, capsys, arguments, message):
+    assert run(folder, "--prompt", "a", "--out", tmp_path / "out", *FAST, *arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
-def test_no_folder_and_no_prompt_file(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="nowhere: no such folder"):
-        run(monkeypatch, "nowhere", "--prompt", "a", "--out", tmp_path / "out")
-    with pytest.raises(SystemExit, match="none.txt: no such file"):
-        run(monkeypatch, "nowhere", "--prompts", "none.txt", "--out", tmp_path / "out")
+def test_no_folder_and_no_prompt_file(tmp_path, capsys):
+    assert run("nowhere", "--prompt", "a", "--out", tmp_path / "out") == 2
+    assert re.search("nowhere: no such folder", capsys.readouterr().err)
+    assert run("nowhere", "--prompts", "none.txt", "--out", tmp_path / "out") == 2
+    assert re.search("none.txt: no such file", capsys.readouterr().err)
