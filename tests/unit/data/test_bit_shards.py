@@ -29,5 +29,5 @@ def test_members_have_the_names_of_version_0_1(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_a_bit_shard_is_refused(tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(b"half a shard")
-    with pytest.raises(DataError, match="no usable bit shard.*Delete it and run tools/encode_shards.py again"):
+    with pytest.raises(DataError, match="no usable bit shard.*Delete it and run `bitdance encode` again"):
         read_tables(tmp_path / "0.tar")
