@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from bitdance_scale.train.process import EXIT_REQUEUE, record_exit
+from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, run_process
 
 
 def main() -> int:
@@ -16,17 +16,15 @@ def main() -> int:
     if mode == "crash":
         raise RuntimeError("crash of the stand-in")
     if mode == "finish":
-        record_exit(0)
-        return 0
+        return EXIT_COMPLETE
     requests: list[int] = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: requests.append(number))
     Path(file).touch()
     while not requests:
         time.sleep(0.1)
-    record_exit(EXIT_REQUEUE)
     return EXIT_REQUEUE
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process(main))
