@@ -27,6 +27,7 @@ from bitdance_scale.data.index.index import default_index_dir
 from bitdance_scale.data.storage.shards import expand_shards
 from bitdance_scale.errors import CheckpointError, ConfigError
 from bitdance_scale.observe.cost import memory_bytes
+from bitdance_scale.observe.metrics import append_evaluation
 from bitdance_scale.parallel.agreement import all_ranks, on_first_rank
 from bitdance_scale.parallel.partition import Piece, ShardedValue
 from bitdance_scale.parallel.topology import Topology
@@ -267,10 +268,12 @@ class TokenizerJob(Job):
             logger.info("weights: %s\n%s", self.config.run.output, summary(self._results))
 
     def complete(self) -> None:
-        """Writes the weights where they are missing."""
+        """Writes the weights where they are missing, and the evaluation that comes before them."""
         weights = Path(self.config.run.output) / WEIGHTS_NAME
         if not on_first_rank(weights.is_file):
             self._reconstruct()
+            if self.topology.rank == 0:
+                append_evaluation(self.run_folder, evaluation_record(self.step, self._results))
             self.finish()
 
     def _reconstruct(self) -> None:

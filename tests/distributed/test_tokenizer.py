@@ -15,9 +15,9 @@ from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.demo.shards import write_shards
 from bitdance_scale.errors import DataError
-from bitdance_scale.observe.metrics import METRICS_FILE, read_records
+from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE, read_records
 from bitdance_scale.train.process import EXIT_REQUEUE
-from bitdance_scale.train.tokenizer_records import TokenizerMetrics
+from bitdance_scale.train.tokenizer_records import TokenizerEvaluation, TokenizerMetrics
 from tests.distributed.spawn import run_ranks
 
 DEMO = CONFIGS / "demo_tokenizer.toml"
@@ -91,10 +91,14 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(settings: list[str], tmp_path
     assert [record.step for record in records[1]] == [1, 2, 3, 4, 5]
     for one, other in zip(*records, strict=True):
         assert (one.loss, one.grad_norm, one.lr, one.images) == (other.loss, other.grad_norm, other.lr, other.images)
-    # A run that is complete makes the weights again where they are missing, and nothing else.
+    # A run that is complete makes its last evaluation and the weights again where they are missing.
     shutil.rmtree(tmp_path / "b_weights")
+    evaluations = tmp_path / "b" / "demo_tokenizer" / EVALUATION_FILE
+    before = read_records(evaluations, TokenizerEvaluation)
+    evaluations.write_text("".join(record.to_json() + "\n" for record in before[:-1]))
     assert run_ranks(2, train, stopped) == [0, 0]
     assert (tmp_path / "b_weights" / "ae.safetensors").read_bytes() == files[0]
+    assert read_records(evaluations, TokenizerEvaluation) == before and before[-1].step == 5
 
 
 def test_data_that_does_not_go_on_is_refused(settings: list[str], tmp_path: Path):
