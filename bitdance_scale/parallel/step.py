@@ -20,6 +20,7 @@ from bitdance_scale.model.flow import combine_losses
 from bitdance_scale.model.inputs import PackInputs
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import StepOutcome, ZeroEngine
+from bitdance_scale.phases import Phase, phase
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,10 @@ def accumulate_gradients(
     else:
         sums = []
         for index, inputs in enumerate(batch):
-            loss_sums = engine.forward(inputs)
-            engine.backward(_loss(loss_sums, counts, section, topology), is_last=index == len(batch) - 1)
+            with phase(Phase.FORWARD):
+                loss_sums = engine.forward(inputs)
+            with phase(Phase.BACKWARD):
+                engine.backward(_loss(loss_sums, counts, section, topology), is_last=index == len(batch) - 1)
             sums.append(loss_sums.detach())
     return _reduce_losses(sums, counts, section, topology)
 
@@ -75,7 +78,8 @@ def train_step(
     """One optimiser step on the micro-batches of this replica."""
     counts = count_targets(batch, topology)
     losses = accumulate_gradients(engine, batch, counts, section, topology)
-    return losses, engine.step(lr)
+    with phase(Phase.OPTIMISER):
+        return losses, engine.step(lr)
 
 
 @torch.no_grad()
@@ -122,9 +126,11 @@ def _run_pipeline(
         return _loss(sums, counts, section, topology), sums.new_zeros((), dtype=torch.int), sums.detach()
 
     def forward_step(inputs: Iterator[PackInputs], stage: torch.nn.Module) -> tuple[torch.Tensor, object]:
-        return stage(next(inputs)), reduce_output
+        with phase(Phase.FORWARD):
+            return stage(next(inputs)), reduce_output
 
-    with engine.external_backward() as stages:
+    # Between the forward passes of the schedule.
+    with phase(Phase.BACKWARD), engine.external_backward() as stages:
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(batch) for _ in stages],

@@ -29,6 +29,7 @@ from bitdance_scale.observe.console import setup_logging
 from bitdance_scale.parallel.agreement import any_rank
 from bitdance_scale.parallel.partition import ShardedValue
 from bitdance_scale.parallel.topology import Topology, end_process_group, make_topology, start_process_group
+from bitdance_scale.phases import POSITION, Phase, phase
 from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopRequest
 
 logger = logging.getLogger(__name__)
@@ -182,7 +183,10 @@ class Job(abc.ABC):
         if self._saved_step == self.step:
             return
         begun_s = time.monotonic()
-        save_checkpoint(self.checkpoints, self.state(), self.model_values(), self.optimizer_values(), self._config_text)
+        with phase(Phase.SAVING):
+            save_checkpoint(
+                self.checkpoints, self.state(), self.model_values(), self.optimizer_values(), self._config_text
+            )
         self._saved_step = self.step
         logger.info("checkpoint of step %d written in %.1f s", self.step, time.monotonic() - begun_s)
 
@@ -239,9 +243,11 @@ def train(job: Job, stop: StopRequest) -> bool:
     schedule, num_skipped_in_a_row = job.schedule, 0
     with job.session():
         if job.step == 0:
-            job.evaluate()
+            with phase(Phase.EVALUATING):
+                job.evaluate()
             job.pause()
         while not job.is_complete:
+            POSITION.move(Phase.READING, job.step)
             try:
                 job.read()
             except BitDanceError:
@@ -256,16 +262,19 @@ def train(job: Job, stop: StopRequest) -> bool:
                     "from it with a lower optim.lr, or look for damaged samples in the steps before."
                 )
             if job.is_due(schedule.log):
-                job.log()
+                with phase(Phase.LOGGING):
+                    job.log()
             if any_rank(stop.is_requested):
                 job.save()
                 return False
             if job.is_due(schedule.save):
                 job.save()
             if job.is_due(schedule.evaluate):
-                job.evaluate()
+                with phase(Phase.EVALUATING):
+                    job.evaluate()
             if job.is_due(schedule.draw):
-                job.draw()
+                with phase(Phase.DRAWING):
+                    job.draw()
             job.pause()
     return True
 

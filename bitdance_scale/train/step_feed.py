@@ -25,6 +25,7 @@ from bitdance_scale.model.inputs import PackInputs
 from bitdance_scale.parallel.agreement import all_ranks
 from bitdance_scale.parallel.broadcast import share_step
 from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.phases import Phase, phase
 from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.sequence.tokens import TextTokenizer
 from bitdance_scale.vision.tokenizer import VisionTokenizer
@@ -81,10 +82,11 @@ class StepReader:
     def next_step(self) -> LoadedStep:
         """The packs of the next step with their images encoded; a collective."""
         read = None
-        with all_ranks():
+        with all_ranks(), phase(Phase.READING):
             if self._loader is not None:
                 read = self._loader.next_step()
-        return share_step(read, self._vision, self._topology)
+        with phase(Phase.ENCODING):
+            return share_step(read, self._vision, self._topology)
 
 
 @dataclass(frozen=True)

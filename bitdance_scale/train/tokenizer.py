@@ -31,6 +31,7 @@ from bitdance_scale.observe.metrics import append_evaluation
 from bitdance_scale.parallel.agreement import all_ranks, on_first_rank
 from bitdance_scale.parallel.partition import Piece, ShardedValue
 from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.phases import Phase, phase
 from bitdance_scale.train.run import Job, Schedule, run_job
 from bitdance_scale.train.run_sinks import RunSinks
 from bitdance_scale.train.shared_index import image_index
@@ -167,7 +168,7 @@ class TokenizerJob(Job):
     def read(self) -> None:
         """Takes the crops of the next step."""
         begun_s = time.monotonic()
-        with all_ranks():
+        with all_ranks(), phase(Phase.READING):
             self._images = next(self._crops)
         self._wait_s += time.monotonic() - begun_s
 
@@ -178,15 +179,18 @@ class TokenizerJob(Job):
         self._lr = learning_rate(step, config)
         for group in self._optimiser.param_groups:
             group["lr"] = self._lr
-        self._losses = self._objective(to_pixels(self._images, device), self._flips())
+        with phase(Phase.FORWARD):
+            self._losses = self._objective(to_pixels(self._images, device), self._flips())
         self._optimiser.zero_grad(set_to_none=True)
-        self._losses["total"].backward()
-        parameters = self._autoencoder.parameters()
-        self._grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
-        # Gradients are averaged over the ranks, so all ranks see the same norm.
-        is_skipped = not bool(torch.isfinite(self._grad_norm))
-        if not is_skipped:
-            self._optimiser.step()
+        with phase(Phase.BACKWARD):
+            self._losses["total"].backward()
+        with phase(Phase.OPTIMISER):
+            parameters = self._autoencoder.parameters()
+            self._grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
+            # Gradients are averaged over the ranks, so all ranks see the same norm.
+            is_skipped = not bool(torch.isfinite(self._grad_norm))
+            if not is_skipped:
+                self._optimiser.step()
         self._count(is_skipped)
         return is_skipped
 
