@@ -108,9 +108,9 @@ class TokenizerJob(Job):
         )
         self._state = TokenizerState(step=0, data_digest=self._data_digest())
         self._results: dict[tuple[int, int], Reconstruction] = {}
-        latest = self.checkpoints.latest()
+        latest = self.newest_checkpoint()
         if latest is not None:
-            self._resume(latest)
+            self.load_newest(latest, self._resume)
         self._sinks: RunSinks | None = None
         self._crops: Iterator[np.ndarray] = iter(())
         self._images = np.empty((0, 0, 0, 3), dtype=np.uint8)
@@ -328,7 +328,6 @@ class TokenizerJob(Job):
         for adam in self._optimiser.state.values():
             adam["step"].fill_(state.step - state.skipped_steps)
         self._state, self._saved_step = state, state.step
-        logger.info("resumed from %s", path)
 
 
 def _whole(tensor: torch.Tensor) -> ShardedValue:
