@@ -81,7 +81,8 @@ def test_everything_is_done_when_it_is_due_and_after_the_last_step() -> None:
     job = RecordedJob()
     assert train(job, StopRequest())
     assert job.events == [
-        "open", "evaluate 0", "log 2", "evaluate 3", "log 4", "save 4", "log 6", "save 6", "evaluate 6", "settle", "close",
+        "open", "evaluate 0", "log 2", "evaluate 3", "log 4", "save 4", "log 6", "save 6", "evaluate 6",
+        "settle", "close",
     ]  # fmt: skip
 
 
