@@ -161,11 +161,12 @@ def find_culprits(answers: Sequence[Beat], silent: Sequence[Beat], missing: Sequ
     if len(culprits) > 4:
         named += f"; and {len(culprits) - 4} others"
     if missing:
-        named += ("; " if named else "") + f"ranks {', '.join(map(str, missing[:8]))}, which never reported"
+        named += ("; " if named else "") + f"ranks that never reported: {', '.join(map(str, missing[:8]))}"
     others = len(answers) - sum(beat in culprits for beat in answers)
     waiting = sorted({beat.place for beat in answers if beat not in culprits})
+    waits = "1 other rank waits" if others == 1 else f"{others} other ranks wait"
     message = (
-        f"the job hangs: no progress for {longest_s:.0f} s. {named}: {what}. {others} other ranks wait"
+        f"the job hangs: no progress for {longest_s:.0f} s. {named}: {what}. {waits}"
         f"{' at ' + ', '.join(waiting[:3]) if waiting else ''}. The stacks of all ranks are in {folder}. The job ends; "
         "started again, it goes on from the last checkpoint"
     )

@@ -86,6 +86,7 @@ class Heartbeat:
         faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
         self._store = own_store()
         self._store.set_timeout(datetime.timedelta(seconds=REPORT_WAIT_S))
+        self._beat()
         actions = [self._beat_on] + ([self._watch_alone] if self._timeout_s else [])
         self._threads = [
             threading.Thread(target=action, name=f"heartbeat-{number}", daemon=True)
@@ -120,9 +121,7 @@ class Heartbeat:
             last_s = now_s
             try:
                 self._run_actions()
-                self._count += 1
-                beat = own_beat(self._rank, self._stacks, self._count, self._first_step)
-                self._store.set(_beat_key(self._rank), beat.to_json())
+                beat = self._beat()
                 if self._store.check([_HANG]):
                     self._end_hung(is_first=False)
                 elif self._timeout_s and beat.still_s > self._limit_s(beat) and self._is_hang(beat):
@@ -131,6 +130,12 @@ class Heartbeat:
             except dist.DistError as error:
                 # `_watch_alone` ends this rank if it hangs.
                 logger.debug("heartbeat: the store does not answer (%s)", error)
+
+    def _beat(self) -> Beat:
+        self._count += 1
+        beat = own_beat(self._rank, self._stacks, self._count, self._first_step)
+        self._store.set(_beat_key(self._rank), beat.to_json())
+        return beat
 
     def _run_actions(self) -> None:
         for action in self.actions:

@@ -95,8 +95,8 @@ class RunLock:
         mine = self._path.with_name(f"{LOCK_FILE}.{self._own.token}")
         mine.write_text(json.dumps(dataclasses.asdict(self._own)) + "\n", encoding="utf-8")
         try:
-            while not self._link(mine):
-                self._take_over()
+            while not self._link(mine, self._path):
+                self._take_over(mine)
         finally:
             mine.unlink(missing_ok=True)
 
@@ -126,22 +126,22 @@ class RunLock:
             "dead, perhaps because it was suspended. This one ends, so that the two do not write over each other"
         )
 
-    def _link(self, mine: Path) -> bool:
-        """Whether the lock is ours now."""
+    def _link(self, mine: Path, path: Path) -> bool:
+        """Makes a lock of this content; False: there is one."""
         try:
-            os.link(mine, self._path)
+            os.link(mine, path)
         except FileExistsError:
             return False
         except OSError:
             # No hard links here: exclusive creation, which local file systems and NFS from version 3 on keep.
             try:
-                with self._path.open("x", encoding="utf-8") as file:
+                with path.open("x", encoding="utf-8") as file:
                     file.write(mine.read_text(encoding="utf-8"))
             except FileExistsError:
                 return False
         return True
 
-    def _take_over(self) -> None:
+    def _take_over(self, mine: Path) -> None:
         """Removes the lock of a dead holder; returns also when the lock has gone meanwhile."""
         holder = self._read()
         if holder is None and not self._path.exists():
@@ -153,19 +153,19 @@ class RunLock:
                 f"{self._path.parent}: another process trains in this run folder: {holder}. Stop it first, or give "
                 "this run another name (run.name=NAME)"
             )
-        aside = self._path.with_name(f"{LOCK_FILE}.stale.{self._own.token}")
+        # One at a time: of two that found the same holder dead, the slower one must not remove the lock of the faster.
+        guard = self._path.with_name(f"{LOCK_FILE}.takeover")
+        if not self._link(mine, guard):
+            if self._watch(guard) is None:
+                guard.unlink(missing_ok=True)
+            return
         try:
-            os.rename(self._path, aside)
-        except FileNotFoundError:
-            return
-        if _read_holder(aside) != holder:
-            # Another start was faster, and this is its lock.
-            os.link(aside, self._path)
-            aside.unlink()
-            return
-        aside.unlink()
-        former = holder or "an unknown process"
-        self.taken_over = f"{self._path}: took the run folder over from {former}: {reason}"
+            if self._read() == holder:
+                self._path.unlink(missing_ok=True)
+                former = holder or "an unknown process"
+                self.taken_over = f"{self._path}: took the run folder over from {former}: {reason}"
+        finally:
+            guard.unlink(missing_ok=True)
 
     def _why_dead(self, holder: Holder | None) -> str | None:
         """Why the holder is taken for dead; None: it is alive."""
@@ -177,23 +177,19 @@ class RunLock:
         logger.warning(
             "%s: held by %s; watching for %.0f s whether it is alive", self._path, holder or "?", self._stale_s
         )
-        touched, deadline_s = self._touched(), time.monotonic() + self._stale_s
+        if self._watch(self._path) is None:
+            return f"it has not touched its lock for {self._stale_s:.0f} s"
+        return None if self._read() is not None else "its lock has gone or cannot be read"
+
+    def _watch(self, path: Path) -> bool | None:
+        """True as soon as a file is touched or gone; None: neither happened for as long as a holder may be silent."""
+        touched, deadline_s = _touched(path), time.monotonic() + self._stale_s
         while time.monotonic() < deadline_s:
             time.sleep(min(_POLL_S, self._stale_s / 10))
-            now = self._touched()
-            if now is None:
-                return "it has gone"
-            if now != touched:
-                return None if self._read() is not None else "its file cannot be read"
-        return f"it has not touched its lock for {self._stale_s:.0f} s"
-
-    def _touched(self) -> int | None:
-        try:
-            # Opened, because NFS then asks the server and not its cache.
-            with self._path.open("rb") as file:
-                return os.fstat(file.fileno()).st_mtime_ns
-        except FileNotFoundError:
-            return None
+            now = _touched(path)
+            if now is None or now != touched:
+                return True
+        return None
 
     def _read(self) -> Holder | None:
         return _read_holder(self._path)
@@ -219,3 +215,13 @@ def _process_start(pid: int) -> str:
     # The name, in parentheses, may hold anything.
     fields = stat.rpartition(")")[2].split()
     return "" if fields[0] in "ZX" else fields[19]
+
+
+def _touched(path: Path) -> int | None:
+    """When a file was last touched, in ns by the clock of its file system; None: there is none."""
+    try:
+        # Opened, because NFS then asks the server and not its cache.
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return None
