@@ -20,7 +20,7 @@
 #   CHAIN_OPTIONS      sbatch options for every job of a chain, such as "--account=art --nodes=32"
 set -euo pipefail
 
-readonly EXIT_REFUSED=2 EXIT_BAD_NODE=3 EXIT_REQUEUE=75
+readonly EXIT_REFUSED=2 EXIT_BAD_NODE=3 EXIT_REQUEUE=75 EXIT_HUNG=76
 readonly REPEAT_S=10 # between two requests to stop
 readonly WAIT_S=300  # for the other nodes to end after the first one has
 
@@ -124,7 +124,7 @@ if [[ ${PREFLIGHT:-1} != 0 ]]; then
 fi
 
 run_step "$python" -m cluster.node --nodes "${#nodes[@]}" --procs "$num_procs" --head "$head" --port "$port" \
-    --id "$SLURM_JOB_ID.$restart" --logs "$logs" -- "$entry_point" "$config" "$@"
+    --id "$SLURM_JOB_ID.$restart" --logs "$logs" -- "$entry_point" "$config" checkpoint.fall_back=true "$@"
 
 outcome=$(cat "$BITDANCE_EXIT_RECORD" 2>/dev/null || echo "no exit code of the trainer, srun's $step_code")
 case $outcome in
@@ -135,6 +135,10 @@ case $outcome in
 "$EXIT_REQUEUE")
     rm -f "$job_logs/faults"
     requeue "stopped on request and saved"
+    ;;
+"$EXIT_HUNG")
+    cat "$BITDANCE_EXIT_RECORD.refusal" 2>/dev/null || true
+    end_by_fault "a rank hung" "$EXIT_HUNG"
     ;;
 "$EXIT_REFUSED")
     say "refused: see $logs/0-*.log" >&2

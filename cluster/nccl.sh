@@ -12,10 +12,5 @@ export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
 # Megatron's sequence parallelism relies on the order of kernel launches, which one hardware queue keeps.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-# A collective that hangs is aborted after the process group's timeout. The flight recorder then writes each rank's last
-# collectives to a file: the rank whose list is short caused the hang (torchfrtrace reads the files).
-export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
-export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
-export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-${logs:?set by launch.sh}/flight_recorder_}
 # Packs differ in length, so freed blocks rarely fit the next step; growing segments waste less memory.
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}

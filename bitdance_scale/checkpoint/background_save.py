@@ -53,6 +53,16 @@ class CheckpointSaver:
         """Whether the save under way has ended with an error, as far as this rank knows; `wait` raises it."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
+    def prepare(self, model: Mapping[str, ShardedValue], optimizer: Mapping[str, ShardedValue]) -> None:
+        """Takes the memory of the copy and plans who writes what, so that the first save stalls no longer than others.
+
+        Args:
+            model: as for `save`.
+            optimizer: as for `save`.
+        """
+        if self._is_background:
+            self._stager.prepare(_joined(model, optimizer))
+
     def save(
         self,
         state: StepState,
@@ -71,6 +81,7 @@ class CheckpointSaver:
             self._write(state, model, optimizer, config_text)
             return
         # One room for both; the names cannot meet.
+        self.prepare(model, optimizer)
         staged = self._stager.stage(_joined(model, optimizer))
         copies = _parted(staged)
         logger.info(

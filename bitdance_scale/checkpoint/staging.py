@@ -44,8 +44,17 @@ class Stager:
         """Host memory that is held."""
         return sum(place.room.nbytes for place in self._places)
 
+    def prepare(self, values: Mapping[str, ShardedValue]) -> None:
+        """Takes the memory before the first copy, which would wait for it; a collective.
+
+        Args:
+            values: as for `stage`.
+        """
+        if not self._places:
+            self._places = self._make_room(values)
+
     def stage(self, values: Mapping[str, ShardedValue]) -> dict[str, ShardedValue]:
-        """Copies the values as they are after all work that the device has been given; a collective the first time.
+        """Copies the values as they are after all work that the device has been given; `prepare` comes first.
 
         Under CUDA the copy goes on after the call, ahead of any later change; `wait` comes before it is read.
 
@@ -55,8 +64,6 @@ class Stager:
         Returns:
             What this rank writes of them.
         """
-        if not self._places:
-            self._places = self._make_room(values)
         pieces: dict[str, list[Piece]] = {}
         for place in self._places:
             place.room.copy_(values_in(values[place.name], place.box), non_blocking=True)
@@ -77,7 +84,8 @@ class Stager:
         boxes = planned_boxes(values, self._group)
         sizes = [(name, box, box.num_elements * values[name].dtype.itemsize) for name in boxes for box in boxes[name]]
         total = sum(-(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for _, _, size in sizes)
-        memory = torch.empty(total, dtype=torch.uint8, pin_memory=self._is_cuda)
+        # Zeros: the pages are there from now on.
+        memory = torch.zeros(total, dtype=torch.uint8, pin_memory=self._is_cuda)
         places, start = [], 0
         for name, box, size in sizes:
             room = memory[start : start + size].view(values[name].dtype).view(box.sizes)

@@ -81,6 +81,7 @@ class MemoryEstimate:
         largest: name and bytes of the largest single activation or buffer at the peak.
         num_micro_batches: micro-batches of this replica in a step.
         num_in_flight: how many of them this rank keeps activations of at once.
+        host_copy: bytes of host memory in which a rank copies what it writes of a checkpoint in the background.
     """
 
     held: Bytes
@@ -90,6 +91,7 @@ class MemoryEstimate:
     largest: tuple[str, int]
     num_micro_batches: int
     num_in_flight: int
+    host_copy: int
 
 
 def estimate_memory(
@@ -151,7 +153,15 @@ def estimate_memory_here(
         largest=(largest.maker, largest.nbytes),
         num_micro_batches=len(packs) + len(waiting),
         num_in_flight=min(in_flight, (len(packs) + len(waiting)) * config.parallel.virtual_stages),
+        host_copy=_host_copy(config, topology, **held),
     )
+
+
+def _host_copy(config: RunConfig, topology: Topology, *, weights: int, masters: int, moments: int, **_: int) -> int:
+    """Every element is copied by one rank: replicas share the weights out, unless ZeRO-3 has done so already."""
+    if not config.checkpoint.in_background:
+        return 0
+    return masters + moments + (weights if config.parallel.zero_stage == 3 else weights // topology.data_size)
 
 
 def num_in_flight(section: ParallelSection, pipeline_rank: int) -> int:

@@ -61,9 +61,11 @@ def remark(lines: Sequence[StageLine]) -> str:
     """What the table does not say, in a sentence."""
     building = ", ".join(f"{line.estimate.building_peak / GIB:.1f}" for line in lines)
     in_flight = ", ".join(str(line.estimate.num_in_flight) for line in lines)
+    copies = ", ".join(f"{line.estimate.host_copy / GIB:.1f}" for line in lines)
     return (
         f"{lines[0].estimate.num_micro_batches} micro-batches per replica and step; activations of {in_flight} at "
-        f"once (by stage); at most {building} GiB while the model is built."
+        f"once (by stage); at most {building} GiB while the model is built; {copies} GiB of host memory per rank for "
+        "checkpoints in the background."
     )
 
 

@@ -229,6 +229,10 @@ class Job(abc.ABC):
                 logger.info("resumed from %s", path)
                 return
 
+    def prepare_saves(self) -> None:
+        """Takes the host memory for checkpoints in the background."""
+        self._saver.prepare(self.model_values(), self.optimizer_values())
+
     def save(self) -> None:
         """Saves a checkpoint of the present step, unless there is one; it may be committed later, in the background.
 
@@ -314,6 +318,7 @@ def train(job: Job, stop: StopRequest) -> bool:
     """
     with job.session():
         try:
+            job.prepare_saves()
             if job.step == 0:
                 with phase(Phase.EVALUATING):
                     job.evaluate()

@@ -11,6 +11,7 @@ import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from bitdance_scale.checkpoint.staging import Stager
 from bitdance_scale.config.schema import ModelSection, RunConfig
 from bitdance_scale.data.plan.synthetic_packs import typical_packs
 from bitdance_scale.model.inputs import PackInputs, make_inputs
@@ -32,11 +33,13 @@ class Measured:
         storages: of the tensors that the engine keeps, by kind.
         held: of all tensors that exist between the last backward pass of the second step and its optimiser step.
         peak: the most that the allocator had given out during the second step.
+        host_copy: of a checkpoint in the background.
     """
 
     storages: dict[str, int]
     held: int
     peak: int
+    host_copy: int
 
 
 def wide_config(dtype: str, **parallel: int | str | bool) -> RunConfig:
@@ -84,7 +87,10 @@ def measure(_rank: int, config: RunConfig, is_fused: bool) -> Measured:
                 held = _bytes([*_tensors(), *gradients]) - _bytes(not_counted)
                 engine.step(config.optim.lr)
         left = {tensor.untyped_storage().data_ptr() for tensor in _tensors()}
-    return Measured(storages=storages, held=held, peak=_peak(profiler, left))
+    stager = Stager(None, topology.device)
+    model = {f"model.{name}": value for name, value in engine.model_values().items()}
+    stager.prepare(model | engine.optimizer_values())
+    return Measured(storages=storages, held=held, peak=_peak(profiler, left), host_copy=stager.num_bytes)
 
 
 def _peak(profiler: profile, left: set[int]) -> int:

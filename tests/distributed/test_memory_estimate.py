@@ -9,6 +9,8 @@ from tests.distributed.spawn import run_ranks
 
 # Both sides run the same code and agreed to 1e-4 in every layout; the bound is what docs/memory.md promises.
 RELATIVE_BOUND = 0.03
+# Replicas share out whole boxes, and a model this small has few; ZeRO-3 keeps small weights gathered besides.
+HOST_COPY_BOUND = 0.1
 
 # (ranks, settings of `parallel`, dtype, fused AdamW)
 LAYOUTS = [
@@ -36,6 +38,7 @@ def test_estimate_is_what_ranks_allocate(world_size, parallel, dtype, is_fused):
         # The measured rank makes its inputs before the measurement starts, and has no tokenizer.
         peak = found.peak.total - found.peak.inputs - found.peak.tokenizer
         assert peak == pytest.approx(real.peak, **within), f"rank {rank}"
+        assert found.host_copy == pytest.approx(real.host_copy, rel=HOST_COPY_BOUND)
         if config.parallel.recompute == "none":
             # If parameters alone decided the comparison, it would say nothing about activations.
             assert found.peak.activations > 0.25 * peak

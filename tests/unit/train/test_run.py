@@ -67,7 +67,7 @@ class RecordedJob(Job):
     def pause(self) -> None:
         pass
 
-    state = model_values = optimizer_values = finish = complete = pause
+    prepare_saves = state = model_values = optimizer_values = finish = complete = pause
 
 
 def asked_to_stop_after(job: RecordedJob, step: int) -> StopRequest:
