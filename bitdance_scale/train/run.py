@@ -24,13 +24,14 @@ from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
 from bitdance_scale.checkpoint.run_checkpoint import save_checkpoint
 from bitdance_scale.config.load import dump_toml
 from bitdance_scale.config.schema import CheckpointSection, ParallelSection
-from bitdance_scale.errors import BitDanceError, ConfigError, TrainingError
+from bitdance_scale.errors import BitDanceError, ConfigError
 from bitdance_scale.observe.console import setup_logging
 from bitdance_scale.parallel.agreement import any_rank
 from bitdance_scale.parallel.partition import ShardedValue
 from bitdance_scale.parallel.topology import Topology, end_process_group, make_topology, start_process_group
 from bitdance_scale.phases import POSITION, Phase, phase
 from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopRequest
+from bitdance_scale.train.step_guards import GuardSection, StepGuards
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,10 @@ class JobConfig(Protocol):
     def checkpoint(self) -> CheckpointSection:
         """Section `[checkpoint]`."""
 
+    @property
+    def optim(self) -> GuardSection:
+        """Section `[optim]`, of which every job has the rules on skipped steps and spikes."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -80,7 +85,6 @@ class Schedule:
         save: checkpoints.
         evaluate: evaluation on held-out data.
         draw: pictures.
-        max_skipped_steps: steps in a row whose gradient may be not finite.
     """
 
     num_steps: int
@@ -88,7 +92,6 @@ class Schedule:
     save: int
     evaluate: int
     draw: int
-    max_skipped_steps: int
 
 
 class Job(abc.ABC):
@@ -103,11 +106,13 @@ class Job(abc.ABC):
 
     Attributes:
         step: optimiser steps taken.
+        guards: the rules on the numbers of a step; their state belongs to `state`.
     """
 
     def __init__(self, config: JobConfig, topology: Topology, run_folder: Path) -> None:
         self.topology, self.run_folder = topology, run_folder
         self.checkpoints = CheckpointFolder(run_folder / CHECKPOINTS_DIR, keep=config.checkpoint.keep)
+        self.guards = StepGuards(config.optim)
         self._config_text = dump_toml(config)
         self._saved_step = 0
 
@@ -135,7 +140,7 @@ class Job(abc.ABC):
 
     @abc.abstractmethod
     def take_step(self) -> bool:
-        """Trains one step on what was read and counts it; returns whether it was skipped for a non-finite gradient."""
+        """Trains one step on what was read and counts it; returns whether it was skipped: it changed nothing."""
 
     @abc.abstractmethod
     def log(self) -> None:
@@ -237,10 +242,10 @@ def train(job: Job, stop: StopRequest) -> bool:
     """Trains to the last step and saves; returns False when a request to stop came first (saved as well).
 
     Raises:
-        TrainingError: gradients stayed non-finite for more than `Schedule.max_skipped_steps` steps.
+        TrainingError: too many steps were skipped (`step_guards.py`); nothing is saved.
         DataError: too much of the data cannot be read; what was trained until then is saved.
     """
-    schedule, num_skipped_in_a_row = job.schedule, 0
+    schedule = job.schedule
     with job.session():
         if job.step == 0:
             with phase(Phase.EVALUATING):
@@ -254,13 +259,8 @@ def train(job: Job, stop: StopRequest) -> bool:
                 # Raised on all ranks. Nothing is wrong with the steps before this one.
                 job.save()
                 raise
-            num_skipped_in_a_row = num_skipped_in_a_row + 1 if job.take_step() else 0
-            if num_skipped_in_a_row > schedule.max_skipped_steps:
-                raise TrainingError(
-                    f"step {job.step}: the gradient was not finite in {num_skipped_in_a_row} consecutive steps "
-                    f"(optim.max_skipped_steps = {schedule.max_skipped_steps}). The last checkpoint is sound: resume "
-                    "from it with a lower optim.lr, or look for damaged samples in the steps before."
-                )
+            is_skipped = job.take_step()
+            job.guards.count(job.step, is_skipped)
             if job.is_due(schedule.log):
                 with phase(Phase.LOGGING):
                     job.log()

@@ -109,7 +109,6 @@ class TextToImageJob(Job):
             save=config.checkpoint.every_steps,
             evaluate=config.evaluate.every_steps if self._evaluator else 0,
             draw=config.sample.every_steps if config.sample.prompts else 0,
-            max_skipped_steps=config.optim.max_skipped_steps,
         )
 
     @contextlib.contextmanager

@@ -131,7 +131,6 @@ class TokenizerJob(Job):
             save=config.checkpoint.every_steps,
             evaluate=config.evaluate.every_steps,
             draw=0,
-            max_skipped_steps=config.optim.max_skipped_steps,
         )
 
     @contextlib.contextmanager
