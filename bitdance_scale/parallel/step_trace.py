@@ -25,7 +25,7 @@ class MicroValues:
     Attributes:
         inputs: stage -> largest magnitude of what entered it.
         gradients: stage -> largest magnitude of the gradient there; none after a forward pass alone.
-        loss_sums: float32 bits and values of the loss sums (vision, text) on the last stage; None elsewhere.
+        loss_sums: loss sums (vision, text) on the last stage, exact; None elsewhere.
     """
 
     inputs: dict[int, float]

@@ -150,14 +150,14 @@ class StepGuards:
         num_skipped = sum(self._skipped)
         if self._num_in_a_row > section.max_skipped_steps:
             raise TrainingError(
-                f"step {step}: {self._num_in_a_row} consecutive steps were skipped, as their gradient was not finite or "
-                f"a spike (optim.max_skipped_steps = {section.max_skipped_steps}). {_REMEDY}"
+                f"step {step}: {self._num_in_a_row} consecutive steps were skipped, as their gradient was not finite "
+                f"or a spike (optim.max_skipped_steps = {section.max_skipped_steps}). {_REMEDY}"
             )
         # Of the whole window, however few of its steps there have been: the first skipped step is no share of 100 %.
         if num_skipped > section.max_skipped_share * section.skipped_window:
             raise TrainingError(
-                f"step {step}: {num_skipped} of the last {len(self._skipped)} steps were skipped, as their gradient was "
-                f"not finite or a spike (optim.max_skipped_share = {section.max_skipped_share:g} of "
+                f"step {step}: {num_skipped} of the last {len(self._skipped)} steps were skipped, as their gradient "
+                f"was not finite or a spike (optim.max_skipped_share = {section.max_skipped_share:g} of "
                 f"optim.skipped_window = {section.skipped_window}). {_REMEDY}"
             )
 
@@ -184,6 +184,6 @@ class StepGuards:
 
 
 _REMEDY = (
-    "The last checkpoint is sound: resume from it with a lower optim.lr, or look for damaged samples; faults.jsonl in the "
-    "run folder names those of the skipped steps."
+    "The last checkpoint is sound: resume from it with a lower optim.lr, or look for damaged samples; faults.jsonl in "
+    "the run folder names those of the skipped steps."
 )

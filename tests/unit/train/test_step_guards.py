@@ -28,7 +28,8 @@ def fed(section: OptimSection = SECTION, losses: tuple[float, ...] = (), norm: f
 def test_every_second_step_not_finite_stops_the_run() -> None:
     guards = StepGuards(SECTION)
     with pytest.raises(
-        TrainingError, match=r"step 9: 5 of the last 9 steps .*optim\.max_skipped_share = 0\.2 of optim\.skipped_window = 20"
+        TrainingError,
+        match=r"step 9: 5 of the last 9 steps .*optim\.max_skipped_share = 0\.2 of optim\.skipped_window = 20",
     ):
         for step in range(1, 100):
             guards.count(step, is_skipped=step % 2 == 1)
