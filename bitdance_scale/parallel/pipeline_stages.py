@@ -131,7 +131,9 @@ class Stage(nn.Module):
         if self.is_first and self.config.sequence_parallel:
             hidden_SBD = scatter_to_sequence_parallel_region(hidden_SBD)
         if self.trace is not None:
-            self.trace.watch(self.number, hidden_SBD if self.is_first else self.decoder.input_tensor)
+            entering_SBD = hidden_SBD if self.is_first else self.decoder.input_tensor
+            assert entering_SBD is not None, "the schedule sets what a later stage begins with"
+            self.trace.watch(self.number, entering_SBD)
         hidden_SBD = self.decoder(hidden_SBD, attention_mask=inputs.mask, rotary_pos_emb=inputs.rotary)
         if not self.is_last:
             return hidden_SBD

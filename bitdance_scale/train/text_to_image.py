@@ -124,6 +124,7 @@ class TextToImageJob(Job):
         with (
             RunObserver(config, topology, self.run_folder, self._text.vocab_size, step) as self._observer,
             StepReader(config, self._index, self._text, self._vision, topology, self._loader_state) as reader,
+            self._meter.stragglers.listening(),
             StepFeed(reader.next_step, self._prepare, step, config.run.steps, topology.device) as self._feed,
         ):
             self._observer.sources(reader.uses(config.run.steps), reader.filter_counts())
@@ -176,7 +177,7 @@ class TextToImageJob(Job):
 
     def log(self) -> None:
         """Writes the metrics of the steps since the last call."""
-        metrics = self._meter.metrics(self._losses, self._outcome, self._lr)
+        metrics = self._meter.metrics(self._losses, self._outcome, self._lr, self.guards.num_spikes)
         if self._observer is not None:
             self._observer.step(metrics)
 

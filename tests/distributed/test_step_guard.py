@@ -16,8 +16,12 @@ from tests.distributed.layout_run import make_engine, step_inputs
 from tests.distributed.spawn import run_ranks
 from tests.distributed.toy import toy_config, toy_packs
 
-NUM_MICRO = 2
 POISONED_MICRO = 1
+
+
+def _num_micro(config) -> int:
+    # The interleaved schedule runs groups of as many micro-batches as pipeline ranks.
+    return 2 if config.parallel.virtual_stages == 1 else config.parallel.pipeline
 
 
 def _config(dtype: str, **parallel: int):
@@ -41,7 +45,7 @@ def _changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) ->
 
 
 def _poisoned_keys(topology, config) -> tuple[int, ...]:
-    packs = toy_packs(topology.data_rank, topology.data_size, NUM_MICRO, config)
+    packs = toy_packs(topology.data_rank, topology.data_size, _num_micro(config), config)
     return tuple(packs[POISONED_MICRO].sample_keys.tolist())
 
 
@@ -77,7 +81,7 @@ class _Rank:
         self.num_steps = 0
 
     def batch(self) -> list:
-        return step_inputs(self.config, self.topology, NUM_MICRO, self.num_steps)
+        return step_inputs(self.config, self.topology, _num_micro(self.config), self.num_steps)
 
     def step(self, batch: list, refuses=None):
         from bitdance_scale.parallel.step import train_step
@@ -94,7 +98,7 @@ class _Rank:
         from bitdance_scale.train.step_faults import compute_again, read_trace
 
         again = compute_again(self.engine, batch, self.topology) if is_repeated else None
-        packs = toy_packs(self.topology.data_rank, self.topology.data_size, NUM_MICRO, self.config)
+        packs = toy_packs(self.topology.data_rank, self.topology.data_size, _num_micro(self.config), self.config)
         return read_trace(self.trace, again, batch, [pack.sample_keys for pack in packs], self.config.loss)
 
     def explain_non_finite(self, batch: list) -> list[Fault]:
@@ -191,15 +195,8 @@ def _refused_step(rank: int, config, folder: Path):
     faults = run.faults.explain_spike(2, Spike("loss", 9.0, 1.0, 2.0), True, readings)
     taken = run.step(batch, lambda losses, norm: bool(asked.append(norm)))
     assert refused.is_refused and not refused.is_skipped and not taken.is_refused
-    own = [reading.loss for reading in readings]
-    return (
-        changed,
-        _changed(before, _engine_state(run.engine)),
-        asked,
-        [refused.grad_norm, taken.grad_norm],
-        faults,
-        own,
-    )
+    norms, own = [refused.grad_norm, taken.grad_norm], [reading.loss for reading in readings]
+    return changed, _changed(before, _engine_state(run.engine)), asked, norms, faults, own
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -220,3 +217,55 @@ def test_a_refused_step_leaves_everything_as_it_was(dtype, pipeline, zero_stage,
     }
     named = [(fault.replica, fault.micro_batch) for fault in ranks[0][4]]
     assert named == sorted(own, key=lambda place: -own[place]), "the highest own losses come first"
+
+
+def _broken_backward(rank: int, config, folder: Path):
+    """(loss, norm, weights after one sound step that is watched, what is said of a backward pass that breaks)."""
+    run = _Rank(config, folder)
+    sound = run.step(run.batch(), lambda losses, norm: False)
+    watched = run.losses.total, sound.grad_norm, _engine_state(run.engine)
+    stage = run.engine.stages[-1]
+    if stage.is_last:
+        losses, calls = stage.losses, []
+
+        def broken(hidden: torch.Tensor, inputs) -> torch.Tensor:
+            calls.append(1)
+            if len(calls) == POISONED_MICRO + 1 and hidden.requires_grad:
+                hidden.register_hook(lambda gradient: gradient * math.nan)
+            return losses(hidden, inputs)
+
+        stage.losses = broken
+    batch = run.batch()
+    assert run.step(batch).is_skipped
+    return *watched, run.explain_non_finite(batch)
+
+
+def _unwatched(rank: int, config):
+    engine, topology = make_engine(config)
+    from bitdance_scale.parallel.step import train_step
+
+    losses, outcome = train_step(
+        engine, step_inputs(config, topology, _num_micro(config), 0), config.loss, 1e-3, topology
+    )
+    return losses.total, outcome.grad_norm, _engine_state(engine)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "parallel", "rank_of_last_stage"),
+    [
+        (2, {"tensor": 2, "sequence_parallel": True, "recompute": "full"}, 0),
+        (3, {"pipeline": 3, "virtual_stages": 2, "recompute": "full"}, 2),
+    ],
+)
+def test_watching_changes_no_bit_and_sees_a_backward_pass_that_breaks(
+    num_ranks, parallel, rank_of_last_stage, tmp_path
+):
+    config = _config("float32", **parallel)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=6))
+    watched = run_ranks(num_ranks, _broken_backward, config, tmp_path)
+    unwatched = run_ranks(num_ranks, _unwatched, config)
+    for (loss, norm, state, _), (expected_loss, expected_norm, expected_state) in zip(watched, unwatched, strict=True):
+        assert (loss, norm) == (expected_loss, expected_norm)
+        assert not _changed(expected_state, state)
+    (fault,) = watched[0][3]
+    assert (fault.cause, fault.rank, fault.micro_batch) == ("backward", rank_of_last_stage, POISONED_MICRO)
