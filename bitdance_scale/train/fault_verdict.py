@@ -142,16 +142,18 @@ def explain_spike(reports: Sequence[RankReport], quantity: str, num_named: int) 
     Args:
         reports: of all ranks.
         quantity: `loss`: by the mean over the own targets; `grad_norm`: by the largest gradient that arrives at the
-            first stage.
+            first stage, where that was watched, and else by the loss.
         num_named: how many.
     """
+    has_gradients = any(reading.largest_gradient is not None for report in reports for reading in report.readings)
+    by_loss = quantity == "loss" or not has_gradients
     found: dict[tuple[int, int], tuple[float, RankReport, MicroReading]] = {}
     for report in sorted(reports, key=lambda report: report.rank):
         for reading in report.readings:
-            value = reading.loss if quantity == "loss" else reading.largest_gradient
+            value = reading.loss if by_loss else reading.largest_gradient
             if value is not None:
                 found.setdefault((report.replica, reading.number), (value, report, reading))
-    what = "own loss" if quantity == "loss" else "largest gradient at the model's input"
+    what = "own loss" if by_loss else "largest gradient at the model's input"
     return [
         MicroFault(
             "spike", report.rank, report.node, report.replica, reading.number, f"{what} {value:.4g}", reading.keys

@@ -101,7 +101,7 @@ class StepFaults:
 
     def _write(self, step: int, kind: str, headline: str, found: Sequence[MicroFault]) -> list[Fault]:
         faults = [self._named(step, kind, fault) for fault in found[:MAX_READINGS]]
-        if faults:
+        if self._topology.rank == 0:
             logger.warning("%s: %s", headline, describe_faults(faults))
             try:
                 append_faults(self._run_folder, faults)

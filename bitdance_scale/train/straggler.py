@@ -6,8 +6,9 @@ is compared with those of the other replicas that have the same pipeline and ten
 
 What this sees: a slow device, a slow host that launches late, and on one rank of a replica also a slow link within it.
 What it cannot see: collectives inside the forward pass wait for the slowest, so all ranks of a tensor-parallel group
-look alike, and under ZeRO-3, whose gathers span the replicas, all ranks do. A device that is slow in the backward pass
-or in communication alone is not seen either.
+look alike, and under ZeRO-3, whose gathers span the replicas, all ranks do. So do those of tokenizer training, whose
+entropy loss is a mean over the ranks; it has no such report. A device that is slow in the backward pass or in
+communication alone is not seen either.
 """
 
 from __future__ import annotations

@@ -52,9 +52,8 @@ class TokenizerMetrics(StepRecord):
         memory_bytes: highest memory in use on any rank so far.
         skipped_samples: images since the start of the run that could not be read and were left out.
         skipped_steps: steps since the start of the run whose gradient was not finite and changed nothing.
-        spikes: as in `observe.metrics.StepMetrics`, as are the two below.
-        slowest_rank: the rank whose forward passes are 10 % or more behind; -1: none is.
-        slowest_excess: share by which the slowest rank is above the median of the others.
+        spikes: steps since the start of the run with a loss or gradient norm far above its course
+            (`train/step_guards.py`), taken or not.
     """
 
     images: int
@@ -74,8 +73,6 @@ class TokenizerMetrics(StepRecord):
     skipped_samples: int
     skipped_steps: int
     spikes: int = 0
-    slowest_rank: int = -1
-    slowest_excess: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -116,8 +113,6 @@ KINDS = RecordKinds(
         "step_s": "speed/step_s",
         "images_per_s": "speed/images_per_s",
         "memory_bytes": "speed/memory_gib",
-        "slowest_rank": "speed/slowest_rank",
-        "slowest_excess": "speed/slowest_excess",
         "data_wait_s": "data/wait_s",
         "skipped_samples": "data/skipped_samples",
     },
