@@ -21,6 +21,7 @@ from bitdance_scale.parallel.partition import ShardedValue
 from bitdance_scale.parallel.step import StepLosses, train_step
 from bitdance_scale.parallel.step_trace import StepTrace
 from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.phases import Phase, phase
 from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.sequence.tokens import load_text_tokenizer
@@ -154,7 +155,9 @@ class TextToImageJob(Job):
         self._meter.add(ready, self._outcome.is_skipped)
         # Of the step that was trained, not of the one that is read already.
         self._loader_state = ready.loaded.state.to_dict()
-        self._explain(ready, trace)
+        if self._outcome.is_skipped or self._spike is not None:
+            with phase(Phase.LOGGING):
+                self._explain(ready, trace)
         return self._outcome.is_skipped or self._outcome.is_refused
 
     def _refuses(self, losses: StepLosses, grad_norm: float) -> bool:
@@ -164,8 +167,6 @@ class TextToImageJob(Job):
 
     def _explain(self, ready: ReadyStep, trace: StepTrace) -> None:
         """Says where a bad step came from."""
-        if not self._outcome.is_skipped and self._spike is None:
-            return
         batch, section = ready.batch, self.config.loss
         keys = [loaded_pack.pack.sample_keys.tolist() for loaded_pack in ready.loaded.packs]
         if self._spike is not None:

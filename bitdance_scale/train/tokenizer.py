@@ -199,7 +199,8 @@ class TokenizerJob(Job):
             if not is_skipped:
                 self._optimiser.step()
         if not is_finite or spike is not None:
-            self._explain(spike)
+            with phase(Phase.LOGGING):
+                self._explain(spike)
         self._count(is_skipped=not is_finite)
         return is_skipped
 
