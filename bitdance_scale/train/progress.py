@@ -121,7 +121,7 @@ class StepMeter:
         self._flops += total_flops
 
     def metrics(self, losses: StepLosses, outcome: StepOutcome, lr: float, num_spikes: int) -> StepMetrics:
-        """The metrics of the last step, speeds averaged since the previous logged one; two small collectives.
+        """The metrics of the last step, speeds averaged since the previous logged one; three small collectives.
 
         Args:
             losses: of the step.
