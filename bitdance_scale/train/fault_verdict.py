@@ -12,7 +12,7 @@ is sound, backwards from the last.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 INPUT, LOSS, GRADIENT = "input", "loss", "gradient"
@@ -67,9 +67,14 @@ class MicroReading:
     loss: float | None = None
 
     @property
+    def is_broken(self) -> bool:
+        """Whether one of its numbers was not finite in the step."""
+        return any(not sign.is_finite for sign in self.signs)
+
+    @property
     def is_suspect(self) -> bool:
         """Whether one of its numbers is not finite or another one when computed again."""
-        return any(not sign.is_finite or sign.flips or sign.differs for sign in self.signs)
+        return self.is_broken or any(sign.flips or sign.differs for sign in self.signs)
 
     @property
     def largest_gradient(self) -> float | None:
@@ -87,6 +92,7 @@ class RankReport:
         tensor_rank: rank on the tensor-parallel axis.
         stages: pipeline stages of the rank.
         num_micro: micro-batches of the step on the replica.
+        num_broken: of those, how many gave a number on this rank that is not finite.
         num_differing: of those, how many gave other finite numbers when computed again.
         readings: those of the micro-batches that matter, not all if they are many.
     """
@@ -97,6 +103,7 @@ class RankReport:
     tensor_rank: int
     stages: tuple[int, ...]
     num_micro: int
+    num_broken: int
     num_differing: int
     readings: tuple[MicroReading, ...]
 
@@ -124,15 +131,14 @@ SUM_FAULT = MicroFault(
 def explain_non_finite(reports: Sequence[RankReport]) -> list[MicroFault]:
     """The micro-batches that are to blame for a gradient that is not finite, those of the machine first."""
     num_micro = sum(report.num_micro for report in reports if 0 in report.stages and report.tensor_rank == 0)
-    is_noisy = _num_differing(reports) > max(num_micro, 2) / 2
+    is_noisy = _sum_over_replicas(reports, lambda report: report.num_differing) > max(num_micro, 2) / 2
+    num_broken = _sum_over_replicas(reports, lambda report: report.num_broken)
     faults = [fault for micro in _by_micro_batch(reports).values() if (fault := _explain(micro, reports, is_noisy))]
-    from_forward = [fault for fault in faults if fault.cause == "data"]
-    if len(from_forward) == num_micro > 1:
+    if num_broken == num_micro > 1 and all(fault.cause == "data" for fault in faults):
         # No sample is to blame where all are.
-        named = from_forward[0]
+        named = faults[0]
         evidence = f"as in all {num_micro} micro-batches of the step, {named.evidence}"
-        weights = MicroFault("weights", named.rank, named.node, named.replica, named.micro_batch, evidence)
-        faults = [weights, *(fault for fault in faults if fault.cause != "data")]
+        faults = [MicroFault("weights", named.rank, named.node, named.replica, named.micro_batch, evidence)]
     return sorted(faults, key=lambda fault: fault.cause != "machine") or [SUM_FAULT]
 
 
@@ -174,11 +180,11 @@ def _by_micro_batch(reports: Sequence[RankReport]) -> dict[tuple[int, int], Micr
     return dict(sorted(grouped.items()))
 
 
-def _num_differing(reports: Sequence[RankReport]) -> int:
-    """Micro-batches with other finite numbers when computed again, on the rank of each replica that saw most."""
+def _sum_over_replicas(reports: Sequence[RankReport], count: Callable[[RankReport], int]) -> int:
+    """A count of micro-batches over the replicas, of the rank of each that saw most."""
     most: dict[int, int] = {}
     for report in reports:
-        most[report.replica] = max(most.get(report.replica, 0), report.num_differing)
+        most[report.replica] = max(most.get(report.replica, 0), count(report))
     return sum(most.values())
 
 

@@ -92,6 +92,7 @@ class StepFaults:
             tensor_rank=topology.tensor_rank,
             stages=self._stages,
             num_micro=len(readings),
+            num_broken=sum(reading.is_broken for reading in readings),
             num_differing=sum(any(sign.differs for sign in reading.signs) for reading in readings),
             readings=tuple(chosen[:MAX_READINGS]),
         )

@@ -24,7 +24,8 @@ def report(
 ) -> RankReport:
     num_differing = sum(any(sign.differs for sign in reading.signs) for reading in readings)
     replica = rank if replica is None else replica
-    return RankReport(rank, f"node{rank}", replica, 0, stages, num_micro, num_differing, readings)
+    num_broken = sum(reading.is_broken for reading in readings)
+    return RankReport(rank, f"node{rank}", replica, 0, stages, num_micro, num_broken, num_differing, readings)
 
 
 def micro(number: int, *signs: Sign, loss: float | None = None) -> MicroReading:
