@@ -75,6 +75,7 @@ class TrainState(StepState):
         release: what the release that the weights came from says and the configuration has no place for, so that an
             export writes it back (`checkpoint/export_release.py`); empty for weights that started at random. JSON
             values.
+        guards: what the rules on skipped steps and spikes remember (`train/step_guards.py`); JSON values.
     """
 
     images: int
@@ -86,6 +87,7 @@ class TrainState(StepState):
     skipped_samples: int = 0
     sample_errors: dict[str, int] = dataclasses.field(default_factory=dict)
     release: dict[str, Any] = dataclasses.field(default_factory=dict)
+    guards: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -223,8 +225,8 @@ def read_state_of(path: Path, kind: type[State]) -> State:
             named = ", ".join(f"{name} is now {new}" for name, new in old.items())
             logger.info("%s was written by an earlier version (%s); it is read under the new names", file, named)
             content = with_new_names(content, RENAMED_FIELDS)
-        # Earlier versions did not write these two fields; weights whose release is not stated started at random.
-        content = {"sample_errors": {}, "release": {}} | content
+        # Earlier versions did not write these fields; weights whose release is not stated started at random.
+        content = {"sample_errors": {}, "release": {}, "guards": {}} | content
         return kind(**{field.name: content[field.name] for field in dataclasses.fields(kind)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(

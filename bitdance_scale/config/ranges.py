@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.config.schema import MIN_SPIKE_WINDOW, SPIKE_ACTIONS, RunConfig
 from bitdance_scale.config.training_stages import NEW_QUERIES, STAGES
 
 
@@ -197,6 +197,11 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "optim.weight_decay": _NOT_NEGATIVE,
     "optim.clip_norm": _NOT_NEGATIVE,
     "optim.max_skipped_steps": _COUNT,
+    "optim.max_skipped_share": Range(0, 1, is_low_open=True),
+    "optim.skipped_window": _COUNT,
+    "optim.spike_deviations": _NOT_NEGATIVE,
+    "optim.spike_window": Range(MIN_SPIKE_WINDOW),
+    "optim.spike_action": Choice(SPIKE_ACTIONS),
     "loss.vision_weight": _POSITIVE,
     "loss.text_weight": _NOT_NEGATIVE,
     "checkpoint.every_steps": _COUNT,

@@ -323,6 +323,11 @@ class ParallelSection:
         return self.pipeline if self.virtual_stages > 1 else 1
 
 
+SPIKE_ACTIONS = ("log", "skip")
+# A median and its deviation mean little over fewer values.
+MIN_SPIKE_WINDOW = 8
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimSection:
     """AdamW with warm-up to a constant rate (arXiv 2602.14041 Table 4), which may fall at the end."""
@@ -337,7 +342,20 @@ class OptimSection:
     eps: float = setting(1e-15, doc="AdamW epsilon.")
     weight_decay: float = setting(0.0, doc="Decoupled weight decay.")
     clip_norm: float = setting(1.0, doc="Global gradient-norm clip; 0 switches it off.")
-    max_skipped_steps: int = setting(10, doc="Consecutive steps with non-finite gradients after which the run stops.")
+    max_skipped_steps: int = setting(10, doc="Training stops after more consecutive skipped steps.")
+    max_skipped_share: float = setting(
+        0.2, doc="Training stops when more than this share of the last `skipped_window` steps was skipped."
+    )
+    skipped_window: int = setting(100, doc="Steps over which that share is taken.")
+    spike_deviations: float = setting(
+        20.0,
+        doc="A loss or gradient norm this many deviations (1.4826 MAD, at least 5 % of the median) above the running "
+        "median is a spike; 0: nothing is.",
+    )
+    spike_window: int = setting(128, doc="Steps of that median; nothing is a spike before there are as many.")
+    spike_action: str = setting(
+        "log", doc="What a spike does: log (the step is taken all the same) or skip (it changes nothing)."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

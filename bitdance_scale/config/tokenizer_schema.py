@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bitdance_scale.config.schema import CheckpointSection, ObserveSection, setting
+from bitdance_scale.config.schema import MIN_SPIKE_WINDOW, SPIKE_ACTIONS, CheckpointSection, ObserveSection, setting
 from bitdance_scale.errors import ConfigError
 
 
@@ -97,7 +97,20 @@ class TokenizerOptimSection:
     beta1: float = setting(0.9, doc="First-moment decay.")
     beta2: float = setting(0.99, doc="Second-moment decay.")
     clip_norm: float = setting(1.0, doc="Global gradient-norm clip.")
-    max_skipped_steps: int = setting(10, doc="Training stops after more consecutive steps with a non-finite gradient.")
+    max_skipped_steps: int = setting(10, doc="Training stops after more consecutive skipped steps.")
+    max_skipped_share: float = setting(
+        0.2, doc="Training stops when more than this share of the last `skipped_window` steps was skipped."
+    )
+    skipped_window: int = setting(100, doc="Steps over which that share is taken.")
+    spike_deviations: float = setting(
+        20.0,
+        doc="A loss or gradient norm this many deviations (1.4826 MAD, at least 5 % of the median) above the running "
+        "median is a spike; 0: nothing is.",
+    )
+    spike_window: int = setting(128, doc="Steps of that median; nothing is a spike before there are as many.")
+    spike_action: str = setting(
+        "log", doc="What a spike does: log (the step is taken all the same) or skip (it changes nothing)."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +177,7 @@ def _range_faults(config: TokenizerConfig) -> Iterator[str]:
         "data.read_threads": config.data.read_threads,
         "evaluate.num_images": config.evaluate.num_images,
         "evaluate.every_steps": config.evaluate.every_steps,
+        "optim.skipped_window": config.optim.skipped_window,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep": config.checkpoint.keep,
     }
@@ -186,6 +200,7 @@ def _range_faults(config: TokenizerConfig) -> Iterator[str]:
         "optim.max_skipped_steps": config.optim.max_skipped_steps,
         "run.timeout_s": config.run.timeout_s,
         "checkpoint.keep_every_steps": config.checkpoint.keep_every_steps,
+        "optim.spike_deviations": config.optim.spike_deviations,
     }
     yield from (f"{name} = {value}: must not be negative" for name, value in not_negative.items() if value < 0)
     below_one = {
@@ -195,6 +210,13 @@ def _range_faults(config: TokenizerConfig) -> Iterator[str]:
         "data.max_skipped_share": config.data.max_skipped_share,
     }
     yield from (f"{name} = {value}: must be in [0, 1)" for name, value in below_one.items() if not 0 <= value < 1)
+    optim = config.optim
+    if not 0 < optim.max_skipped_share <= 1:
+        yield f"optim.max_skipped_share = {optim.max_skipped_share}: must be in (0, 1]"
+    if optim.spike_window < MIN_SPIKE_WINDOW:
+        yield f"optim.spike_window = {optim.spike_window}: must be {MIN_SPIKE_WINDOW} or more"
+    if optim.spike_action not in SPIKE_ACTIONS:
+        yield f"optim.spike_action = {optim.spike_action!r}: must be one of {', '.join(SPIKE_ACTIONS)}"
 
 
 def _size_faults(config: TokenizerConfig, world_size: int) -> Iterator[str]:

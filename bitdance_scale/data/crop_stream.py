@@ -41,6 +41,9 @@ class CropStream:
         max_skipped_share: share of unreadable images above which the stream stops (after 1000 images).
         first_step: step that the stream begins with.
 
+    Attributes:
+        samples: positions in the index of the images that were yielded last.
+
     Raises:
         DataError: no image is large enough for one of the sizes.
     """
@@ -71,6 +74,7 @@ class CropStream:
         self._images_of_size = [images_px // (height * width) for height, width in self._sizes_px]
         self._reader = ShardReader()
         self._first_step = first_step
+        self.samples: tuple[int, ...] = ()
         self._error_counter = ErrorCounter(max_skipped_share)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="crops")
 
@@ -120,11 +124,12 @@ class CropStream:
         return image[top : top + crop_px[0], left : left + crop_px[1]]
 
     def _collect(self, tasks: Sequence[tuple[int, Future[np.ndarray]]]) -> np.ndarray:
-        images = []
+        images, samples = [], []
         for sample, future in tasks:
             self._error_counter.record_read()
             try:
                 images.append(future.result())
+                samples.append(sample)
             except SampleError as error:
                 self._error_counter.record_skipped(error, self._index.shard_path(sample), self._index.name(sample))
         self._error_counter.check()
@@ -132,6 +137,7 @@ class CropStream:
             raise DataError(
                 f"no image of a step could be read: {self._error_counter.summary()}. Repair or remove these shards."
             )
+        self.samples = tuple(samples)
         return np.stack(images)
 
 

@@ -91,6 +91,10 @@ class StepMetrics(StepRecord):
         skipped_steps: steps since the start of the run whose gradients were not finite and changed nothing.
         images_by_source: name of the source -> images of it planned since the start of the run, skipped samples
             included; empty where `data.shards` is the only source.
+        spikes: steps since the start of the run with a loss or gradient norm far above its course
+            (`train/step_guards.py`), taken or not.
+        slowest_rank: the rank whose forward passes are 10 % or more behind (`train/straggler.py`); -1: none is.
+        slowest_excess: share by which the slowest rank is above the median of the other replicas.
     """
 
     images: int
@@ -113,6 +117,9 @@ class StepMetrics(StepRecord):
     steps_ready: int = 0
     skipped_steps: int = 0
     images_by_source: dict[str, int] = dataclasses.field(default_factory=dict)
+    spikes: int = 0
+    slowest_rank: int = -1
+    slowest_excess: float = 0.0
 
     @property
     def wait_share(self) -> float:

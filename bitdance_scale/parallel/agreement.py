@@ -92,6 +92,17 @@ def any_rank_each(are_true: Sequence[bool], group: dist.ProcessGroup | None = No
     return [bool(flag) for flag in flags.tolist()]
 
 
+def first_rank_numbers(*values: float) -> list[float]:
+    """The first rank's numbers on every rank, where those of the others may differ in the last bit; a collective."""
+    if not dist.is_initialized():
+        return list(values)
+    is_nccl = dist.get_backend() == "nccl"
+    numbers = torch.tensor(values, dtype=torch.float64, device="cuda" if is_nccl else "cpu")
+    dist.broadcast(numbers, src=0)
+    result: list[float] = numbers.tolist()
+    return result
+
+
 def describe_failures(messages: Mapping[int, str], num_ranks: int) -> str:
     """One message of the failing ranks' messages (rank -> message); what all ranks say is said once."""
     if len(set(messages.values())) == 1 and len(messages) == num_ranks:

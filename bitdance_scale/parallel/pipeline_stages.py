@@ -34,6 +34,7 @@ from bitdance_scale.model.positions import sincos_2d
 from bitdance_scale.model.projector import Projector
 from bitdance_scale.parallel.backbone import make_backbone, recompute, transformer_config
 from bitdance_scale.parallel.stage_split import stage_layers
+from bitdance_scale.parallel.step_trace import StepTrace
 from bitdance_scale.parallel.tensor_linears import ColumnLinear, TensorParallelLinears, without_sequence_parallel
 from bitdance_scale.parallel.topology import Topology
 
@@ -68,6 +69,7 @@ class Stage(nn.Module):
             ranks; the padding is kept out of the softmax.
         layers: global indices of the backbone layers held here.
         has_copied_output: whether the text projection is a copy of the embedding on another rank (`parallel/tied.py`).
+        trace: what watches the hidden states that enter the layers; None: nothing.
     """
 
     def __init__(self, config: RunConfig, vocab_size: int, topology: Topology, number: int) -> None:
@@ -81,6 +83,7 @@ class Stage(nn.Module):
         self.hidden_size = config.model.hidden_size
         self.layers = stage_layers(config, vocab_size, number)
         self.has_copied_output = False
+        self.trace: StepTrace | None = None
         linears = TensorParallelLinears(self.config, topology)
         if self.is_first:
             self.embedding = VocabParallelEmbedding(
@@ -127,6 +130,10 @@ class Stage(nn.Module):
         hidden_SBD = self.embed_pack(inputs) if self.is_first else None
         if self.is_first and self.config.sequence_parallel:
             hidden_SBD = scatter_to_sequence_parallel_region(hidden_SBD)
+        if self.trace is not None:
+            entering_SBD = hidden_SBD if self.is_first else self.decoder.input_tensor
+            assert entering_SBD is not None, "the schedule sets what a later stage begins with"
+            self.trace.watch(self.number, entering_SBD)
         hidden_SBD = self.decoder(hidden_SBD, attention_mask=inputs.mask, rotary_pos_emb=inputs.rotary)
         if not self.is_last:
             return hidden_SBD

@@ -8,7 +8,7 @@ micro-batches there are or how full they are; that of an average of averages wou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from bitdance_scale.config.schema import LossSection
 from bitdance_scale.model.flow import combine_losses
 from bitdance_scale.model.inputs import PackInputs
+from bitdance_scale.parallel.step_trace import StepTrace, tracing
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import StepOutcome, ZeroEngine
 from bitdance_scale.phases import Phase, phase
@@ -53,33 +54,66 @@ def count_targets(batch: Sequence[PackInputs], topology: Topology) -> TargetCoun
 
 
 def accumulate_gradients(
-    engine: ZeroEngine, batch: Sequence[PackInputs], counts: TargetCounts, section: LossSection, topology: Topology
+    engine: ZeroEngine,
+    batch: Sequence[PackInputs],
+    counts: TargetCounts,
+    section: LossSection,
+    topology: Topology,
+    trace: StepTrace | None = None,
 ) -> StepLosses:
     """Runs forward and backward over the micro-batches of this replica.
 
-    Returns the losses of the global batch. The engine then holds the reduced gradients.
+    Returns the losses of the global batch. The engine then holds the reduced gradients, and `trace` what it keeps of
+    every micro-batch.
     """
-    if topology.pipeline_size > 1:
-        sums = _run_pipeline(engine, batch, counts, section, topology)
-    else:
-        sums = []
-        for index, inputs in enumerate(batch):
-            with phase(Phase.FORWARD):
-                loss_sums = engine.forward(inputs)
-            with phase(Phase.BACKWARD):
-                engine.backward(_loss(loss_sums, counts, section, topology), is_last=index == len(batch) - 1)
-            sums.append(loss_sums.detach())
+    with tracing(engine.stages, trace):
+        sums = _run_micro_batches(engine, batch, counts, section, topology)
+    if trace is not None:
+        trace.loss_sums = sums
     return _reduce_losses(sums, counts, section, topology)
 
 
+def _run_micro_batches(
+    engine: ZeroEngine, batch: Sequence[PackInputs], counts: TargetCounts, section: LossSection, topology: Topology
+) -> list[torch.Tensor]:
+    """Forward and backward; returns the loss sums of every micro-batch on the last stage, [] elsewhere."""
+    if topology.pipeline_size > 1:
+        return _run_pipeline(engine, batch, counts, section, topology)
+    sums = []
+    for index, inputs in enumerate(batch):
+        with phase(Phase.FORWARD):
+            loss_sums = engine.forward(inputs)
+        with phase(Phase.BACKWARD):
+            engine.backward(_loss(loss_sums, counts, section, topology), is_last=index == len(batch) - 1)
+        sums.append(loss_sums.detach())
+    return sums
+
+
 def train_step(
-    engine: ZeroEngine, batch: Sequence[PackInputs], section: LossSection, lr: float, topology: Topology
+    engine: ZeroEngine,
+    batch: Sequence[PackInputs],
+    section: LossSection,
+    lr: float,
+    topology: Topology,
+    *,
+    trace: StepTrace | None = None,
+    refuses: Callable[[StepLosses, float], bool] | None = None,
 ) -> tuple[StepLosses, StepOutcome]:
-    """One optimiser step on the micro-batches of this replica."""
+    """One optimiser step on the micro-batches of this replica.
+
+    Args:
+        engine: the model.
+        batch: the micro-batches.
+        section: weights of the losses.
+        lr: learning rate of the step.
+        topology: the ranks.
+        trace: keeps what every micro-batch gave on this rank.
+        refuses: whether a step with these losses and this finite gradient norm must change nothing (`ZeroEngine.step`).
+    """
     counts = count_targets(batch, topology)
-    losses = accumulate_gradients(engine, batch, counts, section, topology)
+    losses = accumulate_gradients(engine, batch, counts, section, topology, trace)
     with phase(Phase.OPTIMISER):
-        return losses, engine.step(lr)
+        return losses, engine.step(lr, None if refuses is None else lambda norm: refuses(losses, norm))
 
 
 @torch.no_grad()

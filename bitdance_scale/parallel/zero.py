@@ -12,12 +12,13 @@ moments as views into the engine's buffers. Checkpoints read and write these vie
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import safe_get_full_grad
 
 from bitdance_scale.config.schema import RunConfig
@@ -44,10 +45,35 @@ class StepOutcome:
     Attributes:
         grad_norm: norm of the whole model's gradient before clipping.
         is_skipped: whether the norm was not finite, so that no rank changed anything.
+        is_refused: whether the caller refused the step, with the same effect.
     """
 
     grad_norm: float
     is_skipped: bool
+    is_refused: bool = False
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that leaves out a step which it is told to refuse: weights, moments and step count stay as they are.
+
+    DeepSpeed knows the norm of the whole gradient only inside its own step, just before it calls this one, under
+    ZeRO-3 once per group of parameters. What it does afterwards is to copy the masters into the weights again.
+
+    Attributes:
+        is_refused: asked at every call; None: no step is refused.
+    """
+
+    is_refused: Callable[[], bool] | None = None
+
+    def step(self, closure: Any = None) -> Any:
+        """Steps, unless the step is refused."""
+        if self.is_refused is not None and self.is_refused():
+            return None
+        return super().step(closure)
+
+
+# DeepSpeed's list of the optimisers that it was tested with holds AdamW.
+ZERO_SUPPORTED_OPTIMIZERS.append(GuardedAdamW)
 
 
 @dataclass(frozen=True)
@@ -115,7 +141,7 @@ class ZeroEngine:
         self.parameters: Parameters = name_parameters(module, topology)
         self._topology = topology
         self._zero_stage = config.parallel.zero_stage
-        optimizer = torch.optim.AdamW(
+        optimizer = GuardedAdamW(
             [located.parameter for located in self.parameters.values()],
             lr=config.optim.lr,
             betas=(config.optim.beta1, config.optim.beta2),
@@ -156,13 +182,28 @@ class ZeroEngine:
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.allreduce_gradients()
 
-    def step(self, lr: float) -> StepOutcome:
-        """Clips and steps with learning rate `lr`, unless the gradient is not finite somewhere; clears gradients."""
+    def step(self, lr: float, refuses: Callable[[float], bool] | None = None) -> StepOutcome:
+        """Clips and steps with learning rate `lr`, unless the gradient is not finite somewhere; clears gradients.
+
+        Args:
+            lr: learning rate of the step.
+            refuses: whether a step with this finite gradient norm must change nothing; called once, on all ranks, and
+                must give all of them the same answer.
+        """
         for group in self._adam.param_groups:
             group["lr"] = lr
+        answers: list[bool] = []
+
+        def is_refused() -> bool:
+            assert refuses is not None
+            if not answers:
+                answers.append(refuses(float(self._optimizer._global_grad_norm)))
+            return answers[0]
+
+        self._adam.is_refused = None if refuses is None else is_refused
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
-        return StepOutcome(grad_norm=norm, is_skipped=bool(self._optimizer.overflow))
+        return StepOutcome(grad_norm=norm, is_skipped=bool(self._optimizer.overflow), is_refused=any(answers))
 
     def gradient(self, name: str) -> torch.Tensor:
         """The gradient of the global loss for a local parameter, before the step; collective over data-parallel ranks.

@@ -18,6 +18,7 @@ from bitdance_scale.parallel.step import StepLosses
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import StepOutcome
 from bitdance_scale.train.step_feed import ReadyStep
+from bitdance_scale.train.straggler import StragglerWatch
 
 
 def learning_rate(section: OptimSection, step: int, num_steps: int) -> float:
@@ -62,11 +63,15 @@ class StepMeter:
         vocab_size: entries of the tokenizer.
         topology: the ranks.
         progress: counted on in place.
+
+    Attributes:
+        stragglers: compares the ranks; measures while it listens.
     """
 
     def __init__(self, config: RunConfig, vocab_size: int, topology: Topology, progress: Progress) -> None:
         self._config, self._vocab_size, self._topology = config, vocab_size, topology
         self.progress = progress
+        self.stragglers = StragglerWatch(topology)
         self._peak = peak_flops(topology.device_name, config.run.dtype)
         # No count of ours: the plan knows it of any step.
         self._images_by_source: dict[str, int] = {}
@@ -106,6 +111,7 @@ class StepMeter:
         for side_px, count in loaded.images_by_resolution.items():
             progress.images_by_resolution[side_px] = progress.images_by_resolution.get(side_px, 0) + count
         self._images_by_source = loaded.images_by_source
+        self.stragglers.add(flops)
         self._num_steps += 1
         self._wait_s += ready.wait_s
         self._images += planned - skipped_samples
@@ -114,8 +120,15 @@ class StepMeter:
         self._padding += int(padding)
         self._flops += total_flops
 
-    def metrics(self, losses: StepLosses, outcome: StepOutcome, lr: float) -> StepMetrics:
-        """The metrics of the last step, speeds averaged since the previous logged one; two small collectives."""
+    def metrics(self, losses: StepLosses, outcome: StepOutcome, lr: float, num_spikes: int) -> StepMetrics:
+        """The metrics of the last step, speeds averaged since the previous logged one; three small collectives.
+
+        Args:
+            losses: of the step.
+            outcome: of the step.
+            lr: learning rate of the step.
+            num_spikes: `StepGuards.num_spikes`.
+        """
         highest = torch.tensor(
             [self._wait_s, memory_bytes(self._topology.device), -self._num_ready],
             dtype=torch.float64,
@@ -125,6 +138,7 @@ class StepMeter:
         wait_s, memory, lacking = highest.tolist()
         elapsed_s = time.monotonic() - self._begun_s
         progress = self.progress
+        slowest = self.stragglers.report(progress.step)
         step_s = elapsed_s / self._num_steps
         mean_flops = self._flops / self._num_steps
         metrics = StepMetrics(
@@ -149,6 +163,9 @@ class StepMeter:
             steps_ready=int(-lacking),
             skipped_steps=progress.skipped_steps,
             images_by_source=dict(self._images_by_source),
+            spikes=num_spikes,
+            slowest_rank=slowest.rank,
+            slowest_excess=slowest.excess,
         )
         self.restart()
         return metrics

@@ -23,7 +23,7 @@ from bitdance_scale.checkpoint.background_save import CheckpointSaver
 from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
 from bitdance_scale.config.load import dump_toml
 from bitdance_scale.config.schema import CheckpointSection, ParallelSection
-from bitdance_scale.errors import BitDanceError, ConfigError, DamagedCheckpointError, TrainingError
+from bitdance_scale.errors import BitDanceError, ConfigError, DamagedCheckpointError
 from bitdance_scale.observe.console import setup_logging
 from bitdance_scale.parallel.agreement import all_ranks, any_rank_each
 from bitdance_scale.parallel.partition import ShardedValue
@@ -37,10 +37,11 @@ from bitdance_scale.parallel.topology import (
     start_process_group,
 )
 from bitdance_scale.phases import POSITION, Phase, phase
-from bitdance_scale.train.faults import Faults, save_after_fault
 from bitdance_scale.train.heartbeat import Heartbeat
+from bitdance_scale.train.last_save import LocalErrors, save_after_fault
 from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopRequest
 from bitdance_scale.train.run_lock import RunLock
+from bitdance_scale.train.step_guards import GuardSection, StepGuards
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,10 @@ class JobConfig(Protocol):
     def checkpoint(self) -> CheckpointSection:
         """Section `[checkpoint]`."""
 
+    @property
+    def optim(self) -> GuardSection:
+        """Section `[optim]`, of which every job has the rules on skipped steps and spikes."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -99,7 +104,6 @@ class Schedule:
         save: checkpoints.
         evaluate: evaluation on held-out data.
         draw: pictures.
-        max_skipped_steps: steps in a row whose gradient may be not finite.
     """
 
     num_steps: int
@@ -107,7 +111,6 @@ class Schedule:
     save: int
     evaluate: int
     draw: int
-    max_skipped_steps: int
 
 
 class Job(abc.ABC):
@@ -122,6 +125,8 @@ class Job(abc.ABC):
 
     Attributes:
         step: optimiser steps taken.
+        guards: the rules on the numbers of a step; their state belongs to `state`.
+        local_errors: those of what this rank does alone, kept until all ranks can hear of them.
     """
 
     def __init__(self, config: JobConfig, topology: Topology, run_folder: Path) -> None:
@@ -135,6 +140,8 @@ class Job(abc.ABC):
         )
         self._saver = CheckpointSaver(self.checkpoints, topology.device, is_background=section.in_background)
         self._falls_back = section.fall_back
+        self.guards = StepGuards(config.optim)
+        self.local_errors = LocalErrors()
         self._config_text = dump_toml(config)
         self._saved_step = 0
 
@@ -162,7 +169,7 @@ class Job(abc.ABC):
 
     @abc.abstractmethod
     def take_step(self) -> bool:
-        """Trains one step on what was read and counts it; returns whether it was skipped for a non-finite gradient."""
+        """Trains one step on what was read and counts it; returns whether it was skipped: it changed nothing."""
 
     @abc.abstractmethod
     def log(self) -> None:
@@ -312,7 +319,7 @@ def train(job: Job, stop: StopRequest) -> bool:
     A fault that leaves the state between two steps whole on all ranks saves it before it is raised.
 
     Raises:
-        TrainingError: gradients stayed non-finite for more than `Schedule.max_skipped_steps` steps.
+        TrainingError: too many steps were skipped (`step_guards.py`); nothing is saved.
         DataError: too much of the data cannot be read; what was trained until then is saved.
         CheckpointError: a checkpoint was not committed.
     """
@@ -335,7 +342,7 @@ def train(job: Job, stop: StopRequest) -> bool:
 
 
 def _train_steps(job: Job, stop: StopRequest) -> bool:
-    schedule, num_skipped_in_a_row, faults = job.schedule, 0, Faults()
+    schedule, local_errors = job.schedule, job.local_errors
     while not job.is_complete:
         POSITION.move(Phase.READING, job.step)
         try:
@@ -345,37 +352,32 @@ def _train_steps(job: Job, stop: StopRequest) -> bool:
             job.save()
             job.settle()
             raise
-        num_skipped_in_a_row = num_skipped_in_a_row + 1 if job.take_step() else 0
+        is_skipped = job.take_step()
         POSITION.is_updating = False
-        if num_skipped_in_a_row > schedule.max_skipped_steps:
-            raise TrainingError(
-                f"step {job.step}: the gradient was not finite in {num_skipped_in_a_row} consecutive steps "
-                f"(optim.max_skipped_steps = {schedule.max_skipped_steps}). The last checkpoint is sound: resume "
-                "from it with a lower optim.lr, or look for damaged samples in the steps before."
-            )
+        job.guards.count(job.step, is_skipped)
         if job.is_due(schedule.log):
-            with faults.kept(), phase(Phase.LOGGING):
+            with phase(Phase.LOGGING):
                 job.log()
-        is_stop_asked, has_failed_save, is_faulted = any_rank_each(
-            [stop.is_requested, job.has_failed_save, faults.has_any]
+        is_stop_asked, has_failed_save, has_local_error = any_rank_each(
+            [stop.is_requested, job.has_failed_save, local_errors.has_any]
         )
         if has_failed_save:
             job.settle()
-        if is_faulted or is_stop_asked:
+        if has_local_error or is_stop_asked:
             job.save()
             job.settle()
-            faults.raise_on_all_ranks()
+            local_errors.raise_on_all_ranks()
             return False
         if job.is_due(schedule.save):
             job.save()
         if job.is_due(schedule.evaluate):
-            with faults.kept(), phase(Phase.EVALUATING):
+            with phase(Phase.EVALUATING):
                 job.evaluate()
         if job.is_due(schedule.draw):
-            with faults.kept(), phase(Phase.DRAWING):
+            with phase(Phase.DRAWING):
                 job.draw()
         job.pause()
-    faults.raise_on_all_ranks()
+    local_errors.raise_on_all_ranks()
     return True
 
 

@@ -15,11 +15,13 @@ from bitdance_scale.checkpoint.start_weights import find_checkpoint, load_start_
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.inputs import PackInputs, make_inputs
 from bitdance_scale.observe.metrics import EVALUATION_FILE, Evaluation, append_evaluation, read_evaluations
-from bitdance_scale.parallel.agreement import on_first_rank
+from bitdance_scale.parallel.agreement import first_rank_numbers, on_first_rank
 from bitdance_scale.parallel.build import build_engine
 from bitdance_scale.parallel.partition import ShardedValue
-from bitdance_scale.parallel.step import train_step
+from bitdance_scale.parallel.step import StepLosses, train_step
+from bitdance_scale.parallel.step_trace import StepTrace
 from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.phases import Phase, phase
 from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.sequence.tokens import load_text_tokenizer
@@ -30,7 +32,9 @@ from bitdance_scale.train.run_observer import RunObserver, draw_overview, sample
 from bitdance_scale.train.sampling import draw_samples
 from bitdance_scale.train.shared_index import training_index
 from bitdance_scale.train.start_checks import Start, check_resume, check_start
+from bitdance_scale.train.step_faults import StepFaults, compute_again, index_names, read_trace
 from bitdance_scale.train.step_feed import ReadyStep, StepFeed, StepReader
+from bitdance_scale.train.step_guards import Spike
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
 logger = logging.getLogger(__name__)
@@ -90,6 +94,9 @@ class TextToImageJob(Job):
         elif start is not None:
             self._start(start)
         self._meter = StepMeter(config, self._text.vocab_size, topology, self.progress)
+        stages = [stage.number for stage in self._engine.stages]
+        self._faults = StepFaults(topology, run_folder, stages, index_names(self._index))
+        self._spike: Spike | None = None
         self._observer: RunObserver | None = None
         self._feed: StepFeed | None = None
         self._ready: ReadyStep | None = None
@@ -109,7 +116,6 @@ class TextToImageJob(Job):
             save=config.checkpoint.every_steps,
             evaluate=config.evaluate.every_steps if self._evaluator else 0,
             draw=config.sample.every_steps if config.sample.prompts else 0,
-            max_skipped_steps=config.optim.max_skipped_steps,
         )
 
     @contextlib.contextmanager
@@ -119,6 +125,7 @@ class TextToImageJob(Job):
         with (
             RunObserver(config, topology, self.run_folder, self._text.vocab_size, step) as self._observer,
             StepReader(config, self._index, self._text, self._vision, topology, self._loader_state) as reader,
+            self._meter.stragglers.listening(),
             StepFeed(reader.next_step, self._prepare, step, config.run.steps, topology.device) as self._feed,
         ):
             self._observer.sources(reader.uses(config.run.steps), reader.filter_counts())
@@ -135,29 +142,60 @@ class TextToImageJob(Job):
         ready, config = self._ready, self.config
         assert ready is not None, "a step is read before it is taken"
         self._lr = learning_rate(config.optim, self.progress.step, config.run.steps)
-        self._losses, self._outcome = train_step(self._engine, ready.batch, config.loss, self._lr, self.topology)
+        self._spike, trace = None, StepTrace()
+        self._losses, self._outcome = train_step(
+            self._engine,
+            ready.batch,
+            config.loss,
+            self._lr,
+            self.topology,
+            trace=trace,
+            refuses=self._refuses if self.guards.judges_spikes else None,
+        )
         self._meter.add(ready, self._outcome.is_skipped)
         # Of the step that was trained, not of the one that is read already.
         self._loader_state = ready.loaded.state.to_dict()
-        return self._outcome.is_skipped
+        if self._outcome.is_skipped or self._spike is not None:
+            with phase(Phase.LOGGING):
+                self._explain(ready, trace)
+        return self._outcome.is_skipped or self._outcome.is_refused
+
+    def _refuses(self, losses: StepLosses, grad_norm: float) -> bool:
+        """Judges the numbers of a step, the same ones on all ranks."""
+        self._spike = self.guards.judge(*first_rank_numbers(losses.total, grad_norm))
+        return self._spike is not None and self.guards.refuses_spikes
+
+    def _explain(self, ready: ReadyStep, trace: StepTrace) -> None:
+        """Says where a bad step came from."""
+        batch, section = ready.batch, self.config.loss
+        keys = [loaded_pack.pack.sample_keys.tolist() for loaded_pack in ready.loaded.packs]
+        if self._spike is not None:
+            readings = read_trace(trace, None, batch, keys, section)
+            self._faults.explain_spike(self.step, self._spike, self._outcome.is_refused, readings)
+            return
+        again = compute_again(self._engine, batch, self.topology)
+        self._faults.explain_non_finite(self.step, read_trace(trace, again, batch, keys, section))
 
     def log(self) -> None:
         """Writes the metrics of the steps since the last call."""
-        metrics = self._meter.metrics(self._losses, self._outcome, self._lr)
-        if self._observer is not None:
-            self._observer.step(metrics)
+        metrics = self._meter.metrics(self._losses, self._outcome, self._lr, self.guards.num_spikes)
+        with self.local_errors.kept():
+            if self._observer is not None:
+                self._observer.step(metrics)
 
     def evaluate(self) -> None:
         """Writes the losses on the held-out images, if the run has any."""
         evaluation = self._evaluate()
-        if evaluation is not None and self._observer is not None:
-            self._observer.evaluation(evaluation, self.progress.images)
+        with self.local_errors.kept():
+            if evaluation is not None and self._observer is not None:
+                self._observer.evaluation(evaluation, self.progress.images)
 
     def draw(self) -> None:
         """Draws the configured prompts."""
         pictures = self._draw_samples()
-        if self._observer is not None:
-            self._observer.samples(self.progress.step, pictures)
+        with self.local_errors.kept():
+            if self._observer is not None:
+                self._observer.samples(self.progress.step, pictures)
 
     def pause(self) -> None:
         """Leaves out of the speeds what happened since the last step."""
@@ -169,7 +207,11 @@ class TextToImageJob(Job):
         fields["optimizer"] |= {"step": self._engine.optimizer_step()}
         assert self._loader_state is not None, "a checkpoint is of a step that was trained"
         return TrainState(
-            loader=self._loader_state, tokenizer_digest=self._text.digest, release=self._release, **fields
+            loader=self._loader_state,
+            tokenizer_digest=self._text.digest,
+            release=self._release,
+            guards=self.guards.state(),
+            **fields,
         )
 
     def model_values(self) -> Mapping[str, ShardedValue]:
@@ -225,6 +267,7 @@ class TextToImageJob(Job):
         self._engine.set_optimizer_step(state.optimizer["step"])
         self._loader_state = state.loader
         self._release = state.release
+        self.guards.restore(state.guards)
         self.progress = Progress(
             step=state.step,
             images=state.images,

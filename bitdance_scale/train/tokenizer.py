@@ -28,13 +28,16 @@ from bitdance_scale.data.storage.shards import expand_shards
 from bitdance_scale.errors import CheckpointError, ConfigError
 from bitdance_scale.observe.cost import memory_bytes
 from bitdance_scale.observe.metrics import append_evaluation
-from bitdance_scale.parallel.agreement import all_ranks, on_first_rank
+from bitdance_scale.parallel.agreement import all_ranks, first_rank_numbers, on_first_rank
 from bitdance_scale.parallel.partition import Piece, ShardedValue
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.phases import Phase, phase
+from bitdance_scale.train.fault_verdict import LOSS, MicroReading, Sign
 from bitdance_scale.train.run import Job, Schedule, run_job
 from bitdance_scale.train.run_sinks import RunSinks
 from bitdance_scale.train.shared_index import image_index
+from bitdance_scale.train.step_faults import StepFaults, index_names
+from bitdance_scale.train.step_guards import Spike
 from bitdance_scale.train.tokenizer_evaluation import Reconstruction, evaluate, summary, to_pixels
 from bitdance_scale.train.tokenizer_objective import TokenizerObjective
 from bitdance_scale.train.tokenizer_records import (
@@ -51,6 +54,8 @@ from bitdance_scale.vision.weights import WEIGHTS_NAME, save_weights
 logger = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+OWN_LOSSES = ("l1", "commit")
+"""Losses of a rank's own images; the entropy, and with it the total, is over all ranks."""
 
 
 def run_tokenizer(config: TokenizerConfig) -> int:
@@ -112,6 +117,8 @@ class TokenizerJob(Job):
         if latest is not None:
             self.load_newest(latest, self._resume)
         self._sinks: RunSinks | None = None
+        self._faults = StepFaults(topology, run_folder, (0,), index_names(self._index))
+        self._stream: CropStream | None = None
         self._crops: Iterator[np.ndarray] = iter(())
         self._images = np.empty((0, 0, 0, 3), dtype=np.uint8)
         self._begun_s, self._num_steps, self._num_images, self._wait_s = time.monotonic(), 0, 0, 0.0
@@ -131,7 +138,6 @@ class TokenizerJob(Job):
             save=config.checkpoint.every_steps,
             evaluate=config.evaluate.every_steps,
             draw=0,
-            max_skipped_steps=config.optim.max_skipped_steps,
         )
 
     @contextlib.contextmanager
@@ -161,7 +167,7 @@ class TokenizerJob(Job):
             kinds=KINDS,
         )
         with sinks as self._sinks, stream:
-            self._crops = iter(stream)
+            self._stream, self._crops = stream, iter(stream)
             self._restart()
             yield
 
@@ -174,13 +180,12 @@ class TokenizerJob(Job):
 
     def take_step(self) -> bool:
         """Trains on the crops that were read."""
-        config, step = self.config, self.step
-        device = self.topology.device
-        self._lr = learning_rate(step, config)
+        config = self.config
+        self._lr = learning_rate(self.step, config)
         for group in self._optimiser.param_groups:
             group["lr"] = self._lr
         with phase(Phase.FORWARD):
-            self._losses = self._objective(to_pixels(self._images, device), self._flips())
+            self._losses = self._compute_losses()
         self._optimiser.zero_grad(set_to_none=True)
         with phase(Phase.BACKWARD):
             self._losses["total"].backward()
@@ -188,11 +193,41 @@ class TokenizerJob(Job):
             parameters = self._autoencoder.parameters()
             self._grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
             # Gradients are averaged over the ranks, so all ranks see the same norm.
-            is_skipped = not bool(torch.isfinite(self._grad_norm))
+            is_finite = bool(torch.isfinite(self._grad_norm))
+            spike = self._judge() if is_finite and self.guards.judges_spikes else None
+            is_skipped = not is_finite or (spike is not None and self.guards.refuses_spikes)
             if not is_skipped:
                 self._optimiser.step()
-        self._count(is_skipped)
+        if not is_finite or spike is not None:
+            with phase(Phase.LOGGING):
+                self._explain(spike)
+        self._count(is_skipped=not is_finite)
         return is_skipped
+
+    def _compute_losses(self) -> dict[str, torch.Tensor]:
+        """The losses of the crops that were read, the same whenever they are computed within the step."""
+        losses: dict[str, torch.Tensor] = self._objective(to_pixels(self._images, self.topology.device), self._flips())
+        return losses
+
+    def _judge(self) -> Spike | None:
+        """Judges the numbers of a step, the same ones on all ranks."""
+        loss = self._losses["total"].detach().double()
+        dist.all_reduce(loss)
+        return self.guards.judge(*first_rank_numbers(loss.item() / self.topology.world_size, self._grad_norm.item()))
+
+    def _explain(self, spike: Spike | None) -> None:
+        """Says where a gradient that is not finite came from, or a spike."""
+        again: dict[str, torch.Tensor] = {}
+        if spike is None:
+            with torch.no_grad():
+                again = self._compute_losses()
+        signs = [Sign(LOSS, 0, self._losses[name].item(), again[name].item() if again else None) for name in OWN_LOSSES]
+        assert self._stream is not None, "steps are taken within a session"
+        reading = MicroReading(0, self._stream.samples, tuple(signs), loss=self._losses["total"].item())
+        if spike is None:
+            self._faults.explain_non_finite(self.step + 1, [reading])
+        else:
+            self._faults.explain_spike(self.step + 1, spike, self.guards.refuses_spikes, [reading])
 
     def log(self) -> None:
         """Writes the metrics of the steps since the last call."""
@@ -218,25 +253,31 @@ class TokenizerJob(Job):
             memory_bytes=int(memory),
             skipped_samples=state.skipped_samples,
             skipped_steps=state.skipped_steps,
+            spikes=self.guards.num_spikes,
         )
         assert self._sinks is not None, "steps are taken within a session"
-        self._sinks.write_step(
-            metrics,
-            metrics.loss,
-            {name: getattr(metrics, name) for name in LOSSES},
-            grad_norm=metrics.grad_norm,
-            images_per_s=metrics.images_per_s,
-            step_s=metrics.step_s,
-        )
+        with self.local_errors.kept():
+            self._sinks.write_step(
+                metrics,
+                metrics.loss,
+                {name: getattr(metrics, name) for name in LOSSES},
+                grad_norm=metrics.grad_norm,
+                images_per_s=metrics.images_per_s,
+                step_s=metrics.step_s,
+            )
         self._restart()
 
     def evaluate(self) -> None:
         """Reconstructs the held-out images on rank 0 and writes how well."""
-        self._reconstruct()
-        if self._sinks is not None and self.topology.rank == 0:
-            self._sinks.write_evaluation(evaluation_record(self.step, self._results), self._state.images)
-            sizes = "  ".join(f"{size_name(size)} px {result.psnr_db:.2f}" for size, result in self._results.items())
-            logger.info("held out after step %d: PSNR in dB  %s", self.step, sizes)
+        # On rank 0 only.
+        with self.local_errors.kept():
+            self._reconstruct()
+            if self._sinks is not None and self.topology.rank == 0:
+                self._sinks.write_evaluation(evaluation_record(self.step, self._results), self._state.images)
+                sizes = "  ".join(
+                    f"{size_name(size)} px {result.psnr_db:.2f}" for size, result in self._results.items()
+                )
+                logger.info("held out after step %d: PSNR in dB  %s", self.step, sizes)
 
     def draw(self) -> None:
         """Nothing: the evaluation says how well images are reconstructed."""
@@ -248,7 +289,7 @@ class TokenizerJob(Job):
 
     def state(self) -> TokenizerState:
         """How far the run is."""
-        return self._state
+        return dataclasses.replace(self._state, guards=self.guards.state())
 
     def model_values(self) -> Mapping[str, ShardedValue]:
         """The network's parameters, whole on every rank."""
@@ -324,9 +365,10 @@ class TokenizerJob(Job):
                 "data.images_px, data.max_zoom or run.seed: the data order would not go on. Restore them, or give the "
                 "run another name."
             )
+        self.guards.restore(state.guards)
         load_tensors(path, self.model_values(), self.optimizer_values())
         for adam in self._optimiser.state.values():
-            adam["step"].fill_(state.step - state.skipped_steps)
+            adam["step"].fill_(state.step - state.skipped_steps - self.guards.num_refused_steps)
         self._state, self._saved_step = state, state.step
 
 

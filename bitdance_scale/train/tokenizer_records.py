@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from bitdance_scale.checkpoint.run_checkpoint import StepState
 from bitdance_scale.observe.metrics import StepRecord
@@ -23,12 +24,14 @@ class TokenizerState(StepState):
         skipped_samples: images that could not be read and were left out, on all ranks.
         skipped_steps: steps whose gradient was not finite and changed nothing.
         data_digest: digest of all that decides which crops make up a step.
+        guards: what the rules on skipped steps and spikes remember (`train/step_guards.py`); JSON values.
     """
 
     images: int = 0
     skipped_samples: int = 0
     skipped_steps: int = 0
     data_digest: str = ""
+    guards: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class TokenizerMetrics(StepRecord):
         memory_bytes: highest memory in use on any rank so far.
         skipped_samples: images since the start of the run that could not be read and were left out.
         skipped_steps: steps since the start of the run whose gradient was not finite and changed nothing.
+        spikes: steps since the start of the run with a loss or gradient norm far above its course
+            (`train/step_guards.py`), taken or not.
     """
 
     images: int
@@ -67,6 +72,7 @@ class TokenizerMetrics(StepRecord):
     memory_bytes: int
     skipped_samples: int
     skipped_steps: int
+    spikes: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,7 @@ KINDS = RecordKinds(
         "grad_norm": "optim/grad_norm",
         "lr": "optim/lr",
         "skipped_steps": "optim/skipped_steps",
+        "spikes": "optim/spikes",
         "step_s": "speed/step_s",
         "images_per_s": "speed/images_per_s",
         "memory_bytes": "speed/memory_gib",

@@ -64,6 +64,16 @@ def test_a_state_without_a_field_is_named(folder):
     assert fill_of(model) == fill_of(optimizer) == {0.0}
 
 
+def test_a_checkpoint_of_an_earlier_version_has_no_guards(folder):
+    path = folder.latest()
+    content = json.loads((path / "train_state.json").read_text())
+    del content["guards"]
+    (path / "train_state.json").write_text(json.dumps(content))
+    (path / "manifest.json").unlink()
+    write_manifest(path)
+    assert load_checkpoint(path, *values(0.0), tokenizer_digest="abc").guards == {}
+
+
 def test_signature_tells_models_apart(tmp_path, folder):
     def signature(path):
         return json.loads((path / "train_state.json").read_text())["model_signature"]

@@ -162,7 +162,7 @@ LINE = (
     '"lr": 0.0001, "step_s": 0.5, "data_wait_s": 0.01, "tokens_per_s": 1800.0, "images_per_s": 16.0, "mfu": null, '
     '"images_by_resolution": {"256": 2, "512": 6}, "padding_share": 0.05, "memory_bytes": 1073741824, '
     '"skipped_samples": 3, "sample_errors": {"bad_image": 3}, "steps_ready": 0, "skipped_steps": 1, '
-    '"images_by_source": {"open": 8}}\n'
+    '"images_by_source": {"open": 8}, "spikes": 0, "slowest_rank": -1, "slowest_excess": 0.0}\n'
 )
 EVALUATION_LINE = (
     '{"step": 1, "vision": 0.5, "vision_by_resolution": {"256": 0.4, "512": null}, "vision_by_time": [0.1, null], '
@@ -171,7 +171,8 @@ EVALUATION_LINE = (
 
 
 def in_version_0_1(line: str) -> str:
-    """The same line under the names of version 0.1."""
+    """The same line under the names of version 0.1, which had no spikes and no stragglers."""
+    line = line.replace(', "spikes": 0, "slowest_rank": -1, "slowest_excess": 0.0', "")
     for name, old in [
         ("images_by_resolution", "images_by_class"),
         ("vision_by_resolution", "vision_by_class"),

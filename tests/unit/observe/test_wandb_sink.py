@@ -111,7 +111,7 @@ def check_points(path: Path) -> None:
     for record in records:
         summary |= values(record.summary.update)
     named = {name: value for name, value in summary.items() if name.partition("/")[0] in SUMMARIES}
-    assert len(named) == 27 and named.pop("progress/step") == 3
+    assert len(named) == 30 and named.pop("progress/step") == 3
     # What no definition covers would be a bare number.
     for name, value in named.items():
         assert list(value) == [SUMMARIES[name.partition("/")[0]]], name

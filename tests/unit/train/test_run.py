@@ -10,12 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from bitdance_scale.config.schema import CheckpointSection, ParallelSection
+from bitdance_scale.config.schema import CheckpointSection, OptimSection, ParallelSection
 from bitdance_scale.config.tokenizer_schema import TokenizerRunSection
 from bitdance_scale.errors import ConfigError, DataError, TrainingError
 from bitdance_scale.train import run
+from bitdance_scale.train.last_save import LocalErrors
 from bitdance_scale.train.process import StopRequest
 from bitdance_scale.train.run import Job, Schedule, joined_ranks, opened_run, train
+from bitdance_scale.train.step_guards import StepGuards
 
 SECTION = TokenizerRunSection(name="a", output="", steps=6)
 
@@ -27,9 +29,11 @@ class RecordedJob(Job):
         self.events: list[str] = []
         self._step, self._skipped, self._broken = step, skipped, broken
         self._saved_step = step
+        self.local_errors = LocalErrors()
+        self.guards = StepGuards(OptimSection(max_skipped_steps=1))
 
     step = property(lambda self: self._step)
-    schedule = property(lambda self: Schedule(6, log=2, save=4, evaluate=3, draw=0, max_skipped_steps=1))
+    schedule = property(lambda self: Schedule(6, log=2, save=4, evaluate=3, draw=0))
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -108,7 +112,7 @@ def test_unreadable_data_saves_the_steps_before_it() -> None:
 def test_steps_may_be_skipped_but_not_in_a_row() -> None:
     assert train(RecordedJob(skipped=(1, 3, 5)), StopRequest())
     job = RecordedJob(skipped=(2, 3))
-    with pytest.raises(TrainingError, match=r"step 3: .* 2 consecutive steps \(optim.max_skipped_steps = 1\)"):
+    with pytest.raises(TrainingError, match=r"step 3: 2 consecutive steps .* \(optim.max_skipped_steps = 1\)"):
         train(job, StopRequest())
     assert "save 3" not in job.events, "the weights are those of step 1; the last checkpoint is taken up again"
 

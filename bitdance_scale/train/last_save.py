@@ -20,7 +20,7 @@ OTHERS_WAIT_S = 15.0
 """How long a faulted rank waits for all others to fault at the same step."""
 
 
-class Faults:
+class LocalErrors:
     """Errors of this rank in a part of the run that the step does not need, kept until all ranks can hear of them."""
 
     def __init__(self) -> None:
