@@ -199,6 +199,8 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "loss.text_weight": _NOT_NEGATIVE,
     "checkpoint.every_steps": _COUNT,
     "checkpoint.keep": _COUNT,
+    "checkpoint.upload_keep": _NOT_NEGATIVE,
+    "checkpoint.upload_mb_per_s": _NOT_NEGATIVE,
     "evaluate.shards[]": NonEmpty(),
     "evaluate.every_steps": _COUNT,
     "evaluate.images": _COUNT,
