@@ -20,7 +20,14 @@ from typing import Any
 import boto3
 import botocore
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    HTTPClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    PartialCredentialsError,
+)
 from botocore.exceptions import ConnectionError as BotoConnectionError
 from urllib3.exceptions import HTTPError
 
@@ -200,7 +207,7 @@ class S3Client:
                 reason = _reason(error)
                 code = _status(error)
                 if code is not None and code not in _TEMPORARY_CODES:
-                    hint = self._hint(code)
+                    hint = self._hint(403 if isinstance(error, _NO_CREDENTIALS) else code)
                     raise ReadError(f"{what}: {reason}: {hint}", code in _CHANGED_CODES) from error
             now_s = time.monotonic()
             if progress() > before:
@@ -233,6 +240,7 @@ class WrongResponse(Exception):
 
 FAILURES = (ClientError, BotoCoreError, HTTPError, OSError, WrongResponse)
 """What a request or its body raises when it fails; the status says whether a retry can help."""
+_NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError)
 _CONNECTION_ERRORS = (HTTPClientError, BotoConnectionError, IncompleteReadError)
 """The errors of boto3 that come from the connection and not from the request."""
 

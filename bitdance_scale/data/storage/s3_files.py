@@ -76,16 +76,16 @@ class S3Files(S3Client):
         super().__init__(section, pause, names)
         self.rate = SendingRate(bytes_per_s, pause)
 
-    def read(self, path: str) -> bytes:
-        """A small object.
+    def read(self, path: str, num_bytes: int) -> bytes:
+        """An object that is small enough for memory, of a size known beforehand.
 
         Raises:
             ReadError: it does not exist, or cannot be read.
         """
-        return self.fetch(path, 0, PART_BYTES, "")
+        return self.fetch(path, 0, num_bytes, "")
 
     def read_file(self, path: str, into: Path, num_bytes: int) -> str:
-        """Writes an object to a new file, whose folder is made if absent, and forgets the parts that it has written.
+        """Writes an object to a new file, whose folder is made if absent, a part at a time.
 
         Args:
             path: the object.
