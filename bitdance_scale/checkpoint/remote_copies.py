@@ -129,7 +129,7 @@ class RemoteCopies:
         return self.folder.steps()
 
     def is_uploading(self, step: int) -> bool:
-        """Whether the checkpoint of a step is being copied or waits for it; on the first rank until all have done so."""
+        """Whether a checkpoint is being copied or waits for it; on the first rank until all ranks have done so."""
         return step in self.status.waiting_steps
 
     def upload(self, folder: Path) -> None:
@@ -228,16 +228,14 @@ class RemoteCopies:
                 return problem
             num_failures += 1
         if self._rank == 0:
-            size, elapsed_s = file_size(num_bytes), time.monotonic() - begun_s
-            logger.info(
-                "checkpoint of step %d copied to %s, %s in %.1f s", job.step, self.folder.where, size, elapsed_s
-            )
+            size, where, elapsed_s = file_size(num_bytes), self.folder.where, time.monotonic() - begun_s
+            logger.info("checkpoint of step %d copied to %s, %s in %.1f s", job.step, where, size, elapsed_s)
         return ""
 
     def _give_up(self, job: _Job, why: str, problem: str) -> str:
         logger.warning(
-            "checkpoint.upload: the checkpoint of step %d was not copied, %s: %s. Training goes on; the next one will be "
-            "copied anew",
+            "checkpoint.upload: the checkpoint of step %d was not copied, %s: %s. Training goes on; the next one will "
+            "be copied anew",
             job.step,
             why,
             problem,

@@ -83,9 +83,8 @@ class RemoteFolder:
         if LATEST_NAME not in names:
             return steps[-1] if steps else None
         with self._reading():
-            name = (
-                self._files.read(f"{self.where}/{LATEST_NAME}", names[LATEST_NAME]).decode("utf-8", "replace").strip()
-            )
+            content = self._files.read(f"{self.where}/{LATEST_NAME}", names[LATEST_NAME])
+        name = content.decode("utf-8", "replace").strip()
         match = STEP_NAME.fullmatch(name)
         if match is None or int(match[1]) not in steps:
             there = ", ".join(map(step_name, steps)) or "none"
@@ -174,7 +173,7 @@ class RemoteFolder:
         self._files.write_file(f"{prefix}/{name}", folder / name, goes_on)
 
     def commit(self, step: int, manifest: bytes) -> None:
-        """Makes a copy count, whose files are all there: writes its manifest beside them and as the marker, and `latest`.
+        """Makes a copy count, whose files are all there: writes the manifest beside them, the marker, and `latest`.
 
         Raises:
             WriteError: an object cannot be written.
@@ -195,7 +194,8 @@ class RemoteFolder:
         Args:
             step: the copy just made.
             manifest: of it.
-            keep, every: as `kept` takes them.
+            keep: how many of the newest stay; 0: all.
+            every: steps that are a multiple of it stay for ever; 0: none does.
 
         Raises:
             CheckpointError, WriteError: objects cannot be listed or deleted.
@@ -275,24 +275,32 @@ def open_remote(
     return RemoteFolder(where, files, setting)
 
 
-def parse_start(where: str, section: CheckpointSection) -> tuple[RemoteFolder, int]:
-    """The copies that `run.start_from` names on S3, and the step of the one to start from.
+def parse_start(where: str, section: CheckpointSection) -> tuple[RemoteFolder, int | None]:
+    """The copies that `run.start_from` names on S3, and the step that it names; None: their latest.
 
     Args:
         where: `s3://BUCKET/PREFIX/NAME`, the copies of a run, or one of them (`.../step_00000100`).
         section: endpoint and profile.
 
     Raises:
-        CheckpointError: there is none, or S3 cannot be read.
         DataError: the section does not give a client for S3.
     """
     above, _, name = where.rstrip("/").rpartition("/")
     match = STEP_NAME.fullmatch(name)
     remote = open_remote(above if match else where, section, setting="run.start_from")
-    step = int(match[1]) if match else remote.latest()
+    return remote, int(match[1]) if match else None
+
+
+def find_start(remote: RemoteFolder, step: int | None) -> RemoteCheckpoint:
+    """The copy to start from, as `parse_start` has read it.
+
+    Raises:
+        CheckpointError: there is none, or S3 cannot be read.
+    """
+    step = remote.latest() if step is None else step
     if step is None:
-        raise CheckpointError(f"run.start_from = {where!r}: no copy of a checkpoint is there; {_nearby(remote)}")
-    return remote, step
+        raise CheckpointError(f"run.start_from = {remote.where!r}: no copy of a checkpoint is there; {_nearby(remote)}")
+    return remote.find(step)
 
 
 def _nearby(remote: RemoteFolder) -> str:

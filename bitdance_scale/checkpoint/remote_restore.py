@@ -17,7 +17,7 @@ from bitdance_scale.atomic_files import WRITING, commit_folder, write_bytes
 from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
 from bitdance_scale.checkpoint.integrity import MANIFEST_NAME, find_damage, read_manifest, share_out
 from bitdance_scale.checkpoint.remote_copies import RemoteCopies
-from bitdance_scale.checkpoint.remote_folder import RemoteCheckpoint, RemoteFolder, parse_start
+from bitdance_scale.checkpoint.remote_folder import RemoteCheckpoint, RemoteFolder, find_start, parse_start
 from bitdance_scale.checkpoint.run_checkpoint import TENSORS_DIR
 from bitdance_scale.checkpoint.start_weights import start_files
 from bitdance_scale.checkpoint.step_names import STEP_NAME, step_name
@@ -62,10 +62,8 @@ def find_latest(checkpoints: CheckpointFolder, remote: RemoteCopies | None) -> P
     with checkpoints.write(copy.step) as aside:
         num_bytes = _fetch(remote.folder, copy, aside, group, is_partial=False)
     elapsed_s, source = time.monotonic() - begun_s, remote.folder.where
-    size = file_size(num_bytes)
-    logger.info(
-        "%s had no checkpoint: step %d came from %s, %s in %.1f s", checkpoints.root, copy.step, source, size, elapsed_s
-    )
+    root, size = checkpoints.root, file_size(num_bytes)
+    logger.info("%s had no checkpoint: step %d came from %s, %s in %.1f s", root, copy.step, source, size, elapsed_s)
     return checkpoints.latest()
 
 
@@ -91,7 +89,7 @@ def fetch_start(
     """
     with all_ranks(group, other=CheckpointError):
         remote, step = parse_start(where, section)
-    copy = on_first_rank(lambda: remote.find(step), group, other=CheckpointError)
+    copy = on_first_rank(lambda: find_start(remote, step), group, other=CheckpointError)
     into = run_folder / START_DIR / step_name(copy.step)
     aside = into.with_name(into.name + WRITING)
     if on_first_rank(lambda: _is_there(copy, into, aside), group, other=CheckpointError):

@@ -21,7 +21,9 @@ import torch.distributed as dist
 
 from bitdance_scale.atomic_files import write_text
 from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
+from bitdance_scale.checkpoint.remote_copies import RemoteCopies
 from bitdance_scale.checkpoint.run_checkpoint import save_checkpoint
+from bitdance_scale.checkpoint.step_names import step_name
 from bitdance_scale.config.load import dump_toml
 from bitdance_scale.config.schema import CheckpointSection, ParallelSection
 from bitdance_scale.errors import BitDanceError, ConfigError, TrainingError
@@ -36,6 +38,10 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS_DIR = "checkpoints"
 CONFIG_FILE = "config.toml"
+COPY_WAIT_S = 1800.0
+"""How long a finished run waits for the copies of its checkpoints."""
+STOP_COPY_WAIT_S = 30.0
+"""The same of a run that was asked to stop; when it goes on, so does the copy."""
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 """What torchrun would tell the only process of a job."""
 
@@ -103,11 +109,14 @@ class Job(abc.ABC):
 
     Attributes:
         step: optimiser steps taken.
+        remote: the copies of its checkpoints; None without `checkpoint.upload`.
     """
 
     def __init__(self, config: JobConfig, topology: Topology, run_folder: Path) -> None:
         self.topology, self.run_folder = topology, run_folder
         self.checkpoints = CheckpointFolder(run_folder / CHECKPOINTS_DIR, keep=config.checkpoint.keep)
+        where = f"{config.checkpoint.upload.rstrip('/')}/{config.run.name}"
+        self.remote = RemoteCopies(where, config.checkpoint) if config.checkpoint.upload else None
         self._config_text = dump_toml(config)
         self._saved_step = 0
 
@@ -189,6 +198,13 @@ class Job(abc.ABC):
             )
         self._saved_step = self.step
         logger.info("checkpoint of step %d written in %.1f s", self.step, time.monotonic() - begun_s)
+        if self.remote is not None:
+            self.remote.upload(self.checkpoints.root / step_name(self.step))
+
+    def end_copies(self, wait_s: float) -> None:
+        """Waits for the copies of checkpoints, for so many seconds at most, and ends them."""
+        if self.remote is not None:
+            self.remote.close(wait_s)
 
     def is_due(self, every_steps: int) -> bool:
         """Whether something done every so many steps, and after the last one, is due now."""
@@ -214,6 +230,7 @@ def run_job(config: JobConfig, parallel: ParallelSection, make_job: Callable[[To
         job = make_job(topology, folder)
         if job.is_complete:
             job.complete()
+            job.end_copies(COPY_WAIT_S)
             logger.info(
                 "the run %s is complete at step %d; extend it with run.steps=%d, or start another with run.name=NAME",
                 folder,
@@ -225,11 +242,13 @@ def run_job(config: JobConfig, parallel: ParallelSection, make_job: Callable[[To
             write_text(folder / CONFIG_FILE, dump_toml(config))
         if not train(job, stop):
             logger.warning("stopped on request after step %d and saved; run again to go on", job.step)
+            job.end_copies(STOP_COPY_WAIT_S)
             # All leave together: torchrun kills the others soon after the first that ends with a code, and the first
             # rank may take longer over closing its W&B run.
             dist.barrier()
             return EXIT_REQUEUE
         job.finish()
+        job.end_copies(COPY_WAIT_S)
     return EXIT_COMPLETE
 
 

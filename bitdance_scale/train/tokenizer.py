@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from bitdance_scale.checkpoint.remote_restore import find_latest
 from bitdance_scale.checkpoint.run_checkpoint import load_tensors, read_state_of
 from bitdance_scale.config.schema import ParallelSection
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig
@@ -108,7 +109,7 @@ class TokenizerJob(Job):
         )
         self._state = TokenizerState(step=0, data_digest=self._data_digest())
         self._results: dict[tuple[int, int], Reconstruction] = {}
-        latest = self.checkpoints.latest()
+        latest = find_latest(self.checkpoints, self.remote)
         if latest is not None:
             self._resume(latest)
         self._sinks: RunSinks | None = None
