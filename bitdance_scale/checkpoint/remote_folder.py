@@ -138,8 +138,10 @@ class RemoteFolder:
         manifest = read_manifest(copy.manifest, copy.files)
         for name in names:
             state, path = manifest.files[name], f"{copy.files}/{name}"
-            with self._reading():
+            try:
                 found = self._files.read_file(path, into / name, state.num_bytes)
+            except ReadError as error:
+                raise CheckpointError(f"{self._setting}: {error}; {self._way_out(copy.step)}") from error
             if found != (state.sha256 or (digests or {})[name]):
                 raise CheckpointError(
                     f"{path} is damaged: its SHA-256 is not that of what was written; {self._way_out(copy.step)}"
