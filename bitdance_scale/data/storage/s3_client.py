@@ -231,7 +231,7 @@ class S3Client:
             return f"the credentials of boto3 do not allow it; {self._names.denied}"
         if code == 404:
             return f"it does not exist; correct {self._names.path}"
-        return "it is shorter than when it was indexed" if code == 416 else "another try would not help"
+        return "it is shorter than it was" if code == 416 else "another try would not help"
 
 
 class WrongResponse(Exception):

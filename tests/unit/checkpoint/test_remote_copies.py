@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import signal
 import subprocess
@@ -140,25 +141,21 @@ def test_a_copy_comes_back_as_it_was_saved(make_copies, folder, tmp_path, inject
     assert len(fetched) == len(set(fetched)) == len(before) + 1
 
 
-def test_the_marker_is_the_last_of_the_files(make_copies, folder, injector):
+def test_the_marker_is_the_last_of_the_files(make_copies, folder, injector, prefix):
     copies = make_copies()
     path = save(folder, 1)
     copies.upload(path)
     wait(copies)
-    put = [
-        request.partition("?")[0].partition("step_00000001/")[2]
-        for method, request, _ in injector.requests
-        if method == "PUT"
-    ]
-    assert (put[-2:] == ["manifest.json", ""] and injector.requests[-2][1].endswith("/latest")) or put[-1] == ""
-    assert {name.split("/", 1)[1] for name in put[:-2]} == {
+    sent = [request.partition("?")[0] for method, request, _ in injector.requests if method == "PUT"]
+    below = [request.rpartition(f"{prefix.rpartition('/')[2]}/")[2] for request in sent]
+    assert below[-2:] == ["step_00000001/manifest.json", "latest"]
+    # Before the name of a file is the digest of the list of files.
+    assert sorted(name.split("/", 2)[2] for name in below[:-2]) == sorted(
         file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()
-    }
+    )
 
 
-def test_a_copy_without_its_marker_is_not_read_and_is_taken_over(
-    make_copies, folder, injector, server, prefix, tmp_path
-):
+def test_a_copy_without_its_marker_is_not_read_and_is_taken_over(make_copies, folder, injector, server, prefix):
     """The process dies before the marker; the next one sends only what is missing."""
     path = save(folder, 3)
     script = (
@@ -188,14 +185,14 @@ def test_a_copy_without_its_marker_is_not_read_and_is_taken_over(
     assert fill_of(find_latest(folder, copies)) == 1.5
 
 
-def test_a_server_that_fails_now_and_then_gets_the_copy(make_copies, folder, injector, caplog):
-    injector.write_share = 0.3
+def test_a_server_that_fails_now_and_then_gets_the_copy(make_copies, folder, injector):
+    injector.write_share = 0.5
     copies = make_copies()
     for step in (1, 2, 3):
         copies.upload(save(folder, step))
         wait(copies)
     assert copies.steps() == [1, 2, 3] and copies.status.num_failed == 0
-    assert len(injector.counts) == 4
+    assert sum(injector.counts.values()) > 5
 
 
 def test_a_server_that_fails_for_good_is_only_warned_of(make_copies, folder, injector, caplog):
@@ -304,8 +301,15 @@ def test_a_step_that_is_trained_again_replaces_its_copy(make_copies, folder, ser
     assert fill_of(find_latest(folder, copies)) == 2.0
 
 
-@pytest.mark.parametrize("change", ["damaged", "truncated", "missing"])
-def test_a_changed_object_is_named_and_nothing_is_committed(make_copies, folder, server, prefix, change):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("damaged", "is damaged: its SHA-256 is not that of what was written; there is no other copy"),
+        ("truncated", "it is shorter than it was; there is no other copy"),
+        ("missing", "NoSuchKey"),
+    ],
+)
+def test_a_changed_object_is_named_and_nothing_is_committed(make_copies, folder, server, prefix, change, message):
     copies = make_copies()
     copies.upload(save(folder, 5))
     wait(copies)
@@ -319,7 +323,7 @@ def test_a_changed_object_is_named_and_nothing_is_committed(make_copies, folder,
         client.delete_object(Bucket=BUCKET, Key=key)
     else:
         client.put_object(Bucket=BUCKET, Key=key, Body=bytes(content if change == "damaged" else content[:-9]))
-    with pytest.raises(CheckpointError, match=f"{prefix}/{name}.*{'NoSuchKey' if change == 'missing' else 'written'}"):
+    with pytest.raises(CheckpointError, match=f"{re.escape(f'{prefix}/{name}')}.*{message}"):
         find_latest(folder, copies)
     assert folder.steps() == [] and not list(folder.root.iterdir())
 
@@ -344,9 +348,7 @@ def test_a_damaged_pointer_or_marker_is_named(make_copies, folder, server, prefi
     shutil.rmtree(folder.root)
     client, key = boto3.client("s3", endpoint_url=server), prefix.partition(f"{BUCKET}/")[2]
     client.put_object(Bucket=BUCKET, Key=f"{key}/latest", Body=b"step_00000006\n")
-    with pytest.raises(
-        CheckpointError, match=r"latest: names 'step_00000006', which is no copy there \(step_00000005\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"latest: names 'step_00000006', which is no copy there .step_00000005"):
         find_latest(folder, copies)
     client.delete_object(Bucket=BUCKET, Key=f"{key}/latest")
     assert copies.folder.latest() == 5
