@@ -17,8 +17,10 @@ WAY_OUT = (
 )
 """How credentials reach S3 instead."""
 
-# A URL ends at a blank or where the next one begins. A password may hold quotes, slashes and further signs.
-_URL = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*://)(?P<rest>(?:(?![A-Za-z][\w+.-]*://)\S)*)")
+# A URL ends at a blank or where the next one begins. A password may hold quotes, slashes and further signs. A URL that
+# was taken for a path has one slash left.
+_SCHEME = r"[A-Za-z][\w+.-]*:/{1,2}"
+_URL = re.compile(rf"(?P<scheme>{_SCHEME})(?P<rest>(?:(?!{_SCHEME})\S)*)")
 _SECRET_NAME = r"[\w.-]*(?:signature|credential|token|secret|passw|pwd|access_?key|api_?key|\bsig\b|\bauth)[\w.-]*"
 _SECRET_FIELD = re.compile(rf"(?P<name>[?&#;]{_SECRET_NAME}=)(?P<value>[^\s&#;]+)", re.IGNORECASE)
 # `user:password@host` without a scheme; an address of mail has no colon.
@@ -52,7 +54,7 @@ def _has_login(scheme: str, rest: str) -> bool:
         return True
     if ":" not in host or "@" not in rest:
         return False
-    return scheme.lower() == "s3://" or _PORT.fullmatch(host) is None
+    return scheme.lower().startswith("s3:") or _PORT.fullmatch(host) is None
 
 
 def _without_login(url: re.Match[str]) -> str:
