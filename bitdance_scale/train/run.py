@@ -112,11 +112,14 @@ class Job(abc.ABC):
         remote: the copies of its checkpoints; None without `checkpoint.upload`.
     """
 
+    remote: RemoteCopies | None = None
+
     def __init__(self, config: JobConfig, topology: Topology, run_folder: Path) -> None:
         self.topology, self.run_folder = topology, run_folder
         self.checkpoints = CheckpointFolder(run_folder / CHECKPOINTS_DIR, keep=config.checkpoint.keep)
-        where = f"{config.checkpoint.upload.rstrip('/')}/{config.run.name}"
-        self.remote = RemoteCopies(where, config.checkpoint) if config.checkpoint.upload else None
+        if config.checkpoint.upload:
+            where = f"{config.checkpoint.upload.rstrip('/')}/{config.run.name}"
+            self.remote = RemoteCopies(where, config.checkpoint)
         self._config_text = dump_toml(config)
         self._saved_step = 0
 
