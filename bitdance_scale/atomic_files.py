@@ -9,6 +9,7 @@ builds its protocol for several ranks from `sync_tree` and a rename.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
@@ -113,6 +114,11 @@ def restore_folder(out: Path) -> None:
     replaced = out.with_name(out.name + REPLACED)
     if replaced.exists() and not out.exists():
         os.rename(replaced, out)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that a file system, or the user's part of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def sync(path: Path) -> None:

@@ -31,5 +31,13 @@ class CheckpointError(BitDanceError):
     """A checkpoint that is missing, incomplete, damaged or of another model."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose files are not what was written; an older one may be whole."""
+
+
+class DiskFullError(CheckpointError):
+    """A checkpoint for which there is no room."""
+
+
 class TrainingError(BitDanceError):
     """A run that cannot go on, such as one whose gradients stay non-finite."""

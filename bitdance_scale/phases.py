@@ -47,12 +47,15 @@ class Position:
         phase: what it does now.
         changes: how often the phase or the step has changed; a rank that gets on counts up.
         since_s: `time.monotonic()` of the last change.
+        is_updating: whether the weights may be between two steps: from the start of the optimiser's work to the end of
+            the step.
     """
 
     step: int = 0
     phase: Phase = Phase.STARTING
     changes: int = 0
     since_s: float = 0.0
+    is_updating: bool = False
 
     def move(self, phase: Phase, step: int | None = None) -> None:
         """Goes to another phase, and to another step where one is given."""
@@ -71,6 +74,7 @@ _listeners: list[Listener] = []
 def phase(kind: Phase) -> Iterator[None]:
     """The block is this part of the run; at its end the surrounding part goes on."""
     outer = POSITION.phase
+    POSITION.is_updating |= kind is Phase.OPTIMISER
     POSITION.move(kind)
     try:
         with contextlib.ExitStack() as opened:

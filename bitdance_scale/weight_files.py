@@ -35,6 +35,9 @@ SAFETENSORS_DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
 }
 """Names of dtypes in safetensors headers."""
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+# Of the values of a safetensors file.
+_ALIGNMENT_BYTES = 8
 _WEIGHT_DTYPES = ("F32", "BF16", "F16")
 _FIX = "fetch or export it again"
 
@@ -54,6 +57,20 @@ class TensorSpec(NamedTuple):
 def dtype_name(dtype: torch.dtype) -> str:
     """Name of a dtype in configuration files, such as bfloat16."""
     return str(dtype).removeprefix("torch.")
+
+
+def encode_header(specs: Mapping[str, TensorSpec]) -> bytes:
+    """The beginning of a safetensors file whose tensors follow in the order of `specs`, without gaps."""
+    # transformers refuses a file that does not say which framework it is for.
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, spec in specs.items():
+        stop = start + spec.num_bytes
+        entries[name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT_BYTES)
+    return len(text).to_bytes(HEADER_LENGTH_BYTES, "little") + text
 
 
 def read_header(path: Path) -> dict[str, TensorSpec]:

@@ -7,6 +7,9 @@
 
 The last file written before the rename is a manifest of all files (checkpoint/integrity.py). Damage that happens later,
 such as a partial copy, is therefore noticed before anything is loaded.
+
+A file system without room is noticed before anything is written, where it says how much is free. Old checkpoints that
+the next commit would delete make way then.
 """
 
 from __future__ import annotations
@@ -21,11 +24,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from bitdance_scale.atomic_files import WRITING, sync, sync_tree, write_text
-from bitdance_scale.checkpoint.integrity import find_damage, write_manifest
+from bitdance_scale.checkpoint.integrity import find_damage, listed_bytes, write_manifest
+from bitdance_scale.checkpoint.retention import kept_steps
 from bitdance_scale.checkpoint.step_names import LATEST_NAME
 from bitdance_scale.checkpoint.step_names import STEP_NAME as _COMMITTED
 from bitdance_scale.checkpoint.step_names import step_name as _name
-from bitdance_scale.errors import CheckpointError
+from bitdance_scale.errors import CheckpointError, DamagedCheckpointError, DiskFullError
 from bitdance_scale.parallel.agreement import all_ranks, on_first_rank
 
 _DELETING = ".deleting"
@@ -43,6 +47,8 @@ class CheckpointFolder:
     Args:
         root: the folder, made at the first checkpoint.
         keep: how many of the newest checkpoints stay after a commit, at least 1.
+        keep_every_steps: checkpoints of its multiples are never deleted; 0: none.
+        is_busy: whether a checkpoint, by its step, is still being read, so that it is deleted later.
         group: the ranks of the run; None: all, or this process alone without a process group.
         before: called on the first rank before each step of the protocol, with the name of the step; tests kill the
             process there.
@@ -53,13 +59,15 @@ class CheckpointFolder:
         root: Path,
         *,
         keep: int,
+        keep_every_steps: int = 0,
+        is_busy: Callable[[int], bool] = lambda step: False,
         group: dist.ProcessGroup | None = None,
         before: Callable[[str], None] = _no_hook,
     ) -> None:
         assert keep >= 1, "a commit must leave its own checkpoint"
         self.root = Path(root)
         self.group = group
-        self._keep = keep
+        self._keep, self._keep_every_steps, self._is_busy = keep, keep_every_steps, is_busy
         self._before = before
 
     @contextlib.contextmanager
@@ -88,24 +96,49 @@ class CheckpointFolder:
         except CheckpointError as error:
             if self._is_first_rank():
                 shutil.rmtree(aside, ignore_errors=True)
-            raise CheckpointError(
+            raise type(error)(
                 f"{self.root}: the checkpoint of step {step} was not committed: {error}. Earlier checkpoints are as "
                 "they were"
             ) from (failure or error)
         on_first_rank(lambda: self._prune(step), self.group, other=CheckpointError)
 
-    def latest(self) -> Path | None:
+    def latest(self, *, falls_back: bool = False) -> Path | None:
         """The checkpoint to resume from, whose files are all there; None when the run has none.
 
         It is the one that `latest` names. If only `latest` is missing, it is the newest committed one, with a warning.
+
+        Args:
+            falls_back: whether the next older whole checkpoint is taken where this one is damaged.
 
         Raises:
             CheckpointError: on every rank: a file of the checkpoint is missing or is not what was written. The message
                 names the file and says how to resume from an older checkpoint. `load_checkpoint` compares the content
                 of tensor files.
         """
-        name = on_first_rank(self._find_latest, self.group, other=CheckpointError)
+        name = on_first_rank(lambda: self._find_latest(falls_back), self.group, other=CheckpointError)
         return None if name is None else self.root / name
+
+    def retreat(self, damaged: Path, damage: str, *, falls_back: bool) -> Path:
+        """The next older whole checkpoint, once the files of one were found damaged while they were loaded.
+
+        Args:
+            damaged: the checkpoint.
+            damage: what is wrong with it.
+            falls_back: whether the older one is taken; it is the run's `latest` then.
+
+        Raises:
+            DamagedCheckpointError: on every rank: none is to be taken, or there is none.
+        """
+        action = lambda: self._retreat(damaged.name, damage, falls_back)  # noqa: E731
+        return self.root / on_first_rank(action, self.group, other=CheckpointError)
+
+    def make_room(self) -> bool:
+        """Deletes what the next commit would delete; returns whether that was anything."""
+        return on_first_rank(self._make_room, self.group, other=CheckpointError)
+
+    def path_of(self, step: int) -> Path:
+        """Where the checkpoint of a step is once it is committed."""
+        return self.root / _name(step)
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, in ascending order; no collective."""
@@ -121,8 +154,35 @@ class CheckpointFolder:
             for path in self.root.iterdir():
                 if path.name.endswith((WRITING, _DELETING)) and path.is_dir():
                     shutil.rmtree(path)
+        self._check_room()
         self._before("create")
         aside.mkdir(parents=True)
+
+    def _check_room(self) -> None:
+        """Deletes old checkpoints early if there is no room for another of the size of the newest."""
+        steps = self.steps()
+        if not steps:
+            return
+        needed = listed_bytes(self.path_of(steps[-1]))
+        if self._free_bytes() < needed:
+            self._make_room()
+        free = self._free_bytes()
+        if free < needed:
+            raise DiskFullError(
+                f"{self.root}: {free / 1e9:.2f} GB are free and a checkpoint has {needed / 1e9:.2f} GB; make room, or "
+                "set checkpoint.keep lower"
+            )
+
+    def _free_bytes(self) -> int:
+        return shutil.disk_usage(self.root).free
+
+    def _make_room(self) -> bool:
+        kept = kept_steps(self.steps(), max(1, self._keep - 1), self._keep_every_steps)
+        old = [step for step in self.steps() if step not in kept and _name(step) != self._pointed()]
+        for step in old:
+            logger.warning("%s: deleting %s early to make room", self.root, _name(step))
+            self._delete(self.path_of(step))
+        return bool(old)
 
     def _commit(self, aside: Path, committed: Path) -> None:
         self._before("manifest")
@@ -139,8 +199,11 @@ class CheckpointFolder:
 
     def _prune(self, step: int) -> None:
         """Deletes old checkpoints. Later steps, left from abandoned training, stay and do not count."""
-        for old in [s for s in self.steps() if s <= step][: -self._keep]:
-            self._delete(self.root / _name(old))
+        steps = [found for found in self.steps() if found <= step]
+        kept = kept_steps(steps, self._keep, self._keep_every_steps)
+        for old in steps:
+            if old not in kept and not self._is_busy(old):
+                self._delete(self.path_of(old))
 
     def _delete(self, path: Path) -> None:
         """Renames a checkpoint, so that it is never read half deleted, and deletes it."""
@@ -162,7 +225,7 @@ class CheckpointFolder:
                 "checkpoint into it, such as step_00000100"
             ) from error
 
-    def _find_latest(self) -> str | None:
+    def _find_latest(self, falls_back: bool) -> str | None:
         name, steps = self._pointed(), self.steps()
         newest = _name(steps[-1]) if steps else None
         if name is None:
@@ -174,15 +237,29 @@ class CheckpointFolder:
         if name is None:
             return None
         problem = find_damage(self.root / name) if _COMMITTED.fullmatch(name) else "not the name of a checkpoint"
-        if problem is not None:
-            raise CheckpointError(f"{self.root / name}: {problem}; {self._way_out(name)}")
-        return name
+        return name if problem is None else self._retreat(name, problem, falls_back)
 
-    def _way_out(self, damaged: str) -> str:
-        for step in reversed(self.steps()):
-            if _name(step) != damaged and find_damage(self.root / _name(step)) is None:
-                return f"to resume from step {step}, write {_name(step)} into {self.root / LATEST_NAME}"
-        return f"no other checkpoint is whole: restore this one, or remove {self.root} to start again"
+    def _retreat(self, damaged: str, damage: str, falls_back: bool) -> str:
+        """The name of the checkpoint to take in place of a damaged one: the next older whole one, or else any."""
+        match = _COMMITTED.fullmatch(damaged)
+        bound = int(match[1]) if match else None
+        others = [step for step in reversed(self.steps()) if _name(step) != damaged]
+        older = [step for step in others if bound is None or step < bound]
+        whole = (step for step in [*older, *others] if find_damage(self.path_of(step)) is None)
+        step = next(whole, None)
+        where = f"{self.root / damaged}: {damage}"
+        if step is None:
+            raise DamagedCheckpointError(
+                f"{where}; no other checkpoint is whole: restore this one, or remove {self.root} to start again"
+            )
+        if not falls_back:
+            raise DamagedCheckpointError(
+                f"{where}; {_name(step)} is whole: to resume from it, set checkpoint.fall_back=true or write "
+                f"{_name(step)} into {self.root / LATEST_NAME}"
+            )
+        logger.error("%s; FALLING BACK to step %d: the steps after it are trained again", where, step)
+        write_text(self.root / LATEST_NAME, _name(step) + "\n")
+        return _name(step)
 
     def _is_first_rank(self) -> bool:
         return not dist.is_initialized() or dist.get_rank(self.group) == 0

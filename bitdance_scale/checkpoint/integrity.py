@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from bitdance_scale.atomic_files import write_text
-from bitdance_scale.weight_files import HEADER_LENGTH_BYTES
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 2
@@ -87,31 +86,6 @@ def file_digest(path: Path) -> str:
 def tensor_bytes(values: torch.Tensor) -> memoryview:
     """The bytes of a tensor on the CPU in row-major order; a view where it is contiguous."""
     return values.contiguous().view(-1).view(torch.uint8).numpy().data
-
-
-def saved_digest(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int, str]:
-    """(size in bytes, hexadecimal SHA-256) that a safetensors file has if it holds `tensors`.
-
-    Only the header is read back. The values are those in memory, so that an error on their way to storage is noticed
-    when the file is loaded, and nothing is read twice.
-
-    Args:
-        path: the file, just written: the length of the header, the header as JSON, the values in the order of their
-            offsets (https://huggingface.co/docs/safetensors).
-        tensors: contiguous tensors on the CPU, by their names in the file.
-    """
-    with path.open("rb") as file:
-        prefix = file.read(HEADER_LENGTH_BYTES)
-        header = file.read(int.from_bytes(prefix, "little"))
-    entries = json.loads(header)
-    entries.pop("__metadata__", None)
-    digest = hashlib.sha256(prefix + header)
-    num_bytes = len(prefix) + len(header)
-    for name in sorted(entries, key=lambda name: entries[name]["data_offsets"]):
-        content = tensor_bytes(tensors[name])
-        digest.update(content)
-        num_bytes += content.nbytes
-    return num_bytes, digest.hexdigest()
 
 
 def find_change(path: Path, num_bytes: int, sha256: str | None) -> str | None:
@@ -190,6 +164,15 @@ def read_manifest(content: bytes, name: str) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ManifestError(f"{name} is damaged ({type(error).__name__}: {error})") from error
     return Manifest(tree["files_sha256"], files)
+
+
+def listed_bytes(folder: Path) -> int:
+    """How large a committed checkpoint is, by its manifest; 0 if that cannot be read."""
+    try:
+        files = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
+        return sum(int(entry["bytes"]) for entry in files.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return 0
 
 
 def _inside(name: str) -> str:

@@ -9,7 +9,6 @@ library.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -22,11 +21,10 @@ from bitdance_scale.checkpoint.tensor_storage import opened
 from bitdance_scale.weight_files import (
     BACKBONE_WEIGHTS_NAME,
     HEAD_WEIGHTS_NAME,
-    HEADER_LENGTH_BYTES,
     PROJECTOR_WEIGHTS_NAME,
-    SAFETENSORS_DTYPES,
     TensorSpec,
     check_tensors,
+    encode_header,
     read_folder_headers,
     refuse,
 )
@@ -39,8 +37,6 @@ PART_FILES: Mapping[Part, str] = {
 _FIX = "Take all files from one release"
 _CHUNK_BYTES = 64 * 2**20
 # Values begin at a multiple of this, as in the files that the library writes.
-_ALIGNMENT_BYTES = 8
-_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 def row_chunks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
@@ -133,7 +129,7 @@ class TensorFileWriter:
 
     def __enter__(self) -> TensorFileWriter:
         self._file = self.path.open("xb")
-        self._file.write(_header(self._specs))
+        self._file.write(encode_header(self._specs))
         return self
 
     def write(self, name: str, values: torch.Tensor) -> None:
@@ -161,16 +157,3 @@ class TensorFileWriter:
     ) -> None:
         with self._file:
             assert kind is not None or not self._waiting, f"{self.path}: {self._waiting[0]} is not whole"
-
-
-def _header(specs: Mapping[str, TensorSpec]) -> bytes:
-    # transformers refuses a file that does not say which framework it is for.
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name, spec in specs.items():
-        stop = start + spec.num_bytes
-        entries[name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, stop]}
-        start = stop
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT_BYTES)
-    return len(text).to_bytes(HEADER_LENGTH_BYTES, "little") + text

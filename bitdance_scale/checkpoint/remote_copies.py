@@ -75,8 +75,7 @@ class RemoteCopies:
 
     Args:
         where: `s3://BUCKET/PREFIX` of this run's copies.
-        section: access, rate and how many copies stay.
-        keep_every: steps that are a multiple of it stay for ever; 0: none does.
+        section: access, rate and which copies stay.
         group: the ranks of the run; None: all, or this process alone without a process group.
         deadline_s: how long a copy may stand still before it is given up.
         poll_s: seconds between two looks at what other ranks have copied.
@@ -93,7 +92,6 @@ class RemoteCopies:
         where: str,
         section: CheckpointSection,
         *,
-        keep_every: int = 0,
         group: dist.ProcessGroup | None = None,
         deadline_s: float = COPY_DEADLINE_S,
         poll_s: float = _POLL_S,
@@ -101,7 +99,7 @@ class RemoteCopies:
         has_ranks = dist.is_initialized()
         self._rank, self._num_ranks = (dist.get_rank(group), dist.get_world_size(group)) if has_ranks else (0, 1)
         self.folder: RemoteFolder = open_remote(where, section, num_ranks=self._num_ranks, pause=self._pause)
-        self._keep, self._keep_every, self._group = section.upload_keep, keep_every, group
+        self._keep, self._keep_every, self._group = section.upload_keep, section.keep_every_steps, group
         self._deadline_s, self._poll_s = deadline_s, poll_s
         self._changed = threading.Condition()
         self._has_ended = threading.Event()

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from bitdance_scale.atomic_files import sync
 from bitdance_scale.checkpoint.integrity import MANIFEST_NAME, Manifest, ManifestError, read_manifest
-from bitdance_scale.checkpoint.step_names import LATEST_NAME, STEP_NAME, kept, step_name
+from bitdance_scale.checkpoint.retention import kept_steps
+from bitdance_scale.checkpoint.step_names import LATEST_NAME, STEP_NAME, step_name
 from bitdance_scale.config.schema import S3_SCHEME, CheckpointSection, S3Section
 from bitdance_scale.data.storage.store_contract import ReadError
 from bitdance_scale.errors import CheckpointError, DataError
@@ -203,7 +204,8 @@ class RemoteFolder:
             CheckpointError, WriteError: objects cannot be listed or deleted.
         """
         names = self._listed()
-        stay = kept([found for found in _committed(names) if found <= step], keep, every)
+        steps = [found for found in _committed(names) if found <= step]
+        stay = kept_steps(steps, keep or len(steps), every)
         own = (f"{step_name(step)}/{manifest.sha256[:_DIGEST_CHARACTERS]}/", f"{step_name(step)}/{MANIFEST_NAME}")
         old = [
             name

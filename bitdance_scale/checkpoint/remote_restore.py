@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 START_DIR = "start"
 
 
-def find_latest(checkpoints: CheckpointFolder, remote: RemoteCopies | None) -> Path | None:
+def find_latest(checkpoints: CheckpointFolder, remote: RemoteCopies | None, *, falls_back: bool = False) -> Path | None:
     """The checkpoint that a run resumes from; fetched from its copies if the run has none of its own.
 
     A checkpoint that was not copied before the run was stopped is copied now.
@@ -40,6 +40,7 @@ def find_latest(checkpoints: CheckpointFolder, remote: RemoteCopies | None) -> P
     Args:
         checkpoints: the run's own.
         remote: their copies; None: there are none.
+        falls_back: whether an older checkpoint of the run's own is taken where the newest is damaged.
 
     Returns:
         The checkpoint, which is committed in the run's folder; None where there is none, and no copy either.
@@ -48,7 +49,7 @@ def find_latest(checkpoints: CheckpointFolder, remote: RemoteCopies | None) -> P
         CheckpointError: on every rank: the checkpoint or its copy is damaged; or there is no checkpoint and S3 cannot
             be reached: a new run must not begin where an old one may have to go on.
     """
-    latest, group = checkpoints.latest(), checkpoints.group
+    latest, group = checkpoints.latest(falls_back=falls_back), checkpoints.group
     if remote is None:
         return latest
     if latest is not None:

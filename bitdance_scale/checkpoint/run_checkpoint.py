@@ -27,7 +27,7 @@ from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
 from bitdance_scale.checkpoint.integrity import find_damage, text_digest
 from bitdance_scale.checkpoint.sharded import StreamedValue, load_sharded, save_sharded
 from bitdance_scale.checkpoint.tensor_index import TensorIndex, read_index
-from bitdance_scale.errors import CheckpointError
+from bitdance_scale.errors import CheckpointError, DamagedCheckpointError, DiskFullError
 from bitdance_scale.parallel.agreement import on_first_rank
 from bitdance_scale.parallel.partition import ShardedValue
 from bitdance_scale.renames import RENAMED_FIELDS, with_new_names
@@ -94,8 +94,10 @@ def save_checkpoint(
     model: Mapping[str, ShardedValue | StreamedValue],
     optimizer: Mapping[str, ShardedValue],
     config_text: str,
-) -> None:
+) -> Path:
     """Writes and commits the checkpoint of `state.step`; a collective over the folder's group.
+
+    If there is no room, it is tried once more without those old checkpoints that the commit would delete anyway.
 
     Args:
         folder: the checkpoints of the run.
@@ -104,13 +106,28 @@ def save_checkpoint(
         optimizer: what this rank holds of `master.<name>`, `exp_avg.<name>` and `exp_avg_sq.<name>`.
         config_text: the resolved configuration as TOML.
 
+    Returns:
+        The committed checkpoint.
+
     Raises:
+        DiskFullError: on every rank: there is no room; the last checkpoint is as it was.
         CheckpointError: on every rank; earlier checkpoints are as they were.
     """
     values = _prefixed(MODEL_PREFIX, model) | _prefixed(OPTIMIZER_PREFIX, optimizer)
-    with folder.write(state.step) as path:
-        save_sharded(path / TENSORS_DIR, values, folder.group)
-        on_first_rank(lambda: _write_texts(path, state, config_text), folder.group, other=CheckpointError)
+
+    def write() -> Path:
+        with folder.write(state.step) as path:
+            save_sharded(path / TENSORS_DIR, values, folder.group)
+            on_first_rank(lambda: _write_texts(path, state, config_text), folder.group, other=CheckpointError)
+        return folder.path_of(state.step)
+
+    try:
+        return write()
+    except DiskFullError as error:
+        if not folder.make_room():
+            raise
+        logger.warning("%s; trying again", error)
+        return write()
 
 
 def load_checkpoint(
@@ -198,7 +215,7 @@ def read_state_of(path: Path, kind: type[State], tensor_files: Collection[str] |
     """
     damage = find_damage(path, tensor_files)
     if damage is not None:
-        raise CheckpointError(f"{path}: {damage}; load another checkpoint")
+        raise DamagedCheckpointError(f"{path}: {damage}; load another checkpoint")
     file = path / TRAIN_STATE_NAME
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -211,7 +228,9 @@ def read_state_of(path: Path, kind: type[State], tensor_files: Collection[str] |
         content = {"sample_errors": {}, "release": {}} | content
         return kind(**{field.name: content[field.name] for field in dataclasses.fields(kind)})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: damaged ({type(error).__name__}: {error}); load another checkpoint") from error
+        raise DamagedCheckpointError(
+            f"{file}: damaged ({type(error).__name__}: {error}); load another checkpoint"
+        ) from error
 
 
 def read_fitting_state(path: Path, tokenizer_digest: str, tensor_files: Collection[str] | None = None) -> TrainState:

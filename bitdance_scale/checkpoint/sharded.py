@@ -10,7 +10,7 @@ import contextlib
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,12 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from bitdance_scale.atomic_files import is_disk_full
 from bitdance_scale.checkpoint.boxes import Box, disjoint_parts
 from bitdance_scale.checkpoint.integrity import share_out
 from bitdance_scale.checkpoint.tensor_index import StoredFile, TensorIndex, read_index
 from bitdance_scale.checkpoint.tensor_storage import SafetensorsReader, SafetensorsWriter, write_data_of
-from bitdance_scale.errors import CheckpointError
+from bitdance_scale.errors import CheckpointError, DamagedCheckpointError, DiskFullError
 from bitdance_scale.parallel.agreement import describe_failures, on_first_rank
 from bitdance_scale.parallel.partition import ShardedValue
 from bitdance_scale.wording import first_few
@@ -97,6 +98,47 @@ def save_sharded(
         )
 
 
+def planned_boxes(
+    values: Mapping[str, ShardedValue],
+    group: dist.ProcessGroup | None = None,
+    *,
+    max_file_bytes: int = DEFAULT_MAX_FILE_BYTES,
+) -> dict[str, list[Box]]:
+    """Which boxes this rank writes when `values` are saved, of those that it holds; a collective.
+
+    Args:
+        values: what this rank holds, as for `save_sharded`.
+        group: as for `save_sharded`.
+        max_file_bytes: as for `save_sharded`.
+    """
+    planner = _SavePieces(max_file_bytes)
+    planner.set_up_planner(dict(values))
+    plan = planner.create_local_plan()
+    if dist.is_initialized():
+        size, first = dist.get_world_size(group), 0 if group is None else dist.get_global_rank(group, 0)
+        is_first = dist.get_rank(group) == 0
+        gathered: list[Any] | None = [None] * size if is_first else None
+        dist.gather_object(plan, gathered, dst=first, group=group)
+        shares = planner.create_global_plan(gathered)[0] if gathered is not None else [None] * size
+        own: list[Any] = [None]
+        dist.scatter_object_list(own, shares, src=first, group=group)
+        plan = own[0]
+    else:
+        plan = planner.create_global_plan([plan])[0][0]
+    boxes: dict[str, list[Box]] = {}
+    for item in plan.items:
+        boxes.setdefault(item.index.fqn, []).append(Box.of_chunk(write_data_of(item).chunk))
+    return boxes
+
+
+def values_in(value: ShardedValue, box: Box) -> torch.Tensor:
+    """The values of a box that lies within one of the pieces; a view."""
+    for piece in value.pieces:
+        if Box.of_piece(piece).intersect(box) == box:
+            return piece.tensor.detach()[box.slices_in(Box.of_piece(piece))]
+    raise AssertionError(f"{box} is not held by this rank")
+
+
 def load_sharded(
     folder: Path,
     values: Mapping[str, ShardedValue],
@@ -145,16 +187,27 @@ def _files_to_check(index: TensorIndex, prefix: str, num_ranks: int) -> list[lis
 def _dcp_errors(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
     """Raises torch's exception as ours. torch raises it on all ranks, and it is no `Exception`."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        if dist.is_initialized():
             yield
+        else:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+                yield
     except CheckpointException as failure:
         problems = {
             rank: str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
             for rank, (error, _) in failure.failures.items()
         }
         num_ranks = dist.get_world_size(group) if dist.is_initialized() else 1
-        raise CheckpointError(f"{what}: {describe_failures(problems, num_ranks)}") from failure
+        kind = _kind_of([error for error, _ in failure.failures.values()])
+        raise kind(f"{what}: {describe_failures(problems, num_ranks)}") from failure
+
+
+def _kind_of(errors: Sequence[BaseException]) -> type[CheckpointError]:
+    if any(is_disk_full(error) for error in errors):
+        return DiskFullError
+    is_damage = all(isinstance(error, DamagedCheckpointError) for error in errors)
+    return DamagedCheckpointError if is_damage else CheckpointError
 
 
 class _SavePieces(SavePlanner):
@@ -215,10 +268,7 @@ class _SavePieces(SavePlanner):
         value = self._values[write_item.index.fqn]
         if isinstance(value, StreamedValue):
             return value.read(box)
-        for piece in value.pieces:
-            if Box.of_piece(piece).intersect(box) == box:
-                return piece.tensor.detach()[box.slices_in(Box.of_piece(piece))]
-        raise AssertionError(f"{write_item.index} was planned for a rank that does not hold it")
+        return values_in(value, box)
 
 
 class _LoadPieces(LoadPlanner):

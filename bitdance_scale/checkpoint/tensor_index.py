@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from bitdance_scale.checkpoint.boxes import Box, find_overlap
-from bitdance_scale.errors import CheckpointError
+from bitdance_scale.errors import CheckpointError, DamagedCheckpointError
 from bitdance_scale.weight_files import SAFETENSORS_DTYPES, TensorSpec, dtype_name
 
 INDEX_NAME = "index.json"
@@ -123,7 +123,7 @@ def read_index(folder: Path) -> TensorIndex:
             )
         return _decode(content)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{path}: not a readable index of tensors ({type(error).__name__}: {error}); load another checkpoint"
         ) from error
 

@@ -3,7 +3,8 @@
 torch's own file-system storage pickles its metadata. A checkpoint that comes from someone else must not be unpickled,
 so this storage has nothing to unpickle. Each file can also be read with the safetensors library alone.
 
-A rank hashes the files it writes; sizes and digests travel with torch's write results into the index. Before anything
+A rank hashes what it writes while it writes; sizes and digests travel with torch's write results into the index. Before
+anything
 is loaded, every file that will be read is hashed again, each by one rank, and its headers are compared with the index.
 
 Files are written in place: the folder they are in is renamed as a whole (`checkpoint/checkpoint_folder.py`). Each rank
@@ -13,15 +14,15 @@ forces its own files to storage, because the rank that renames may be on another
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
@@ -37,7 +38,7 @@ from torch.futures import Future
 
 from bitdance_scale.atomic_files import sync, write_text
 from bitdance_scale.checkpoint.boxes import Box
-from bitdance_scale.checkpoint.integrity import find_change, saved_digest
+from bitdance_scale.checkpoint.integrity import find_change, tensor_bytes
 from bitdance_scale.checkpoint.tensor_index import (
     INDEX_NAME,
     StoredFile,
@@ -47,11 +48,8 @@ from bitdance_scale.checkpoint.tensor_index import (
     file_name,
     read_index,
 )
-from bitdance_scale.errors import CheckpointError
-from bitdance_scale.weight_files import SAFETENSORS_DTYPES
-
-# Where each tensor of a file begins in the buffer.
-_ALIGNMENT_BYTES = 64
+from bitdance_scale.errors import CheckpointError, DamagedCheckpointError
+from bitdance_scale.weight_files import SAFETENSORS_DTYPES, TensorSpec, encode_header
 
 
 class SafetensorsWriter(StorageWriter):
@@ -86,11 +84,12 @@ class SafetensorsWriter(StorageWriter):
         """Writes, syncs and hashes this rank's files, as many as the byte limit asks for."""
         results: list[WriteResult] = []
         files = self._files(plan.items)
-        # One buffer for all files: what is held does not depend on when the allocator returns memory.
-        buffer = np.empty(max((sum(map(_num_buffer_bytes, items)) for items in files), default=0), dtype=np.uint8)
-        for number, items in enumerate(files):
-            file = self._write_file(file_name(plan.storage_data, number), items, planner, buffer)
-            results.extend(WriteResult(item.index, _num_bytes(item), file) for item in items)
+        # One buffer for all boxes: what is held does not depend on when the allocator returns memory.
+        buffer = torch.empty(max(map(_num_bytes, plan.items), default=0), dtype=torch.uint8)
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-digest") as thread:
+            for number, items in enumerate(files):
+                file = self._write_file(file_name(plan.storage_data, number), items, planner, buffer, thread)
+                results.extend(WriteResult(item.index, _num_bytes(item), file) for item in items)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
@@ -118,21 +117,30 @@ class SafetensorsWriter(StorageWriter):
         """Whether this storage can hold a checkpoint of this name."""
         return isinstance(checkpoint_id, Path)
 
-    def _write_file(self, name: str, items: list[WriteItem], planner: SavePlanner, buffer: np.ndarray) -> StoredFile:
-        # Copied even on the CPU, each to a place of its own: safetensors refuses tensors that share memory, as the
-        # engines' views of a flat buffer do.
-        tensors: dict[str, torch.Tensor] = {}
-        start = 0
-        for item in items:
-            values = planner.resolve_data(item)
-            assert isinstance(values, torch.Tensor), "only tensors are planned"
-            room = torch.from_numpy(buffer[start : start + values.nbytes])
-            tensors[box_key(item.index)] = room.view(values.dtype).view(values.shape).copy_(values)
-            start += _num_buffer_bytes(item)
+    def _write_file(
+        self, name: str, items: list[WriteItem], planner: SavePlanner, buffer: torch.Tensor, thread: ThreadPoolExecutor
+    ) -> StoredFile:
+        """Writes a file and hashes, meanwhile and in another thread, what was handed to the file system."""
+        # The widest dtypes first, so that all values are aligned.
+        items = sorted(items, key=lambda item: -write_data_of(item).properties.dtype.itemsize)
+        header = encode_header({box_key(item.index): _spec(item) for item in items})
+        digest = hashlib.sha256(header)
+        num_bytes = len(header)
         path = self._folder / name
-        save_file(tensors, path)
+        with path.open("wb") as file:
+            file.write(header)
+            for item in items:
+                values = planner.resolve_data(item)
+                assert isinstance(values, torch.Tensor), "only tensors are planned"
+                if values.device.type != "cpu" or not values.is_contiguous():
+                    values = buffer[: values.nbytes].view(values.dtype).view(values.shape).copy_(values)
+                content = tensor_bytes(values)
+                hashed = thread.submit(digest.update, content)
+                file.write(content)
+                hashed.result()
+                num_bytes += content.nbytes
         sync(path)
-        return StoredFile(name, *saved_digest(path, tensors))
+        return StoredFile(name, num_bytes, digest.hexdigest())
 
     def _files(self, items: list[WriteItem]) -> list[list[WriteItem]]:
         files: list[list[WriteItem]] = []
@@ -178,7 +186,7 @@ class SafetensorsReader(StorageReader):
         for file in self._checked:
             damage = find_change(self._folder / file.name, file.num_bytes, file.sha256)
             if damage is not None:
-                raise CheckpointError(f"{damage}; load another checkpoint (a run loads the one its `latest` names)")
+                raise DamagedCheckpointError(damage)
         for name, items in self._by_file(plan).items():
             with opened(self._folder / name) as file:
                 for item in items:
@@ -284,7 +292,7 @@ def opened(path: Path, fix: str = "load another checkpoint") -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); {fix}") from error
+        raise DamagedCheckpointError(f"{path}: cannot be read ({error}); {fix}") from error
 
 
 def write_data_of(item: WriteItem) -> TensorWriteData:
@@ -303,5 +311,6 @@ def _num_bytes(item: WriteItem) -> int:
     return math.prod(data.chunk.sizes) * data.properties.dtype.itemsize
 
 
-def _num_buffer_bytes(item: WriteItem) -> int:
-    return -(-_num_bytes(item) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+def _spec(item: WriteItem) -> TensorSpec:
+    data = write_data_of(item)
+    return TensorSpec(tuple(data.chunk.sizes), data.properties.dtype)

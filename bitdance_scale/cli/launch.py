@@ -24,7 +24,14 @@ from typing import Any
 from bitdance_scale import errors
 from bitdance_scale.cli.command import CommandParser, positive
 from bitdance_scale.errors import BitDanceError, ConfigError
-from bitdance_scale.train.process import EXIT_RECORD, EXIT_REQUEUE, REFUSAL_SUFFIX, SAME_SIGINT_S, STOP_SIGNALS
+from bitdance_scale.train.process import (
+    EXIT_HUNG,
+    EXIT_RECORD,
+    EXIT_REQUEUE,
+    REFUSAL_SUFFIX,
+    SAME_SIGINT_S,
+    STOP_SIGNALS,
+)
 
 POLL_S = 0.2
 REPEAT_S = 5.0
@@ -128,10 +135,13 @@ def launch(ranks: Ranks, module: str, arguments: Sequence[str]) -> int:
         with Relay() as relay:
             code = relay.run(command, environment)
         refusal = Path(f"{record}{REFUSAL_SUFFIX}")
-        if refusal.is_file():
-            raise _as_error(refusal.read_text(encoding="utf-8").strip())
         if record.is_file():
             code = int(record.read_text(encoding="utf-8"))
+        if refusal.is_file():
+            error = _as_error(refusal.read_text(encoding="utf-8").strip())
+            if code != EXIT_HUNG:
+                raise error
+            print(f"\n{error}", file=sys.stderr, flush=True)
     if code == EXIT_REQUEUE:
         print("\nstopped on request and saved; the same command goes on from there", file=sys.stderr, flush=True)
     # A process that a signal ended has the code that a shell gives it.

@@ -63,6 +63,16 @@ class RunSection:
     dtype: str = setting(
         "bfloat16", doc="Dtype of weights and activations: float32 or bfloat16 (master weights are float32 in both)."
     )
+    timeout_s: float = setting(
+        600.0,
+        doc="Seconds without progress in a step after which the run counts as hung: all ranks write their stacks, the "
+        "culprit is named and the job ends. 0: never.",
+    )
+    long_timeout_s: float = setting(
+        3600.0,
+        doc="The same of the start, the first step, checkpoints, evaluations and pictures; the timeout of all "
+        "collectives.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,6 +359,17 @@ class CheckpointSection:
 
     every_steps: int = setting(1000, doc="Steps between checkpoints; one is written at the end as well.")
     keep: int = setting(2, doc="Newest checkpoints kept; older ones are deleted after a commit.")
+    keep_every_steps: int = setting(
+        0, doc="Checkpoints of multiples of this step are kept for ever, and so are their copies; 0: none."
+    )
+    in_background: bool = setting(
+        True, doc="Whether training goes on while a checkpoint is written, from a copy of it in host memory."
+    )
+    fall_back: bool = setting(
+        False,
+        doc="Whether a run whose newest checkpoint is damaged resumes from the next older whole one; the launch "
+        "scripts of Slurm set it.",
+    )
     upload: str = setting(
         "",
         doc="Where every checkpoint is copied to in the background, `s3://BUCKET/PREFIX`: it goes to "

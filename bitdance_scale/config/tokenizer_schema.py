@@ -20,6 +20,8 @@ class TokenizerRunSection:
     output: str = setting(doc="Folder that receives ae.safetensors and ae_config.json.")
     seed: int = setting(0, doc="Seed of the initial weights, the data order, the crops and the bit flips.")
     steps: int = setting(doc="Optimiser steps.")
+    timeout_s: float = setting(600.0, doc="Seconds without progress in a step after which the run ends; 0: never.")
+    long_timeout_s: float = setting(3600.0, doc="The same of the start, checkpoints, evaluations and collectives.")
     dtype: str = setting(
         "bfloat16", doc="Dtype of the convolutions in training: float32 or bfloat16 (autocast; weights stay float32)."
     )
@@ -175,6 +177,7 @@ def _range_faults(config: TokenizerConfig) -> Iterator[str]:
     yield from (f"{name} = {value}: must be 1 or more" for name, value in at_least_one.items() if value < 1)
     above_zero = {
         "quantiser.temperature": config.quantiser.temperature,
+        "run.long_timeout_s": config.run.long_timeout_s,
         "optim.lr": config.optim.lr,
         "optim.clip_norm": config.optim.clip_norm,
     }
@@ -188,6 +191,8 @@ def _range_faults(config: TokenizerConfig) -> Iterator[str]:
         "reconstruction.edge_weight": config.reconstruction.edge_weight,
         "optim.warmup_steps": config.optim.warmup_steps,
         "optim.max_skipped_steps": config.optim.max_skipped_steps,
+        "run.timeout_s": config.run.timeout_s,
+        "checkpoint.keep_every_steps": config.checkpoint.keep_every_steps,
         "checkpoint.upload_keep": config.checkpoint.upload_keep,
         "checkpoint.upload_mb_per_s": config.checkpoint.upload_mb_per_s,
     }

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from bitdance_scale.errors import BitDanceError
+from bitdance_scale.atomic_files import is_disk_full
+from bitdance_scale.errors import BitDanceError, DiskFullError
 
 T = TypeVar("T")
 
@@ -78,12 +79,17 @@ def on_first_rank(
 
 def any_rank(is_true: bool, group: dist.ProcessGroup | None = None) -> bool:
     """Whether a flag is true on any rank of the group; a collective with one answer for all."""
+    return any_rank_each([is_true], group)[0]
+
+
+def any_rank_each(are_true: Sequence[bool], group: dist.ProcessGroup | None = None) -> list[bool]:
+    """`any_rank` of several flags, in one collective."""
     if not dist.is_initialized():
-        return is_true
+        return list(are_true)
     is_nccl = dist.get_backend(group) == "nccl"
-    flag = torch.tensor([int(is_true)], dtype=torch.int32, device="cuda" if is_nccl else "cpu")
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-    return bool(flag.item())
+    flags = torch.tensor([int(flag) for flag in are_true], dtype=torch.int32, device="cuda" if is_nccl else "cpu")
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+    return [bool(flag) for flag in flags.tolist()]
 
 
 def describe_failures(messages: Mapping[int, str], num_ranks: int) -> str:
@@ -100,7 +106,9 @@ def _portable(error: Exception | None, other: type[BitDanceError] | None) -> Exc
     message = f"{type(error).__name__}: {error}"
     if other is not None:
         logger.debug("a step failed", exc_info=error)
-        return other(message)
+        # A full disk stays one: what to do about it differs.
+        kind = DiskFullError if is_disk_full(error) and issubclass(DiskFullError, other) else other
+        return kind(message)
     try:
         copy = pickle.loads(pickle.dumps(error))
     except Exception:  # noqa: BLE001  # Anything may go wrong in an exception's own pickling.

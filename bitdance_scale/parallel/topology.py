@@ -10,12 +10,19 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from bitdance_scale.config.schema import ParallelSection
+
+DEFAULT_TIMEOUT_S = 1800.0
+FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+"""Each rank keeps its last collectives, and NCCL's watchdog writes them to a file when one times out; torchfrtrace
+reads the files. What the environment sets wins."""
 
 
 @dataclass(frozen=True)
@@ -152,12 +159,31 @@ class Topology:
         return self.pipeline_size
 
 
-def start_process_group(timeout_s: float = 1800.0) -> None:
-    """Joins the job that torchrun started: NCCL on this rank's GPU, or gloo without CUDA."""
+def start_process_group(timeout_s: float = DEFAULT_TIMEOUT_S, recorder_folder: Path | None = None) -> None:
+    """Joins the job that torchrun started: NCCL on this rank's GPU, or gloo without CUDA.
+
+    Args:
+        timeout_s: seconds after which a collective fails, in this group and in those of `make_topology`.
+        recorder_folder: where NCCL's flight recorder writes the last collectives of a rank when one fails; None: it is
+            left as the environment has it.
+    """
     has_cuda = torch.cuda.is_available()
     if has_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if recorder_folder is not None:
+        if has_cuda:
+            recorder_folder.mkdir(parents=True, exist_ok=True)
+        for name, value in FLIGHT_RECORDER.items():
+            os.environ.setdefault(name, value)
+        # torch puts the rank behind it.
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(recorder_folder / "rank_"))
     dist.init_process_group("nccl" if has_cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
+
+
+def set_timeout_of_all_groups(timeout_s: float) -> None:
+    """Gives every group of this rank the timeout: Megatron and DeepSpeed make theirs with torch's default."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
 
 
 def end_process_group() -> None:
@@ -168,8 +194,13 @@ def end_process_group() -> None:
     dist.destroy_process_group()
 
 
-def make_topology(section: ParallelSection) -> Topology:
-    """Builds the groups over all ranks of the running job; `start_process_group` comes first."""
+def make_topology(section: ParallelSection, timeout_s: float = DEFAULT_TIMEOUT_S) -> Topology:
+    """Builds the groups over all ranks of the running job; `start_process_group` comes first.
+
+    Args:
+        section: layout of a replica.
+        timeout_s: seconds after which a collective fails, in all groups.
+    """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=section.tensor,
         pipeline_model_parallel_size=section.pipeline,
@@ -180,7 +211,7 @@ def make_topology(section: ParallelSection) -> Topology:
     replica_group = parallel_state.get_model_parallel_group()
     replica_ranks = tuple(dist.get_process_group_ranks(replica_group))
     has_cuda = torch.cuda.is_available()
-    return Topology(
+    topology = Topology(
         device=torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu"),
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
@@ -190,6 +221,18 @@ def make_topology(section: ParallelSection) -> Topology:
         replica_ranks=replica_ranks,
         ends_group=_ends_group(section),
     )
+    set_timeout_of_all_groups(timeout_s)
+    return topology
+
+
+def own_store() -> Any:
+    """A connection of its own to the key-value store of the job, for a thread of its own."""
+    return cast(Any, dist.distributed_c10d._get_default_store()).clone()
+
+
+def make_host_group() -> dist.ProcessGroup:
+    """A group of all ranks over gloo that nothing else uses, so that a thread of its own can; a collective."""
+    return dist.new_group(backend="gloo")
 
 
 def _ends_group(section: ParallelSection) -> dist.ProcessGroup | None:

@@ -5,6 +5,7 @@
 | 0 | complete |
 | 2 | refused, or ended by something the user can mend; the message says what |
 | 75 | stopped on request and saved: start it again to go on |
+| 76 | a rank hung: start it again to go on from the last checkpoint |
 | other | a fault of the program or the machine |
 """
 
@@ -27,11 +28,12 @@ EXIT_COMPLETE = 0
 EXIT_REFUSED = 2
 # EX_TEMPFAIL of sysexits.h.
 EXIT_REQUEUE = 75
+EXIT_HUNG = 76
 
 EXIT_RECORD = "BITDANCE_EXIT_RECORD"
 """Environment variable with the file for the exit code; the launcher names a new one for every start."""
 REFUSAL_SUFFIX = ".refusal"
-"""Ends the name of the file beside it that holds the message of a refusal."""
+"""Ends the name of the file beside it that holds the message of a refusal, or of a hang."""
 _TORCHRUN_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -65,21 +67,27 @@ def run_process(action: Callable[[], int]) -> int:
         code, refusal = EXIT_REFUSED, f"{type(error).__name__}: {error}"
         if is_first_process():
             print(f"\n{refusal}", file=sys.stderr, flush=True)
-    _record(code, refusal)
+    leave_record(code, refusal)
     if refusal and not is_first_process() and _TORCHRUN_ERROR_FILE in os.environ:
         # torchrun ends the other ranks as soon as one has ended; the first one must have printed and recorded by then.
         time.sleep(FIRST_RANK_AHEAD_S)
     return code
 
 
-def _record(code: int, refusal: str) -> None:
-    """Leaves the exit code and the message of a refusal for torchrun and for the launcher of torchrun."""
+def leave_record(code: int, refusal: str, *, from_any: bool = False) -> None:
+    """Leaves the exit code and the message of a refusal or a hang for torchrun and for the launcher of torchrun.
+
+    Args:
+        code: the exit code.
+        refusal: `NAME: MESSAGE` of an error; empty: none.
+        from_any: whether every rank tells the launcher, and not only the first one of its machine.
+    """
     record, error_file = os.environ.get(EXIT_RECORD), os.environ.get(_TORCHRUN_ERROR_FILE)
     if refusal and error_file:
         details = {"py_callstack": refusal, "timestamp": str(int(time.time()))}
         write_text(Path(error_file), json.dumps({"message": {"message": refusal, "extraInfo": details}}))
     is_first_of_machine = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
-    if record and is_first_of_machine:
+    if record and (is_first_of_machine or from_any):
         # The machines of a Slurm job name one file.
         if refusal:
             write_text(Path(record + REFUSAL_SUFFIX), refusal + "\n", is_shared=True)

@@ -10,7 +10,6 @@ import abc
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,24 +19,36 @@ from typing import Any, ClassVar, Protocol
 import torch.distributed as dist
 
 from bitdance_scale.atomic_files import write_text
+from bitdance_scale.checkpoint.background_save import CheckpointSaver
 from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
 from bitdance_scale.checkpoint.remote_copies import RemoteCopies
-from bitdance_scale.checkpoint.run_checkpoint import save_checkpoint
-from bitdance_scale.checkpoint.step_names import step_name
+from bitdance_scale.checkpoint.remote_restore import find_latest
 from bitdance_scale.config.load import dump_toml
 from bitdance_scale.config.schema import CheckpointSection, ParallelSection
-from bitdance_scale.errors import BitDanceError, ConfigError, TrainingError
+from bitdance_scale.errors import BitDanceError, ConfigError, DamagedCheckpointError, TrainingError
 from bitdance_scale.observe.console import setup_logging
-from bitdance_scale.parallel.agreement import any_rank
+from bitdance_scale.parallel.agreement import all_ranks, any_rank_each
 from bitdance_scale.parallel.partition import ShardedValue
-from bitdance_scale.parallel.topology import Topology, end_process_group, make_topology, start_process_group
+from bitdance_scale.parallel.topology import (
+    DEFAULT_TIMEOUT_S,
+    Topology,
+    end_process_group,
+    make_host_group,
+    make_topology,
+    set_timeout_of_all_groups,
+    start_process_group,
+)
 from bitdance_scale.phases import POSITION, Phase, phase
+from bitdance_scale.train.faults import Faults, save_after_fault
+from bitdance_scale.train.heartbeat import Heartbeat
 from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopRequest
+from bitdance_scale.train.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS_DIR = "checkpoints"
 CONFIG_FILE = "config.toml"
+FLIGHT_RECORDS_DIR = "flight_records"
 COPY_WAIT_S = 1800.0
 """How long a finished run waits for the copies of its checkpoints."""
 STOP_COPY_WAIT_S = 30.0
@@ -60,6 +71,14 @@ class NamedRun(Protocol):
     @property
     def steps(self) -> int:
         """Optimiser steps in all."""
+
+    @property
+    def timeout_s(self) -> float:
+        """Seconds without progress in a step after which the run counts as hung; 0: never."""
+
+    @property
+    def long_timeout_s(self) -> float:
+        """The same of what takes longer, and the timeout of collectives."""
 
 
 class JobConfig(Protocol):
@@ -116,10 +135,21 @@ class Job(abc.ABC):
 
     def __init__(self, config: JobConfig, topology: Topology, run_folder: Path) -> None:
         self.topology, self.run_folder = topology, run_folder
-        self.checkpoints = CheckpointFolder(run_folder / CHECKPOINTS_DIR, keep=config.checkpoint.keep)
-        if config.checkpoint.upload:
-            where = f"{config.checkpoint.upload.rstrip('/')}/{config.run.name}"
-            self.remote = RemoteCopies(where, config.checkpoint)
+        section = config.checkpoint
+        self.checkpoints = CheckpointFolder(
+            run_folder / CHECKPOINTS_DIR,
+            keep=section.keep,
+            keep_every_steps=section.keep_every_steps,
+            is_busy=lambda step: self.remote is not None and self.remote.is_uploading(step),
+            group=make_host_group(),
+        )
+        if section.upload:
+            where = f"{section.upload.rstrip('/')}/{config.run.name}"
+            self.remote = RemoteCopies(where, section, group=self.checkpoints.group)
+        self._saver = CheckpointSaver(
+            self.checkpoints, topology.device, is_background=section.in_background, committed=self._copy
+        )
+        self._falls_back = section.fall_back
         self._config_text = dump_toml(config)
         self._saved_step = 0
 
@@ -190,24 +220,65 @@ class Job(abc.ABC):
         """Whether the last configured step has been taken."""
         return self.step >= self.schedule.num_steps
 
+    def newest_checkpoint(self) -> Path | None:
+        """The checkpoint that the run goes on from, fetched where only a copy of it is left; None: it begins.
+
+        Raises:
+            CheckpointError: on all ranks: it is damaged, and no older one is to be taken; or there is none, and its
+                copies cannot be reached.
+        """
+        return find_latest(self.checkpoints, self.remote, falls_back=self._falls_back)
+
+    def load_newest(self, path: Path, load: Callable[[Path], None]) -> None:
+        """Loads a checkpoint, or an older one where its tensors turn out damaged and the run falls back.
+
+        Args:
+            path: of `newest_checkpoint`.
+            load: loads one; it raises DamagedCheckpointError, before it changes anything, on all ranks.
+        """
+        while True:
+            try:
+                load(path)
+            except DamagedCheckpointError as error:
+                path = self.checkpoints.retreat(path, str(error), falls_back=self._falls_back)
+            else:
+                logger.info("resumed from %s", path)
+                return
+
     def save(self) -> None:
-        """Commits a checkpoint of the present step, unless there is one."""
+        """Saves a checkpoint of the present step, unless there is one; it may be committed later, in the background.
+
+        Raises:
+            CheckpointError: on all ranks: this one, or the one before it, was not committed.
+        """
         if self._saved_step == self.step:
             return
-        begun_s = time.monotonic()
         with phase(Phase.SAVING):
-            save_checkpoint(
-                self.checkpoints, self.state(), self.model_values(), self.optimizer_values(), self._config_text
-            )
+            self._saver.save(self.state(), self.model_values(), self.optimizer_values(), self._config_text)
         self._saved_step = self.step
-        logger.info("checkpoint of step %d written in %.1f s", self.step, time.monotonic() - begun_s)
-        if self.remote is not None:
-            self.remote.upload(self.checkpoints.root / step_name(self.step))
+
+    def settle(self) -> None:
+        """Returns when no checkpoint is being written.
+
+        Raises:
+            CheckpointError: on all ranks: it was not committed.
+        """
+        with phase(Phase.SAVING):
+            self._saver.wait()
 
     def end_copies(self, wait_s: float) -> None:
         """Waits for the copies of checkpoints, for so many seconds at most, and ends them."""
         if self.remote is not None:
             self.remote.close(wait_s)
+
+    def _copy(self, path: Path) -> None:
+        if self.remote is not None:
+            self.remote.upload(path)
+
+    @property
+    def has_failed_save(self) -> bool:
+        """Whether a checkpoint in the background has failed, as far as this rank knows; `settle` raises it."""
+        return self._saver.has_failed
 
     def is_due(self, every_steps: int) -> bool:
         """Whether something done every so many steps, and after the last one, is due now."""
@@ -229,8 +300,10 @@ def run_job(config: JobConfig, parallel: ParallelSection, make_job: Callable[[To
         BitDanceError: on all ranks.
     """
     folder = Path(config.run.root) / config.run.name
-    with joined_ranks(parallel, folder) as topology, StopRequest() as stop:
+    with opened_run(config.run, parallel, folder) as (topology, heartbeat), StopRequest() as stop:
         job = make_job(topology, folder)
+        set_timeout_of_all_groups(config.run.long_timeout_s)
+        heartbeat.resumed(job.step)
         if job.is_complete:
             job.complete()
             job.end_copies(COPY_WAIT_S)
@@ -243,91 +316,141 @@ def run_job(config: JobConfig, parallel: ParallelSection, make_job: Callable[[To
             return EXIT_COMPLETE
         if topology.rank == 0:
             write_text(folder / CONFIG_FILE, dump_toml(config))
-        if not train(job, stop):
-            logger.warning("stopped on request after step %d and saved; run again to go on", job.step)
-            job.end_copies(STOP_COPY_WAIT_S)
-            # All leave together: torchrun kills the others soon after the first that ends with a code, and the first
-            # rank may take longer over closing its W&B run.
-            dist.barrier()
-            return EXIT_REQUEUE
-        job.finish()
-        job.end_copies(COPY_WAIT_S)
+        is_complete = train(job, stop)
+        with phase(Phase.ENDING):
+            if not is_complete:
+                logger.warning("stopped on request after step %d and saved; run again to go on", job.step)
+                job.end_copies(STOP_COPY_WAIT_S)
+                # All leave together: torchrun kills the others soon after the first that ends with a code, and the
+                # first rank may take longer over closing its W&B run.
+                dist.barrier()
+                return EXIT_REQUEUE
+            job.finish()
+            job.end_copies(COPY_WAIT_S)
     return EXIT_COMPLETE
 
 
 def train(job: Job, stop: StopRequest) -> bool:
     """Trains to the last step and saves; returns False when a request to stop came first (saved as well).
 
+    A fault that leaves the state between two steps whole on all ranks saves it before it is raised.
+
     Raises:
         TrainingError: gradients stayed non-finite for more than `Schedule.max_skipped_steps` steps.
         DataError: too much of the data cannot be read; what was trained until then is saved.
+        CheckpointError: a checkpoint was not committed.
     """
-    schedule, num_skipped_in_a_row = job.schedule, 0
     with job.session():
-        if job.step == 0:
-            with phase(Phase.EVALUATING):
-                job.evaluate()
-            job.pause()
-        while not job.is_complete:
-            POSITION.move(Phase.READING, job.step)
-            try:
-                job.read()
-            except BitDanceError:
-                # Raised on all ranks. Nothing is wrong with the steps before this one.
-                job.save()
-                raise
-            num_skipped_in_a_row = num_skipped_in_a_row + 1 if job.take_step() else 0
-            if num_skipped_in_a_row > schedule.max_skipped_steps:
-                raise TrainingError(
-                    f"step {job.step}: the gradient was not finite in {num_skipped_in_a_row} consecutive steps "
-                    f"(optim.max_skipped_steps = {schedule.max_skipped_steps}). The last checkpoint is sound: resume "
-                    "from it with a lower optim.lr, or look for damaged samples in the steps before."
-                )
-            if job.is_due(schedule.log):
-                with phase(Phase.LOGGING):
-                    job.log()
-            if any_rank(stop.is_requested):
-                job.save()
-                return False
-            if job.is_due(schedule.save):
-                job.save()
-            if job.is_due(schedule.evaluate):
+        try:
+            if job.step == 0:
                 with phase(Phase.EVALUATING):
                     job.evaluate()
-            if job.is_due(schedule.draw):
-                with phase(Phase.DRAWING):
-                    job.draw()
-            job.pause()
+                job.pause()
+            is_complete = _train_steps(job, stop)
+            job.settle()
+        except BitDanceError:
+            # Raised on all ranks, which have saved where that makes sense.
+            raise
+        except Exception:
+            save_after_fault(job)
+            raise
+    return is_complete
+
+
+def _train_steps(job: Job, stop: StopRequest) -> bool:
+    schedule, num_skipped_in_a_row, faults = job.schedule, 0, Faults()
+    while not job.is_complete:
+        POSITION.move(Phase.READING, job.step)
+        try:
+            job.read()
+        except BitDanceError:
+            # Raised on all ranks. Nothing is wrong with the steps before this one.
+            job.save()
+            job.settle()
+            raise
+        num_skipped_in_a_row = num_skipped_in_a_row + 1 if job.take_step() else 0
+        POSITION.is_updating = False
+        if num_skipped_in_a_row > schedule.max_skipped_steps:
+            raise TrainingError(
+                f"step {job.step}: the gradient was not finite in {num_skipped_in_a_row} consecutive steps "
+                f"(optim.max_skipped_steps = {schedule.max_skipped_steps}). The last checkpoint is sound: resume "
+                "from it with a lower optim.lr, or look for damaged samples in the steps before."
+            )
+        if job.is_due(schedule.log):
+            with faults.kept(), phase(Phase.LOGGING):
+                job.log()
+        is_stop_asked, has_failed_save, is_faulted = any_rank_each(
+            [stop.is_requested, job.has_failed_save, faults.has_any]
+        )
+        if has_failed_save:
+            job.settle()
+        if is_faulted or is_stop_asked:
+            job.save()
+            job.settle()
+            faults.raise_on_all_ranks()
+            return False
+        if job.is_due(schedule.save):
+            job.save()
+        if job.is_due(schedule.evaluate):
+            with faults.kept(), phase(Phase.EVALUATING):
+                job.evaluate()
+        if job.is_due(schedule.draw):
+            with faults.kept(), phase(Phase.DRAWING):
+                job.draw()
+        job.pause()
+    faults.raise_on_all_ranks()
     return True
 
 
 @contextlib.contextmanager
+def opened_run(section: NamedRun, parallel: ParallelSection, folder: Path) -> Iterator[tuple[Topology, Heartbeat]]:
+    """The ranks of a run, which hold its folder and beat, while the block runs.
+
+    Args:
+        section: `[run]`.
+        parallel: layout of a replica.
+        folder: run folder, made here; this process writes its log files into it.
+
+    Raises:
+        ConfigError: on all ranks: another process trains in the run folder, or it cannot be written.
+    """
+    with (
+        joined_ranks(parallel, section.long_timeout_s, folder / FLIGHT_RECORDS_DIR) as topology,
+        contextlib.ExitStack() as opened,
+        Heartbeat(folder, section.timeout_s, section.long_timeout_s) as heartbeat,
+    ):
+        with all_ranks():
+            try:
+                if topology.rank == 0:
+                    lock = opened.enter_context(RunLock(folder))
+                    heartbeat.actions.append(lock.beat)
+                setup_logging(folder, topology.rank)
+            except OSError as error:
+                raise ConfigError(
+                    f"run.root = {str(folder.parent)!r}: the run folder {folder} cannot be written ({error}); name a "
+                    "writable folder"
+                ) from error
+        if topology.rank == 0 and lock.taken_over:
+            logger.warning(lock.taken_over)
+        yield topology, heartbeat
+
+
+@contextlib.contextmanager
 def joined_ranks(
-    parallel: ParallelSection, folder: Path | None = None, timeout_s: float | None = None
+    parallel: ParallelSection, timeout_s: float = DEFAULT_TIMEOUT_S, recorder_folder: Path | None = None
 ) -> Iterator[Topology]:
     """The ranks of this job while the block runs; a process that torchrun did not start is a job of one.
 
     Args:
         parallel: layout of a replica.
-        folder: run folder, made here, whose log files this process writes; None: no log files.
-        timeout_s: seconds after which a collective fails; None: the default.
-
-    Raises:
-        ConfigError: the run folder cannot be written.
+        timeout_s: seconds after which a collective fails.
+        recorder_folder: of the flight recorder's files; None: none of ours.
     """
     alone = {} if "RANK" in os.environ else _ALONE
     os.environ |= alone
-    if folder is not None:
-        try:
-            setup_logging(folder, int(os.environ["RANK"]))
-        except OSError as error:
-            raise ConfigError(
-                f"run.root = {str(folder.parent)!r}: the run folder {folder} cannot be written ({error}); name a "
-                "writable folder"
-            ) from error
-    start_process_group(**({} if timeout_s is None else {"timeout_s": timeout_s}))
+    start_process_group(timeout_s, recorder_folder)
     try:
-        yield make_topology(parallel)
+        yield make_topology(parallel, timeout_s)
     finally:
         end_process_group()
         for name in alone:

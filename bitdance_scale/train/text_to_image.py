@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bitdance_scale.checkpoint.remote_folder import is_remote
-from bitdance_scale.checkpoint.remote_restore import fetch_start, find_latest
+from bitdance_scale.checkpoint.remote_restore import fetch_start
 from bitdance_scale.checkpoint.run_checkpoint import TrainState, load_checkpoint
 from bitdance_scale.checkpoint.start_weights import find_checkpoint, load_start_weights
 from bitdance_scale.config.schema import RunConfig
@@ -77,7 +77,7 @@ class TextToImageJob(Job):
         self._vision = VisionTokenizer(config.vision, topology.device)
         # Before the model, which takes minutes to build at full size.
         self._index = training_index(config.data)
-        latest = find_latest(self.checkpoints, self.remote)
+        latest = self.newest_checkpoint()
         if latest is not None:
             on_first_rank(lambda: check_resume(latest, config))
         start = self._find_start() if latest is None and config.run.start_from else None
@@ -88,7 +88,7 @@ class TextToImageJob(Job):
         # What a checkpoint keeps of the release that the weights came from.
         self._release: dict[str, Any] = {}
         if latest is not None:
-            self._resume(latest)
+            self.load_newest(latest, self._resume)
         elif start is not None:
             self._start(start)
         self._meter = StepMeter(config, self._text.vocab_size, topology, self.progress)
@@ -237,7 +237,6 @@ class TextToImageJob(Job):
             skipped_steps=state.optimizer["skipped_steps"],
         )
         self._saved_step = state.step
-        logger.info("resumed from %s", path)
 
     def _find_start(self) -> Start:
         """What `run.start_from` means, and whether the stage can start from it."""

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from bitdance_scale.checkpoint.remote_restore import find_latest
 from bitdance_scale.checkpoint.run_checkpoint import load_tensors, read_state_of
 from bitdance_scale.config.schema import ParallelSection
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig
@@ -109,9 +108,9 @@ class TokenizerJob(Job):
         )
         self._state = TokenizerState(step=0, data_digest=self._data_digest())
         self._results: dict[tuple[int, int], Reconstruction] = {}
-        latest = find_latest(self.checkpoints, self.remote)
+        latest = self.newest_checkpoint()
         if latest is not None:
-            self._resume(latest)
+            self.load_newest(latest, self._resume)
         self._sinks: RunSinks | None = None
         self._crops: Iterator[np.ndarray] = iter(())
         self._images = np.empty((0, 0, 0, 3), dtype=np.uint8)
@@ -329,7 +328,6 @@ class TokenizerJob(Job):
         for adam in self._optimiser.state.values():
             adam["step"].fill_(state.step - state.skipped_steps)
         self._state, self._saved_step = state, state.step
-        logger.info("resumed from %s", path)
 
 
 def _whole(tensor: torch.Tensor) -> ShardedValue:

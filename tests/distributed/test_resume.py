@@ -56,13 +56,17 @@ def _run(rank: int, root: str, overrides: list[str], kill: str | None) -> tuple[
     if kill == "data":
         _break_data(rank)
     elif kill not in (None, "between"):
-        job.checkpoints._before = lambda action: die_if(job.step == KILL_STEP and action == kill)
+        # In the thread that saves, while the main thread may be some steps on.
+        pattern = f"step_{KILL_STEP:08d}*"
+        job.checkpoints._before = lambda action: die_if(action == kill and any(job.checkpoints.root.glob(pattern)))
 
     class KillingRequest(StopRequest):
         @property
         def is_requested(self) -> bool:
             # Asked after every step: the one after a checkpoint is trained, the next is read already.
-            die_if(kill == "between" and job.step == KILL_STEP + 1)
+            if kill == "between" and job.step == KILL_STEP + 1:
+                job.settle()
+                die_if(True)
             return super().is_requested
 
     with KillingRequest() as stop:

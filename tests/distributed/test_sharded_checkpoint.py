@@ -11,7 +11,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 
 from bitdance_scale.checkpoint import tensor_storage
 from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
@@ -147,8 +146,8 @@ def fail_in_turn(rank: int, root: Path) -> None:
         if rank == 1:
             raise OSError("disk full")
     with (
-        mock.patch.object(tensor_storage, "save_file", refuse if rank == 1 else tensor_storage.save_file),
-        pytest.raises(CheckpointError, match="tensors not written: rank 1: SafetensorError: no space left"),
+        mock.patch.object(tensor_storage, "sync", refuse if rank == 1 else tensor_storage.sync),
+        pytest.raises(CheckpointError, match="tensors not written: rank 1: OSError: .*input/output error"),
     ):
         save_checkpoint(folder, dataclasses.replace(STATE, step=5), holder.model(), holder.fragments, config_text="")
     with pytest.raises(CheckpointError, match="not seen by the first one; put the run folder on a file system"):
@@ -168,8 +167,8 @@ def fail_in_turn(rank: int, root: Path) -> None:
     dist.destroy_process_group()
 
 
-def refuse(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    raise SafetensorError("no space left")
+def refuse(path: Path) -> None:
+    raise OSError(f"{path}: input/output error")
 
 
 def test_a_failure_on_one_rank_is_raised_on_all(tmp_path):

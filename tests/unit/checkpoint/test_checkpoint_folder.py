@@ -118,7 +118,7 @@ def test_a_missing_file_is_named_with_the_way_back(tmp_path, file):
     save(folder, 1)
     save(folder, 2)
     (tmp_path / "step_00000002" / file).unlink()
-    with pytest.raises(CheckpointError, match=f"{file} is missing; to resume from step 1, write step_00000001 into"):
+    with pytest.raises(CheckpointError, match=f"{file} is missing; step_00000001 is whole: .* write step_00000001"):
         folder.latest()
 
 

@@ -168,7 +168,7 @@ def _be_version_1(path: Path) -> None:
 )
 def test_a_partial_or_foreign_folder_is_named_with_the_way_back(root, damage, message):
     damage(root / "step_00000007")
-    assert_refused(root, f"{message}.*; to resume from step 3, write step_00000003 into .*latest")
+    assert_refused(root, f"{message}.*; step_00000003 is whole: .* write step_00000003 into .*latest")
 
 
 @pytest.mark.parametrize(

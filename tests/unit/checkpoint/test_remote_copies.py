@@ -24,7 +24,6 @@ from bitdance_scale.checkpoint.remote_copies import RemoteCopies
 from bitdance_scale.checkpoint.remote_restore import fetch_start, find_latest
 from bitdance_scale.checkpoint.run_checkpoint import TrainState, load_checkpoint, read_state, save_checkpoint
 from bitdance_scale.checkpoint.start_weights import load_start_weights
-from bitdance_scale.checkpoint.step_names import kept
 from bitdance_scale.config.schema import CheckpointSection
 from bitdance_scale.errors import CheckpointError, DataError
 from bitdance_scale.parallel.partition import Placement, ShardedValue, whole_pieces
@@ -68,7 +67,7 @@ def make_copies(injector: FaultInjector, prefix: str) -> Iterator[object]:
     made: list[RemoteCopies] = []
 
     def make(**changes: object) -> RemoteCopies:
-        named = {name: changes.pop(name) for name in ("keep_every", "deadline_s") if name in changes}
+        named = {name: changes.pop(name) for name in ("deadline_s",) if name in changes}
         made.append(RemoteCopies(prefix, section(injector.url, **changes), poll_s=0.01, **named))
         return made[-1]
 
@@ -267,7 +266,7 @@ def test_retention_keeps_the_newest_and_the_round_ones(make_copies, folder, serv
     # Left by a killed copy, by abandoned training, and by someone else.
     for name in ("step_00000001/abc/tensors/x", "step_00000099/manifest.json", "notes.txt"):
         client.put_object(Bucket=BUCKET, Key=f"{key}/{name}", Body=b"{}")
-    copies = make_copies(upload_keep=2, keep_every=4)
+    copies = make_copies(upload_keep=2, keep_every_steps=4)
     for step in range(2, 8):
         copies.upload(save(folder, step))
         wait(copies)
@@ -279,12 +278,6 @@ def test_retention_keeps_the_newest_and_the_round_ones(make_copies, folder, serv
         *(f"step_{step:08d}" for step in (4, 6, 7, 99)),
     }
     assert copies.folder.latest() == 7
-
-
-def test_which_steps_stay():
-    steps = [100, 200, 300, 400]
-    assert kept(steps, 2) == {300, 400} and kept(steps, 0) == set(steps) and kept(steps, 9) == set(steps)
-    assert kept(steps, 1, every=200) == {200, 400} and kept([], 2, every=5) == set()
 
 
 def test_a_step_that_is_trained_again_replaces_its_copy(make_copies, folder, server, prefix):

@@ -15,7 +15,9 @@ from bitdance_scale.config.tokenizer_schema import TokenizerRunSection
 from bitdance_scale.errors import ConfigError, DataError, TrainingError
 from bitdance_scale.train import run
 from bitdance_scale.train.process import StopRequest
-from bitdance_scale.train.run import Job, Schedule, joined_ranks, train
+from bitdance_scale.train.run import Job, Schedule, joined_ranks, opened_run, train
+
+SECTION = TokenizerRunSection(name="a", output="", steps=6)
 
 
 class RecordedJob(Job):
@@ -48,6 +50,11 @@ class RecordedJob(Job):
             self.events.append(f"save {self._step}")
         self._saved_step = self._step
 
+    has_failed_save = False
+
+    def settle(self) -> None:
+        self.events.append("settle")
+
     def log(self) -> None:
         self.events.append(f"log {self._step}")
 
@@ -74,27 +81,28 @@ def test_everything_is_done_when_it_is_due_and_after_the_last_step() -> None:
     job = RecordedJob()
     assert train(job, StopRequest())
     assert job.events == [
-        "open", "evaluate 0", "log 2", "evaluate 3", "log 4", "save 4", "log 6", "save 6", "evaluate 6", "close",
+        "open", "evaluate 0", "log 2", "evaluate 3", "log 4", "save 4", "log 6", "save 6", "evaluate 6",
+        "settle", "close",
     ]  # fmt: skip
 
 
 def test_a_resumed_run_does_not_evaluate_first() -> None:
     job = RecordedJob(step=4)
     assert train(job, StopRequest())
-    assert job.events == ["open", "log 6", "save 6", "evaluate 6", "close"]
+    assert job.events == ["open", "log 6", "save 6", "evaluate 6", "settle", "close"]
 
 
 def test_a_stop_saves_the_step_that_was_trained() -> None:
     job = RecordedJob()
     assert not train(job, asked_to_stop_after(job, 3))
-    assert job.events[-2:] == ["save 3", "close"] and "evaluate 3" not in job.events
+    assert job.events[-4:-1] == ["save 3", "settle", "settle"] and "evaluate 3" not in job.events
 
 
 def test_unreadable_data_saves_the_steps_before_it() -> None:
     job = RecordedJob(broken=3)
     with pytest.raises(DataError, match="unreadable"):
         train(job, StopRequest())
-    assert job.events[-1] == "save 3"
+    assert job.events[-2:] == ["save 3", "settle"]
 
 
 def test_steps_may_be_skipped_but_not_in_a_row() -> None:
@@ -109,7 +117,7 @@ def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with (
         pytest.raises(ConfigError, match="cannot be written"),
-        joined_ranks(ParallelSection(), tmp_path / "runs" / "a"),
+        opened_run(SECTION, ParallelSection(), tmp_path / "runs" / "a"),
     ):
         raise AssertionError("joined")
 
