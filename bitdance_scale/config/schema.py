@@ -360,7 +360,7 @@ class CheckpointSection:
     every_steps: int = setting(1000, doc="Steps between checkpoints; one is written at the end as well.")
     keep: int = setting(2, doc="Newest checkpoints kept; older ones are deleted after a commit.")
     keep_every_steps: int = setting(
-        0, doc="Checkpoints of multiples of this step are kept for ever, and so are their copies; 0: none."
+        0, doc="Checkpoints of multiples of this step stay for ever, and so do their copies; 0: none."
     )
     in_background: bool = setting(
         True, doc="Whether training goes on while a checkpoint is written, from a copy of it in host memory."

@@ -306,7 +306,8 @@ def run_job(config: JobConfig, parallel: ParallelSection, make_job: Callable[[To
         heartbeat.resumed(job.step)
         if job.is_complete:
             job.complete()
-            job.end_copies(COPY_WAIT_S)
+            with phase(Phase.ENDING):
+                job.end_copies(COPY_WAIT_S)
             logger.info(
                 "the run %s is complete at step %d; extend it with run.steps=%d, or start another with run.name=NAME",
                 folder,

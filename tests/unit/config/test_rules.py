@@ -24,6 +24,8 @@ def sources(*names_and_shares: str | int) -> list[str]:
 
 # Any finite number or either truth value, or names that their readers check.
 UNCONSTRAINED = {
+    "checkpoint.fall_back",
+    "checkpoint.in_background",
     "checkpoint.upload",
     "checkpoint.upload_endpoint_url",
     "checkpoint.upload_profile",
