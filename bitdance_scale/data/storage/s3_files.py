@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 PART_BYTES = 8 << 20
 """Bytes of a part; S3 takes parts from 5 MiB on, and fewer bytes for the last one."""
+_CHECKSUM = "CRC32"
 _MAX_PARTS = 10_000
 _MAX_DELETED = 1000
 
@@ -75,6 +76,10 @@ class S3Files(S3Client):
     ) -> None:
         super().__init__(section, pause, names)
         self.rate = SendingRate(bytes_per_s, pause)
+        # boto3 gives every part a checksum, unless AWS_REQUEST_CHECKSUM_CALCULATION=when_required (for stores that do
+        # not know them). S3 wants their kind announced, and the checksums again at the end.
+        calculation = getattr(self.boto.meta.config, "request_checksum_calculation", None)
+        self._checksum = {"ChecksumAlgorithm": _CHECKSUM} if calculation == "when_supported" else {}
 
     def read(self, path: str, num_bytes: int) -> bytes:
         """An object that is small enough for memory, of a size known beforehand.
@@ -140,7 +145,8 @@ class S3Files(S3Client):
             return
         bucket, key = split_path(path)
         where: dict[str, Any] = {"Bucket": bucket, "Key": key}
-        where["UploadId"] = self._send(lambda: self.boto.create_multipart_upload(**where), path, 0)["UploadId"]
+        begin = {**where, **self._checksum}
+        where["UploadId"] = self._send(lambda: self.boto.create_multipart_upload(**begin), path, 0)["UploadId"]
         try:
             parts: list[dict[str, Any]] = []
             with file.open("rb", buffering=0) as source:
@@ -174,9 +180,11 @@ class S3Files(S3Client):
 
     def _send_part(self, path: str, where: dict[str, Any], number: int, content: bytes) -> dict[str, Any]:
         def send() -> Any:
-            return self.boto.upload_part(**where, PartNumber=number, Body=content)
+            return self.boto.upload_part(**where, **self._checksum, PartNumber=number, Body=content)
 
-        return {"PartNumber": number, "ETag": self._send(send, f"{path}, part {number}", len(content))["ETag"]}
+        answer = self._send(send, f"{path}, part {number}", len(content))
+        kept = {name: answer[name] for name in ("ETag", f"Checksum{_CHECKSUM}") if name in answer}
+        return {"PartNumber": number, **kept}
 
     def _complete(self, path: str, where: dict[str, Any], parts: list[dict[str, Any]], num_bytes: int) -> None:
         request = {**where, "MultipartUpload": {"Parts": parts}}

@@ -227,6 +227,30 @@ def test_a_checkpoint_that_is_deleted_meanwhile_ends_its_copy_with_a_warning(mak
     assert copies.steps() == [] and copies.status.num_failed == 1
 
 
+def test_retention_spares_a_checkpoint_that_is_being_copied(make_copies, injector, tmp_path):
+    copies, gate = make_copies(), threading.Event()
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep=1, is_busy=copies.is_uploading)
+    injector.before = lambda method, _: gate.wait(WAIT_S) if method == "PUT" else None
+    copies.upload(save(folder, 1))
+    copies.upload(save(folder, 2))
+    save(folder, 3)
+    assert folder.steps() == [1, 2, 3]
+    gate.set()
+    wait(copies)
+    save(folder, 4)
+    assert folder.steps() == [4] and copies.steps() == [1, 2]
+
+
+def test_the_first_rank_names_what_other_ranks_have_not_sent(make_copies, folder, caplog):
+    copies = make_copies(deadline_s=0.1)
+    # As if there were a second rank, which sends nothing.
+    copies._num_ranks = 2
+    copies.upload(save(folder, 1))
+    wait(copies)
+    assert copies.steps() == [] and copies.status.num_failed == 1
+    assert "files have not come from other ranks, such as " in caplog.text and "warnings are in logs/" in caplog.text
+
+
 def test_a_newer_checkpoint_takes_the_place_of_one_that_waits(make_copies, folder, injector, caplog):
     copies, gate = make_copies(), threading.Event()
     injector.before = lambda method, _: gate.wait(WAIT_S) if method == "PUT" else None

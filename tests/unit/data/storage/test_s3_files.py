@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +74,34 @@ def test_a_large_file_goes_in_parts_of_bounded_size_and_comes_back_in_such(
     files.delete([path])
     with pytest.raises(ReadError, match="NoSuchKey"):
         files.read(path, 10)
+
+
+@pytest.mark.parametrize("calculation", ["when_supported", "when_required"])
+def test_parts_have_the_checksums_that_s3_asks_for(
+    injector: FaultInjector, source: Path, monkeypatch: pytest.MonkeyPatch, calculation: str
+) -> None:
+    """S3 refuses parts with a checksum whose kind was not announced, and an end without them; this server does not.
+
+    `Checksum Type mismatch occurred, expected checksum Type: null` (github.com/boto/botocore/issues/3216).
+    """
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", calculation)
+    monkeypatch.setattr(s3_files, "PART_BYTES", PART_BYTES)
+    files = S3Files(S3Section(endpoint_url=injector.url), SettingNames())
+    asked: dict[str, dict] = {}
+
+    def note(model, params, **_: object) -> None:
+        asked.setdefault(model.name, params)
+
+    files.boto.meta.events.register("before-parameter-build.s3", note)
+    files.write_file(f"s3://{BUCKET}/checksums", source)
+    has_them = calculation == "when_supported"
+    assert ("ChecksumAlgorithm" in asked["CreateMultipartUpload"]) == has_them
+    assert ("ChecksumAlgorithm" in asked["UploadPart"]) == has_them
+    if has_them:
+        found = [part.get("ChecksumCRC32") for part in asked["CompleteMultipartUpload"]["MultipartUpload"]["Parts"]]
+        content = source.read_bytes()
+        parts = [content[begin : begin + PART_BYTES] for begin in range(0, NUM_BYTES, PART_BYTES)]
+        assert found == [base64.b64encode(zlib.crc32(part).to_bytes(4, "big")).decode() for part in parts]
 
 
 @pytest.mark.parametrize("kind", WRITE_FAULTS)
