@@ -132,8 +132,10 @@ def find_damage(folder: Path, tensor_files: Collection[str] | None = None) -> st
         files = read_manifest(manifest.read_bytes(), str(manifest)).files
     except FileNotFoundError:
         return f"{manifest} is missing" if folder.is_dir() else "there is no such checkpoint"
-    except (OSError, ValueError) as error:
-        return str(error) if isinstance(error, ManifestError) else f"{manifest} cannot be read ({error})"
+    except ManifestError as error:
+        return str(error)
+    except OSError as error:
+        return f"{manifest} is damaged ({type(error).__name__}: {error})"
     asked = {name: file for name, file in files.items() if tensor_files is None or file.sha256 or name in tensor_files}
     changes = (find_change(folder / name, file.num_bytes, file.sha256) for name, file in asked.items())
     return next((change for change in changes if change is not None), None)
