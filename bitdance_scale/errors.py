@@ -5,9 +5,18 @@ Every message states where (file, field or shard), what value was found, which r
 
 from __future__ import annotations
 
+from bitdance_scale.credentials import hide_credentials
+
 
 class BitDanceError(Exception):
-    """Base of the errors whose message is meant for the user; entry points print it without a traceback."""
+    """Base of the errors whose message is meant for the user; entry points print it without a traceback.
+
+    Args:
+        message: credentials of a URL in it are hidden, as messages are printed, stored and sent to other ranks.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(hide_credentials(message))
 
 
 class ConfigError(BitDanceError):

@@ -13,12 +13,13 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": "hush-hush", "AWS_DEFAULT_REGION": "us-east-1"}
 FAULTS = ("refused", "reset", "cut", "other_range", "slow_start")
+WRITE_FAULTS = ("refused", "reset", "lost", "slow_start")
 _START_TIMEOUT_S = 60
 _SLOW_S = 0.2
 
@@ -48,7 +49,7 @@ def s3_server() -> Iterator[str]:
 
 
 class FaultInjector:
-    """Forwards requests to a server and breaks a share of the reads.
+    """Forwards requests to a server and breaks a share of those for objects.
 
     Args:
         target: URL of the server.
@@ -60,10 +61,17 @@ class FaultInjector:
         url: where it listens.
         counts: how often each kind was made.
         share, kinds: may be changed while it runs.
+        write_share, write_kinds: the same of the writes, of `WRITE_FAULTS`; after `lost` the server has got the
+            request, and the client no answer.
+        requests: (method, path with query, bytes of the body) of all that came.
+        before: called before a request is forwarded, with its method and path; tests wait or count there.
     """
 
     def __init__(self, target: str, share: float = 0.0, kinds: tuple[str, ...] = FAULTS, seed: int = 0) -> None:
         self.share, self.kinds = share, kinds
+        self.write_share, self.write_kinds = 0.0, WRITE_FAULTS
+        self.requests: list[tuple[str, str, int]] = []
+        self.before: Callable[[str, str], None] = lambda method, path: None
         self.counts: Counter[str] = Counter()
         self._address = urlsplit(target).netloc
         self._random = random.Random(seed)
@@ -79,10 +87,10 @@ class FaultInjector:
         self._server.shutdown()
         self._server.server_close()
 
-    def _fault(self, is_read: bool) -> str | None:
-        if not is_read or self._random.random() >= self.share:
+    def _fault(self, share: float, kinds: tuple[str, ...]) -> str | None:
+        if self._random.random() >= share:
             return None
-        kind = self._random.choice(self.kinds)
+        kind = self._random.choice(kinds)
         self.counts[kind] += 1
         return kind
 
@@ -93,7 +101,16 @@ class FaultInjector:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                injector._forward(self, injector._fault("Range" in self.headers))
+                share = injector.share if "Range" in self.headers else 0.0
+                injector._forward(self, injector._fault(share, injector.kinds) if share else None)
+
+            def do_PUT(self) -> None:
+                injector._forward(self, injector._fault(injector.write_share, injector.write_kinds))
+
+            do_POST = do_PUT
+
+            def do_DELETE(self) -> None:
+                injector._forward(self, None)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -101,6 +118,9 @@ class FaultInjector:
         return Handler
 
     def _forward(self, request: BaseHTTPRequestHandler, fault: str | None) -> None:
+        body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        self.requests.append((request.command, request.path, len(body)))
+        self.before(request.command, request.path)
         if fault in ("refused", "denied"):
             request.send_response(503 if fault == "refused" else 403)
             request.send_header("Content-Length", "0")
@@ -115,10 +135,14 @@ class FaultInjector:
         if fault == "other_range":
             headers["Range"] = "bytes=0-99"
         connection = http.client.HTTPConnection(self._address)
-        connection.request("GET", request.path, headers=headers)
+        headers.pop("Expect", None)
+        connection.request(request.command, request.path, body=body or None, headers=headers)
         response = connection.getresponse()
         body = response.read()
         connection.close()
+        if fault == "lost":
+            _reset(request)
+            return
         request.send_response(response.status)
         for name, value in response.getheaders():
             if name.lower() not in ("connection", "content-length", "transfer-encoding", "date", "server"):

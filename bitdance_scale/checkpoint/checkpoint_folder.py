@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,12 +26,13 @@ import torch.distributed as dist
 from bitdance_scale.atomic_files import WRITING, sync, sync_tree, write_text
 from bitdance_scale.checkpoint.integrity import find_damage, listed_bytes, write_manifest
 from bitdance_scale.checkpoint.retention import kept_steps
+from bitdance_scale.checkpoint.step_names import LATEST_NAME
+from bitdance_scale.checkpoint.step_names import STEP_NAME as _COMMITTED
+from bitdance_scale.checkpoint.step_names import step_name as _name
 from bitdance_scale.errors import CheckpointError, DamagedCheckpointError, DiskFullError
 from bitdance_scale.parallel.agreement import all_ranks, on_first_rank
 
-LATEST_NAME = "latest"
 _DELETING = ".deleting"
-_COMMITTED = re.compile(r"step_(\d{8,})")
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +263,3 @@ class CheckpointFolder:
 
     def _is_first_rank(self) -> bool:
         return not dist.is_initialized() or dist.get_rank(self.group) == 0
-
-
-def _name(step: int) -> str:
-    return f"step_{step:08d}"

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,6 +24,52 @@ from bitdance_scale.atomic_files import write_text
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 2
 _TENSOR_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class FileState:
+    """A file as it was written.
+
+    Attributes:
+        num_bytes: its size.
+        sha256: its digest, hexadecimal; None for tensor files, whose digests are in their index.
+    """
+
+    num_bytes: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds.
+
+    Attributes:
+        sha256: of the list of files; it is the same for two checkpoints only if all of their files are.
+        files: path in the checkpoint -> its file.
+    """
+
+    sha256: str
+    files: Mapping[str, FileState]
+
+
+class ManifestError(ValueError):
+    """A manifest that cannot be used; the message names it."""
+
+
+def share_out(num_bytes: Mapping[str, int], num_ranks: int) -> list[list[str]]:
+    """The files that each rank takes: largest first, each to the rank that has the fewest bytes so far.
+
+    Args:
+        num_bytes: name -> size.
+        num_ranks: how many share.
+    """
+    shares: list[list[str]] = [[] for _ in range(num_ranks)]
+    load_bytes = [0] * num_ranks
+    for name in sorted(num_bytes, key=lambda name: (-num_bytes[name], name)):
+        rank = min(range(num_ranks), key=load_bytes.__getitem__)
+        shares[rank].append(name)
+        load_bytes[rank] += num_bytes[name]
+    return shares
 
 
 def text_digest(text: str) -> str:
@@ -69,28 +117,55 @@ def write_manifest(folder: Path) -> None:
     write_text(folder / MANIFEST_NAME, json.dumps(content, indent=1))
 
 
-def find_damage(folder: Path) -> str | None:
+def find_damage(folder: Path, tensor_files: Collection[str] | None = None) -> str | None:
     """What is wrong with a committed checkpoint, naming the first file that is missing or changed; None if nothing is.
 
     Only the sizes of tensor files are compared here; the ranks hash them when they load.
+
+    Args:
+        folder: the checkpoint.
+        tensor_files: names of the tensor files in question, such as `tensors/rank00000_000.safetensors`; others may be
+            missing, as where only a part was fetched. None: all. Files that hold no tensors are always compared.
     """
     manifest = folder / MANIFEST_NAME
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
-        # Version 1 did not state its version.
-        version = content.get("version", 1)
-        if version != MANIFEST_VERSION:
-            fix = f"this program reads version {MANIFEST_VERSION}: use the program that wrote it"
-            return f"{manifest} has version {version}, {fix}"
-        if content["files_sha256"] != _list_digest(content["files"]):
-            return f"{manifest} is damaged: the SHA-256 of its list is not that of what was written"
-        files = [(_inside(folder, name), entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()]
+        files = read_manifest(manifest.read_bytes(), str(manifest)).files
     except FileNotFoundError:
         return f"{manifest} is missing" if folder.is_dir() else "there is no such checkpoint"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except ManifestError as error:
+        return str(error)
+    except OSError as error:
         return f"{manifest} is damaged ({type(error).__name__}: {error})"
-    changes = (find_change(*file) for file in files)
+    asked = {name: file for name, file in files.items() if tensor_files is None or file.sha256 or name in tensor_files}
+    changes = (find_change(folder / name, file.num_bytes, file.sha256) for name, file in asked.items())
     return next((change for change in changes if change is not None), None)
+
+
+def read_manifest(content: bytes, name: str) -> Manifest:
+    """What a manifest says.
+
+    Args:
+        content: of the file.
+        name: what it is called in messages.
+
+    Raises:
+        ManifestError: it is damaged, of another version, or names a file outside its checkpoint.
+    """
+    try:
+        tree = json.loads(content.decode("utf-8"))
+        # Version 1 did not state its version.
+        version = tree.get("version", 1)
+        if version != MANIFEST_VERSION:
+            fix = f"this program reads version {MANIFEST_VERSION}: use the program that wrote it"
+            raise ManifestError(f"{name} has version {version}, {fix}")
+        if tree["files_sha256"] != _list_digest(tree["files"]):
+            raise ManifestError(f"{name} is damaged: the SHA-256 of its list is not that of what was written")
+        files = {_inside(file): FileState(entry["bytes"], entry["sha256"]) for file, entry in tree["files"].items()}
+    except ManifestError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ManifestError(f"{name} is damaged ({type(error).__name__}: {error})") from error
+    return Manifest(tree["files_sha256"], files)
 
 
 def listed_bytes(folder: Path) -> int:
@@ -102,10 +177,10 @@ def listed_bytes(folder: Path) -> int:
         return 0
 
 
-def _inside(folder: Path, name: str) -> Path:
+def _inside(name: str) -> str:
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise ValueError(f"file {name!r} is outside the checkpoint")
-    return folder / name
+    return name
 
 
 def _describe(path: Path) -> dict[str, Any]:

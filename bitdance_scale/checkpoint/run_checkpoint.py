@@ -13,7 +13,7 @@ import dataclasses
 import json
 import logging
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -199,22 +199,23 @@ def read_run_section(path: Path) -> dict[str, Any]:
     return run
 
 
-def read_state(path: Path) -> TrainState:
-    """How far the text-to-image run of a committed checkpoint is."""
-    return read_state_of(path, TrainState)
+def read_state(path: Path, tensor_files: Collection[str] | None = None) -> TrainState:
+    """How far the text-to-image run of a committed checkpoint is; otherwise as `read_state_of`."""
+    return read_state_of(path, TrainState, tensor_files)
 
 
-def read_state_of(path: Path, kind: type[State]) -> State:
+def read_state_of(path: Path, kind: type[State], tensor_files: Collection[str] | None = None) -> State:
     """How far the run of a committed checkpoint is; all files but the tensors are compared with their digests.
 
     Args:
         path: the checkpoint.
         kind: what its job keeps.
+        tensor_files: the tensor files that must be there, as `find_damage` takes them; None: all.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
     """
-    damage = find_damage(path)
+    damage = find_damage(path, tensor_files)
     if damage is not None:
         raise DamagedCheckpointError(f"{path}: {damage}; load another checkpoint")
     file = path / TRAIN_STATE_NAME
@@ -234,13 +235,13 @@ def read_state_of(path: Path, kind: type[State]) -> State:
         ) from error
 
 
-def read_fitting_state(path: Path, tokenizer_digest: str) -> TrainState:
+def read_fitting_state(path: Path, tokenizer_digest: str, tensor_files: Collection[str] | None = None) -> TrainState:
     """How far the run of a committed checkpoint is, as `read_state`; the run must have used this text tokenizer.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or its run used another text tokenizer.
     """
-    state = read_state(path)
+    state = read_state(path, tensor_files)
     if state.tokenizer_digest != tokenizer_digest:
         raise CheckpointError(
             f"{path}: trained with another text tokenizer (digest {state.tokenizer_digest}, in use "

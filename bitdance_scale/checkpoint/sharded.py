@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from bitdance_scale.atomic_files import is_disk_full
 from bitdance_scale.checkpoint.boxes import Box, disjoint_parts
+from bitdance_scale.checkpoint.integrity import share_out
 from bitdance_scale.checkpoint.tensor_index import StoredFile, TensorIndex, read_index
 from bitdance_scale.checkpoint.tensor_storage import SafetensorsReader, SafetensorsWriter, write_data_of
 from bitdance_scale.errors import CheckpointError, DamagedCheckpointError, DiskFullError
@@ -176,15 +177,10 @@ def load_sharded(
 
 
 def _files_to_check(index: TensorIndex, prefix: str, num_ranks: int) -> list[list[StoredFile]]:
-    """The files that each rank hashes: largest first, each to the rank that has the fewest bytes so far."""
-    wanted = {file for box, file in index.files.items() if box.fqn.startswith(prefix)}
-    shares: list[list[StoredFile]] = [[] for _ in range(num_ranks)]
-    load_bytes = [0] * num_ranks
-    for file in sorted(wanted, key=lambda file: (-file.num_bytes, file.name)):
-        rank = min(range(num_ranks), key=load_bytes.__getitem__)
-        shares[rank].append(file)
-        load_bytes[rank] += file.num_bytes
-    return shares
+    """The files that each rank hashes."""
+    wanted = {file.name: file for file in index.files_of(prefix)}
+    shares = share_out({name: file.num_bytes for name, file in wanted.items()}, num_ranks)
+    return [[wanted[name] for name in share] for share in shares]
 
 
 @contextlib.contextmanager

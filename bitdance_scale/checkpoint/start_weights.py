@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 
 from bitdance_scale.checkpoint.boxes import Box
-from bitdance_scale.checkpoint.checkpoint_folder import LATEST_NAME, CheckpointFolder
+from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
 from bitdance_scale.checkpoint.integrity import MANIFEST_NAME
 from bitdance_scale.checkpoint.published_names import EMBEDDING, OUTPUT, our_tensors
 from bitdance_scale.checkpoint.run_checkpoint import MASTER_PREFIX, MODEL_PREFIX, TENSORS_DIR, read_fitting_state
 from bitdance_scale.checkpoint.sharded import load_sharded
+from bitdance_scale.checkpoint.step_names import LATEST_NAME
 from bitdance_scale.checkpoint.tensor_index import TensorIndex, read_index
 from bitdance_scale.checkpoint.tensor_storage import StoredTensors
 from bitdance_scale.config.published_config import MODEL_CONFIG_NAME
@@ -119,6 +120,7 @@ def load_start_weights(
     *,
     tokenizer_digest: str,
     new_queries: NewQueries | None = None,
+    is_partial: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, Any]:
     """Fills the weights of a model and their float32 masters in place from a checkpoint; a collective.
@@ -131,6 +133,8 @@ def load_start_weights(
         masters: what this rank holds of their float32 masters.
         tokenizer_digest: of the text tokenizer that the checkpoint must have been trained with.
         new_queries: query tokens that the checkpoint lacks; None: none.
+        is_partial: whether the checkpoint was fetched for a start, so that tensor files without these weights may be
+            missing.
         group: the ranks that take part; None: all, or this process alone without a process group.
 
     Returns:
@@ -140,11 +144,11 @@ def load_start_weights(
         CheckpointError: on every rank, before any tensor is written to: the checkpoint is damaged, of another model or
             of another text tokenizer.
     """
-    state = on_first_rank(lambda: read_fitting_state(path, tokenizer_digest), group, other=CheckpointError)
     tensors = path / TENSORS_DIR
     index = on_first_rank(lambda: read_index(tensors), group, other=CheckpointError)
-    has_masters = any(name.startswith(MASTER_PREFIX) for name in index.tensors)
-    prefix = MASTER_PREFIX if has_masters else MODEL_PREFIX
+    files = start_files(index) if is_partial else None
+    state = on_first_rank(lambda: read_fitting_state(path, tokenizer_digest, files), group, other=CheckpointError)
+    prefix = start_prefix(index)
     for values, is_verified in ((model, False), (masters, True)):
         wanted = {prefix + name: _known_rows(name, value, new_queries) for name, value in values.items()}
         load_sharded(tensors, wanted, group, prefix=prefix, converts_dtype=True, is_verified=is_verified)
@@ -153,6 +157,16 @@ def load_start_weights(
         with all_ranks(group, other=CheckpointError):
             _fill_new_rows(StoredTensors(tensors), prefix, (model, masters), new_queries)
     return state.release
+
+
+def start_prefix(index: TensorIndex) -> str:
+    """What the names of the tensors begin with that a start takes: the masters, or the weights where there are none."""
+    return MASTER_PREFIX if any(name.startswith(MASTER_PREFIX) for name in index.tensors) else MODEL_PREFIX
+
+
+def start_files(index: TensorIndex) -> frozenset[str]:
+    """The tensor files that a start reads, by their paths in the checkpoint."""
+    return frozenset(f"{TENSORS_DIR}/{file.name}" for file in index.files_of(start_prefix(index)))
 
 
 def first_rows(value: ShardedValue, num_rows: int) -> ShardedValue:

@@ -66,6 +66,10 @@ class TensorIndex:
         """The same in torch.distributed.checkpoint's terms."""
         return Metadata(dict(self.tensors), storage_data=self.files)
 
+    def files_of(self, prefix: str) -> set[StoredFile]:
+        """The files that hold a part of any tensor whose name begins with a prefix."""
+        return {file for box, file in self.files.items() if box.fqn.startswith(prefix)}
+
     def spec(self, name: str) -> TensorSpec:
         """Shape and dtype of a tensor."""
         tensor = self.tensors[name]

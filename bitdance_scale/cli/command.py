@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from bitdance_scale.credentials import WAY_OUT, find_credentials
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.train.process import EXIT_REFUSED, run_process
 
@@ -66,7 +67,15 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        """The options, which may stand before, between and after the positional arguments."""
+        """The options, which may stand before, between and after the positional arguments.
+
+        Raises:
+            ConfigError: the arguments are wrong, or one holds credentials, which others on the machine see.
+        """
+        for argument in sys.argv[1:] if arguments is None else arguments:
+            found = find_credentials(argument)
+            if found is not None:
+                raise ConfigError(f"{self.prog}: argument {argument!r} holds {found}: {WAY_OUT}")
         return self.parse_intermixed_args(arguments)
 
 

@@ -18,6 +18,7 @@ from bitdance_scale.config.coerce import Coercion, field_types, toml_value
 from bitdance_scale.config.presets import PRESETS
 from bitdance_scale.config.schema import ModelSection, NetworkConfig, RunConfig
 from bitdance_scale.config.shipped import config_path, shipped_configs
+from bitdance_scale.config.storage_rules import credential_faults
 from bitdance_scale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,6 +72,9 @@ def _load(path: str | Path, overrides: Sequence[str], schema: type[Schema], skip
     _fill_in_preset(values, schema, sources)
     if skips_other_sections:
         values = {name: section for name, section in values.items() if name in field_types(schema)}
+    # Before any message repeats a value.
+    if faults := list(credential_faults(values)):
+        raise ConfigError(_listed(f"{path}: the configuration cannot be used", faults))
 
     def source_of(setting_path: tuple[str, ...]) -> str:
         for length in range(len(setting_path), 0, -1):

@@ -207,6 +207,8 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "checkpoint.every_steps": _COUNT,
     "checkpoint.keep": _COUNT,
     "checkpoint.keep_every_steps": _NOT_NEGATIVE,
+    "checkpoint.upload_keep": _NOT_NEGATIVE,
+    "checkpoint.upload_mb_per_s": _NOT_NEGATIVE,
     "evaluate.shards[]": NonEmpty(),
     "evaluate.every_steps": _COUNT,
     "evaluate.images": _COUNT,

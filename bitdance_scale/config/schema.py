@@ -49,7 +49,8 @@ class RunSection:
     start_from: str = setting(
         "",
         doc="Where a new run takes its weights from: a checkpoint, a run folder or an imported release, of any layout "
-        "and dtype; optimiser and counters start from nothing. Empty: random weights.",
+        "and dtype; or the copies of a run on S3 (`s3://BUCKET/PREFIX/NAME`) or one of them (`.../step_00000100`). "
+        "Optimiser and counters start from nothing. Empty: random weights.",
     )
     start_from_any: bool = setting(
         False, doc="Whether the start may be of any stage, and of a run that has not finished its own."
@@ -366,13 +367,19 @@ class LossSection:
     text_weight: float = setting(0.01, doc="Weight of the text cross-entropy.")
 
 
+S3_SCHEME = "s3://"
+"""A path that begins with it names an object, or objects; any other path names a file or a folder."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSection:
-    """When checkpoints are written and how many stay."""
+    """When checkpoints are written, how many stay, and where they are copied to."""
 
     every_steps: int = setting(1000, doc="Steps between checkpoints; one is written at the end as well.")
     keep: int = setting(2, doc="Newest checkpoints kept; older ones are deleted after a commit.")
-    keep_every_steps: int = setting(0, doc="Checkpoints of multiples of this step are kept for ever; 0: none.")
+    keep_every_steps: int = setting(
+        0, doc="Checkpoints of multiples of this step stay for ever, and so do their copies; 0: none."
+    )
     in_background: bool = setting(
         True, doc="Whether training goes on while a checkpoint is written, from a copy of it in host memory."
     )
@@ -381,6 +388,22 @@ class CheckpointSection:
         doc="Whether a run whose newest checkpoint is damaged resumes from the next older whole one; the launch "
         "scripts of Slurm set it.",
     )
+    upload: str = setting(
+        "",
+        doc="Where every checkpoint is copied to in the background, `s3://BUCKET/PREFIX`: it goes to "
+        "`<upload>/<run.name>/`. A run without a checkpoint of its own goes on from there. Empty: nowhere.",
+        example='"s3://bucket/runs"',
+    )
+    upload_keep: int = setting(3, doc="Newest copies kept; older ones are deleted after a copy. 0: all.")
+    upload_mb_per_s: float = setting(
+        0.0, doc="Most that all ranks together send, in 2^20 bytes a second on average; 0: no limit."
+    )
+    upload_endpoint_url: str = setting(
+        "",
+        doc="Endpoint of an S3-compatible store, for `checkpoint.upload` and a `run.start_from` on S3; empty: as boto3 "
+        "finds it, or Amazon's.",
+    )
+    upload_profile: str = setting("", doc="Profile of boto3's credentials for the same; empty: the default one.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bitdance_scale.config.schema import MIN_SPIKE_WINDOW, SPIKE_ACTIONS, CheckpointSection, ObserveSection, setting
+from bitdance_scale.config.storage_rules import credential_faults, upload_faults
 from bitdance_scale.errors import ConfigError
 
 
@@ -144,7 +145,13 @@ def check_tokenizer(config: TokenizerConfig, world_size: int) -> None:
     Raises:
         ConfigError: lists every broken rule: where, what value, the rule and the fix.
     """
-    faults = [*_network_faults(config), *_range_faults(config), *_size_faults(config, world_size)]
+    faults = [
+        *credential_faults(config),
+        *upload_faults(config.checkpoint),
+        *_network_faults(config),
+        *_range_faults(config),
+        *_size_faults(config, world_size),
+    ]
     if faults:
         raise ConfigError("the tokenizer configuration cannot be used:\n" + "\n".join(f"- {fault}" for fault in faults))
 
@@ -201,6 +208,8 @@ def _range_faults(config: TokenizerConfig) -> Iterator[str]:
         "run.timeout_s": config.run.timeout_s,
         "checkpoint.keep_every_steps": config.checkpoint.keep_every_steps,
         "optim.spike_deviations": config.optim.spike_deviations,
+        "checkpoint.upload_keep": config.checkpoint.upload_keep,
+        "checkpoint.upload_mb_per_s": config.checkpoint.upload_mb_per_s,
     }
     yield from (f"{name} = {value}: must not be negative" for name, value in not_negative.items() if value < 0)
     below_one = {

@@ -16,6 +16,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from bitdance_scale.credentials import hide_credentials
 from bitdance_scale.observe.metrics import StepMetrics
 
 PACKAGE = "bitdance_scale"
@@ -36,7 +37,8 @@ def setup_logging(run_folder: Path, rank: int) -> None:
     Rank 0 writes this package's messages and all libraries' warnings to `log.txt` in the run folder and to standard
     output. Every other rank writes its warnings to its own file, such as `logs/rank_00001.txt`, because ranks on
     several nodes would lose lines in a shared one; the file appears with the first warning. Its errors also go to
-    standard error. Every line of a file names its rank.
+    standard error. Every line of a file names its rank. Credentials of a URL, such as a library may warn about, are
+    hidden.
     """
     run_folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
@@ -49,8 +51,8 @@ def setup_logging(run_folder: Path, rank: int) -> None:
         file.setLevel(logging.WARNING)
         console = logging.StreamHandler(sys.stderr)
         console.setLevel(logging.ERROR)
-        console.setFormatter(logging.Formatter(f"[rank {rank}] %(message)s"))
-    file.setFormatter(logging.Formatter(FILE_FORMAT.format(rank=rank)))
+        console.setFormatter(_HidingFormatter(f"[rank {rank}] %(message)s"))
+    file.setFormatter(_HidingFormatter(FILE_FORMAT.format(rank=rank)))
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
@@ -70,7 +72,14 @@ class _ConsoleHandler(logging.Handler):
         sys.stdout.flush()
 
 
-class _ConsoleFormatter(logging.Formatter):
+class _HidingFormatter(logging.Formatter):
+    """A formatter that hides credentials."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return hide_credentials(super().format(record))
+
+
+class _ConsoleFormatter(_HidingFormatter):
     """The bare message; from warnings on, with the level in front."""
 
     def format(self, record: logging.LogRecord) -> str:

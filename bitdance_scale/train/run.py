@@ -21,6 +21,8 @@ import torch.distributed as dist
 from bitdance_scale.atomic_files import write_text
 from bitdance_scale.checkpoint.background_save import CheckpointSaver
 from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
+from bitdance_scale.checkpoint.remote_copies import RemoteCopies
+from bitdance_scale.checkpoint.remote_restore import find_latest
 from bitdance_scale.config.load import dump_toml
 from bitdance_scale.config.schema import CheckpointSection, ParallelSection
 from bitdance_scale.errors import BitDanceError, ConfigError, DamagedCheckpointError
@@ -48,6 +50,10 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS_DIR = "checkpoints"
 CONFIG_FILE = "config.toml"
 FLIGHT_RECORDS_DIR = "flight_records"
+COPY_WAIT_S = 1800.0
+"""How long a finished run waits for the copies of its checkpoints."""
+STOP_COPY_WAIT_S = 30.0
+"""The same of a run that was asked to stop; when it goes on, so does the copy."""
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 """What torchrun would tell the only process of a job."""
 
@@ -127,7 +133,10 @@ class Job(abc.ABC):
         step: optimiser steps taken.
         guards: the rules on the numbers of a step; their state belongs to `state`.
         local_errors: those of what this rank does alone, kept until all ranks can hear of them.
+        remote: the copies of its checkpoints; None without `checkpoint.upload`.
     """
+
+    remote: RemoteCopies | None = None
 
     def __init__(self, config: JobConfig, topology: Topology, run_folder: Path) -> None:
         self.topology, self.run_folder = topology, run_folder
@@ -136,9 +145,15 @@ class Job(abc.ABC):
             run_folder / CHECKPOINTS_DIR,
             keep=section.keep,
             keep_every_steps=section.keep_every_steps,
+            is_busy=lambda step: self.remote is not None and self.remote.is_uploading(step),
             group=make_host_group(),
         )
-        self._saver = CheckpointSaver(self.checkpoints, topology.device, is_background=section.in_background)
+        if section.upload:
+            where = f"{section.upload.rstrip('/')}/{config.run.name}"
+            self.remote = RemoteCopies(where, section, group=self.checkpoints.group)
+        self._saver = CheckpointSaver(
+            self.checkpoints, topology.device, is_background=section.in_background, committed=self._copy
+        )
         self._falls_back = section.fall_back
         self.guards = StepGuards(config.optim)
         self.local_errors = LocalErrors()
@@ -213,12 +228,13 @@ class Job(abc.ABC):
         return self.step >= self.schedule.num_steps
 
     def newest_checkpoint(self) -> Path | None:
-        """The checkpoint that the run goes on from; None: it begins.
+        """The checkpoint that the run goes on from, fetched where only a copy of it is left; None: it begins.
 
         Raises:
-            CheckpointError: on all ranks: it is damaged, and no older one is to be taken.
+            CheckpointError: on all ranks: it is damaged, and no older one is to be taken; or there is none, and its
+                copies cannot be reached.
         """
-        return self.checkpoints.latest(falls_back=self._falls_back)
+        return find_latest(self.checkpoints, self.remote, falls_back=self._falls_back)
 
     def load_newest(self, path: Path, load: Callable[[Path], None]) -> None:
         """Loads a checkpoint, or an older one where its tensors turn out damaged and the run falls back.
@@ -261,6 +277,15 @@ class Job(abc.ABC):
         with phase(Phase.SAVING):
             self._saver.wait()
 
+    def end_copies(self, wait_s: float) -> None:
+        """Waits for the copies of checkpoints, for so many seconds at most, and ends them."""
+        if self.remote is not None:
+            self.remote.close(wait_s)
+
+    def _copy(self, path: Path) -> None:
+        if self.remote is not None:
+            self.remote.upload(path)
+
     @property
     def has_failed_save(self) -> bool:
         """Whether a checkpoint in the background has failed, as far as this rank knows; `settle` raises it."""
@@ -292,6 +317,8 @@ def run_job(config: JobConfig, parallel: ParallelSection, make_job: Callable[[To
         heartbeat.resumed(job.step)
         if job.is_complete:
             job.complete()
+            with phase(Phase.ENDING):
+                job.end_copies(COPY_WAIT_S)
             logger.info(
                 "the run %s is complete at step %d; extend it with run.steps=%d, or start another with run.name=NAME",
                 folder,
@@ -305,11 +332,13 @@ def run_job(config: JobConfig, parallel: ParallelSection, make_job: Callable[[To
         with phase(Phase.ENDING):
             if not is_complete:
                 logger.warning("stopped on request after step %d and saved; run again to go on", job.step)
+                job.end_copies(STOP_COPY_WAIT_S)
                 # All leave together: torchrun kills the others soon after the first that ends with a code, and the
                 # first rank may take longer over closing its W&B run.
                 dist.barrier()
                 return EXIT_REQUEUE
             job.finish()
+            job.end_copies(COPY_WAIT_S)
     return EXIT_COMPLETE
 
 

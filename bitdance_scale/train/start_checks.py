@@ -6,8 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from bitdance_scale.checkpoint.remote_folder import is_remote
 from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME, TENSORS_DIR, TrainState, read_run_section, read_state
-from bitdance_scale.checkpoint.start_weights import NewQueries, check_network
+from bitdance_scale.checkpoint.start_weights import NewQueries, check_network, start_files
 from bitdance_scale.checkpoint.tensor_index import read_index
 from bitdance_scale.config.load import load_network
 from bitdance_scale.config.schema import NetworkConfig, RunConfig
@@ -36,11 +37,13 @@ class Start:
         tokenizer_digest: of the text tokenizer that it must have been trained with: the stage's, with the query tokens
             of the checkpoint's blocks.
         new_queries: query tokens that it lacks; None: none.
+        is_partial: whether it was fetched from S3, with the files that a start reads.
     """
 
     path: Path
     tokenizer_digest: str
     new_queries: NewQueries | None
+    is_partial: bool = False
 
 
 def check_start(path: Path, config: RunConfig) -> Start:
@@ -51,7 +54,9 @@ def check_start(path: Path, config: RunConfig) -> Start:
             another side than the stage may start from, or trained with another of `SAME_SETTINGS`.
         CheckpointError: it is damaged, or of another network.
     """
-    state, network = read_state(path), load_network(path / CONFIG_NAME)
+    is_partial = is_remote(config.run.start_from)
+    state = read_state(path, start_files(read_index(path / TENSORS_DIR)) if is_partial else None)
+    network = load_network(path / CONFIG_NAME)
     if not config.run.start_from_any:
         _check_order(path, state, config)
     old, new = network.vision.block_side, config.vision.block_side
@@ -79,7 +84,7 @@ def check_start(path: Path, config: RunConfig) -> Start:
             seed=config.run.seed,
             init_std=config.model.init_std,
         )
-    return Start(path, text.digest, new_queries)
+    return Start(path, text.digest, new_queries, is_partial)
 
 
 def check_resume(path: Path, config: RunConfig) -> None:

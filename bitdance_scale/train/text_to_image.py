@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from bitdance_scale.checkpoint.remote_folder import is_remote
+from bitdance_scale.checkpoint.remote_restore import fetch_start
 from bitdance_scale.checkpoint.run_checkpoint import TrainState, load_checkpoint
 from bitdance_scale.checkpoint.start_weights import find_checkpoint, load_start_weights
 from bitdance_scale.config.schema import RunConfig
@@ -281,7 +283,11 @@ class TextToImageJob(Job):
 
     def _find_start(self) -> Start:
         """What `run.start_from` means, and whether the stage can start from it."""
-        path = find_checkpoint(self.config.run.start_from)
+        where = self.config.run.start_from
+        if is_remote(where):
+            path = fetch_start(where, self.config.checkpoint, self.run_folder)
+        else:
+            path = find_checkpoint(where)
         return on_first_rank(lambda: check_start(path, self.config))
 
     def _start(self, start: Start) -> None:
@@ -294,6 +300,7 @@ class TextToImageJob(Job):
             masters,
             tokenizer_digest=start.tokenizer_digest,
             new_queries=start.new_queries,
+            is_partial=start.is_partial,
         )
         logger.info("started from the weights of %s", start.path)
 

@@ -156,7 +156,7 @@ def second_starts(bench: Bench) -> Iterator[None]:
     with open(root / "first.txt", "w", encoding="utf-8") as output:
         first = subprocess.Popen([*command, "run.steps=40"], stdout=output, stderr=output, env=environment)
     try:
-        wait_for(lambda: (root / "demo" / "checkpoints" / "latest").exists())
+        wait_for((root / "demo" / "checkpoints" / "latest").exists)
         second = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
         assert second.returncode == EXIT_REFUSED
         expect(second.stderr, r"another process trains in this run folder: process \d+ on ")

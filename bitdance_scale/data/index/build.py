@@ -28,6 +28,7 @@ import numpy as np
 import orjson
 
 from bitdance_scale.atomic_files import WRITING, commit_folder, write_bytes
+from bitdance_scale.config.schema import S3_SCHEME
 from bitdance_scale.data.captions import DEFAULT_SOURCE
 from bitdance_scale.data.index.index import (
     FORMAT,
@@ -44,7 +45,7 @@ from bitdance_scale.data.index.index import (
 )
 from bitdance_scale.data.index.shard_scan import COLUMN_DTYPES, scan_shard
 from bitdance_scale.data.index.tar_scan import WINDOW_BYTES
-from bitdance_scale.data.storage.store_contract import S3_SCHEME, ReadError, ShardState
+from bitdance_scale.data.storage.store_contract import ReadError, ShardState
 from bitdance_scale.data.storage.stores import Stores
 from bitdance_scale.errors import DataError
 

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from bitdance_scale.config.schema import S3_SCHEME
 from bitdance_scale.data.captions import SEPARATOR
 from bitdance_scale.data.index.shard_scan import COLUMN_DTYPES, ShardContent
 from bitdance_scale.data.index.tar_scan import TarError
-from bitdance_scale.data.storage.store_contract import S3_SCHEME
 from bitdance_scale.errors import DataError
 from bitdance_scale.renames import RENAMED_INDEX_FIELDS, with_new_names
 

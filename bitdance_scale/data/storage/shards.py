@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 
 from webdataset.shardlists import expand_urls
 
-from bitdance_scale.config.schema import DataSource
-from bitdance_scale.data.storage.store_contract import S3_SCHEME
+from bitdance_scale.config.schema import S3_SCHEME, DataSource
+from bitdance_scale.credentials import WAY_OUT, find_credentials
 from bitdance_scale.data.storage.stores import Stores
 from bitdance_scale.errors import DataError
 
@@ -25,15 +25,19 @@ def expand_braces(spec: str, setting: str = "data.shards") -> list[str]:
         setting: name of the setting for messages.
 
     Raises:
-        DataError: unbalanced braces or an unset `${variable}`.
+        DataError: unbalanced braces or an unset `${variable}`; or credentials in the list, or in such a variable.
     """
+    _refuse_credentials(spec, setting)
     try:
-        return expand_urls(spec)
+        names: list[str] = expand_urls(spec)
     # webdataset asserts that the variables are set.
     except (ValueError, AssertionError) as error:
         raise DataError(
             f"{setting}: {spec!r} is no valid brace list ({error}). Write it as 'data/{{00000..00099}}.tar'."
         ) from error
+    for name in names:
+        _refuse_credentials(name, setting)
+    return names
 
 
 def expand_sources(sources: Sequence[DataSource], stores: Stores | None = None) -> list[list[str]]:
@@ -83,7 +87,14 @@ def expand_shards(specs: Iterable[str], setting: str = "data.shards", stores: St
     return list(dict.fromkeys(paths))
 
 
+def _refuse_credentials(path: str, setting: str) -> None:
+    found = find_credentials(path)
+    if found is not None:
+        raise DataError(f"{setting} holds {found}: paths of shards are stored in the index and shown; {WAY_OUT}.")
+
+
 def _expand_spec(spec: str, setting: str) -> list[str]:
+    _refuse_credentials(spec, setting)
     if "://" in spec:
         raise DataError(f"{setting}: {spec!r}: only local files and s3:// can be read. Mount or copy the shards.")
     candidates = [spec] if os.path.exists(spec) else expand_braces(spec, setting)

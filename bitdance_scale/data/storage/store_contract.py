@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-S3_SCHEME = "s3://"
-"""A path that begins with it names an object; any other path names a file."""
-
 
 @dataclass(frozen=True)
 class ShardState:
@@ -34,3 +31,7 @@ class ReadError(Exception):
     def __init__(self, message: str, is_changed: bool = False) -> None:
         super().__init__(message)
         self.is_changed = is_changed
+
+
+class WriteError(Exception):
+    """An object could not be written or deleted, and another try would not help now; the message says why."""

@@ -24,6 +24,11 @@ def sources(*names_and_shares: str | int) -> list[str]:
 
 # Any finite number or either truth value, or names that their readers check.
 UNCONSTRAINED = {
+    "checkpoint.fall_back",
+    "checkpoint.in_background",
+    "checkpoint.upload",
+    "checkpoint.upload_endpoint_url",
+    "checkpoint.upload_profile",
     "model.preset",
     "model.tie_embeddings",
     "parallel.sequence_parallel",
@@ -103,6 +108,8 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
     "adaLN": (["head.num_adaln=4", "head.num_blocks=6"], 1, ["head.num_adaln = 4", "num_blocks = 6", "1, 2, 3, 6"]),
     "bytes": (["vision.num_bits=12"], 1, ["vision.num_bits = 12", "multiple of 8", "8 or 16"]),
     "norm groups": (["vision.channels=24"], 1, ["vision.channels = 24", "multiple of 32", "use vision.channels = 32"]),
+    "no bucket": (["checkpoint.upload='s3:///runs'"], 1, ["checkpoint.upload = 's3:///runs'", "s3://BUCKET/PREFIX"]),
+    "no S3": (["checkpoint.upload=runs"], 1, ["checkpoint.upload = 'runs'", "must be s3://BUCKET/PREFIX"]),
     "borders of sources": (
         [*sources("open", 1), "data.has_borders=true"],
         1,
