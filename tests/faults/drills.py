@@ -135,7 +135,7 @@ def faults(bench: Bench) -> Iterator[None]:
     for fault, saved in (
         (Fault("fail", rank=-1, phase="forward", step=3), 3),
         (Fault("fail", rank=-1, phase="backward", step=5), 5),
-        (Fault("fail", rank=0, phase="logging", step=3), 3),
+        (Fault("fail", rank=0, show_step=3), 3),
         (Fault("exit", rank=1, phase="forward", step=3), 2),
     ):
         root = bench.new_root()

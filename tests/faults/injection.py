@@ -27,6 +27,7 @@ class Fault:
         phase: in which phase of a step (`phases.Phase`); empty: not there.
         step: in the step after so many.
         save_action: before which step of the protocol of a save, or `write`, in the middle of a tensor file.
+        show_step: when the metrics of this step are shown, which the first rank does alone.
         num_save: in which save since the start, from 1.
         after_s: at a random moment up to so many seconds after the first step; 0: not so.
         seed: of that moment.
@@ -37,6 +38,7 @@ class Fault:
     phase: str = ""
     step: int = -1
     save_action: str = ""
+    show_step: int = -1
     num_save: int = 1
     after_s: float = 0.0
     seed: int = 0
@@ -105,6 +107,8 @@ def injected(fault: Fault | None, rank: int) -> Iterator[None]:
         patched.enter_context(_write_halfway(tensor_storage, fault.num_save, once))
     elif fault.save_action:
         patched.enter_context(_before_action(checkpoint_folder, fault, once))
+    if fault.show_step >= 0:
+        patched.enter_context(_showing(fault.show_step, once))
     with patched, listening(listen):
         yield
 
@@ -130,6 +134,24 @@ def _write_halfway(tensor_storage, num_save: int, act: Callable[[], None]) -> It
         yield
     finally:
         tensor_storage.SafetensorsWriter.write_data, tensor_storage.tensor_bytes = write_data, tensor_bytes
+
+
+@contextlib.contextmanager
+def _showing(step: int, act: Callable[[], None]) -> Iterator[None]:
+    from bitdance_scale.train.run_sinks import RunSinks
+
+    write_step = RunSinks.write_step
+
+    def acting(self, record, *args, **kwargs):
+        write_step(self, record, *args, **kwargs)
+        if record.step == step:
+            act()
+
+    RunSinks.write_step = acting
+    try:
+        yield
+    finally:
+        RunSinks.write_step = write_step
 
 
 @contextlib.contextmanager
