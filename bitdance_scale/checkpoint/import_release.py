@@ -50,6 +50,7 @@ from bitdance_scale.config.load import dump_toml
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.model.initial import draw_initial, named_generator
 from bitdance_scale.sequence.tokenizer_files import write_tokenizer
+from bitdance_scale.vision.tokenizer import vision_digest
 from bitdance_scale.vision.weights import CONFIG_NAME as AE_CONFIG_NAME
 from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
 from bitdance_scale.weight_files import TensorSpec, dtype_name
@@ -86,6 +87,7 @@ def import_release(source: Source, out: Path, *, is_forced: bool = False, on_byt
         optimizer={"step": 0, "skipped_steps": 0},
         tokenizer_digest=source.tokenizer.digest,
         release=source.inert | {"kind": source.kind, "dtypes": dtypes},
+        vision_digest=vision_digest(source.network.vision),
     )
     with conversion_folder(out) as folder:
         (folder / TOKENIZER_DIR).mkdir()

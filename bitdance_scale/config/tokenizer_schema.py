@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from bitdance_scale.config.ranges import FolderName, demand
 from bitdance_scale.config.schema import CheckpointSection, ObserveSection, setting
 from bitdance_scale.errors import ConfigError
 
@@ -155,6 +156,8 @@ def _network_faults(config: TokenizerConfig) -> Iterator[str]:
 
 
 def _range_faults(config: TokenizerConfig) -> Iterator[str]:
+    if config.run.name not in (legal := FolderName()):
+        yield f"run.name = {config.run.name!r}: {demand(legal)}"
     at_least_one = {
         "run.steps": config.run.steps,
         "observe.log_every_steps": config.observe.log_every_steps,

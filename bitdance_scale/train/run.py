@@ -19,23 +19,22 @@ from typing import Any, ClassVar, Protocol
 
 import torch.distributed as dist
 
-from bitdance_scale.atomic_files import write_text
 from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
 from bitdance_scale.checkpoint.run_checkpoint import save_checkpoint
 from bitdance_scale.config.load import dump_toml
 from bitdance_scale.config.schema import CheckpointSection, ParallelSection
 from bitdance_scale.errors import BitDanceError, ConfigError, TrainingError
 from bitdance_scale.observe.console import setup_logging
-from bitdance_scale.parallel.agreement import any_rank
+from bitdance_scale.parallel.agreement import all_ranks, any_rank, on_first_rank
 from bitdance_scale.parallel.partition import ShardedValue
 from bitdance_scale.parallel.topology import Topology, end_process_group, make_topology, start_process_group
 from bitdance_scale.phases import POSITION, Phase, phase
+from bitdance_scale.train.config_file import write_config
 from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopRequest
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS_DIR = "checkpoints"
-CONFIG_FILE = "config.toml"
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 """What torchrun would tell the only process of a job."""
 
@@ -110,6 +109,7 @@ class Job(abc.ABC):
         self.checkpoints = CheckpointFolder(run_folder / CHECKPOINTS_DIR, keep=config.checkpoint.keep)
         self._config_text = dump_toml(config)
         self._saved_step = 0
+        on_first_rank(self.checkpoints.remove_deleted)
 
     @property
     @abc.abstractmethod
@@ -173,6 +173,13 @@ class Job(abc.ABC):
     def complete(self) -> None:
         """Makes what a run lacks that was killed between its last checkpoint and its end."""
 
+    def write_config(self) -> None:
+        """Writes config.toml, and keeps what it was where a resumed run has other settings.
+
+        A job calls it when its session is open: a refused start leaves the file as it is.
+        """
+        on_first_rank(lambda: write_config(self.run_folder, self._config_text, self.step))
+
     @property
     def is_complete(self) -> bool:
         """Whether the last configured step has been taken."""
@@ -221,15 +228,14 @@ def run_job(config: JobConfig, parallel: ParallelSection, make_job: Callable[[To
                 2 * config.run.steps,
             )
             return EXIT_COMPLETE
-        if topology.rank == 0:
-            write_text(folder / CONFIG_FILE, dump_toml(config))
         if not train(job, stop):
             logger.warning("stopped on request after step %d and saved; run again to go on", job.step)
             # All leave together: torchrun kills the others soon after the first that ends with a code, and the first
             # rank may take longer over closing its W&B run.
             dist.barrier()
             return EXIT_REQUEUE
-        job.finish()
+        with all_ranks():
+            job.finish()
     return EXIT_COMPLETE
 
 

@@ -35,6 +35,7 @@ from bitdance_scale.phases import Phase, phase
 from bitdance_scale.train.run import Job, Schedule, run_job
 from bitdance_scale.train.run_sinks import RunSinks
 from bitdance_scale.train.shared_index import image_index
+from bitdance_scale.train.start_checks import check_resume
 from bitdance_scale.train.tokenizer_evaluation import Reconstruction, evaluate, summary, to_pixels
 from bitdance_scale.train.tokenizer_objective import TokenizerObjective
 from bitdance_scale.train.tokenizer_records import (
@@ -162,6 +163,7 @@ class TokenizerJob(Job):
         )
         with sinks as self._sinks, stream:
             self._crops = iter(stream)
+            self.write_config()
             self._restart()
             yield
 
@@ -318,6 +320,7 @@ class TokenizerJob(Job):
 
     def _resume(self, path: Path) -> None:
         state = on_first_rank(lambda: read_state_of(path, TokenizerState), other=CheckpointError)
+        on_first_rank(lambda: check_resume(path, self.config))
         if state.data_digest != self._state.data_digest:
             raise ConfigError(
                 f"run.name = {self.config.run.name!r}: {path} was trained with other data.shards, data.sizes_px, "
