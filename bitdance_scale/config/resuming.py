@@ -35,7 +35,7 @@ class Effect(enum.Enum):
 _LONGEST_SHOWN = 80
 _FREE, _TOLD, _FIXED, _BY_CONTENT = Effect.FREE, Effect.TOLD, Effect.FIXED, Effect.BY_CONTENT
 
-_SHARED: Mapping[str, Effect] = {
+_SHARED: dict[str, Effect] = {
     "run.name": _FREE,
     "run.root": _FREE,
     "run.seed": _BY_CONTENT,

@@ -30,7 +30,7 @@ from bitdance_scale.parallel.partition import ShardedValue
 from bitdance_scale.parallel.topology import Topology, end_process_group, make_topology, start_process_group
 from bitdance_scale.phases import POSITION, Phase, phase
 from bitdance_scale.train.config_file import write_config
-from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopRequest
+from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopRequest, record_step
 
 logger = logging.getLogger(__name__)
 
@@ -195,6 +195,8 @@ class Job(abc.ABC):
                 self.checkpoints, self.state(), self.model_values(), self.optimizer_values(), self._config_text
             )
         self._saved_step = self.step
+        if self.topology.rank == 0:
+            record_step(self.step)
         logger.info("checkpoint of step %d written in %.1f s", self.step, time.monotonic() - begun_s)
 
     def is_due(self, every_steps: int) -> bool:

@@ -24,6 +24,7 @@ from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.sequence.tokens import load_text_tokenizer
 from bitdance_scale.train.evaluation import Evaluator
+from bitdance_scale.train.process import tolerant_output
 from bitdance_scale.train.progress import Progress, StepMeter, learning_rate, progress_fields
 from bitdance_scale.train.run import Job, Schedule, run_job
 from bitdance_scale.train.run_observer import RunObserver, draw_overview, samples_path, show_result, write_samples
@@ -190,7 +191,8 @@ class TextToImageJob(Job):
     def finish(self) -> None:
         """Prints the loss table and where everything is."""
         if self.topology.rank == 0:
-            print("\n" + show_result(self.run_folder), flush=True)
+            with tolerant_output():
+                print("\n" + show_result(self.run_folder), flush=True)
 
     def complete(self) -> None:
         """Makes the losses on held-out images and the pictures of the last step, if they are not there."""

@@ -124,6 +124,7 @@ KINDS = RecordKinds(
         "speed": "last",
         "data": "last",
     },
+    evaluation=TokenizerEvaluation,
 )
 
 

@@ -64,7 +64,7 @@ def test_the_same_configuration_has_no_changes(config):
         ("data.global_batch=30", "data.global_batch 20 -> 30", Effect.BY_CONTENT),
         (
             "data.sources=[{name='a', share=1, shards=['x']}]",
-            'data.sources [] -> [{ name = "a", share = 1, shards = ["x"], has_borders = false }]',
+            'data.sources [] -> [{ name = "a", shards = ["x"], share = 1, has_borders = false }]',
             Effect.BY_CONTENT,
         ),
     ],
