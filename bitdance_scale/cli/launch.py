@@ -100,7 +100,14 @@ def read_ranks(options: argparse.Namespace) -> Ranks:
 
 def _count_gpus() -> int:
     """GPUs of this machine, counted in a process of its own: this one stays small for as long as the job runs."""
-    done = subprocess.run([sys.executable, "-c", _COUNT_GPUS], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", _COUNT_GPUS],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
     return int(done.stdout) if done.returncode == 0 else 0
 
 
@@ -221,7 +228,7 @@ def children(pid: int) -> list[int]:
     found: list[int] = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
-            found += map(int, path.read_text().split())
+            found += map(int, path.read_text(encoding="utf-8").split())
         except OSError:
             # The thread has ended.
             continue

@@ -486,30 +486,3 @@ def _convert_and_die(direction: str, source: Path, out: Path) -> None:
             os._exit(9)
 
     _convert(direction, source, out, on_bytes)
-
-
-def test_an_export_with_another_autoencoder_is_refused(imported, tmp_path):
-    other = write_autoencoder(tmp_path / "other")
-    tensors = {name: -tensor for name, tensor in load_file(other).items()}
-    save_file(tensors, other)
-    with pytest.raises(CheckpointError, match="trained with another vision tokenizer"):
-        open_checkpoint(imported, autoencoder=other)
-
-
-def test_a_link_in_a_folder_from_elsewhere_is_not_followed(published, tmp_path):
-    folder = shutil.copytree(published, tmp_path / "published")
-    path = folder / "vision_head.safetensors"
-    path.rename(tmp_path / "elsewhere.safetensors")
-    path.symlink_to(tmp_path / "elsewhere.safetensors")
-    with pytest.raises(CheckpointError, match=r"vision_head.safetensors is a symbolic link.*with files in it"):
-        open_source(folder, None)
-
-
-def test_the_links_of_hugging_faces_cache_are_followed(published, tmp_path):
-    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for number, path in enumerate(sorted(published.iterdir())):
-        shutil.copyfile(path, blobs / str(number))
-        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    assert open_source(snapshot, None).kind == "BitDance"

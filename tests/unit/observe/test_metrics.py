@@ -257,7 +257,7 @@ class FullDisk:
         return os.write(descriptor, content)
 
 
-@pytest.mark.parametrize("room", [0, 1, 100, 450])
+@pytest.mark.parametrize("room", [0, 1, 100, 300])
 def test_lines_wait_for_room_and_none_is_lost_or_torn(tmp_path, monkeypatch, room):
     disk = FullDisk()
     with MetricsWriter(tmp_path, 0, StepMetrics) as writer:
