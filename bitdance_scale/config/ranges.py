@@ -213,6 +213,8 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "observe.log_every_steps": _COUNT,
     "observe.wandb_project": NonEmpty(),
     "observe.wandb_mode": Choice(("auto", "online", "offline", "disabled")),
+    "observe.profile_steps[]": _COUNT,
+    "observe.profile_ranks[]": _NOT_NEGATIVE,
 }
 """Setting -> what it may be; `[]` is every item of a list."""
 

@@ -22,9 +22,10 @@ import torch.distributed as dist
 from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
 from bitdance_scale.checkpoint.run_checkpoint import save_checkpoint
 from bitdance_scale.config.load import dump_toml
-from bitdance_scale.config.schema import CheckpointSection, ParallelSection
+from bitdance_scale.config.schema import CheckpointSection, ObserveSection, ParallelSection
 from bitdance_scale.errors import BitDanceError, ConfigError, TrainingError
 from bitdance_scale.observe.console import setup_logging
+from bitdance_scale.observe.profiler import StepProfiler
 from bitdance_scale.parallel.agreement import all_ranks, any_rank, on_first_rank
 from bitdance_scale.parallel.partition import ShardedValue
 from bitdance_scale.parallel.topology import Topology, end_process_group, make_topology, start_process_group
@@ -68,6 +69,10 @@ class JobConfig(Protocol):
     def checkpoint(self) -> CheckpointSection:
         """Section `[checkpoint]`."""
 
+    @property
+    def observe(self) -> ObserveSection:
+        """Section `[observe]`."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -102,12 +107,19 @@ class Job(abc.ABC):
 
     Attributes:
         step: optimiser steps taken.
+        profiler: profiles the steps that `[observe]` names on this rank.
     """
+
+    # Of a job that is made without a configuration.
+    profiler = StepProfiler((), Path(), 0, is_cuda=False)
 
     def __init__(self, config: JobConfig, topology: Topology, run_folder: Path) -> None:
         self.topology, self.run_folder = topology, run_folder
         self.checkpoints = CheckpointFolder(run_folder / CHECKPOINTS_DIR, keep=config.checkpoint.keep)
         self._config_text = dump_toml(config)
+        observe, is_cuda = config.observe, topology.device.type == "cuda"
+        steps = observe.profile_steps if topology.rank in observe.profile_ranks else ()
+        self.profiler = StepProfiler(steps, run_folder, topology.rank, is_cuda=is_cuda)
         self._saved_step = 0
         on_first_rank(self.checkpoints.remove_deleted)
 
@@ -249,13 +261,14 @@ def train(job: Job, stop: StopRequest) -> bool:
         DataError: too much of the data cannot be read; what was trained until then is saved.
     """
     schedule, num_skipped_in_a_row = job.schedule, 0
-    with job.session():
+    with job.session(), job.profiler:
         if job.step == 0:
             with phase(Phase.EVALUATING):
                 job.evaluate()
             job.pause()
         while not job.is_complete:
             POSITION.move(Phase.READING, job.step)
+            job.profiler.begin(job.step + 1)
             try:
                 job.read()
             except BitDanceError:
@@ -263,6 +276,7 @@ def train(job: Job, stop: StopRequest) -> bool:
                 job.save()
                 raise
             num_skipped_in_a_row = num_skipped_in_a_row + 1 if job.take_step() else 0
+            job.profiler.end()
             if num_skipped_in_a_row > schedule.max_skipped_steps:
                 raise TrainingError(
                     f"step {job.step}: the gradient was not finite in {num_skipped_in_a_row} consecutive steps "

@@ -20,6 +20,7 @@ from bitdance_scale.config.schema import ObserveSection
 from bitdance_scale.observe.console import ConsoleProgress
 from bitdance_scale.observe.metric_sink import MetricSink
 from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE, EvaluationWriter, MetricsWriter, StepRecord
+from bitdance_scale.observe.tensorboard_sink import TensorboardSink
 from bitdance_scale.observe.wandb_sink import WandbSink
 from bitdance_scale.observe.write_faults import WriteFaults
 from bitdance_scale.parallel.agreement import all_ranks
@@ -96,6 +97,8 @@ class RunSinks:
         self._sinks: dict[str, MetricSink] = {
             "W&B": WandbSink(section, folder, dataclasses.asdict(config), run_id, summaries=kinds.summaries)
         }
+        if section.tensorboard:
+            self._sinks["TensorBoard"] = TensorboardSink(folder, resumed_step)
         self._console = ConsoleProgress(num_steps, resumed_step)
 
     def __enter__(self) -> Self:
