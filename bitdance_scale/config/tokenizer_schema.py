@@ -192,15 +192,14 @@ def _range_faults(config: TokenizerConfig) -> Iterator[str]:
         "optim.beta2": config.optim.beta2,
         "data.max_skipped_share": config.data.max_skipped_share,
     }
+    if any(rank < 0 for rank in config.observe.profile_ranks):
+        yield f"observe.profile_ranks = {list(config.observe.profile_ranks)}: ranks count from 0"
     if any(step < 1 for step in config.observe.profile_steps):
         yield f"observe.profile_steps = {list(config.observe.profile_steps)}: steps count from 1"
     yield from (f"{name} = {value}: must be in [0, 1)" for name, value in below_one.items() if not 0 <= value < 1)
 
 
 def _size_faults(config: TokenizerConfig, world_size: int) -> Iterator[str]:
-    unknown = [rank for rank in config.observe.profile_ranks if not 0 <= rank < world_size]
-    if unknown and config.observe.profile_steps:
-        yield f"observe.profile_ranks: {unknown[0]} is no rank of {world_size}; use 0 to {world_size - 1}"
     multiple = config.autoencoder.downsample
     for name, sizes in (("data.sizes_px", config.data.sizes_px), ("evaluate.sizes_px", config.evaluate.sizes_px)):
         if not sizes:
