@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,16 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
         """The options, which may stand before, between and after the positional arguments."""
-        return self.parse_intermixed_args(arguments)
+        given = sys.argv[1:] if arguments is None else arguments
+        return self.parse_intermixed_args([_in_utf8(text) for text in given])
+
+
+def _in_utf8(text: str) -> str:
+    """An argument as the UTF-8 that it is, where the locale has taken its bytes for something else."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        return text
 
 
 def positive(text: str) -> int:

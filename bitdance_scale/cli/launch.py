@@ -189,8 +189,10 @@ class Relay:
 
     def run(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
         """Runs torchrun to its end and returns its exit code; without an environment it has that of this process."""
+        # In UTF-8 whatever the locale, as the ranks read them.
+        encoded = [part.encode("utf-8", "surrogateescape") for part in command]
         # An ignored signal stays ignored in the programs that a process starts. This process has one thread.
-        process = subprocess.Popen(command, env=environment, preexec_fn=_ignore_stop_signals)  # noqa: PLW1509
+        process = subprocess.Popen(encoded, env=environment, preexec_fn=_ignore_stop_signals)  # noqa: PLW1509
         next_s = 0.0
         while process.poll() is None:
             if self._is_killed:

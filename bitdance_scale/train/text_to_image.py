@@ -15,7 +15,7 @@ from bitdance_scale.checkpoint.start_weights import find_checkpoint, load_start_
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.inputs import PackInputs, make_inputs
 from bitdance_scale.observe.metrics import EVALUATION_FILE, Evaluation, append_evaluation, read_evaluations
-from bitdance_scale.parallel.agreement import on_first_rank
+from bitdance_scale.parallel.agreement import all_ranks, on_first_rank
 from bitdance_scale.parallel.build import build_engine
 from bitdance_scale.parallel.partition import ShardedValue
 from bitdance_scale.parallel.step import train_step
@@ -199,13 +199,14 @@ class TextToImageJob(Job):
         lacks_evaluation, lacks_samples = on_first_rank(lambda: (self._lacks_evaluation(), self._lacks_samples()))
         evaluation = self._evaluate() if lacks_evaluation else None
         pictures = self._draw_samples() if lacks_samples else []
-        if self.topology.rank == 0 and (lacks_evaluation or lacks_samples):
-            if evaluation is not None:
-                append_evaluation(self.run_folder, evaluation)
-            if lacks_samples:
-                write_samples(self.run_folder, self.step, pictures, self.config.sample.prompts)
-            draw_overview(self.run_folder)
-            self.finish()
+        with all_ranks():
+            if self.topology.rank == 0 and (lacks_evaluation or lacks_samples):
+                if evaluation is not None:
+                    append_evaluation(self.run_folder, evaluation)
+                if lacks_samples:
+                    write_samples(self.run_folder, self.step, pictures, self.config.sample.prompts)
+                draw_overview(self.run_folder)
+                self.finish()
 
     def _lacks_evaluation(self) -> bool:
         if self._evaluator is None:

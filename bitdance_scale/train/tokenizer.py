@@ -278,9 +278,10 @@ class TokenizerJob(Job):
         weights = Path(self.config.run.output) / WEIGHTS_NAME
         if not on_first_rank(weights.is_file):
             self._reconstruct()
-            if self.topology.rank == 0:
-                append_evaluation(self.run_folder, evaluation_record(self.step, self._results))
-            self.finish()
+            with all_ranks():
+                if self.topology.rank == 0:
+                    append_evaluation(self.run_folder, evaluation_record(self.step, self._results))
+                self.finish()
 
     def _reconstruct(self) -> None:
         num_groups, device = self.config.quantiser.num_groups, self.topology.device
