@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from bitdance_scale.atomic_files import write_bytes
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.observe.metric_sink import panel_values
 from bitdance_scale.observe.metrics import StepRecord
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 TENSORBOARD_DIR = "tensorboard"
+_ROOM_BYTES = 2**18
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,10 @@ class TensorboardSink:
     def _writing(self, step: int) -> Iterator[SummaryWriter]:
         """The writer; after the block everything is in the file."""
         if self._writer is None:
+            # Its thread prints a traceback where it finds no room: see first whether there is.
+            probe = self._folder / "room"
+            write_bytes(probe, bytes(_ROOM_BYTES), is_durable=False)
+            probe.unlink()
             self._writer = self._open()
         try:
             yield self._writer
