@@ -137,18 +137,18 @@ class Change:
 
     Attributes:
         setting: `section.key`.
-        old: its value in the checkpoint, as TOML.
-        new: its value now, as TOML.
+        old: its value in the checkpoint, as TOML gives it.
+        new: its value now, likewise.
         effect: what that does.
     """
 
     setting: str
-    old: str
-    new: str
+    old: Any
+    new: Any
     effect: Effect
 
     def __str__(self) -> str:
-        return f"{self.setting} {self.old} -> {self.new}"
+        return f"{self.setting} {_shown(self.old)} -> {_shown(self.new)}"
 
 
 def effect_of(setting: str, effects: Mapping[str, Effect]) -> Effect:
@@ -186,7 +186,7 @@ def changes(old_text: str, config: AnyConfig) -> list[Change]:
         effect = effect_of(setting, effects)
         if setting == "run.steps" and _rate_depends_on_steps(tables, config):
             effect = Effect.TOLD
-        found.append(Change(setting, _shown(before), _shown(value), effect))
+        found.append(Change(setting, before, value, effect))
     return found
 
 

@@ -119,7 +119,7 @@ def check_resume(path: Path, config: AnyConfig) -> None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error}); load another checkpoint") from error
     refused = [
-        f"{change.setting} = {change.new}: {path} was trained with {change.old}; set {change.setting}={change.old}"
+        f"{change.setting} = {change.new!r}: {path} was trained with {change.old!r}; set {change.setting}={change.old}"
         for change in found
         if change.effect is Effect.FIXED
     ]
