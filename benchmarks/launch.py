@@ -19,6 +19,8 @@ def run_ranks(num_ranks: int, script: str, arguments: Sequence[str], timeout_s: 
         [*command, script, *arguments],
         capture_output=True,
         text=True,
+        encoding="utf-8",
+        errors="replace",
         timeout=timeout_s,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=False,

@@ -62,7 +62,7 @@ def _tokens(side: int) -> ImageTokens:
 
 def machine() -> str:
     """Command, processor or GPU, and versions, to print beside a number."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else (models or [platform.processor()])[0]
     return (

@@ -15,11 +15,22 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 WRITING = ".writing"
 """Suffix of what is being written; it is never read."""
 REPLACED = ".replaced"
 """Suffix of a folder while its successor takes its place."""
+
+NO_ROOM_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+"""What the file system says where somebody must make room, raise a quota or mount it for writing."""
+STORAGE_ERRNOS = NO_ROOM_ERRNOS | {errno.EIO, errno.ESTALE}
+"""The same, and what it says where a disk or a file server fails."""
+
+
+def is_storage_fault(error: BaseException | None) -> TypeGuard[OSError]:
+    """Whether an error is the file system's, of storage that is full, read-only or failing: it may pass."""
+    return isinstance(error, OSError) and error.errno in STORAGE_ERRNOS
 
 
 @contextlib.contextmanager

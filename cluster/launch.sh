@@ -12,7 +12,7 @@
 #   PROCS_PER_NODE     processes per node [GPUs per node of the job]
 #   MASTER_PORT        first of the six ports used on the first node [20000 + job id modulo 10000]
 #   LOG_ROOT           folder for logs, on the shared file system [runs/slurm]
-#   MAX_FAULTS         how often the job requeues itself after a fault before it fails [2]
+#   MAX_FAULTS         how often the job requeues itself after faults without a new checkpoint before it fails [2]
 #   PREFLIGHT          0: start without checking the nodes [1]
 #   PREFLIGHT_OPTIONS  limits of the pre-flight: `python -m cluster.preflight --help`
 #   SRUN_OPTIONS       more options for srun, where a site needs them

@@ -151,6 +151,8 @@ class Preflight:
                     env=os.environ | variables,
                     stdout=subprocess.PIPE,
                     text=True,
+                    encoding="utf-8",
+                    errors="replace",
                 )
             )
         deadline_s = time.monotonic() + TIMEOUT_S
@@ -208,7 +210,7 @@ def verdict_text(reports: dict[str, Report | None], findings: Sequence[Finding])
 
 def _read(path: Path) -> Report | None:
     try:
-        return Report.from_json(path.read_text())
+        return Report.from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
 

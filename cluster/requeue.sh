@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Ends a job whose run is not complete; sourced by launch.sh. The functions that end it do not return.
-: "${job_logs:?set by launch.sh}" "${logs:?}" "${EXIT_REQUEUE:?}" "${EXIT_BAD_NODE:?}" "${REPEAT_S:?}"
+: "${job_logs:?set by launch.sh}" "${logs:?}" "${BITDANCE_EXIT_RECORD:?}" "${EXIT_REQUEUE:?}" "${EXIT_BAD_NODE:?}" "${REPEAT_S:?}"
 readonly ALLOWED_FAULTS=${MAX_FAULTS:-2}
 
 # Asks Slurm's controller, and again if it does not answer: it is busy when many jobs end at once.
@@ -34,9 +34,21 @@ requeue() { # reason, nodes to exclude
     exit "$EXIT_REQUEUE"
 }
 
-# A fault may come from a node or the network, so the job tries again a limited number of times.
+# Forgets earlier faults if this start has committed a newer checkpoint than all before it: the run gets on.
+forget_faults_after_progress() {
+    local step known
+    step=$(cat "$BITDANCE_EXIT_RECORD.step" 2>/dev/null || true)
+    known=$(cat "$job_logs/step" 2>/dev/null || echo -1)
+    if [[ $step =~ ^[0-9]+$ ]] && ((step > known)); then
+        echo "$step" >"$job_logs/step"
+        rm -f "$job_logs/faults"
+    fi
+}
+
+# A fault may come from a node or the network, so the job tries again a limited number of times between checkpoints.
 end_by_fault() { # what, exit code after the last one, nodes to exclude
     local faults
+    forget_faults_after_progress
     faults=$(($(cat "$job_logs/faults" 2>/dev/null || echo 0) + 1))
     echo "$faults" >"$job_logs/faults"
     ((faults > ALLOWED_FAULTS)) || requeue "fault $faults of $ALLOWED_FAULTS allowed ($1; see $logs/*.log)" "${3:-}"

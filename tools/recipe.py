@@ -139,9 +139,17 @@ class Recipe:
         """Writes the published folder of a run's newest checkpoint, unless that is there."""
         folder = self.out / stage
         folder.mkdir(parents=True, exist_ok=True)
-        source = {"run": str(run), "run_id": (run / "run_id.txt").read_text().strip(), "checkpoint": _newest(run)}
+        source = {
+            "run": str(run),
+            "run_id": (run / "run_id.txt").read_text(encoding="utf-8").strip(),
+            "checkpoint": _newest(run),
+        }
         marker = folder / "source.json"
-        if marker.is_file() and json.loads(marker.read_text()) == source and (folder / "published").is_dir():
+        if (
+            marker.is_file()
+            and json.loads(marker.read_text(encoding="utf-8")) == source
+            and (folder / "published").is_dir()
+        ):
             return
         shutil.rmtree(folder)
         folder.mkdir()
@@ -157,7 +165,10 @@ class Recipe:
         folder = self.out / job.stage
         out = folder / job.name
         if (out / "score.json").is_file():
-            if json.loads((out / "score.json").read_text())["settings"]["per_category"] == job.per_category:
+            if (
+                json.loads((out / "score.json").read_text(encoding="utf-8"))["settings"]["per_category"]
+                == job.per_category
+            ):
                 return
             shutil.rmtree(out)
         command = [sys.executable, str(TOOLS / "score_scenes.py"), str(folder / "published")]
@@ -188,7 +199,7 @@ def sides_of(config: RunConfig) -> list[int]:
 
 
 def _newest(run: Path) -> str:
-    return (run / "checkpoints" / "latest").read_text().strip()
+    return (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
 
 
 def _run(command: Sequence[str], folder: Path | None = None) -> None:

@@ -100,6 +100,7 @@ class CheckpointFolder:
                 f"{self.root}: the checkpoint of step {step} was not committed: {error}. Earlier checkpoints are as "
                 "they were"
             ) from (failure or error)
+        on_first_rank(lambda: self._point_to(self.root / _name(step)), self.group, other=CheckpointError)
         on_first_rank(lambda: self._prune(step), self.group, other=CheckpointError)
 
     def latest(self, *, falls_back: bool = False) -> Path | None:
@@ -139,6 +140,11 @@ class CheckpointFolder:
     def path_of(self, step: int) -> Path:
         """Where the checkpoint of a step is once it is committed."""
         return self.root / _name(step)
+
+    def remove_deleted(self) -> None:
+        """Removes what a deletion left that was interrupted; on one rank, by the run that the folder belongs to."""
+        for path in self.root.glob(f"*{_DELETING}"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, in ascending order; no collective."""
@@ -194,8 +200,20 @@ class CheckpointFolder:
         self._before("rename")
         os.rename(aside, committed)
         sync(self.root)
+
+    def _point_to(self, committed: Path) -> None:
+        """Names a whole checkpoint in `latest`."""
         self._before("latest")
-        write_text(self.root / LATEST_NAME, committed.name + "\n")
+        latest = self.root / LATEST_NAME
+        try:
+            write_text(latest, committed.name + "\n")
+        except OSError as error:
+            pointed = self._pointed()
+            would = f"a run would resume from {pointed}" if pointed else "a run resumes from the newest checkpoint"
+            raise CheckpointError(
+                f"{latest}: cannot be written ({error}); {committed} is whole, but {would}. Make room, and write "
+                f"{committed.name} into {latest}"
+            ) from error
 
     def _prune(self, step: int) -> None:
         """Deletes old checkpoints. Later steps, left from abandoned training, stay and do not count."""

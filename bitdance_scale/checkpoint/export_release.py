@@ -40,6 +40,7 @@ from bitdance_scale.checkpoint.run_checkpoint import (
     MODEL_PREFIX,
     TENSORS_DIR,
     TrainState,
+    check_vision,
     read_run_section,
     read_state,
 )
@@ -58,7 +59,7 @@ from bitdance_scale.errors import CheckpointError, ConfigError
 from bitdance_scale.sequence.tokenizer_files import write_tokenizer
 from bitdance_scale.sequence.tokens import TextTokenizer, load_text_tokenizer
 from bitdance_scale.vision.autoencoder import published_config
-from bitdance_scale.vision.tokenizer import autoencoder_sizes, make_autoencoder
+from bitdance_scale.vision.tokenizer import autoencoder_sizes, make_autoencoder, vision_digest
 from bitdance_scale.vision.weights import CONFIG_NAME as AE_CONFIG_NAME
 from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
 from bitdance_scale.vision.weights import check_weights
@@ -164,6 +165,7 @@ def open_checkpoint(
     text = _checked_tokenizer(path, network, state)
     with torch.device("meta"):
         check_weights(network.vision.weights_path, make_autoencoder(network.vision).state_dict())
+    check_vision(path, state, vision_digest(network.vision))
     stored = StoredTensors(path / TENSORS_DIR)
     check_network(path, stored.index, network, text.vocab_size)
     of_release = {Part(part): name for part, name in state.release.get("dtypes", {}).items()}

@@ -44,12 +44,14 @@ from bitdance_scale.checkpoint.published_names import (
 from bitdance_scale.checkpoint.release_source import Source, autoencoder_config
 from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME, MODEL_PREFIX, TENSORS_DIR, TrainState, save_checkpoint
 from bitdance_scale.checkpoint.sharded import StreamedValue
-from bitdance_scale.checkpoint.start_weights import CHECKPOINTS_DIR, around_mean
+from bitdance_scale.checkpoint.start_weights import around_mean
+from bitdance_scale.checkpoint.step_names import CHECKPOINTS_DIR
 from bitdance_scale.checkpoint.tensor_storage import StoredTensors
 from bitdance_scale.config.load import dump_toml
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.model.initial import draw_initial, named_generator
 from bitdance_scale.sequence.tokenizer_files import write_tokenizer
+from bitdance_scale.vision.tokenizer import vision_digest
 from bitdance_scale.vision.weights import CONFIG_NAME as AE_CONFIG_NAME
 from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
 from bitdance_scale.weight_files import TensorSpec, dtype_name
@@ -86,6 +88,7 @@ def import_release(source: Source, out: Path, *, is_forced: bool = False, on_byt
         optimizer={"step": 0, "skipped_steps": 0},
         tokenizer_digest=source.tokenizer.digest,
         release=source.inert | {"kind": source.kind, "dtypes": dtypes},
+        vision_digest=vision_digest(source.network.vision),
     )
     with conversion_folder(out) as folder:
         (folder / TOKENIZER_DIR).mkdir()

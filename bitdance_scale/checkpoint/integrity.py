@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -97,8 +98,9 @@ def find_change(path: Path, num_bytes: int, sha256: str | None) -> str | None:
         sha256: its digest; None compares the size alone.
     """
     try:
-        if not path.is_file():
-            return f"{path} is missing"
+        problem = find_irregular(path)
+        if problem is not None:
+            return problem
         found_bytes = path.stat().st_size
         if found_bytes != num_bytes:
             return f"{path} has {found_bytes} bytes, {num_bytes} were written"
@@ -107,6 +109,21 @@ def find_change(path: Path, num_bytes: int, sha256: str | None) -> str | None:
     except OSError as error:
         return f"{path} cannot be read ({error})"
     return None
+
+
+def find_irregular(path: Path) -> str | None:
+    """Why a path is no file to read, naming it; None for a regular file.
+
+    A checkpoint may come from someone else. A symbolic link in it could name any file of this machine, and a pipe or a
+    device would be waited for.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return f"{path} is missing"
+    if stat.S_ISLNK(mode):
+        return f"{path} is a symbolic link, which is not followed inside a checkpoint; put the file itself there"
+    return None if stat.S_ISREG(mode) else f"{path} is no regular file"
 
 
 def write_manifest(folder: Path) -> None:
@@ -129,6 +146,11 @@ def find_damage(folder: Path, tensor_files: Collection[str] | None = None) -> st
     """
     manifest = folder / MANIFEST_NAME
     try:
+        if (manifest.is_symlink() or manifest.exists()) and (problem := find_irregular(manifest)) is not None:
+            return problem
+        linked = next((path for path in folder.glob("*") if path.is_symlink()), None)
+        if linked is not None:
+            return find_irregular(linked)
         files = read_manifest(manifest.read_bytes(), str(manifest)).files
     except FileNotFoundError:
         return f"{manifest} is missing" if folder.is_dir() else "there is no such checkpoint"

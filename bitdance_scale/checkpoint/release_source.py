@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from bitdance_scale.checkpoint.integrity import find_irregular
 from bitdance_scale.checkpoint.published_files import PublishedTensors
 from bitdance_scale.checkpoint.published_names import (
     EMBEDDING,
@@ -127,6 +128,7 @@ def open_source(folder: Path, new_parts: NewParts | None) -> Source:
         BitDanceError: it is neither, or something in it does not fit; names the file or tensor, what was found and what
             was expected.
     """
+    _check_files(folder)
     autoencoder = _autoencoder_of(folder, new_parts)
     config_path = folder / MODEL_CONFIG_NAME
     config = read_json(config_path)
@@ -185,6 +187,22 @@ def _autoencoder_of(folder: Path, new_parts: NewParts | None) -> Path:
         )
     _check_options(new_parts)
     return new_parts.autoencoder
+
+
+def _check_files(folder: Path) -> None:
+    """Refuses what is no regular file: a folder that comes from someone else could name any file of this machine.
+
+    The cache of Hugging Face keeps the files of `snapshots/REVISION` as links into `blobs` beside it; these are
+    followed.
+    """
+    blobs = folder.resolve().parent.parent / "blobs"
+    for path in sorted(folder.glob("*")):
+        if path.is_dir() and not path.is_symlink():
+            continue
+        is_blob = path.is_symlink() and path.is_file() and path.resolve().parent == blobs
+        problem = None if is_blob else find_irregular(path)
+        if problem is not None:
+            raise CheckpointError(f"{problem}. Fetch the folder again, with files in it instead of links")
 
 
 def _check_options(new_parts: NewParts) -> None:

@@ -16,7 +16,7 @@ import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from bitdance_scale.atomic_files import write_text
 from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
 from bitdance_scale.checkpoint.integrity import find_damage, text_digest
 from bitdance_scale.checkpoint.sharded import StreamedValue, load_sharded, save_sharded
+from bitdance_scale.checkpoint.step_names import step_of
 from bitdance_scale.checkpoint.tensor_index import TensorIndex, read_index
 from bitdance_scale.errors import CheckpointError, DamagedCheckpointError, DiskFullError
 from bitdance_scale.parallel.agreement import on_first_rank
@@ -76,6 +77,8 @@ class TrainState(StepState):
             export writes it back (`checkpoint/export_release.py`); empty for weights that started at random. JSON
             values.
         guards: what the rules on skipped steps and spikes remember (`train/step_guards.py`); JSON values.
+        vision_digest: digest of the vision tokenizer (`vision/tokenizer.py`), of whose bits the model is; empty in
+            checkpoints of earlier versions.
     """
 
     images: int
@@ -88,6 +91,7 @@ class TrainState(StepState):
     sample_errors: dict[str, int] = dataclasses.field(default_factory=dict)
     release: dict[str, Any] = dataclasses.field(default_factory=dict)
     guards: dict[str, Any] = dataclasses.field(default_factory=dict)
+    vision_digest: str = ""
 
 
 def save_checkpoint(
@@ -138,6 +142,7 @@ def load_checkpoint(
     optimizer: Mapping[str, ShardedValue],
     *,
     tokenizer_digest: str,
+    vision_digest: str = "",
     group: dist.ProcessGroup | None = None,
 ) -> TrainState:
     """Fills the pieces of a model and of its optimiser in place from a committed checkpoint; a collective.
@@ -147,13 +152,16 @@ def load_checkpoint(
         model: what this rank holds of the parameters.
         optimizer: what this rank holds of the optimiser state.
         tokenizer_digest: of the text tokenizer in use.
+        vision_digest: of the vision tokenizer in use; empty: not compared.
         group: the ranks that take part; None: all, or this process alone without a process group.
 
     Raises:
         CheckpointError: on every rank, before any tensor is written to: the checkpoint is damaged, of another model or
-            of another text tokenizer.
+            of another text or vision tokenizer.
     """
-    state = on_first_rank(lambda: read_fitting_state(path, tokenizer_digest), group, other=CheckpointError)
+    state = on_first_rank(
+        lambda: read_fitting_state(path, tokenizer_digest, vision_digest), group, other=CheckpointError
+    )
     load_tensors(path, model, optimizer, group)
     return state
 
@@ -227,19 +235,57 @@ def read_state_of(path: Path, kind: type[State], tensor_files: Collection[str] |
             logger.info("%s was written by an earlier version (%s); it is read under the new names", file, named)
             content = with_new_names(content, RENAMED_FIELDS)
         # Earlier versions did not write these fields; weights whose release is not stated started at random.
-        content = {"sample_errors": {}, "release": {}, "guards": {}} | content
-        return kind(**{field.name: content[field.name] for field in dataclasses.fields(kind)})
+        content = {"sample_errors": {}, "release": {}, "guards": {}, "vision_digest": ""} | content
+        state = kind(**{field.name: content[field.name] for field in dataclasses.fields(kind)})
+        _check_values(path, state)
+        return state
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(
             f"{file}: damaged ({type(error).__name__}: {error}); load another checkpoint"
         ) from error
 
 
-def read_fitting_state(path: Path, tokenizer_digest: str, tensor_files: Collection[str] | None = None) -> TrainState:
-    """How far the run of a committed checkpoint is, as `read_state`; the run must have used this text tokenizer.
+def _check_values(path: Path, state: StepState) -> None:
+    """Raises ValueError where a field is of another type, a count is negative, or the step is not the folder's."""
+    hints = get_type_hints(type(state))
+    for field in dataclasses.fields(state):
+        _check_value(field.name, getattr(state, field.name), hints[field.name])
+    if isinstance(state, TrainState):
+        for name in ("step", "skipped_steps"):
+            # Some checkpoints that tests and tools write have no optimiser.
+            _check_value(f"optimizer.{name}", state.optimizer.get(name, 0), int)
+        for side_px in state.images_by_resolution:
+            if not side_px.isdecimal():
+                raise ValueError(f"images_by_resolution has {side_px!r}, expected a side in pixels")
+    named = step_of(path.name)
+    if named is not None and named != state.step:
+        raise ValueError(f"step is {state.step}, but the checkpoint is {path.name}")
+
+
+def _check_value(name: str, value: object, hint: Any) -> None:
+    kind = get_origin(hint) or hint
+    is_kind = isinstance(value, kind) and not isinstance(value, bool)
+    if not is_kind or (isinstance(value, int) and value < 0):
+        wanted = "a count" if kind is int else f"of type {kind.__name__}"
+        raise ValueError(f"{name} is {value!r}, expected {wanted}")
+    if kind is dict and get_args(hint)[1] is int:
+        for key, count in value.items():  # type: ignore[attr-defined]  # a dict, as was just seen
+            _check_value(f"{name}.{key}", count, int)
+
+
+def read_fitting_state(
+    path: Path, tokenizer_digest: str, vision_digest: str = "", tensor_files: Collection[str] | None = None
+) -> TrainState:
+    """How far the run of a committed checkpoint is, as `read_state`; the run must have used these tokenizers.
+
+    Args:
+        path: the checkpoint.
+        tokenizer_digest: of the text tokenizer.
+        vision_digest: of the vision tokenizer; empty: not compared.
+        tensor_files: as for `read_state`.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or its run used another text tokenizer.
+        CheckpointError: the checkpoint is damaged, or its run used another text or vision tokenizer.
     """
     state = read_state(path, tensor_files)
     if state.tokenizer_digest != tokenizer_digest:
@@ -247,4 +293,25 @@ def read_fitting_state(path: Path, tokenizer_digest: str, tensor_files: Collecti
             f"{path}: trained with another text tokenizer (digest {state.tokenizer_digest}, in use "
             f"{tokenizer_digest}); set [text] as in {path / CONFIG_NAME}"
         )
+    if vision_digest:
+        check_vision(path, state, vision_digest)
     return state
+
+
+def check_vision(path: Path, state: TrainState, vision_digest: str) -> None:
+    """Compares the vision tokenizer of a checkpoint's run with the one in use; an earlier version's is unknown.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if not state.vision_digest:
+        logger.warning(
+            "%s does not say which vision tokenizer it was trained with (an earlier version wrote it): make sure that "
+            "vision.weights is the same file",
+            path,
+        )
+    elif state.vision_digest != vision_digest:
+        raise CheckpointError(
+            f"{path}: trained with another vision tokenizer (digest {state.vision_digest}, in use {vision_digest}): "
+            f"its bits would mean something else; set [vision] as in {path / CONFIG_NAME}, with the weights of then"
+        )

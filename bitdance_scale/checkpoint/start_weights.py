@@ -7,6 +7,7 @@ not published; the rules here are `run.new_queries`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from bitdance_scale.checkpoint.integrity import MANIFEST_NAME
 from bitdance_scale.checkpoint.published_names import EMBEDDING, OUTPUT, our_tensors
 from bitdance_scale.checkpoint.run_checkpoint import MASTER_PREFIX, MODEL_PREFIX, TENSORS_DIR, read_fitting_state
 from bitdance_scale.checkpoint.sharded import load_sharded
-from bitdance_scale.checkpoint.step_names import LATEST_NAME
+from bitdance_scale.checkpoint.step_names import CHECKPOINTS_DIR, LATEST_NAME
 from bitdance_scale.checkpoint.tensor_index import TensorIndex, read_index
 from bitdance_scale.checkpoint.tensor_storage import StoredTensors
 from bitdance_scale.config.published_config import MODEL_CONFIG_NAME
@@ -32,7 +33,6 @@ from bitdance_scale.parallel.agreement import all_ranks, on_first_rank
 from bitdance_scale.parallel.partition import Piece, ShardedValue
 from bitdance_scale.weight_files import check_tensors
 
-CHECKPOINTS_DIR = "checkpoints"
 NEW_ROW_SPREAD = 0.1
 """Spread of rows that start around the mean of other rows, as a share of the spread of those rows."""
 
@@ -147,7 +147,8 @@ def load_start_weights(
     tensors = path / TENSORS_DIR
     index = on_first_rank(lambda: read_index(tensors), group, other=CheckpointError)
     files = start_files(index) if is_partial else None
-    state = on_first_rank(lambda: read_fitting_state(path, tokenizer_digest, files), group, other=CheckpointError)
+    read = functools.partial(read_fitting_state, path, tokenizer_digest, tensor_files=files)
+    state = on_first_rank(read, group, other=CheckpointError)
     prefix = start_prefix(index)
     for values, is_verified in ((model, False), (masters, True)):
         wanted = {prefix + name: _known_rows(name, value, new_queries) for name, value in values.items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+CHECKPOINTS_DIR = "checkpoints"
+"""Folder of the checkpoints in that of a run."""
 LATEST_NAME = "latest"
 """Names the checkpoint that a run goes on from."""
 STEP_NAME = re.compile(r"step_(\d{8,})")
@@ -13,3 +15,9 @@ STEP_NAME = re.compile(r"step_(\d{8,})")
 def step_name(step: int) -> str:
     """The name of a checkpoint."""
     return f"step_{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint by its name; None for any other name."""
+    match = STEP_NAME.fullmatch(name)
+    return None if match is None else int(match[1])

@@ -38,7 +38,7 @@ from torch.futures import Future
 
 from bitdance_scale.atomic_files import sync, write_text
 from bitdance_scale.checkpoint.boxes import Box
-from bitdance_scale.checkpoint.integrity import find_change, tensor_bytes
+from bitdance_scale.checkpoint.integrity import find_change, find_irregular, tensor_bytes
 from bitdance_scale.checkpoint.tensor_index import (
     INDEX_NAME,
     StoredFile,
@@ -242,12 +242,16 @@ class StoredTensors:
         folder: its `tensors/`.
 
     Raises:
-        CheckpointError: its index cannot be read.
+        CheckpointError: its index cannot be read, or a file is missing or is no regular file.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.index = read_index(folder)
+        for file in set(self.index.files.values()):
+            problem = find_irregular(folder / file.name)
+            if problem is not None:
+                raise CheckpointError(f"{problem}; load another checkpoint")
 
     def __contains__(self, name: str) -> bool:
         return name in self.index.tensors

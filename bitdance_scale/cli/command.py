@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,11 +73,20 @@ class CommandParser(argparse.ArgumentParser):
         Raises:
             ConfigError: the arguments are wrong, or one holds credentials, which others on the machine see.
         """
-        for argument in sys.argv[1:] if arguments is None else arguments:
+        given = [_in_utf8(text) for text in (sys.argv[1:] if arguments is None else arguments)]
+        for argument in given:
             found = find_credentials(argument)
             if found is not None:
                 raise ConfigError(f"{self.prog}: argument {argument!r} holds {found}: {WAY_OUT}")
-        return self.parse_intermixed_args(arguments)
+        return self.parse_intermixed_args(given)
+
+
+def _in_utf8(text: str) -> str:
+    """An argument as the UTF-8 that it is, where the locale has taken its bytes for something else."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        return text
 
 
 def positive(text: str) -> int:

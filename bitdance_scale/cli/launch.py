@@ -107,7 +107,14 @@ def read_ranks(options: argparse.Namespace) -> Ranks:
 
 def _count_gpus() -> int:
     """GPUs of this machine, counted in a process of its own: this one stays small for as long as the job runs."""
-    done = subprocess.run([sys.executable, "-c", _COUNT_GPUS], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", _COUNT_GPUS],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
     return int(done.stdout) if done.returncode == 0 else 0
 
 
@@ -192,8 +199,10 @@ class Relay:
 
     def run(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
         """Runs torchrun to its end and returns its exit code; without an environment it has that of this process."""
+        # In UTF-8 whatever the locale, as the ranks read them.
+        encoded = [part.encode("utf-8", "surrogateescape") for part in command]
         # An ignored signal stays ignored in the programs that a process starts. This process has one thread.
-        process = subprocess.Popen(command, env=environment, preexec_fn=_ignore_stop_signals)  # noqa: PLW1509
+        process = subprocess.Popen(encoded, env=environment, preexec_fn=_ignore_stop_signals)  # noqa: PLW1509
         next_s = 0.0
         while process.poll() is None:
             if self._is_killed:
@@ -231,7 +240,7 @@ def children(pid: int) -> list[int]:
     found: list[int] = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
-            found += map(int, path.read_text().split())
+            found += map(int, path.read_text(encoding="utf-8").split())
         except OSError:
             # The thread has ended.
             continue

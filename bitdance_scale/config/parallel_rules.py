@@ -27,6 +27,20 @@ def _replicas_fill_the_ranks(config: RunConfig, world_size: int) -> Iterator[str
         )
 
 
+@RULES.rank_rule("observe.profile_ranks", "observe.profile_steps")
+def _profiled_ranks_exist(config: RunConfig, world_size: int) -> Iterator[str]:
+    """With `observe.profile_steps`, every one of `observe.profile_ranks` is below the number of ranks.
+
+    Ranks count from 0; another one would write no trace, and nobody would hear of it.
+    """
+    unknown = [rank for rank in config.observe.profile_ranks if rank >= world_size]
+    if unknown and config.observe.profile_steps:
+        yield (
+            f"observe.profile_ranks = {list(config.observe.profile_ranks)}: {unknown[0]} is no rank of {world_size}; "
+            f"use 0 to {world_size - 1}"
+        )
+
+
 @RULES.rule("parallel.pipeline", "parallel.virtual_stages", "model.num_layers")
 def _every_stage_has_a_layer(config: RunConfig) -> Iterator[str]:
     """`parallel.pipeline` x `parallel.virtual_stages` is at most `model.num_layers`.

@@ -67,14 +67,14 @@ class NonEmpty:
 
 @dataclass(frozen=True)
 class FolderName:
-    """A plain name: no separators, and neither `.` nor `..`."""
+    """A plain name on one line: no separators, control characters or blanks around it, and neither `.` nor `..`."""
 
     def __contains__(self, value: object) -> bool:
-        is_name = isinstance(value, str) and bool(value.strip()) and not set(value) & set("/\\\0")
-        return is_name and value not in (".", "..")
+        is_name = isinstance(value, str) and value == value.strip() and value not in ("", ".", "..")
+        return is_name and not set(str(value)) & set("/\\") and str(value).isprintable()
 
     def __str__(self) -> str:
-        return "a plain folder name, without separators"
+        return "a plain folder name, without separators, line breaks or other control characters"
 
 
 @dataclass(frozen=True)
@@ -223,6 +223,8 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "observe.log_every_steps": _COUNT,
     "observe.wandb_project": NonEmpty(),
     "observe.wandb_mode": Choice(("auto", "online", "offline", "disabled")),
+    "observe.profile_steps[]": _COUNT,
+    "observe.profile_ranks[]": _NOT_NEGATIVE,
 }
 """Setting -> what it may be; `[]` is every item of a list."""
 

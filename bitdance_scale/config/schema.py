@@ -443,6 +443,13 @@ class ObserveSection:
     wandb_mode: str = setting(
         "auto", doc="auto (online when an API key is configured, else offline), online, offline or disabled."
     )
+    tensorboard: bool = setting(
+        False, doc="Whether metrics and pictures go to `<run>/tensorboard` too; needs the package tensorboard."
+    )
+    profile_steps: tuple[int, ...] = setting(
+        (), doc="Steps, from 1, of which a trace is written to `<run>/profile`; the first steps of a start are slower."
+    )
+    profile_ranks: tuple[int, ...] = setting((0,), doc="Ranks that write these traces.")
 
 
 @dataclass(frozen=True, kw_only=True)

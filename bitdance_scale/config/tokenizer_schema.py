@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from bitdance_scale.config.ranges import FolderName, demand
 from bitdance_scale.config.schema import MIN_SPIKE_WINDOW, SPIKE_ACTIONS, CheckpointSection, ObserveSection, setting
 from bitdance_scale.config.storage_rules import credential_faults, upload_faults
 from bitdance_scale.errors import ConfigError
@@ -177,6 +178,8 @@ def _network_faults(config: TokenizerConfig) -> Iterator[str]:
 
 
 def _range_faults(config: TokenizerConfig) -> Iterator[str]:
+    if config.run.name not in (legal := FolderName()):
+        yield f"run.name = {config.run.name!r}: {demand(legal)}"
     at_least_one = {
         "run.steps": config.run.steps,
         "observe.log_every_steps": config.observe.log_every_steps,
@@ -218,6 +221,10 @@ def _range_faults(config: TokenizerConfig) -> Iterator[str]:
         "optim.beta2": config.optim.beta2,
         "data.max_skipped_share": config.data.max_skipped_share,
     }
+    if any(rank < 0 for rank in config.observe.profile_ranks):
+        yield f"observe.profile_ranks = {list(config.observe.profile_ranks)}: ranks count from 0"
+    if any(step < 1 for step in config.observe.profile_steps):
+        yield f"observe.profile_steps = {list(config.observe.profile_steps)}: steps count from 1"
     yield from (f"{name} = {value}: must be in [0, 1)" for name, value in below_one.items() if not 0 <= value < 1)
     optim = config.optim
     if not 0 < optim.max_skipped_share <= 1:

@@ -217,7 +217,7 @@ class BitStore:
         path = self._folder / TABLE_NAME
         again = "Run `bitdance encode` with this configuration."
         try:
-            table = json.loads(path.read_text())
+            table = json.loads(path.read_text(encoding="utf-8"))
             found, index_hash = table["recipe"], table["index"]
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"data.bits_dir: {path}: no bits are there ({error!r}). {again}") from error

@@ -45,6 +45,11 @@ class LoaderState:
             raise CheckpointError(
                 f"loader state {values}: expected the fields {sorted(expected)}. Resume from another checkpoint."
             )
+        negative = [name for name, value in values.items() if isinstance(value, int) and value < 0]
+        if negative:
+            raise CheckpointError(
+                f"loader state {values}: {negative[0]} must not be negative. Resume from another checkpoint."
+            )
         return cls(**values)
 
     def check(self, expected: LoaderState) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import math
@@ -16,8 +17,10 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from bitdance_scale.atomic_files import is_storage_fault
 from bitdance_scale.credentials import hide_credentials
 from bitdance_scale.observe.metrics import StepMetrics
+from bitdance_scale.observe.write_faults import WarningClock
 
 PACKAGE = "bitdance_scale"
 FILE_FORMAT = "%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s"
@@ -42,12 +45,12 @@ def setup_logging(run_folder: Path, rank: int) -> None:
     """
     run_folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        file = logging.FileHandler(run_folder / "log.txt", encoding="utf-8")
+        file = _LogFile(run_folder / "log.txt", encoding="utf-8")
         console: logging.Handler = _ConsoleHandler()
         console.setFormatter(_ConsoleFormatter())
     else:
         (run_folder / "logs").mkdir(exist_ok=True)
-        file = logging.FileHandler(run_folder / "logs" / f"rank_{rank:05d}.txt", encoding="utf-8", delay=True)
+        file = _LogFile(run_folder / "logs" / f"rank_{rank:05d}.txt", encoding="utf-8", delay=True)
         file.setLevel(logging.WARNING)
         console = logging.StreamHandler(sys.stderr)
         console.setLevel(logging.ERROR)
@@ -64,12 +67,38 @@ def setup_logging(run_folder: Path, rank: int) -> None:
     logging.captureWarnings(True)
 
 
-class _ConsoleHandler(logging.Handler):
+class _Seldom(logging.Handler):
+    """A handler whose storage may be full or failing: it says so on standard error, seldom and without a traceback."""
+
+    clock = WarningClock()
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not is_storage_fault(error):
+            super().handleError(record)
+        elif self.clock.is_due((type(self), error.errno)):
+            # Where standard error cannot be written either, nobody can be told.
+            with contextlib.suppress(OSError):
+                print(f"warning: the log cannot be written ({error}); training goes on", file=sys.stderr, flush=True)
+
+
+class _LogFile(_Seldom, logging.FileHandler):
+    """A log file. What could not be written stays in its buffer, and is written with the next line that can be."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+class _ConsoleHandler(_Seldom):
     """Writes to standard output, above a progress bar and not across it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:
+            self.handleError(record)
 
 
 class _HidingFormatter(logging.Formatter):

@@ -221,7 +221,7 @@ def memory_bytes(device: torch.device) -> int:
 
 def _status() -> str:
     """What Linux tells of this process; empty elsewhere."""
-    return STATUS_FILE.read_text() if STATUS_FILE.exists() else ""
+    return STATUS_FILE.read_text(encoding="utf-8") if STATUS_FILE.exists() else ""
 
 
 def _layer_weights(model: ModelSection) -> int:

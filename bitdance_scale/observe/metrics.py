@@ -5,10 +5,13 @@ Every job has its own dataclasses of lines, subclasses of `StepRecord`; those he
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
+import os
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,8 @@ from bitdance_scale.renames import RENAMED_FIELDS, with_new_names
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.jsonl"
+MAX_WAITING_LINES = 100_000
+"""Lines that wait in memory for room on the disk, about 60 MB; the oldest are lost first."""
 
 
 @dataclass(frozen=True)
@@ -151,9 +156,10 @@ class Evaluation(StepRecord):
 
 
 class MetricsWriter(Generic[Record]):
-    """Appends metrics to `metrics.jsonl`, one flushed line per logged step.
+    """Appends metrics to `metrics.jsonl`, one line per logged step.
 
     A line is handed to the operating system in one write, so a killed process loses at most the line being written.
+    Lines that could not be written wait and are written before the next one.
 
     Args:
         run_folder: folder of the run; made if absent.
@@ -161,26 +167,73 @@ class MetricsWriter(Generic[Record]):
             written by a process whose work was lost; they are dropped, so that every step is in the file once.
         kind: class of the lines, those that the file holds already included.
 
+    Attributes:
+        waiting: lines that could not be written yet, oldest first; at most `MAX_WAITING_LINES`.
+
     Raises:
         DataError: the existing file is damaged before its last line.
     """
 
     def __init__(self, run_folder: Path, resumed_step: int, kind: type[Record]) -> None:
         run_folder.mkdir(parents=True, exist_ok=True)
-        path = run_folder / METRICS_FILE
-        if path.exists():
-            kept = [metrics for metrics in read_records(path, kind) if metrics.step <= resumed_step]
-            _rewrite(path, kept)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._path = run_folder / METRICS_FILE
+        if self._path.exists():
+            kept = [metrics for metrics in read_records(self._path, kind) if metrics.step <= resumed_step]
+            _rewrite(self._path, kept)
+        self.waiting: deque[str] = deque(maxlen=MAX_WAITING_LINES)
+        self._descriptor: int | None = self._open()
+        # Up to here the file consists of whole lines.
+        self._num_bytes = os.fstat(self._descriptor).st_size
 
     def write(self, metrics: Record) -> None:
-        """Appends one line and flushes it."""
-        self._file.write(metrics.to_json() + "\n")
-        self._file.flush()
+        """Appends one line, after those that wait.
+
+        Raises:
+            OSError: of the file system; the line waits.
+        """
+        self.waiting.append(metrics.to_json() + "\n")
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes the lines that wait; the errors of `write`."""
+        if not self.waiting:
+            return
+        content = "".join(self.waiting).encode("utf-8")
+        try:
+            if self._descriptor is None:
+                self._descriptor = self._open()
+            # A full disk may have taken a part of a line.
+            if os.fstat(self._descriptor).st_size > self._num_bytes:
+                os.ftruncate(self._descriptor, self._num_bytes)
+            left = memoryview(content)
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+        except OSError:
+            # A file server that was away may want the file opened again.
+            self._close()
+            raise
+        self._num_bytes += len(content)
+        self.waiting.clear()
 
     def close(self) -> None:
-        """Closes the file; further writes fail."""
-        self._file.close()
+        """Writes the lines that wait and closes the file.
+
+        Raises:
+            OSError: as `write`; the lines that wait are lost.
+        """
+        try:
+            self.flush()
+        finally:
+            self._close()
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
     def __enter__(self) -> Self:
         return self
@@ -189,6 +242,42 @@ class MetricsWriter(Generic[Record]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class EvaluationWriter:
+    """Writes evaluations to `evaluation.jsonl`; one that could not be written waits for the next.
+
+    Args:
+        run_folder: folder of the run.
+        kind: class of the lines.
+
+    Attributes:
+        waiting: evaluations that could not be written yet, oldest first.
+
+    Raises:
+        DataError: the existing file is damaged before its last line.
+    """
+
+    def __init__(self, run_folder: Path, kind: type[StepRecord]) -> None:
+        self._run_folder = run_folder
+        self.waiting: list[StepRecord] = []
+        if (path := run_folder / EVALUATION_FILE).exists():
+            read_records(path, kind)
+
+    def write(self, evaluation: StepRecord) -> None:
+        """Adds an evaluation, after those that wait.
+
+        Raises:
+            OSError: of the file system; the evaluation waits.
+        """
+        self.waiting.append(evaluation)
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes the evaluations that wait; the errors of `write`."""
+        while self.waiting:
+            append_evaluation(self._run_folder, self.waiting[0])
+            self.waiting.pop(0)
 
 
 def append_evaluation(run_folder: Path, evaluation: StepRecord) -> None:

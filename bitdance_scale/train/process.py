@@ -11,17 +11,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from bitdance_scale.atomic_files import write_text
+from bitdance_scale.atomic_files import NO_ROOM_ERRNOS, is_storage_fault, write_text
 from bitdance_scale.errors import BitDanceError
 
 EXIT_COMPLETE = 0
@@ -34,6 +36,8 @@ EXIT_RECORD = "BITDANCE_EXIT_RECORD"
 """Environment variable with the file for the exit code; the launcher names a new one for every start."""
 REFUSAL_SUFFIX = ".refusal"
 """Ends the name of the file beside it that holds the message of a refusal, or of a hang."""
+STEP_SUFFIX = ".step"
+"""Ends the name of the file beside it that holds the step of the newest checkpoint of this start."""
 _TORCHRUN_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -52,26 +56,84 @@ def run_process(action: Callable[[], int]) -> int:
     """Runs a job in this process and returns its exit code.
 
     An error that the user can mend is printed on the first rank, since every rank has the same one, and handed to the
-    launcher. torchrun turns every code but 0 into 1 for its own caller, so the first rank of every machine writes its
-    code into the file that `BITDANCE_EXIT_RECORD` names, and the message beside it. torchrun ends its report with what
-    the rank that ended first has left in its error file, so every rank leaves the message there. A process that ends in
-    any other way leaves no record; that is how a fault is recognised.
+    launcher. So is the error of a file system that is full or read-only, on whichever rank it is. torchrun turns every
+    code but 0 into 1 for its own caller, so the first rank of every machine writes its code into the file that
+    `BITDANCE_EXIT_RECORD` names, and the message beside it. torchrun ends its report with what the rank that ended
+    first has left in its error file, so every rank leaves the message there. A process that ends in any other way
+    leaves no record; that is how a fault is recognised.
 
     Args:
         action: the job; returns its exit code.
     """
-    refusal = ""
+    _print_everything()
+    refusal, is_own = "", False
     try:
         code = action()
     except BitDanceError as error:
         code, refusal = EXIT_REFUSED, f"{type(error).__name__}: {error}"
-        if is_first_process():
+    except OSError as error:
+        if error.errno not in NO_ROOM_ERRNOS:
+            raise
+        # It may be the error of this rank alone, so it does not wait for the first one to say it.
+        code, refusal, is_own = EXIT_REFUSED, _no_room(error), True
+    with tolerant_output():
+        if refusal and (is_own or is_first_process()):
             print(f"\n{refusal}", file=sys.stderr, flush=True)
-    leave_record(code, refusal)
+    try:
+        leave_record(code, refusal, from_any=is_own)
+    except OSError as error:
+        if not is_storage_fault(error):
+            raise
+        with tolerant_output():
+            print(f"the exit code cannot be left for the launcher ({error})", file=sys.stderr, flush=True)
+    with tolerant_output():
+        sys.stdout.flush()
     if refusal and not is_first_process() and _TORCHRUN_ERROR_FILE in os.environ:
         # torchrun ends the other ranks as soon as one has ended; the first one must have printed and recorded by then.
         time.sleep(FIRST_RANK_AHEAD_S)
     return code
+
+
+def record_step(step: int) -> None:
+    """Leaves the step of a committed checkpoint for the launcher, which counts faults anew after it; on one rank.
+
+    A launcher that cannot read it only gives up sooner: a full disk is not an error here.
+    """
+    record = os.environ.get(EXIT_RECORD)
+    if record:
+        try:
+            write_text(Path(record + STEP_SUFFIX), f"{step}\n", is_shared=True)
+        except OSError as error:
+            if not is_storage_fault(error):
+                raise
+
+
+def _print_everything() -> None:
+    """Lets any text be printed: what the locale cannot say, such as a prompt in Chinese, is printed as its escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def tolerant_output() -> Iterator[None]:
+    """Leaves out what a block prints to a full disk, now and at the end of the process."""
+    try:
+        yield
+    except OSError as error:
+        if not is_storage_fault(error):
+            raise
+        # Python flushes it once more, and would end with a code of its own.
+        sys.stdout = io.StringIO()
+
+
+def _no_room(error: OSError) -> str:
+    """The refusal for an error of a file system that is full or read-only."""
+    where = error.filename or "a file of the run folder, or of a temporary folder of this node (TMPDIR)"
+    return (
+        f"{type(error).__name__}: {where}: cannot be written ({error.strerror}): make room, raise the quota or mount "
+        "it for writing, and start again; a run goes on from its newest checkpoint"
+    )
 
 
 def leave_record(code: int, refusal: str, *, from_any: bool = False) -> None:

@@ -1,54 +1,40 @@
 """The skeleton of every training run: start, resume, loop, what is due when, stop, end.
 
-A job says what a step is, what is evaluated, drawn and exported (`text_to_image.py`, `tokenizer.py`); everything else
-of a run is here, once. All ranks call everything alike.
+A job (`job.py`) says what a step is, what is evaluated, drawn and exported (`text_to_image.py`, `tokenizer.py`);
+everything else of a run is here, once. All ranks call everything alike.
 """
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
 
 import torch.distributed as dist
 
-from bitdance_scale.atomic_files import write_text
-from bitdance_scale.checkpoint.background_save import CheckpointSaver
-from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
-from bitdance_scale.checkpoint.remote_copies import RemoteCopies
-from bitdance_scale.checkpoint.remote_restore import find_latest
-from bitdance_scale.config.load import dump_toml
-from bitdance_scale.config.schema import CheckpointSection, ParallelSection
-from bitdance_scale.errors import BitDanceError, ConfigError, DamagedCheckpointError
+from bitdance_scale.config.schema import ParallelSection
+from bitdance_scale.errors import BitDanceError, ConfigError
 from bitdance_scale.observe.console import setup_logging
 from bitdance_scale.parallel.agreement import all_ranks, any_rank_each
-from bitdance_scale.parallel.partition import ShardedValue
 from bitdance_scale.parallel.topology import (
     DEFAULT_TIMEOUT_S,
     Topology,
     end_process_group,
-    make_host_group,
     make_topology,
     set_timeout_of_all_groups,
     start_process_group,
 )
 from bitdance_scale.phases import POSITION, Phase, phase
 from bitdance_scale.train.heartbeat import Heartbeat
-from bitdance_scale.train.last_save import LocalErrors, save_after_fault
+from bitdance_scale.train.job import Job, JobConfig, NamedRun
+from bitdance_scale.train.last_save import save_after_fault
 from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopRequest
 from bitdance_scale.train.run_lock import RunLock
-from bitdance_scale.train.step_guards import GuardSection, StepGuards
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS_DIR = "checkpoints"
-CONFIG_FILE = "config.toml"
 FLIGHT_RECORDS_DIR = "flight_records"
 COPY_WAIT_S = 1800.0
 """How long a finished run waits for the copies of its checkpoints."""
@@ -56,244 +42,6 @@ STOP_COPY_WAIT_S = 30.0
 """The same of a run that was asked to stop; when it goes on, so does the copy."""
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 """What torchrun would tell the only process of a job."""
-
-
-class NamedRun(Protocol):
-    """The settings of `[run]` that every job has."""
-
-    @property
-    def name(self) -> str:
-        """Name of the run folder."""
-
-    @property
-    def root(self) -> str:
-        """Folder of the run folders."""
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps in all."""
-
-    @property
-    def timeout_s(self) -> float:
-        """Seconds without progress in a step after which the run counts as hung; 0: never."""
-
-    @property
-    def long_timeout_s(self) -> float:
-        """The same of what takes longer, and the timeout of collectives."""
-
-
-class JobConfig(Protocol):
-    """What every job's configuration has; it is a dataclass."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def run(self) -> NamedRun:
-        """Section `[run]`."""
-
-    @property
-    def checkpoint(self) -> CheckpointSection:
-        """Section `[checkpoint]`."""
-
-    @property
-    def optim(self) -> GuardSection:
-        """Section `[optim]`, of which every job has the rules on skipped steps and spikes."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """After how many steps something is done, and after the last step in any case; 0: never.
-
-    Attributes:
-        num_steps: optimiser steps of the run.
-        log: metrics.
-        save: checkpoints.
-        evaluate: evaluation on held-out data.
-        draw: pictures.
-    """
-
-    num_steps: int
-    log: int
-    save: int
-    evaluate: int
-    draw: int
-
-
-class Job(abc.ABC):
-    """One kind of training on this rank: the model under its layout, its data, its folder.
-
-    Building a job resumes the newest checkpoint of the run folder, if there is one.
-
-    Args:
-        config: the run, checked.
-        topology: the ranks.
-        run_folder: `<run.root>/<run.name>`.
-
-    Attributes:
-        step: optimiser steps taken.
-        guards: the rules on the numbers of a step; their state belongs to `state`.
-        local_errors: those of what this rank does alone, kept until all ranks can hear of them.
-        remote: the copies of its checkpoints; None without `checkpoint.upload`.
-    """
-
-    remote: RemoteCopies | None = None
-
-    def __init__(self, config: JobConfig, topology: Topology, run_folder: Path) -> None:
-        self.topology, self.run_folder = topology, run_folder
-        section = config.checkpoint
-        self.checkpoints = CheckpointFolder(
-            run_folder / CHECKPOINTS_DIR,
-            keep=section.keep,
-            keep_every_steps=section.keep_every_steps,
-            is_busy=lambda step: self.remote is not None and self.remote.is_uploading(step),
-            group=make_host_group(),
-        )
-        if section.upload:
-            where = f"{section.upload.rstrip('/')}/{config.run.name}"
-            self.remote = RemoteCopies(where, section, group=self.checkpoints.group)
-        self._saver = CheckpointSaver(
-            self.checkpoints, topology.device, is_background=section.in_background, committed=self._copy
-        )
-        self._falls_back = section.fall_back
-        self.guards = StepGuards(config.optim)
-        self.local_errors = LocalErrors()
-        self._config_text = dump_toml(config)
-        self._saved_step = 0
-
-    @property
-    @abc.abstractmethod
-    def step(self) -> int:
-        """Optimiser steps taken, skipped ones included."""
-
-    @property
-    @abc.abstractmethod
-    def schedule(self) -> Schedule:
-        """What is due when."""
-
-    @abc.abstractmethod
-    def session(self) -> AbstractContextManager[object]:
-        """Opens what training needs until its end: the data and the sinks of the metrics."""
-
-    @abc.abstractmethod
-    def read(self) -> None:
-        """Takes the data of the next step.
-
-        Raises:
-            BitDanceError: on all ranks; the state is that after the last step, and can be saved.
-        """
-
-    @abc.abstractmethod
-    def take_step(self) -> bool:
-        """Trains one step on what was read and counts it; returns whether it was skipped: it changed nothing."""
-
-    @abc.abstractmethod
-    def log(self) -> None:
-        """Writes the metrics of the steps since the last call."""
-
-    @abc.abstractmethod
-    def evaluate(self) -> None:
-        """Evaluates on held-out data and writes the result."""
-
-    @abc.abstractmethod
-    def draw(self) -> None:
-        """Draws pictures with the model as it is."""
-
-    @abc.abstractmethod
-    def pause(self) -> None:
-        """Leaves out of the speeds what happened since the last step: a checkpoint, an evaluation, pictures."""
-
-    @abc.abstractmethod
-    def state(self) -> Any:
-        """How far the run is: a dataclass of JSON values with the field `step`."""
-
-    @abc.abstractmethod
-    def model_values(self) -> Mapping[str, ShardedValue]:
-        """What this rank holds of the parameters, by global name."""
-
-    @abc.abstractmethod
-    def optimizer_values(self) -> Mapping[str, ShardedValue]:
-        """What this rank holds of the optimiser's state."""
-
-    @abc.abstractmethod
-    def finish(self) -> None:
-        """Exports, and says where everything is, after the last step."""
-
-    @abc.abstractmethod
-    def complete(self) -> None:
-        """Makes what a run lacks that was killed between its last checkpoint and its end."""
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the last configured step has been taken."""
-        return self.step >= self.schedule.num_steps
-
-    def newest_checkpoint(self) -> Path | None:
-        """The checkpoint that the run goes on from, fetched where only a copy of it is left; None: it begins.
-
-        Raises:
-            CheckpointError: on all ranks: it is damaged, and no older one is to be taken; or there is none, and its
-                copies cannot be reached.
-        """
-        return find_latest(self.checkpoints, self.remote, falls_back=self._falls_back)
-
-    def load_newest(self, path: Path, load: Callable[[Path], None]) -> None:
-        """Loads a checkpoint, or an older one where its tensors turn out damaged and the run falls back.
-
-        Args:
-            path: of `newest_checkpoint`.
-            load: loads one; it raises DamagedCheckpointError, before it changes anything, on all ranks.
-        """
-        while True:
-            try:
-                load(path)
-            except DamagedCheckpointError as error:
-                path = self.checkpoints.retreat(path, str(error), falls_back=self._falls_back)
-            else:
-                logger.info("resumed from %s", path)
-                return
-
-    def prepare_saves(self) -> None:
-        """Takes the host memory for checkpoints in the background."""
-        self._saver.prepare(self.model_values(), self.optimizer_values())
-
-    def save(self) -> None:
-        """Saves a checkpoint of the present step, unless there is one; it may be committed later, in the background.
-
-        Raises:
-            CheckpointError: on all ranks: this one, or the one before it, was not committed.
-        """
-        if self._saved_step == self.step:
-            return
-        with phase(Phase.SAVING):
-            self._saver.save(self.state(), self.model_values(), self.optimizer_values(), self._config_text)
-        self._saved_step = self.step
-
-    def settle(self) -> None:
-        """Returns when no checkpoint is being written.
-
-        Raises:
-            CheckpointError: on all ranks: it was not committed.
-        """
-        with phase(Phase.SAVING):
-            self._saver.wait()
-
-    def end_copies(self, wait_s: float) -> None:
-        """Waits for the copies of checkpoints, for so many seconds at most, and ends them."""
-        if self.remote is not None:
-            self.remote.close(wait_s)
-
-    def _copy(self, path: Path) -> None:
-        if self.remote is not None:
-            self.remote.upload(path)
-
-    @property
-    def has_failed_save(self) -> bool:
-        """Whether a checkpoint in the background has failed, as far as this rank knows; `settle` raises it."""
-        return self._saver.has_failed
-
-    def is_due(self, every_steps: int) -> bool:
-        """Whether something done every so many steps, and after the last one, is due now."""
-        return every_steps > 0 and (self.step % every_steps == 0 or self.is_complete)
 
 
 def run_job(config: JobConfig, parallel: ParallelSection, make_job: Callable[[Topology, Path], Job]) -> int:
@@ -326,8 +74,6 @@ def run_job(config: JobConfig, parallel: ParallelSection, make_job: Callable[[To
                 2 * config.run.steps,
             )
             return EXIT_COMPLETE
-        if topology.rank == 0:
-            write_text(folder / CONFIG_FILE, dump_toml(config))
         is_complete = train(job, stop)
         with phase(Phase.ENDING):
             if not is_complete:
@@ -337,7 +83,8 @@ def run_job(config: JobConfig, parallel: ParallelSection, make_job: Callable[[To
                 # first rank may take longer over closing its W&B run.
                 dist.barrier()
                 return EXIT_REQUEUE
-            job.finish()
+            with all_ranks():
+                job.finish()
             job.end_copies(COPY_WAIT_S)
     return EXIT_COMPLETE
 
@@ -352,7 +99,7 @@ def train(job: Job, stop: StopRequest) -> bool:
         DataError: too much of the data cannot be read; what was trained until then is saved.
         CheckpointError: a checkpoint was not committed.
     """
-    with job.session():
+    with job.session(), job.profiler:
         try:
             job.prepare_saves()
             if job.step == 0:
@@ -374,6 +121,7 @@ def _train_steps(job: Job, stop: StopRequest) -> bool:
     schedule, local_errors = job.schedule, job.local_errors
     while not job.is_complete:
         POSITION.move(Phase.READING, job.step)
+        job.profiler.begin(job.step + 1)
         try:
             job.read()
         except BitDanceError:
@@ -383,6 +131,7 @@ def _train_steps(job: Job, stop: StopRequest) -> bool:
             raise
         is_skipped = job.take_step()
         POSITION.is_updating = False
+        job.profiler.end()
         job.guards.count(job.step, is_skipped)
         if job.is_due(schedule.log):
             with phase(Phase.LOGGING):

@@ -8,20 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
-from bitdance_scale.atomic_files import write_bytes
+from bitdance_scale.atomic_files import is_storage_fault, write_bytes
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.plan.filters import FilterCount, describe
 from bitdance_scale.data.plan.plan import StreamUse
 from bitdance_scale.observe.console import loss_table
 from bitdance_scale.observe.cost import count_parameters, peak_flops, step_flops
 from bitdance_scale.observe.figures import image_grid
+from bitdance_scale.observe.metric_sink import EVALUATION_PANELS, STEP_PANELS, SUMMARIES
 from bitdance_scale.observe.metrics import (
     METRICS_FILE,
     Evaluation,
     StepMetrics,
     read_metrics,
 )
-from bitdance_scale.observe.wandb_sink import EVALUATION_PANELS, STEP_PANELS, SUMMARIES
 from bitdance_scale.parallel.stage_split import stage_split, typical_counts
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.train.run_sinks import RecordKinds, RunSinks
@@ -34,7 +34,7 @@ GRID_COLUMNS = 4
 TYPICAL_MFU = 0.4
 
 
-_KINDS = RecordKinds(StepMetrics, STEP_PANELS, EVALUATION_PANELS, SUMMARIES)
+_KINDS = RecordKinds(StepMetrics, STEP_PANELS, EVALUATION_PANELS, SUMMARIES, Evaluation)
 
 
 class RunObserver(RunSinks):
@@ -112,13 +112,17 @@ class RunObserver(RunSinks):
     def samples(self, step: int, images: Sequence[np.ndarray]) -> None:
         """Writes the grid of a step's pictures, uint8 [H, W, 3] each, one per prompt."""
         if self.is_active:
-            self.log_picture(step, "samples", write_samples(self.run_folder, step, images, self._prompts))
+            with self.faults.tolerated(f"samples of step {step}"):
+                self.log_picture(step, "samples", write_samples(self.run_folder, step, images, self._prompts))
 
     def _draw_overview(self) -> None:
         try:
             self.log_picture(self._last_step, "overview", draw_overview(self.run_folder))
-        except Exception:  # A picture must not end a run.
-            logger.warning("%s could not be drawn", OVERVIEW_FILE, exc_info=True)
+        except Exception as error:  # A picture must not end a run.
+            if is_storage_fault(error):
+                self.faults.warn(OVERVIEW_FILE, error)
+            else:
+                logger.warning("%s could not be drawn", OVERVIEW_FILE, exc_info=True)
         self._drawn_step = self._last_step
 
 
@@ -173,7 +177,8 @@ def show_result(run_folder: Path) -> str:
     places += [f"samples      {grids[-1]}"] if grids else []
     places += [f"checkpoints  {run_folder / 'checkpoints'}"]
     places += [f"W&B          {run_folder / 'wandb'}"] if (run_folder / "wandb").exists() else []
-    return "\n".join([loss_table(metrics), "", *places])
+    table = loss_table(metrics) if metrics else "no metrics were written"
+    return "\n".join([table, "", *places])
 
 
 def _summary(config: RunConfig, topology: Topology, vocab_size: int, resumed_step: int) -> str:

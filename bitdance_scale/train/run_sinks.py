@@ -1,9 +1,13 @@
-"""Where a run writes what it records: metrics.jsonl, evaluation.jsonl, W&B and the console; the same for every job."""
+"""Where a run writes what it records, the same for every job.
+
+The places are metrics.jsonl, evaluation.jsonl, W&B, TensorBoard and the console.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +18,18 @@ from typing import Any, Self
 from bitdance_scale.atomic_files import write_text
 from bitdance_scale.config.schema import ObserveSection
 from bitdance_scale.observe.console import ConsoleProgress
-from bitdance_scale.observe.metrics import MetricsWriter, StepRecord, append_evaluation
+from bitdance_scale.observe.metric_sink import MetricSink
+from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE, EvaluationWriter, MetricsWriter, StepRecord
+from bitdance_scale.observe.tensorboard_sink import TensorboardSink
 from bitdance_scale.observe.wandb_sink import WandbSink
+from bitdance_scale.observe.write_faults import WriteFaults
+from bitdance_scale.parallel.agreement import all_ranks
 
 logger = logging.getLogger(__name__)
 
 RUN_ID_FILE = "run_id.txt"
+# What W&B takes as an id.
+_RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -28,19 +38,24 @@ class RecordKinds:
 
     Attributes:
         step: class of a logged step.
-        step_panels: its fields -> names in W&B, as `wandb_sink.STEP_PANELS`.
+        step_panels: its fields -> names in W&B, as `metric_sink.STEP_PANELS`.
         evaluation_panels: the same of an evaluation.
-        summaries: section of panels -> what W&B's table of runs shows of it, as `wandb_sink.SUMMARIES`.
+        summaries: section of panels -> what W&B's table of runs shows of it, as `metric_sink.SUMMARIES`.
+        evaluation: class of an evaluation.
     """
 
     step: type[StepRecord]
     step_panels: Mapping[str, str]
     evaluation_panels: Mapping[str, str]
     summaries: Mapping[str, str]
+    evaluation: type[StepRecord]
 
 
 class RunSinks:
     """The sinks of a run, on rank 0; on other ranks it does nothing. A context manager.
+
+    All ranks make it, and all hear of what rank 0 cannot open. After that a full or failing disk is warned of and does
+    not end the run: lines wait in memory until there is room, pictures are left out.
 
     Args:
         is_active: whether this is rank 0.
@@ -50,6 +65,10 @@ class RunSinks:
         num_steps: steps of the run.
         resumed_step: step the run goes on from; metrics of later steps are dropped, their work was lost.
         kinds: what the job records.
+
+    Raises:
+        DataError: on all ranks: metrics.jsonl or evaluation.jsonl is damaged before its last line.
+        ConfigError: on all ranks: a sink is configured that cannot be used.
     """
 
     def __init__(
@@ -65,12 +84,21 @@ class RunSinks:
     ) -> None:
         self.run_folder = run_folder
         self.is_active, self._kinds = is_active, kinds
-        if not is_active:
-            return
-        self._writer = MetricsWriter(run_folder, resumed_step, kinds.step)
-        self._wandb = WandbSink(
-            section, run_folder, dataclasses.asdict(config), _run_id(run_folder), summaries=kinds.summaries
-        )
+        self.faults = WriteFaults()
+        with all_ranks():
+            if is_active:
+                self._open(section, config, num_steps, resumed_step)
+
+    def _open(self, section: ObserveSection, config: Any, num_steps: int, resumed_step: int) -> None:
+        kinds, folder = self._kinds, self.run_folder
+        self._writer = MetricsWriter(folder, resumed_step, kinds.step)
+        self._evaluations = EvaluationWriter(folder, kinds.evaluation)
+        run_id = _run_id(folder, self.faults)
+        self._sinks: dict[str, MetricSink] = {
+            "W&B": WandbSink(section, folder, dataclasses.asdict(config), run_id, summaries=kinds.summaries)
+        }
+        if section.tensorboard:
+            self._sinks["TensorBoard"] = TensorboardSink(folder, resumed_step)
         self._console = ConsoleProgress(num_steps, resumed_step)
 
     def __enter__(self) -> Self:
@@ -79,14 +107,24 @@ class RunSinks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self.is_active:
+        if not self.is_active:
+            return
+        with self.faults.tolerated("standard output"):
             self._console.close()
+        with self.faults.tolerated(METRICS_FILE):
             self._writer.close()
-            self.close()
-            self._wandb.finish()
+        with self.faults.tolerated(EVALUATION_FILE):
+            self._evaluations.flush()
+        num_lost = len(self._writer.waiting) + len(self._evaluations.waiting)
+        if num_lost:
+            logger.warning("%d lines of %s and %s are lost", num_lost, METRICS_FILE, EVALUATION_FILE)
+        self.close()
+        for name, sink in self._sinks.items():
+            with self.faults.tolerated(name):
+                sink.finish()
 
     def close(self) -> None:
-        """What a job still shows at the end, before W&B ends; called on rank 0."""
+        """What a job still shows at the end, before the sinks end; called on rank 0."""
 
     def write_step(
         self,
@@ -99,28 +137,51 @@ class RunSinks:
         step_s: float,
     ) -> None:
         """Records a logged step everywhere; what the console shows of it is `ConsoleProgress.update`'s."""
-        if self.is_active:
+        if not self.is_active:
+            return
+        with self.faults.tolerated(METRICS_FILE):
             self._writer.write(record)
-            self._wandb.log(record, self._kinds.step_panels)
+        with self.faults.tolerated(EVALUATION_FILE):
+            self._evaluations.flush()
+        for name, sink in self._sinks.items():
+            with self.faults.tolerated(name):
+                sink.log(record, self._kinds.step_panels)
+        with self.faults.tolerated("standard output"):
             self._console.update(
                 record.step, loss, parts, grad_norm=grad_norm, images_per_s=images_per_s, step_s=step_s
             )
 
     def write_evaluation(self, record: StepRecord, images: int) -> None:
         """Records an evaluation everywhere but on the console; `images`: those trained on so far."""
-        if self.is_active:
-            append_evaluation(self.run_folder, record)
-            self._wandb.log(record, self._kinds.evaluation_panels, images)
+        if not self.is_active:
+            return
+        with self.faults.tolerated(EVALUATION_FILE):
+            self._evaluations.write(record)
+        for name, sink in self._sinks.items():
+            with self.faults.tolerated(name):
+                sink.log(record, self._kinds.evaluation_panels, images)
 
     def log_picture(self, step: int, name: str, path: Path) -> None:
-        """Hands a picture file to W&B."""
-        if self.is_active:
-            self._wandb.log_image(step, name, path, f"step {step}")
+        """Hands a picture file to the sinks."""
+        if not self.is_active:
+            return
+        for title, sink in self._sinks.items():
+            with self.faults.tolerated(title):
+                sink.log_image(step, name, path, f"step {step}")
 
 
-def _run_id(run_folder: Path) -> str:
-    """The id of this run in W&B, the same after every resume."""
+def _run_id(run_folder: Path, faults: WriteFaults) -> str:
+    """The id of this run in W&B, the same after every resume; a new one where the file holds none."""
     path = run_folder / RUN_ID_FILE
-    if not path.exists():
-        write_text(path, uuid.uuid4().hex[:12] + "\n")
-    return path.read_text(encoding="utf-8").strip()
+    try:
+        found = path.read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        found = None
+    if found is not None and _RUN_ID.fullmatch(found):
+        return found
+    made = uuid.uuid4().hex[:12]
+    if found is not None:
+        logger.warning("%s: holds no id of a W&B run (%r); the run goes on there as a new one, %s", path, found, made)
+    with faults.tolerated(RUN_ID_FILE):
+        write_text(path, made + "\n")
+    return made

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from bitdance_scale.checkpoint.remote_folder import is_remote
-from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME, TENSORS_DIR, TrainState, read_run_section, read_state
+from bitdance_scale.checkpoint.run_checkpoint import (
+    CONFIG_NAME,
+    TENSORS_DIR,
+    TrainState,
+    check_vision,
+    read_run_section,
+    read_state,
+)
 from bitdance_scale.checkpoint.start_weights import NewQueries, check_network, start_files
 from bitdance_scale.checkpoint.tensor_index import read_index
+from bitdance_scale.config.kinds import AnyConfig
 from bitdance_scale.config.load import load_network
+from bitdance_scale.config.resuming import Effect, changes
 from bitdance_scale.config.schema import NetworkConfig, RunConfig
 from bitdance_scale.config.training_stages import STAGES
-from bitdance_scale.errors import ConfigError
+from bitdance_scale.errors import CheckpointError, ConfigError
 from bitdance_scale.sequence.tokens import load_text_tokenizer
+
+logger = logging.getLogger(__name__)
 
 SAME_SETTINGS = (
     ("model", "mask"),
@@ -25,7 +37,9 @@ SAME_SETTINGS = (
     ("model", "head_dim"),
     ("head", "head_dim"),
 )
-"""Section and name of settings that change what the parameters compute without changing all of their shapes."""
+"""Section and name of settings that change what the parameters compute without changing all of their shapes.
+
+A start compares these and the shapes; a resume compares every setting (`config/resuming.py`)."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +60,27 @@ class Start:
     is_partial: bool = False
 
 
-def check_start(path: Path, config: RunConfig) -> Start:
+def check_start(path: Path, config: RunConfig, vision_digest: str = "") -> Start:
     """Compares a checkpoint with the stage that is to start from it, reading no tensor.
+
+    Args:
+        path: the checkpoint.
+        config: the stage.
+        vision_digest: of its vision tokenizer; empty: not compared.
 
     Raises:
         ConfigError: it is of a stage that this one does not follow, of a run that has not finished, with blocks of
             another side than the stage may start from, or trained with another of `SAME_SETTINGS`.
-        CheckpointError: it is damaged, or of another network.
+        CheckpointError: it is damaged, of another network, or trained with another vision tokenizer, unless
+            `run.start_from_any` is set.
     """
     is_partial = is_remote(config.run.start_from)
     state = read_state(path, start_files(read_index(path / TENSORS_DIR)) if is_partial else None)
     network = load_network(path / CONFIG_NAME)
     if not config.run.start_from_any:
         _check_order(path, state, config)
+        if vision_digest:
+            check_vision(path, state, vision_digest)
     old, new = network.vision.block_side, config.vision.block_side
     if old != new and not (STAGES[config.run.stage].changes_block_side and old < new):
         raise ConfigError(
@@ -87,19 +109,30 @@ def check_start(path: Path, config: RunConfig) -> Start:
     return Start(path, text.digest, new_queries, is_partial)
 
 
-def check_resume(path: Path, config: RunConfig) -> None:
+def check_resume(path: Path, config: AnyConfig) -> None:
     """Compares a run's own checkpoint, found whole, with the configuration that is to go on with it; reads no tensor.
 
+    Changes that a run may make on its way are said in one line.
+
     Raises:
-        ConfigError: it is of another stage, or was trained with another of `SAME_SETTINGS`.
+        ConfigError: a setting that must stay has changed; names each with both values.
+        CheckpointError: the configuration of the checkpoint cannot be read.
     """
-    network, stage = load_network(path / CONFIG_NAME), read_run_section(path).get("stage", config.run.stage)
-    if stage != config.run.stage:
-        raise ConfigError(
-            f"run.name = {config.run.name!r}: {path} is of stage {stage!r}, and this is stage {config.run.stage!r}; "
-            "give the run another name"
-        )
-    _check_meaning(path, network, config)
+    file = path / CONFIG_NAME
+    try:
+        found = changes(file.read_text(encoding="utf-8"), config)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}); load another checkpoint") from error
+    refused = [
+        f"{change.setting} = {change.new!r}: {path} was trained with {change.old!r}; set {change.setting}={change.old}"
+        for change in found
+        if change.effect is Effect.FIXED
+    ]
+    if refused:
+        raise ConfigError("\n".join(refused) + f", or give the run another name (run.name = {config.run.name!r})")
+    told = [str(change) for change in found if change.effect is Effect.TOLD]
+    if told:
+        logger.info("resumed with changed settings: %s", ", ".join(told))
 
 
 def _check_meaning(path: Path, network: NetworkConfig, config: RunConfig) -> None:

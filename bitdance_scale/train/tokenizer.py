@@ -33,9 +33,11 @@ from bitdance_scale.parallel.partition import Piece, ShardedValue
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.phases import Phase, phase
 from bitdance_scale.train.fault_verdict import LOSS, MicroReading, Sign
-from bitdance_scale.train.run import Job, Schedule, run_job
+from bitdance_scale.train.job import Job, Schedule
+from bitdance_scale.train.run import run_job
 from bitdance_scale.train.run_sinks import RunSinks
 from bitdance_scale.train.shared_index import image_index
+from bitdance_scale.train.start_checks import check_resume
 from bitdance_scale.train.step_faults import StepFaults, index_names
 from bitdance_scale.train.step_guards import Spike
 from bitdance_scale.train.tokenizer_evaluation import Reconstruction, evaluate, summary, to_pixels
@@ -168,6 +170,7 @@ class TokenizerJob(Job):
         )
         with sinks as self._sinks, stream:
             self._stream, self._crops = stream, iter(stream)
+            self.write_config()
             self._restart()
             yield
 
@@ -317,9 +320,10 @@ class TokenizerJob(Job):
         weights = Path(self.config.run.output) / WEIGHTS_NAME
         if not on_first_rank(weights.is_file):
             self._reconstruct()
-            if self.topology.rank == 0:
-                append_evaluation(self.run_folder, evaluation_record(self.step, self._results))
-            self.finish()
+            with all_ranks():
+                if self.topology.rank == 0:
+                    append_evaluation(self.run_folder, evaluation_record(self.step, self._results))
+                self.finish()
 
     def _reconstruct(self) -> None:
         num_groups, device = self.config.quantiser.num_groups, self.topology.device
@@ -359,6 +363,7 @@ class TokenizerJob(Job):
 
     def _resume(self, path: Path) -> None:
         state = on_first_rank(lambda: read_state_of(path, TokenizerState), other=CheckpointError)
+        on_first_rank(lambda: check_resume(path, self.config))
         if state.data_digest != self._state.data_digest:
             raise ConfigError(
                 f"run.name = {self.config.run.name!r}: {path} was trained with other data.shards, data.sizes_px, "

@@ -131,6 +131,7 @@ KINDS = RecordKinds(
         "speed": "last",
         "data": "last",
     },
+    evaluation=TokenizerEvaluation,
 )
 
 

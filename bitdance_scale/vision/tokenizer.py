@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ from bitdance_scale.config.schema import VisionSection
 from bitdance_scale.errors import DataError
 from bitdance_scale.vision.autoencoder import Autoencoder
 from bitdance_scale.vision.bits import pack_bits, unpack_bits
-from bitdance_scale.vision.weights import load_weights
+from bitdance_scale.vision.weights import check_weights, load_weights, weights_digest
 
 
 def autoencoder_sizes(section: VisionSection) -> dict[str, Any]:
@@ -24,6 +26,21 @@ def autoencoder_sizes(section: VisionSection) -> dict[str, Any]:
 def make_autoencoder(section: VisionSection) -> Autoencoder:
     """An autoencoder with a section's sizes, without its weights."""
     return Autoencoder(**autoencoder_sizes(section))
+
+
+def vision_digest(section: VisionSection) -> str:
+    """Hexadecimal digest of all that decides the bits of an image but `block_side`: the weights and the sizes.
+
+    `block_side` is left out because distillation changes it: it orders the bits and leaves them as they are.
+
+    Raises:
+        ConfigError: the weights file is missing.
+        CheckpointError: it is damaged, or does not match the sizes of the section.
+    """
+    with torch.device("meta"):
+        check_weights(section.weights_path, make_autoencoder(section).state_dict())
+    decisive = autoencoder_sizes(section) | {"weights": weights_digest(section.weights_path)}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class VisionTokenizer:

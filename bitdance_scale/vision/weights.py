@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from bitdance_scale.atomic_files import write_bytes
@@ -43,6 +45,24 @@ def check_weights(path: str | Path, wanted: Mapping[str, torch.Tensor]) -> None:
         "The weights must match vision.num_bits, channels, channel_mult and num_res_blocks; "
         f"{CONFIG_NAME} beside the file states its sizes (z_channels, ch, ch_mult, num_res_blocks)",
     )
+
+
+def weights_digest(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of the values of a weights file, by name and shape, as the float32 they are computed with.
+
+    It does not depend on how the values are stored: the order of the tensors, the header, or bfloat16 for values that
+    bfloat16 can hold. One tensor is in memory at a time.
+
+    Args:
+        path: safetensors file, checked before (`check_weights`).
+    """
+    digest = hashlib.sha256()
+    with safe_open(path, framework="pt") as file:
+        for name in sorted(file.keys()):
+            values = file.get_tensor(name).float().contiguous()
+            digest.update(json.dumps([name, list(values.shape)]).encode())
+            digest.update(values.view(-1).numpy().data)
+    return digest.hexdigest()
 
 
 def save_weights(folder: str | Path, state: Mapping[str, torch.Tensor], published_config: Mapping[str, object]) -> None:

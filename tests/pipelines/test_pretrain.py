@@ -164,7 +164,7 @@ def test_stopped_run_saves_and_goes_on(shards, tmp_path):
 @pytest.mark.parametrize(
     ("override", "kind", "message"),
     [
-        ("model.num_layers=3", "CheckpointError", "decoder.layers.3"),
+        ("model.num_layers=3", "ConfigError", "was trained with 4; set model.num_layers=4"),
         ("model.mask=causal", "ConfigError", "was trained with 'block'; set model.mask=block"),
     ],
 )

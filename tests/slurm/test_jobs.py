@@ -164,6 +164,16 @@ def test_fault_is_not_repeated_for_ever(tmp_path):
     assert "gave up at fault 2, 1 allowed" in (tmp_path / "job.log").read_text()
 
 
+def test_faults_count_anew_after_a_new_checkpoint(tmp_path):
+    job = submit_stand_in(tmp_path, "advance", MAX_FAULTS="1")
+    end = wait_for_end(job, tmp_path / "job.log")
+    text = (tmp_path / "job.log").read_text(encoding="utf-8")
+    # Three starts end with a checkpoint and a first fault each; the fourth gets no further, which is a second fault.
+    assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("FAILED", "3", "1:0"), text
+    assert text.count("fault 1 of 1 allowed") == 3 and "gave up at fault 2, 1 allowed" in text
+    assert (tmp_path / "logs" / job / "step").read_text(encoding="utf-8") == "300\n"
+
+
 def test_cancelled_job_does_not_come_back(tmp_path):
     job, log = submit_stand_in(tmp_path, "wait"), tmp_path / "job.log"
     wait_until((tmp_path / "waits").exists, log)

@@ -150,7 +150,7 @@ class BlockCache:
         """Size of all blocks, from the total that is kept beside them; every process adds it up itself once."""
         if self._has_counted:
             with contextlib.suppress(OSError, ValueError):
-                return int((self._folder / "used_bytes").read_text())
+                return int((self._folder / "used_bytes").read_text(encoding="utf-8"))
         self._has_counted = True
         return self._make_room(self._max_bytes)
 
@@ -181,7 +181,7 @@ class BlockCache:
             is_held = False
             try:
                 # Closing the file releases the lock.
-                file = stack.enter_context(open(self._folder / "locks" / name, "w"))
+                file = stack.enter_context(open(self._folder / "locks" / name, "w", encoding="utf-8"))
                 is_held = self._lock(file)
             except OSError as error:
                 self._warn(error)

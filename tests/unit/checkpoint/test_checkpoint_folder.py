@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bitdance_scale.checkpoint import checkpoint_folder
 from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
 from bitdance_scale.errors import CheckpointError
 
@@ -161,3 +163,33 @@ def test_going_back_to_an_older_checkpoint(tmp_path):
     shutil.rmtree(tmp_path / "step_00000020" / "tensors")
     save(folder, 20)
     assert folder.steps() == [15, 20] and content(folder.latest()) == "step 20"
+
+
+def test_a_checkpoint_that_latest_cannot_name_is_said_to_be_whole(tmp_path, monkeypatch):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    save(folder, 1)
+    write = checkpoint_folder.write_text
+
+    def full(path: Path, text: str) -> None:
+        if path.name == "latest":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, text)
+
+    monkeypatch.setattr(checkpoint_folder, "write_text", full)
+    with pytest.raises(CheckpointError) as caught:
+        save(folder, 2)
+    message = str(caught.value)
+    assert "step_00000002 is whole, but a run would resume from step_00000001" in message
+    assert "not committed" not in message and f"write step_00000002 into {tmp_path / 'latest'}" in message
+    monkeypatch.undo()
+    assert folder.steps() == [1, 2]
+
+
+def test_what_a_deletion_left_is_removed(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    save(folder, 1)
+    for left in ("step_00000000.deleting", "step_00000002.writing"):
+        (tmp_path / left).mkdir()
+    folder.remove_deleted()
+    # What is being written may belong to a run that is under way.
+    assert names(tmp_path) == ["latest", "step_00000001", "step_00000002.writing"]

@@ -19,6 +19,7 @@ from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
 from bitdance_scale.checkpoint.integrity import file_digest, write_manifest
 from bitdance_scale.checkpoint.run_checkpoint import TrainState, load_checkpoint, save_checkpoint
 from bitdance_scale.checkpoint.sharded import save_sharded
+from bitdance_scale.checkpoint.tensor_storage import StoredTensors
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.parallel.partition import Placement, ShardedValue, whole_pieces
 
@@ -289,3 +290,85 @@ def test_another_model_or_tokenizer_leaves_all_as_it_was(root):
             load_checkpoint(path, *groups, tokenizer_digest=digest)
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in contents(groups).items())
     assert snapshot(root) == before
+
+
+def test_another_vision_tokenizer_is_refused_and_an_unknown_one_warned_of(tmp_path, caplog):
+    for step, digest in ((3, ""), (7, "v1")):
+        state = dataclasses.replace(STATE, step=step, vision_digest=digest)
+        save_checkpoint(CheckpointFolder(tmp_path, keep=2), state, *make_values(1.5), config_text="[run]\n")
+    groups = make_values(-9.0)
+    load_checkpoint(tmp_path / "step_00000007", *groups, tokenizer_digest="abc", vision_digest="v1")
+    assert "vision tokenizer" not in caplog.text
+    load_checkpoint(tmp_path / "step_00000003", *groups, tokenizer_digest="abc", vision_digest="v1")
+    assert "does not say which vision tokenizer it was trained with" in caplog.text
+    with pytest.raises(CheckpointError, match=r"another vision tokenizer \(digest v1, in use v2\)"):
+        load_checkpoint(tmp_path / "step_00000007", *groups, tokenizer_digest="abc", vision_digest="v2")
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_vision_digest(root):
+    edit_state(root, lambda state: state.pop("vision_digest"))
+    assert resume(root, make_values(0.0)) == STATE
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("step", -5, "step is -5, expected a count"),
+        ("step", 6, "step is 6, but the checkpoint is step_00000007"),
+        ("step", 7.0, "step is 7.0, expected a count"),
+        ("step", True, "step is True, expected a count"),
+        ("images", "69", "images is '69', expected a count"),
+        ("tokens", None, "tokens is None, expected a count"),
+        ("loader", [], r"loader is \[\], expected of type dict"),
+        ("tokenizer_digest", 5, "tokenizer_digest is 5, expected of type str"),
+        ("optimizer", {"step": -1}, "optimizer.step is -1, expected a count"),
+        ("optimizer", {"step": 1, "skipped_steps": "x"}, "optimizer.skipped_steps is 'x', expected a count"),
+        ("images_by_resolution", {"64": 1.5}, "images_by_resolution.64 is 1.5, expected a count"),
+        ("images_by_resolution", {"a": 1}, "images_by_resolution has 'a', expected a side in pixels"),
+        ("sample_errors", {"x": -1}, "sample_errors.x is -1, expected a count"),
+        ("skipped_samples", -1, "skipped_samples is -1, expected a count"),
+    ],
+)
+def test_values_that_no_run_has_are_refused(root, field, value, message):
+    edit_state(root, lambda state: state.update({field: value}))
+    assert_refused(root, f"train_state.json: damaged .*{message}")
+
+
+@pytest.mark.parametrize("name", ["tensors/" + TENSORS[0], "tensors/index.json", "train_state.json", "manifest.json"])
+def test_a_link_is_not_followed(root, tmp_path_factory, name):
+    path = root / "step_00000007" / name
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / path.name
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    assert_refused(root, f"{path.name} is a symbolic link, which is not followed")
+    if "rank" in name:
+        with pytest.raises(CheckpointError, match="is a symbolic link"):
+            StoredTensors(path.parent)
+
+
+def test_a_link_to_all_tensors_is_not_followed(root, tmp_path_factory):
+    path = root / "step_00000007" / "tensors"
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "tensors"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    assert_refused(root, "tensors is a symbolic link, which is not followed")
+
+
+def test_a_pipe_is_not_waited_for(root):
+    path = root / "step_00000007" / "tensors" / TENSORS[0]
+    path.unlink()
+    os.mkfifo(path)
+    groups = make_values(-9.0)
+    with pytest.raises(CheckpointError, match="is no regular file"):
+        resume(root, groups)
+    path.unlink()
+
+
+def edit_state(root: Path, change: Callable[[dict], object]) -> None:
+    """Changes the state of the newest checkpoint as someone with an editor would, and its manifest with it."""
+    folder = root / "step_00000007"
+    state = json.loads((folder / "train_state.json").read_text())
+    change(state)
+    (folder / "train_state.json").write_text(json.dumps(state))
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)

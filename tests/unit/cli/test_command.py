@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from bitdance_scale.checkpoint.published_names import Part
 from bitdance_scale.cli import config, export_release, main, tokenizer
 from bitdance_scale.cli.command import CommandParser
+from bitdance_scale.config.load import load_config
 from bitdance_scale.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -118,3 +120,13 @@ def test_a_closed_pipe_is_no_fault():
 def test_a_parser_refuses_with_an_error():
     with pytest.raises(ConfigError, match="prog: unrecognized arguments: --no; `prog --help`"):
         CommandParser("prog", "").parse(["--no"])
+
+
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {}])
+def test_a_prompt_in_chinese_passes_through_any_locale(tmp_path, locale):
+    command = [sys.executable, "-m", "bitdance_scale.cli.stage", "demo", 'sample.prompts=["\u732b"]', "--print-config"]
+    command = [part.encode("utf-8") for part in command]
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | locale, capture_output=True, check=True)
+    (tmp_path / "printed.toml").write_bytes(result.stdout)
+    # What the locale cannot print is an escape, which TOML reads.
+    assert load_config(tmp_path / "printed.toml").sample.prompts == ("\u732b",)

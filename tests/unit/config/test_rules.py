@@ -49,6 +49,7 @@ UNCONSTRAINED = {
     "run.start_from",
     "run.start_from_any",
     "sample.use_cache",
+    "observe.tensorboard",
 }
 
 
@@ -215,6 +216,15 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
     ),
     "padding": (["data.pack_multiple=96"], 1, ["max_pack_tokens = 2048", "data.pack_multiple = 96", "2112"]),
     "run name": (["run.name=a/b"], 1, ["run.name = 'a/b'", "folder name"]),
+    "run name of two lines": (['run.name="a\\nb"'], 1, ["run.name = 'a\\nb'", "without separators, line breaks"]),
+    "run name above": (["run.name=.."], 1, ["run.name = '..'", "folder name"]),
+    "no run name": (["run.name="], 1, ["run.name = ''", "folder name"]),
+    "profiled ranks": (
+        ["observe.profile_steps=[3]", "observe.profile_ranks=[0, 2]"],
+        2,
+        ["observe.profile_ranks = [0, 2]: 2 is no rank of 2", "use 0 to 1"],
+    ),
+    "profiled step": (["observe.profile_steps=[0]"], 1, ["observe.profile_steps[0] = 0", "at least 1"]),
     "steps": (["run.steps=0"], 1, ["run.steps = 0", "at least 1", "smallest legal value is 1"]),
     "probability": (["data.text_drop=1.5"], 1, ["data.text_drop = 1.5", "in [0, 1]", "largest legal value is 1"]),
     "decay": (["optim.beta2=1"], 1, ["optim.beta2 = 1.0", "in [0, 1)"]),
@@ -306,6 +316,6 @@ def test_rules_over_ranks_wait_until_ranks_are_known(config_path: Path) -> None:
     check(config, None)
     with pytest.raises(ConfigError, match="must divide the 3 ranks"):
         check(config, 3)
-    assert sum(rule.needs_ranks for rule in RULES) == 3
+    assert sum(rule.needs_ranks for rule in RULES) == 4
     with pytest.raises(ConfigError, match=r"parallel.tensor = 3: must divide"):
         check(load_config(config_path, ["parallel.tensor=3"]), None)

@@ -34,6 +34,11 @@ def test_the_demo_run_uses_the_sizes_of_the_demo_tokenizer():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ('run.name="a\\nb"', r"run.name = 'a\\nb': must be a plain folder name"),
+        ("observe.profile_steps=[0]", r"observe.profile_steps = \[0\]: steps count from 1"),
+        ("observe.profile_ranks=[-1]", r"observe.profile_ranks = \[-1\]: ranks count from 0"),
+        ("run.name=../x", r"run.name = '../x': must be a plain folder name"),
+        ("run.name=", r"run.name = '': must be a plain folder name"),
         ("autoencoder.num_bits=12", r"autoencoder.num_bits = 12: bits fill whole bytes; use a multiple of 8"),
         ("autoencoder.channels=48", r"autoencoder.channels = 48: .*multiple of 32"),
         ("autoencoder.channel_mult=[]", r"autoencoder.channel_mult = \[\]"),

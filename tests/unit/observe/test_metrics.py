@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -14,10 +15,12 @@ from pathlib import Path
 import pytest
 
 from bitdance_scale.errors import DataError
+from bitdance_scale.observe import metrics
 from bitdance_scale.observe.metrics import (
     EVALUATION_FILE,
     METRICS_FILE,
     Evaluation,
+    EvaluationWriter,
     MetricsWriter,
     StepMetrics,
     StepRecord,
@@ -236,3 +239,76 @@ def test_a_value_of_another_shape_names_its_line(tmp_path):
     path.write_text(LINE.replace('{"256": 2, "512": 6}', "8") + LINE)
     with pytest.raises(DataError, match=r"line 1: expected dict\[int, int\], got 8"):
         read_metrics(path)
+
+
+class FullDisk:
+    """Stands in the place of `os`: while it is full, a write takes `room` bytes and then fails."""
+
+    def __init__(self, code: int = errno.ENOSPC) -> None:
+        self.code, self.room, self.is_full = code, 0, True
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(os, name)
+
+    def write(self, descriptor: int, content: memoryview) -> int:
+        if self.is_full:
+            if not self.room:
+                raise OSError(self.code, os.strerror(self.code))
+            content, self.room = content[: self.room], 0
+        return os.write(descriptor, content)
+
+
+@pytest.mark.parametrize("room", [0, 1, 100, 300])
+def test_lines_wait_for_room_and_none_is_lost_or_torn(tmp_path, monkeypatch, room):
+    disk = FullDisk()
+    with MetricsWriter(tmp_path, 0, StepMetrics) as writer:
+        writer.write(point(1))
+        monkeypatch.setattr(metrics, "os", disk)
+        for step in (2, 3):
+            disk.room = room
+            with pytest.raises(OSError, match="No space left"):
+                writer.write(point(step))
+        assert len(writer.waiting) == 2
+        disk.is_full = False
+        writer.write(point(4))
+        assert not writer.waiting
+    assert read_metrics(tmp_path / METRICS_FILE) == [point(step) for step in range(1, 5)]
+    assert (tmp_path / METRICS_FILE).read_bytes().count(b"\n") == 4
+
+
+def test_lines_that_wait_are_written_at_the_end(tmp_path, monkeypatch):
+    disk = FullDisk(errno.EDQUOT)
+    writer = MetricsWriter(tmp_path, 0, StepMetrics)
+    monkeypatch.setattr(metrics, "os", disk)
+    with pytest.raises(OSError, match="quota"):
+        writer.write(point(1))
+    disk.is_full = False
+    writer.close()
+    assert read_metrics(tmp_path / METRICS_FILE) == [point(1)]
+
+
+def test_what_waits_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "MAX_WAITING_LINES", 3)
+    disk = FullDisk()
+    writer = MetricsWriter(tmp_path, 0, StepMetrics)
+    monkeypatch.setattr(metrics, "os", disk)
+    for step in range(1, 6):
+        with pytest.raises(OSError):
+            writer.write(point(step))
+    disk.is_full = False
+    writer.close()
+    assert [line.step for line in read_metrics(tmp_path / METRICS_FILE)] == [3, 4, 5]
+
+
+def test_evaluations_wait_for_room(tmp_path, monkeypatch):
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    writer = EvaluationWriter(tmp_path, Evaluation)
+    writer.write(evaluation(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "write_text", full)
+        with pytest.raises(OSError):
+            writer.write(evaluation(2))
+    writer.write(evaluation(3))
+    assert read_evaluations(tmp_path / EVALUATION_FILE) == [evaluation(step) for step in (1, 2, 3)]

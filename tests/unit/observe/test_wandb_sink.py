@@ -22,16 +22,16 @@ from wandb.proto.wandb_internal_pb2 import HistoryItem, SummaryItem
 from bitdance_scale.config.schema import ObserveSection
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.observe import wandb_sink
-from bitdance_scale.observe.metrics import Evaluation, StepMetrics, StepRecord
-from bitdance_scale.observe.wandb_sink import (
+from bitdance_scale.observe.metric_sink import (
     EVALUATION_PANELS,
     IMAGES,
     STEP,
     STEP_PANELS,
     SUMMARIES,
-    WandbSink,
     panel_values,
 )
+from bitdance_scale.observe.metrics import Evaluation, StepMetrics, StepRecord
+from bitdance_scale.observe.wandb_sink import WandbSink
 from tests.unit.observe.test_metrics import POINT
 
 PROGRAM = """
@@ -42,7 +42,8 @@ import numpy as np
 from bitdance_scale.config.schema import ObserveSection
 from bitdance_scale.observe.figures import image_grid
 from bitdance_scale.observe.metrics import Evaluation, StepMetrics
-from bitdance_scale.observe.wandb_sink import EVALUATION_PANELS, STEP_PANELS, WandbSink
+from bitdance_scale.observe.metric_sink import EVALUATION_PANELS, STEP_PANELS
+from bitdance_scale.observe.wandb_sink import WandbSink
 
 folder = Path(sys.argv[1])
 sink = WandbSink(ObserveSection(), folder, {"run": {"steps": 2}}, run_id="abc123")

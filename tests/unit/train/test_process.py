@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -22,7 +23,9 @@ from bitdance_scale.train.process import (
     EXIT_REQUEUE,
     REFUSAL_SUFFIX,
     SAME_SIGINT_S,
+    STEP_SUFFIX,
     StopRequest,
+    record_step,
     run_process,
 )
 from tests.distributed.spawn import run_ranks
@@ -117,3 +120,68 @@ def test_an_error_of_the_program_is_not_recorded(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         run_process(lambda: 1 // 0)
     assert list(tmp_path.iterdir()) == []
+
+
+NO_ROOM = """
+import errno, sys
+from bitdance_scale.train.process import run_process
+def action():
+    raise OSError(int(sys.argv[1]), "said by the system", "/data/runs/x/metrics")
+sys.exit(run_process(action))
+"""
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_room_is_a_refusal_of_any_rank(tmp_path, code, rank):
+    record = tmp_path / "exit_code"
+    environment = os.environ | {EXIT_RECORD: str(record), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    command = [sys.executable, "-c", NO_ROOM, str(code)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == EXIT_REFUSED and "Traceback" not in result.stderr
+    assert "/data/runs/x/metrics: cannot be written (said by the system): make room, raise the quota" in result.stderr
+    assert record.read_text() == "2\n"
+    assert "make room" in Path(f"{record}{REFUSAL_SUFFIX}").read_text()
+
+
+def test_an_error_of_the_machine_is_no_refusal(tmp_path):
+    environment = os.environ | {EXIT_RECORD: str(tmp_path / "exit_code")}
+    command = [sys.executable, "-c", NO_ROOM, str(errno.EIO)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "Traceback" in result.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_standard_output_on_a_full_disk_does_not_change_the_code():
+    program = (
+        "import sys; from bitdance_scale.train.process import run_process, tolerant_output\n"
+        "def action():\n    with tolerant_output():\n        print('x', flush='flush' in sys.argv)\n    return 75\n"
+        "sys.exit(run_process(action))"
+    )
+    for arguments in ([], ["flush"]):
+        command = [sys.executable, "-c", program, *arguments]
+        with open("/dev/full", "w", encoding="utf-8") as full:
+            result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+        assert result.returncode == EXIT_REQUEUE, result.stderr
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_prompt_is_printed_in_any_locale(encoding):
+    program = (
+        "import sys; from bitdance_scale.errors import ConfigError\n"
+        "from bitdance_scale.train.process import run_process\n"
+        "def action():\n    print('\\u732b'); raise ConfigError('\\u732b')\n"
+        "sys.exit(run_process(action))"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "LC_ALL": "C"}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False)
+    assert result.returncode == EXIT_REFUSED
+    assert result.stdout == b"\\u732b\n" and b"ConfigError: \\u732b" in result.stderr
+
+
+def test_the_step_of_a_checkpoint_is_left_beside_the_record(tmp_path, monkeypatch):
+    monkeypatch.delenv(EXIT_RECORD, raising=False)
+    record_step(3)
+    monkeypatch.setenv(EXIT_RECORD, str(tmp_path / "exit_code"))
+    record_step(3)
+    record_step(7)
+    assert (tmp_path / f"exit_code{STEP_SUFFIX}").read_text() == "7\n" and len(list(tmp_path.iterdir())) == 1

@@ -14,9 +14,10 @@ from bitdance_scale.config.schema import CheckpointSection, OptimSection, Parall
 from bitdance_scale.config.tokenizer_schema import TokenizerRunSection
 from bitdance_scale.errors import ConfigError, DataError, TrainingError
 from bitdance_scale.train import run
+from bitdance_scale.train.job import Job, Schedule
 from bitdance_scale.train.last_save import LocalErrors
 from bitdance_scale.train.process import StopRequest
-from bitdance_scale.train.run import Job, Schedule, joined_ranks, opened_run, train
+from bitdance_scale.train.run import joined_ranks, opened_run, train
 from bitdance_scale.train.step_guards import StepGuards
 
 SECTION = TokenizerRunSection(name="a", output="", steps=6)

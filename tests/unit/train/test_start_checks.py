@@ -18,6 +18,7 @@ from bitdance_scale.config.load import load_network
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import CheckpointError, ConfigError
 from bitdance_scale.train.start_checks import check_resume, check_start
+from bitdance_scale.vision.tokenizer import vision_digest
 from tests.distributed.toy import toy_config
 from tests.released import HEAD, write_autoencoder, write_plain_qwen3, write_published
 
@@ -52,6 +53,9 @@ def as_run_of(released: Path, folder: Path, stage: str, step: int, steps: int) -
     (path / "train_state.json").write_text(state)
     (path / MANIFEST_NAME).unlink()
     write_manifest(path)
+    committed = path.with_name(f"step_{step:08d}")
+    path.rename(committed)
+    (committed.parent / "latest").write_text(committed.name + "\n")
     return run
 
 
@@ -147,5 +151,32 @@ def test_settings_that_fit_the_tensors_and_change_their_meaning_are_refused(rele
 
 def test_a_run_does_not_go_on_as_another_stage(released, tmp_path):
     run = as_run_of(released, tmp_path, "ct", step=5, steps=5)
-    with pytest.raises(ConfigError, match="of stage 'ct', and this is stage 'sft'; give the run another name"):
+    with pytest.raises(ConfigError, match="run.stage = 'sft': .* was trained with 'ct'.*give the run another name"):
         check_resume(find_checkpoint(run), config_for(run, "sft"))
+
+
+def test_changes_that_a_run_may_make_are_told_in_one_line(released, tmp_path, caplog):
+    run = as_run_of(released, tmp_path, "ct", step=5, steps=5)
+    path, config = find_checkpoint(run), config_for(run, "ct")
+    config = dataclasses.replace(
+        config,
+        vision=dataclasses.replace(config.vision, flip_max=0.25),
+        text=dataclasses.replace(config.text, max_caption_tokens=9),
+        model=dataclasses.replace(config.model, attention="dense"),
+    )
+    with caplog.at_level("INFO"):
+        check_resume(path, config)
+    assert (
+        'resumed with changed settings: run.dtype "bfloat16" -> "float32", vision.flip_max 0.1 -> 0.25, ' in caplog.text
+    )
+    assert "text.max_caption_tokens 512 -> 9\n" in caplog.text
+    assert "attention" not in caplog.text
+
+
+def test_a_start_from_another_vision_tokenizer_is_refused_unless_forced(released):
+    path, config = find_checkpoint(released), config_for(released, "sft")
+    digest = vision_digest(config.vision)
+    check_start(path, config, digest)
+    with pytest.raises(CheckpointError, match="another vision tokenizer .*set \\[vision\\] as in"):
+        check_start(path, config, "0" * 32)
+    check_start(path, config_for(released, "sft", start_from_any=True), "0" * 32)

@@ -1,0 +1,97 @@
+"""What a change of each setting means to a run that goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from bitdance_scale.config.load import dump_toml, load_config
+from bitdance_scale.config.resuming import EFFECTS, TOKENIZER_EFFECTS, Effect, changes, effect_of, settings
+from bitdance_scale.config.tokenizer_schema import TokenizerConfig
+from bitdance_scale.train.start_checks import SAME_SETTINGS
+
+
+@pytest.fixture
+def config(config_path: Path):
+    return load_config(config_path)
+
+
+def tokenizer() -> TokenizerConfig:
+    return load_config("demo_tokenizer", schema=TokenizerConfig)
+
+
+def check_table(tree: object, effects: Mapping[str, Effect]) -> None:
+    names = [name for name, _, _ in settings(tree)]
+    used = {name if name in effects else f"{name.rpartition('.')[0]}.*" for name in names}
+    for name in names:
+        effect_of(name, effects)
+    assert used == effects.keys(), "the table names what is no setting"
+
+
+def test_every_setting_of_both_trees_has_an_effect(config):
+    check_table(config, EFFECTS)
+    check_table(tokenizer(), TOKENIZER_EFFECTS)
+
+
+def test_what_a_start_refuses_a_resume_refuses():
+    assert all(EFFECTS[f"{section}.{name}"] is Effect.FIXED for section, name in SAME_SETTINGS)
+
+
+def test_the_same_configuration_has_no_changes(config):
+    assert changes(dump_toml(config), config) == []
+    assert changes(dump_toml(tokenizer()), tokenizer()) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "line", "effect"),
+    [
+        ("optim.lr=0.0005", "optim.lr 0.0001 -> 0.0005", Effect.TOLD),
+        ("optim.beta2=0.9", "optim.beta2 0.95 -> 0.9", Effect.TOLD),
+        ("data.text_drop=0.5", "data.text_drop 0.1 -> 0.5", Effect.TOLD),
+        ("data.image_to_text_share=0.5", "data.image_to_text_share 0.0 -> 0.5", Effect.TOLD),
+        ("text.max_caption_tokens=8", "text.max_caption_tokens 32 -> 8", Effect.TOLD),
+        ("vision.flip_max=0.2", "vision.flip_max 0.1 -> 0.2", Effect.TOLD),
+        ("head.time_mean=0.0", "head.time_mean -0.8 -> 0.0", Effect.TOLD),
+        ("loss.text_weight=1.0", "loss.text_weight 0.01 -> 1.0", Effect.TOLD),
+        ("run.steps=200", "run.steps 100 -> 200", Effect.FREE),
+        ("parallel.tensor=2", "parallel.tensor 1 -> 2", Effect.FREE),
+        ("run.dtype=float32", 'run.dtype "bfloat16" -> "float32"', Effect.TOLD),
+        ("vision.block_side=2", "vision.block_side 4 -> 2", Effect.FIXED),
+        ("model.mask=causal", 'model.mask "block" -> "causal"', Effect.FIXED),
+        ("data.global_batch=30", "data.global_batch 20 -> 30", Effect.BY_CONTENT),
+        (
+            "data.sources=[{name='a', share=1, shards=['x']}]",
+            'data.sources [] -> [{ name = "a", shards = ["x"], share = 1, has_borders = false }]',
+            Effect.BY_CONTENT,
+        ),
+    ],
+)
+def test_a_change_is_found_with_both_values_and_its_effect(config_path, config, override, line, effect):
+    (change,) = changes(dump_toml(config), load_config(config_path, [override]))
+    assert (str(change), change.effect) == (line, effect)
+
+
+def test_more_steps_are_told_where_the_rate_falls_at_the_end(config_path):
+    old = load_config(config_path, ["optim.decay_steps=10"])
+    (change,) = changes(dump_toml(old), load_config(config_path, ["optim.decay_steps=10", "run.steps=200"]))
+    assert change.effect is Effect.TOLD
+    longer = dataclasses.replace(tokenizer(), run=dataclasses.replace(tokenizer().run, steps=10**6))
+    assert [change.effect for change in changes(dump_toml(tokenizer()), longer)] == [Effect.TOLD]
+
+
+def test_a_setting_that_the_checkpoint_lacks_had_its_default(config_path, config):
+    old = "\n".join(line for line in dump_toml(config).splitlines() if not line.startswith(("flip_max", "block_side")))
+    assert changes(old, config) == []
+    (change,) = changes(old, load_config(config_path, ["vision.block_side=8"]))
+    assert str(change) == "vision.block_side 4 -> 8"
+
+
+def test_a_release_says_nothing_of_a_run(config):
+    network = {"model", "head", "vision", "text"}
+    text = dump_toml(config)
+    sections = text.split("\n\n")
+    kept = [part for part in sections if part.strip("[").partition("]")[0] in network]
+    assert changes("[run]\nstart_from = 'x'\n" + "\n".join(kept), config) == []
