@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo-data pretrain recipe lint test test-newest test-slurm docs clean
+.PHONY: help setup demo-data pretrain recipe lint test test-newest test-slurm drills docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -85,6 +85,9 @@ $(NEWEST_STAMP): setup.cfg constraints-newest.txt
 
 test-slurm: setup  ## the launch scripts on a Slurm that it starts; as root on Debian; ARGS= goes to pytest
 	bash tests/slurm/run.sh $(BIN)/python $(ARGS)
+
+drills: setup  ## let everything go wrong that a run promises to survive (an hour); ARGS= goes to tests/faults/drills.py
+	PYTHONPATH=. $(BIN)/python -m tests.faults.drills $(ARGS)
 
 docs: setup  ## regenerate docs/config.md and docs/rules.md
 	$(BIN)/python tools/write_config_docs.py

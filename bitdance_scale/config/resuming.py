@@ -40,6 +40,8 @@ _SHARED: dict[str, Effect] = {
     "run.root": _FREE,
     "run.seed": _BY_CONTENT,
     "run.dtype": _TOLD,
+    "run.timeout_s": _FREE,
+    "run.long_timeout_s": _FREE,
     "checkpoint.*": _FREE,
     "observe.*": _FREE,
     "optim.*": _TOLD,

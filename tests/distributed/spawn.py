@@ -21,14 +21,19 @@ KILL_MARGIN_S = 5.0
 
 
 def run_ranks(
-    world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 120.0, on_gpu: bool = False
+    world_size: int,
+    fn: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = 120.0,
+    on_gpu: bool = False,
+    grace_s: float = FAILURE_GRACE_S,
 ) -> list[Any]:
     """Calls `fn(rank, *args)` in `world_size` fresh processes and returns their results, rank by rank.
 
     Each process has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT (a free port) set as
     torchrun sets them and OMP_NUM_THREADS=1; without `on_gpu` it sees no GPU, so that ranks may outnumber the GPUs.
     `fn` makes its own process group and must be importable (module level).
-    `fn`, `args` and the results are pickled.
+    `fn`, `args` and the results are pickled. Once a rank has failed, the others have `grace_s` to end.
 
     Raises:
         AssertionError: when a rank raises, dies or is not done after `timeout_s`; the message holds the ranks'
@@ -54,7 +59,7 @@ def run_ranks(
                 writer.close()
                 processes.append(process)
                 readers.append(reader)
-            return _collect(processes, readers, stacks, deadline)
+            return _collect(processes, readers, stacks, deadline, grace_s)
         finally:
             for process in processes:
                 process.kill()
@@ -88,7 +93,11 @@ def _rank_main(
 
 
 def _collect(
-    processes: list[Any], readers: list[multiprocessing.connection.Connection], stacks: list[Path], deadline: float
+    processes: list[Any],
+    readers: list[multiprocessing.connection.Connection],
+    stacks: list[Path],
+    deadline: float,
+    grace_s: float,
 ) -> list[Any]:
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
@@ -108,7 +117,7 @@ def _collect(
                 results[rank] = value
                 continue
             failures[rank] = value
-            end = min(end, time.time() + FAILURE_GRACE_S)
+            end = min(end, time.time() + grace_s)
     if not failures and not waiting:
         return [results[rank] for rank in range(len(processes))]
     for rank in waiting:

@@ -16,7 +16,16 @@ from tests.distributed.spawn import run_ranks
 
 NUM_RANKS = 2
 NUM_STEPS = 2
-TIMES = ("step_s", "data_wait_s", "tokens_per_s", "images_per_s", "memory_bytes", "steps_ready")
+TIMES = (
+    "step_s",
+    "data_wait_s",
+    "tokens_per_s",
+    "images_per_s",
+    "memory_bytes",
+    "steps_ready",
+    "slowest_rank",
+    "slowest_excess",
+)
 
 
 def _train(rank: int, root: str, overrides: list[str]) -> str:

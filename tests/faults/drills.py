@@ -69,7 +69,9 @@ class Bench:
 
 def start(root: Path, overrides: list[str], fault: Fault | None) -> str:
     try:
-        codes = run_ranks(NUM_RANKS, train_rank, str(root), overrides, fault, timeout_s=240)
+        # A rank that is killed takes nothing with it that the other could still write.
+        grace_s = 0.3 if fault is not None and fault.what == "kill" else 20.0
+        codes = run_ranks(NUM_RANKS, train_rank, str(root), overrides, fault, timeout_s=240, grace_s=grace_s)
     except AssertionError as error:
         return str(error)
     return "" if codes == [0] * NUM_RANKS else f"exit codes {codes}"

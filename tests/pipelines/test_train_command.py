@@ -68,7 +68,7 @@ def test_a_refusal_of_the_ranks_is_the_last_thing_on_both_screens(run):
     for code, printed in two_machines(folder, *overrides, "model.num_layers=3"):
         assert code == EXIT_REFUSED, printed[-4000:]
         assert "ChildFailedError" in printed
-        assert printed.rstrip().splitlines()[-1].startswith("CheckpointError: ")
+        assert printed.rstrip().splitlines()[-1].startswith("ConfigError: ")
 
 
 @pytest.mark.timeout(540)
