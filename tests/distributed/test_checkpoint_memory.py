@@ -1,4 +1,4 @@
-"""Saving holds one piece of a tensor at a time, loading none: measured on real ranks, next to versions that hold more."""
+"""Saving holds one piece of a tensor at a time, loading none: measured on real ranks, beside wasteful versions."""
 
 from __future__ import annotations
 

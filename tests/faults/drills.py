@@ -3,7 +3,8 @@
     PYTHONPATH=. python -m tests.faults.drills [--only NAME ...] [--kills 200]
 
 Every try trains a small demo on two ranks, lets something happen to it and checks what the run promises: that it is
-recovered, with the very bits of a run that nothing happened to, or that the culprit is named in time.
+recovered, with the very bits of a run that nothing happened to, or that the culprit is named in time. What needs no
+whole run, or runs of another kind, is in tests, which count as tries.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 from tests.distributed.small_demo import small_demo
 from tests.distributed.spawn import run_ranks
 from tests.faults.injection import Fault, fingerprint, train_rank
 
+ROOT = Path(__file__).parents[2]
 NUM_RANKS = 2
 NUM_STEPS = 8
 SAVE_EVERY = 2
@@ -224,6 +227,23 @@ def mounted(folder: Path, size_mb: int) -> Iterator[None]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
+def tested(*paths: str) -> Callable[[Bench], Iterator[None]]:
+    """A drill that is a set of tests; each counts as a try."""
+
+    def drill(bench: Bench) -> Iterator[None]:
+        report = bench.folder / "report.xml"
+        command = [sys.executable, "-m", "pytest", "--quiet", "--numprocesses=0", f"--junitxml={report}", *paths]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, timeout=3600, check=False)
+        for case in ElementTree.parse(report).iter("testcase"):
+            kinds = {element.tag for element in case}
+            if "skipped" not in kinds:
+                assert not kinds & {"failure", "error"}, case.get("name")
+                yield
+
+    return drill
+
+
 def wait_for(is_true: Callable[[], bool], timeout_s: float = 120.0) -> None:
     """Returns when it is true."""
     deadline_s = time.monotonic() + timeout_s
@@ -241,6 +261,17 @@ DRILLS: dict[str, Callable[[Bench], Iterator[None]]] = {
     "a second start": second_starts,
     "a damaged checkpoint": damages,
     "a full disk": full_disks,
+    "a lock": tested("tests/unit/train/test_run_lock.py"),
+    "metrics, logs and pictures without room": tested("tests/unit/train/test_run_sinks.py"),
+    "a bad number": tested("tests/distributed/test_step_guard.py", "tests/distributed/test_bad_steps.py"),
+    "a slow rank": tested("tests/distributed/test_straggler.py"),
+    "S3 breaks": tested("tests/unit/checkpoint/test_remote_copies.py", "tests/distributed/test_remote_checkpoints.py"),
+    "another setting or file on resume": tested(
+        "tests/distributed/test_resume_changes.py",
+        "tests/unit/checkpoint/test_refusals.py",
+        "tests/unit/checkpoint/test_foreign_files.py",
+    ),
+    "credentials in a URL": tested("tests/unit/test_credentials.py"),
 }
 
 

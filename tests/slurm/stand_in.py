@@ -1,4 +1,4 @@
-"""An entry point for tests of the launch alone: `stand_in.py CONFIG crash|advance|wait|finish FILE`."""
+"""An entry point for tests of the launch alone: `stand_in.py CONFIG [SETTING ..] crash|advance|hang|wait|finish FILE`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, record_step, run_process
+from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_HUNG, EXIT_REQUEUE, leave_record, record_step, run_process
 
 # Starts in which `advance` commits a checkpoint before it crashes.
 NUM_ADVANCES = 3
@@ -19,7 +19,7 @@ def main() -> int:
 
     To advance is to crash too, in the first starts after a checkpoint was committed.
     """
-    _, _, mode, file = sys.argv
+    *_, mode, file = sys.argv
     if mode == "advance" and os.environ["RANK"] == "0":
         starts = Path(file)
         number = len(starts.read_text(encoding="utf-8")) + 1 if starts.exists() else 1
@@ -28,6 +28,10 @@ def main() -> int:
             record_step(100 * number)
     if mode in ("crash", "advance"):
         raise RuntimeError("crash of the stand-in")
+    if mode == "hang":
+        # As the heartbeat ends every rank.
+        leave_record(EXIT_HUNG, "TrainingError: the job hangs: rank 1 does not answer", from_any=True)
+        os._exit(EXIT_HUNG)
     if mode == "finish":
         return EXIT_COMPLETE
     requests: list[int] = []

@@ -164,6 +164,15 @@ def test_fault_is_not_repeated_for_ever(tmp_path):
     assert "gave up at fault 2, 1 allowed" in (tmp_path / "job.log").read_text()
 
 
+def test_a_hang_is_named_and_counts_as_a_fault(tmp_path):
+    job = submit_stand_in(tmp_path, "hang", MAX_FAULTS="0")
+    end = wait_for_end(job, tmp_path / "job.log")
+    text = (tmp_path / "job.log").read_text(encoding="utf-8")
+    assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("FAILED", "0", "76:0"), text
+    assert "TrainingError: the job hangs: rank 1 does not answer" in text and "gave up at fault 1 (" not in text
+    assert "a rank hung; see" in text
+
+
 def test_faults_count_anew_after_a_new_checkpoint(tmp_path):
     job = submit_stand_in(tmp_path, "advance", MAX_FAULTS="1")
     end = wait_for_end(job, tmp_path / "job.log")
