@@ -1,4 +1,4 @@
-"""An entry point for tests of the launch alone: `stand_in.py CONFIG [SETTING ..] crash|advance|hang|wait|finish FILE`."""
+"""An entry point for tests of the launch alone: `stand_in.py CONFIG ... crash|advance|hang|wait|finish FILE`."""
 
 from __future__ import annotations
 
