@@ -105,24 +105,26 @@ def hangs(bench: Bench) -> Iterator[None]:
 
 
 def kills(bench: Bench) -> Iterator[None]:
-    """SIGKILL at random moments, half of them inside saves; ten to a run."""
+    """SIGKILL at random moments, every second one inside a save; at most ten to a run. Only kills that came count."""
     numbers = random.Random(0)
-    for number in range(bench.num_kills):
-        if number % KILLS_PER_RUN == 0:
-            root = bench.new_root()
-        if number % 2:
-            action = numbers.choice(SAVE_ACTIONS)
-            rank = numbers.randrange(NUM_RANKS) if action == "write" else 0
-            fault = Fault("kill", rank, save_action=action, num_save=numbers.choice((1, 1, 2)))
-        else:
-            fault = Fault("kill", numbers.randrange(NUM_RANKS), after_s=2.0, seed=number)
-        # A fault whose moment does not come lets the run end, which is as good an end.
-        said = bench.train(root, fault)
-        if said:
+    num_killed = 0
+    while num_killed < bench.num_kills:
+        root = bench.new_root()
+        for _ in range(min(KILLS_PER_RUN, bench.num_kills - num_killed)):
+            if num_killed % 2:
+                action = numbers.choice(SAVE_ACTIONS)
+                rank = numbers.randrange(NUM_RANKS) if action == "write" else 0
+                fault = Fault("kill", rank, save_action=action, num_save=numbers.choice((1, 1, 2)))
+            else:
+                fault = Fault("kill", numbers.randrange(NUM_RANKS), after_s=1.5, seed=numbers.randrange(2**32))
+            said = bench.train(root, fault)
+            if not said:
+                # Its moment did not come before the end of the run.
+                break
             expect(said, "exit code -9")
-        if (number + 1) % KILLS_PER_RUN == 0 or number + 1 == bench.num_kills:
-            bench.expect_recovery(root)
-        yield
+            num_killed += 1
+            yield
+        bench.expect_recovery(root)
 
 
 def requests(bench: Bench) -> Iterator[None]:
