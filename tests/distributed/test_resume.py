@@ -116,7 +116,8 @@ def uninterrupted(material, tmp_path_factory):
 )
 def test_broken_run_ends_as_the_uninterrupted_one(material, uninterrupted, tmp_path, kill, resumed_step, message):
     with pytest.raises(AssertionError, match=message):
-        run_ranks(NUM_RANKS, _run, str(tmp_path), material, kill)
+        # The rank that is left waits for the other, to save with it.
+        run_ranks(NUM_RANKS, _run, str(tmp_path), material, kill, grace_s=5.0 if kill == "data" else 0.5)
     records = run_ranks(NUM_RANKS, _run, str(tmp_path), material, None)
     assert [step for _, step in records] == [resumed_step] * NUM_RANKS
     assert [digest for digest, _ in records] == uninterrupted[0]
