@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+import boto3
+import pytest
+
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": "hush-hush", "AWS_DEFAULT_REGION": "us-east-1"}
 FAULTS = ("refused", "reset", "cut", "other_range", "slow_start")
 WRITE_FAULTS = ("refused", "reset", "lost", "slow_start")
@@ -46,6 +49,18 @@ def s3_server() -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
+
+
+@contextlib.contextmanager
+def bucket_server(bucket: str) -> Iterator[str]:
+    """A server with an empty bucket; this process has its credentials and nothing of this machine's configuration."""
+    with pytest.MonkeyPatch.context() as patch, s3_server() as url:
+        for name, value in CREDENTIALS.items():
+            patch.setenv(name, value)
+        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            patch.setenv(name, os.devnull)
+        boto3.client("s3", endpoint_url=url).create_bucket(Bucket=bucket)
+        yield url
 
 
 class FaultInjector:

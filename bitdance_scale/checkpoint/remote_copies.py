@@ -3,7 +3,7 @@
 Every rank copies its share of a checkpoint's files in a thread of its own. The threads do not talk to each other: the
 first rank's looks at the list of objects until all files are there, and then writes the marker
 (`checkpoint/remote_folder.py`). A copy that fails is tried again for a while and then given up with a warning; the next
-checkpoint is copied anew.
+checkpoint is copied as usual.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ class RemoteCopies:
     def _give_up(self, job: _Job, why: str, problem: str) -> str:
         logger.warning(
             "checkpoint.upload: the checkpoint of step %d was not copied, %s: %s. Training goes on; the next one will "
-            "be copied anew",
+            "be copied as usual",
             job.step,
             why,
             problem,

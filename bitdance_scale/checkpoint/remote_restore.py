@@ -132,7 +132,7 @@ def _newest(remote: RemoteFolder, root: Path) -> RemoteCheckpoint | None:
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}. {root} has no checkpoint, and whether {remote.where} has one must be known before a run begins: "
-            "mend the access, or set checkpoint.upload='' to begin anew"
+            "mend the access, or set checkpoint.upload='' to start over"
         ) from error
 
 

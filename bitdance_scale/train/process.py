@@ -95,7 +95,7 @@ def run_process(action: Callable[[], int]) -> int:
 
 
 def record_step(step: int) -> None:
-    """Leaves the step of a committed checkpoint for the launcher, which counts faults anew after it; on one rank.
+    """Leaves the step of a committed checkpoint for the launcher, which starts its count of faults over; on one rank.
 
     A launcher that cannot read it only gives up sooner: a full disk is not an error here.
     """

@@ -172,7 +172,7 @@ class StepGuards:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state()`; {}, from a checkpoint of an earlier version, begins anew.
+        """Goes on from `state()`; {}, from a checkpoint of an earlier version, starts with empty windows.
 
         Under shorter windows than those of the checkpoint, the last values count.
         """

@@ -27,7 +27,7 @@ from bitdance_scale.checkpoint.start_weights import load_start_weights
 from bitdance_scale.config.schema import CheckpointSection
 from bitdance_scale.errors import CheckpointError, DataError
 from bitdance_scale.parallel.partition import Placement, ShardedValue, whole_pieces
-from tests.s3_server import CREDENTIALS, FaultInjector, s3_server
+from tests.s3_server import FaultInjector, bucket_server
 
 BUCKET = "copies"
 WAIT_S = 60.0
@@ -35,13 +35,7 @@ WAIT_S = 60.0
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch, s3_server() as url:
-        for name, value in CREDENTIALS.items():
-            patch.setenv(name, value)
-        # Without the configuration of this machine.
-        patch.setenv("AWS_CONFIG_FILE", "/dev/null")
-        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
-        boto3.client("s3", endpoint_url=url).create_bucket(Bucket=BUCKET)
+    with bucket_server(BUCKET) as url:
         yield url
 
 
@@ -203,7 +197,7 @@ def test_a_server_that_fails_for_good_is_only_warned_of(make_copies, folder, inj
     assert (status.copied_step, status.num_failed) == (None, 1) and "status 403" in status.problem
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert "the checkpoint of step 1 was not copied, given up after" in warnings[-1]
-    assert "Training goes on; the next one will be copied anew" in warnings[-1]
+    assert "Training goes on; the next one will be copied as usual" in warnings[-1]
     # The next one is.
     injector.write_share = 0.0
     copies.upload(save(folder, 2))

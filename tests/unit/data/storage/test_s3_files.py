@@ -17,7 +17,7 @@ from bitdance_scale.data.storage import s3_files
 from bitdance_scale.data.storage.s3_client import SettingNames
 from bitdance_scale.data.storage.s3_files import S3Files, SendingRate
 from bitdance_scale.data.storage.store_contract import ReadError, WriteError
-from tests.s3_server import CREDENTIALS, WRITE_FAULTS, FaultInjector, s3_server
+from tests.s3_server import WRITE_FAULTS, FaultInjector, bucket_server
 
 BUCKET = "files"
 # The least that S3 takes.
@@ -27,13 +27,7 @@ NUM_BYTES = 2 * PART_BYTES + 1000
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch, s3_server() as url:
-        for name, value in CREDENTIALS.items():
-            patch.setenv(name, value)
-        # Without the configuration of this machine.
-        patch.setenv("AWS_CONFIG_FILE", "/dev/null")
-        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
-        boto3.client("s3", endpoint_url=url).create_bucket(Bucket=BUCKET)
+    with bucket_server(BUCKET) as url:
         yield url
 
 
