@@ -26,8 +26,7 @@ import torch.distributed as dist
 from bitdance_scale.atomic_files import WRITING, sync, sync_tree, write_text
 from bitdance_scale.checkpoint.integrity import find_damage, listed_bytes, write_manifest
 from bitdance_scale.checkpoint.retention import kept_steps
-from bitdance_scale.checkpoint.step_names import LATEST_NAME
-from bitdance_scale.checkpoint.step_names import STEP_NAME as _COMMITTED
+from bitdance_scale.checkpoint.step_names import LATEST_NAME, step_of
 from bitdance_scale.checkpoint.step_names import step_name as _name
 from bitdance_scale.errors import CheckpointError, DamagedCheckpointError, DiskFullError
 from bitdance_scale.parallel.agreement import all_ranks, on_first_rank
@@ -150,7 +149,7 @@ class CheckpointFolder:
         """Steps of the committed checkpoints, in ascending order; no collective."""
         if not self.root.is_dir():
             return []
-        return sorted(int(match[1]) for path in self.root.iterdir() if (match := _COMMITTED.fullmatch(path.name)))
+        return sorted(step for path in self.root.iterdir() if (step := step_of(path.name)) is not None)
 
     def _create(self, step: int, aside: Path) -> None:
         if (self.root / _name(step)).exists() and self._pointed() in (None, _name(step)):
@@ -254,13 +253,12 @@ class CheckpointFolder:
             logger.warning("%s: %r names %s; the newest checkpoint is %s", self.root, LATEST_NAME, name, newest)
         if name is None:
             return None
-        problem = find_damage(self.root / name) if _COMMITTED.fullmatch(name) else "not the name of a checkpoint"
+        problem = find_damage(self.root / name) if step_of(name) is not None else "not the name of a checkpoint"
         return name if problem is None else self._retreat(name, problem, falls_back)
 
     def _retreat(self, damaged: str, damage: str, falls_back: bool) -> str:
         """The name of the checkpoint to take in place of a damaged one: the next older whole one, or else any."""
-        match = _COMMITTED.fullmatch(damaged)
-        bound = int(match[1]) if match else None
+        bound = step_of(damaged)
         others = [step for step in reversed(self.steps()) if _name(step) != damaged]
         older = [step for step in others if bound is None or step < bound]
         whole = (step for step in [*older, *others] if find_damage(self.path_of(step)) is None)

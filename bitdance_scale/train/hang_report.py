@@ -24,7 +24,8 @@ from bitdance_scale.phases import POSITION, Phase
 HANGS_DIR = "hangs"
 STACKS_SIGNAL = signal.SIGUSR2
 """Makes a rank write the stacks of its threads, also where it is stuck inside a library."""
-_STACKS_WAIT_S = 3.0
+_STACKS_WAIT_S = 5.0
+_STACKS_POLL_S = 0.5
 # Files of the calls that wait for other ranks, and how many frames from the innermost they are looked for in.
 _COLLECTIVES = ("distributed_c10d.py", "c10d_logger.py", "p2p_communication.py")
 _NUM_INNER_FRAMES = 12
@@ -199,6 +200,7 @@ def _write_flight_record(path: Path) -> None:
 
 def take_stacks(folder: Path, beat: Beat) -> None:
     """Writes what can be found out about a process of this machine that does not answer, then ends it."""
+    path = folder / f"rank_{beat.rank:05d}.txt"
     lines = [f"{beat.name} did not answer; last heard of at {beat.place}\n"]
     try:
         status = Path(f"/proc/{beat.pid}/status").read_text(encoding="utf-8")
@@ -208,13 +210,16 @@ def take_stacks(folder: Path, beat: Beat) -> None:
         # A stopped process writes nothing until it goes on.
         os.kill(beat.pid, signal.SIGCONT)
         stacks = Path(f"/proc/{beat.pid}/fd/{beat.stacks}")
-        deadline_s = time.monotonic() + _STACKS_WAIT_S
-        while time.monotonic() < deadline_s and not stacks.stat().st_size:
-            time.sleep(0.1)
-        time.sleep(0.2)
+        deadline_s, size = time.monotonic() + _STACKS_WAIT_S, -1
+        # Until it has written something and writes no more.
+        while time.monotonic() < deadline_s and (size <= 0 or stacks.stat().st_size != size):
+            size = stacks.stat().st_size
+            time.sleep(_STACKS_POLL_S)
         lines.append(stacks.read_text(encoding="utf-8", errors="replace") or "no stacks: stuck in the kernel\n")
         os.kill(beat.pid, signal.SIGKILL)
     except (OSError, StopIteration) as error:
-        lines.append(f"the process is gone ({error})\n")
+        # Woken, it may have written its stacks and ended by itself.
+        own = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        lines.append(own or f"the process is gone ({error})\n")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"rank_{beat.rank:05d}.txt").write_text("".join(lines), encoding="utf-8")
+    path.write_text("".join(lines), encoding="utf-8")

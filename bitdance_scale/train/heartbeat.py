@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch.distributed as dist
 
@@ -125,8 +126,9 @@ class Heartbeat:
                 if self._store.check([_HANG]):
                     self._end_hung(is_first=False)
                 elif self._timeout_s and beat.still_s > self._limit_s(beat) and self._is_hang(beat):
-                    first = self._store.compare_set(_HANG, "", str(self._rank))
-                    self._end_hung(is_first=first == str(self._rank).encode())
+                    claim = f"{self._rank} {POSITION.step}"
+                    first = self._store.compare_set(_HANG, "", claim)
+                    self._end_hung(is_first=first == claim.encode())
             except dist.DistError as error:
                 # `_watch_alone` ends this rank if it hangs.
                 logger.debug("heartbeat: the store does not answer (%s)", error)
@@ -169,17 +171,25 @@ class Heartbeat:
         """Writes the stacks, and names the culprit or hears from the rank that does; then ends this process."""
         with self._hung:
             own = own_beat(self._rank, self._stacks, self._count, self._first_step)
-            folder = self._hang_folder()
+            # One folder for all: a stopped rank that was woken may be a step further by now.
+            folder = self._hang_folder(int(self._store.get(_HANG).split()[1]))
             self._try(lambda: write_own_stacks(folder, own))
             self._store.set(f"{_HANG}/{self._rank}", own.to_json())
-            if is_first:
-                self._report(folder)
-            else:
-                self._store.wait([_REPORT])
-            report = json.loads(self._store.get(_REPORT).decode())
-            self._take_silent(folder, [Beat(**beat) for beat in report["silent"]])
+            report: dict[str, Any] = {
+                "message": f"the job hangs, and no rank could say which one. The stacks are in {folder}"
+            }
+            try:
+                if is_first:
+                    self._report(folder)
+                else:
+                    self._store.wait([_REPORT])
+                report = json.loads(self._store.get(_REPORT).decode())
+                self._take_silent(folder, [Beat(**beat) for beat in report["silent"]])
+            except dist.DistError as error:
+                # The rank that reports has ended itself, or the store has. This one must end all the same.
+                logger.error("%s: %s", report["message"], error)
             leave_record(EXIT_HUNG, f"TrainingError: {report['message']}", from_any=True)
-            if self._rank not in report["culprits"]:
+            if self._rank not in report.get("culprits", []):
                 # torchrun blames the rank that ends first.
                 time.sleep(CULPRIT_AHEAD_S)
             self._finish()
@@ -227,17 +237,17 @@ class Heartbeat:
             own = own_beat(self._rank, self._stacks, self._count, self._first_step)
             if was_suspended or own.still_s <= self._long_timeout_s + 2 * self._grace_s + REPORT_WAIT_S:
                 continue
-            self._try(lambda own=own: write_own_stacks(self._hang_folder(), own))  # type: ignore[misc]
+            self._try(lambda own=own: write_own_stacks(self._hang_folder(own.step), own))  # type: ignore[misc]
             message = (
                 f"{own.name} got no further at {own.place} for {own.still_s:.0f} s, and the job's store does not "
-                f"answer: the launcher or the first node is gone. The stacks are in {self._hang_folder()}"
+                f"answer: the launcher or the first node is gone. The stacks are in {self._hang_folder(own.step)}"
             )
             logger.error(message)
             leave_record(EXIT_HUNG, f"TrainingError: {message}", from_any=True)
             self._finish()
 
-    def _hang_folder(self) -> Path:
-        return self._folder / HANGS_DIR / f"step_{POSITION.step:08d}"
+    def _hang_folder(self, step: int) -> Path:
+        return self._folder / HANGS_DIR / f"step_{step:08d}"
 
     def _finish(self) -> None:
         for handler in logging.getLogger().handlers:

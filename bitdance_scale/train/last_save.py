@@ -78,6 +78,14 @@ def save_after_fault(run: SavedRun) -> None:
             logger.warning("no last checkpoint: %s", error)
 
 
+def let_save_end(run: SavedRun) -> None:
+    """Waits for a checkpoint under way before an error ends the run, whose process groups it needs. Never raises."""
+    try:
+        run.settle()
+    except Exception as error:  # noqa: BLE001  # The error that ends the run is raised.
+        logger.warning("the checkpoint under way was not committed: %s", error)
+
+
 def _all_faulted(step: int) -> bool:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return True

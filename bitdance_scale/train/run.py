@@ -29,7 +29,7 @@ from bitdance_scale.parallel.topology import (
 from bitdance_scale.phases import POSITION, Phase, phase
 from bitdance_scale.train.heartbeat import Heartbeat
 from bitdance_scale.train.job import Job, JobConfig, NamedRun
-from bitdance_scale.train.last_save import save_after_fault
+from bitdance_scale.train.last_save import let_save_end, save_after_fault
 from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopRequest
 from bitdance_scale.train.run_lock import RunLock
 
@@ -110,9 +110,11 @@ def train(job: Job, stop: StopRequest) -> bool:
             job.settle()
         except BitDanceError:
             # Raised on all ranks, which have saved where that makes sense.
+            let_save_end(job)
             raise
         except Exception:
             save_after_fault(job)
+            let_save_end(job)
             raise
     return is_complete
 

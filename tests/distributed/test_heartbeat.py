@@ -70,3 +70,26 @@ def test_a_hanging_rank_is_named_and_the_job_ends(tmp_path, how):
 def test_a_rank_in_a_long_phase_does_not_hang(tmp_path):
     assert run_ranks(NUM_RANKS, _steps, str(tmp_path), "evaluating") == [4, 4]
     assert not (tmp_path / "hangs").exists()
+
+
+def _unreported(rank: int, folder: str) -> list[int]:
+    """A hang was declared by a rank that is gone; returns the exit codes of this one."""
+    from bitdance_scale.parallel.topology import end_process_group, own_store, start_process_group
+    from bitdance_scale.train import heartbeat
+
+    start_process_group(60.0)
+    heartbeat.REPORT_WAIT_S = 1.0
+    codes: list[int] = []
+    with heartbeat.Heartbeat(Path(folder), TIMEOUT_S, LONG_TIMEOUT_S, end=codes.append):
+        own_store().set("bitdance/hang", "7 0")
+        deadline_s = time.monotonic() + 30.0
+        while not codes and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+    end_process_group()
+    return codes
+
+
+def test_a_hang_that_nobody_reports_ends_the_job_all_the_same(tmp_path):
+    assert run_ranks(1, _unreported, str(tmp_path)) == [[76]]
+    (folder,) = (tmp_path / "hangs").iterdir()
+    assert "_unreported" in (folder / "rank_00000.txt").read_text()
