@@ -2,8 +2,8 @@
 
 Every shard that is scanned becomes a part, a segment of one shard in a file of its own, so that a build that was
 stopped goes on from there. Then the shards are divided into segments. A segment of an earlier index whose shards are
-still neighbours stays as it is; the others are joined from the parts and from earlier segments. Scanning and joining are
-done by the workers; this process only keeps the tables. At no time are more than a few files open.
+still neighbours stays as it is; the others are joined from the parts and from earlier segments. Workers scan and join;
+this process only keeps the tables. At no time are more than a few files open.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class _Task:
 
 
 @dataclass(frozen=True)
-class _Known:
+class KnownShard:
     """A shard that has been scanned, and where its samples are."""
 
     entry: ShardEntry
@@ -132,7 +132,7 @@ def build_index(
             captions = tuple(dict.fromkeys((*old.captions, *captions)))
             if old.captions == captions and not damaged and [_task_of(entry) for entry in old.shards] == tasks:
                 return open_index(index_dir, is_verified=True)
-        known = _known_shards(index_dir, old, damaged) if old is not None and set(captions) <= set(old.captions) else {}
+        known = known_shards(index_dir, old, damaged) if old is not None and set(captions) <= set(old.captions) else {}
         missing = [task for task in dict.fromkeys(tasks) if task not in known]
         scan = partial(scan_file, captions=captions, stores=stores, parts=index_dir / _PARTS_NAME)
         if num_workers is None:
@@ -145,7 +145,7 @@ def build_index(
         if not sum(found.entry.num_samples for found in found_shards):
             raise _nothing_found([found.entry for found in found_shards])
         reusable = [entry for entry in old.segments if entry not in damaged] if old is not None else []
-        _write(found_shards, captions, index_dir, reusable, num_workers)
+        write_index(found_shards, captions, index_dir, reusable, num_workers)
         shutil.rmtree(index_dir / _PARTS_NAME, ignore_errors=True)
     except OSError as error:
         way_out = "Raise the limit (`ulimit -n`)" if is_full(error) else "Set data.index_dir to a writable folder"
@@ -153,7 +153,7 @@ def build_index(
     return open_index(index_dir, is_verified=True)
 
 
-def scan_file(task: _Task, captions: Sequence[str], stores: Stores, parts: Path) -> _Known:
+def scan_file(task: _Task, captions: Sequence[str], stores: Stores, parts: Path) -> KnownShard:
     """Scans one shard into a part, or takes the part that an earlier build has left.
 
     Raises:
@@ -181,10 +181,10 @@ def scan_file(task: _Task, captions: Sequence[str], stores: Stores, parts: Path)
     entry = ShardEntry(task.path, total_bytes, task.state.tag, len(content), content.errors, content.tar_errors)
     digests = shard_digests(content.segment.columns)
     write_columns(path, content.segment.columns, {"shards": [digests], "entry": dataclasses.asdict(entry)})
-    return _Known(entry, Piece(path, 0, len(content)), digests)
+    return KnownShard(entry, Piece(path, 0, len(content)), digests)
 
 
-def _open_part(path: Path, task: _Task) -> _Known | None:
+def _open_part(path: Path, task: _Task) -> KnownShard | None:
     """The part of a shard, if an earlier build has left one."""
     try:
         segment = Segment.open(path)
@@ -195,7 +195,7 @@ def _open_part(path: Path, task: _Task) -> _Known | None:
         logger.warning("%s: a part that an earlier build left cannot be used (%r); scanning again", path, error)
         return None
     assert _task_of(entry) == task, (entry, task)
-    return _Known(entry, Piece(path, 0, segment.num_samples), segment.metadata["shards"][0])
+    return KnownShard(entry, Piece(path, 0, segment.num_samples), segment.metadata["shards"][0])
 
 
 @contextmanager
@@ -229,9 +229,9 @@ def _open_old(index_dir: Path) -> tuple[IndexTable | None, set[SegmentEntry]]:
     return table, set(damaged)
 
 
-def _known_shards(index_dir: Path, old: IndexTable, damaged: set[SegmentEntry]) -> dict[_Task, _Known]:
+def known_shards(index_dir: Path, old: IndexTable, damaged: set[SegmentEntry]) -> dict[_Task, KnownShard]:
     """The shards of the sound segments of an index."""
-    known: dict[_Task, _Known] = {}
+    known: dict[_Task, KnownShard] = {}
     entries = iter(old.shards)
     for segment in old.segments:
         own = list(itertools.islice(entries, segment.num_shards))
@@ -239,7 +239,7 @@ def _known_shards(index_dir: Path, old: IndexTable, damaged: set[SegmentEntry]) 
             continue
         path, start = index_dir / segment.file, 0
         for entry, digests in zip(own, Segment.open(path).metadata["shards"], strict=True):
-            known[_task_of(entry)] = _Known(entry, Piece(path, start, start + entry.num_samples), digests)
+            known[_task_of(entry)] = KnownShard(entry, Piece(path, start, start + entry.num_samples), digests)
             start += entry.num_samples
     return known
 
@@ -285,8 +285,8 @@ def _default_workers(tasks: Sequence[_Task]) -> int:
     return min(amount, len(os.sched_getaffinity(0)), _MAX_WORKERS)
 
 
-def _write(
-    shards: Sequence[_Known],
+def write_index(
+    shards: Sequence[KnownShard],
     captions: Sequence[str],
     index_dir: Path,
     reusable: Sequence[SegmentEntry],
@@ -316,7 +316,7 @@ def _write(
 
 
 def _plan_segments(
-    shards: Sequence[_Known], reusable: Sequence[SegmentEntry], texts: tuple[str, ...], index_dir: Path
+    shards: Sequence[KnownShard], reusable: Sequence[SegmentEntry], texts: tuple[str, ...], index_dir: Path
 ) -> list[_Planned]:
     """Divides the shards into segments; those whose shards have stayed together are not written again."""
     num_samples = sum(shard.entry.num_samples for shard in shards)
@@ -324,7 +324,7 @@ def _plan_segments(
     # A small one is joined with its neighbours, so that their number stays small however often shards are added.
     starts = {index_dir / entry.file: entry for entry in reusable if 2 * entry.num_samples >= target}
     planned: list[_Planned] = []
-    group: list[_Known] = []
+    group: list[KnownShard] = []
 
     def close() -> None:
         if group:
@@ -350,7 +350,7 @@ def _plan_segments(
     return planned
 
 
-def _is_whole(shards: Sequence[_Known], segment: SegmentEntry) -> bool:
+def _is_whole(shards: Sequence[KnownShard], segment: SegmentEntry) -> bool:
     """Whether these shards are those of a segment, in its order."""
     if len(shards) < segment.num_shards or shards[0].piece.start:
         return False
