@@ -16,13 +16,10 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from typing import TypeVar
 
 import orjson
 import xxhash
@@ -43,9 +40,10 @@ from bitdance_scale.data.index.index import (
 )
 from bitdance_scale.data.index.segment import SCORE, Piece, Segment, join_pieces
 from bitdance_scale.data.index.shard_errors import advised
-from bitdance_scale.data.index.shard_scan import NAME, caption_column, scan_shard, shard_digests
+from bitdance_scale.data.index.shard_scan import NAME, ShardContent, caption_column, scan_shard, shard_digests
 from bitdance_scale.data.index.tar_scan import BLOCK_BYTES, WINDOW_BYTES
 from bitdance_scale.data.index.verification import SegmentEntry, find_damage, is_full, write_stamps
+from bitdance_scale.data.index.workers import default_workers, in_processes
 from bitdance_scale.data.storage.store_contract import ReadError, ShardState
 from bitdance_scale.data.storage.stores import Stores
 from bitdance_scale.errors import DataError
@@ -57,15 +55,10 @@ MIN_SEGMENT_SAMPLES = 1 << 20
 MAX_SEGMENTS = 256
 """A segment has at least the one, or so many samples that there are at most about this many segments."""
 _PARTS_NAME = ".parts"
-_BYTES_PER_WORKER = 1 << 31
-_MAX_WORKERS = 32
-_TASKS_PER_WORKER = 4
 _REMOTE_WINDOW_BYTES = 16 << 20
 # The place of an image counts blocks in 32 bits.
 _MAX_SHARD_BYTES = BLOCK_BYTES << 32
 _Progress = Callable[[ShardEntry], None]
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True)
@@ -136,8 +129,8 @@ def build_index(
         missing = [task for task in dict.fromkeys(tasks) if task not in known]
         scan = partial(scan_file, captions=captions, stores=stores, parts=index_dir / _PARTS_NAME)
         if num_workers is None:
-            num_workers = _default_workers(missing)
-        for found in _run(scan, missing, num_workers):
+            num_workers = default_workers(sum(task.state.num_bytes for task in missing))
+        for found in in_processes(scan, missing, min(num_workers, len(missing))):
             known[_task_of(found.entry)] = found
             if progress is not None:
                 progress(found.entry)
@@ -169,19 +162,35 @@ def scan_file(task: _Task, captions: Sequence[str], stores: Stores, parts: Path)
     if (left := _open_part(path, task)) is not None:
         return left
 
-    def read(offset: int, num_bytes: int) -> bytes:
-        return stores.read(task.path, offset, max(0, min(num_bytes, total_bytes - offset)), task.state.tag)
-
-    window_bytes = _REMOTE_WINDOW_BYTES if task.path.startswith(S3_SCHEME) else WINDOW_BYTES
     try:
-        with _no_collection():
-            content = scan_shard(read, total_bytes, captions, window_bytes)
+        content = read_shard(task.path, task.state, captions, stores)
     except ReadError as error:
         raise DataError(f"{task.path}: cannot read the shard ({error}). Correct data.shards or restore it.") from error
     entry = ShardEntry(task.path, total_bytes, task.state.tag, len(content), content.errors, content.tar_errors)
     digests = shard_digests(content.segment.columns)
     write_columns(path, content.segment.columns, {"shards": [digests], "entry": dataclasses.asdict(entry)})
     return KnownShard(entry, Piece(path, 0, len(content)), digests)
+
+
+def read_shard(path: str, state: ShardState, captions: Sequence[str], stores: Stores) -> ShardContent:
+    """Scans a shard.
+
+    Args:
+        path: the shard.
+        state: what it is; another object on S3 is refused.
+        captions: caption sources to keep.
+        stores: how to read it.
+
+    Raises:
+        ReadError: it cannot be read.
+    """
+
+    def read(offset: int, num_bytes: int) -> bytes:
+        return stores.read(path, offset, max(0, min(num_bytes, state.num_bytes - offset)), state.tag)
+
+    window_bytes = _REMOTE_WINDOW_BYTES if path.startswith(S3_SCHEME) else WINDOW_BYTES
+    with _no_collection():
+        return scan_shard(read, state.num_bytes, captions, window_bytes)
 
 
 def _open_part(path: Path, task: _Task) -> KnownShard | None:
@@ -261,30 +270,6 @@ def _nothing_found(entries: Sequence[ShardEntry]) -> DataError:
     )
 
 
-def _run(work: Callable[[_In], _Out], tasks: Sequence[_In], num_workers: int) -> Iterator[_Out]:
-    """Results in any order, from other processes if there are several workers and tasks."""
-    if num_workers < 2 or len(tasks) < 2:
-        yield from map(work, tasks)
-        return
-    # Forking this process could copy threads and CUDA; the server has neither.
-    with ProcessPoolExecutor(min(num_workers, len(tasks)), mp_context=get_context("forkserver")) as pool:
-        waiting = iter(tasks)
-        running = {pool.submit(work, task) for task in itertools.islice(waiting, _TASKS_PER_WORKER * num_workers)}
-        try:
-            while running:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                running |= {pool.submit(work, task) for task in itertools.islice(waiting, len(done))}
-                while done:
-                    yield done.pop().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _default_workers(tasks: Sequence[_Task]) -> int:
-    amount = sum(task.state.num_bytes for task in tasks) // _BYTES_PER_WORKER
-    return min(amount, len(os.sched_getaffinity(0)), _MAX_WORKERS)
-
-
 def write_index(
     shards: Sequence[KnownShard],
     captions: Sequence[str],
@@ -297,7 +282,7 @@ def write_index(
     texts = (NAME, *map(caption_column, captions))
     planned = _plan_segments(shards, reusable, texts, index_dir)
     joins = [segment for segment in planned if isinstance(segment, _Join)]
-    joined = dict(_run(_join, joins, num_workers))
+    joined = dict(in_processes(_join, joins, min(num_workers, len(joins))))
     segments = [joined[segment.number] if isinstance(segment, _Join) else segment for segment in planned]
     scores = list(dict.fromkeys(n.removeprefix(SCORE) for s in shards for n in s.digests if n.startswith(SCORE)))
     places = [f"{s.entry.num_bytes} {s.entry.num_samples} {s.digests['place']}" for s in shards]
