@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AddedToken, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from bitdance_scale.config.published_config import HEAD_CONFIG_NAME, MODEL_CONFIG_NAME, published_head
+from bitdance_scale.config.published_backbone import MODEL_CONFIG_NAME
+from bitdance_scale.config.published_head import HEAD_CONFIG_NAME, published_head
 from bitdance_scale.config.schema import HeadSection, VisionSection
 from bitdance_scale.model.diffusion_head import DiffusionHead
 from bitdance_scale.model.linears import PlainLinears

@@ -145,6 +145,7 @@ class VisionSection:
         (1, 1, 2, 2, 4), doc="Channel multiplier per level; downsampling is 2^(levels - 1)."
     )
     num_res_blocks: int = setting(4, doc="Residual blocks per level.")
+    gan_decoder: bool = setting(False, doc="Whether the decoder also takes noise, as two of the published ones do.")
     block_side: int = setting(4, doc="Side p of the block of p x p vision tokens predicted together.")
     flip_max: float = setting(
         0.1,
