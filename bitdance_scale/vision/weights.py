@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from bitdance_scale.atomic_files import write_bytes
+from bitdance_scale.config.named_files import autoencoder_faults
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.weight_files import check_tensors, read_single_header
 
@@ -45,8 +46,8 @@ def load_weights(path: str | Path, wanted: Mapping[str, torch.Tensor]) -> dict[s
 
 def check_weights(path: str | Path, wanted: Mapping[str, torch.Tensor]) -> None:
     """Compares the header of a weights file with a network; the arguments and errors of `load_weights`."""
-    if not Path(path).is_file():
-        raise ConfigError(f"vision.weights = {str(path)!r}: no such file; set it to the autoencoder's safetensors file")
+    for fault in autoencoder_faults(Path(path)):
+        raise ConfigError(fault)
     check_tensors(
         Path(path),
         read_single_header(Path(path)),
