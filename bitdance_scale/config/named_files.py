@@ -15,13 +15,17 @@ from bitdance_scale.errors import ConfigError
 _FAST, _SLOW = "tokenizer.json", ("vocab.json", "merges.txt")
 
 
-def check_named_files(config: RunConfig) -> None:
+def check_named_files(config: RunConfig, *, reads_text: bool = True) -> None:
     """Looks for the files that every rank will read.
+
+    Args:
+        config: the run.
+        reads_text: whether the text tokenizer is among them.
 
     Raises:
         ConfigError: one is missing; lists all that are.
     """
-    faults = [*tokenizer_faults(config.text), *autoencoder_faults(config.vision.weights_path)]
+    faults = [*(tokenizer_faults(config.text) if reads_text else ()), *autoencoder_faults(config.vision.weights_path)]
     if faults:
         raise ConfigError("\n".join(faults))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bitdance_scale.cli import launch, stage, train
+from bitdance_scale.cli import encode_shards, launch, stage, train
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.named_files import check_named_files, tokenizer_faults
 from bitdance_scale.config.schema import TextSection
@@ -87,3 +87,16 @@ def test_no_rank_starts_without_its_tokenizer(tmp_path, monkeypatch, capsys, num
     else:
         assert train.main([*command, "--nproc", str(num_ranks)]) == 2
     assert "text.path = 'gone': there is no such folder" in capsys.readouterr().err
+
+
+def test_encoding_needs_the_autoencoder_alone(tmp_path, monkeypatch, capsys):
+    def refuse(*_: object) -> int:
+        raise AssertionError("a rank was started")
+
+    monkeypatch.setattr(encode_shards, "launch", refuse)
+    write_shards(tmp_path / "shards", num_images=2, per_shard=2, seed=0)
+    command = ["demo", "--out", str(tmp_path / "bits"), "--nproc", "2", f'data.shards=["{tmp_path / "shards"}"]']
+    with pytest.raises(AssertionError, match="a rank was started"):
+        encode_shards.main([*command, "text.path=gone"])
+    assert encode_shards.main([*command, "vision.weights=gone"]) == 2
+    assert "vision.weights = 'gone': no such file in " in capsys.readouterr().err
