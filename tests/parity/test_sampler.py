@@ -42,8 +42,8 @@ def loop_velocity(predict, x, t, guidance):
 
 
 def shifted(ends: torch.Tensor, shift: float) -> list[float]:
-    """Ends of the steps in the release's form of the shift, which is the same function written otherwise."""
-    return ((1 / shift) / ((1 / shift) + (1 / ends - 1))).tolist()
+    """Ends of the steps: a shift moves the log-odds of a time by the logarithm of the shift."""
+    return torch.sigmoid(torch.logit(ends) - math.log(shift)).tolist()
 
 
 def sample_by_loop(predict, draws, num_steps, guidance, kind, shift=1.0):
