@@ -33,16 +33,14 @@ from bitdance_scale.data.plan.buckets import EligibleSamples, assign_buckets, re
 from bitdance_scale.data.plan.plan import Plan
 from bitdance_scale.data.plan.selection import SAMPLES_PER_CHUNK, store_selection
 
-SHARD_SAMPLES = 10_000
 NUM_TEMPLATES = 8
 SCORES = ("punsafe", "pwatermark", "similarity", "aesthetic", "clip", "nsfw", "text_area", "blur")
 MAX_OPEN_FILES = 1024
 
 
-def template(folder: Path, number: int) -> build.KnownShard:
+def template(folder: Path, number: int, count: int) -> build.KnownShard:
     """The part of one synthetic shard."""
     numbers = np.random.default_rng(number)
-    count = SHARD_SAMPLES
     short = numbers.integers(200, 1600, count)
     aspect = np.exp(np.abs(numbers.normal(0, 0.35, count)))
     size = np.stack([short, np.minimum(short * aspect, 6000).astype(np.int64)], axis=1)
@@ -65,9 +63,9 @@ def template(folder: Path, number: int) -> build.KnownShard:
     return build.KnownShard(ShardEntry("", 0, "", count, {}), Piece(path, 0, count), digests)
 
 
-def synthetic_shards(folder: Path, count: int) -> list[build.KnownShard]:
+def synthetic_shards(folder: Path, count: int, shard_samples: int) -> list[build.KnownShard]:
     """So many shards, whose samples are those of a few templates."""
-    templates = [template(folder, number) for number in range(NUM_TEMPLATES)]
+    templates = [template(folder, number, shard_samples) for number in range(NUM_TEMPLATES)]
     found = []
     for number in range(count):
         known = templates[number % NUM_TEMPLATES]
@@ -107,7 +105,7 @@ def row(name: str, value: str) -> None:
 
 def bench_build(folder: Path, shards: list[build.KnownShard]) -> Path:
     """Joining all parts, and one changed shard."""
-    index_dir, num_samples = folder / "index", SHARD_SAMPLES * len(shards)
+    index_dir, num_samples = folder / "index", sum(shard.entry.num_samples for shard in shards)
     elapsed = seconds(lambda: build.write_index(shards, ["caption"], index_dir, [], 1))
     text = text_bytes(index_dir)
     size = sum(path.stat().st_size for path in index_dir.glob("segment_*"))
@@ -130,7 +128,7 @@ def bench_change(folder: Path, index_dir: Path, shards: list[build.KnownShard]) 
     table = read_table(index_dir)
     known = list(build.known_shards(index_dir, table, set()).values())
     middle = len(known) // 2
-    changed = template(folder, NUM_TEMPLATES)
+    changed = template(folder, NUM_TEMPLATES, shards[middle].entry.num_samples)
     known[middle] = dataclasses.replace(changed, entry=dataclasses.replace(shards[middle].entry, tag="changed"))
     before = {path.name for path in index_dir.glob("segment_*")}
     elapsed = seconds(lambda: build.write_index(known, ["caption"], index_dir, table.segments, 1))
@@ -215,6 +213,7 @@ def read_with_numpy(index_dir: Path, samples: np.ndarray) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=10_000_000)
+    parser.add_argument("--shard-samples", type=int, default=10_000, help="samples of a shard (default: 10000)")
     parser.add_argument("--folder", help="where the index is written; default: the folder for temporary files")
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_OPEN_FILES, MAX_OPEN_FILES))
@@ -225,7 +224,7 @@ def main() -> None:
         filters=(DataFilter(column="punsafe", max=0.9), DataFilter(column="aesthetic", min=0.1)),
     )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        shards = synthetic_shards(Path(folder), options.samples // SHARD_SAMPLES)
+        shards = synthetic_shards(Path(folder), options.samples // options.shard_samples, options.shard_samples)
         index_dir = bench_build(Path(folder), shards)
         bench_start(index_dir, data)
         bench_captions(index_dir, data)

@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -29,7 +29,6 @@ from bitdance_scale.data.index.shard_scan import NAME, caption_column
 from bitdance_scale.data.index.tar_scan import BLOCK_BYTES, TarError
 from bitdance_scale.data.index.verification import SegmentEntry, find_damage, is_full
 from bitdance_scale.errors import DataError
-from bitdance_scale.renames import RENAMED_INDEX_FIELDS, with_new_names
 
 FORMAT = 3
 TABLE_NAME = "index.json"
@@ -368,10 +367,10 @@ def open_index(index_dir: str | Path, *, is_verified: bool = False) -> Index:
     )
 
 
-def entry_of_table(shard: Mapping[str, object], index_dir: Path) -> ShardEntry:
+def entry_of_table(shard: Mapping[str, Any], index_dir: Path) -> ShardEntry:
     """A shard as the table of an index in this folder has it."""
-    values = with_new_names(shard, RENAMED_INDEX_FIELDS)
-    if not values["path"].startswith(S3_SCHEME):
-        values["path"] = os.path.abspath(index_dir / values["path"])
-    values["tar_errors"] = tuple(TarError(**tar_error) for tar_error in values["tar_errors"])
-    return ShardEntry(**values)
+    path = shard["path"]
+    if not path.startswith(S3_SCHEME):
+        path = os.path.abspath(index_dir / path)
+    tar_errors = tuple(TarError(**tar_error) for tar_error in shard["tar_errors"])
+    return ShardEntry(**{**shard, "path": path, "tar_errors": tar_errors})
