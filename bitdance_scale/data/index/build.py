@@ -196,7 +196,7 @@ def read_shard(path: str, state: ShardState, captions: Sequence[str], stores: St
 def _open_part(path: Path, task: _Task) -> KnownShard | None:
     """The part of a shard, if an earlier build has left one."""
     try:
-        segment = Segment.open(path)
+        segment = Segment.of_file(path)
         entry = entry_of_table(segment.metadata["entry"], path.parent)
     except FileNotFoundError:
         return None
@@ -247,7 +247,7 @@ def known_shards(index_dir: Path, old: IndexTable, damaged: set[SegmentEntry]) -
         if segment in damaged:
             continue
         path, start = index_dir / segment.file, 0
-        for entry, digests in zip(own, Segment.open(path).metadata["shards"], strict=True):
+        for entry, digests in zip(own, Segment.of_file(path).metadata["shards"], strict=True):
             known[_task_of(entry)] = KnownShard(entry, Piece(path, start, start + entry.num_samples), digests)
             start += entry.num_samples
     return known

@@ -351,7 +351,7 @@ def open_index(index_dir: str | Path, *, is_verified: bool = False) -> Index:
                     f"{index_dir / entry.file}: {damage}. `bitdance index`, or the next run, reads the shards of this "
                     "segment again."
                 )
-        segments = [Segment.open(index_dir / entry.file) for entry in table.segments]
+        segments = [Segment.of_file(index_dir / entry.file) for entry in table.segments]
     except (OSError, ValueError, KeyError, TypeError) as error:
         if is_full(error):
             raise DataError(f"{index_dir}: {error.strerror}. Raise the limit (`ulimit -n`) and start again.") from error
