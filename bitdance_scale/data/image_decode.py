@@ -20,9 +20,8 @@ from bitdance_scale.data.images.png import parse as parse_png
 from bitdance_scale.data.images.resize import (
     ResizeMethod,
     centre_region,
-    resize_lanczos,
-    resize_sharp,
-    whole_pixel_region,
+    resize_box,
+    resize_centre,
 )
 
 DECODE_VERSION = 2
@@ -52,9 +51,9 @@ def decode_image(
 ) -> np.ndarray:
     """Decodes an image, resizes it to cover the bucket and crops the centre.
 
-    "sharp" is one antialiased bicubic pass over the centred region that has the aspect of the bucket, to the nearest
-    whole pixel. "fast" is one Lanczos pass over the exact region; a JPEG that is at least twice as large is decoded at
-    half its size. What that costs is in docs/benchmarks.md: on photographs several decibels.
+    This is one antialiased Lanczos pass over the centred region that has the aspect of the bucket. "fast" first decodes
+    a JPEG that is at least twice as large at half its size. On photographs that costs several decibels
+    (docs/benchmarks.md).
 
     Args:
         data: a JPEG, PNG or WebP file.
@@ -82,16 +81,14 @@ def decode_image(
     top, left = ((size - side) // 2 for size, side in zip(size_px, content, strict=True))
     if ResizeMethod(resize) == ResizeMethod.SHARP:
         pixels = _upright(_decode(data, header), header.orientation)
-        region = whole_pixel_region(content, bucket_px)
-        top, left = top + region.top, left + region.left
-        return resize_sharp(pixels[top : top + region.height, left : left + region.width], bucket_px)
+        return resize_centre(pixels[top : top + content[0], left : left + content[1]], bucket_px)
     box = centre_region(content, bucket_px)
     box = box[0] + left, box[1] + top, box[2] + left, box[3] + top
     is_half = header.format == ImageFormat.JPEG and header.orientation == 1 and _covers_twice(box, bucket_px)
     if is_half:
         # An odd side is rounded up, but in pixels of the half-size image the region is exactly halved.
         box = box[0] / 2, box[1] / 2, box[2] / 2, box[3] / 2
-    return resize_lanczos(_upright(_decode(data, header, is_half), header.orientation), bucket_px, box)
+    return resize_box(_upright(_decode(data, header, is_half), header.orientation), bucket_px, box)
 
 
 def _header(data: bytes) -> Header:

@@ -298,8 +298,9 @@ class Loader:
         index = self._index
         try:
             data = self._reader.image(index, sample)
-            content = content_px(index, slice(sample, sample + 1), has_borders)
-            return decode_image(data, index.size_px(sample), bucket_px, (int(content[0][0]), int(content[1][0])))
+            heights, widths = content_px(index, slice(sample, sample + 1), has_borders)
+            content = int(heights[0]), int(widths[0])
+            return decode_image(data, index.size_px(sample), bucket_px, content, self._config.data.resize)
         except SampleError as error:
             return error
 

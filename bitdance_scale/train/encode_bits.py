@@ -113,9 +113,10 @@ class Encoder:
         index = self._index
         has_borders = self._config.data.active_sources[self._plan.source_of(sample)].has_borders
         height, width = content_px(index, slice(sample, sample + 1), has_borders)
+        content = int(height[0]), int(width[0])
         try:
             data = self._reader.image(index, sample)
-            return decode_image(data, index.size_px(sample), bucket_px, (int(height[0]), int(width[0])))
+            return decode_image(data, index.size_px(sample), bucket_px, content, self._config.data.resize)
         except SampleError as error:
             return error
 

@@ -26,10 +26,10 @@ from bitdance_scale.data.images.limits import (
     unsupported,
 )
 
-_SOI, _EOI, _SOS, _DRI, _DNL, _APP0, _APP2 = 0xD8, 0xD9, 0xDA, 0xDD, 0xDC, 0xE0, 0xE2
+_DHT, _SOI, _EOI, _SOS, _DRI, _DNL, _APP0, _APP2 = 0xC4, 0xD8, 0xD9, 0xDA, 0xDD, 0xDC, 0xE0, 0xE2
 _RESTARTS = range(0xD0, 0xD8)
 _TEM = 0x01
-_SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1, 0xC9), (0xC2, 0xCA)
+_SEQUENTIAL, _PROGRESSIVE, _ARITHMETIC = (0xC0, 0xC1, 0xC9), (0xC2, 0xCA), (0xC9, 0xCA)
 """Start of frame, Huffman or arithmetic."""
 _OTHER_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC, *_SEQUENTIAL, *_PROGRESSIVE}
 _ICC_PREFIX = b"ICC_PROFILE\x00"
@@ -117,6 +117,8 @@ class _Walk:
         self._is_progressive = False
         self._restart_interval = 0
         self._num_scans = 0
+        self._is_arithmetic = False
+        self._huffman_tables: set[int] = set()
         self._markers: np.ndarray | None = None
 
     def file(self) -> JpegFile:
@@ -159,11 +161,14 @@ class _Walk:
             raise bad_image(f"JPEG: segment {marker:02X} at byte {start - 2} is cut")
         self._place = start + length
         if marker in _SEQUENTIAL or marker in _PROGRESSIVE:
+            self._is_arithmetic = marker in _ARITHMETIC
             self._frame(content, marker in _PROGRESSIVE)
         elif marker in _OTHER_FRAMES:
             raise unsupported(f"JPEG of process SOF{marker - 0xC0}, lossless or hierarchical")
         elif marker == _SOS:
             self._scan(content, start + 2)
+        elif marker == _DHT:
+            self._note_tables(content)
         elif marker == _DRI:
             if len(content) != 2:
                 raise bad_image("JPEG: the restart interval has not two bytes")
@@ -172,9 +177,12 @@ class _Walk:
             raise bad_image("JPEG: the number of lines is changed after the frame header")
         elif marker == _APP0 and content[:5] == b"JFIF\x00" and content[5:6] not in (b"", b"\x01"):
             self._patches.append((start + 7, b"\x01"))
-        elif marker == _APP2 and content[:12] == _ICC_PREFIX and len(content) > 14:
-            self._profile_parts.setdefault(content[12], content[14:])
-            self._num_profile_parts = content[13]
+        elif marker == _APP2 and content[:12] == _ICC_PREFIX:
+            # TurboJPEG would warn of a profile whose parts are not complete.
+            self._patches.append((start + 2, b"icc"))
+            if len(content) > 14:
+                self._profile_parts.setdefault(content[12], content[14:])
+                self._num_profile_parts = content[13]
 
     def _frame(self, content: bytes, is_progressive: bool) -> None:
         if self._components:
@@ -213,8 +221,29 @@ class _Walk:
             if (first, last, bits) != (0, 63, 0):
                 self._patches.append((start + len(content) - 3, b"\x00\x3f\x00"))
             first, last, bits = 0, 63, 0
+        self._check_tables(content[2 : 2 + 2 * num_components : 2], first, last, bits >> 4)
         self._send(components, first, last, bits >> 4, bits & 15)
         self._skip_entropy_coded(components)
+
+    def _note_tables(self, content: bytes) -> None:
+        place = 0
+        while place < len(content):
+            self._huffman_tables.add(content[place])
+            place += 17 + sum(content[place + 1 : place + 17])
+        if place != len(content):
+            raise bad_image("JPEG: the Huffman tables have a wrong length")
+
+    def _check_tables(self, selectors: bytes, first: int, last: int, before: int) -> None:
+        """libjpeg would take the tables of the standard's example for those that are missing."""
+        if self._is_arithmetic:
+            return
+        for selector in selectors:
+            mean, detail = selector >> 4, 0x10 | selector & 15
+            is_missing = (first == 0 and not before and mean not in self._huffman_tables) or (
+                last > 0 and detail not in self._huffman_tables
+            )
+            if is_missing:
+                raise bad_image(f"JPEG: a scan uses Huffman tables {selector:02X}, which are missing")
 
     def _send(self, components: list[_Component], first: int, last: int, before: int, low: int) -> None:
         """Notes which bits of which coefficients a scan sends: down to bit `low`, after a scan down to `before`."""

@@ -1,4 +1,4 @@
-"""From a decoded picture to the pixels of its bucket: crop and resize in one pass."""
+"""From a decoded picture to the pixels of its bucket: centre crop and resize in one pass of Lanczos."""
 
 from __future__ import annotations
 
@@ -8,23 +8,31 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+_FEW_MARGINS, _MANY_MARGINS = 3, 16
+_SMALL_ERROR_PX = 0.02
+
 
 class ResizeMethod(enum.StrEnum):
-    """How a picture is resized."""
+    """From what a picture is resized."""
 
     SHARP = "sharp"
-    """Antialiased bicubic from the whole picture, at every ratio."""
+    """From the whole picture."""
     FAST = "fast"
-    """Lanczos; a JPEG at least twice as large as its bucket is first decoded at half its size, with a box filter."""
+    """From half its size, made with a box filter, if it is a JPEG at least twice as large as its bucket."""
 
 
-class Region(NamedTuple):
-    """A part of a picture, in whole pixels."""
+class Axis(NamedTuple):
+    """One axis of a resize in whole source pixels, of which the middle of the result is used.
 
-    top: int
-    left: int
-    height: int
-    width: int
+    Attributes:
+        length_px: source pixels that are resized, around the centre; more than there are: the border is repeated.
+        num_outputs: pixels that they become.
+        margin: of these, how many are cut off at either end.
+    """
+
+    length_px: int
+    num_outputs: int
+    margin: int
 
 
 def centre_region(size_px: tuple[int, int], bucket_px: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -36,26 +44,38 @@ def centre_region(size_px: tuple[int, int], bucket_px: tuple[int, int]) -> tuple
     return left, top, min(float(width), left + region_width), min(float(height), top + region_height)
 
 
-def whole_pixel_region(size_px: tuple[int, int], bucket_px: tuple[int, int]) -> Region:
-    """`centre_region` in whole pixels.
+def centred_axis(side_px: int, region_px: float, num_outputs: int) -> Axis:
+    """How to resize the centred part of a side, whose ends may lie inside pixels, with a resize of whole pixels.
 
-    Each side differs from the exact one by less than a pixel and is odd or even as the side of the picture is. So the
-    centre is exact, and no border is off by more than half a pixel.
+    A few pixels more than wanted are made at either end: as many as bring the ends of a whole number of source pixels
+    to those of the region. So the filter also sees what lies beyond the region.
+
+    Args:
+        side_px: the side of the picture.
+        region_px: the part of it that is wanted, in its middle; at most `side_px`.
+        num_outputs: pixels that this part becomes.
     """
-    left, top, right, bottom = centre_region(size_px, bucket_px)
-    height, width = _like(bottom - top, size_px[0]), _like(right - left, size_px[1])
-    return Region((size_px[0] - height) // 2, (size_px[1] - width) // 2, height, width)
+    if region_px > side_px - 1e-6:
+        return Axis(side_px, num_outputs, 0)
+    best, least = Axis(side_px, num_outputs, 0), np.inf
+    for margin in range(_FEW_MARGINS, _MANY_MARGINS + 1):
+        total = num_outputs + 2 * margin
+        # Odd or even as the side is: only then are they in its middle.
+        length = max(side_px + 2 * round((region_px * total / num_outputs - side_px) / 2), 2 - side_px % 2)
+        error = abs(length * num_outputs / total - region_px) / 2
+        if error < least:
+            best, least = Axis(length, total, margin), error
+        if least <= _SMALL_ERROR_PX:
+            break
+    return best
 
 
-def _like(side: float, whole: int) -> int:
-    """The nearest length from 1 to `whole` that differs from it by an even number."""
-    return max(whole - 2 * round((whole - side) / 2), 2 - whole % 2)
+def resize_centre(pixels: np.ndarray, bucket_px: tuple[int, int]) -> np.ndarray:
+    """Antialiased Lanczos resize of the largest centred region that has the aspect of a bucket.
 
-
-def resize_sharp(pixels: np.ndarray, bucket_px: tuple[int, int]) -> np.ndarray:
-    """Antialiased bicubic resize, with the filter of Pillow's `BICUBIC` (a = -0.5).
-
-    torch's kernel for bytes is written in vector instructions; it uses one thread and holds no lock of Python.
+    torch's kernel for bytes is written in vector instructions, runs in the thread that calls it and holds no lock of
+    Python. It gives Pillow's pixels to within 2 of 255. A torch that has no Lanczos leaves the work to Pillow, which
+    takes six times as long.
 
     Args:
         pixels: uint8 [h, w, 3].
@@ -69,20 +89,29 @@ def resize_sharp(pixels: np.ndarray, bucket_px: tuple[int, int]) -> np.ndarray:
     # What only indexes data should not wait for torch.
     import torch
 
+    height, width = pixels.shape[:2]
+    box = centre_region((height, width), bucket_px)
+    if not hasattr(torch.ops.aten, "_upsample_lanczos2d_aa"):
+        return resize_box(pixels, bucket_px, box)
+    rows, columns = (
+        centred_axis(side, stop - start, num_outputs)
+        for side, start, stop, num_outputs in zip((height, width), box[1::-1], box[:1:-1], bucket_px, strict=True)
+    )
+    source = _middle(_middle(pixels, 0, rows.length_px), 1, columns.length_px)
     # torch warns of arrays that cannot be written, as Pillow's are.
-    batch = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)[None]
-    planes = torch.nn.functional.interpolate(batch, size=bucket_px, mode="bicubic", antialias=True)[0].numpy()
+    batch = torch.from_numpy(np.require(source, requirements=["C", "W"])).permute(2, 0, 1)[None]
+    size = rows.num_outputs, columns.num_outputs
+    planes = torch.nn.functional.interpolate(batch, size=size, mode="lanczos", antialias=True)[0].numpy()
     # torch's own copy would start a pool of threads for each thread that calls it.
     found = np.empty((*bucket_px, 3), np.uint8)
+    top, left = rows.margin, columns.margin
     for channel, plane in enumerate(planes):
-        found[..., channel] = plane
+        found[..., channel] = plane[top : top + bucket_px[0], left : left + bucket_px[1]]
     return found
 
 
-def resize_lanczos(
-    pixels: np.ndarray, bucket_px: tuple[int, int], box: tuple[float, float, float, float]
-) -> np.ndarray:
-    """Antialiased Lanczos resize of a region whose borders may lie inside pixels.
+def resize_box(pixels: np.ndarray, bucket_px: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:
+    """Pillow's antialiased Lanczos resize of a region whose borders may lie inside pixels.
 
     Args:
         pixels: uint8 [h, w, 3].
@@ -94,3 +123,11 @@ def resize_lanczos(
     """
     height, width = bucket_px
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
+def _middle(pixels: np.ndarray, axis: int, length_px: int) -> np.ndarray:
+    """The middle of an axis, with its border repeated if it is shorter."""
+    start = (pixels.shape[axis] - length_px) // 2
+    if start >= 0:
+        return pixels[start : start + length_px] if axis == 0 else pixels[:, start : start + length_px]
+    return np.pad(pixels, [(-start, -start) if a == axis else (0, 0) for a in range(3)], mode="edge")
