@@ -104,16 +104,35 @@ def _build(profile: bytes, mode: str) -> Any:
             mode,
             "RGB",
             ImageCms.Intent.PERCEPTUAL,
-            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+            # LittleCMS may simplify the way of colours, which is fast and exact enough. For grey it would interpolate
+            # between few levels, and all 256 are computed once anyway.
+            ImageCms.Flags.BLACKPOINTCOMPENSATION | (ImageCms.Flags.NOOPTIMIZE if mode == "L" else 0),
         )
         probe = _probe(mode)
         if probe is not None:
             moved = np.asarray(transform.apply(probe), int) - np.asarray(probe.convert("RGB"))
             if np.abs(moved).max() <= _SRGB_TOLERANCE:
                 return None
-    except Exception:  # Of a broken profile the library says so with several kinds of errors.
+            if mode == "L":
+                return _GreyTable(np.asarray(transform.apply(probe))[0])
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
     return transform
+
+
+class _GreyTable:
+    """A transform of grey.
+
+    Args:
+        colours: uint8 [256, 3], the colour of every level.
+    """
+
+    def __init__(self, colours: np.ndarray) -> None:
+        self._colours = colours
+
+    def apply(self, image: Image.Image) -> Image.Image:
+        """A picture of mode L as RGB."""
+        return Image.fromarray(self._colours[np.asarray(image)])
 
 
 @functools.cache
@@ -150,12 +169,12 @@ def _matrix_profile(chromaticities: tuple[float, ...]) -> bytes | None:
 
     curve = b"para" + bytes(4) + struct.pack(">HH", 3, 0) + fixed((2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045))
     tags = {b"wtpt": b"XYZ " + bytes(4) + fixed(d50)}
-    for name, column in zip(b"rgb", columns.T, strict=True):
-        tags[bytes([name]) + b"XYZ"] = b"XYZ " + bytes(4) + fixed(column)
-        tags[bytes([name]) + b"TRC"] = curve
+    for name, column in zip("rgb", columns.T, strict=True):
+        tags[f"{name}XYZ".encode()] = b"XYZ " + bytes(4) + fixed(column)
+        tags[f"{name}TRC".encode()] = curve
     place, table, contents = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
-    for name, content in tags.items():
-        table += struct.pack(">4sII", name, place + len(contents), len(content))
+    for tag, content in tags.items():
+        table += struct.pack(">4sII", tag, place + len(contents), len(content))
         contents += content
     head = struct.pack(">I4sI4s4s4s", place + len(contents), bytes(4), 0x04200000, b"mntr", b"RGB ", b"XYZ ")
     head += bytes(12) + b"acsp" + bytes(28) + fixed(d50) + bytes(48)

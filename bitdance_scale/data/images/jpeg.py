@@ -234,7 +234,7 @@ class _Walk:
             raise bad_image("JPEG: the Huffman tables have a wrong length")
 
     def _check_tables(self, selectors: bytes, first: int, last: int, before: int) -> None:
-        """libjpeg would take the tables of the standard's example for those that are missing."""
+        """Without this, libjpeg would take the tables of the standard's example for those that are missing."""
         if self._is_arithmetic:
             return
         for selector in selectors:

@@ -11,7 +11,7 @@ from bitdance_scale.data.data_errors import ErrorCause, SampleError
 MAX_IMAGE_PIXELS = 1 << 26
 MAX_IMAGE_BYTES = 1 << 28
 MAX_SCANS = 64
-"""Scans of one JPEG. libjpeg's progressive script has 10 of them, and 18 for CMYK; optimising encoders have up to 20."""
+"""Scans of one JPEG. libjpeg's progressive script has 10, and 18 for CMYK; optimising encoders have up to 20."""
 # The largest picture may have 24 scans: an empty one of 8192 x 8192 still takes 0.1 s.
 MAX_SCAN_PIXELS = 24 * MAX_IMAGE_PIXELS
 MAX_CHUNKS = 1 << 16

@@ -116,7 +116,7 @@ def decode(png: PngFile, is_low_byte: bool = False) -> Image.Image:
     except Exception as error:  # On damaged bytes Pillow raises nearly anything.
         raise bad_image(f"PNG: {type(error).__name__}: {error}") from error
     if png.colour_type == PALETTE:
-        _, highest = image.getextrema()
+        highest = int(np.asarray(image).max())
         if highest >= len(png.palette) // 3:
             raise bad_image(f"PNG: sample {highest} of a palette of {len(png.palette) // 3} colours")
     return image

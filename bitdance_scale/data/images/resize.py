@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -91,7 +92,7 @@ def resize_centre(pixels: np.ndarray, bucket_px: tuple[int, int]) -> np.ndarray:
 
     height, width = pixels.shape[:2]
     box = centre_region((height, width), bucket_px)
-    if not hasattr(torch.ops.aten, "_upsample_lanczos2d_aa"):
+    if not has_torch_lanczos():
         return resize_box(pixels, bucket_px, box)
     rows, columns = (
         centred_axis(side, stop - start, num_outputs)
@@ -108,6 +109,14 @@ def resize_centre(pixels: np.ndarray, bucket_px: tuple[int, int]) -> np.ndarray:
     for channel, plane in enumerate(planes):
         found[..., channel] = plane[top : top + bucket_px[0], left : left + bucket_px[1]]
     return found
+
+
+@functools.cache
+def has_torch_lanczos() -> bool:
+    """Whether the installed torch resizes with Lanczos, as 2.13 does."""
+    import torch
+
+    return hasattr(torch.ops.aten, "_upsample_lanczos2d_aa")
 
 
 def resize_box(pixels: np.ndarray, bucket_px: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 
 from bitdance_scale.config.schema import Resolution
-from bitdance_scale.data.image_decode import MAX_IMAGE_PIXELS
+from bitdance_scale.data.images.limits import MAX_IMAGE_PIXELS
 from bitdance_scale.data.index.index import Index
 
 SAMPLES_PER_CHUNK = 1 << 20

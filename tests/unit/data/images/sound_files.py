@@ -129,7 +129,7 @@ def _exif() -> Image.Exif:
 
 
 def pngs() -> Iterator[SoundFile]:
-    """All colour types and depths, interlaced and not, with and without transparency. The pixels follow from the samples."""
+    """All colour types and depths, interlaced and not, with and without transparency; the samples give the pixels."""
     numbers = np.random.default_rng(0)
     for colour_type, depths in {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}.items():
         for depth in depths:
