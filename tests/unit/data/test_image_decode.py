@@ -130,6 +130,21 @@ def test_a_damaged_file_is_a_sample_error() -> None:
     assert error_of(saved(Image.new("RGB", (60, 40)), "GIF")).cause == ErrorCause.BAD_IMAGE
 
 
+def test_kinds_of_jpeg_that_cannot_be_checked_are_unsupported() -> None:
+    jpeg = saved(Image.new("RGB", (60, 40)), "JPEG", subsampling=2)
+    frame = jpeg.index(b"\xff\xc0")
+    components = jpeg[frame + 10 : frame + 19]
+    for place, content in (
+        (frame + 1, b"\xc3"),  # lossless
+        (frame + 1, b"\xc5"),  # hierarchical
+        (frame + 4, b"\x0c"),  # 12 bits
+        (frame + 11, b"\x31"),  # chroma of a third
+        (frame + 2, b"\x00\x0e" + jpeg[frame + 4 : frame + 9] + b"\x02" + components[:6] + b"\xff\xfe\x00\x03"),
+    ):
+        error = error_of(jpeg[:place] + content + jpeg[place + len(content) :])
+        assert error.cause == ErrorCause.UNSUPPORTED_MODE, error
+
+
 def test_another_size_than_indexed_is_a_sample_error() -> None:
     error = error_of(encode_image(40, 61))
     assert error.cause == ErrorCause.SIZE_MISMATCH and "(40, 61)" in str(error) and "(40, 60)" in str(error)

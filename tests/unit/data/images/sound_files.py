@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import zlib
@@ -14,6 +15,22 @@ from PIL import Image, ImageCms
 
 from tests.unit.data.images.png_writer import chunk, write_png
 
+# 12 x 16 pixels of a slope, with arithmetic coding, which Pillow reads but does not write: sequential and progressive.
+ARITHMETIC = (
+    (
+        "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAA0JCgsKCA0LCgsODg0PEyAVExISEyccHhcgLikxMC4pLSwzOko+MzZGNywtQFdBRkxO"
+        "UlNSMj5aYVpQYEpRUk//2wBDAQ4ODhMREyYVFSZPNS01T09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09P"
+        "T09PT09PT0//yQARCAAMABADASIAAhEBAxEB/8wACgAQEAUBEBEF/9oADAMBAAIRAxEAPwCv+W6ZQhPByLDMcRHStKJ9+I8iEZNy"
+        "fT8qwP/Z"
+    ),
+    (
+        "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAA0JCgsKCA0LCgsODg0PEyAVExISEyccHhcgLikxMC4pLSwzOko+MzZGNywtQFdBRkxO"
+        "UlNSMj5aYVpQYEpRUk//2wBDAQ4ODhMREyYVFSZPNS01T09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09P"
+        "T09PT09PT0//ygARCAAMABADASIAAhEBAxEB/8wABgAQARD/2gAMAwEAAhADEAAAAUlYCVOnJv/MAAQQBf/aAAgBAQABBQIQYGGw"
+        "/8wABBEF/9oACAEDAQE/ARRCgP/MAAQRBf/aAAgBAgEBPwESDoD/zAAEEAX/2gAIAQEABj8CwP/MAAQQBf/aAAgBAQABPyHxqP/a"
+        "AAwDAQACAAMAAAAQzP/MAAQRBf/aAAgBAwEBPxDo/8wABBEF/9oACAECAQE/EOD/zAAEEAX/2gAIAQEAAT8Q1RyZ/uz/2Q=="
+    ),
+)
 SIDES_PX = ((1, 1), (1, 9), (8, 8), (17, 3), (31, 33), (48, 65))
 
 
@@ -118,6 +135,9 @@ def _jpegs_with_metadata() -> Iterator[SoundFile]:
             variants["scan parameters at zero"] = data[:place] + bytes(3) + data[place + 3 :]
         for name, variant in variants.items():
             yield SoundFile(f"{name} {is_progressive}", variant, pixels)
+    for number, text in enumerate(ARITHMETIC):
+        data = base64.b64decode(text)
+        yield SoundFile(f"arithmetic {number}", data, by_pillow(data))
     mpo = saved(picture(20, 30, 3), "MPO", save_all=True, append_images=[picture(20, 30, 4)])
     yield SoundFile("MPO", mpo, by_pillow(mpo))
 

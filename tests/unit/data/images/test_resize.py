@@ -48,7 +48,7 @@ def test_ends_of_the_region_are_off_by_half_a_pixel_at_most() -> None:
         axis = centred_axis(side, region, num_outputs)
         assert (axis.length_px - side) % 2 == 0 and axis.num_outputs == num_outputs + 2 * axis.margin
         errors.append(abs(axis.length_px * num_outputs / axis.num_outputs - region) / 2)
-    assert max(errors) <= 0.5 and np.median(errors) < 0.02 and np.percentile(errors, 90) < 0.05
+    assert max(errors) <= 0.5 and np.median(errors) < 0.03 and np.percentile(errors, 90) < 0.1
 
 
 @pytest.mark.parametrize("bucket_px", [(64, 64), (96, 64), (150, 150), (32, 96)])
