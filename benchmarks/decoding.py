@@ -99,10 +99,11 @@ def bench_speed(pictures: Sequence[Image.Image], num_images: int, title: str) ->
 
 
 def bench_quality(pictures: dict[str, Image.Image], quality: int) -> None:
-    """Mean PSNR over the pictures at every ratio."""
+    """PSNR of every picture at every ratio, and the mean over the pictures."""
     print(f"\n| PSNR in dB, quality {quality} | ratio | Pillow, Lanczos | Pillow, bicubic | sharp | fast |")
     print("|---|---|---|---|---|---|")
     for ratio in RATIOS:
+        rows = {}
         for name, image in pictures.items():
             size_px = image.height, image.width
             bucket_px = round(image.height / ratio), round(image.width / ratio)
@@ -111,9 +112,9 @@ def bench_quality(pictures: dict[str, Image.Image], quality: int) -> None:
             whole = Image.open(io.BytesIO(file))
             found = [resized(whole, bucket_px, kind) for kind in (Image.Resampling.LANCZOS, Image.Resampling.BICUBIC)]
             found += [decode_image(file, size_px, bucket_px, None, method) for method in ResizeMethod]
-            print(
-                f"| {name} | {ratio:.2f} | " + " | ".join(f"{decibels(pixels, truth):.1f}" for pixels in found) + " |"
-            )
+            rows[name] = [decibels(pixels, truth) for pixels in found]
+        for name, row_db in (rows | {"mean": np.mean(list(rows.values()), axis=0)}).items():
+            print(f"| {name} | {ratio:.2f} | " + " | ".join(f"{value:.1f}" for value in row_db) + " |")
 
 
 def load_photographs(folder: Path) -> dict[str, Image.Image]:
@@ -136,7 +137,8 @@ def main() -> None:
     if photographs:
         bench_speed(list(photographs.values()), options.samples, "photographs")
     for quality in (75, 95):
-        bench_quality(photographs | {"noise 0": synthetic["noise 0"]}, quality)
+        for pictures in filter(None, (synthetic, photographs)):
+            bench_quality(pictures, quality)
 
 
 if __name__ == "__main__":
