@@ -80,15 +80,17 @@ def decode_image(
     # The border above and to the left of the picture; img2dataset puts the smaller half of an odd border there.
     top, left = ((size - side) // 2 for size, side in zip(size_px, content, strict=True))
     if ResizeMethod(resize) == ResizeMethod.SHARP:
-        pixels = _upright(_decode(data, header), header.orientation)
-        return resize_centre(pixels[top : top + content[0], left : left + content[1]], bucket_px)
+        pixels, profile = _decode(data, header)
+        pixels = _upright(pixels, header.orientation)[top : top + content[0], left : left + content[1]]
+        return _in_srgb(resize_centre(pixels, bucket_px), profile)
     box = centre_region(content, bucket_px)
     box = box[0] + left, box[1] + top, box[2] + left, box[3] + top
     is_half = header.format == ImageFormat.JPEG and header.orientation == 1 and _covers_twice(box, bucket_px)
     if is_half:
         # An odd side is rounded up, but in pixels of the half-size image the region is exactly halved.
         box = box[0] / 2, box[1] / 2, box[2] / 2, box[3] / 2
-    return resize_box(_upright(_decode(data, header, is_half), header.orientation), bucket_px, box)
+    pixels, profile = _decode(data, header, is_half)
+    return _in_srgb(resize_box(_upright(pixels, header.orientation), bucket_px, box), profile)
 
 
 def _header(data: bytes) -> Header:
@@ -101,23 +103,31 @@ def _header(data: bytes) -> Header:
     return header
 
 
-def _decode(data: bytes, header: Header, is_half_size: bool = False) -> np.ndarray:
-    """uint8 [h, w, 3], the picture as stored, in sRGB over white."""
+def _decode(data: bytes, header: Header, is_half_size: bool = False) -> tuple[np.ndarray, bytes | None]:
+    """uint8 [h, w, 3], the picture as stored, over white; and the profile of its RGB, None for sRGB.
+
+    The profile of an RGB JPEG is left for after the resize, which usually leaves far fewer pixels to convert.
+    """
     if len(data) > MAX_IMAGE_BYTES:
         raise too_expensive(f"{len(data)} bytes, the limit is {MAX_IMAGE_BYTES}")
     if header.format == ImageFormat.JPEG:
         file = jpeg.parse(data)
         samples = jpeg.decode(file, is_half_size, header.stored_px)
         height, width, num_samples = samples.shape
-        if num_samples == 3 and file.profile is None:
-            return samples
-        mode = {1: "L", 3: "RGB", 4: "CMYK"}[num_samples]
-        return np.asarray(to_srgb(Image.frombuffer(mode, (width, height), samples, "raw", mode, 0, 1), file.profile))
+        if num_samples == 3:
+            return samples, file.profile
+        mode = {1: "L", 4: "CMYK"}[num_samples]
+        image = Image.frombuffer(mode, (width, height), samples, "raw", mode, 0, 1)
+        return np.asarray(to_srgb(image, file.profile)), None
     if header.format == ImageFormat.PNG:
-        return png_pixels(parse_png(data))
+        return png_pixels(parse_png(data)), None
     image, profile = webp.decode(data)
     opacity = image.getchannel("A") if image.mode == "RGBA" else None
-    return over_white(to_srgb(image.convert("RGB"), profile), opacity)
+    return over_white(to_srgb(image.convert("RGB"), profile), opacity), None
+
+
+def _in_srgb(pixels: np.ndarray, profile: bytes | None) -> np.ndarray:
+    return pixels if profile is None else np.asarray(to_srgb(Image.fromarray(pixels), profile))
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:

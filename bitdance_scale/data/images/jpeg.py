@@ -127,9 +127,10 @@ class _Walk:
             marker = self._marker()
             if marker == _EOI:
                 break
-            if marker == _TEM:
+            # Some encoders also write a restart marker behind the last interval.
+            if marker == _TEM or marker in _RESTARTS:
                 continue
-            if marker == _SOI or marker in _RESTARTS:
+            if marker == _SOI:
                 raise bad_image(f"JPEG: marker {marker:02X} at byte {self._place - 2} is out of place")
             self._segment(marker)
         else:
@@ -273,7 +274,8 @@ class _Walk:
         if stop == len(markers):
             raise bad_image("JPEG: the file ends inside a scan")
         self._place = int(markers[stop])
-        if self._place == start:
+        # An arithmetic coder leaves zeros at the end of a scan away.
+        if self._place == start and not self._is_arithmetic:
             raise bad_image(f"JPEG: the scan at byte {start} is empty")
 
     def _num_units(self, components: list[_Component]) -> int:

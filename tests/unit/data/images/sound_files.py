@@ -126,6 +126,7 @@ def _jpegs_with_metadata() -> Iterator[SoundFile]:
             "part of a profile": data[:2] + profile_segments(srgb_profile(), 300)[:-318] + data[2:],
             "broken profile": data[:2] + profile_segments(b"\x00\x01\x02" * 70, 500) + data[2:],
             "comment before the frame": data[:frame] + segment(0xFE, b"hello") + data[frame:],
+            "restart marker at the end": data[:-2] + b"\xff\xd0\xff\xd9",
             "bare markers": data[:2] + b"\xff\x01" + data[2:],
         }
         if not is_progressive:
