@@ -1,12 +1,11 @@
-"""Indexing, decoding, bit shards and S3, each against a baseline in the same run; prints the rows of a table.
+"""Indexing, bit shards and S3, each against a baseline in the same run; prints the rows of a table.
 
     python benchmarks/reading.py index     # against tarfile, and webdataset's stream
-    python benchmarks/reading.py decode    # 1024 px JPEG to 512 px from a tar, against webdataset with Pillow
     python benchmarks/reading.py bits      # vision tokens of 256, 512 and 1024 px, against webdataset
     python benchmarks/reading.py s3        # one percent of broken requests against none; needs the test extras
 
-Shards are synthetic: records as img2dataset writes them, pictures of noise with the spectrum of photographs. Indexing
-and decoding are measured in processor time, so that other programs on the machine count less.
+Shards are synthetic: records as img2dataset writes them. Indexing is measured in processor time, so that other programs
+on the machine count less. Decoding has a benchmark of its own, decoding.py.
 """
 
 from __future__ import annotations
@@ -26,20 +25,17 @@ from pathlib import Path
 
 import numpy as np
 import webdataset
-from PIL import Image
 
 from bitdance_scale.config.schema import S3Section
 from bitdance_scale.data import bit_shards
-from bitdance_scale.data.image_decode import centre_region, decode_image
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.index.tar_scan import TarScan
-from bitdance_scale.data.reader import ShardReader
 from bitdance_scale.data.storage.s3 import S3Store
 from bitdance_scale.data.storage.stores import Stores
 
 ROOT = Path(__file__).parents[1]
-LARGE_PX, SMALL_PX = (1024, 1024), (512, 512)
+SMALL_PX = (512, 512)
 REPEATS = 5
 
 
@@ -71,25 +67,6 @@ def write_shard(path: Path, images: Sequence[bytes], size_px: tuple[int, int]) -
                 tar.addfile(info, io.BytesIO(content))
 
 
-def picture(size_px: tuple[int, int], seed: int) -> Image.Image:
-    """Noise whose amplitude falls with the frequency, about as in photographs."""
-    numbers = np.random.default_rng(seed)
-    height, width = size_px
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    amplitude = 1 / np.maximum(frequency, 1 / max(size_px)) ** 1.5
-    shape = amplitude.shape
-    planes = [np.fft.irfft2(amplitude * np.exp(2j * np.pi * numbers.random(shape)), s=size_px) for _ in range(3)]
-    pixels = np.stack(planes, axis=-1)
-    return Image.fromarray((128 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8))
-
-
-def jpeg(image: Image.Image, quality: int) -> bytes:
-    """The picture as a JPEG file."""
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
-    return file.getvalue()
-
-
 def best(function: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
     """Seconds of the fastest of several runs."""
     times = []
@@ -98,11 +75,6 @@ def best(function: Callable[[], object], clock: Callable[[], float] = time.proce
         function()
         times.append(clock() - begun)
     return min(times)
-
-
-def decibels(found: np.ndarray, expected: np.ndarray) -> float:
-    """Peak signal-to-noise ratio."""
-    return float(10 * np.log10(255**2 / np.square(found.astype(float) - expected.astype(float)).mean()))
 
 
 def row(name: str, value: float, unit: str, baseline: float) -> None:
@@ -140,50 +112,6 @@ def bench_index(folder: Path, num_samples: int) -> None:
     names = ("tarfile, headers alone", "webdataset, with the records", "ours, headers alone", "ours, the whole index")
     for name, rate in zip(names, rates, strict=True):
         row(name, rate, "members/s/core", rates[1] if "whole" in name or "webdataset" in name else rates[0])
-
-
-def bench_decode(folder: Path, num_images: int) -> None:
-    """Images per second, and what decoding at half size costs."""
-    pictures = [picture(LARGE_PX, seed) for seed in range(8)]
-    files = [jpeg(image, quality=90) for image in pictures]
-    write_shard(folder / "0.tar", [files[number % 8] for number in range(num_images)], LARGE_PX)
-    path = str(folder / "0.tar")
-    index = build_index([path], folder / "index")
-    reader = ShardReader()
-    box = centre_region(LARGE_PX, SMALL_PX)
-
-    def ours(sample: int) -> np.ndarray:
-        return decode_image(reader.image(index, sample), LARGE_PX, SMALL_PX)
-
-    def resized(image: Image.Image) -> np.ndarray:
-        return np.asarray(image.convert("RGB").resize(SMALL_PX[::-1], Image.Resampling.LANCZOS, box=box))
-
-    def alone() -> None:
-        for sample in range(num_images):
-            ours(sample)
-
-    def two_threads() -> None:
-        with ThreadPoolExecutor(2) as pool:
-            assert len(list(pool.map(ours, range(num_images)))) == num_images
-
-    def with_webdataset() -> None:
-        data = webdataset.WebDataset(path, shardshuffle=False)
-        assert (
-            sum(resized(Image.open(io.BytesIO(sample["jpg"]))).shape == (512, 512, 3) for sample in data) == num_images
-        )
-
-    baseline = num_images / best(with_webdataset)
-    row("webdataset + Pillow, whole decode and Lanczos", baseline, "images/s/core", baseline)
-    row("ours", num_images / best(alone), "images/s/core", baseline)
-    one, two = (num_images / best(function, time.monotonic) for function in (alone, two_threads))
-    print(f"| ours, two threads over one, by the clock | {two:,.0f} images/s | {two / one:.2f} |")
-    costs = []
-    for image, file in zip(pictures, files, strict=True):
-        truth = resized(image)
-        whole = resized(Image.open(io.BytesIO(file)))
-        costs.append((decibels(whole, truth), decibels(decode_image(file, LARGE_PX, SMALL_PX), truth)))
-    whole_db, half_db = np.mean(costs, axis=0)
-    print(f"PSNR against the picture before compression: whole decode {whole_db:.2f} dB, ours {half_db:.2f} dB")
 
 
 def bench_bits(folder: Path, num_samples: int) -> None:
@@ -265,16 +193,14 @@ def _read_all(store: S3Store, index: Index, order: np.ndarray, files: Sequence[b
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("index", "decode", "bits", "s3"))
-    parser.add_argument("--samples", type=int, help="default: 20000, 64, 4000 and 1500")
+    parser.add_argument("what", choices=("index", "bits", "s3"))
+    parser.add_argument("--samples", type=int, help="default: 20000, 4000 and 1500")
     options = parser.parse_args()
     print("| what | rate | over the baseline |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         match options.what:
             case "index":
                 bench_index(Path(folder), options.samples or 20000)
-            case "decode":
-                bench_decode(Path(folder), options.samples or 64)
             case "bits":
                 bench_bits(Path(folder), options.samples or 4000)
             case "s3":

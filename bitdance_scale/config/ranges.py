@@ -168,6 +168,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "data.resolutions[].buckets_px": NonEmpty(),
     "data.resolutions[].buckets_px[]": _COUNT,
     "data.max_upscale": _POSITIVE,
+    "data.resize": Choice(("sharp", "fast")),
     "data.max_pack_tokens": _COUNT,
     "data.pack_multiple": _COUNT,
     "data.text_drop": _PROBABILITY,

@@ -79,6 +79,7 @@ def recipe(data: DataSection, vision: VisionSection) -> dict[str, Any]:
         "num_bits": vision.num_bits,
         "block_side": vision.block_side,
         "decode": DECODE_VERSION,
+        "resize": data.resize,
         "max_upscale": data.max_upscale,
         "has_borders": [source.has_borders for source in data.active_sources],
         _RESOLUTIONS_KEY: {

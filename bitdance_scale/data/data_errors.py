@@ -17,7 +17,10 @@ _MAX_NAMED_SHARDS = 3
 
 
 class ErrorCause(enum.StrEnum):
-    """Why a sample was skipped, or trained without a caption (the last three)."""
+    """Why a sample was skipped, or trained without a caption (the three with `caption`).
+
+    Bit shards store the place of a cause, so a new one comes at the end.
+    """
 
     READ_FAILED = "read_failed"
     SHARD_CHANGED = "shard_changed"
@@ -28,6 +31,7 @@ class ErrorCause(enum.StrEnum):
     EMPTY_CAPTION = "empty_caption"
     MISSING_CAPTION = "missing_caption"
     INVALID_CAPTION = "invalid_caption"
+    TOO_EXPENSIVE = "too_expensive"
 
     @property
     def is_skipped(self) -> bool:

@@ -1,165 +1,147 @@
 """From the bytes of an image file to the pixels of its bucket.
 
 Decoding is strict: an image that is cut, damaged or not of the indexed size is a sample error, never a half-grey
-picture. EXIF orientation is applied, transparency is laid over white, and an animation gives its first frame.
+picture. EXIF orientation is applied, colours become sRGB, transparency is laid over white, and an animation gives its
+first frame. What is done for each format is in `images/`.
 """
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
+from bitdance_scale.data.images import jpeg, webp
+from bitdance_scale.data.images.colour import to_srgb
+from bitdance_scale.data.images.flatten import over_white, png_pixels
+from bitdance_scale.data.images.header import Header, ImageFormat, sniff
+from bitdance_scale.data.images.limits import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, bad_image, too_expensive
+from bitdance_scale.data.images.png import parse as parse_png
+from bitdance_scale.data.images.resize import (
+    ResizeMethod,
+    centre_region,
+    resize_box,
+    resize_centre,
+)
 
-DECODE_VERSION = 1
+DECODE_VERSION = 2
 """Changes whenever the same file would give other pixels."""
-# 8192 x 8192: 200 MB decoded, more than any bucket can use. A header that claims more is refused before decoding.
-MAX_IMAGE_PIXELS = 1 << 26
-MAX_IMAGE_BYTES = 1 << 28
-"""A longer file is refused before it is read: it holds more bytes than 2^26 raw pixels."""
 
-# Pillow loads its plugins when they are first needed, and two threads would race to do so.
-Image.init()
-
-_EXIF_ORIENTATION = 0x0112
-_UPRIGHT: dict[int, Image.Transpose] = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_SWAPS_SIDES = (5, 6, 7, 8)
-_DIRECT_MODES = ("RGB", "L", "CMYK", "YCbCr", "1")
-_SCALED_MODES = ("RGB", "L")
-_ALPHA_MODES = ("RGBA", "LA", "PA", "P")
-_DEEP_GRAY_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+Box = tuple[float, float, float, float]
+"""(left, top, right, bottom) of a region, in pixels."""
 
 
 def read_size_px(data: bytes) -> tuple[int, int]:
     """(height, width) of an image after its EXIF orientation, from its header alone.
 
+    The first 64 KiB of a file suffice, but for a WebP with EXIF, and for a JPEG with more metadata than that.
+
     Raises:
         SampleError: the bytes are not an image, or it has more than `MAX_IMAGE_PIXELS`.
     """
-    with _open(data) as image:
-        return _upright_size_px(image)
+    return _header(data).upright_px
 
 
 def decode_image(
-    data: bytes, stored_px: tuple[int, int], bucket_px: tuple[int, int], content_px: tuple[int, int] | None = None
+    data: bytes,
+    stored_px: tuple[int, int],
+    bucket_px: tuple[int, int],
+    content_px: tuple[int, int] | None = None,
+    resize: str = ResizeMethod.SHARP,
 ) -> np.ndarray:
     """Decodes an image, resizes it to cover the bucket and crops the centre.
 
-    This is one Lanczos pass with antialiasing over the centred region that has the aspect of the bucket. A JPEG that is
-    at least twice as large is decoded at half its size, which is four times as fast and costs less than 1 dB. Decoding
-    at a quarter would cost more, however much is left to resize (docs/benchmarks.md).
+    This is one antialiased Lanczos pass over the centred region that has the aspect of the bucket. "fast" first decodes
+    a JPEG that is at least twice as large at half its size. On photographs that costs several decibels
+    (docs/benchmarks.md).
 
     Args:
         data: a JPEG, PNG or WebP file.
-        stored_px: (height, width) that the index has for it.
+        stored_px: (height, width) that the index has for it: of the upright picture, or as its header has it before
+            the EXIF orientation, which img2dataset writes when it keeps the original bytes.
         bucket_px: (height, width) of the result.
         content_px: (height, width) of the picture in the middle of the image, if the rest is border; None: no border.
+        resize: a `ResizeMethod`.
 
     Returns:
-        uint8 [height, width, 3], RGB.
+        uint8 [height, width, 3], sRGB.
 
     Raises:
-        SampleError: the file is damaged, too large or not of the indexed size.
+        SampleError: the file is damaged, too large, of an unsupported kind or not of the indexed size.
     """
-    with _open(data) as image:
-        orientation = _orientation(image)
-        size_px = _upright_size_px(image)
-        if size_px != stored_px:
-            detail = f"the image is {size_px} pixels, its index entry says {stored_px}"
-            raise SampleError(ErrorCause.SIZE_MISMATCH, detail)
-        region = _region(size_px, bucket_px, content_px or size_px)
-        try:
-            is_plain = image.format == "JPEG" and image.mode in _SCALED_MODES and orientation not in _UPRIGHT
-            if is_plain and _covers_twice(region, bucket_px):
-                whole_px = image.size
-                image.draft(image.mode, (image.width // 2, image.height // 2))
-                if image.size != whole_px:
-                    # An odd side is rounded up, but in pixels of the half-size image the region is exactly halved.
-                    left, top, right, bottom = region
-                    region = (left / 2, top / 2, right / 2, bottom / 2)
-            image.load()
-        except Exception as error:  # On damaged bytes Pillow's plugins raise nearly anything.
-            raise SampleError(ErrorCause.BAD_IMAGE, f"{type(error).__name__}: {error}") from error
-        pixels = _to_rgb(image)
-    if orientation in _UPRIGHT:
-        pixels = pixels.transpose(_UPRIGHT[orientation])
-    height, width = bucket_px
-    return np.asarray(pixels.resize((width, height), Image.Resampling.LANCZOS, box=region))
-
-
-def centre_region(size_px: tuple[int, int], bucket_px: tuple[int, int]) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of the largest centred region of an image that has the aspect of a bucket."""
-    height, width = size_px
-    scale = min(height / bucket_px[0], width / bucket_px[1])
-    region_height, region_width = bucket_px[0] * scale, bucket_px[1] * scale
-    left, top = max(0.0, (width - region_width) / 2), max(0.0, (height - region_height) / 2)
-    return left, top, min(float(width), left + region_width), min(float(height), top + region_height)
-
-
-def _region(
-    size_px: tuple[int, int], bucket_px: tuple[int, int], content_px: tuple[int, int]
-) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of the centre of the picture inside an image."""
+    header = _header(data)
+    if stored_px not in (header.upright_px, header.stored_px):
+        detail = f"the image is {header.upright_px} pixels, its index entry says {stored_px}"
+        raise SampleError(ErrorCause.SIZE_MISMATCH, detail)
+    size_px, content = header.upright_px, content_px or stored_px
+    if stored_px != size_px:
+        content = content[::-1]
+    content = min(content[0], size_px[0]), min(content[1], size_px[1])
     # The border above and to the left of the picture; img2dataset puts the smaller half of an odd border there.
-    top, left = ((size - side) // 2 for size, side in zip(size_px, content_px, strict=True))
-    box = centre_region(content_px, bucket_px)
-    return box[0] + left, box[1] + top, box[2] + left, box[3] + top
+    top, left = ((size - side) // 2 for size, side in zip(size_px, content, strict=True))
+    if ResizeMethod(resize) == ResizeMethod.SHARP:
+        pixels, profile = _decode(data, header)
+        pixels = _upright(pixels, header.orientation)[top : top + content[0], left : left + content[1]]
+        return _in_srgb(resize_centre(pixels, bucket_px), profile)
+    box = centre_region(content, bucket_px)
+    box = box[0] + left, box[1] + top, box[2] + left, box[3] + top
+    is_half = header.format == ImageFormat.JPEG and header.orientation == 1 and _covers_twice(box, bucket_px)
+    if is_half:
+        # An odd side is rounded up, but in pixels of the half-size image the region is exactly halved.
+        box = box[0] / 2, box[1] / 2, box[2] / 2, box[3] / 2
+    pixels, profile = _decode(data, header, is_half)
+    return _in_srgb(resize_box(_upright(pixels, header.orientation), bucket_px, box), profile)
 
 
-def _covers_twice(region: tuple[float, float, float, float], bucket_px: tuple[int, int]) -> bool:
-    left, top, right, bottom = region
-    return min((bottom - top) / bucket_px[0], (right - left) / bucket_px[1]) >= 2
-
-
-def _open(data: bytes) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise SampleError(ErrorCause.TOO_MANY_PIXELS, str(error)) from error
-    except UnidentifiedImageError as error:
-        raise SampleError(ErrorCause.BAD_IMAGE, f"not a JPEG, PNG or WebP ({len(data)} bytes)") from error
-    except Exception as error:  # As in decode_image.
-        raise SampleError(ErrorCause.BAD_IMAGE, f"{type(error).__name__}: {error}") from error
-    width, height = image.size
-    if width * height > MAX_IMAGE_PIXELS:
+def _header(data: bytes) -> Header:
+    header = sniff(data)
+    if header is None:
+        raise bad_image(f"not a JPEG, PNG or WebP ({len(data)} bytes), or its header is damaged")
+    height, width = header.stored_px
+    if height * width > MAX_IMAGE_PIXELS:
         raise SampleError(ErrorCause.TOO_MANY_PIXELS, f"{height} x {width} pixels, the limit is {MAX_IMAGE_PIXELS}")
-    return image
+    return header
 
 
-def _orientation(image: Image.Image) -> int:
-    # For a PNG without EXIF, getexif() would decode the whole image.
-    if "exif" not in image.info:
-        return 1
-    try:
-        return image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception as error:  # As in decode_image.
-        raise SampleError(ErrorCause.BAD_IMAGE, f"EXIF: {type(error).__name__}: {error}") from error
+def _decode(data: bytes, header: Header, is_half_size: bool = False) -> tuple[np.ndarray, bytes | None]:
+    """uint8 [h, w, 3], the picture as stored, over white; and the profile of its RGB, None for sRGB.
+
+    The profile of an RGB JPEG is left for after the resize, which usually leaves far fewer pixels to convert.
+    """
+    if len(data) > MAX_IMAGE_BYTES:
+        raise too_expensive(f"{len(data)} bytes, the limit is {MAX_IMAGE_BYTES}")
+    if header.format == ImageFormat.JPEG:
+        file = jpeg.parse(data)
+        samples = jpeg.decode(file, is_half_size, header.stored_px)
+        height, width, num_samples = samples.shape
+        if num_samples == 3:
+            return samples, file.profile
+        mode = {1: "L", 4: "CMYK"}[num_samples]
+        image = Image.frombuffer(mode, (width, height), samples, "raw", mode, 0, 1)
+        return np.asarray(to_srgb(image, file.profile)), None
+    if header.format == ImageFormat.PNG:
+        return png_pixels(parse_png(data)), None
+    image, profile = webp.decode(data)
+    opacity = image.getchannel("A") if image.mode == "RGBA" else None
+    return over_white(to_srgb(image.convert("RGB"), profile), opacity), None
 
 
-def _upright_size_px(image: Image.Image) -> tuple[int, int]:
-    width, height = image.size
-    return (width, height) if _orientation(image) in _SWAPS_SIDES else (height, width)
+def _in_srgb(pixels: np.ndarray, profile: bytes | None) -> np.ndarray:
+    return pixels if profile is None else np.asarray(to_srgb(Image.fromarray(pixels), profile))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    mode = image.mode
-    if mode in _ALPHA_MODES:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    if mode in _DEEP_GRAY_MODES:
-        # Pillow would clip 16-bit grey at 255.
-        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
-    if mode in _DIRECT_MODES:
-        return image.convert("RGB")
-    raise SampleError(ErrorCause.UNSUPPORTED_MODE, f"pixel mode {mode}")
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """A view of [h, w, 3] with the EXIF orientation applied."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    # What is left to do after 5 to 8 have exchanged rows and columns.
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def _covers_twice(box: Box, bucket_px: tuple[int, int]) -> bool:
+    left, top, right, bottom = box
+    return min((bottom - top) / bucket_px[0], (right - left) / bucket_px[1]) >= 2

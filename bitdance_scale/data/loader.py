@@ -299,7 +299,8 @@ class Loader:
         try:
             data = self._reader.image(index, sample)
             height_px, width_px = content_px(index, slice(sample, sample + 1), has_borders)[0].tolist()
-            return decode_image(data, index.size_px(sample), bucket_px, (height_px, width_px))
+            content = height_px, width_px
+            return decode_image(data, index.size_px(sample), bucket_px, content, self._config.data.resize)
         except SampleError as error:
             return error
 

@@ -114,7 +114,7 @@ class Encoder:
         height, width = content_px(index, slice(sample, sample + 1), has_borders)[0].tolist()
         try:
             data = self._reader.image(index, sample)
-            return decode_image(data, index.size_px(sample), bucket_px, (height, width))
+            return decode_image(data, index.size_px(sample), bucket_px, (height, width), self._config.data.resize)
         except SampleError as error:
             return error
 

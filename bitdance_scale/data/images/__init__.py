@@ -1,4 +1,11 @@
 """Image files: what their bytes say, whether they are sound, and their pixels in sRGB.
 
+limits.py          how much work a file may be, and the errors of files that are not decoded
 header.py          the first bytes              -> format, sides, EXIF orientation
+jpeg.py            a JPEG file                  -> whether it is complete, its samples
+png.py             a PNG file                   -> whether it is complete, its samples
+webp.py            a WebP file                  -> whether it is complete, its pixels
+colour.py          samples and their profile    -> sRGB
+flatten.py         PNG and WebP samples         -> opaque pixels in sRGB
+resize.py          pixels                       -> the centre of the picture at the size of its bucket
 """

@@ -22,7 +22,7 @@ import orjson
 import xxhash
 
 from bitdance_scale.data.captions import BYTE_ORDER_MARK, DEFAULT_SOURCE, CaptionSource, CaptionStatus
-from bitdance_scale.data.image_decode import MAX_IMAGE_PIXELS
+from bitdance_scale.data.images.limits import MAX_IMAGE_PIXELS
 from bitdance_scale.data.index.grouping import DOTTED, IMAGE_EXTENSIONS, ImageMember, Sample, group_members
 from bitdance_scale.data.index.segment import FIXED_COLUMNS, SCORE, Segment, text_columns
 from bitdance_scale.data.index.shard_errors import ShardError

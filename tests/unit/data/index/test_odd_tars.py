@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bitdance_scale.data.image_decode import MAX_IMAGE_BYTES
+from bitdance_scale.data.images.limits import MAX_IMAGE_BYTES
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.index.report import check_skipped, skipped_samples
