@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from bitdance_scale.data.captions import MAX_TEXT_BYTES
 from bitdance_scale.data.checksums import checksum32
-from bitdance_scale.data.images.limits import MAX_IMAGE_BYTES
 from bitdance_scale.data.images.header import Header, sniff
+from bitdance_scale.data.images.limits import MAX_IMAGE_BYTES
 from bitdance_scale.data.index.shard_errors import ShardError
 from bitdance_scale.data.index.tar_scan import BLOCK_BYTES, Members, ReadRange, TarScan
 
