@@ -1,8 +1,9 @@
 """Image-text data, from tars to packs.
 
-Three rooms, each of which uses only those above it, and the files that put them together:
+Four rooms, each of which uses only those above it, and the files that put them together:
 
     storage/           data.shards, data.sources    -> paths of tars, and ranges of their bytes
+    images/            bytes of an image            -> its header, whether it is sound, its pixels in sRGB
     index/             paths                        -> Index: where every sample lies, its size, captions and scores
     plan/              (seed, index, config, step)  -> PlannedBatch, and its packs on every data-parallel rank
 

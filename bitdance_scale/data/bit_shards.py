@@ -153,18 +153,12 @@ def read_tables(path: Path) -> tuple[dict[str, Any], dict[int, BitTable]]:
 
 def shard_meta(index: Index, row: int, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What a bit shard says about itself: the recipe, and from which image shard it was made."""
-    samples = shard_samples(index, row)
+    samples = index.shard_samples(row)
     digest = hashlib.sha256()
-    for column in (index.image_offset, index.image_bytes, index.header_crc, index.height_px, index.width_px):
-        digest.update(np.ascontiguousarray(column[samples.start : samples.stop]).data)
+    rows = slice(samples.start, samples.stop)
+    for values in (index.places(rows), index.sizes_px(rows)):
+        digest.update(np.ascontiguousarray(values).data)
     return {"format": FORMAT, "recipe": dict(recipe), "num_samples": len(samples), "samples": digest.hexdigest()}
-
-
-def shard_samples(index: Index, row: int) -> range:
-    """Positions of the samples of a shard in the index."""
-    # The column is sorted, and there may be fifty thousand shards.
-    start = int(np.searchsorted(index.shard, row))
-    return range(start, start + index.shards[row].num_samples)
 
 
 def write_table(folder: Path, index: Index, recipe: Mapping[str, Any]) -> None:
@@ -247,7 +241,7 @@ class BitStore:
             self._raise(sample, side_px, error_code)
         start, num_bytes = int(table.start[sample]), int(table.num_bytes[sample])
         try:
-            data = self._stores.read(self._paths[self._index.shard[sample]], start, num_bytes)
+            data = self._stores.read(self._paths[self._index.shard_row(sample)], start, num_bytes)
         except ReadError as error:
             raise SampleError(ErrorCause.READ_FAILED, f"bits, bytes {start}..{start + num_bytes}: {error}") from error
         if len(data) != num_bytes or zlib.crc32(data) != table.crc[sample]:

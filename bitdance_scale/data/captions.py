@@ -23,6 +23,8 @@ from bitdance_scale.data.data_errors import ErrorCause
 DEFAULT_SOURCE = "caption"
 MAX_TEXT_BYTES = 1 << 20
 """A text or record that is longer counts as invalid."""
+BYTE_ORDER_MARK = "\ufeff".encode()
+"""Some editors begin a file with it; it is no part of the text."""
 SEPARATOR = "\0"
 """Separates the alternatives of one caption in the index."""
 
@@ -97,7 +99,7 @@ class CaptionSource:
 
 def _of_text(text: bytes) -> Found:
     try:
-        caption = text.decode("utf-8")
+        caption = text.removeprefix(BYTE_ORDER_MARK).decode("utf-8")
     except UnicodeDecodeError:
         return b"", CaptionStatus.INVALID
     return _cleaned([caption])
@@ -114,7 +116,7 @@ def _of_values(value: object) -> Found:
 
 
 def _cleaned(captions: Iterable[str]) -> Found:
-    stripped = [caption.replace(SEPARATOR, " ").strip() for caption in captions]
+    stripped = [caption.replace(SEPARATOR, " ").strip().lstrip("\ufeff").strip() for caption in captions]
     try:
         joined = SEPARATOR.join(caption for caption in stripped if caption).encode("utf-8")
     except UnicodeEncodeError:

@@ -147,7 +147,7 @@ def large_enough(index: Index, crop_px: tuple[int, int]) -> np.ndarray:
     Raises:
         DataError: no sample is large enough.
     """
-    samples = np.flatnonzero((index.height_px >= crop_px[0]) & (index.width_px >= crop_px[1]))
+    samples = np.flatnonzero((index.sizes_px(slice(None)) >= crop_px).all(axis=1))
     if not len(samples):
         raise DataError(
             f"{index.shards[0].path} (first of {len(index.shards)} shards): none of {len(index)} images covers a crop "

@@ -17,6 +17,8 @@ DECODE_VERSION = 1
 """Changes whenever the same file would give other pixels."""
 # 8192 x 8192: 200 MB decoded, more than any bucket can use. A header that claims more is refused before decoding.
 MAX_IMAGE_PIXELS = 1 << 26
+MAX_IMAGE_BYTES = 1 << 28
+"""A longer file is refused before it is read: it holds more bytes than 2^26 raw pixels."""
 
 # Pillow loads its plugins when they are first needed, and two threads would race to do so.
 Image.init()

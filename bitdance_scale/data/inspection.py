@@ -57,7 +57,7 @@ def source_report(index: Index, data: DataSection) -> str:
 
 
 def _resolution_lines(index: Index, samples: range, resolutions: Sequence[Resolution], max_upscale: float) -> list[str]:
-    heights, widths = index.height_px[samples.start : samples.stop], index.width_px[samples.start : samples.stop]
+    heights, widths = index.sizes_px(slice(samples.start, samples.stop)).T
     lines = []
     for resolution in resolutions:
         buckets = resolution_buckets(resolution)
@@ -94,7 +94,7 @@ def _describe(index: Index, sample: int, resolutions: Sequence[Resolution], max_
         buckets = resolution_buckets(resolution)
         row = assign_buckets(np.array([height]), np.array([width]), buckets, max_upscale)[0]
         parts.append("-" if row < 0 else "{}x{}".format(*buckets[row]))
-    status = CaptionStatus(index.status(index.captions[0])[sample])
+    status = CaptionStatus(index.status(index.captions[0], np.array([sample]))[0])
     caption = index.caption(sample) or f"({status.name.lower()} caption)"
     lines = textwrap.wrap(caption, _CAPTION_COLUMNS, max_lines=_CAPTION_LINES, placeholder=" ..")
     # A dollar sign would start mathematical notation.

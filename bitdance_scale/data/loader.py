@@ -281,8 +281,8 @@ class Loader:
                     "waiting for %s: sample %s, %d bytes from byte %d on, for %.0f s now",
                     index.shard_path(key),
                     index.name(key),
-                    index.image_bytes[key],
-                    index.image_offset[key],
+                    index.place(key).num_bytes,
+                    index.place(key).offset,
                     time.monotonic() - begun_s,
                 )
 
@@ -298,8 +298,8 @@ class Loader:
         index = self._index
         try:
             data = self._reader.image(index, sample)
-            content = content_px(index, slice(sample, sample + 1), has_borders)
-            return decode_image(data, index.size_px(sample), bucket_px, (int(content[0][0]), int(content[1][0])))
+            height_px, width_px = content_px(index, slice(sample, sample + 1), has_borders)[0].tolist()
+            return decode_image(data, index.size_px(sample), bucket_px, (height_px, width_px))
         except SampleError as error:
             return error
 
@@ -342,7 +342,8 @@ class Loader:
 
     def _caption_error(self, key: int) -> ErrorCause | None:
         """Why the sample has no caption at all, by the first place to look for one; None where it has one."""
-        statuses = [CaptionStatus(self._index.status(choice.source)[key]) for choice in self._config.data.captions]
+        one = slice(key, key + 1)
+        statuses = [CaptionStatus(self._index.status(c.source, one)[0]) for c in self._config.data.captions]
         return None if CaptionStatus.USABLE in statuses else statuses[0].error
 
     def _nothing(self, sample: Sample) -> np.ndarray:

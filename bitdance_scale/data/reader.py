@@ -5,17 +5,16 @@ webdataset's own stream is not used, because a plan needs any sample at any time
 
 from __future__ import annotations
 
-import zlib
-
+from bitdance_scale.data.checksums import checksum32
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
-from bitdance_scale.data.index.index import Index
+from bitdance_scale.data.index.index import Index, Place
 from bitdance_scale.data.index.tar_scan import BLOCK_BYTES
 from bitdance_scale.data.storage.store_contract import ReadError
 from bitdance_scale.data.storage.stores import Stores
 
 
 class ShardReader:
-    """Reads members of shards by offset; safe to use from several threads.
+    """Reads images of shards by offset; safe to use from several threads.
 
     Args:
         stores: how to read shards; None: with default settings.
@@ -30,33 +29,27 @@ class ShardReader:
         Raises:
             SampleError: it cannot be read, or it is no longer the one that was indexed.
         """
-        entry = index.shards[index.shard[sample]]
-        offset, num_bytes = int(index.image_offset[sample]), int(index.image_bytes[sample])
-        return self.read(entry.path, offset, num_bytes, int(index.header_crc[sample]), entry.tag)
+        return self.read(index.place(sample))
 
-    def read(self, path: str, offset: int, num_bytes: int, header_crc: int, tag: str = "") -> bytes:
-        """The content of one tar member.
-
-        Args:
-            path: the shard.
-            offset: first byte of the content; the 512 bytes before it are the tar header of the member.
-            num_bytes: length of the content.
-            header_crc: CRC-32 of that header when the shard was indexed.
-            tag: tag of the shard when it was indexed (`Stores.read`).
+    def read(self, place: Place) -> bytes:
+        """The image file at a place.
 
         Raises:
-            SampleError: the range cannot be read, or its tar header is no longer the one that was indexed.
+            SampleError: the range cannot be read, or it does not have the checksum that it had when it was indexed.
         """
-        place = f"bytes {offset}..{offset + num_bytes}"
+        begin, end = place.offset - BLOCK_BYTES, place.offset + place.num_bytes
+        where = f"bytes {begin}..{end}"
         try:
-            data = self._stores.read(path, offset - BLOCK_BYTES, BLOCK_BYTES + num_bytes, tag)
+            data = self._stores.read(place.path, begin, end - begin, place.tag)
         except ReadError as error:
             cause = ErrorCause.SHARD_CHANGED if error.is_changed else ErrorCause.READ_FAILED
-            raise SampleError(cause, f"{place}: {error}") from error
-        if len(data) < BLOCK_BYTES + num_bytes:
-            raise SampleError(ErrorCause.READ_FAILED, f"{place}: the shard ends before them")
-        if zlib.crc32(data[:BLOCK_BYTES]) != header_crc:
-            raise SampleError(ErrorCause.SHARD_CHANGED, f"{place}: their tar header is not the indexed one")
+            raise SampleError(cause, f"{where}: {error}") from error
+        if len(data) < end - begin:
+            raise SampleError(ErrorCause.READ_FAILED, f"{where}: the shard ends before them")
+        if checksum32(data) != place.checksum:
+            raise SampleError(
+                ErrorCause.SHARD_CHANGED, f"{where}: they do not have the checksum that they had when they were indexed"
+            )
         return data[BLOCK_BYTES:]
 
     def close(self) -> None:

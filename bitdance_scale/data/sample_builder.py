@@ -26,7 +26,8 @@ class SampleBuilder:
 
     def build(self, batch: PlannedBatch) -> list[Sample]:
         """One sample per place of the batch, without its image."""
-        return [self._sample(batch, place) for place in range(len(batch))]
+        captions = self._captions(batch)
+        return [self._sample(batch, place, captions[place]) for place in range(len(batch))]
 
     def lengths(self, samples: list[Sample]) -> np.ndarray:
         """int64 [n], positions that each sample takes in a pack."""
@@ -35,20 +36,22 @@ class SampleBuilder:
             [num_positions(len(s.before_ids), len(s.after_ids), s.grid, block_tokens) for s in samples], dtype=np.int64
         )
 
-    def _sample(self, batch: PlannedBatch, place: int) -> Sample:
+    def _sample(self, batch: PlannedBatch, place: int, caption: str) -> Sample:
         key = int(batch.samples[place])
         height, width = batch.bucket_px[place].tolist()
         grid = (height // self._config.vision.downsample, width // self._config.vision.downsample)
-        caption = self._caption(batch, place, key)
         if batch.is_image_to_text[place]:
             return image_to_text_sample(self._tokenizer, key, caption, grid)
         return text_to_image_sample(
             self._tokenizer, key, caption, grid, is_caption_dropped=bool(batch.is_caption_dropped[place])
         )
 
-    def _caption(self, batch: PlannedBatch, place: int, key: int) -> str:
-        if batch.caption[place] < 0:
-            return ""
-        source = self._config.data.captions[batch.caption[place]].source
-        alternatives = self._index.alternatives(key, source)
-        return alternatives[int(batch.alternative[place] * len(alternatives))]
+    def _captions(self, batch: PlannedBatch) -> list[str]:
+        """The caption that was drawn for every place; empty where the sample has none."""
+        found = [""] * len(batch)
+        for number, choice in enumerate(self._config.data.captions):
+            places = np.flatnonzero(batch.caption == number)
+            texts = self._index.texts(choice.source, batch.samples[places])
+            for place, alternatives in zip(places.tolist(), texts, strict=True):
+                found[place] = alternatives[int(batch.alternative[place] * len(alternatives))]
+        return found

@@ -20,7 +20,6 @@ from bitdance_scale.data.bit_shards import (
     recipe_sides_px,
     shard_file,
     shard_meta,
-    shard_samples,
     write_bit_shard,
     write_table,
 )
@@ -77,7 +76,7 @@ class Encoder:
                     return False
             except DataError as error:
                 logger.warning("%s It is made again.", error)
-        samples = shard_samples(self._index, row)
+        samples = self._index.shard_samples(row)
         resolutions = {side_px: list(self._encoded(samples, side_px)) for side_px in recipe_sides_px(self.recipe)}
         write_bit_shard(path, meta, resolutions)
         self._verify(path, samples, row)
@@ -112,10 +111,10 @@ class Encoder:
             return None
         index = self._index
         has_borders = self._config.data.active_sources[self._plan.source_of(sample)].has_borders
-        height, width = content_px(index, slice(sample, sample + 1), has_borders)
+        height, width = content_px(index, slice(sample, sample + 1), has_borders)[0].tolist()
         try:
             data = self._reader.image(index, sample)
-            return decode_image(data, index.size_px(sample), bucket_px, (int(height[0]), int(width[0])))
+            return decode_image(data, index.size_px(sample), bucket_px, (height, width))
         except SampleError as error:
             return error
 

@@ -11,6 +11,7 @@ from bitdance_scale.data.captions import DEFAULT_SOURCE
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index, default_index_dir, open_index, sources_index_dir
 from bitdance_scale.data.index.report import check_skipped
+from bitdance_scale.data.plan.selection import store_selection
 from bitdance_scale.data.storage.shards import expand_shards, expand_sources
 from bitdance_scale.data.storage.stores import Stores
 from bitdance_scale.errors import DataError
@@ -62,7 +63,9 @@ def _build_sources(data: DataSection) -> _Built:
     shards = [path for paths in by_source for path in paths]
     captions = [choice.source for choice in data.captions]
     index = build_index(shards, index_dir, captions=captions, stores=stores)
-    return _Built(index_dir, index.hash, [len(paths) for paths in by_source])
+    num_shards = [len(paths) for paths in by_source]
+    store_selection(index.divided(num_shards), data)
+    return _Built(index_dir, index.hash, num_shards)
 
 
 def _build_images(specs: Sequence[str], index_dir: str) -> _Built:
@@ -74,7 +77,7 @@ def _build_images(specs: Sequence[str], index_dir: str) -> _Built:
 
 def _open(built: _Built, max_skipped_share: float) -> Index:
     with all_ranks():
-        index = open_index(built.index_dir)
+        index = open_index(built.index_dir, is_verified=True)
         if index.hash != built.hash:
             raise DataError(
                 f"{built.index_dir}: another job builds its index there, and has replaced this run's while it started. "

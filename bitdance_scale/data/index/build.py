@@ -1,8 +1,9 @@
 """Builds the index of a data set: in parallel, only from shards that are new or have changed, and resumable.
 
-From time to time, what has been scanned is saved as a part, which is itself an index. A build that was stopped goes on
-from its parts. At the end the pieces of all shards, from an earlier index, the parts and memory, are joined column by
-column, with never more than one piece in memory.
+Every shard that is scanned becomes a part, a segment of one shard in a file of its own, so that a build that was
+stopped goes on from there. Then the shards are divided into segments. A segment of an earlier index whose shards are
+still neighbours stays as it is; the others are joined from the parts and from earlier segments. Scanning and joining are
+done by the workers; this process only keeps the tables. At no time are more than a few files open.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ import itertools
 import logging
 import os
 import shutil
-import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -23,63 +22,50 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
-import numpy as np
 import orjson
+import xxhash
 
-from bitdance_scale.atomic_files import WRITING, commit_folder, write_bytes
+from bitdance_scale.atomic_files import WRITING, write_bytes
 from bitdance_scale.config.schema import S3_SCHEME
 from bitdance_scale.data.captions import DEFAULT_SOURCE
+from bitdance_scale.data.index.column_file import write_columns
 from bitdance_scale.data.index.index import (
     FORMAT,
-    NAME,
     TABLE_NAME,
     Index,
+    IndexTable,
     ShardEntry,
-    caption_column,
-    column_files,
-    columns_folder,
-    content_index,
+    entry_of_table,
     open_index,
-    score_column,
+    read_table,
 )
-from bitdance_scale.data.index.shard_scan import COLUMN_DTYPES, scan_shard
-from bitdance_scale.data.index.tar_scan import WINDOW_BYTES
+from bitdance_scale.data.index.segment import SCORE, Piece, Segment, join_pieces
+from bitdance_scale.data.index.shard_errors import advised
+from bitdance_scale.data.index.shard_scan import NAME, caption_column, scan_shard, shard_digests
+from bitdance_scale.data.index.tar_scan import BLOCK_BYTES, WINDOW_BYTES
+from bitdance_scale.data.index.verification import SegmentEntry, find_damage, is_full, write_stamps
 from bitdance_scale.data.storage.store_contract import ReadError, ShardState
 from bitdance_scale.data.storage.stores import Stores
 from bitdance_scale.errors import DataError
+from bitdance_scale.wording import first_few
 
 logger = logging.getLogger(__name__)
 
+MIN_SEGMENT_SAMPLES = 1 << 20
+MAX_SEGMENTS = 256
+"""A segment has at least the one, or so many samples that there are at most about this many segments."""
 _PARTS_NAME = ".parts"
-_PART_SAMPLES = 1 << 20
-_PART_S = 60.0
 _BYTES_PER_WORKER = 1 << 31
 _MAX_WORKERS = 32
 _TASKS_PER_WORKER = 4
 _REMOTE_WINDOW_BYTES = 16 << 20
+# The place of an image counts blocks in 32 bits.
+_MAX_SHARD_BYTES = BLOCK_BYTES << 32
 _Progress = Callable[[ShardEntry], None]
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """The samples of one shard in an index."""
-
-    entry: ShardEntry
-    index: Index
-    start: int
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.entry.num_samples
-
-    def values(self, column: str) -> np.ndarray:
-        return self.index.columns[column][self.start : self.stop]
-
-    def text(self, column: str) -> tuple[np.ndarray, np.ndarray]:
-        """Lengths of the texts, and the bytes of all texts one after the other."""
-        starts = self.index.columns[f"{column}_start"][self.start : self.stop + 1]
-        return np.diff(starts), self.index.columns[f"{column}_text"][starts[0] : starts[-1]]
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True)
@@ -90,7 +76,27 @@ class _Task:
     state: ShardState
 
 
-_Scan = Callable[[_Task], Index]
+@dataclass(frozen=True)
+class _Known:
+    """A shard that has been scanned, and where its samples are."""
+
+    entry: ShardEntry
+    piece: Piece
+    digests: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Join:
+    """A segment to write."""
+
+    number: int
+    folder: Path
+    pieces: tuple[Piece, ...]
+    texts: tuple[str, ...]
+    digests: tuple[dict[str, str], ...]
+
+
+_Planned = SegmentEntry | _Join
 
 
 def build_index(
@@ -121,40 +127,47 @@ def build_index(
     stores = stores or Stores()
     tasks = [_Task(path, state) for path, state in zip(shards, stores.states(shards), strict=True)]
     try:
-        old = _open_old(index_dir)
+        old, damaged = _open_old(index_dir)
         if old is not None:
             captions = tuple(dict.fromkeys((*old.captions, *captions)))
-            if old.captions == captions and _is_of(old, tasks):
-                return old
-        parts = _open_parts(index_dir)
-        known = _pieces(index for index in (*parts.values(), old) if index is not None)
-        known = {task: piece for task, piece in known.items() if set(captions) <= set(piece.index.captions)}
+            if old.captions == captions and not damaged and [_task_of(entry) for entry in old.shards] == tasks:
+                return open_index(index_dir, is_verified=True)
+        known = _known_shards(index_dir, old, damaged) if old is not None and set(captions) <= set(old.captions) else {}
         missing = [task for task in dict.fromkeys(tasks) if task not in known]
-        scan = partial(scan_file, captions=captions, stores=stores)
-        known |= _scan_all(missing, scan, num_workers, partial(_save_part, index_dir, parts), progress)
-        pieces = [known[task] for task in tasks]
-        if not sum(piece.entry.num_samples for piece in pieces):
-            raise DataError(
-                f"data.shards: no usable image in {len(shards)} shards ({_all_errors(pieces)}). A sample needs a .jpg, "
-                ".png or .webp member, and .txt and .json members with the same key."
-            )
-        _write(pieces, captions, index_dir)
-        for folder in parts:
-            shutil.rmtree(folder, ignore_errors=True)
+        scan = partial(scan_file, captions=captions, stores=stores, parts=index_dir / _PARTS_NAME)
+        if num_workers is None:
+            num_workers = _default_workers(missing)
+        for found in _run(scan, missing, num_workers):
+            known[_task_of(found.entry)] = found
+            if progress is not None:
+                progress(found.entry)
+        found_shards = [known[task] for task in tasks]
+        if not sum(found.entry.num_samples for found in found_shards):
+            raise _nothing_found([found.entry for found in found_shards])
+        reusable = [entry for entry in old.segments if entry not in damaged] if old is not None else []
+        _write(found_shards, captions, index_dir, reusable, num_workers)
+        shutil.rmtree(index_dir / _PARTS_NAME, ignore_errors=True)
     except OSError as error:
-        raise DataError(
-            f"{index_dir}: cannot write the index ({error}). Set data.index_dir to a writable folder."
-        ) from error
-    return open_index(index_dir)
+        way_out = "Raise the limit (`ulimit -n`)" if is_full(error) else "Set data.index_dir to a writable folder"
+        raise DataError(f"{index_dir}: cannot write the index ({error}). {way_out}.") from error
+    return open_index(index_dir, is_verified=True)
 
 
-def scan_file(task: _Task, captions: Sequence[str], stores: Stores) -> Index:
-    """Scans one shard and returns its index.
+def scan_file(task: _Task, captions: Sequence[str], stores: Stores, parts: Path) -> _Known:
+    """Scans one shard into a part, or takes the part that an earlier build has left.
 
     Raises:
-        DataError: the shard cannot be opened or read.
+        DataError: the shard cannot be opened or read, or is too long.
     """
     total_bytes = task.state.num_bytes
+    if total_bytes > _MAX_SHARD_BYTES:
+        raise DataError(
+            f"{task.path}: {total_bytes} bytes, a shard has at most {_MAX_SHARD_BYTES}. Divide it into smaller tars."
+        )
+    key = orjson.dumps([FORMAT, task.path, total_bytes, task.state.tag, list(captions)])
+    path = parts / f"{xxhash.xxh3_128_hexdigest(key)}.safetensors"
+    if (left := _open_part(path, task)) is not None:
+        return left
 
     def read(offset: int, num_bytes: int) -> bytes:
         return stores.read(task.path, offset, max(0, min(num_bytes, total_bytes - offset)), task.state.tag)
@@ -166,7 +179,23 @@ def scan_file(task: _Task, captions: Sequence[str], stores: Stores) -> Index:
     except ReadError as error:
         raise DataError(f"{task.path}: cannot read the shard ({error}). Correct data.shards or restore it.") from error
     entry = ShardEntry(task.path, total_bytes, task.state.tag, len(content), content.errors, content.tar_errors)
-    return content_index(entry, content)
+    digests = shard_digests(content.segment.columns)
+    write_columns(path, content.segment.columns, {"shards": [digests], "entry": dataclasses.asdict(entry)})
+    return _Known(entry, Piece(path, 0, len(content)), digests)
+
+
+def _open_part(path: Path, task: _Task) -> _Known | None:
+    """The part of a shard, if an earlier build has left one."""
+    try:
+        segment = Segment.open(path)
+        entry = entry_of_table(segment.metadata["entry"], path.parent)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        logger.warning("%s: a part that an earlier build left cannot be used (%r); scanning again", path, error)
+        return None
+    assert _task_of(entry) == task, (entry, task)
+    return _Known(entry, Piece(path, 0, segment.num_samples), segment.metadata["shards"][0])
 
 
 @contextmanager
@@ -181,201 +210,172 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _is_of(index: Index, tasks: Sequence[_Task]) -> bool:
-    return [_task_of(entry) for entry in index.shards] == list(tasks)
-
-
 def _task_of(entry: ShardEntry) -> _Task:
     return _Task(entry.path, ShardState(entry.num_bytes, entry.tag))
 
 
-def _pieces(indexes: Iterator[Index]) -> dict[_Task, _Piece]:
-    pieces: dict[_Task, _Piece] = {}
-    for index in indexes:
-        start = 0
-        for entry in index.shards:
-            pieces[_task_of(entry)] = _Piece(entry, index, start)
-            start += entry.num_samples
-    return pieces
-
-
-def _all_errors(pieces: Sequence[_Piece]) -> dict[str, dict[str, int]]:
-    return {piece.entry.path: piece.entry.errors for piece in pieces}
-
-
-def _scan_all(
-    tasks: Sequence[_Task],
-    scan: _Scan,
-    num_workers: int | None,
-    save: Callable[[Sequence[_Piece]], dict[_Task, _Piece]],
-    progress: _Progress | None,
-) -> dict[_Task, _Piece]:
-    """Scans shards and saves the results as parts from time to time; the last results stay in memory."""
-    if num_workers is None:
-        num_workers = min(sum(task.state.num_bytes for task in tasks) // _BYTES_PER_WORKER, _num_cores(), _MAX_WORKERS)
-    found: dict[_Task, _Piece] = {}
-    unsaved: list[_Piece] = []
-    saved_s = time.monotonic()
+def _open_old(index_dir: Path) -> tuple[IndexTable | None, set[SegmentEntry]]:
+    """The index in the folder, None if there is none that this version can read; and its segments that are damaged."""
+    if not (index_dir / TABLE_NAME).exists():
+        return None, set()
     try:
-        for index in _scanned(tasks, scan, num_workers):
-            unsaved.append(_Piece(index.shards[0], index, 0))
-            if progress is not None:
-                progress(index.shards[0])
-            num_samples = sum(piece.entry.num_samples for piece in unsaved)
-            if num_samples >= _PART_SAMPLES or (num_samples and time.monotonic() - saved_s >= _PART_S):
-                found |= save(unsaved)
-                unsaved, saved_s = [], time.monotonic()
-    except BaseException:
-        # The build was stopped or a shard cannot be read: the next build goes on from here.
-        if any(piece.entry.num_samples for piece in unsaved):
-            save(unsaved)
-        raise
-    return found | {_task_of(piece.entry): piece for piece in unsaved}
+        table = read_table(index_dir)
+    except DataError as error:
+        logger.warning("%s Building it again.", error)
+        return None, set()
+    damaged = find_damage(index_dir, table.segments)
+    for entry, damage in damaged.items():
+        logger.warning("%s: %s; reading its %d shards again", index_dir / entry.file, damage, entry.num_shards)
+    return table, set(damaged)
 
 
-def _scanned(tasks: Sequence[_Task], scan: _Scan, num_workers: int) -> Iterator[Index]:
+def _known_shards(index_dir: Path, old: IndexTable, damaged: set[SegmentEntry]) -> dict[_Task, _Known]:
+    """The shards of the sound segments of an index."""
+    known: dict[_Task, _Known] = {}
+    entries = iter(old.shards)
+    for segment in old.segments:
+        own = list(itertools.islice(entries, segment.num_shards))
+        if segment in damaged:
+            continue
+        path, start = index_dir / segment.file, 0
+        for entry, digests in zip(own, Segment.open(path).metadata["shards"], strict=True):
+            known[_task_of(entry)] = _Known(entry, Piece(path, start, start + entry.num_samples), digests)
+            start += entry.num_samples
+    return known
+
+
+def _nothing_found(entries: Sequence[ShardEntry]) -> DataError:
+    reasons = [
+        f"{entry.path}: "
+        + "; ".join(
+            [f"byte {e.offset}: {e.problem}" for e in entry.tar_errors[:1]]
+            + [f"{count} {advised(error)}" for error, count in entry.errors.items() if error != "damaged_tar"]
+        )
+        for entry in entries
+        if entry.errors
+    ]
+    found = f" ({first_few(reasons)})" if reasons else ""
+    return DataError(
+        f"data.shards: no usable image in {len(entries)} shards{found}. A sample needs a .jpg, .png or .webp member, "
+        "and .txt and .json members with the same key."
+    )
+
+
+def _run(work: Callable[[_In], _Out], tasks: Sequence[_In], num_workers: int) -> Iterator[_Out]:
+    """Results in any order, from other processes if there are several workers and tasks."""
     if num_workers < 2 or len(tasks) < 2:
-        yield from map(scan, tasks)
+        yield from map(work, tasks)
         return
     # Forking this process could copy threads and CUDA; the server has neither.
     with ProcessPoolExecutor(min(num_workers, len(tasks)), mp_context=get_context("forkserver")) as pool:
         waiting = iter(tasks)
-        # Few tasks at a time, because results wait in memory until they are taken.
-        running = {pool.submit(scan, task) for task in itertools.islice(waiting, _TASKS_PER_WORKER * num_workers)}
+        running = {pool.submit(work, task) for task in itertools.islice(waiting, _TASKS_PER_WORKER * num_workers)}
         try:
             while running:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
-                running |= {pool.submit(scan, task) for task in itertools.islice(waiting, len(done))}
+                running |= {pool.submit(work, task) for task in itertools.islice(waiting, len(done))}
                 while done:
                     yield done.pop().result()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0))
+def _default_workers(tasks: Sequence[_Task]) -> int:
+    amount = sum(task.state.num_bytes for task in tasks) // _BYTES_PER_WORKER
+    return min(amount, len(os.sched_getaffinity(0)), _MAX_WORKERS)
 
 
-def _open_old(index_dir: Path) -> Index | None:
-    """The index in the folder; None if there is none that this version can read, so that it is built again."""
-    if not (index_dir / TABLE_NAME).exists():
-        return None
-    try:
-        return open_index(index_dir)
-    except DataError as error:
-        logger.warning("%s Building it again.", error)
-        return None
-
-
-def _open_parts(index_dir: Path) -> dict[Path, Index]:
-    parts: dict[Path, Index] = {}
-    for folder in sorted((index_dir / _PARTS_NAME).glob("*")):
-        try:
-            parts[folder] = open_index(folder)
-        except DataError:
-            # The build was stopped while it wrote this part, or another version wrote it.
-            shutil.rmtree(folder, ignore_errors=True)
-    return parts
-
-
-def _save_part(index_dir: Path, parts: dict[Path, Index], pieces: Sequence[_Piece]) -> dict[_Task, _Piece]:
-    folder = index_dir / _PARTS_NAME / uuid.uuid4().hex
-    _write(pieces, pieces[0].index.captions, folder)
-    parts[folder] = open_index(folder)
-    return _pieces(iter([parts[folder]]))
-
-
-def _write(pieces: Sequence[_Piece], captions: Sequence[str], index_dir: Path) -> None:
-    """Writes the columns first, then the table that names them, each by rename."""
+def _write(
+    shards: Sequence[_Known],
+    captions: Sequence[str],
+    index_dir: Path,
+    reusable: Sequence[SegmentEntry],
+    num_workers: int,
+) -> None:
+    """Writes the segments that are missing, then the table that names all of them, each by rename."""
     index_dir.mkdir(parents=True, exist_ok=True)
-    scores = list(dict.fromkeys(field for piece in pieces for field in piece.index.scores))
-    building = index_dir / f".{uuid.uuid4().hex}{WRITING}"
-    building.mkdir()
-    try:
-        digests = _write_columns(pieces, captions, scores, building)
-        content = _digest([f"{name} {digest}" for name, digest in digests.items()])
-        folder = index_dir / columns_folder(content)
-        # Another job may have built the same index, even meanwhile.
-        if not folder.exists():
-            commit_folder(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    base = ["shard", *COLUMN_DTYPES]
+    texts = (NAME, *map(caption_column, captions))
+    planned = _plan_segments(shards, reusable, texts, index_dir)
+    joins = [segment for segment in planned if isinstance(segment, _Join)]
+    joined = dict(_run(_join, joins, num_workers))
+    segments = [joined[segment.number] if isinstance(segment, _Join) else segment for segment in planned]
+    scores = list(dict.fromkeys(n.removeprefix(SCORE) for s in shards for n in s.digests if n.startswith(SCORE)))
+    places = [f"{s.entry.num_bytes} {s.entry.num_samples} {s.digests['place']}" for s in shards]
+    columns = {name: caption_column(name) for name in captions} | {field: SCORE + field for field in scores}
     table = {
         "format": FORMAT,
-        "hash": _digest([*(str(piece.entry.num_bytes) for piece in pieces), *(digests[name] for name in base)]),
-        "content": content,
+        "hash": _digest(places),
         "captions": list(captions),
         "scores": scores,
-        "digests": {
-            **{name: _digest([digests[f"{caption_column(name)}_{p}"] for p in ("start", "text")]) for name in captions},
-            **{score_column(field): digests[score_column(field)] for field in scores},
-        },
-        "shards": [
-            {**dataclasses.asdict(piece.entry), "path": _stored_path(piece.entry.path, index_dir)} for piece in pieces
-        ],
+        "digests": {column: _digest([s.digests.get(column, "") for s in shards]) for column in columns.values()},
+        "segments": [dataclasses.asdict(segment) for segment in segments],
+        "shards": [{**dataclasses.asdict(s.entry), "path": _stored_path(s.entry.path, index_dir)} for s in shards],
     }
+    write_stamps(index_dir, [segment.file for segment in segments])
     write_bytes(index_dir / TABLE_NAME, orjson.dumps(table), is_shared=True)
+
+
+def _plan_segments(
+    shards: Sequence[_Known], reusable: Sequence[SegmentEntry], texts: tuple[str, ...], index_dir: Path
+) -> list[_Planned]:
+    """Divides the shards into segments; those whose shards have stayed together are not written again."""
+    num_samples = sum(shard.entry.num_samples for shard in shards)
+    target = max(MIN_SEGMENT_SAMPLES, -(-num_samples // MAX_SEGMENTS))
+    # A small one is joined with its neighbours, so that their number stays small however often shards are added.
+    starts = {index_dir / entry.file: entry for entry in reusable if 2 * entry.num_samples >= target}
+    planned: list[_Planned] = []
+    group: list[_Known] = []
+
+    def close() -> None:
+        if group:
+            pieces, digests = tuple(s.piece for s in group), tuple(s.digests for s in group)
+            planned.append(_Join(len(planned), index_dir, pieces, texts, digests))
+            group.clear()
+
+    row, size = 0, 0
+    while row < len(shards):
+        entry = starts.get(shards[row].piece.path)
+        if entry is not None and _is_whole(shards[row : row + entry.num_shards], entry):
+            close()
+            planned.append(entry)
+            row, size = row + entry.num_shards, 0
+            continue
+        group.append(shards[row])
+        size += shards[row].entry.num_samples
+        row += 1
+        if size >= target:
+            close()
+            size = 0
+    close()
+    return planned
+
+
+def _is_whole(shards: Sequence[_Known], segment: SegmentEntry) -> bool:
+    """Whether these shards are those of a segment, in its order."""
+    if len(shards) < segment.num_shards or shards[0].piece.start:
+        return False
+    same_file = all(shard.piece.path == shards[0].piece.path for shard in shards)
+    in_order = all(a.piece.stop == b.piece.start for a, b in itertools.pairwise(shards))
+    return same_file and in_order and shards[-1].piece.stop == segment.num_samples
+
+
+def _join(join: _Join) -> tuple[int, SegmentEntry]:
+    """Writes a segment; returns its number and its entry."""
+    writing = join.folder / f".{xxhash.xxh3_64_hexdigest(repr(join.pieces).encode())}{WRITING}"
+    try:
+        digests = join_pieces(writing, join.pieces, join.texts, {"shards": list(join.digests)})
+        num_samples = sum(piece.stop - piece.start for piece in join.pieces)
+        file = f"segment_{xxhash.xxh3_64_hexdigest(orjson.dumps(digests))}.safetensors"
+        entry = SegmentEntry(file, num_samples, len(join.pieces), writing.stat().st_size, digests)
+        # Another job may have written the same segment, even meanwhile; the runs that have it open keep theirs.
+        os.replace(writing, join.folder / file)
+    finally:
+        writing.unlink(missing_ok=True)
+    return join.number, entry
 
 
 def _stored_path(path: str, index_dir: Path) -> str:
     return path if path.startswith(S3_SCHEME) else os.path.relpath(path, os.path.abspath(index_dir))
-
-
-def _write_columns(
-    pieces: Sequence[_Piece], captions: Sequence[str], scores: Sequence[str], folder: Path
-) -> dict[str, str]:
-    """Writes all columns; returns column -> hexadecimal digest."""
-    counts = [piece.entry.num_samples for piece in pieces]
-    files = column_files(captions, scores)
-    write = partial(_write_column, folder, files)
-    digests = {
-        "shard": write("shard", np.int32, sum(counts), (np.full(n, row, np.int32) for row, n in enumerate(counts)))
-    }
-    for name, dtype in COLUMN_DTYPES.items():
-        digests[name] = write(name, dtype, sum(counts), (piece.values(name) for piece in pieces))
-    for name in (NAME, *map(caption_column, captions)):
-        num_bytes = sum(len(piece.text(name)[1]) for piece in pieces)
-        digests[f"{name}_start"] = write(f"{name}_start", np.int64, sum(counts) + 1, _starts(pieces, name))
-        # One byte more than needed, because an empty array cannot be mapped.
-        chunks = itertools.chain((piece.text(name)[1] for piece in pieces), [np.zeros(1, np.uint8)])
-        digests[f"{name}_text"] = write(f"{name}_text", np.uint8, num_bytes + 1, chunks)
-    for name in map(caption_column, captions):
-        status = f"{name}_status"
-        digests[status] = write(status, np.uint8, sum(counts), (piece.values(status) for piece in pieces))
-    for field in scores:
-        name = score_column(field)
-        digests[name] = write(name, np.float32, sum(counts), (_score(piece, field) for piece in pieces))
-    return digests
-
-
-def _starts(pieces: Sequence[_Piece], column: str) -> Iterator[np.ndarray]:
-    begin = 0
-    yield np.zeros(1, np.int64)
-    for piece in pieces:
-        lengths, _ = piece.text(column)
-        yield begin + np.cumsum(lengths, dtype=np.int64)
-        begin += int(lengths.sum())
-
-
-def _score(piece: _Piece, field: str) -> np.ndarray:
-    if field in piece.index.scores:
-        return piece.values(score_column(field))
-    return np.full(piece.entry.num_samples, np.nan, np.float32)
-
-
-def _write_column(
-    folder: Path, files: dict[str, str], name: str, dtype: type, length: int, chunks: Iterator[np.ndarray]
-) -> str:
-    digest = hashlib.sha256()
-    with open(folder / f"{files[name]}.npy", "wb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (length,)}
-        np.lib.format.write_array_header_1_0(file, header)
-        for chunk in chunks:
-            content = np.ascontiguousarray(chunk, dtype).data
-            digest.update(content)
-            file.write(content)
-    return digest.hexdigest()
 
 
 def _digest(texts: Sequence[str]) -> str:

@@ -18,8 +18,8 @@ _NUM_SUSPICIOUS = 20
 
 def report(index: Index) -> str:
     """Counts, histograms of sizes and aspects, scores, and shards to look at."""
-    short = np.minimum(index.height_px, index.width_px)
-    aspect = index.width_px / index.height_px
+    sizes = index.sizes_px(slice(None))
+    short, aspect = sizes.min(axis=1), sizes[:, 1] / sizes[:, 0]
     lines = summary(index)
     lines += ["short side, px:", *_bars(short, _SHORT_SIDES_PX), "width over height:", *_bars(aspect, (0, *_ASPECTS))]
     suspicious = list(suspicious_shards(index))
@@ -33,12 +33,13 @@ def report(index: Index) -> str:
 
 def plot(index: Index, out: Path) -> None:
     """The distributions of size, aspect, caption length and every score, as a picture."""
-    short, long = np.minimum(index.height_px, index.width_px), np.maximum(index.height_px, index.width_px)
-    lengths = np.diff(index.columns[f"caption.{index.captions[0]}_start"])
+    sizes = index.sizes_px(slice(None))
+    short, long = sizes.min(axis=1), sizes.max(axis=1)
+    lengths = index.caption_bytes(index.captions[0], slice(None))
     panels = [
         ("short side, px", short, np.geomspace(16, 8192, 60), "log"),
         ("long side, px", long, np.geomspace(16, 8192, 60), "log"),
-        ("width over height", index.width_px / index.height_px, np.geomspace(1 / 8, 8, 61), "log"),
+        ("width over height", sizes[:, 1] / sizes[:, 0], np.geomspace(1 / 8, 8, 61), "log"),
         (f"bytes of caption {index.captions[0]}", lengths, 60, "linear"),
         *((field, index.score(field), 60, "linear") for field in index.scores),
     ]

@@ -1,35 +1,38 @@
-"""The index: where every sample of a data set lies, its stored size, captions and scores, in memory-mapped columns.
+"""The index: where every sample of a data set lies, its size, captions and scores, in memory-mapped segments.
 
 `build.py` writes it once; `open_index` opens it everywhere. In the index folder, `index.json` holds the table of shards
-and names a folder of columns, one `.npy` file each. Both appear by rename, so a reader sees the old build or the new
-one and never a mixture. The columns of an old build stay until somebody deletes them, because runs may have them open.
+and names the segments (`segment.py`). All appear by rename, so a reader sees the old build or the new one and never a
+mixture. The segments of an old build stay until somebody deletes them, because runs may have them open.
 
-The position of a sample in the index is its key everywhere (`Sample.key`). The index hash covers order, sizes and
-places in the shards. It does not cover where the shards lie, so a run resumes on a moved data set. Captions and scores
-have digests of their own, for the plans that use them.
+The position of a sample in the index is its key everywhere (`Sample.key`). The index hash covers order, sizes, places
+and checksums of the images. It does not cover where the shards lie, so a run resumes on a moved data set. Captions and
+scores have digests of their own, for the plans that use them.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import orjson
 
 from bitdance_scale.config.schema import S3_SCHEME
 from bitdance_scale.data.captions import SEPARATOR
-from bitdance_scale.data.index.shard_scan import COLUMN_DTYPES, ShardContent
-from bitdance_scale.data.index.tar_scan import TarError
+from bitdance_scale.data.index.segment import SCORE, Segment
+from bitdance_scale.data.index.shard_scan import NAME, caption_column
+from bitdance_scale.data.index.tar_scan import BLOCK_BYTES, TarError
+from bitdance_scale.data.index.verification import SegmentEntry, find_damage, is_full
 from bitdance_scale.errors import DataError
 from bitdance_scale.renames import RENAMED_INDEX_FIELDS, with_new_names
 
-FORMAT = 2
+FORMAT = 3
 TABLE_NAME = "index.json"
-NAME = "name"
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class ShardEntry:
         num_bytes: length of the shard.
         tag: `store_contract.ShardState.tag`; a change of the tag or the length shows that the shard has changed.
         num_samples: samples of the shard that are in the index.
-        errors: `shard_scan.ShardError` -> how often the scan found it.
-        tar_errors: the places where the tar is broken.
+        errors: `shard_errors.ShardError` -> how often the scan found it.
+        tar_errors: the places where the tar is broken, the first of them if they are many.
     """
 
     path: str
@@ -53,69 +56,118 @@ class ShardEntry:
     tar_errors: tuple[TarError, ...] = ()
 
 
-class Index:
-    """All N samples of a data set, in columns.
+class Place(NamedTuple):
+    """Where an image lies.
 
     Attributes:
-        hash: hexadecimal digest of order, sizes and places.
+        path: its shard.
+        offset: first byte of its content; the 512 bytes before it are its tar header.
+        num_bytes: length of the content.
+        checksum: of header and content (`checksums.checksum32`).
+        tag: tag of the shard when it was indexed.
+    """
+
+    path: str
+    offset: int
+    num_bytes: int
+    checksum: int
+    tag: str
+
+
+class Index:
+    """All N samples of a data set.
+
+    Samples are numbered through all shards. Where an argument is called `samples`, it is a slice or int64 [n].
+
+    Args:
+        shards: table of the shards, in order.
+        segments: their samples, in order.
+        captions: caption sources that every segment has.
+        scores: fields that some segment has.
+        digest: the hash.
+        digests: digests of captions and scores.
+        folder: the index folder; None: in memory alone.
+
+    Attributes:
+        hash: hexadecimal digest of order, sizes, places and checksums.
         shards: table of the shards in the order of `data.shards`; the shards of a source are contiguous.
         captions: caption sources that are kept (`captions.CaptionSource`).
         scores: numeric fields of the records that are kept.
         digests: hexadecimal digest of each caption source and score.
         sources: samples of each source, which are contiguous; one range unless the index was `divided`.
-        columns: the arrays below by name. Texts have two: `NAME_start`, int64 [N + 1], and `NAME_text`, uint8.
-        shard: int32 [N], row in `shards`.
-        image_offset: int64 [N], first byte of the image in its shard.
-        image_bytes: int64 [N], length of the image file.
-        header_crc: uint32 [N], CRC-32 of the tar header of the image.
-        height_px, width_px: int32 [N], stored size.
-        original_height_px, original_width_px: int32 [N], size before img2dataset resized the image; 0: not known.
+        folder: as given.
     """
 
     def __init__(
         self,
-        shards: tuple[ShardEntry, ...],
-        columns: Mapping[str, np.ndarray],
+        shards: Sequence[ShardEntry],
+        segments: Sequence[Segment],
         *,
         captions: Sequence[str],
         scores: Sequence[str],
         digest: str = "",
         digests: Mapping[str, str] | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.hash = digest
-        self.shards = shards
-        self.columns = columns
+        self.shards = tuple(shards)
         self.captions = tuple(captions)
         self.scores = tuple(scores)
         self.digests = digests or {}
-        self.shard = columns["shard"]
-        self.image_offset = columns["image_offset"]
-        self.image_bytes = columns["image_bytes"]
-        self.header_crc = columns["header_crc"]
-        self.height_px = columns["height_px"]
-        self.width_px = columns["width_px"]
-        self.original_height_px = columns["original_height_px"]
-        self.original_width_px = columns["original_width_px"]
+        self.folder = folder
+        self._segments = tuple(segments)
+        self._segment_starts = list(itertools.accumulate((s.num_samples for s in self._segments), initial=0))
+        self._shard_starts = list(itertools.accumulate((entry.num_samples for entry in self.shards), initial=0))
         self.sources: tuple[range, ...] = (range(len(self)),)
 
     def __len__(self) -> int:
-        return len(self.shard)
+        return self._segment_starts[-1]
 
     def divided(self, num_shards: Sequence[int]) -> Index:
         """The same index with sources: the first `num_shards[0]` shards are the first source, and so on."""
         assert sum(num_shards) == len(self.shards), (num_shards, len(self.shards))
-        samples_before = np.cumsum([0, *(entry.num_samples for entry in self.shards)])
-        stops = samples_before[np.cumsum([0, *num_shards])].tolist()
+        stops = [self._shard_starts[row] for row in itertools.accumulate(num_shards, initial=0)]
         divided = Index(
             self.shards,
-            self.columns,
+            self._segments,
             captions=self.captions,
             scores=self.scores,
             digest=self.hash,
             digests=self.digests,
+            folder=self.folder,
         )
         divided.sources = tuple(itertools.starmap(range, itertools.pairwise(stops)))
         return divided
+
+    def sizes_px(self, samples: slice | np.ndarray) -> np.ndarray:
+        """int32 [n, 2], (height, width) of the stored pictures, upright."""
+        return self._values("size_px", samples).astype(np.int32)
+
+    def original_sizes_px(self, samples: slice | np.ndarray) -> np.ndarray:
+        """int32 [n, 2], (height, width) before img2dataset resized the pictures; 0: not known."""
+        return self._values("original_px", samples).astype(np.int32)
+
+    def score(self, field: str, samples: slice | np.ndarray = slice(None)) -> np.ndarray:
+        """float32 [n], a numeric field of the records; NaN for samples without it."""
+        return self._values(SCORE + field, samples)
+
+    def status(self, source: str, samples: slice | np.ndarray = slice(None)) -> np.ndarray:
+        """uint8 [n], `captions.CaptionStatus` of a caption source."""
+        text = caption_column(source)
+        return self._gather(lambda segment, rows: segment.status(text, rows), samples)
+
+    def caption_bytes(self, source: str, samples: slice) -> np.ndarray:
+        """int64 [n], length of a caption, all alternatives together."""
+        text = caption_column(source)
+        return np.concatenate([segment.text_lengths(text, rows) for segment, rows in self._parts(samples)])
+
+    def texts(self, source: str, samples: np.ndarray) -> list[list[str]]:
+        """All alternatives of a caption of each sample; one empty text unless its status is USABLE.
+
+        The texts are fetched in the order in which they lie in the files, however the samples are ordered.
+        """
+        found = self._texts(caption_column(source), samples)
+        return [text.decode("utf-8").split(SEPARATOR) for text in found]
 
     def caption(self, sample: int, source: str | None = None) -> str:
         """The first alternative of a caption of a sample; empty unless its status is USABLE.
@@ -124,75 +176,94 @@ class Index:
             sample: position in the index.
             source: one of `captions`; None: the first.
         """
-        return self.alternatives(sample, source)[0]
-
-    def alternatives(self, sample: int, source: str | None = None) -> list[str]:
-        """All alternatives of a caption of a sample; the arguments are those of `caption`."""
-        return self._text(caption_column(source or self.captions[0]), sample).decode("utf-8").split(SEPARATOR)
-
-    def status(self, source: str) -> np.ndarray:
-        """uint8 [N], `captions.CaptionStatus` of a caption source."""
-        return self.columns[caption_column(source) + "_status"]
-
-    def score(self, field: str) -> np.ndarray:
-        """float32 [N], a numeric field of the records; NaN for samples without it."""
-        return self.columns[score_column(field)]
+        return self.texts(source or self.captions[0], np.array([sample]))[0][0]
 
     def name(self, sample: int) -> str:
         """Key of a sample inside its shard."""
-        return self._text(NAME, sample).decode("utf-8", errors="surrogateescape")
+        return self._texts(NAME, np.array([sample]))[0].decode("utf-8", errors="surrogateescape")
+
+    def shard_row(self, sample: int) -> int:
+        """Row in `shards` of the shard that holds a sample."""
+        return bisect.bisect_right(self._shard_starts, sample) - 1
 
     def shard_path(self, sample: int) -> str:
         """Path of the shard that holds a sample."""
-        return self.shards[self.shard[sample]].path
+        return self.shards[self.shard_row(sample)].path
+
+    def shard_samples(self, row: int) -> range:
+        """The samples of a shard, by its row in `shards`."""
+        return range(self._shard_starts[row], self._shard_starts[row + 1])
+
+    def place(self, sample: int) -> Place:
+        """Where the image of a sample lies."""
+        entry = self.shards[self.shard_row(sample)]
+        block, num_bytes, checksum = self.places(slice(sample, sample + 1))[0].tolist()
+        return Place(entry.path, block * BLOCK_BYTES, num_bytes, checksum, entry.tag)
+
+    def places(self, samples: slice | np.ndarray) -> np.ndarray:
+        """uint32 [n, 3]: first block of 512 bytes, length in bytes and checksum of each image."""
+        return self._values("place", samples)
 
     def size_px(self, sample: int) -> tuple[int, int]:
-        """(height, width) of a stored image."""
-        return int(self.height_px[sample]), int(self.width_px[sample])
+        """(height, width) of a stored picture, upright."""
+        height, width = self._values("size_px", slice(sample, sample + 1))[0].tolist()
+        return height, width
 
     def errors(self) -> dict[str, dict[str, int]]:
-        """What the scan found wrong: `shard_scan.ShardError` -> shard path -> count."""
+        """What the scan found wrong: `shard_errors.ShardError` -> shard path -> count."""
         counts: dict[str, dict[str, int]] = {}
         for entry in self.shards:
             for error, count in entry.errors.items():
                 counts.setdefault(error, {})[entry.path] = count
         return counts
 
-    def _text(self, column: str, sample: int) -> bytes:
-        starts = self.columns[f"{column}_start"]
-        return self.columns[f"{column}_text"][starts[sample] : starts[sample + 1]].tobytes()
+    def _values(self, column: str, samples: slice | np.ndarray) -> np.ndarray:
+        return self._gather(lambda segment, rows: segment.values(column, rows), samples)
 
+    def _gather(
+        self, read: Callable[[Segment, slice | np.ndarray], np.ndarray], samples: slice | np.ndarray
+    ) -> np.ndarray:
+        """What `read` gives for some samples, segment by segment."""
+        if isinstance(samples, slice):
+            parts = [read(segment, rows) for segment, rows in self._parts(samples)]
+            return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if len(self._segments) == 1:
+            return read(self._segments[0], samples)
+        found: np.ndarray | None = None
+        for segment, places, rows in self._split(samples):
+            values = read(segment, rows)
+            if found is None:
+                found = np.empty((len(samples), *values.shape[1:]), values.dtype)
+            found[places] = values
+        return read(self._segments[0], samples) if found is None else found
 
-def caption_column(source: str) -> str:
-    """Name of the columns of a caption source."""
-    return f"caption.{source}"
+    def _parts(self, samples: slice) -> list[tuple[Segment, slice]]:
+        """The segments that a range lies in, with its rows there; one empty part for an empty range."""
+        start, stop, step = samples.indices(len(self))
+        assert step == 1, samples
+        parts: list[tuple[Segment, slice]] = []
+        first = max(0, bisect.bisect_right(self._segment_starts, start, hi=len(self._segments)) - 1)
+        for segment, begin in zip(self._segments[first:], self._segment_starts[first:], strict=False):
+            if parts and begin >= stop:
+                break
+            rows = slice(max(start - begin, 0), max(start - begin, 0, min(stop - begin, segment.num_samples)))
+            parts.append((segment, rows))
+        return parts
 
+    def _split(self, samples: np.ndarray) -> Iterator[tuple[Segment, np.ndarray, np.ndarray]]:
+        """Every segment that holds some of the samples, with their places among `samples` and their rows in it."""
+        numbers = np.searchsorted(self._segment_starts, samples, side="right") - 1
+        for number in np.unique(numbers).tolist():
+            places = np.flatnonzero(numbers == number)
+            yield self._segments[number], places, samples[places] - self._segment_starts[number]
 
-def score_column(field: str) -> str:
-    """Name of the column of a score."""
-    return f"score.{field}"
-
-
-def column_files(captions: Sequence[str], scores: Sequence[str]) -> dict[str, str]:
-    """Column -> file name; a source or field may contain characters that a file name cannot."""
-    files = {name: name for name in ("shard", *COLUMN_DTYPES, f"{NAME}_start", f"{NAME}_text")}
-    for number, source in enumerate(captions):
-        files |= {
-            f"{caption_column(source)}_{part}": f"caption_{number}_{part}" for part in ("start", "text", "status")
-        }
-    return files | {score_column(field): f"score_{number}" for number, field in enumerate(scores)}
-
-
-def content_index(entry: ShardEntry, content: ShardContent) -> Index:
-    """The result of a scan as an index of one shard, without digests."""
-    columns = {**content.columns, "shard": np.zeros(len(content), np.int32)}
-    texts = {NAME: content.names} | {caption_column(name): text for name, (text, _) in content.captions.items()}
-    for name, text in texts.items():
-        columns[f"{name}_start"] = np.concatenate([np.zeros(1, np.int64), np.cumsum(text.lengths)])
-        columns[f"{name}_text"] = np.frombuffer(text.joined, np.uint8)
-    columns |= {f"{caption_column(name)}_status": status for name, (_, status) in content.captions.items()}
-    columns |= {score_column(field): values for field, values in content.scores.items()}
-    return Index((entry,), columns, captions=tuple(content.captions), scores=tuple(content.scores))
+    def _texts(self, text: str, samples: np.ndarray) -> list[bytes]:
+        found = [b""] * len(samples)
+        order = np.argsort(samples, kind="stable")
+        for segment, places, rows in self._split(samples[order]):
+            for place, content in zip(order[places].tolist(), segment.read_texts(text, rows), strict=True):
+                found[place] = content
+        return found
 
 
 def default_index_dir(shards: Sequence[str]) -> str:
@@ -214,46 +285,90 @@ def sources_index_dir(names: Sequence[str], shards: Sequence[str]) -> str:
     return f"{default_index_dir(shards)}_{'_'.join(names)}"
 
 
-def open_index(index_dir: str | Path) -> Index:
-    """Opens the index that `build.build_index` left in a folder.
+@dataclass(frozen=True)
+class IndexTable:
+    """What `index.json` says.
+
+    Attributes:
+        hash, captions, scores, digests: as of the `Index`.
+        segments: the segments.
+        shards: the shards, with absolute paths.
+    """
+
+    hash: str
+    captions: tuple[str, ...]
+    scores: tuple[str, ...]
+    digests: dict[str, str]
+    segments: tuple[SegmentEntry, ...]
+    shards: tuple[ShardEntry, ...]
+
+
+def read_table(index_dir: Path) -> IndexTable:
+    """The table of an index.
 
     Raises:
         DataError: there is none, or it is damaged or has another format.
     """
-    index_dir = Path(index_dir)
-    table_path = index_dir / TABLE_NAME
+    path = index_dir / TABLE_NAME
     try:
-        table = orjson.loads(table_path.read_bytes())
+        table = orjson.loads(path.read_bytes())
         if table["format"] != FORMAT:
             raise DataError(
-                f"{table_path}: format {table['format']}, this version reads {FORMAT}. Delete {index_dir} to build it "
-                "again."
+                f"{path}: format {table['format']}, this version reads {FORMAT}. Delete {index_dir} to build it again."
             )
-        entries = tuple(_entry(index_dir, shard) for shard in table["shards"])
-        folder = index_dir / columns_folder(table["content"])
-        columns = {
-            # As plain arrays: reading one number from an np.memmap takes ten times as long.
-            name: np.asarray(np.load(folder / f"{file}.npy", mmap_mode="r", allow_pickle=False))
-            for name, file in column_files(table["captions"], table["scores"]).items()
-        }
-        return Index(
-            entries,
-            columns,
-            captions=table["captions"],
-            scores=table["scores"],
-            digest=table["hash"],
+        return IndexTable(
+            hash=table["hash"],
+            captions=tuple(table["captions"]),
+            scores=tuple(table["scores"]),
             digests=table["digests"],
+            segments=tuple(SegmentEntry(**entry) for entry in table["segments"]),
+            shards=tuple(entry_of_table(shard, index_dir) for shard in table["shards"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{table_path}: no usable index ({error!r}). Delete {index_dir} to build it again.") from error
+        if is_full(error):
+            raise
+        raise DataError(f"{path}: no usable index ({error!r}). Delete {index_dir} to build it again.") from error
 
 
-def columns_folder(content: str) -> str:
-    """Name of the folder of the columns with this content digest."""
-    return f"columns_{content[:16]}"
+def open_index(index_dir: str | Path, *, is_verified: bool = False) -> Index:
+    """Opens the index that `build.build_index` left in a folder.
+
+    Segments whose files have changed since they were last checked are compared with their digests.
+
+    Args:
+        index_dir: the folder.
+        is_verified: whether another process has just checked the segments, so that their lengths suffice.
+
+    Raises:
+        DataError: there is none, or it is damaged or has another format; or too many files are open.
+    """
+    index_dir = Path(index_dir)
+    try:
+        table = read_table(index_dir)
+        if not is_verified:
+            for entry, damage in find_damage(index_dir, table.segments).items():
+                raise DataError(
+                    f"{index_dir / entry.file}: {damage}. `bitdance index`, or the next run, reads the shards of this "
+                    "segment again."
+                )
+        segments = [Segment.open(index_dir / entry.file) for entry in table.segments]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if is_full(error):
+            raise DataError(f"{index_dir}: {error.strerror}. Raise the limit (`ulimit -n`) and start again.") from error
+        raise DataError(f"{index_dir}: no usable index ({error!r}). Delete {index_dir} to build it again.") from error
+    return Index(
+        table.shards,
+        segments,
+        captions=table.captions,
+        scores=table.scores,
+        digest=table.hash,
+        digests=table.digests,
+        folder=index_dir,
+    )
 
 
-def _entry(index_dir: Path, shard: dict[str, object]) -> ShardEntry:
+def entry_of_table(shard: Mapping[str, object], index_dir: Path) -> ShardEntry:
+    """A shard as the table of an index in this folder has it."""
     values = with_new_names(shard, RENAMED_INDEX_FIELDS)
     if not values["path"].startswith(S3_SCHEME):
         values["path"] = os.path.abspath(index_dir / values["path"])

@@ -8,7 +8,7 @@ import numpy as np
 
 from bitdance_scale.data.captions import CaptionStatus
 from bitdance_scale.data.index.index import Index, ShardEntry
-from bitdance_scale.data.index.shard_scan import ShardError
+from bitdance_scale.data.index.shard_errors import LOSSES, ShardError, advised
 from bitdance_scale.errors import DataError
 from bitdance_scale.wording import file_size
 
@@ -17,15 +17,15 @@ _FEW = 0.5
 """A shard with fewer samples than this share of the median is suspicious."""
 _MANY = 0.01
 """So is a shard with errors in more than this share of its samples."""
-_SKIPPING_ERRORS = (ShardError.MISSING_IMAGE, ShardError.UNREADABLE_SIZE)
-"""Each of them keeps one sample out of the index."""
+_SAMPLES_PER_CHUNK = 1 << 24
 
 
 def skipped_samples(index: Index) -> dict[str, int]:
     """Shard path -> samples of the shard that are missing from the index; complete shards are left out.
 
-    Samples without an image or a readable size are counted. What a broken tar lacks cannot be counted, so it is
-    estimated: its difference to the median of the tars without errors, and at least one sample per tar error.
+    Samples without an image, without a readable size and the like are counted. What a broken tar lacks cannot be
+    counted, so it is estimated: its difference to the median of the tars without errors, and at least one sample per
+    tar error.
     """
     sound = [entry.num_samples for entry in index.shards if not entry.tar_errors]
     typical = int(np.median(sound)) if sound else 0
@@ -62,8 +62,7 @@ def check_skipped(index: Index, max_share: float) -> None:
 def suspicious_shards(index: Index) -> Iterator[tuple[str, str]]:
     """Path and reason of every shard that somebody should look at."""
     typical = float(np.median([entry.num_samples for entry in index.shards]))
-    is_without = np.all([index.status(source) != CaptionStatus.USABLE for source in index.captions], axis=0)
-    without_caption = np.bincount(index.shard, weights=is_without, minlength=len(index.shards))
+    without_caption = np.array([_num_without_caption(index, row) for row in range(len(index.shards))])
     share_without = float(without_caption.sum()) / max(1, len(index))
     for row, entry in enumerate(index.shards):
         reasons = [f"byte {tar_error.offset}: {tar_error.problem}" for tar_error in entry.tar_errors]
@@ -74,7 +73,7 @@ def suspicious_shards(index: Index) -> Iterator[tuple[str, str]]:
         if entry.num_samples < _FEW * typical:
             reasons.append(f"{entry.num_samples} samples, the median has {typical:g}")
         if without_caption[row] > (share_without + _FEW * (1 - share_without)) * max(1, entry.num_samples):
-            reasons.append(f"{without_caption[row]:.0f} of {entry.num_samples} samples without a usable caption")
+            reasons.append(f"{without_caption[row]} of {entry.num_samples} samples without a usable caption")
         if reasons:
             yield entry.path, "; ".join(reasons)
 
@@ -84,16 +83,31 @@ def summary(index: Index) -> list[str]:
     size = file_size(sum(entry.num_bytes for entry in index.shards))
     lines = [f"{len(index)} samples in {len(index.shards)} shards of {size}, index {index.hash}"]
     for source in index.captions:
-        counts = np.bincount(index.status(source), minlength=len(CaptionStatus))
+        counts = np.zeros(len(CaptionStatus), np.int64)
+        for part in chunks(len(index)):
+            counts += np.bincount(index.status(source, part), minlength=len(CaptionStatus))
         named = ", ".join(f"{status.name.lower()} {counts[status]}" for status in CaptionStatus)
         lines.append(f"captions {source}: {named}")
     lines += [f"score {field}: {_describe(index.score(field))}" for field in index.scores]
     for error, shards in index.errors().items():
-        lines.append(f"{error}: {sum(shards.values())} in {len(shards)} shards, first {next(iter(shards))}")
+        lines.append(f"{advised(error)}: {sum(shards.values())} in {len(shards)} shards, first {next(iter(shards))}")
     skipped = skipped_samples(index)
     if skipped:
         lines.append(f"skipped: about {sum(skipped.values())} samples of {len(skipped)} shards")
     return lines
+
+
+def chunks(num_samples: int) -> Iterator[slice]:
+    """Ranges that make up all samples, so that no column is in memory as a whole."""
+    for start in range(0, num_samples, _SAMPLES_PER_CHUNK):
+        yield slice(start, min(start + _SAMPLES_PER_CHUNK, num_samples))
+
+
+def _num_without_caption(index: Index, row: int) -> int:
+    samples = index.shard_samples(row)
+    part = slice(samples.start, samples.stop)
+    statuses = [index.status(source, part) != CaptionStatus.USABLE for source in index.captions]
+    return int(np.count_nonzero(np.all(statuses, axis=0)))
 
 
 def _describe(values: np.ndarray) -> str:
@@ -104,18 +118,19 @@ def _describe(values: np.ndarray) -> str:
 
 
 def _num_skipped(entry: ShardEntry, typical: int) -> int:
-    num_counted = sum(entry.errors.get(error, 0) for error in _SKIPPING_ERRORS)
+    num_counted = sum(entry.errors.get(error, 0) for error in LOSSES)
     if not entry.tar_errors:
         return num_counted
-    return max(num_counted, len(entry.tar_errors), typical - entry.num_samples)
+    return max(num_counted, entry.errors.get(ShardError.DAMAGED_TAR, 1), typical - entry.num_samples)
 
 
 def _reason(entry: ShardEntry) -> str:
     if entry.tar_errors:
-        more = f" and {len(entry.tar_errors) - 1} more places" if len(entry.tar_errors) > 1 else ""
+        others = entry.errors.get(ShardError.DAMAGED_TAR, 1) - 1
+        more = f" and {others} more places" if others else ""
         return f"byte {entry.tar_errors[0].offset}: {entry.tar_errors[0].problem}{more}"
     return _counts(entry)
 
 
 def _counts(entry: ShardEntry) -> str:
-    return ", ".join(f"{error} {count}" for error, count in entry.errors.items())
+    return ", ".join(f"{advised(error)} {count}" for error, count in entry.errors.items())

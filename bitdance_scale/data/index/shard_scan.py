@@ -1,113 +1,63 @@
 """Finds the samples of one shard: image-text pairs in img2dataset's WebDataset layout.
 
 A sample is all members with the same key: an image (`.jpg`, `.jpeg`, `.png` or `.webp`), a `.txt` caption that may be
-missing, and a `.json` record whose `width` and `height` are the stored size. Only headers, texts and records are read;
-an image is read only if its record does not give its size.
+missing, and a `.json` record. Every image is read once for its checksum, by which a reader notices any later change,
+and for the sides and the orientation in its first bytes. Decoding it is left to training.
 
-As in webdataset, the key of a member is its name up to the first dot of the file name, and its extension is the rest in
-lower case: `a/0001.syn.json` has key `a/0001` and extension `syn.json`.
+A record gives the sides that img2dataset stored. If it kept the original bytes, these are the sides before the EXIF
+orientation is applied; the index has those of the upright picture.
 """
 
 from __future__ import annotations
 
-import enum
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import orjson
+import xxhash
 
-from bitdance_scale.data.captions import DEFAULT_SOURCE, MAX_TEXT_BYTES, CaptionSource, CaptionStatus
-from bitdance_scale.data.data_errors import SampleError
-from bitdance_scale.data.image_decode import read_size_px
-from bitdance_scale.data.index.tar_scan import WINDOW_BYTES, Members, ReadRange, TarError, TarScan
+from bitdance_scale.data.captions import BYTE_ORDER_MARK, DEFAULT_SOURCE, CaptionSource, CaptionStatus
+from bitdance_scale.data.image_decode import MAX_IMAGE_PIXELS
+from bitdance_scale.data.index.grouping import DOTTED, IMAGE_EXTENSIONS, ImageMember, Sample, group_members
+from bitdance_scale.data.index.segment import FIXED_COLUMNS, SCORE, Segment, text_columns
+from bitdance_scale.data.index.shard_errors import ShardError
+from bitdance_scale.data.index.tar_scan import BLOCK_BYTES, WINDOW_BYTES, ReadRange, TarError, TarScan
 
-_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-# Members that webdataset reserves for itself.
-_META_NAME = re.compile(rb"__[^/]*__($|/)")
+NAME = "name"
 _SIZE_FIELDS = ("height", "width", "original_height", "original_width")
 _MAX_SCORES = 64
 _NUMBERS = {int, float, bool}
-_MAX_SIDE_PX = 2**31
-
-COLUMN_DTYPES: dict[str, type] = {
-    "image_offset": np.int64,
-    "image_bytes": np.int64,
-    "header_crc": np.uint32,
-    "height_px": np.int32,
-    "width_px": np.int32,
-    "original_height_px": np.int32,
-    "original_width_px": np.int32,
-}
-
-
-class ShardError(enum.StrEnum):
-    """What a scan of a shard counts as wrong. The first three may keep samples out of the index.
-
-    Their values are in the tables of existing indexes.
-    """
-
-    DAMAGED_TAR = "damaged_tar"
-    MISSING_IMAGE = "missing_image"
-    UNREADABLE_SIZE = "unreadable_size"
-    INVALID_JSON = "invalid_json"
-    DUPLICATE_MEMBER = "duplicate_member"
-
-
-@dataclass(frozen=True)
-class Texts:
-    """One text per sample.
-
-    Attributes:
-        lengths: int64 [n], in bytes.
-        joined: all texts, one after the other.
-    """
-
-    lengths: np.ndarray
-    joined: bytes
-
-    @staticmethod
-    def of(texts: Sequence[bytes]) -> Texts:
-        """Joins the texts of all samples."""
-        return Texts(np.fromiter(map(len, texts), np.int64, len(texts)), b"".join(texts))
+_MAX_SIDE_PX = (1 << 16) - 1
+_TURNED = re.compile(r'"Image Orientation"\s*:\s*"(Rotated|Mirrored)')
+_Sides = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class ShardContent:
-    """The n samples of one shard, in the order of their first members.
+    """The n samples of one shard, in the order of `grouping.group_members`.
 
     Attributes:
-        columns: one array [n] per entry of `COLUMN_DTYPES`.
-        names: key of every sample in the shard.
-        captions: source -> texts in UTF-8 (`captions.Found`), and uint8 [n] of `CaptionStatus`.
-        scores: field of the record -> float32 [n], NaN for samples without a number there.
+        segment: their columns, in memory.
         errors: how often each `ShardError` was found.
         tar_errors: the places where the tar is broken.
     """
 
-    columns: dict[str, np.ndarray]
-    names: Texts
-    captions: dict[str, tuple[Texts, np.ndarray]]
-    scores: dict[str, np.ndarray]
+    segment: Segment
     errors: dict[str, int]
     tar_errors: tuple[TarError, ...]
 
     def __len__(self) -> int:
-        return len(self.names.lengths)
+        return self.segment.num_samples
 
 
-class _Image(NamedTuple):
-    offset: int
-    num_bytes: int
-    header_crc: int
-
-
-_Sample = dict[str, Any]
-"""Extension -> `_Image`, or the bytes of a text or record, or None for a member that is not used."""
+def caption_column(source: str) -> str:
+    """Name of the text of a caption source in a segment."""
+    return f"caption.{source}"
 
 
 def scan_shard(
@@ -116,7 +66,7 @@ def scan_shard(
     captions: Sequence[str] = (DEFAULT_SOURCE,),
     window_bytes: int = WINDOW_BYTES,
 ) -> ShardContent:
-    """Reads headers, captions and records of a tar.
+    """Reads a tar: its headers, captions and records, and the checksums of its images.
 
     Args:
         read: reads a range of the tar.
@@ -127,92 +77,126 @@ def scan_shard(
     sources = [CaptionSource.parse(name) for name in captions]
     errors: Counter[str] = Counter()
     scan = TarScan(read, total_bytes, window_bytes)
-    samples = _group(scan, read, {"json", *(e for source in sources for e in source.extensions)}, errors)
-    errors[ShardError.DAMAGED_TAR] = len(scan.tar_errors)
-    record_extensions = {"json", *(source.extension for source in sources if source.field is not None)}
-    names: list[bytes] = []
-    rows: list[tuple[int, ...]] = []
-    scores = _Scores()
-    found: list[list[tuple[bytes, CaptionStatus]]] = [[] for _ in sources]
+    samples = group_members(scan, read, {"json", *(e for source in sources for e in source.extensions)}, errors)
+    errors[ShardError.DAMAGED_TAR] = scan.num_tar_errors
+    rows = _Rows(sources, errors)
     for key, sample in samples.items():
-        image = next((sample[extension] for extension in _IMAGE_EXTENSIONS if extension in sample), None)
-        if image is None:
-            errors[ShardError.MISSING_IMAGE] += 1
-            continue
-        parsed = {e: _record(sample[e], errors) for e in record_extensions if e in sample}
-        record = parsed.get("json", {})
-        sizes = [_side(record.get(field)) for field in _SIZE_FIELDS]
-        if not (sizes[0] and sizes[1]):
-            try:
-                sizes[:2] = read_size_px(read(image.offset, image.num_bytes))
-            except SampleError:
-                errors[ShardError.UNREADABLE_SIZE] += 1
-                continue
-        names.append(key)
-        rows.append((*image, *sizes))
-        scores.add(record)
-        for source, texts in zip(sources, found, strict=True):
-            texts.append(source.find(sample, parsed))
-    values = zip(*rows, strict=True) if rows else [()] * len(COLUMN_DTYPES)
+        rows.add(key, sample)
     return ShardContent(
-        columns={
-            name: np.array(column, dtype) for (name, dtype), column in zip(COLUMN_DTYPES.items(), values, strict=True)
-        },
-        names=Texts.of(names),
-        captions={
-            source.name: (Texts.of([text for text, _ in texts]), np.fromiter((status for _, status in texts), np.uint8))
-            for source, texts in zip(sources, found, strict=True)
-        },
-        scores=scores.columns(),
+        segment=rows.segment(),
         errors={str(error): count for error, count in errors.items() if count},
         tar_errors=tuple(scan.tar_errors),
     )
 
 
-def _group(
-    scan: Iterable[Members], read: ReadRange, text_extensions: set[str], errors: Counter[str]
-) -> dict[bytes, _Sample]:
-    """Key -> members of the sample; if a name is repeated, the first one counts."""
-    samples: dict[bytes, _Sample] = {}
-    extensions: dict[bytes, str] = {}
-    last_key: bytes | None = None
-    sample: _Sample = {}
-    for members in scan:
-        window, start, stop = members.window, members.start, members.start + len(members.window)
-        for name, offset, num_bytes, crc in zip(
-            members.names, members.offsets, members.num_bytes, members.header_crcs, strict=True
-        ):
-            begin = name.rfind(b"/") + 1
-            dot = name.find(b".", begin)
-            if dot <= begin:
-                continue
-            key = name[:dot]
-            if key != last_key:
-                last_key = key
-                known = samples.get(key)
-                if known is None:
-                    is_meta = key[:2] == b"__" and _META_NAME.match(name) is not None
-                    known = {} if is_meta else samples.setdefault(key, {})
-                sample = known
-            extension = extensions.get(name[dot + 1 :])
-            if extension is None:
-                extension = name[dot + 1 :].decode("utf-8", errors="replace").lower()
-                extensions[name[dot + 1 :]] = extension
-            if extension in sample:
-                errors[ShardError.DUPLICATE_MEMBER] += 1
-            elif extension not in text_extensions:
-                sample[extension] = _Image(offset, num_bytes, crc) if extension in _IMAGE_EXTENSIONS else None
-            elif num_bytes > MAX_TEXT_BYTES:
-                # Neither valid UTF-8 nor valid JSON.
-                sample[extension] = b"\xff"
-            elif offset + num_bytes <= stop:
-                sample[extension] = window[offset - start : offset - start + num_bytes]
-            else:
-                sample[extension] = read(offset, num_bytes)
-    return samples
+class _Rows:
+    """Collects what the index keeps of each sample."""
+
+    def __init__(self, sources: Sequence[CaptionSource], errors: Counter[str]) -> None:
+        self._sources, self._errors = sources, errors
+        self._record_extensions = {"json", *(source.extension for source in sources if source.field is not None)}
+        self._names: list[bytes] = []
+        self._places: list[tuple[int, int, int]] = []
+        self._sizes: list[_Sides] = []
+        self._originals: list[_Sides] = []
+        self._scores = _Scores()
+        self._found: list[list[tuple[bytes, CaptionStatus]]] = [[] for _ in sources]
+
+    def add(self, key: bytes, sample: Sample) -> None:
+        """Adds a sample, or counts why it cannot be used."""
+        image = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
+        if not isinstance(image, ImageMember):
+            num_dotted = sample.get(DOTTED, 0)
+            error = ShardError.DOTTED_NAME if num_dotted else ShardError.MISSING_IMAGE
+            self._errors[image or error] += max(1, num_dotted)
+            return
+        parsed = {e: _record(sample[e], self._errors) for e in self._record_extensions if e in sample}
+        record = parsed.get("json", {})
+        recorded, original = (
+            (_side(record.get(f"{of}height")), _side(record.get(f"{of}width"))) for of in ("", "original_")
+        )
+        size = _upright_px(image, recorded)
+        if size is None:
+            self._errors[ShardError.UNREADABLE_SIZE] += 1
+            return
+        if all(recorded) and size != recorded:
+            original = original[::-1]
+        if image.header is not None and image.header.orientation == 1 and _says_turned(record):
+            self._errors[ShardError.LOST_ROTATION] += 1
+        self._names.append(key)
+        self._places.append((image.offset // BLOCK_BYTES, image.num_bytes, image.checksum))
+        self._sizes.append(size)
+        self._originals.append(original)
+        self._scores.add(record)
+        for source, texts in zip(self._sources, self._found, strict=True):
+            texts.append(source.find(sample, parsed))
+
+    def segment(self) -> Segment:
+        """All samples as a segment in memory."""
+        lists: dict[str, Sequence[Any]] = {
+            "place": self._places,
+            "size_px": self._sizes,
+            "original_px": self._originals,
+        }
+        columns: dict[str, np.ndarray] = {
+            name: np.array(lists[name], dtype).reshape(len(self._names), width)
+            for name, (dtype, width) in FIXED_COLUMNS.items()
+        }
+        columns |= _texts(NAME, self._names, [CaptionStatus.USABLE] * len(self._names))
+        for source, found in zip(self._sources, self._found, strict=True):
+            columns |= _texts(caption_column(source.name), [text for text, _ in found], [status for _, status in found])
+        columns |= {SCORE + field: values for field, values in self._scores.columns().items()}
+        return Segment(columns)
+
+
+def shard_digests(columns: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Digests of the samples of one shard: of `place` (with the sizes), of every caption source and every score.
+
+    They do not depend on the segment that a shard is in, so that the digests of an index follow from them.
+    """
+    digests = {"place": _digest(columns[name] for name in FIXED_COLUMNS)}
+    for name in columns:
+        if name.startswith("caption.") and name.endswith(".text"):
+            text = name.removesuffix(".text")
+            digests[text] = _digest(columns[text + part] for part in (".base", ".start", ".text"))
+        elif name.startswith(SCORE):
+            digests[name] = _digest([columns[name]])
+    return digests
+
+
+def _digest(arrays: Any) -> str:
+    digest = xxhash.xxh3_64()
+    for values in arrays:
+        digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _texts(name: str, texts: Sequence[bytes], statuses: Sequence[int]) -> dict[str, np.ndarray]:
+    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+    return text_columns(name, lengths, np.fromiter(statuses, np.uint8, len(texts)), b"".join(texts))
+
+
+def _upright_px(image: ImageMember, recorded: _Sides) -> _Sides | None:
+    """(height, width) of the upright picture; None if nobody knows them or they are too large."""
+    is_recorded = all(recorded)
+    if image.header is None:
+        return recorded if is_recorded else None
+    if is_recorded and recorded != image.header.stored_px:
+        # The upright sides, or those of another image: then the sample is skipped when it is read.
+        return recorded
+    upright = image.header.upright_px
+    is_usable = is_recorded or upright[0] * upright[1] <= MAX_IMAGE_PIXELS
+    return upright if is_usable and max(upright) <= _MAX_SIDE_PX else None
+
+
+def _says_turned(record: Mapping[str, Any]) -> bool:
+    """Whether the `exif` of a record, as img2dataset writes it, says that the original was not upright."""
+    exif = record.get("exif")
+    return isinstance(exif, str) and _TURNED.search(exif) is not None
 
 
 def _record(content: bytes, errors: Counter[str]) -> dict[str, Any]:
+    content = content.removeprefix(BYTE_ORDER_MARK)
     try:
         record = orjson.loads(content)
     except ValueError:
@@ -229,7 +213,7 @@ def _record(content: bytes, errors: Counter[str]) -> dict[str, Any]:
 
 def _side(value: object) -> int:
     """A side in pixels; 0 if the value is not a valid side."""
-    return value if type(value) is int and 0 < value < _MAX_SIDE_PX else 0
+    return value if type(value) is int and 0 < value <= _MAX_SIDE_PX else 0
 
 
 class _Scores:

@@ -4,21 +4,26 @@ The standard tarfile module and webdataset's stream both stop without an error w
 samples after that place would be missing. Here every such place is recorded, and the walk goes on at the next valid
 header.
 
-A tar is read in windows, so local files and objects on S3 are walked in the same way. Nearly all headers of a data set
-are plain. A run of plain headers is followed by their sizes alone and then checked at once; every other header is
-handled by itself.
+A tar is read in windows, so local files and objects on S3 are walked in the same way. A window starts at a header and
+holds the members after it whole, except for one that is longer than a window. Nearly all headers of a data set are
+plain. A run of plain headers is followed by their sizes alone and then checked at once; every other header is handled
+by itself.
+
+Whatever a tar claims, the walk takes time and memory in proportion to its length: names, extended headers and the list
+of errors have limits.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 BLOCK_BYTES = 512
-WINDOW_BYTES = 1 << 20
+WINDOW_BYTES = 4 << 20
+MAX_TAR_ERRORS = 100
+"""So many places of a shard are kept; the others are counted."""
 ReadRange = Callable[[int, int], bytes]
 """(offset, number of bytes) -> these bytes; fewer at the end of the tar."""
 
@@ -26,6 +31,22 @@ _ZERO_BLOCK = bytes(BLOCK_BYTES)
 _MAGIC = b"ustar"
 _REGULAR_KINDS = frozenset(b"0\0007")
 _DATALESS_KINDS = frozenset(b"123456")
+_HARD_LINK, _SYMBOLIC_LINK, _LONG_NAME, _LONG_TARGET, _PAX = b"12LKx"
+_LINK_TARGET = slice(157, 257)
+# Longer than any path a file system has. Extended headers may carry attributes beside the path.
+_MAX_NAME_BYTES = 1 << 16
+_MAX_PAX_BYTES = 1 << 20
+_MAX_LENGTH_DIGITS = 20
+_FOREIGN_STARTS = {
+    b"\x1f\x8b": "is gzip-compressed; unpack it (`gunzip`; a name that ends in .tar must become .tar.gz first)",
+    b"\x28\xb5\x2f\xfd": "is zstd-compressed; unpack it (`unzstd`)",
+    b"BZh": "is bzip2-compressed; unpack it (`bunzip2`)",
+    b"\xfd7zXZ\0": "is xz-compressed; unpack it (`unxz`)",
+    b"PK\x03\x04": "is a zip archive; pack its files as a tar",
+    b"PAR1": "is a Parquet file; `bitdance pack` makes shards of it",
+    b"version https://git-lfs": "is a pointer of git-lfs; fetch the file itself (`git lfs pull`)",
+    b"<": "is a web page or XML, perhaps an error message of a server; fetch the shard again",
+}
 _KIND, _PREFIX = 156, 345
 _CHECKSUM = slice(148, 156)
 # The checksum of a header counts its own field as eight spaces (POSIX ustar).
@@ -39,12 +60,11 @@ class Members:
     """Some regular files of a tar, in file order.
 
     Attributes:
-        window: bytes of the tar, with the headers of these files and as much of their contents as lies in between.
+        window: bytes of the tar, with these files and their headers; of a file that is longer, its beginning.
         start: place of the window in the tar.
         names: path of each file in the tar, as bytes.
         offsets: first byte of each content in the tar; the header is the 512 bytes before it.
         num_bytes: length of each content.
-        header_crcs: CRC-32 of each header (name, size, times, owner), by which a reader notices a replaced shard.
     """
 
     window: bytes
@@ -52,7 +72,21 @@ class Members:
     names: list[bytes]
     offsets: list[int]
     num_bytes: list[int]
-    header_crcs: list[int]
+
+
+@dataclass(frozen=True)
+class Link:
+    """A member that holds no content but names another file.
+
+    Attributes:
+        name: path of the link in the tar.
+        target: what it names: of a hard link an earlier member, of a symbolic link a path on some file system.
+        is_symbolic: which of the two.
+    """
+
+    name: bytes
+    target: bytes
+    is_symbolic: bool
 
 
 @dataclass(frozen=True)
@@ -69,7 +103,7 @@ class TarError:
 
 
 class TarScan:
-    """The regular files of a tar (ustar, GNU or pax). Iterate once; after that, `tar_errors` is complete.
+    """The regular files of a tar (ustar, GNU or pax). Iterate once; after that, the attributes are complete.
 
     Args:
         read: reads a range of the tar.
@@ -77,16 +111,21 @@ class TarScan:
         window_bytes: how much is read at a time.
 
     Attributes:
-        tar_errors: the places where the tar is broken, in the order of the walk.
+        tar_errors: the first `MAX_TAR_ERRORS` places where the tar is broken, in the order of the walk.
+        num_tar_errors: how many there are.
+        links: its hard and symbolic links.
     """
 
     def __init__(self, read: ReadRange, total_bytes: int, window_bytes: int = WINDOW_BYTES) -> None:
         self.tar_errors: list[TarError] = []
+        self.num_tar_errors = 0
+        self.links: list[Link] = []
         self._read = read
         self._total_bytes = total_bytes
         self._window_bytes = window_bytes
         # What GNU and pax headers say about the member that follows.
         self._overrides: dict[str, bytes] = {}
+        self._is_nameless = False
 
     def __iter__(self) -> Iterator[Members]:
         window, start = b"", 0
@@ -94,15 +133,28 @@ class TarScan:
         while position is not None:
             if not start <= position <= start + len(window) - BLOCK_BYTES:
                 window, start = self._read(position, self._window_bytes), position
-            members = Members(window, start, [], [], [], [])
-            if not self._overrides:
+            members = Members(window, start, [], [], [])
+            if not (self._overrides or self._is_nameless):
                 position = self._take_run(members, position)
             header = window[position - start : position - start + BLOCK_BYTES]
-            # A header that the window cuts is read again, by a window that starts there. If that cuts it, the tar does.
-            if len(header) == BLOCK_BYTES or position == start:
+            if position > start and self._is_cut(window, position - start, header):
+                # Read again, by a window that starts there.
+                window = b""
+            else:
                 position = self._take_one(members, position, header)
             if members.names:
                 yield members
+
+    def again(self) -> TarScan:
+        """The same walk from the beginning."""
+        return TarScan(self._read, self._total_bytes, self._window_bytes)
+
+    def _is_cut(self, window: bytes, place: int, header: bytes) -> bool:
+        """Whether a window ends within the member at `place`."""
+        if len(header) < BLOCK_BYTES:
+            return True
+        size = self._size(header) if header[_KIND] in _REGULAR_KINDS else None
+        return size is not None and place + BLOCK_BYTES + size > len(window)
 
     def _take_run(self, members: Members, position: int) -> int:
         """Takes the run of plain headers that starts at `position`; returns the place after it."""
@@ -111,6 +163,7 @@ class TarScan:
         places: list[int] = []
         sizes: list[int] = []
         place, last, room = position - start, len(window) - BLOCK_BYTES, self._total_bytes - start
+        length = len(window)
         while place <= last:
             header = window[place : place + BLOCK_BYTES]
             if header[_KIND] not in _REGULAR_KINDS:
@@ -120,7 +173,7 @@ class TarScan:
             except ValueError:
                 break
             end = place + BLOCK_BYTES + (size + BLOCK_BYTES - 1) // BLOCK_BYTES * BLOCK_BYTES
-            if size < 0 or end > room:
+            if size < 0 or end > room or (place and place + BLOCK_BYTES + size > length):
                 break
             headers.append(header)
             places.append(start + place)
@@ -136,7 +189,6 @@ class TarScan:
             members.names.extend([header[:100].partition(b"\0")[0] for header in headers])
         members.offsets.extend([place + BLOCK_BYTES for place in places])
         members.num_bytes.extend(sizes)
-        members.header_crcs.extend(map(zlib.crc32, headers))
         return start + place
 
     def _take_one(self, members: Members, position: int, header: bytes) -> int | None:
@@ -150,6 +202,10 @@ class TarScan:
                 return None
             return self._resume(position, f"an empty header, but there is data at byte {next_byte}")
         if not _is_checksum_right(header):
+            foreign = next((name for start, name in _FOREIGN_STARTS.items() if header.startswith(start)), None)
+            if position == 0 and foreign is not None:
+                self._record(0, f"no tar: the file {foreign}")
+                return None
             return self._resume(position, "the tar header fails its checksum")
         kind, content = header[_KIND], position + BLOCK_BYTES
         size = 0 if kind in _DATALESS_KINDS else self._size(header)
@@ -161,31 +217,48 @@ class TarScan:
             member = f"member {_text(name)!r} of {size} bytes"
             problem = f"{member} reaches past the end of the file ({self._total_bytes} bytes): it was cut"
             return self._resume(position, problem)
-        if kind in _REGULAR_KINDS:
+        if kind in (_LONG_NAME, _LONG_TARGET, _PAX):
+            return self._take_extension(position, kind, size) or end
+        if kind in _REGULAR_KINDS and not self._is_nameless:
             members.names.append(name)
             members.offsets.append(content)
             members.num_bytes.append(size)
-            members.header_crcs.append(zlib.crc32(header))
-        if kind == ord("L"):
-            self._overrides["path"] = self._read(content, size).partition(b"\0")[0]
-        elif kind == ord("x"):
+        elif kind in (_HARD_LINK, _SYMBOLIC_LINK) and not self._is_nameless:
+            target = self._overrides.get("linkpath") or header[_LINK_TARGET].partition(b"\0")[0]
+            self.links.append(Link(name, target, kind == _SYMBOLIC_LINK))
+        elif kind not in _REGULAR_KINDS | _DATALESS_KINDS | {ord("g")}:
+            self._record(position, f"tar member type {chr(kind)!r} is not supported")
+        if kind != ord("g"):
+            self._overrides, self._is_nameless = {}, False
+        return end
+
+    def _take_extension(self, position: int, kind: int, size: int) -> int | None:
+        """Takes a header that describes the next member; returns where to go on if it is malformed, otherwise None."""
+        content = position + BLOCK_BYTES
+        if size > (_MAX_PAX_BYTES if kind == _PAX else _MAX_NAME_BYTES):
+            what = "pax header" if kind == _PAX else "GNU long name"
+            self._record(position, f"a {what} of {size} bytes; the member after it is left out")
+            self._is_nameless = True
+            return None
+        if kind == _PAX:
             records = _pax_records(self._read(content, size))
             if records is None:
                 return self._resume(position, "the pax header is malformed")
             self._overrides |= records
-        elif kind not in b"gK":
-            self._overrides = {}
-            if kind not in _REGULAR_KINDS | _DATALESS_KINDS:
-                self._record(position, f"tar member type {chr(kind)!r} is not supported")
-        return end
+        else:
+            key = "path" if kind == _LONG_NAME else "linkpath"
+            self._overrides[key] = self._read(content, size).partition(b"\0")[0]
+        return None
 
     def _record(self, position: int, problem: str) -> None:
-        self.tar_errors.append(TarError(position, problem))
+        self.num_tar_errors += 1
+        if len(self.tar_errors) < MAX_TAR_ERRORS:
+            self.tar_errors.append(TarError(position, problem))
 
     def _resume(self, position: int, problem: str) -> int | None:
         """Records a tar error; returns the place of the next valid header, None if there is none."""
         self._record(position, problem)
-        self._overrides = {}
+        self._overrides, self._is_nameless = {}, False
         place = position + BLOCK_BYTES
         while len(window := self._read(place, self._window_bytes)) >= BLOCK_BYTES:
             table = np.frombuffer(window, np.uint8)[: len(window) // BLOCK_BYTES * BLOCK_BYTES].reshape(-1, BLOCK_BYTES)
@@ -260,12 +333,18 @@ def _text(name: bytes) -> str:
 def _pax_records(content: bytes) -> dict[str, bytes] | None:
     r"""The records of a pax header, "<length> <key>=<value>\n" with the length of the whole record; None if invalid."""
     records: dict[str, bytes] = {}
-    while content.strip(b"\0"):
-        length, separator, rest = content.partition(b" ")
-        if not separator or not length.isdigit() or int(length) <= len(length) + 1:
+    place, stop = 0, len(content.rstrip(b"\0"))
+    while place < stop:
+        space = content.find(b" ", place, place + _MAX_LENGTH_DIGITS + 1)
+        digits = content[place:space]
+        if space < 0 or not digits.isdigit():
             return None
-        record = rest[: int(length) - len(length) - 1]
-        key, _, value = record.rstrip(b"\n").partition(b"=")
+        end = place + int(digits)
+        if end <= space + 1 or end > len(content):
+            return None
+        key, _, value = content[space + 1 : end].rstrip(b"\n").partition(b"=")
+        if len(value) > _MAX_NAME_BYTES and key in (b"path", b"linkpath"):
+            return None
         records[key.decode("utf-8", errors="replace")] = value
-        content = content[int(length) :]
+        place = end
     return records

@@ -11,22 +11,19 @@ both sides of the other. The original size tells how much.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from bitdance_scale.config.schema import Resolution
 from bitdance_scale.data.image_decode import MAX_IMAGE_PIXELS
 from bitdance_scale.data.index.index import Index
 
-SAMPLES_PER_CHUNK = 1 << 20
 _GROUP_BITS = 512
 _INSET_PX = 1
 """Cropped in addition to the border, because compression blurs the edge by one pixel."""
 
 
-def content_px(index: Index, samples: np.ndarray | slice, has_borders: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Height and width of the picture inside each stored image, int [n] each.
+def content_px(index: Index, samples: np.ndarray | slice, has_borders: bool) -> np.ndarray:
+    """int32 [n, 2], (height, width) of the picture inside each stored image.
 
     Args:
         index: the data set.
@@ -34,19 +31,16 @@ def content_px(index: Index, samples: np.ndarray | slice, has_borders: bool) -> 
         has_borders: whether img2dataset padded the images. If not, or if the original size of an image is not known,
             the picture is the whole image.
     """
-    height, width = index.height_px[samples], index.width_px[samples]
+    stored = index.sizes_px(samples)
     if not has_borders:
-        return height, width
-    original = index.original_height_px[samples].astype(np.int64), index.original_width_px[samples].astype(np.int64)
-    is_known = (height == width) & (np.minimum(*original) > 0) & (original[0] != original[1])
-    longest = np.where(is_known, np.maximum(*original), 1)
-    sides = []
-    for stored, side in zip((height, width), original, strict=True):
-        # img2dataset rounds halves to the even neighbour.
-        scaled = np.rint(side * (stored / longest)).astype(np.int64)
-        inside = np.maximum(np.where(scaled < stored, scaled - 2 * _INSET_PX, stored), 1)
-        sides.append(np.where(is_known, inside, stored).astype(np.int32))
-    return sides[0], sides[1]
+        return stored
+    original = index.original_sizes_px(samples).astype(np.int64)
+    is_known = (stored[:, 0] == stored[:, 1]) & (original.min(axis=1) > 0) & (original[:, 0] != original[:, 1])
+    longest = np.where(is_known, original.max(axis=1), 1)
+    # img2dataset rounds halves to the even neighbour.
+    scaled = np.rint(original * (stored / longest[:, None])).astype(np.int64)
+    inside = np.maximum(np.where(scaled < stored, scaled - 2 * _INSET_PX, stored), 1)
+    return np.where(is_known[:, None], inside, stored).astype(np.int32)
 
 
 def resolution_buckets(resolution: Resolution) -> np.ndarray:
@@ -86,31 +80,70 @@ def assign_buckets(height_px: np.ndarray, width_px: np.ndarray, buckets: np.ndar
     return best
 
 
-class EligibleSamples:
-    """The samples that a resolution can draw, as a bitmap of N / 8 bytes: 500 M samples take 63 MB.
+class Staircase:
+    """Which images cover some bucket of a resolution: the same as `assign_buckets(..) >= 0`, several times as fast.
+
+    Whether an image covers a bucket grows with both sides. So the images that cover one lie above a staircase, of which
+    only the corners are kept, as whole pixels.
 
     Args:
-        num_samples: N.
-        is_eligible: whether each sample of a range is eligible, bool [n]; called once per chunk.
+        buckets: [B, 2], as `resolution_buckets` gives them.
+        max_upscale: largest enlargement.
     """
 
-    def __init__(self, num_samples: int, is_eligible: Callable[[slice], np.ndarray]) -> None:
-        chunks = [
-            np.packbits(is_eligible(slice(start, min(start + SAMPLES_PER_CHUNK, num_samples))))
-            for start in range(0, num_samples, SAMPLES_PER_CHUNK)
+    def __init__(self, buckets: np.ndarray, max_upscale: float) -> None:
+        # Rounded as assign_buckets rounds; the first side that covers.
+        scaled = np.arange(1 << 16, dtype=np.float64) * max_upscale
+        corners = [tuple(np.searchsorted(scaled, bucket).tolist()) for bucket in buckets]
+        self._corners = [
+            (height, width)
+            for height, width in dict.fromkeys(corners)
+            if max(height, width) < 1 << 16
+            and not any(h <= height and w <= width for h, w in corners if (h, w) != (height, width))
         ]
-        bitmap = np.concatenate([*chunks, np.zeros(0, dtype=np.uint8)])
-        bitmap = np.pad(bitmap, (0, -len(bitmap) % (_GROUP_BITS // 8)))
-        self._groups = bitmap.reshape(-1, _GROUP_BITS // 8)
-        # Eligible samples before each group; the last entry counts all.
-        self._before = np.concatenate([[0], np.cumsum(np.bitwise_count(self._groups).sum(axis=1, dtype=np.int64))])
+
+    def covers(self, height_px: np.ndarray, width_px: np.ndarray) -> np.ndarray:
+        """Bool [n], for sides uint16 [n]."""
+        covered = np.zeros(len(height_px), bool)
+        for height, width in self._corners:
+            covered |= (height_px >= height) & (width_px >= width)
+        if len(height_px) and int(height_px.max()) * int(width_px.max()) > MAX_IMAGE_PIXELS:
+            covered &= height_px.astype(np.int64) * width_px <= MAX_IMAGE_PIXELS
+        return covered
+
+
+class EligibleSamples:
+    """The samples that a stream can draw, as a bitmap of N / 8 bytes: 500 M samples take 63 MB.
+
+    Args:
+        groups: uint8 [G, 64], one bit per sample, 512 in a row; bits after the last sample are 0.
+        before: int64 [G + 1], eligible samples before each row; the last entry counts all.
+
+    Attributes:
+        groups, before: as given.
+    """
+
+    def __init__(self, groups: np.ndarray, before: np.ndarray) -> None:
+        self.groups, self.before = groups, before
+
+    @classmethod
+    def of_bits(cls, bitmap: np.ndarray) -> EligibleSamples:
+        """From uint8 [N / 8 rounded up], as `np.packbits` gives it."""
+        groups = np.pad(bitmap.astype(np.uint8), (0, -len(bitmap) % (_GROUP_BITS // 8))).reshape(-1, _GROUP_BITS // 8)
+        counts = np.bitwise_count(groups).sum(axis=1, dtype=np.int64)
+        return cls(groups, np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]))
 
     def __len__(self) -> int:
-        return int(self._before[-1])
+        return int(self.before[-1])
 
     def select(self, ranks: np.ndarray) -> np.ndarray:
         """int64 [n], positions of the eligible samples with the numbers `ranks` [n], 0 <= rank < len(self)."""
-        group = np.searchsorted(self._before, ranks, side="right") - 1
-        bits = np.unpackbits(self._groups[group], axis=1)
-        is_reached = np.cumsum(bits, axis=1, dtype=np.int16) > (ranks - self._before[group])[:, None]
+        group = np.searchsorted(self.before, ranks, side="right") - 1
+        bits = np.unpackbits(self.groups[group], axis=1)
+        is_reached = np.cumsum(bits, axis=1, dtype=np.int16) > (ranks - self.before[group])[:, None]
         return group * _GROUP_BITS + is_reached.argmax(axis=1)
+
+    def contains(self, numbers: np.ndarray) -> np.ndarray:
+        """Bool [n], whether samples int64 [n] are eligible."""
+        octets = self.groups.reshape(-1)[numbers >> 3]
+        return (octets >> (7 - (numbers & 7)).astype(np.uint8)) & 1 == 1

@@ -19,11 +19,15 @@ import numpy as np
 
 from bitdance_scale.config.schema import DataSection, Resolution
 from bitdance_scale.data.captions import CaptionStatus
-from bitdance_scale.data.index.index import Index, score_column
+from bitdance_scale.data.index.index import Index
+from bitdance_scale.data.index.report import chunks
+from bitdance_scale.data.index.segment import SCORE
+from bitdance_scale.data.index.shard_scan import caption_column
 from bitdance_scale.data.plan.apportion import Apportionment
 from bitdance_scale.data.plan.buckets import EligibleSamples, assign_buckets, content_px, resolution_buckets
-from bitdance_scale.data.plan.filters import FilterCount, KeptSamples
+from bitdance_scale.data.plan.filters import FilterCount
 from bitdance_scale.data.plan.permutation import Permutation, uniform
+from bitdance_scale.data.plan.selection import Selection, select
 from bitdance_scale.errors import DataError
 
 
@@ -110,11 +114,8 @@ class Plan:
         self._data = data
         self._seed = seed
         self._apportionment = Apportionment([resolution.share for resolution in resolutions])
-        self._kept = [
-            KeptSamples(index, samples, source, data.filters)
-            for samples, source in zip(index.sources, data.active_sources, strict=True)
-        ]
-        self._mixes = [_SourceMix(seed, index, resolution, data, self._kept) for resolution in resolutions]
+        self._selection = select(index, data)
+        self._mixes = [_SourceMix(seed, index, resolution, data, self._selection) for resolution in resolutions]
         self.hash = _plan_hash(seed, index, data)
         used = {stream.source for mix in self._mixes for stream in mix.streams}
         for number, source in enumerate(data.active_sources):
@@ -134,7 +135,7 @@ class Plan:
     def filter_counts(self) -> dict[str, list[FilterCount]]:
         """What the filters leave out, by source."""
         names = [source.name for source in self._data.active_sources]
-        return {name: kept.counts for name, kept in zip(names, self._kept, strict=True)}
+        return {name: list(counts) for name, counts in zip(names, self._selection.counts, strict=True)}
 
     def buckets_px(self, samples: np.ndarray, side_px: int) -> np.ndarray:
         """int32 [n, 2], (height, width) at which a resolution trains each sample; 0 for samples that it never draws."""
@@ -205,7 +206,7 @@ class Plan:
     def _choose_captions(self, samples: np.ndarray, chances: np.ndarray) -> np.ndarray:
         """int8 [n], one of the captions that each sample has, drawn by share; -1 if it has none."""
         shares = np.array([choice.share for choice in self._data.captions])
-        statuses = [self._index.status(choice.source)[samples] for choice in self._data.captions]
+        statuses = [self._index.status(choice.source, samples) for choice in self._data.captions]
         sums = np.cumsum((np.stack(statuses) == CaptionStatus.USABLE) * shares[:, None], axis=0)
         chosen = (sums > chances * sums[-1]).argmax(axis=0)
         return np.where(sums[-1] > 0, chosen, -1).astype(np.int8)
@@ -223,20 +224,22 @@ class _SourceMix:
     """How the samples of one resolution are shared among the sources that have samples for it."""
 
     def __init__(
-        self, seed: int, index: Index, resolution: Resolution, data: DataSection, kept: Sequence[KeptSamples]
+        self, seed: int, index: Index, resolution: Resolution, data: DataSection, selection: Selection
     ) -> None:
         sources = data.active_sources
         assert len(index.sources) == len(sources), (index.sources, sources)
         self.side_px = resolution.side_px
-        every = [_Stream(seed, index, resolution, data, number, kept[number]) for number in range(len(sources))]
+        every = [
+            _Stream(seed, index, resolution, data, number, selection.eligible[number, resolution.side_px])
+            for number in range(len(sources))
+        ]
         # A source without samples leaves its share of this resolution to the others, in proportion to their shares.
         self.streams = [stream for stream in every if stream.num_samples]
         if not self.streams:
-            largest = int(np.argmax(np.minimum(index.height_px, index.width_px)))
             raise DataError(
                 f"data.resolutions: none of the {len(index)} images fills a bucket of resolution {resolution.side_px} "
                 f"px with data.max_upscale={data.max_upscale:g} and passes data.filters; that with the longest short "
-                f"side has (height, width) {index.size_px(largest)}. Set the share of the resolution to 0, give it "
+                f"side has (height, width) {_largest_px(index)}. Set the share of the resolution to 0, give it "
                 "smaller buckets, add larger images, raise data.max_upscale or widen the filters."
             )
         self._apportionment = Apportionment([sources[stream.source].share for stream in self.streams])
@@ -272,7 +275,7 @@ class _Stream:
         resolution: Resolution,
         data: DataSection,
         source: int,
-        kept: KeptSamples,
+        eligible: EligibleSamples,
     ) -> None:
         self.side_px, self.source = resolution.side_px, source
         self._seed = seed
@@ -281,11 +284,7 @@ class _Stream:
         self._has_borders = data.active_sources[source].has_borders
         self._buckets = resolution_buckets(resolution)
         samples = index.sources[source]
-        self._first, self._kept = samples.start, kept
-        self._eligible = EligibleSamples(
-            len(samples),
-            lambda part: (self._rows(slice(part.start + self._first, part.stop + self._first)) >= 0) & kept(part),
-        )
+        self._first, self._eligible = samples.start, eligible
         self.num_samples = len(self._eligible)
         # With one source the order is that of a run without `data.sources`.
         self._order_key = (source,) if len(index.sources) > 1 else ()
@@ -309,12 +308,24 @@ class _Stream:
 
     def is_drawn(self, samples: np.ndarray) -> np.ndarray:
         """Bool [n], whether the stream ever draws each of these samples of its source."""
-        return (self._rows(samples) >= 0) & self._kept.of(samples - self._first)
+        return self._eligible.contains(samples - self._first)
 
     def _rows(self, samples: np.ndarray | slice) -> np.ndarray:
         """int16 [n], row of the bucket of each sample, or -1."""
-        sides = content_px(self._index, samples, self._has_borders)
-        return assign_buckets(*sides, self._buckets, self._max_upscale)
+        height_px, width_px = content_px(self._index, samples, self._has_borders).T
+        return assign_buckets(height_px, width_px, self._buckets, self._max_upscale)
+
+
+def _largest_px(index: Index) -> tuple[int, int]:
+    """(height, width) of the image with the longest short side, the first of several."""
+    largest, short = (0, 0), -1
+    for part in chunks(len(index)):
+        sizes = index.sizes_px(part)
+        shorts = sizes.min(axis=1)
+        if shorts.max() > short:
+            height, width = sizes[shorts.argmax()].tolist()
+            largest, short = (height, width), int(shorts.max())
+    return largest
 
 
 def _plan_hash(seed: int, index: Index, data: DataSection) -> str:
@@ -322,8 +333,10 @@ def _plan_hash(seed: int, index: Index, data: DataSection) -> str:
     resolutions: Sequence[object] = [
         (resolution.side_px, resolution.share, resolution.buckets_px) for resolution in data.resolutions
     ]
-    captions = [(choice.source, choice.share, index.digests.get(choice.source)) for choice in data.captions]
-    filters = [(dataclasses.astuple(rule), index.digests.get(score_column(rule.column))) for rule in data.filters]
+    captions = [
+        (choice.source, choice.share, index.digests.get(caption_column(choice.source))) for choice in data.captions
+    ]
+    filters = [(dataclasses.astuple(rule), index.digests.get(SCORE + rule.column)) for rule in data.filters]
     borders = [source.has_borders for source in data.active_sources]
     decisive = [seed, index.hash, data.global_batch, data.max_upscale, resolutions, captions, filters, borders]
     if len(index.sources) > 1:

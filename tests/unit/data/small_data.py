@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bitdance_scale.data.index.index import Index, ShardEntry
-from bitdance_scale.data.index.tar_scan import TarScan
+from bitdance_scale.data.checksums import checksum32
+from bitdance_scale.data.index.index import Index, Place, ShardEntry
+from bitdance_scale.data.index.segment import Segment, text_columns
+from bitdance_scale.data.index.tar_scan import BLOCK_BYTES, TarScan
 from bitdance_scale.sequence.tokens import TextTokenizer
 
 Members = dict[str, bytes]
@@ -49,23 +51,40 @@ def write_tar(path: Path, samples: dict[str, Members]) -> Path:
     return path
 
 
-def members_of(path: str) -> list[tuple[int, int, int]]:
-    """Offset, length and header CRC of the members of a tar, in the form that `ShardReader.read` takes."""
+def members_of(path: str) -> list[Place]:
+    """Places of the members of a tar, in the form that `ShardReader.read` takes."""
     content = Path(path).read_bytes()
     scan = TarScan(lambda offset, num_bytes: content[offset : offset + num_bytes], len(content))
-    return [place for m in scan for place in zip(m.offsets, m.num_bytes, m.header_crcs, strict=True)]
+    spans = [span for members in scan for span in zip(members.offsets, members.num_bytes, strict=True)]
+    return [Place(path, at, size, checksum32(content[at - BLOCK_BYTES : at + size]), "") for at, size in spans]
 
 
 def bare_index(
-    height_px: np.ndarray, width_px: np.ndarray, shards: tuple[ShardEntry, ...] = (), **columns: Any
+    height_px: np.ndarray,
+    width_px: np.ndarray,
+    shards: tuple[ShardEntry, ...] = (),
+    *,
+    originals_px: np.ndarray | None = None,
+    status: np.ndarray | None = None,
+    segment_sizes: Sequence[int] | None = None,
+    **scores: Any,
 ) -> Index:
-    """An index of sizes and other `columns` (scores are `score.FIELD`), with no shards that could be read."""
-    zeros = np.zeros(len(height_px), np.int64)
-    names = ("shard", "image_offset", "image_bytes", "header_crc", "original_height_px", "original_width_px")
-    found = dict.fromkeys(names, zeros) | {"height_px": height_px, "width_px": width_px} | columns
-    found.setdefault("caption.caption_status", zeros.astype(np.uint8))
-    scores = [name.removeprefix("score.") for name in columns if name.startswith("score.")]
-    return Index(shards, found, captions=("caption",), scores=scores, digest="bare")
+    """An index of sizes, caption statuses and `scores`, with no shards to read; in several segments if so asked."""
+    count = len(height_px)
+    columns = {
+        "place": np.zeros((count, 3), np.uint32),
+        "size_px": np.stack([height_px, width_px], axis=1).astype(np.uint16),
+        "original_px": np.zeros((count, 2), np.uint16) if originals_px is None else originals_px.astype(np.uint16),
+    } | {f"score.{field}": np.asarray(values, np.float32) for field, values in scores.items()}
+    statuses = np.zeros(count, np.uint8) if status is None else status
+    segments, start = [], 0
+    for size in segment_sizes or [count]:
+        rows = slice(start, start + size)
+        text = text_columns("caption.caption", np.zeros(size, np.int64), statuses[rows], b"")
+        segments.append(Segment({name: values[rows] for name, values in columns.items()} | text))
+        start += size
+    assert start == count
+    return Index(shards, segments, captions=("caption",), scores=tuple(scores), digest="bare")
 
 
 class CharacterTokenizer(TextTokenizer):

@@ -96,7 +96,7 @@ CASES = {
         shard_errors={"damaged_tar": 1, "missing_image": 1},
         **SKIPPED,
     ),
-    "repeated key": Case(shard=lambda c, h: c[: h["end"]] + c, shard_errors={"duplicate_member": 3 * (NUM_SOUND + 1)}),
+    "repeated key": Case(shard=lambda c, h: c[: h["end"]] + c, shard_errors={"duplicate_sample": NUM_SOUND + 1}),
     "no image": Case(lambda m: replaced(m, jpg=None), shard_errors={"missing_image": 1}, **SKIPPED),
     "no record": Case(lambda m: replaced(m, json=None)),
     "empty caption": Case(lambda m: replaced(m, txt=b" \n"), sample_errors={"empty_caption": 1}),
@@ -173,7 +173,7 @@ def test_shard_replaced_after_indexing(tmp_path: Path, make_config, tokenizer) -
 def test_shard_cut_after_indexing(tmp_path: Path, make_config, tokenizer) -> None:
     shard = write(tmp_path, Case())
     index = build_index([shard], tmp_path / "index")
-    Path(shard).write_bytes(Path(shard).read_bytes()[: int(index.image_offset[4])])
+    Path(shard).write_bytes(Path(shard).read_bytes()[: index.place(4).offset])
     assert one_pass(make_config([shard]), index, tokenizer) == (4, {"read_failed": NUM_SOUND - 3})
 
 

@@ -343,9 +343,8 @@ def test_a_stalled_read_is_named(index, make_config, tokenizer, monkeypatch, cap
         threading.Timer(0.5, is_released.set).start()
         step = loader.next_step()
     first = step.packs[0].pack.sample_keys[0]
-    expected = (
-        f"waiting for {index.shard_path(first)}: sample {index.name(first)}, {index.image_bytes[first]} bytes from byte"
-    )
+    num_bytes = index.place(first).num_bytes
+    expected = f"waiting for {index.shard_path(first)}: sample {index.name(first)}, {num_bytes} bytes from byte"
     assert expected in caplog.text
     assert step.num_skipped == 0
 

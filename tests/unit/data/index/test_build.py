@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bitdance_scale.data.index import build
+from bitdance_scale.atomic_files import WRITING
+from bitdance_scale.data.index import build, verification
 from bitdance_scale.data.index.build import build_index
-from bitdance_scale.data.index.index import open_index
+from bitdance_scale.data.index.index import Index, open_index, read_table
+from bitdance_scale.data.index.verification import find_damage
 from bitdance_scale.errors import DataError
-from tests.unit.data.small_data import write_tar
+from tests.unit.data.small_data import sample_members, write_tar
+
+
+def contents(index: Index) -> list[object]:
+    """All that an index says of its samples, however it is divided into segments."""
+    every, samples = slice(None), np.arange(len(index))
+    values = [index.sizes_px(every), index.original_sizes_px(every), index.places(every)]
+    values += [index.score(field) for field in index.scores]
+    texts = [index.texts(source, samples) for source in index.captions]
+    names, paths = ([of(sample) for sample in range(len(index))] for of in (index.name, index.shard_path))
+    return [*(column.tolist() for column in values), *texts, names, paths, index.digests, index.hash]
 
 
 def test_is_built_once_and_only_changed_shards_are_read(data_set: list[str], tmp_path: Path, monkeypatch) -> None:
@@ -30,8 +45,7 @@ def test_is_built_once_and_only_changed_shards_are_read(data_set: list[str], tmp
     assert scanned == shards
     fresh = build_index(shards, tmp_path / "other")
     assert grown.hash == fresh.hash != first.hash
-    for name, column in fresh.columns.items():
-        np.testing.assert_array_equal(grown.columns[name], column)
+    assert contents(grown) == contents(fresh)
     os.utime(shards[1], ns=(1, 1))
     scanned.clear()
     assert build_index(shards, tmp_path / "index").hash == fresh.hash
@@ -50,41 +64,43 @@ def test_refusals(data_set: list[str], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot write the index.*Set data.index_dir"):
         build_index(data_set, tmp_path / "file")
     build_index(data_set, tmp_path / "index")
-    next((tmp_path / "index").glob("columns_*/shard.npy")).write_bytes(b"damaged")
-    with pytest.raises(DataError, match="no usable index.*Delete"):
+    next((tmp_path / "index").glob("segment_*")).write_bytes(b"damaged")
+    with pytest.raises(DataError, match="segment_.*: 7 bytes, it was written with .* reads the shards of this segment"):
         open_index(tmp_path / "index")
+    with pytest.raises(DataError, match="no usable index.*Delete"):
+        open_index(tmp_path / "index", is_verified=True)
     table = json.loads((tmp_path / "index" / "index.json").read_text())
     (tmp_path / "index" / "index.json").write_text(json.dumps(table | {"format": 99}))
-    with pytest.raises(DataError, match="format 99, this version reads 2"):
+    with pytest.raises(DataError, match="format 99, this version reads 3"):
         open_index(tmp_path / "index")
 
 
 def test_a_failed_build_leaves_the_old_index(data_set: list[str], tmp_path: Path, monkeypatch) -> None:
     old = build_index(data_set[:1], tmp_path / "index")
-    monkeypatch.setattr(build, "_write_columns", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    monkeypatch.setattr(build, "join_pieces", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(DataError, match="no space left"):
         build_index(data_set, tmp_path / "index")
     assert open_index(tmp_path / "index").hash == old.hash
-    assert not list((tmp_path / "index").glob(".building*"))
+    assert not list((tmp_path / "index").glob(f"*{WRITING}"))
 
 
 def test_a_stopped_build_goes_on_where_it_was(data_set: list[str], tmp_path: Path, monkeypatch) -> None:
     """What was scanned before the stop is kept and not scanned again."""
     scanned = []
-    scan = build.scan_file
+    scan = build.scan_shard
 
-    def scan_two(task, captions, stores):
+    def scan_two(read, *rest):
         if len(scanned) == 2:
             raise KeyboardInterrupt
-        scanned.append(task.path)
-        return scan(task, captions, stores)
+        scanned.append(read)
+        return scan(read, *rest)
 
-    monkeypatch.setattr(build, "scan_file", scan_two)
+    monkeypatch.setattr(build, "scan_shard", scan_two)
     with pytest.raises(KeyboardInterrupt):
         build_index(data_set, tmp_path / "index")
     scanned.clear()
     index = build_index(data_set, tmp_path / "index")
-    assert scanned == data_set[2:]
+    assert len(scanned) == 1
     monkeypatch.undo()
     whole = build_index(data_set, tmp_path / "whole")
     assert index.hash == whole.hash and index.digests == whole.digests
@@ -93,13 +109,12 @@ def test_a_stopped_build_goes_on_where_it_was(data_set: list[str], tmp_path: Pat
 
 def test_processes_build_the_same(data_set: list[str], tmp_path: Path, monkeypatch) -> None:
     alone = build_index(data_set, tmp_path / "alone")
-    monkeypatch.setattr(build, "_PART_SAMPLES", 1)
+    monkeypatch.setattr(build, "MIN_SEGMENT_SAMPLES", 8)
     seen = []
     index = build_index(data_set, tmp_path / "index", num_workers=2, progress=lambda entry: seen.append(entry.path))
     assert sorted(seen) == sorted(data_set)
     assert index.hash == alone.hash and index.digests == alone.digests
-    for name, column in alone.columns.items():
-        np.testing.assert_array_equal(index.columns[name], column)
+    assert contents(index) == contents(alone)
 
 
 def test_an_index_that_cannot_be_read_is_built_again(data_set: list[str], tmp_path: Path, caplog) -> None:
@@ -109,4 +124,142 @@ def test_an_index_that_cannot_be_read_is_built_again(data_set: list[str], tmp_pa
     for content in (json.dumps(table | {"format": 1}), "{"):
         table_path.write_text(content)
         assert build_index(data_set, tmp_path / "index").hash == whole.hash
-    assert "format 1, this version reads 2" in caplog.text and "Building it again" in caplog.text
+    assert "format 1, this version reads 3" in caplog.text and "Building it again" in caplog.text
+
+
+def many_shards(folder: Path, count: int, number: int = 0, num_samples: int = 3) -> list[str]:
+    return [
+        str(
+            write_tar(
+                folder / f"{n:03d}.tar",
+                {f"{n}_{k}": sample_members(16, 16 + n, f"{n} {k}", n) for k in range(num_samples)},
+            )
+        )
+        for n in range(number, number + count)
+    ]
+
+
+def segment_files(index_dir: Path) -> dict[str, int]:
+    """Segments that the table names, with the inode of each, which shows whether it was written again."""
+    table = json.loads((index_dir / "index.json").read_text())
+    return {entry["file"]: os.stat(index_dir / entry["file"]).st_ino for entry in table["segments"]}
+
+
+def test_a_change_costs_its_own_segment(tmp_path: Path, monkeypatch) -> None:
+    """A shard is changed, added in the middle, removed, moved to the end: the index is that of a fresh build."""
+    monkeypatch.setattr(build, "MIN_SEGMENT_SAMPLES", 12)
+    shards = many_shards(tmp_path, 24)
+    build_index(shards, tmp_path / "index")
+    before = segment_files(tmp_path / "index")
+    assert len(before) == 6
+    write_tar(Path(shards[9]), {"9": sample_members(32, 32, "another")})
+    extra = many_shards(tmp_path / "extra", 1, 50)
+    changes = {
+        "changed": (shards, 5),
+        "added": ([*shards[:6], *extra, *shards[6:]], 4),
+        "removed": (shards[:20] + shards[21:], 4),
+        "moved": ([*shards[4:], *shards[:4]], 5),
+        "reversed": (shards[::-1], 0),
+    }
+    for name, (changed, num_kept) in changes.items():
+        shutil.copytree(tmp_path / "index", tmp_path / name)
+        kept = segment_files(tmp_path / name)
+        index = build_index(changed, tmp_path / name)
+        after = segment_files(tmp_path / name)
+        assert len(kept.items() & after.items()) >= num_kept, name
+        assert contents(index) == contents(build_index(changed, tmp_path / f"fresh_{name}")), name
+
+
+def test_needs_few_descriptors(tmp_path: Path) -> None:
+    """With room for 160 open files, 250 shards are scanned in two builds, and joined into segments."""
+    many_shards(tmp_path, 250, num_samples=1)
+    script = f"""
+import glob, resource
+from bitdance_scale.data.index import build, verification
+build.MIN_SEGMENT_SAMPLES = 60
+shards = sorted(glob.glob({str(tmp_path)!r} + "/*.tar"))
+resource.setrlimit(resource.RLIMIT_NOFILE, (160, 160))
+scan = build.scan_shard
+def stop_early(*args):
+    stop_early.count += 1
+    if stop_early.count > 200:
+        raise KeyboardInterrupt
+    return scan(*args)
+stop_early.count = 0
+build.scan_shard = stop_early
+try:
+    build.build_index(shards, {str(tmp_path)!r} + "/index")
+except KeyboardInterrupt:
+    pass
+build.scan_shard = scan
+index = build.build_index(shards, {str(tmp_path)!r} + "/index")
+assert len(index) == 250 and index.caption(249) == "249 0", len(index)
+print("built")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "built\n", done.stderr
+
+
+def test_too_many_open_files_are_no_damage(data_set: list[str], tmp_path: Path, monkeypatch) -> None:
+    """The message names the limit, and what has been scanned stays."""
+    monkeypatch.setattr(
+        build, "join_pieces", lambda *_: (_ for _ in ()).throw(OSError(errno.EMFILE, "Too many open files"))
+    )
+    with pytest.raises(DataError, match="Too many open files.*Raise the limit .`ulimit -n`"):
+        build_index(data_set, tmp_path / "index")
+    assert len(list((tmp_path / "index" / ".parts").glob("*.safetensors"))) == 3
+    monkeypatch.undo()
+    build_index(data_set, tmp_path / "index")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("bitdance_scale.data.index.index.Segment.open", full)
+    with pytest.raises(DataError, match="Too many open files. Raise the limit"):
+        open_index(tmp_path / "index")
+    monkeypatch.setattr("bitdance_scale.data.index.verification.digests_of", full)
+    os.utime(next((tmp_path / "index").glob("segment_*")), (1, 1))
+    with pytest.raises(DataError, match="Too many open files.*Raise the limit"):
+        build_index(data_set, tmp_path / "index")
+    assert len(list((tmp_path / "index").glob("segment_*"))) == 1
+
+
+@pytest.mark.parametrize(
+    "column", ["header", "place", "size_px", "caption.caption.text", "caption.caption.start", "name.base"]
+)
+def test_an_overwritten_column_is_found_and_mended(data_set: list[str], tmp_path: Path, caplog, column: str) -> None:
+    """Even if the time of the last change is set back. The shards of the segment are read again."""
+    whole = contents(build_index(data_set, tmp_path / "index"))
+    path = next((tmp_path / "index").glob("segment_*"))
+    stat, place = path.stat(), 12 if column == "header" else place_of(path, column)
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(DataError, match=f"{path.name}: its column {column} is not what was written .*reads the shards"):
+        open_index(tmp_path / "index")
+    assert contents(build_index(data_set, tmp_path / "index")) == whole
+    assert f"its column {column} is not what was written" in caplog.text and "reading its 3 shards again" in caplog.text
+    open_index(tmp_path / "index")
+
+
+def place_of(path: Path, column: str) -> int:
+    """A byte of a column in a segment file."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return 8 + length + json.loads(file.read(length))[column]["data_offsets"][0] + 2
+
+
+def test_a_copied_index_is_compared_once(data_set: list[str], tmp_path: Path, monkeypatch) -> None:
+    build_index(data_set, tmp_path / "index")
+    shutil.copytree(tmp_path / "index", tmp_path / "copy")
+    compared = []
+    digests_of = verification.digests_of
+    monkeypatch.setattr(verification, "digests_of", lambda path: compared.append(path.name) or digests_of(path))
+    open_index(tmp_path / "index")
+    assert not compared
+    open_index(tmp_path / "copy")
+    open_index(tmp_path / "copy")
+    assert len(compared) == 1
+    find_damage(tmp_path / "copy", read_table(tmp_path / "copy").segments, is_whole=True)
+    assert len(compared) == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 from pathlib import Path
 
@@ -20,8 +19,8 @@ def test_holds_every_sample(data_set: list[str], tmp_path: Path) -> None:
     assert [entry.num_samples for entry in index.shards] == [7, 5, 9]
     for sample in range(len(index)):
         with open(index.shard_path(sample), "rb") as file:
-            file.seek(int(index.image_offset[sample]))
-            picture = Image.open(io.BytesIO(file.read(int(index.image_bytes[sample]))))
+            file.seek(index.place(sample).offset)
+            picture = Image.open(io.BytesIO(file.read(index.place(sample).num_bytes)))
         assert (picture.height, picture.width) == index.size_px(sample)
         assert index.name(sample) == f"{sample:09d}"
         assert index.caption(sample) == ("red circle " * (sample % 7 + 1)).strip()
@@ -48,7 +47,7 @@ def test_hash_covers_captions_and_sizes(tmp_path: Path) -> None:
     for number, members in enumerate(changed):
         shard = write_tar(tmp_path / f"{number}.tar", {"0": members})
         index = build_index([str(shard)], tmp_path / f"index_{number}")
-        hashes.append((index.hash, index.digests["caption"]))
+        hashes.append((index.hash, index.digests["caption.caption"]))
     assert len({path.stat().st_size for path in tmp_path.glob("*.tar")}) == 1
     (base, caption), same, other = hashes
     assert same[0] == base != other[0] and same[1] != caption
@@ -62,20 +61,3 @@ def test_equal_file_names_in_two_folders_stay_apart(tmp_path: Path) -> None:
     index = build_index(shards, tmp_path / "index")
     assert [index.caption(sample) for sample in range(2)] == ["a", "b"]
     assert [index.shard_path(sample) for sample in range(2)] == shards
-
-
-def test_an_index_of_version_0_1_is_read(tmp_path: Path) -> None:
-    """In its table, the errors of a shard have other names."""
-    shard = write_tar(tmp_path / "0.tar", {"0": sample_members(16, 16, "a"), "1": sample_members(16, 16, "b")})
-    shard.write_bytes(b"#" + shard.read_bytes()[1:])
-    index = build_index([str(shard)], tmp_path / "index")
-    table_path = tmp_path / "index" / "index.json"
-    table = json.loads(table_path.read_text())
-    for entry in table["shards"]:
-        entry["faults"], entry["damages"] = entry.pop("errors"), entry.pop("tar_errors")
-    table_path.write_text(json.dumps(table))
-    old = open_index(tmp_path / "index")
-    assert old.shards == index.shards and len(old.shards[0].tar_errors) == 1
-    # It is not built again either.
-    assert build_index([str(shard)], tmp_path / "index").hash == index.hash
-    assert "damages" in table_path.read_text()

@@ -91,7 +91,7 @@ def test_scores(tmp_path: Path) -> None:
     index = build_index(shards, tmp_path / "index")
     found = {field: [None if np.isnan(v) else float(v) for v in index.score(field)] for field in index.scores}
     assert found == {"punsafe": [0.25, None, None], "similarity": [None, 1, None], "is_ai": [None, None, 1]}
-    assert (index.original_height_px.tolist(), index.original_width_px.tolist()) == ([48] * 3, [64] * 3)
+    assert index.original_sizes_px(slice(None)).tolist() == [[48, 64]] * 3
     assert index.errors() == {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import numpy as np
@@ -12,7 +13,13 @@ from PIL import Image
 
 from bitdance_scale.config.schema import Resolution
 from bitdance_scale.data.image_decode import decode_image
-from bitdance_scale.data.plan.buckets import EligibleSamples, assign_buckets, content_px, resolution_buckets
+from bitdance_scale.data.plan.buckets import (
+    EligibleSamples,
+    Staircase,
+    assign_buckets,
+    content_px,
+    resolution_buckets,
+)
 from tests.unit.data.small_data import bare_index
 
 # Sec. 4.3, the sizes of about 1024 x 1024 pixels.
@@ -70,9 +77,23 @@ def test_agrees_with_logarithms_one_by_one() -> None:
             assert row in fitting and distances[row] <= min(distances.values()) + 1e-12
 
 
+@pytest.mark.parametrize("max_upscale", [1.0, 1.1, 1.25, 2.0, 1 / 3 + 1])
+@pytest.mark.parametrize("buckets_px", [RELEASE, ((256, 256),), ((16, 16), (24, 8)), ((100, 7), (9, 90), (70, 70))])
+def test_a_staircase_covers_what_gets_a_bucket(buckets_px: tuple[tuple[int, int], ...], max_upscale: float) -> None:
+    """Also next to every corner, and above the largest number of pixels."""
+    buckets = resolution_buckets(dataclasses.replace(RESOLUTION, buckets_px=buckets_px))
+    numbers = np.random.default_rng(0)
+    near = [int(side / max_upscale) + shift for side in np.unique(buckets) for shift in (-1, 0, 1, 2)]
+    sides = np.array([*near, 1, 8191, 8192, 8193, 65535, *numbers.integers(1, 3000, 30)])
+    heights, widths = (grid.ravel() for grid in np.meshgrid(sides, sides))
+    expected = assign_buckets(heights, widths, buckets, max_upscale) >= 0
+    found = Staircase(buckets, max_upscale).covers(heights.astype(np.uint16), widths.astype(np.uint16))
+    assert expected.any() and not expected.all()
+    np.testing.assert_array_equal(found, expected)
+
+
 def eligible_squares(sides: np.ndarray) -> EligibleSamples:
-    buckets = resolution_buckets(RESOLUTION)
-    return EligibleSamples(len(sides), lambda part: assign_buckets(sides[part], sides[part], buckets, 1.0) >= 0)
+    return EligibleSamples.of_bits(np.packbits(sides >= 1024))
 
 
 @pytest.mark.parametrize("num_samples", [1, 511, 512, 513, 3000])
@@ -84,6 +105,7 @@ def test_selects_the_eligible_in_order(num_samples: int) -> None:
     assert len(eligible) == len(expected)
     assert np.array_equal(eligible.select(np.arange(len(expected))), expected)
     assert np.array_equal(eligible.select(np.arange(len(expected))[::-1]), expected[::-1])
+    assert np.array_equal(eligible.contains(np.arange(num_samples)), sides >= 1024)
 
 
 def test_gaps_of_many_groups_are_skipped() -> None:
@@ -106,15 +128,13 @@ def pad_as_img2dataset(picture: Image.Image, side: int) -> tuple[Image.Image, tu
 @given(st.integers(20, 3000), st.integers(20, 3000), st.sampled_from([64, 255, 256]))
 def test_the_picture_is_found_inside_its_border(height: int, width: int, side: int) -> None:
     _, box = pad_as_img2dataset(Image.new("RGB", (width, height)), side)
-    index = bare_index(
-        np.array([side]), np.array([side]), original_height_px=np.array([height]), original_width_px=np.array([width])
-    )
-    found = tuple(int(values[0]) for values in content_px(index, slice(0, 1), True))
+    index = bare_index(np.array([side]), np.array([side]), originals_px=np.array([[height, width]]))
+    found = tuple(content_px(index, slice(0, 1), True)[0].tolist())
     expected = []
     for low, high in ((box[1], box[3]), (box[0], box[2])):
         expected.append(high - low if high - low == side else max(1, high - low - 2))
     assert found == tuple(expected)
-    assert content_px(index, slice(0, 1), False)[0][0] == side
+    assert content_px(index, slice(0, 1), False).tolist() == [[side, side]]
 
 
 @pytest.mark.parametrize("size_px", [(300, 200), (200, 301), (333, 100)])
@@ -124,10 +144,8 @@ def test_no_border_is_left_in_a_decoded_image(size_px: tuple[int, int]) -> None:
     padded, _ = pad_as_img2dataset(black, 256)
     file = io.BytesIO()
     padded.save(file, "JPEG", quality=95)
-    index = bare_index(
-        np.array([256]), np.array([256]), original_height_px=np.array([height]), original_width_px=np.array([width])
-    )
-    content = tuple(int(values[0]) for values in content_px(index, slice(0, 1), True))
+    index = bare_index(np.array([256]), np.array([256]), originals_px=np.array([size_px]))
+    content = tuple(content_px(index, slice(0, 1), True)[0].tolist())
     bucket = (64, 48) if height > width else (48, 64)
     assert decode_image(file.getvalue(), (256, 256), bucket, content).max() < 60
     assert decode_image(file.getvalue(), (256, 256), bucket).max() > 200

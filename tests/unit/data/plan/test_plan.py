@@ -26,7 +26,7 @@ def synthetic_index(num_samples: int, seed: int = 0) -> Index:
     numbers = np.random.default_rng(seed)
     sizes = numbers.integers(10, 70, (2, num_samples)).astype(np.int32)
     status = (numbers.random(num_samples) < 0.05).astype(np.uint8)
-    return bare_index(*sizes, **{"caption.caption_status": status})
+    return bare_index(*sizes, status=status)
 
 
 def test_batches_have_the_exact_mix_and_fitting_buckets(index: Index, make_config) -> None:
@@ -43,7 +43,7 @@ def test_batches_have_the_exact_mix_and_fitting_buckets(index: Index, make_confi
 
 def test_every_eligible_sample_once_an_epoch_of_its_resolution(index: Index, make_config) -> None:
     plan = Plan(3, index, make_config().data)
-    sides = np.minimum(index.height_px, index.width_px)
+    sides = index.sizes_px(slice(None)).min(axis=1)
     eligible = {16: set(range(21)), 32: set(np.flatnonzero(sides >= 32).tolist())}
     assert plan.num_eligible == {16: 21, 32: len(eligible[32])} and 5 < len(eligible[32]) < 21
     streams: dict[int, list[int]] = {16: [], 32: []}
@@ -77,7 +77,7 @@ def test_draws_have_their_shares_and_spare_samples_without_caption(make_config) 
     index = synthetic_index(20_000)
     data = make_config(global_batch=5000, text_drop=0.1, image_to_text_share=0.2).data
     batch = Plan(0, index, data).batch(0)
-    has_caption = index.status("caption")[batch.samples] == 0
+    has_caption = index.status("caption", batch.samples) == 0
     assert batch.is_caption_dropped[~has_caption].all() and (~has_caption).sum() > 100
     assert not (batch.is_image_to_text & batch.is_caption_dropped).any()
     # Of about 4750 with a caption; five standard deviations are 0.029 and 0.020.

@@ -85,7 +85,7 @@ def test_resolutions_and_sources_are_less_than_one_off_at_every_prefix(mixture: 
     for side in sides:
         shares = np.array(
             [
-                source.share if (index.height_px[samples.start : samples.stop] >= side).any() else 0
+                source.share if (index.sizes_px(slice(samples.start, samples.stop))[:, 0] >= side).any() else 0
                 for source, samples in zip(data.sources, index.sources, strict=True)
             ]
         )
@@ -116,7 +116,7 @@ def test_every_stream_goes_through_its_own_samples_epoch_by_epoch(mixture: tuple
         for side in (resolution.side_px for resolution in data.resolutions):
             is_stream = (columns["source"] == number) & (columns["side_px"] == side)
             stream, epochs = columns["samples"][is_stream], columns["epoch"][is_stream]
-            eligible = [sample for sample in samples if index.height_px[sample] >= side]
+            eligible = [sample for sample in samples if index.size_px(sample)[0] >= side]
             size = len(eligible)
             assert set(stream.tolist()) <= set(eligible)
             assert epochs.tolist() == [place // max(1, size) for place in range(len(stream))]
@@ -183,7 +183,7 @@ def test_one_source_has_one_plan_however_it_is_named() -> None:
     """Whether `data.shards` or `data.sources` names the source makes no difference; the digests are pinned."""
     numbers = np.random.default_rng(0)
     sizes = numbers.integers(10, 70, (2, 300)).astype(np.int32)
-    index = bare_index(*sizes, **{"caption.caption_status": (numbers.random(300) < 0.05).astype(np.uint8)})
+    index = bare_index(*sizes, status=(numbers.random(300) < 0.05).astype(np.uint8))
     resolutions = (
         Resolution(side_px=16, share=3, buckets_px=((16, 16), (24, 8))),
         Resolution(side_px=32, share=2, buckets_px=((32, 32),)),
@@ -268,6 +268,8 @@ def test_a_shard_of_two_sources_and_a_missing_one_are_refused_by_name(data_set, 
 
 def test_an_index_that_another_job_replaced_is_refused(data_set, source_section, monkeypatch) -> None:
     data = source_section({"a": (1, [0]), "b": (1, [1])})
-    monkeypatch.setattr("bitdance_scale.train.shared_index.open_index", lambda folder: build_index(data_set, folder))
+    monkeypatch.setattr(
+        "bitdance_scale.train.shared_index.open_index", lambda folder, **_: build_index(data_set, folder)
+    )
     with pytest.raises(DataError, match="has replaced this run's while it started"):
         training_index(data)
