@@ -245,15 +245,12 @@ class StreamLoader:
         """What is drawn by chance for these samples: captions, which of them are dropped, and the task."""
         data, size = self._config.data, len(drawn)
         keys = np.array([item.sample.key for item in drawn], np.int64)
-        chances = {
-            purpose: np.array(
-                [
-                    uniform((self._config.run.seed, purpose, item.side_px, step), keys[place : place + 1])[0]
-                    for place, item in enumerate(drawn)
-                ]
-            )
-            for purpose in (_CAPTION, _ALTERNATIVE, _CAPTION_DROP, _IMAGE_TO_TEXT)
-        }
+        sides = np.array([item.side_px for item in drawn], np.int32)
+        chances = {purpose: np.empty(size) for purpose in (_CAPTION, _ALTERNATIVE, _CAPTION_DROP, _IMAGE_TO_TEXT)}
+        for side_px in np.unique(sides).tolist():
+            places = sides == side_px
+            for purpose, values in chances.items():
+                values[places] = uniform((self._config.run.seed, purpose, side_px, step), keys[places])
         shares = np.array([choice.share for choice in data.captions])
         usable = np.array([[found[1] is CaptionStatus.USABLE for found in item.sample.captions] for item in drawn])
         sums = np.cumsum(usable * shares, axis=1)
@@ -263,7 +260,7 @@ class StreamLoader:
         return PlannedBatch(
             step=step,
             samples=keys,
-            side_px=np.array([item.side_px for item in drawn], np.int32),
+            side_px=sides,
             bucket_px=np.array([item.px for item in drawn], np.int32),
             source=np.array([item.source for item in drawn], np.int16),
             epoch=np.zeros(size, np.int64),

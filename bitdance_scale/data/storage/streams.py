@@ -25,6 +25,8 @@ PIPE_SCHEME = "pipe:"
 HTTP_SCHEMES = ("http://", "https://")
 BLOCK_BYTES = 512
 _CHUNK_BYTES = 1 << 16
+# Regular files, and the headers of GNU and pax that say more about the next one.
+_WITH_CONTENT = (b"0", b"\0", b"7", b"L", b"K", b"x", b"g")
 # gzip, bzip2, xz, zstd
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 # A command that is told to stop because its reader has seen enough: SIGPIPE in a shell.
@@ -152,30 +154,35 @@ class TarStream:
 class _WatchedStream:
     """A stream that knows whether its reader stopped where a tar ends.
 
-    It gives out one tar block at a time, so that the reader never holds bytes that it has not looked at.
+    It gives out one header at a time, or a part of the content after it, so that the reader never holds bytes that it
+    has not looked at.
     """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._buffer = memoryview(b"")
-        self._block = b""
+        self._header = b""
+        self._content_bytes = 0
         self._num_given = 0
         self._has_ended = False
 
     def read(self, num_bytes: int = -1) -> bytes:
-        """At most one block; empty at the end of the stream."""
+        """The next bytes, at most up to the next header; empty at the end of the stream."""
         if not self._buffer:
             self._buffer = memoryview(self._stream.read(_CHUNK_BYTES))
             if not self._num_given and bytes(self._buffer[:6]).startswith(_COMPRESSED):
                 raise ValueError("is compressed; name a command instead, such as 'pipe:gzip -dc PATH'")
-        size = BLOCK_BYTES if num_bytes < 0 else min(num_bytes, BLOCK_BYTES)
-        block, self._buffer = bytes(self._buffer[:size]), self._buffer[size:]
-        if block:
-            self._block = block
-            self._num_given += len(block)
-        else:
-            self._has_ended = True
-        return block
+        limit = self._content_bytes or BLOCK_BYTES
+        size = limit if num_bytes < 0 else min(num_bytes, limit)
+        given, self._buffer = bytes(self._buffer[:size]), self._buffer[size:]
+        self._num_given += len(given)
+        self._has_ended |= not given
+        if self._content_bytes:
+            self._content_bytes -= len(given)
+        elif given:
+            self._header = given
+            self._content_bytes = _content_bytes(given)
+        return given
 
     def check_end(self) -> None:
         """Reads what is left, and fails unless it is the end of a tar.
@@ -184,13 +191,24 @@ class _WatchedStream:
             ValueError: the tar was cut, or goes on after a place that could not be read.
         """
         # The reader of a whole tar stops at the empty block, and asks for nothing after it.
-        is_cut = self._has_ended or not self._block or bool(self._block.strip(b"\0"))
+        is_cut = self._has_ended or not self._header or bool(self._header.strip(b"\0"))
         place = self._num_given
         has_more = any(block.strip(b"\0") for block in iter(self.read, b""))
         if has_more:
             raise ValueError(f"the tar is damaged before byte {place} and goes on after it")
         if is_cut:
             raise ValueError(f"the tar ends at byte {place} without an end-of-archive mark, so it was cut")
+
+
+def _content_bytes(header: bytes) -> int:
+    """Bytes from a tar header to the next one; 0 if the next block must be looked at by itself."""
+    if len(header) < BLOCK_BYTES or header[156:157] not in _WITH_CONTENT:
+        return 0
+    try:
+        size = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
+    except ValueError:
+        return 0
+    return max(0, -(-size // BLOCK_BYTES) * BLOCK_BYTES)
 
 
 def _tolerate_duplicates(error: Exception) -> bool:
