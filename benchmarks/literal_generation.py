@@ -90,7 +90,8 @@ def _solve(
 ) -> torch.Tensor:
     """The blocks at the end of the flow, float32 [I, P, C]; the conditions [2 I, P, D] are of both kinds of prompts."""
     x = noise[0]
-    dt = 0.95 / num_steps
+    ends = torch.linspace(0, 0.95, num_steps + 1, dtype=torch.float64)
+    ends = (ends / (ends + head.time_shift * (1 - ends))).tolist()
 
     def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
         both = torch.cat([x, x])
@@ -99,7 +100,7 @@ def _solve(
         return unconditional + guidance * (conditional - unconditional)
 
     for step in range(num_steps):
-        t = step * dt
+        t, dt = ends[step], ends[step + 1] - ends[step]
         v = velocity(x, t)
         score = (t * v - x) / ((1 - t) ** 2 + t * (1 - t))
         x = x + (v + (1 - t) * score) * dt + (2 * (1 - t) * dt) ** 0.5 * noise[step + 1]

@@ -252,7 +252,7 @@ def bench_s3(folder: Path, num_samples: int) -> None:
 
 def _read_all(store: S3Store, index: Index, order: np.ndarray, files: Sequence[bytes]) -> float:
     def read(sample: int) -> bytes:
-        offset, num_bytes = int(index.image_offset[sample]), int(index.image_bytes[sample])
+        offset, num_bytes = index.place(sample).offset, index.place(sample).num_bytes
         return store.read("s3://images/0.tar", offset, num_bytes, index.shards[0].tag)
 
     begun = time.monotonic()

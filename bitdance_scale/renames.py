@@ -1,4 +1,4 @@
-"""Names that version 0.2 changed. Old configurations are refused with the new name; old runs and indexes are read."""
+"""Names that version 0.2 changed. Old configurations are refused with the new name; old runs are read."""
 
 from __future__ import annotations
 
@@ -20,9 +20,6 @@ RENAMED_FIELDS = {
     "faults": "sample_errors",
 }
 """Field of `metrics.jsonl`, `evaluation.jsonl` and `train_state.json` of version 0.1 -> its name today."""
-
-RENAMED_INDEX_FIELDS = {"faults": "errors", "damages": "tar_errors"}
-"""The same of a shard in the table of an index."""
 
 
 def with_new_names(values: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:

@@ -16,12 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from bitdance_scale.errors import CheckpointError
+from bitdance_scale.text_files import read_utf8
 from bitdance_scale.wording import first_few
 
 BACKBONE_WEIGHTS_NAME = "model.safetensors"
 """Backbone of a published folder; large ones are in several files with an index beside them."""
 HEAD_WEIGHTS_NAME = "vision_head.safetensors"
 PROJECTOR_WEIGHTS_NAME = "projector.safetensors"
+INDEX_SUFFIX = ".index.json"
+"""Ends the name of the file that says which of several files a tensor is in."""
 
 HEADER_LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header, little-endian, in so many bytes."""
@@ -40,6 +43,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _ALIGNMENT_BYTES = 8
 _WEIGHT_DTYPES = ("F32", "BF16", "F16")
 _FIX = "fetch or export it again"
+_PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class TensorSpec(NamedTuple):
@@ -80,7 +84,9 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
         CheckpointError: there is no such file, it is damaged or empty, or it holds a dtype that weights do not have.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file, and only safetensors are read; {_FIX}")
+        pickled = [other.name for other in sorted(path.parent.glob("*")) if other.suffix in _PICKLED_SUFFIXES]
+        beside = f" (not {first_few(pickled)}, which must be unpickled)" if pickled else ""
+        raise CheckpointError(f"{path}: there is no such file, and only safetensors are read{beside}; {_FIX}")
     specs = {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -109,12 +115,12 @@ def read_folder_headers(folder: Path, name: str) -> dict[Path, dict[str, TensorS
         Path -> what is in it.
 
     Raises:
-        CheckpointError: as `read_header`; or the index is damaged, names a file outside the folder, or does not agree
-            with the files.
+        CheckpointError: as `read_header`; or the index is damaged, names a file that is not in the folder, or does not
+            agree with the files; or the one file is beside an index of others, so that it is not clear which counts.
     """
-    index = folder / f"{name}.index.json"
+    index, whole = folder / (name + INDEX_SUFFIX), folder / name
     if not index.is_file():
-        return {folder / name: read_header(folder / name)}
+        return {whole: read_header(whole)}
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map, which names the file of every tensor; {_FIX}")
@@ -125,13 +131,34 @@ def read_folder_headers(folder: Path, name: str) -> dict[Path, dict[str, TensorS
                 f"{index}: {tensor} is in {file!r}, which is no name of a file in this folder; {_FIX}"
             )
         listed.setdefault(file, set()).add(tensor)
+    if whole.is_file() and [*listed] != [name]:
+        # transformers reads the one file and not the index.
+        raise CheckpointError(
+            f"{folder}: holds {name} and {index.name}, which names other files ({first_few(sorted(listed))}): one of "
+            f"them is left from another download or model. Remove {name} or {index.name}, whichever is old"
+        )
     headers = {}
     for file, names in sorted(listed.items()):
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{index}: names {file}, and there is no such file in the folder; {_FIX}")
         found = headers[folder / file] = read_header(folder / file)
         if odd := sorted({*found} ^ names):
             has = "in the file, not" if odd[0] in found else "not in the file, but"
             raise CheckpointError(f"{folder / file}: {odd[0]} is {has} in {index.name}; {_FIX}")
     return headers
+
+
+def read_single_header(path: Path) -> dict[str, TensorSpec]:
+    """The tensors of a part that is always in one file, as all parts of a release but the backbone are.
+
+    Raises:
+        CheckpointError: as `read_header`; or an index beside the file names others.
+    """
+    index = path.with_name(path.name + INDEX_SUFFIX)
+    headers = read_folder_headers(path.parent, path.name) if path.is_file() or not index.is_file() else {}
+    if [*headers] != [path]:
+        raise CheckpointError(f"{index}: this part of a model is read from one file, {path.name}; join its files to it")
+    return headers[path]
 
 
 def check_tensors(where: Path, found: Mapping[str, TensorSpec], wanted: Mapping[str, Sequence[int]], fix: str) -> None:
@@ -165,7 +192,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file; {_FIX}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_utf8(path))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); {_FIX}") from error
     if not isinstance(content, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AddedToken, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from bitdance_scale.config.published_config import HEAD_CONFIG_NAME, MODEL_CONFIG_NAME, published_head
+from bitdance_scale.config.published_backbone import MODEL_CONFIG_NAME
+from bitdance_scale.config.published_head import HEAD_CONFIG_NAME, published_head
 from bitdance_scale.config.schema import HeadSection, VisionSection
 from bitdance_scale.model.diffusion_head import DiffusionHead
 from bitdance_scale.model.linears import PlainLinears
@@ -96,12 +98,13 @@ def write_published(
     backbone_dtype: torch.dtype = torch.bfloat16,
     head_dtype: torch.dtype = torch.float32,
     head: HeadSection = HEAD,
+    autoencoder: Mapping[str, Any] = AUTOENCODER,
 ) -> Path:
     """A published BitDance folder; returns it.
 
     All weights are random, so that no tensor equals another and images differ by prompt and by block.
     """
-    vision = VisionSection(weights="", block_side=block_side, **AUTOENCODER)
+    vision = VisionSection(weights="", block_side=block_side, **autoencoder)
     tokenizer = qwen_like()
     names = [f"<|res_{n}|>" for n in range(1, 257)] + [f"<|query_{n}|>" for n in range(1, block_side**2)]
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names])
@@ -117,14 +120,14 @@ def write_published(
         save_file(tensors, folder / f"{name}.safetensors")
     content = published_head(head, HIDDEN_SIZE, vision, {"diff_batch_mul": 4})
     (folder / HEAD_CONFIG_NAME).write_text(json.dumps(content, indent=2))
-    save_weights(folder, Autoencoder(**AUTOENCODER).state_dict(), published_config(**AUTOENCODER))
+    save_weights(folder, Autoencoder(**autoencoder).state_dict(), published_config(**autoencoder))
     return folder
 
 
-def write_autoencoder(folder: Path) -> Path:
+def write_autoencoder(folder: Path, autoencoder: Mapping[str, Any] = AUTOENCODER) -> Path:
     """An autoencoder by itself; returns the weights file."""
     torch.manual_seed(4)
-    save_weights(folder, Autoencoder(**AUTOENCODER).state_dict(), published_config(**AUTOENCODER))
+    save_weights(folder, Autoencoder(**autoencoder).state_dict(), published_config(**autoencoder))
     return folder / "ae.safetensors"
 
 

@@ -47,13 +47,8 @@ from bitdance_scale.checkpoint.run_checkpoint import (
 from bitdance_scale.checkpoint.start_weights import check_network, find_checkpoint
 from bitdance_scale.checkpoint.tensor_storage import StoredTensors
 from bitdance_scale.config.load import load_network
-from bitdance_scale.config.published_config import (
-    HEAD_CONFIG_NAME,
-    MODEL_CONFIG_NAME,
-    beyond_release,
-    published_head,
-    published_model,
-)
+from bitdance_scale.config.published_backbone import MODEL_CONFIG_NAME, published_model
+from bitdance_scale.config.published_head import HEAD_CONFIG_NAME, beyond_release, published_head
 from bitdance_scale.config.schema import NetworkConfig
 from bitdance_scale.errors import CheckpointError, ConfigError
 from bitdance_scale.sequence.tokenizer_files import write_tokenizer

@@ -41,7 +41,7 @@ from bitdance_scale.checkpoint.published_names import (
     PublishedTensor,
     published_tensors,
 )
-from bitdance_scale.checkpoint.release_source import Source, autoencoder_config
+from bitdance_scale.checkpoint.release_source import Source
 from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME, MODEL_PREFIX, TENSORS_DIR, TrainState, save_checkpoint
 from bitdance_scale.checkpoint.sharded import StreamedValue
 from bitdance_scale.checkpoint.start_weights import around_mean
@@ -54,6 +54,7 @@ from bitdance_scale.sequence.tokenizer_files import write_tokenizer
 from bitdance_scale.vision.tokenizer import vision_digest
 from bitdance_scale.vision.weights import CONFIG_NAME as AE_CONFIG_NAME
 from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
+from bitdance_scale.vision.weights import config_beside
 from bitdance_scale.weight_files import TensorSpec, dtype_name
 
 TOKENIZER_DIR = "tokenizer"
@@ -94,7 +95,7 @@ def import_release(source: Source, out: Path, *, is_forced: bool = False, on_byt
         (folder / TOKENIZER_DIR).mkdir()
         write_tokenizer(source.network.text, source.tokenizer, folder / TOKENIZER_DIR)
         shutil.copyfile(autoencoder, folder / AE_WEIGHTS_NAME)
-        shutil.copyfile(autoencoder_config(autoencoder), folder / AE_CONFIG_NAME)
+        shutil.copyfile(config_beside(autoencoder), folder / AE_CONFIG_NAME)
         write_text(folder / CONFIG_NAME, config_text)
         checkpoints = CheckpointFolder(folder / CHECKPOINTS_DIR, keep=1)
         values = {tensor.name: _streamed(source, tensor, spec, on_bytes) for tensor, spec in source.tensors()}
@@ -109,6 +110,7 @@ def import_release(source: Source, out: Path, *, is_forced: bool = False, on_byt
                 "kind": source.kind,
                 "config_sha256": text_digest(config_text),
                 "autoencoder_sha256": file_digest(folder / AE_WEIGHTS_NAME),
+                "notes": list(source.notes),
                 "new_embedding_rows": source.tokenizer.vocab_size - source.num_old_rows,
                 "seed": source.new_parts.seed if source.new_parts else None,
                 "version": bitdance_scale.__version__,

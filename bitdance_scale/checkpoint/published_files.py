@@ -18,6 +18,7 @@ import torch
 from bitdance_scale.checkpoint.integrity import tensor_bytes
 from bitdance_scale.checkpoint.published_names import Part, PublishedTensor
 from bitdance_scale.checkpoint.tensor_storage import opened
+from bitdance_scale.errors import CheckpointError
 from bitdance_scale.weight_files import (
     BACKBONE_WEIGHTS_NAME,
     HEAD_WEIGHTS_NAME,
@@ -26,6 +27,7 @@ from bitdance_scale.weight_files import (
     check_tensors,
     encode_header,
     read_folder_headers,
+    read_single_header,
     refuse,
 )
 
@@ -65,7 +67,10 @@ class PublishedTensors:
         self.part, self._folder = part, folder
         self.found: dict[str, TensorSpec] = {}
         self._files: dict[str, Path] = {}
-        for path, header in read_folder_headers(folder, PART_FILES[part]).items():
+        path = folder / PART_FILES[part]
+        is_split = part is Part.BACKBONE
+        headers = read_folder_headers(folder, path.name) if is_split else {path: read_single_header(path)}
+        for path, header in headers.items():
             self.found |= header
             self._files |= dict.fromkeys(header, path)
 
@@ -95,6 +100,26 @@ class PublishedTensors:
             ],
             "A part has one dtype",
         )
+
+    def drop_copy(self, name: str, original: str, fix: str) -> None:
+        """Leaves out a tensor that must hold the values of another one, after comparing them.
+
+        Raises:
+            CheckpointError: shape, dtype or a value differs; ends with `fix`.
+        """
+        where, copy, kept = self.file(name), self.found[name], self.found[original]
+        if copy != kept:
+            raise CheckpointError(
+                f"{where}: {name} is {copy.dtype} {list(copy.shape)} and {original} is {kept.dtype} "
+                f"{list(kept.shape)}; {fix}"
+            )
+        for start, stop in row_chunks(kept.shape[0], kept.num_bytes // max(1, kept.shape[0])):
+            rows = [tensor_bytes(self.read_rows(each, start, stop)) for each in (name, original)]
+            if rows[0] != rows[1]:
+                raise CheckpointError(
+                    f"{where}: {name} has other values than {original} (in rows {start} to {stop - 1}); {fix}"
+                )
+        del self.found[name], self._files[name]
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows (elements of a vector) start..stop of a tensor, in its dtype, in memory of their own."""

@@ -12,27 +12,28 @@ from bitdance_scale.checkpoint.published_files import PublishedTensors
 from bitdance_scale.checkpoint.published_names import (
     EMBEDDING,
     OUTPUT,
+    PUBLISHED_EMBEDDING,
+    PUBLISHED_OUTPUT,
     NamedTensor,
     Part,
     our_tensors,
     published_tensors,
 )
-from bitdance_scale.config.published_config import (
-    HEAD_CONFIG_NAME,
+from bitdance_scale.config.published_backbone import (
     MODEL_CONFIG_NAME,
-    inert_head_settings,
     inert_model_settings,
-    read_head,
     read_model,
+    unknown_model_keys,
 )
+from bitdance_scale.config.published_head import HEAD_CONFIG_NAME, inert_head_settings, read_head, time_note
 from bitdance_scale.config.schema import HeadSection, NetworkConfig, TextSection, VisionSection
 from bitdance_scale.errors import CheckpointError, ConfigError
 from bitdance_scale.sequence.tokens import TextTokenizer, load_text_tokenizer
 from bitdance_scale.vision.autoencoder import Autoencoder, published_sizes
-from bitdance_scale.vision.weights import CONFIG_NAME as AE_CONFIG_NAME
 from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
-from bitdance_scale.vision.weights import check_weights
+from bitdance_scale.vision.weights import check_weights, config_beside
 from bitdance_scale.weight_files import TensorSpec, read_json
+from bitdance_scale.wording import first_few
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Source:
         parts: the tensors that it holds; a plain Qwen3 has no head and no projector.
         new_parts: the parts that a plain Qwen3 is given; None for a release.
         inert: what `TrainState.release` keeps of its configuration files.
+        notes: what the user should know of its configuration files, a line each.
     """
 
     folder: Path
@@ -80,6 +82,7 @@ class Source:
     parts: dict[Part, PublishedTensors]
     new_parts: NewParts | None
     inert: dict[str, object]
+    notes: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -118,7 +121,7 @@ class Source:
 
 
 def open_source(folder: Path, new_parts: NewParts | None) -> Source:
-    """Checks a folder without reading a tensor.
+    """Checks a folder; the only tensor that is read is a second copy of a tied one.
 
     Args:
         folder: a published BitDance folder, or a Qwen3 folder.
@@ -133,15 +136,20 @@ def open_source(folder: Path, new_parts: NewParts | None) -> Source:
     config_path = folder / MODEL_CONFIG_NAME
     config = read_json(config_path)
     model = read_model(config, str(config_path))
-    sizes = published_sizes(read_json(autoencoder_config(autoencoder)))
+    ae_config = config_beside(autoencoder)
+    sizes = published_sizes(read_json(ae_config), str(ae_config))
     with torch.device("meta"):
         check_weights(autoencoder, Autoencoder(**sizes).state_dict())
     inert: dict[str, object] = {"model": inert_model_settings(config)}
+    notes = []
+    if unknown := unknown_model_keys(config):
+        notes.append(f"{config_path}: ignored, as transformers' Qwen3 ignores them: {first_few(unknown)}")
     if new_parts is None:
         head_path = folder / HEAD_CONFIG_NAME
         head_config = read_json(head_path)
         head, block_side = read_head(head_config, str(head_path), model.hidden_size, sizes["num_bits"])
         inert["head"] = inert_head_settings(head_config)
+        notes.append(time_note(head))
     else:
         head, block_side = new_parts.head(model.hidden_size), new_parts.block_side
     network = NetworkConfig(
@@ -152,18 +160,11 @@ def open_source(folder: Path, new_parts: NewParts | None) -> Source:
     )
     tokenizer = load_text_tokenizer(network.text, block_side**2)
     parts = {part: PublishedTensors(folder, part) for part in (Part if new_parts is None else (Part.BACKBONE,))}
-    source = Source(folder, network, tokenizer, parts, new_parts, inert)
+    if model.tie_embeddings and PUBLISHED_OUTPUT in parts[Part.BACKBONE].found:
+        _check_tied(parts[Part.BACKBONE])
+    source = Source(folder, network, tokenizer, parts, new_parts, inert, tuple(notes))
     _check(source, config["vocab_size"])
     return source
-
-
-def autoencoder_config(weights: Path) -> Path:
-    """The configuration beside an autoencoder's weights: `NAME_config.json` for NAME.safetensors, or `ae_config.json`.
-
-    The release's collection of tokenizers uses the first.
-    """
-    own = weights.with_name(weights.stem + "_config.json")
-    return own if own.is_file() else weights.with_name(AE_CONFIG_NAME)
 
 
 def _autoencoder_of(folder: Path, new_parts: NewParts | None) -> Path:
@@ -212,6 +213,19 @@ def _check_options(new_parts: NewParts) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if not 0 <= new_parts.seed < 2**31:
         raise ConfigError(f"--seed {new_parts.seed}: must be from 0 to 2^31 - 1")
+
+
+def _check_tied(backbone: PublishedTensors) -> None:
+    """Leaves out the output projection of a tied model, which some folders store beside the embedding it equals.
+
+    Where the two differ, versions of transformers compute different models: 4.57 ties them, 5 does not.
+    """
+    if PUBLISHED_EMBEDDING in backbone.found:
+        fix = (
+            f"tie_word_embeddings = true in {MODEL_CONFIG_NAME} says that they are one. Set it to false if the model "
+            f"was trained with both, or remove {PUBLISHED_OUTPUT}"
+        )
+        backbone.drop_copy(PUBLISHED_OUTPUT, PUBLISHED_EMBEDDING, fix)
 
 
 def _check(source: Source, num_rows: int) -> None:

@@ -25,7 +25,7 @@ from bitdance_scale.checkpoint.sharded import load_sharded
 from bitdance_scale.checkpoint.step_names import CHECKPOINTS_DIR, LATEST_NAME
 from bitdance_scale.checkpoint.tensor_index import TensorIndex, read_index
 from bitdance_scale.checkpoint.tensor_storage import StoredTensors
-from bitdance_scale.config.published_config import MODEL_CONFIG_NAME
+from bitdance_scale.config.published_backbone import MODEL_CONFIG_NAME
 from bitdance_scale.config.schema import NetworkConfig
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.model.initial import named_generator

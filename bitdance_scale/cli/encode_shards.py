@@ -16,6 +16,7 @@ from pathlib import Path
 from bitdance_scale.cli.command import CommandParser, run_command
 from bitdance_scale.cli.launch import add_rank_arguments, check_rank_options, launch, read_ranks
 from bitdance_scale.config.load import load_config
+from bitdance_scale.config.named_files import check_named_files
 from bitdance_scale.config.rules import check
 from bitdance_scale.demo.shards import check_shipped_sets
 
@@ -36,6 +37,7 @@ def _run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     check(config, None)
     check_shipped_sets(spec for source in config.data.active_sources for spec in source.shards)
+    check_named_files(config, reads_text=False)
     if "RANK" not in os.environ:
         check_rank_options(options)
         ranks = read_ranks(options)

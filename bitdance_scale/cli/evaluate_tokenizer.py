@@ -3,7 +3,8 @@
     bitdance tokenizer evaluate FOLDER data/tokenizer_held_out --sizes 32 64 128 --picture out.png
 
 Prints a Markdown table: PSNR with and without 1% of flipped bits, and how the bits are used; then the time per image.
-FOLDER holds ae.safetensors and ae_config.json.
+FOLDER holds ae.safetensors and ae_config.json. It may also be a weights file of the release, such as
+ae_d32c128.safetensors with ae_d32c128_config.json beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from bitdance_scale.train.process import EXIT_COMPLETE
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """The command line; returns the exit code."""
     parser = CommandParser(prog, __doc__)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the weights")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the weights, or the weights file")
     parser.add_argument("shards", nargs="+", metavar="SHARDS", help="tars of held-out images: files, folders, globs")
     parser.add_argument(
         "--sizes",

@@ -46,7 +46,7 @@ def _run(options: argparse.Namespace) -> int:
 
     from bitdance_scale.checkpoint.export_release import export_release, open_checkpoint
     from bitdance_scale.checkpoint.published_names import Part
-    from bitdance_scale.config.published_config import beyond_release
+    from bitdance_scale.config.published_head import beyond_release
 
     dtypes = {part: name for part in Part if (name := getattr(options, f"{part}_dtype"))}
     export = open_checkpoint(

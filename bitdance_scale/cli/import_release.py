@@ -16,6 +16,7 @@ Weights are copied part by part, so memory does not grow with the model. docs/in
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,6 +53,8 @@ def _run(options: argparse.Namespace) -> int:
 
     given = {name: value for name in _NEW_PARTS if (value := getattr(options, name)) is not None}
     source = open_source(options.source, NewParts(**given) if given else None)
+    for note in source.notes:
+        print(f"note: {note}", file=sys.stderr)
     num_bytes = 2 * source.num_bytes - source.num_drawn_bytes
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="write, read back", mininterval=0.5) as bar:
         import_release(source, options.out, is_forced=options.force, on_bytes=bar.update)

@@ -3,10 +3,13 @@
     bitdance index /data/laion --workers 16
     bitdance index s3://bucket/laion --index-dir /shared/laion_index
     bitdance index '/data/laion/{00000..09999}.tar' --captions json:re_caption --plot laion.png
+    bitdance index /data/laion --verify
 
 Only shards that are new or changed since the last time are read; a build that was stopped goes on where it was. The
 index is written where training looks for it (`data.index_dir`, or beside the first shard), unless --index-dir names
-another folder. Exit code 1: the index is complete but for samples that damaged shards have lost.
+another folder. Exit code 1: the index is complete but for samples that damaged shards have lost. --verify builds
+nothing: it reads index and shards again and names every image that is not what was indexed, by shard and bytes; exit
+code 1 if there is one.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from bitdance_scale.train.process import EXIT_COMPLETE
 
 if TYPE_CHECKING:
     from bitdance_scale.data.index.index import ShardEntry
+    from bitdance_scale.data.storage.stores import Stores
 
 EXIT_SAMPLES_LOST = 1
 
@@ -48,6 +52,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument("--profile", default="", help="of boto3's credentials (data.s3.profile)")
     parser.add_argument("--anonymous", action="store_true", help="unsigned requests to S3 (data.s3.anonymous)")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the distributions to this picture")
+    parser.add_argument("--verify", action="store_true", help="compare the index and its shards with what was indexed")
     return run_command(parser, arguments, _run)
 
 
@@ -66,6 +71,8 @@ def _run(options: argparse.Namespace) -> int:
     shards = expand_shards(options.dataset, "DATASET", stores)
     captions = tuple(dict.fromkeys((DEFAULT_SOURCE, *options.captions)))
     index_dir = options.index_dir or default_index_dir(shards)
+    if options.verify:
+        return _verify(options, index_dir, stores)
     with tqdm(total=len(shards), unit="shard", disable=None) as bar:
 
         def progress(entry: ShardEntry) -> None:
@@ -82,3 +89,28 @@ def _run(options: argparse.Namespace) -> int:
         print(f"wrote {options.plot}")
     print(f"index in {index_dir}")
     return EXIT_SAMPLES_LOST if skipped_samples(index) else EXIT_COMPLETE
+
+
+def _verify(options: argparse.Namespace, index_dir: str, stores: Stores) -> int:
+    """Reads the index and all of its shards again."""
+    from tqdm import tqdm
+
+    from bitdance_scale.data.index.comparison import changed_shards
+    from bitdance_scale.data.index.index import open_index, read_table
+    from bitdance_scale.data.index.verification import find_damage
+
+    damaged = find_damage(Path(index_dir), read_table(Path(index_dir)).segments, is_whole=True)
+    for entry, damage in damaged.items():
+        print(f"{Path(index_dir) / entry.file}: {damage}")
+    if damaged:
+        print(f"{len(damaged)} segments of the index are damaged; `bitdance index` reads their shards again")
+        return EXIT_SAMPLES_LOST
+    index, num_changed = open_index(index_dir, is_verified=True), 0
+    with tqdm(total=len(index.shards), unit="shard", disable=None) as bar:
+        for change in changed_shards(index, stores, options.workers):
+            bar.update()
+            num_changed += bool(change.problems)
+            for problem in change.problems:
+                bar.write(f"{change.entry.path}: {problem}", file=sys.stdout)
+    print(f"{len(index)} images in {len(index.shards)} shards compared; {num_changed} shards have changed")
+    return EXIT_SAMPLES_LOST if num_changed else EXIT_COMPLETE

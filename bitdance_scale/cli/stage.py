@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from bitdance_scale.cli.command import CommandParser, run_command
 from bitdance_scale.config.kinds import AnyConfig, check_any, load_any, shards_of
 from bitdance_scale.config.load import dump_toml
+from bitdance_scale.config.named_files import check_named_files
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.config.training_stages import STAGES
 from bitdance_scale.demo.shards import check_shipped_sets
@@ -66,6 +67,8 @@ def _run(stage: str | None, options: argparse.Namespace) -> int:
             print(dump_toml(config), end="")
         return EXIT_COMPLETE
     check_shipped_sets(shards_of(config))
+    if isinstance(config, RunConfig):
+        check_named_files(config)
     return run_stage(config)
 
 

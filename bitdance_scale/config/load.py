@@ -20,6 +20,7 @@ from bitdance_scale.config.schema import ModelSection, NetworkConfig, RunConfig
 from bitdance_scale.config.shipped import config_path, shipped_configs
 from bitdance_scale.config.storage_rules import credential_faults
 from bitdance_scale.errors import ConfigError
+from bitdance_scale.text_files import read_utf8
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -134,14 +135,16 @@ def _read_layers(path: Path) -> list[tuple[str, dict[str, object]]]:
 
 def _read_toml(path: Path) -> dict[str, object]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_utf8(path))
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot read the configuration ({error.strerror}); name a TOML file, or one that comes with the "
             f"package: {', '.join(shipped_configs())}"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, object]:

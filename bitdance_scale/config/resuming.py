@@ -92,6 +92,7 @@ EFFECTS: Mapping[str, Effect] = _SHARED | {
     "vision.channels": _FIXED,
     "vision.channel_mult": _FIXED,
     "vision.num_res_blocks": _FIXED,
+    "vision.gan_decoder": _FIXED,
     "vision.block_side": _FIXED,
     "vision.flip_max": _TOLD,
     "text.kind": _BY_CONTENT,

@@ -122,7 +122,9 @@ class HeadSection:
     time_schedule: str = setting("logit_normal", doc="Training draw of t: logit_normal (release) or uniform.")
     time_mean: float = setting(-0.8, doc="Mean of the normal under the sigmoid of t.")
     time_std: float = setting(0.8, doc="Standard deviation of the normal under the sigmoid of t.")
-    time_shift: float = setting(1.0, doc="Shift s of t -> t / (t + s (1 - t)); 1 leaves t unchanged.")
+    time_shift: float = setting(
+        1.0, doc="Shift s of t -> t / (t + s (1 - t)), in training and sampling; 1 leaves t unchanged."
+    )
 
     @property
     def mlp_size(self) -> int:
@@ -143,8 +145,12 @@ class VisionSection:
         (1, 1, 2, 2, 4), doc="Channel multiplier per level; downsampling is 2^(levels - 1)."
     )
     num_res_blocks: int = setting(4, doc="Residual blocks per level.")
+    gan_decoder: bool = setting(False, doc="Whether the decoder also takes noise, as two of the published ones do.")
     block_side: int = setting(4, doc="Side p of the block of p x p vision tokens predicted together.")
-    flip_max: float = setting(0.1, doc="Input bits are flipped with probability flip_max * u, u ~ U(0, 1) per element.")
+    flip_max: float = setting(
+        0.1,
+        doc="Input bits of images to draw are flipped with probability flip_max * u, u ~ U(0, 1) per element.",
+    )
 
     @property
     def weights_path(self) -> Path:

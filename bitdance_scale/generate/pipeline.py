@@ -111,7 +111,7 @@ class BitDancePipeline:
             ConfigError: an argument is not possible; nothing has been computed then.
         """
         vision = self.model.vision.section
-        solver = FlowSolver(num_inference_steps, float(guidance_scale), sampler)
+        solver = FlowSolver(num_inference_steps, float(guidance_scale), sampler, self.model.head.time_shift)
         grid = check_size(height, width, vision)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         _check_request(prompts, num_images_per_prompt, generator, output_type)

@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,9 +17,10 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 from transformers.utils import logging
 
-from bitdance_scale.config.published_config import HEAD_CONFIG_NAME, MODEL_CONFIG_NAME, read_head, read_model
+from bitdance_scale.config.published_backbone import MODEL_CONFIG_NAME, read_model
+from bitdance_scale.config.published_head import HEAD_CONFIG_NAME, read_head
 from bitdance_scale.config.schema import HeadSection, ModelSection, TextSection, VisionSection
-from bitdance_scale.errors import CheckpointError, DataError
+from bitdance_scale.errors import CheckpointError
 from bitdance_scale.model.diffusion_head import DiffusionHead
 from bitdance_scale.model.linears import PlainLinears
 from bitdance_scale.model.projector import Projector
@@ -36,8 +36,8 @@ from bitdance_scale.weight_files import (
     TensorSpec,
     check_tensors,
     read_folder_headers,
-    read_header,
     read_json,
+    read_single_header,
 )
 
 MAX_PROMPT_TOKENS = 1 << 20
@@ -92,7 +92,8 @@ def read_sections(folder: str | Path) -> PublishedSections:
         raise CheckpointError(f"{folder}: no such folder; name a published BitDance folder, the one with config.json")
     config = read_json(folder / MODEL_CONFIG_NAME)
     model = read_model(config, str(folder / MODEL_CONFIG_NAME))
-    sizes = _vision_sizes(folder / VISION_CONFIG_NAME)
+    vision_path = folder / VISION_CONFIG_NAME
+    sizes = published_sizes(read_json(vision_path), str(vision_path))
     head_config, where = read_json(folder / HEAD_CONFIG_NAME), str(folder / HEAD_CONFIG_NAME)
     head, block_side = read_head(head_config, where, model.hidden_size, sizes["num_bits"])
     vision = VisionSection(weights=str(folder / VISION_WEIGHTS_NAME), block_side=block_side, **sizes)
@@ -132,7 +133,7 @@ def load_published(folder: str | Path, dtype: torch.dtype, device: torch.device)
         (PROJECTOR_WEIGHTS_NAME, projector),
         (VISION_WEIGHTS_NAME, autoencoder),
     ):
-        _check(folder / name, read_header(folder / name), module.state_dict())
+        _check(folder / name, read_single_header(folder / name), module.state_dict())
     backbone = _load_backbone(folder, config, dtype, device)
     _fill(head, folder / HEAD_WEIGHTS_NAME, dtype, device)
     _fill(projector, folder / PROJECTOR_WEIGHTS_NAME, dtype, device)
@@ -203,11 +204,3 @@ def _fill(module: nn.Module, path: Path, dtype: torch.dtype, device: torch.devic
         tensors = {name: file.get_tensor(name).to(device=device, dtype=dtype) for name in module.state_dict()}
     module.load_state_dict(tensors, assign=True)
     module.eval().requires_grad_(False)
-
-
-def _vision_sizes(path: Path) -> dict[str, Any]:
-    config = read_json(path)
-    try:
-        return published_sizes(config)
-    except DataError as error:
-        raise CheckpointError(f"{path.parent}: {error}") from error

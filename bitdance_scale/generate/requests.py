@@ -19,6 +19,7 @@ from tqdm import tqdm
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.generate.pipeline import BitDancePipeline
 from bitdance_scale.observe.figures import image_grid
+from bitdance_scale.text_files import read_utf8
 
 GRID_NAME, REQUESTS_NAME = "grid.png", "requests.jsonl"
 MAX_GRID_IMAGES = 64
@@ -60,9 +61,11 @@ def read_requests(path: Path, size: tuple[int, int], seed: int) -> list[Request]
         raise ConfigError(f"--prompts {path}: no such file")
     requests: list[Request] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {path}: cannot be read as UTF-8 text ({error}); save it so") from error
+        lines = read_utf8(path).splitlines()
+    except OSError as error:
+        raise ConfigError(f"--prompts {path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ConfigError(f"--prompts {path}: {error}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

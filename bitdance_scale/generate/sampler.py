@@ -44,18 +44,23 @@ class FlowSolver:
     `euler_maruyama` (published release): `num_steps` uniform stochastic steps from t = 0 to 0.95, then one Euler step
     of 0.05. `euler` (Eq. 4): `num_steps` uniform Euler steps from 0 to 1.
 
+    A time shift s moves the ends of these steps to t / (t + s (1 - t)). The last step of `euler_maruyama` stays that of
+    0.05 from 0.95, wherever the shifted ones end (published release).
+
     Attributes:
         num_steps: solver steps, at least 1; `euler_maruyama` evaluates the head once more.
         guidance: scale s of the guided velocity v_u + s (v_c - v_u); 1 switches guidance off.
         sampler: `euler_maruyama` or `euler`.
+        time_shift: s, of the head (`head.time_shift`); 1 leaves the steps uniform.
 
     Raises:
-        ConfigError: an unknown sampler, no step, or a guidance that is not finite.
+        ConfigError: an unknown sampler, no step, a guidance that is not finite, or a shift that is not above 0.
     """
 
     num_steps: int
     guidance: float = 1.0
     sampler: str = "euler_maruyama"
+    time_shift: float = 1.0
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -64,6 +69,8 @@ class FlowSolver:
             raise ConfigError(f"number of sampling steps = {self.num_steps}: must be at least 1")
         if not math.isfinite(self.guidance):
             raise ConfigError(f"guidance scale = {self.guidance}: must be a finite number; 1 is no guidance")
+        if not 0 < self.time_shift < math.inf:
+            raise ConfigError(f"head.time_shift = {self.time_shift}: must be a finite number above 0; 1 is no shift")
 
     @property
     def is_guided(self) -> bool:
@@ -78,10 +85,8 @@ class FlowSolver:
     @functools.cached_property
     def times(self) -> tuple[float, ...]:
         """The flow time of every evaluation of the head."""
-        if self.sampler == "euler":
-            return tuple(step / self.num_steps for step in range(self.num_steps))
-        dt = (1 - LAST_STEP) / self.num_steps
-        return (*(step * dt for step in range(self.num_steps)), 1 - LAST_STEP)
+        times = tuple(self._end(step) for step in range(self.num_steps))
+        return times if self.sampler == "euler" else (*times, 1 - LAST_STEP)
 
     def weights(self, step: int) -> tuple[float, float, float]:
         """(a, b, c): the step takes the state x to a x + b f + c e; f are the guided clean bits and e is N(0, 1).
@@ -94,12 +99,19 @@ class FlowSolver:
         t = self.times[step]
         remaining = max(1 - t, MIN_REMAINING_TIME)
         if self.sampler == "euler":
-            return 1 - 1 / (self.num_steps * remaining), 1 / (self.num_steps * remaining), 0.0
+            # The reciprocal of the size of the step, which is exact where the steps are uniform.
+            rate = self.num_steps if self.time_shift == 1 else 1 / (self._end(step + 1) - t)
+            return 1 - 1 / (rate * remaining), 1 / (rate * remaining), 0.0
         if step == self.num_steps:
             return 1 - LAST_STEP / remaining, LAST_STEP / remaining, 0.0
-        dt = (1 - LAST_STEP) / self.num_steps
+        dt = (1 - LAST_STEP) / self.num_steps if self.time_shift == 1 else self._end(step + 1) - t
         pull = (1 + t) * dt / remaining
         return 1 - dt - pull, pull, (2 * (1 - t) * dt) ** 0.5
+
+    def _end(self, step: int) -> float:
+        """The flow time at which a step begins and the one before it ends; 0 <= step <= num_steps."""
+        t = step / self.num_steps if self.sampler == "euler" else step * ((1 - LAST_STEP) / self.num_steps)
+        return t if self.time_shift == 1 else t / (t + self.time_shift * (1 - t))
 
 
 @torch.no_grad()

@@ -62,6 +62,10 @@ class DiffusionHead(nn.Module):
         block_tokens: P; no parameter depends on it.
         linears: makes the linears, plain or tensor-parallel.
 
+    Attributes:
+        block_tokens: P.
+        time_shift: of the flow times, in training and in sampling.
+
     Raises:
         ConfigError: sizes do not divide.
     """
@@ -71,7 +75,7 @@ class DiffusionHead(nn.Module):
     ) -> None:
         super().__init__()
         _check(section, linears.num_partitions)
-        self.block_tokens = block_tokens
+        self.block_tokens, self.time_shift = block_tokens, section.time_shift
         self.net = HeadNetwork(section, cond_size, num_bits, linears)
 
     def recompute_blocks(self, checkpoint: Callable[..., torch.Tensor]) -> None:

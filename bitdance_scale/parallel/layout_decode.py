@@ -33,7 +33,7 @@ class StageDecoder:
         self._engine, self._config, self._topology = engine, config, topology
         self._first, self._last = engine.stages[0], engine.stages[-1]
         section = config.sample
-        self._solver = FlowSolver(section.num_steps, section.guidance, section.sampler)
+        self._solver = FlowSolver(section.num_steps, section.guidance, section.sampler, config.head.time_shift)
         self._hidden: torch.Tensor | None = None
 
     @property

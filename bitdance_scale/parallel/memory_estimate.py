@@ -32,7 +32,7 @@ from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import ZeroEngine
 from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.sequence.pack import Pack
-from bitdance_scale.vision.autoencoder import Autoencoder
+from bitdance_scale.vision.tokenizer import make_autoencoder
 
 # The second step is measured: in the first, ZeRO-3 learns the order in which it will prefetch weights.
 _NUM_STEPS = 2
@@ -255,12 +255,7 @@ def _copy(inputs: PackInputs, log: StorageLog) -> PackInputs:
 
 def _tokenizer_bytes(section: VisionSection) -> int:
     with torch.device("meta"):
-        autoencoder = Autoencoder(
-            num_bits=section.num_bits,
-            channels=section.channels,
-            channel_mult=section.channel_mult,
-            num_res_blocks=section.num_res_blocks,
-        )
+        autoencoder = make_autoencoder(section)
     return sum(parameter.numel() * torch.float32.itemsize for parameter in autoencoder.parameters())
 
 

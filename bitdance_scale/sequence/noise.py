@@ -42,7 +42,8 @@ class PackNoise:
     """All random numbers that training on one pack needs.
 
     Attributes:
-        flip_level: float32 [V, C], u ~ U(0, 1): the element is flipped with probability flip_max * u.
+        flip_level: float32 [V, C], u ~ U(0, 1): the element is flipped with probability flip_max * u. It is 0 in images
+            that are the context of a caption: the model must describe what is there (published release).
         flip_draw: float32 [V, C], U(0, 1), decides the flip.
         time_normal: float32 [Q / P], N(0, 1) per predicted block, which `model/flow.py` turns into a flow time.
         noise: float32 [Q, C], the Gaussian end of the flow.
@@ -64,7 +65,8 @@ def pack_noise(pack: Pack, num_bits: int, seed: int, step: int, purpose: Purpose
     ):
         numbers = generator(seed, purpose, step, int(key))
         num_vision = int(stop - start)
-        uniforms.append(numbers.random((2, num_vision, num_bits), dtype=np.float32))
+        shape = (2, num_vision, num_bits)
+        uniforms.append(numbers.random(shape, dtype=np.float32) if is_predicted else np.zeros(shape, dtype=np.float32))
         if is_predicted:
             times.append(numbers.standard_normal(num_vision // pack.block_tokens, dtype=np.float32))
             noises.append(numbers.standard_normal((num_vision, num_bits), dtype=np.float32))

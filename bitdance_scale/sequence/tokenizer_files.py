@@ -16,6 +16,7 @@ from bitdance_scale.atomic_files import write_text
 from bitdance_scale.config.schema import TextSection
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.sequence.tokens import TextTokenizer, load_text_tokenizer
+from bitdance_scale.text_files import read_utf8
 
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -156,7 +157,7 @@ def _added_entry(name: str) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_utf8(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({type(error).__name__}: {error}); fetch it again") from error
     return content

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitdance_scale.config.data_rules import MAX_MARKUP_TOKENS, NUM_RESOLUTION_TOKENS
+from bitdance_scale.config.named_files import tokenizer_faults
 from bitdance_scale.config.schema import TextSection
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.sequence.layout import ImageTokens
@@ -119,6 +120,8 @@ def load_text_tokenizer(section: TextSection, block_tokens: int, is_causal: bool
     load = {"huggingface": _load_huggingface, "sentencepiece": _load_sentencepiece}
     if section.kind not in load:
         raise ConfigError(f"text.kind = {section.kind!r}: must be one of {', '.join(load)}")
+    for fault in tokenizer_faults(section):
+        raise ConfigError(fault)
     tokenizer = load[section.kind](section, block_tokens)
     tokenizer.image_tokens = dataclasses.replace(tokenizer.image_tokens, is_causal=is_causal)
     if "\n" not in tokenizer.decode(tokenizer.encode("user\n")):
@@ -242,17 +245,16 @@ def _load_huggingface(section: TextSection, block_tokens: int) -> TextTokenizer:
     # Imported here because it takes seconds, which runs with a sentencepiece model can save.
     from transformers import AddedToken, AutoTokenizer
 
-    if not section.tokenizer_path.is_dir():
-        raise ConfigError(
-            f"text.path = {section.path!r}: there is no such folder; download the tokenizer (tokenizer.json, "
-            "tokenizer_config.json) and set text.path to its folder"
-        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             section.tokenizer_path, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"text.path = {section.path!r}: holds no usable Hugging Face tokenizer: {error}") from error
+    except Exception as error:
+        # The library raises what it happens on in a damaged file, and some of it is of no type but this one.
+        raise ConfigError(
+            f"text.path = {section.path!r}: holds no usable Hugging Face tokenizer ({type(error).__name__}: {error}); "
+            "fetch its files again"
+        ) from error
     if not tokenizer.is_fast:
         raise ConfigError(f"text.path = {section.path!r}: holds a slow tokenizer; add its tokenizer.json")
     missing = [name for name in MARKUP_TOKENS if name not in tokenizer.get_vocab()]
@@ -275,8 +277,6 @@ def _load_huggingface(section: TextSection, block_tokens: int) -> TextTokenizer:
 def _load_sentencepiece(section: TextSection, block_tokens: int) -> TextTokenizer:
     from sentencepiece import SentencePieceProcessor
 
-    if not section.tokenizer_path.is_file():
-        raise ConfigError(f"text.path = {section.path!r}: there is no such file; set it to a sentencepiece .model file")
     try:
         processor = SentencePieceProcessor(model_file=str(section.tokenizer_path))
     except (OSError, RuntimeError) as error:

@@ -63,7 +63,7 @@ def _draw_batch(
 ) -> torch.Tensor:
     """Bits of a batch of images, float32 [I, h * w, C]."""
     section, vision = config.sample, config.vision
-    solver = FlowSolver(section.num_steps, section.guidance, section.sampler)
+    solver = FlowSolver(section.num_steps, section.guidance, section.sampler, config.head.time_shift)
     if solver.is_guided:
         prompts = prompts + [text.unconditional_ids()] * len(prompts)
     layout = lay_out(prompts, grid, vision.block_side, text.image_tokens, topology.device)

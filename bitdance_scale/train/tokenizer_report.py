@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,20 +13,30 @@ from PIL import Image, ImageDraw
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.train.tokenizer_evaluation import Reconstruction, to_pixels
 from bitdance_scale.vision.autoencoder import Autoencoder, published_sizes
-from bitdance_scale.vision.weights import CONFIG_NAME, WEIGHTS_NAME, load_weights
+from bitdance_scale.vision.weights import CONFIG_NAME, WEIGHTS_NAME, config_beside, load_weights
+from bitdance_scale.weight_files import read_json
 
 TILE_PX = 112
 NUM_COLUMNS = 10
 CODE_BITS = 8
 
 
-def load_autoencoder(folder: str | Path) -> Autoencoder:
-    """The network of a folder with `ae.safetensors` and `ae_config.json`, on the CPU in float32."""
-    config_path = Path(folder) / CONFIG_NAME
-    if not config_path.is_file():
-        raise ConfigError(f"{config_path}: no such file; name a folder with {WEIGHTS_NAME} and {CONFIG_NAME}")
-    autoencoder = Autoencoder(**published_sizes(json.loads(config_path.read_text(encoding="utf-8"))))
-    autoencoder.load_state_dict(load_weights(Path(folder) / WEIGHTS_NAME, autoencoder.state_dict()))
+def load_autoencoder(where: str | Path) -> Autoencoder:
+    """The network of a weights file, or of a folder with `ae.safetensors`, on the CPU in float32.
+
+    Raises:
+        ConfigError: there are no weights.
+        CheckpointError: they are damaged, or do not fit the configuration beside them (`config_beside`).
+    """
+    where = Path(where)
+    weights = where / WEIGHTS_NAME if where.is_dir() else where
+    if not weights.is_file():
+        raise ConfigError(
+            f"{weights}: no such file; name a folder with {WEIGHTS_NAME} and {CONFIG_NAME}, or a weights file"
+        )
+    config = config_beside(weights)
+    autoencoder = Autoencoder(**published_sizes(read_json(config), str(config)))
+    autoencoder.load_state_dict(load_weights(weights, autoencoder.state_dict()))
     return autoencoder.eval()
 
 

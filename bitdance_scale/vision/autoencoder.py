@@ -22,19 +22,25 @@ N images, C bits per token, H x W pixels, h x w = H/f x W/f latent cells.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from bitdance_scale.errors import DataError
+from bitdance_scale.errors import CheckpointError
 from bitdance_scale.vision.bits import sign_bits
+from bitdance_scale.wording import first_few
 
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
+# Of the release's encoder and decoder; they do not use `resolution`.
+_PUBLISHED_DEFAULTS: Mapping[str, object] = {"ch_mult": (1, 2, 2, 4), "double_z": False, "resolution": None}
 
 
 class Autoencoder(nn.Module):
@@ -45,21 +51,33 @@ class Autoencoder(nn.Module):
         channels: base width, a multiple of 32, the number of groups of the norms.
         channel_mult: multiplier of the width per level; the downsampling factor is 2^(levels - 1).
         num_res_blocks: residual blocks per level and in the middle.
+        gan_decoder: whether the decoder also takes noise, so that it can make up detail that the bits do not hold.
     """
 
-    def __init__(self, *, num_bits: int, channels: int, channel_mult: Sequence[int], num_res_blocks: int) -> None:
+    def __init__(
+        self,
+        *,
+        num_bits: int,
+        channels: int,
+        channel_mult: Sequence[int],
+        num_res_blocks: int,
+        gan_decoder: bool = False,
+    ) -> None:
         super().__init__()
         widths = [channels * mult for mult in channel_mult]
         self.encoder = Encoder(num_bits, channels, widths, num_res_blocks)
-        self.decoder = Decoder(num_bits, widths, num_res_blocks)
+        self.decoder = Decoder(num_bits, widths, num_res_blocks, takes_noise=gan_decoder)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Bits [N, C, h, w] in {-1, +1} of pixels [N, 3, H, W] in [-1, 1]; the downsampling divides H and W."""
         return sign_bits(self.encoder(pixels))
 
     def decode(self, bits: torch.Tensor) -> torch.Tensor:
-        """Pixels [N, 3, H, W], about [-1, 1] but not clipped, of bits [N, C, h, w]; h * w must be at least 2."""
-        return self.decoder(bits)
+        """Pixels [N, 3, H, W], about [-1, 1] but not clipped, of bits [N, C, h, w]; h * w must be at least 2.
+
+        A decoder that takes noise gets `decoder_noise`, so that bits are always decoded to the same image.
+        """
+        return self.decoder(bits, decoder_noise(bits) if self.decoder.takes_noise else None)
 
 
 class Encoder(nn.Module):
@@ -105,11 +123,16 @@ class EncoderLevel(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Bits [N, C, h, w] to pixels [N, 3, H, W]; the bits also modulate the input of every level."""
+    """Bits [N, C, h, w] to pixels [N, 3, H, W]; the bits also modulate the input of every level.
 
-    def __init__(self, num_bits: int, widths: Sequence[int], num_res_blocks: int) -> None:
+    With `takes_noise` the first convolution sees the bits and then as many channels of noise; the modulation depends on
+    the bits alone (published release, `gan_decoder`).
+    """
+
+    def __init__(self, num_bits: int, widths: Sequence[int], num_res_blocks: int, *, takes_noise: bool = False) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(num_bits, widths[-1], 3, padding=1)
+        self.takes_noise = takes_noise
+        self.conv_in = nn.Conv2d(2 * num_bits if takes_noise else num_bits, widths[-1], 3, padding=1)
         self.mid_block = residual_blocks(widths[-1], widths[-1], num_res_blocks)
         entry_widths = [*widths[1:], widths[-1]]
         self.adaptive = nn.ModuleList(AdaptiveGroupNorm(num_bits, width) for width in entry_widths)
@@ -119,9 +142,10 @@ class Decoder(nn.Module):
         self.norm_out = nn.GroupNorm(NORM_GROUPS, widths[0], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
-    def forward(self, bits: torch.Tensor) -> torch.Tensor:
-        """Pixels [N, 3, H, W] of bits [N, C, h, w]."""
-        hidden = self.conv_in(bits)
+    def forward(self, bits: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Pixels [N, 3, H, W] of bits [N, C, h, w] and, with `takes_noise`, of noise N(0, 1) of the same shape."""
+        assert (noise is not None) == self.takes_noise, "a decoder has noise if it takes noise"
+        hidden = self.conv_in(bits if noise is None else torch.cat([bits, noise], dim=1))
         for block in self.mid_block:
             hidden = block(hidden)
         for level in reversed(range(len(self.up))):
@@ -166,6 +190,20 @@ class ResidualBlock(nn.Module):
         return (self.nin_shortcut(hidden) if self.changes_width else hidden) + change
 
 
+def decoder_noise(bits: torch.Tensor) -> torch.Tensor:
+    """The noise that bits are decoded with, N(0, 1), in the shape, dtype and device of `bits` [N, C, h, w].
+
+    The release draws other numbers at every decode. Here they are a function of the image's bits: the same bits are the
+    same image in any batch, on any device and in any process, and an evaluation can be repeated.
+    """
+    rows = []
+    for image in bits.detach().cpu():
+        content = repr(tuple(image.shape)).encode() + np.packbits(image.float().numpy() > 0).tobytes()
+        key = np.frombuffer(hashlib.sha256(content).digest()[:16], dtype="<u8")
+        rows.append(np.random.Generator(np.random.Philox(key=key)).standard_normal(image.shape, dtype=np.float32))
+    return torch.from_numpy(np.stack(rows)).to(bits)
+
+
 def residual_blocks(in_width: int, out_width: int, num_blocks: int) -> nn.ModuleList:
     """`num_blocks` residual blocks; the first one changes the width."""
     return nn.ModuleList(ResidualBlock(in_width if i == 0 else out_width, out_width) for i in range(num_blocks))
@@ -206,7 +244,7 @@ class Upsample(nn.Module):
 
 
 def published_config(
-    *, num_bits: int, channels: int, channel_mult: Sequence[int], num_res_blocks: int
+    *, num_bits: int, channels: int, channel_mult: Sequence[int], num_res_blocks: int, gan_decoder: bool = False
 ) -> dict[str, object]:
     """The sizes of an `Autoencoder` as the published `ae_config.json` states them."""
     return {
@@ -219,30 +257,61 @@ def published_config(
             "ch_mult": list(channel_mult),
             "num_res_blocks": num_res_blocks,
         },
-        "gan_decoder": False,
+        "gan_decoder": gan_decoder,
     }
 
 
-def published_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+def published_sizes(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The keyword arguments of `Autoencoder` in a published `ae_config.json`; the inverse of `published_config`.
 
+    Keys that are missing take the defaults of the release's own classes.
+
+    Args:
+        config: its content.
+        where: the file, for messages.
+
     Raises:
-        DataError: a size is missing, or the network is not an `Autoencoder` (`gan_decoder`, `double_z`, other image
-            channels).
+        CheckpointError: a size is missing or no number, or the network is not an `Autoencoder` (other image channels).
     """
-    try:
-        sizes = config["ddconfig"]
-        fixed = (config["gan_decoder"], sizes["double_z"], sizes["in_channels"], sizes["out_ch"])
-        if fixed != (False, False, 3, 3):
-            raise DataError(
-                f"ae_config.json: gan_decoder, double_z, in_channels, out_ch = {fixed}; only the deterministic "
-                "decoder of RGB images is supported: (False, False, 3, 3)"
-            )
-        return {
-            "num_bits": sizes["z_channels"],
-            "channels": sizes["ch"],
-            "channel_mult": tuple(sizes["ch_mult"]),
-            "num_res_blocks": sizes["num_res_blocks"],
-        }
-    except (KeyError, TypeError) as error:
-        raise DataError(f"ae_config.json: {error!r}; it must state gan_decoder and the sizes in ddconfig") from error
+    problems = [*_size_problems(config)]
+    if problems:
+        raise CheckpointError(f"{where}: {first_few(problems)}")
+    sizes = {**_PUBLISHED_DEFAULTS, **config["ddconfig"]}
+    return {
+        "num_bits": sizes["z_channels"],
+        "channels": sizes["ch"],
+        "channel_mult": tuple(sizes["ch_mult"]),
+        "num_res_blocks": sizes["num_res_blocks"],
+        "gan_decoder": config.get("gan_decoder", False),
+    }
+
+
+def _size_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    if not isinstance(config.get("gan_decoder", False), bool):
+        yield f"gan_decoder = {config['gan_decoder']!r}: must be true or false"
+    stated = config.get("ddconfig")
+    if not isinstance(stated, Mapping):
+        yield f"ddconfig = {stated!r}: must be an object with the sizes of the network"
+        return
+    sizes = {**_PUBLISHED_DEFAULTS, **stated}
+    wanted = {"double_z": False, "in_channels": 3, "out_ch": 3}
+    for key, value in wanted.items():
+        if sizes.get(key) != value:
+            yield f"ddconfig.{key} = {sizes.get(key)!r}: must be {json.dumps(value)}, as for images in RGB and signs"
+    multipliers = sizes["ch_mult"]
+    numbers = {key: sizes.get(key) for key in ("z_channels", "ch", "num_res_blocks")}
+    if not isinstance(multipliers, list | tuple) or not multipliers:
+        yield f"ddconfig.ch_mult = {multipliers!r}: must be a list, a multiplier of the width for each level"
+    else:
+        numbers |= {f"ch_mult[{level}]": multiplier for level, multiplier in enumerate(multipliers)}
+    for key, number in numbers.items():
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            yield f"ddconfig.{key} = {number!r}: must be a positive integer"
+    if isinstance(numbers["ch"], int) and numbers["ch"] % NORM_GROUPS:
+        yield f"ddconfig.ch = {numbers['ch']}: must be a multiple of {NORM_GROUPS}, the groups of the norms"
+    if isinstance(numbers["z_channels"], int) and numbers["z_channels"] % 8:
+        yield f"ddconfig.z_channels = {numbers['z_channels']}: must be a multiple of 8, as bits fill whole bytes"
+    yield from (
+        f"ddconfig.{key}: unknown to this program"
+        for key in sorted({*stated} - {*wanted, *_PUBLISHED_DEFAULTS, "z_channels", "ch", "num_res_blocks"})
+    )

@@ -17,10 +17,14 @@ from bitdance_scale.vision.autoencoder import Autoencoder
 from bitdance_scale.vision.bits import pack_bits, unpack_bits
 from bitdance_scale.vision.weights import check_weights, load_weights, weights_digest
 
+# Those that decide the bits, beside the weights. The decoder's kind shows in the shapes of the weights.
+_DECISIVE_SIZES = ("num_bits", "channels", "channel_mult", "num_res_blocks")
+_SIZES = (*_DECISIVE_SIZES, "gan_decoder")
+
 
 def autoencoder_sizes(section: VisionSection) -> dict[str, Any]:
     """The sizes of a section's autoencoder, by the names of `Autoencoder`'s arguments."""
-    return {name: getattr(section, name) for name in ("num_bits", "channels", "channel_mult", "num_res_blocks")}
+    return {name: getattr(section, name) for name in _SIZES}
 
 
 def make_autoencoder(section: VisionSection) -> Autoencoder:
@@ -39,7 +43,8 @@ def vision_digest(section: VisionSection) -> str:
     """
     with torch.device("meta"):
         check_weights(section.weights_path, make_autoencoder(section).state_dict())
-    decisive = autoencoder_sizes(section) | {"weights": weights_digest(section.weights_path)}
+    sizes = {name: getattr(section, name) for name in _DECISIVE_SIZES}
+    decisive = sizes | {"weights": weights_digest(section.weights_path)}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
 
 

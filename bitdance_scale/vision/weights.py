@@ -12,11 +12,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from bitdance_scale.atomic_files import write_bytes
+from bitdance_scale.config.named_files import autoencoder_faults
 from bitdance_scale.errors import ConfigError
-from bitdance_scale.weight_files import check_tensors, read_header
+from bitdance_scale.weight_files import check_tensors, read_single_header
 
 WEIGHTS_NAME = "ae.safetensors"
 CONFIG_NAME = "ae_config.json"
+
+
+def config_beside(weights: Path) -> Path:
+    """The configuration beside a weights file: `NAME_config.json` for NAME.safetensors, or `ae_config.json`.
+
+    The release's collection of tokenizers uses the first.
+    """
+    own = weights.with_name(weights.stem + "_config.json")
+    return own if own.is_file() else weights.with_name(CONFIG_NAME)
 
 
 def load_weights(path: str | Path, wanted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -36,14 +46,14 @@ def load_weights(path: str | Path, wanted: Mapping[str, torch.Tensor]) -> dict[s
 
 def check_weights(path: str | Path, wanted: Mapping[str, torch.Tensor]) -> None:
     """Compares the header of a weights file with a network; the arguments and errors of `load_weights`."""
-    if not Path(path).is_file():
-        raise ConfigError(f"vision.weights = {str(path)!r}: no such file; set it to the autoencoder's safetensors file")
+    for fault in autoencoder_faults(Path(path)):
+        raise ConfigError(fault)
     check_tensors(
         Path(path),
-        read_header(Path(path)),
+        read_single_header(Path(path)),
         {name: tensor.shape for name, tensor in wanted.items()},
-        "The weights must match vision.num_bits, channels, channel_mult and num_res_blocks; "
-        f"{CONFIG_NAME} beside the file states its sizes (z_channels, ch, ch_mult, num_res_blocks)",
+        "The weights must match vision.num_bits, channels, channel_mult, num_res_blocks and gan_decoder; "
+        f"{CONFIG_NAME} beside the file states its sizes (z_channels, ch, ch_mult, num_res_blocks, gan_decoder)",
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from benchmarks.literal_generation import draw_literally
 from bitdance_scale.generate.pipeline import BitDancePipeline
 from bitdance_scale.generate.sampler import GeneratorNoise
 from bitdance_scale.vision.bits import pack_bits
-from tests.released import write_published
+from tests.released import HEAD, write_published
 
 # A prompt of few tokens and one of many, so that the batch has padding on the left.
 PROMPTS = ["a red circle", "two blue squares and a red circle, a blue circle and two red squares"]
@@ -34,6 +36,22 @@ def test_same_bits_as_the_literal_loop(pipeline):
     expected = draw_literally(model, rows, GRID, [noise() for _ in range(6)], num_steps=6, guidance=2.0)
     found = pipeline(PROMPTS, generator=numbers(1, 2), **SETTINGS).images
     assert (found == pack_bits(expected).numpy()).all()
+
+
+def test_the_time_shift_of_the_head_moves_the_steps(tmp_path):
+    shifted = BitDancePipeline.from_pretrained(
+        write_published(tmp_path, head=dataclasses.replace(HEAD, time_shift=3.0)), device="cpu"
+    )
+    model = shifted.model
+    shape = (7, model.vision.section.block_tokens, model.vision.section.num_bits)
+    noise = GeneratorNoise(numbers(1), 1, shape, shifted.device)
+    draws = [noise() for _ in range(6)]
+    rows = [model.text.prompt_ids(PROMPTS[0]), model.text.unconditional_ids()]
+    expected = draw_literally(model, rows, GRID, draws, num_steps=6, guidance=2.0)
+    found = shifted(PROMPTS[0], generator=numbers(1), **SETTINGS).images
+    assert (found == pack_bits(expected).numpy()).all()
+    model.head.time_shift = 1.0
+    assert not torch.equal(draw_literally(model, rows, GRID, draws, num_steps=6, guidance=2.0), expected)
 
 
 def test_an_image_is_the_same_in_every_batch(pipeline):

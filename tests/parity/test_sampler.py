@@ -41,26 +41,32 @@ def loop_velocity(predict, x, t, guidance):
     return unconditional + guidance * (conditional - unconditional)
 
 
-def sample_by_loop(predict, draws, num_steps, guidance, kind):
+def shifted(ends: torch.Tensor, shift: float) -> list[float]:
+    """Ends of the steps: a shift moves the log-odds of a time by the logarithm of the shift."""
+    return torch.sigmoid(torch.logit(ends) - math.log(shift)).tolist()
+
+
+def sample_by_loop(predict, draws, num_steps, guidance, kind, shift=1.0):
     """The final state before its sign, computed step by step."""
     x = draws[0]
-    if kind == "euler":
-        for step in range(num_steps):
-            x = x + loop_velocity(predict, x, step / num_steps, guidance) / num_steps
-        return x
-    dt = 0.95 / num_steps
+    end = 1.0 if kind == "euler" else 0.95
+    ends = shifted(torch.linspace(0, end, num_steps + 1, dtype=torch.float64), shift)
     for step in range(num_steps):
-        t = 0.95 * step / num_steps
+        t, dt = ends[step], ends[step + 1] - ends[step]
+        if kind == "euler":
+            x = x + loop_velocity(predict, x, t, guidance) * dt
+            continue
         v = loop_velocity(predict, x, t, guidance)
         score = (t * v - x) / ((1 - t) ** 2 + t * (1 - t))
         x = x + (v + (1 - t) * score) * dt + math.sqrt(2 * (1 - t) * dt) * draws[step + 1]
-    return x + loop_velocity(predict, x, 0.95, guidance) * 0.05
+    return x if kind == "euler" else x + loop_velocity(predict, x, 0.95, guidance) * 0.05
 
 
 @pytest.mark.parametrize("kind", ["euler_maruyama", "euler"])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("num_steps", [1, 7, 30])
-def test_sampler_against_loop(kind, guidance, num_steps):
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+def test_sampler_against_loop(kind, guidance, num_steps, shift):
     predict = stand_in_for_head(3)
     numbers = torch.Generator().manual_seed(4)
     draws = [torch.randn(SHAPE, generator=numbers) for _ in range(num_steps + 1)]
@@ -70,8 +76,8 @@ def test_sampler_against_loop(kind, guidance, num_steps):
         evaluated.append((len(x), step))
         return at_times(predict, solver)(x, step)
 
-    expected = sample_by_loop(predict, draws, num_steps, guidance, kind)
-    solver = FlowSolver(num_steps, guidance, kind)
+    expected = sample_by_loop(predict, draws, num_steps, guidance, kind, shift)
+    solver = FlowSolver(num_steps, guidance, kind, shift)
     assert solver.num_draws == (1 if kind == "euler" else num_steps + 1)
     noise = torch.stack(draws[: solver.num_draws])
     found = solve_flow(observed, noise, solver)
@@ -107,3 +113,19 @@ def test_stochastic_steps_keep_the_distribution_of_the_flow():
     # 64000 draws give a variance to within 0.6 %; 200 steps leave a discretisation error of about 1 %. A wrong factor
     # in drift or noise moves it by 10 % or more.
     assert final.var().item() == pytest.approx(1.0, abs=0.03)
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 50])
+def test_without_a_shift_the_steps_are_exactly_uniform(num_steps):
+    # Equal bit for bit: what was drawn before there was a shift is drawn again.
+    dt = 0.95 / num_steps
+    solver = FlowSolver(num_steps)
+    assert solver.times == (*(step * dt for step in range(num_steps)), 0.95)
+    for step, t in enumerate(solver.times[:-1]):
+        pull = (1 + t) * dt / (1 - t)
+        assert solver.weights(step) == (1 - dt - pull, pull, (2 * (1 - t) * dt) ** 0.5)
+    solver = FlowSolver(num_steps, sampler="euler")
+    assert solver.times == tuple(step / num_steps for step in range(num_steps))
+    for step, t in enumerate(solver.times):
+        share = 1 / (num_steps * max(1 - t, 0.05))
+        assert solver.weights(step) == (1 - share, share, 0.0)

@@ -2,8 +2,8 @@
 
 Every shard that is scanned becomes a part, a segment of one shard in a file of its own, so that a build that was
 stopped goes on from there. Then the shards are divided into segments. A segment of an earlier index whose shards are
-still neighbours stays as it is; the others are joined from the parts and from earlier segments. Scanning and joining are
-done by the workers; this process only keeps the tables. At no time are more than a few files open.
+still neighbours stays as it is; the others are joined from the parts and from earlier segments. Workers scan and join;
+this process only keeps the tables. At no time are more than a few files open.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from typing import TypeVar
 
 import orjson
 import xxhash
@@ -43,9 +40,10 @@ from bitdance_scale.data.index.index import (
 )
 from bitdance_scale.data.index.segment import SCORE, Piece, Segment, join_pieces
 from bitdance_scale.data.index.shard_errors import advised
-from bitdance_scale.data.index.shard_scan import NAME, caption_column, scan_shard, shard_digests
+from bitdance_scale.data.index.shard_scan import NAME, ShardContent, caption_column, scan_shard, shard_digests
 from bitdance_scale.data.index.tar_scan import BLOCK_BYTES, WINDOW_BYTES
 from bitdance_scale.data.index.verification import SegmentEntry, find_damage, is_full, write_stamps
+from bitdance_scale.data.index.workers import default_workers, in_processes
 from bitdance_scale.data.storage.store_contract import ReadError, ShardState
 from bitdance_scale.data.storage.stores import Stores
 from bitdance_scale.errors import DataError
@@ -57,15 +55,10 @@ MIN_SEGMENT_SAMPLES = 1 << 20
 MAX_SEGMENTS = 256
 """A segment has at least the one, or so many samples that there are at most about this many segments."""
 _PARTS_NAME = ".parts"
-_BYTES_PER_WORKER = 1 << 31
-_MAX_WORKERS = 32
-_TASKS_PER_WORKER = 4
 _REMOTE_WINDOW_BYTES = 16 << 20
 # The place of an image counts blocks in 32 bits.
 _MAX_SHARD_BYTES = BLOCK_BYTES << 32
 _Progress = Callable[[ShardEntry], None]
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True)
@@ -77,7 +70,7 @@ class _Task:
 
 
 @dataclass(frozen=True)
-class _Known:
+class KnownShard:
     """A shard that has been scanned, and where its samples are."""
 
     entry: ShardEntry
@@ -132,12 +125,12 @@ def build_index(
             captions = tuple(dict.fromkeys((*old.captions, *captions)))
             if old.captions == captions and not damaged and [_task_of(entry) for entry in old.shards] == tasks:
                 return open_index(index_dir, is_verified=True)
-        known = _known_shards(index_dir, old, damaged) if old is not None and set(captions) <= set(old.captions) else {}
+        known = known_shards(index_dir, old, damaged) if old is not None and set(captions) <= set(old.captions) else {}
         missing = [task for task in dict.fromkeys(tasks) if task not in known]
         scan = partial(scan_file, captions=captions, stores=stores, parts=index_dir / _PARTS_NAME)
         if num_workers is None:
-            num_workers = _default_workers(missing)
-        for found in _run(scan, missing, num_workers):
+            num_workers = default_workers(sum(task.state.num_bytes for task in missing))
+        for found in in_processes(scan, missing, min(num_workers, len(missing))):
             known[_task_of(found.entry)] = found
             if progress is not None:
                 progress(found.entry)
@@ -145,7 +138,7 @@ def build_index(
         if not sum(found.entry.num_samples for found in found_shards):
             raise _nothing_found([found.entry for found in found_shards])
         reusable = [entry for entry in old.segments if entry not in damaged] if old is not None else []
-        _write(found_shards, captions, index_dir, reusable, num_workers)
+        write_index(found_shards, captions, index_dir, reusable, num_workers)
         shutil.rmtree(index_dir / _PARTS_NAME, ignore_errors=True)
     except OSError as error:
         way_out = "Raise the limit (`ulimit -n`)" if is_full(error) else "Set data.index_dir to a writable folder"
@@ -153,7 +146,7 @@ def build_index(
     return open_index(index_dir, is_verified=True)
 
 
-def scan_file(task: _Task, captions: Sequence[str], stores: Stores, parts: Path) -> _Known:
+def scan_file(task: _Task, captions: Sequence[str], stores: Stores, parts: Path) -> KnownShard:
     """Scans one shard into a part, or takes the part that an earlier build has left.
 
     Raises:
@@ -169,25 +162,41 @@ def scan_file(task: _Task, captions: Sequence[str], stores: Stores, parts: Path)
     if (left := _open_part(path, task)) is not None:
         return left
 
-    def read(offset: int, num_bytes: int) -> bytes:
-        return stores.read(task.path, offset, max(0, min(num_bytes, total_bytes - offset)), task.state.tag)
-
-    window_bytes = _REMOTE_WINDOW_BYTES if task.path.startswith(S3_SCHEME) else WINDOW_BYTES
     try:
-        with _no_collection():
-            content = scan_shard(read, total_bytes, captions, window_bytes)
+        content = read_shard(task.path, task.state, captions, stores)
     except ReadError as error:
         raise DataError(f"{task.path}: cannot read the shard ({error}). Correct data.shards or restore it.") from error
     entry = ShardEntry(task.path, total_bytes, task.state.tag, len(content), content.errors, content.tar_errors)
     digests = shard_digests(content.segment.columns)
     write_columns(path, content.segment.columns, {"shards": [digests], "entry": dataclasses.asdict(entry)})
-    return _Known(entry, Piece(path, 0, len(content)), digests)
+    return KnownShard(entry, Piece(path, 0, len(content)), digests)
 
 
-def _open_part(path: Path, task: _Task) -> _Known | None:
+def read_shard(path: str, state: ShardState, captions: Sequence[str], stores: Stores) -> ShardContent:
+    """Scans a shard.
+
+    Args:
+        path: the shard.
+        state: what it is; another object on S3 is refused.
+        captions: caption sources to keep.
+        stores: how to read it.
+
+    Raises:
+        ReadError: it cannot be read.
+    """
+
+    def read(offset: int, num_bytes: int) -> bytes:
+        return stores.read(path, offset, max(0, min(num_bytes, state.num_bytes - offset)), state.tag)
+
+    window_bytes = _REMOTE_WINDOW_BYTES if path.startswith(S3_SCHEME) else WINDOW_BYTES
+    with _no_collection():
+        return scan_shard(read, state.num_bytes, captions, window_bytes)
+
+
+def _open_part(path: Path, task: _Task) -> KnownShard | None:
     """The part of a shard, if an earlier build has left one."""
     try:
-        segment = Segment.open(path)
+        segment = Segment.of_file(path)
         entry = entry_of_table(segment.metadata["entry"], path.parent)
     except FileNotFoundError:
         return None
@@ -195,7 +204,7 @@ def _open_part(path: Path, task: _Task) -> _Known | None:
         logger.warning("%s: a part that an earlier build left cannot be used (%r); scanning again", path, error)
         return None
     assert _task_of(entry) == task, (entry, task)
-    return _Known(entry, Piece(path, 0, segment.num_samples), segment.metadata["shards"][0])
+    return KnownShard(entry, Piece(path, 0, segment.num_samples), segment.metadata["shards"][0])
 
 
 @contextmanager
@@ -229,17 +238,17 @@ def _open_old(index_dir: Path) -> tuple[IndexTable | None, set[SegmentEntry]]:
     return table, set(damaged)
 
 
-def _known_shards(index_dir: Path, old: IndexTable, damaged: set[SegmentEntry]) -> dict[_Task, _Known]:
+def known_shards(index_dir: Path, old: IndexTable, damaged: set[SegmentEntry]) -> dict[_Task, KnownShard]:
     """The shards of the sound segments of an index."""
-    known: dict[_Task, _Known] = {}
+    known: dict[_Task, KnownShard] = {}
     entries = iter(old.shards)
     for segment in old.segments:
         own = list(itertools.islice(entries, segment.num_shards))
         if segment in damaged:
             continue
         path, start = index_dir / segment.file, 0
-        for entry, digests in zip(own, Segment.open(path).metadata["shards"], strict=True):
-            known[_task_of(entry)] = _Known(entry, Piece(path, start, start + entry.num_samples), digests)
+        for entry, digests in zip(own, Segment.of_file(path).metadata["shards"], strict=True):
+            known[_task_of(entry)] = KnownShard(entry, Piece(path, start, start + entry.num_samples), digests)
             start += entry.num_samples
     return known
 
@@ -261,32 +270,8 @@ def _nothing_found(entries: Sequence[ShardEntry]) -> DataError:
     )
 
 
-def _run(work: Callable[[_In], _Out], tasks: Sequence[_In], num_workers: int) -> Iterator[_Out]:
-    """Results in any order, from other processes if there are several workers and tasks."""
-    if num_workers < 2 or len(tasks) < 2:
-        yield from map(work, tasks)
-        return
-    # Forking this process could copy threads and CUDA; the server has neither.
-    with ProcessPoolExecutor(min(num_workers, len(tasks)), mp_context=get_context("forkserver")) as pool:
-        waiting = iter(tasks)
-        running = {pool.submit(work, task) for task in itertools.islice(waiting, _TASKS_PER_WORKER * num_workers)}
-        try:
-            while running:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                running |= {pool.submit(work, task) for task in itertools.islice(waiting, len(done))}
-                while done:
-                    yield done.pop().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _default_workers(tasks: Sequence[_Task]) -> int:
-    amount = sum(task.state.num_bytes for task in tasks) // _BYTES_PER_WORKER
-    return min(amount, len(os.sched_getaffinity(0)), _MAX_WORKERS)
-
-
-def _write(
-    shards: Sequence[_Known],
+def write_index(
+    shards: Sequence[KnownShard],
     captions: Sequence[str],
     index_dir: Path,
     reusable: Sequence[SegmentEntry],
@@ -297,7 +282,7 @@ def _write(
     texts = (NAME, *map(caption_column, captions))
     planned = _plan_segments(shards, reusable, texts, index_dir)
     joins = [segment for segment in planned if isinstance(segment, _Join)]
-    joined = dict(_run(_join, joins, num_workers))
+    joined = dict(in_processes(_join, joins, min(num_workers, len(joins))))
     segments = [joined[segment.number] if isinstance(segment, _Join) else segment for segment in planned]
     scores = list(dict.fromkeys(n.removeprefix(SCORE) for s in shards for n in s.digests if n.startswith(SCORE)))
     places = [f"{s.entry.num_bytes} {s.entry.num_samples} {s.digests['place']}" for s in shards]
@@ -316,7 +301,7 @@ def _write(
 
 
 def _plan_segments(
-    shards: Sequence[_Known], reusable: Sequence[SegmentEntry], texts: tuple[str, ...], index_dir: Path
+    shards: Sequence[KnownShard], reusable: Sequence[SegmentEntry], texts: tuple[str, ...], index_dir: Path
 ) -> list[_Planned]:
     """Divides the shards into segments; those whose shards have stayed together are not written again."""
     num_samples = sum(shard.entry.num_samples for shard in shards)
@@ -324,7 +309,7 @@ def _plan_segments(
     # A small one is joined with its neighbours, so that their number stays small however often shards are added.
     starts = {index_dir / entry.file: entry for entry in reusable if 2 * entry.num_samples >= target}
     planned: list[_Planned] = []
-    group: list[_Known] = []
+    group: list[KnownShard] = []
 
     def close() -> None:
         if group:
@@ -350,7 +335,7 @@ def _plan_segments(
     return planned
 
 
-def _is_whole(shards: Sequence[_Known], segment: SegmentEntry) -> bool:
+def _is_whole(shards: Sequence[KnownShard], segment: SegmentEntry) -> bool:
     """Whether these shards are those of a segment, in its order."""
     if len(shards) < segment.num_shards or shards[0].piece.start:
         return False

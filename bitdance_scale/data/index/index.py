@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -29,7 +29,6 @@ from bitdance_scale.data.index.shard_scan import NAME, caption_column
 from bitdance_scale.data.index.tar_scan import BLOCK_BYTES, TarError
 from bitdance_scale.data.index.verification import SegmentEntry, find_damage, is_full
 from bitdance_scale.errors import DataError
-from bitdance_scale.renames import RENAMED_INDEX_FIELDS, with_new_names
 
 FORMAT = 3
 TABLE_NAME = "index.json"
@@ -95,6 +94,7 @@ class Index:
         scores: numeric fields of the records that are kept.
         digests: hexadecimal digest of each caption source and score.
         sources: samples of each source, which are contiguous; one range unless the index was `divided`.
+        segments: as given.
         folder: as given.
     """
 
@@ -115,8 +115,8 @@ class Index:
         self.scores = tuple(scores)
         self.digests = digests or {}
         self.folder = folder
-        self._segments = tuple(segments)
-        self._segment_starts = list(itertools.accumulate((s.num_samples for s in self._segments), initial=0))
+        self.segments = tuple(segments)
+        self._segment_starts = list(itertools.accumulate((s.num_samples for s in self.segments), initial=0))
         self._shard_starts = list(itertools.accumulate((entry.num_samples for entry in self.shards), initial=0))
         self.sources: tuple[range, ...] = (range(len(self)),)
 
@@ -129,7 +129,7 @@ class Index:
         stops = [self._shard_starts[row] for row in itertools.accumulate(num_shards, initial=0)]
         divided = Index(
             self.shards,
-            self._segments,
+            self.segments,
             captions=self.captions,
             scores=self.scores,
             digest=self.hash,
@@ -227,23 +227,23 @@ class Index:
         if isinstance(samples, slice):
             parts = [read(segment, rows) for segment, rows in self._parts(samples)]
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
-        if len(self._segments) == 1:
-            return read(self._segments[0], samples)
+        if len(self.segments) == 1:
+            return read(self.segments[0], samples)
         found: np.ndarray | None = None
         for segment, places, rows in self._split(samples):
             values = read(segment, rows)
             if found is None:
                 found = np.empty((len(samples), *values.shape[1:]), values.dtype)
             found[places] = values
-        return read(self._segments[0], samples) if found is None else found
+        return read(self.segments[0], samples) if found is None else found
 
     def _parts(self, samples: slice) -> list[tuple[Segment, slice]]:
         """The segments that a range lies in, with its rows there; one empty part for an empty range."""
         start, stop, step = samples.indices(len(self))
         assert step == 1, samples
         parts: list[tuple[Segment, slice]] = []
-        first = max(0, bisect.bisect_right(self._segment_starts, start, hi=len(self._segments)) - 1)
-        for segment, begin in zip(self._segments[first:], self._segment_starts[first:], strict=False):
+        first = max(0, bisect.bisect_right(self._segment_starts, start, hi=len(self.segments)) - 1)
+        for segment, begin in zip(self.segments[first:], self._segment_starts[first:], strict=False):
             if parts and begin >= stop:
                 break
             rows = slice(max(start - begin, 0), max(start - begin, 0, min(stop - begin, segment.num_samples)))
@@ -255,7 +255,7 @@ class Index:
         numbers = np.searchsorted(self._segment_starts, samples, side="right") - 1
         for number in np.unique(numbers).tolist():
             places = np.flatnonzero(numbers == number)
-            yield self._segments[number], places, samples[places] - self._segment_starts[number]
+            yield self.segments[number], places, samples[places] - self._segment_starts[number]
 
     def _texts(self, text: str, samples: np.ndarray) -> list[bytes]:
         found = [b""] * len(samples)
@@ -351,7 +351,7 @@ def open_index(index_dir: str | Path, *, is_verified: bool = False) -> Index:
                     f"{index_dir / entry.file}: {damage}. `bitdance index`, or the next run, reads the shards of this "
                     "segment again."
                 )
-        segments = [Segment.open(index_dir / entry.file) for entry in table.segments]
+        segments = [Segment.of_file(index_dir / entry.file) for entry in table.segments]
     except (OSError, ValueError, KeyError, TypeError) as error:
         if is_full(error):
             raise DataError(f"{index_dir}: {error.strerror}. Raise the limit (`ulimit -n`) and start again.") from error
@@ -367,10 +367,10 @@ def open_index(index_dir: str | Path, *, is_verified: bool = False) -> Index:
     )
 
 
-def entry_of_table(shard: Mapping[str, object], index_dir: Path) -> ShardEntry:
+def entry_of_table(shard: Mapping[str, Any], index_dir: Path) -> ShardEntry:
     """A shard as the table of an index in this folder has it."""
-    values = with_new_names(shard, RENAMED_INDEX_FIELDS)
-    if not values["path"].startswith(S3_SCHEME):
-        values["path"] = os.path.abspath(index_dir / values["path"])
-    values["tar_errors"] = tuple(TarError(**tar_error) for tar_error in values["tar_errors"])
-    return ShardEntry(**values)
+    path = shard["path"]
+    if not path.startswith(S3_SCHEME):
+        path = os.path.abspath(index_dir / path)
+    tar_errors = tuple(TarError(**tar_error) for tar_error in shard["tar_errors"])
+    return ShardEntry(**{**shard, "path": path, "tar_errors": tar_errors})

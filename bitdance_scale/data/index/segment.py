@@ -64,7 +64,7 @@ class Segment:
         self._file = file
 
     @classmethod
-    def open(cls, path: Path) -> Segment:
+    def of_file(cls, path: Path) -> Segment:
         """Maps a file.
 
         Raises:
@@ -224,7 +224,7 @@ def _opened(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Segment]]:
     path, segment = None, None
     for piece in pieces:
         if segment is None or piece.path != path:
-            path, segment = piece.path, Segment.open(piece.path)
+            path, segment = piece.path, Segment.of_file(piece.path)
         yield piece, segment
 
 

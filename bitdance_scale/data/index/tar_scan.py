@@ -38,10 +38,10 @@ _MAX_NAME_BYTES = 1 << 16
 _MAX_PAX_BYTES = 1 << 20
 _MAX_LENGTH_DIGITS = 20
 _FOREIGN_STARTS = {
-    b"\x1f\x8b": "is gzip-compressed; unpack it (`gunzip`; a name that ends in .tar must become .tar.gz first)",
-    b"\x28\xb5\x2f\xfd": "is zstd-compressed; unpack it (`unzstd`)",
-    b"BZh": "is bzip2-compressed; unpack it (`bunzip2`)",
-    b"\xfd7zXZ\0": "is xz-compressed; unpack it (`unxz`)",
+    b"\x1f\x8b": "is gzip-compressed; unpack it (`gunzip -c FILE > NEW`)",
+    b"\x28\xb5\x2f\xfd": "is zstd-compressed; unpack it (`unzstd -c FILE > NEW`)",
+    b"BZh": "is bzip2-compressed; unpack it (`bunzip2 -c FILE > NEW`)",
+    b"\xfd7zXZ\0": "is xz-compressed; unpack it (`unxz -c FILE > NEW`)",
     b"PK\x03\x04": "is a zip archive; pack its files as a tar",
     b"PAR1": "is a Parquet file; `bitdance pack` makes shards of it",
     b"version https://git-lfs": "is a pointer of git-lfs; fetch the file itself (`git lfs pull`)",
@@ -193,6 +193,9 @@ class TarScan:
 
     def _take_one(self, members: Members, position: int, header: bytes) -> int | None:
         """Takes one header of any kind; returns the place of the next one, None at the end of the tar."""
+        if position == 0 and (foreign := _foreign(header)):
+            self._record(0, f"no tar: the file {foreign}")
+            return None
         if len(header) < BLOCK_BYTES:
             self._record(position, "the tar ends without an end-of-archive mark, so it was cut")
             return None
@@ -202,10 +205,6 @@ class TarScan:
                 return None
             return self._resume(position, f"an empty header, but there is data at byte {next_byte}")
         if not _is_checksum_right(header):
-            foreign = next((name for start, name in _FOREIGN_STARTS.items() if header.startswith(start)), None)
-            if position == 0 and foreign is not None:
-                self._record(0, f"no tar: the file {foreign}")
-                return None
             return self._resume(position, "the tar header fails its checksum")
         kind, content = header[_KIND], position + BLOCK_BYTES
         size = 0 if kind in _DATALESS_KINDS else self._size(header)
@@ -308,6 +307,13 @@ def _num_valid(headers: list[bytes]) -> int:
         if not _is_checksum_right(headers[row]):
             return row
     return len(headers)
+
+
+def _foreign(header: bytes) -> str | None:
+    """What a file is, and what to do with it, if it begins as something else than a tar."""
+    if len(header) == BLOCK_BYTES and _is_checksum_right(header):
+        return None
+    return next((name for start, name in _FOREIGN_STARTS.items() if header.startswith(start)), None)
 
 
 def _is_checksum_right(header: bytes) -> bool:

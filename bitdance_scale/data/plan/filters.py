@@ -17,7 +17,7 @@ _SIZES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "short_side_px": np.minimum,
     "long_side_px": np.maximum,
     "pixels": lambda height, width: height.astype(np.int64) * width,
-    "aspect": lambda height, width: np.maximum(height, width) / np.minimum(height, width),
+    "aspect": lambda height, width: np.maximum(height, width) / np.minimum(height, width).astype(np.float64),
 }
 
 
@@ -69,8 +69,8 @@ class SourceFilters:
 
         Args:
             part: the samples.
-            height: int32 [n], heights of their pictures in pixels.
-            width: int32 [n], widths.
+            height: uint16 [n], heights of their pictures in pixels.
+            width: uint16 [n], widths.
 
         Returns:
             Bool [n]; samples outside the range of each rule among those that passed the rules before it, int64 [rules];
@@ -79,14 +79,19 @@ class SourceFilters:
         outside, missing = np.zeros(len(self.rules), np.int64), np.zeros(len(self.rules), np.int64)
         is_kept = np.ones(len(height), bool)
         for number, rule in enumerate(self.rules):
-            is_size = rule.column in _SIZES
-            values = _SIZES[rule.column](height, width) if is_size else self._index.score(rule.column, part)
-            is_missing = np.isnan(values)
-            is_outside = ~is_missing & ((values < rule.min) | (values > rule.max))
-            is_missing &= rule.missing == "drop"
-            outside[number] = np.count_nonzero(is_kept & is_outside)
-            missing[number] = np.count_nonzero(is_kept & is_missing)
-            is_kept &= ~(is_outside | is_missing)
+            num_before = np.count_nonzero(is_kept)
+            if rule.column in _SIZES:
+                values = _SIZES[rule.column](height, width)
+            else:
+                values = self._index.score(rule.column, part)
+                is_missing = np.isnan(values)
+                missing[number] = np.count_nonzero(is_kept & is_missing) if rule.missing == "drop" else 0
+            # A comparison with NaN is false.
+            is_inside = (values >= rule.min) & (values <= rule.max)
+            if rule.column not in _SIZES and rule.missing != "drop":
+                is_inside |= is_missing
+            is_kept &= is_inside
+            outside[number] = num_before - np.count_nonzero(is_kept) - missing[number]
         return is_kept, outside, missing
 
 

@@ -192,11 +192,11 @@ class _SourceSelection:
 
     def _chunk(self, start: int) -> _Chunk:
         part = slice(start, min(start + SAMPLES_PER_CHUNK, self._samples.stop))
-        height, width = (np.ascontiguousarray(side) for side in content_px(self._index, part, self._has_borders).T)
-        is_kept, outside, missing = self._filters.apply(part, height, width)
         # Sides fit 16 bits, in which comparisons are fastest.
-        small = height.astype(np.uint16), width.astype(np.uint16)
+        height, width = content_px(self._index, part, self._has_borders).T.astype(np.uint16, order="C")
+        is_kept, outside, missing = self._filters.apply(part, height, width)
         bits = {
-            side_px: np.packbits(staircase.covers(*small) & is_kept) for side_px, staircase in self._staircases.items()
+            side_px: np.packbits(staircase.covers(height, width) & is_kept)
+            for side_px, staircase in self._staircases.items()
         }
         return _Chunk(bits, outside, missing)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from bitdance_scale.cli.evaluate_tokenizer import main
 from bitdance_scale.demo.shards import write_shards
-from bitdance_scale.errors import DataError
+from bitdance_scale.errors import CheckpointError
 from bitdance_scale.train.tokenizer_report import NUM_COLUMNS, TILE_PX, load_autoencoder
 from bitdance_scale.vision.autoencoder import Autoencoder, published_config
 from bitdance_scale.vision.weights import save_weights
@@ -39,12 +39,14 @@ def test_table_and_picture(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_folder_without_weights_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(tmp_path), str(tmp_path)]) == 2
-    assert "ae_config.json: no such file" in capsys.readouterr().err
+    assert (
+        "ae.safetensors: no such file; name a folder with ae.safetensors and ae_config.json" in capsys.readouterr().err
+    )
 
 
-@pytest.mark.parametrize(("key", "value"), [("gan_decoder", True), ("ddconfig", {})])
+@pytest.mark.parametrize(("key", "value"), [("gan_decoder", "yes"), ("ddconfig", {}), ("ddconfig", None)])
 def test_other_networks_are_refused(folder: Path, key: str, value: object):
     config = json.loads((folder / "ae_config.json").read_text()) | {key: value}
     (folder / "ae_config.json").write_text(json.dumps(config))
-    with pytest.raises(DataError, match="ae_config.json: "):
+    with pytest.raises(CheckpointError, match=f"ae_config.json: {key}"):
         load_autoencoder(folder)

@@ -90,7 +90,7 @@ def test_only_an_empty_folder_is_written_to(folder, tmp_path, capsys):
         ('{"prompt": "a", "seed": -1}', "seed = -1: must be an integer"),
         ('{"prompt": "a", "height": "32"}', "height = '32': must be a number of pixels"),
         ('{"prompt": "a", "height": 31}', "height = 31"),
-        (b'{"prompt": "a fl\xf6te"}', "cannot be read as UTF-8 text .*; save it so"),
+        (b'{"prompt": "a fl\xf6te"}', "is not UTF-8 text .*; save it as UTF-8"),
     ],
 )
 def test_faulty_prompt_files_are_refused(folder, tmp_path, capsys, content, message):

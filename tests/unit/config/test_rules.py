@@ -31,6 +31,7 @@ UNCONSTRAINED = {
     "checkpoint.upload_profile",
     "model.preset",
     "model.tie_embeddings",
+    "vision.gan_decoder",
     "parallel.sequence_parallel",
     "head.time_mean",
     "data.bits_dir",

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bitdance_scale.config.schema import Resolution, RunConfig
+from bitdance_scale.data.data_errors import SampleError
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.loader import Loader
+from bitdance_scale.data.reader import ShardReader
 from tests.unit.data.small_data import Members, sample_members, write_tar
 
 NUM_SOUND = 6
@@ -168,6 +170,23 @@ def test_shard_replaced_after_indexing(tmp_path: Path, make_config, tokenizer) -
     index = build_index([shard], tmp_path / "index")
     write_tar(Path(shard), {f"other{n}": sample_members(*SIZE_PX, "blue", n) for n in range(20)})
     assert one_pass(make_config([shard]), index, tokenizer) == (0, {"shard_changed": NUM_SOUND + 1})
+
+
+def test_one_bit_flipped_in_every_image_after_indexing(tmp_path: Path, make_config, tokenizer) -> None:
+    """Nearly all of them would still decode. The message says which bytes of which shard have changed."""
+    shard = write(tmp_path, Case())
+    index = build_index([shard], tmp_path / "index")
+    content = bytearray(Path(shard).read_bytes())
+    for sample in range(len(index)):
+        place = index.place(sample)
+        content[place.offset + place.num_bytes // 2] ^= 4
+    Path(shard).write_bytes(content)
+    assert one_pass(make_config([shard]), index, tokenizer) == (0, {"shard_changed": NUM_SOUND + 1})
+    place = index.place(3)
+    with pytest.raises(
+        SampleError, match=rf"shard_changed: bytes {place.offset - 512}..{place.offset + place.num_bytes}:"
+    ):
+        ShardReader().image(index, 3)
 
 
 def test_shard_cut_after_indexing(tmp_path: Path, make_config, tokenizer) -> None:

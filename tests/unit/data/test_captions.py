@@ -28,7 +28,7 @@ def test_caption_sources(tmp_path: Path) -> None:
     sources = ("json:re_caption", "caption", "syn.json:syn_text", "syn.json:other", "alt.txt")
     index = build_index([shard], tmp_path / "index", captions=sources)
     assert [index.caption(1, source) for source in sources] == ["again", "text", "one", "", ""]
-    assert index.alternatives(0, "syn.json:syn_text") == ["one", "two"] and index.caption(0, "caption") == "open"
+    assert index.texts("syn.json:syn_text", np.array([0])) == [["one", "two"]] and index.caption(0) == "again"
     assert [CaptionStatus(index.status(s)[0]).name for s in sources] == [
         "USABLE",
         "USABLE",

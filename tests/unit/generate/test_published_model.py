@@ -131,6 +131,20 @@ def test_an_embedding_too_small_for_the_tokenizer_is_refused(folder):
         load(folder)
 
 
+def test_one_file_beside_an_index_of_others_is_refused(folder):
+    # transformers would take the one file, whatever the index says.
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="holds model.safetensors and model.safetensors.index.json"):
+        load(folder)
+
+
+def test_keys_that_the_release_has_defaults_for_may_be_missing(folder):
+    edit_config(folder, "vision_head_config.json", time_shift=None, P_mean=None)
+    edit_config(folder, "ae_config.json", gan_decoder=None)
+    assert load(folder).head.time_shift == 1.0
+
+
 def test_no_folder():
     with pytest.raises(CheckpointError, match="nowhere: no such folder"):
         load(Path("nowhere"))

@@ -28,6 +28,8 @@ class TestFlowSolver:
         [
             ({"sampler": "heun", "num_steps": 5}, "sampler = 'heun'.*euler_maruyama, euler"),
             ({"num_steps": 0}, "sampling steps = 0: must be at least 1"),
+            ({"num_steps": 5, "time_shift": 0.0}, "head.time_shift = 0.0: must be a finite number above 0"),
+            ({"num_steps": 5, "time_shift": float("nan")}, "head.time_shift = nan"),
         ],
     )
     def test_refusals(self, settings, message):

@@ -6,7 +6,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
+from bitdance_scale.model.projector import flip_bits
 from bitdance_scale.sequence.layout import ImageTokens, block_raster_cells, num_positions, pack_samples
 from bitdance_scale.sequence.noise import Purpose, pack_noise
 from bitdance_scale.sequence.pack import Sample
@@ -106,3 +108,21 @@ def test_noise_depends_on_sample_and_step_only():
 def test_largest_legal_seed_draws():
     pack = pack_samples([text_to_image(2**63 - 1, (2, 2), 2)], TOKENS, 1)
     assert pack_noise(pack, 16, seed=2**31 - 1, step=2**31 - 1).noise.shape == (4, 16)
+
+
+def test_only_images_to_draw_are_flipped():
+    first, second, context = text_to_image(5, (2, 4), 3), text_to_image(6, (2, 2), 2), image_to_text(9, (2, 2))
+    pack = pack_samples([first, context, second], TOKENS, 32)
+    noise = pack_noise(pack, 16, seed=1, step=7)
+    bits = torch.ones(16, 16)
+    flipped = flip_bits(bits, torch.from_numpy(noise.flip_level), torch.from_numpy(noise.flip_draw), flip_max=1.0) < 0
+    # Each of 128 and 64 elements flips with a probability of one half.
+    assert 0.3 < flipped[:8].float().mean() < 0.7 and 0.3 < flipped[12:].float().mean() < 0.7
+    assert not flipped[8:12].any()
+    # The images to draw have the numbers that they have without the context beside them.
+    without = pack_noise(pack_samples([first, second], TOKENS, 32), 16, seed=1, step=7)
+    for name in ("flip_level", "flip_draw"):
+        kept = np.delete(getattr(noise, name), range(8, 12), axis=0)
+        np.testing.assert_array_equal(kept, getattr(without, name))
+    np.testing.assert_array_equal(noise.noise, without.noise)
+    np.testing.assert_array_equal(noise.time_normal, without.time_normal)

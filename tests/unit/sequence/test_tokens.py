@@ -198,7 +198,7 @@ def refusal(text: TextSection) -> str:
 
 def test_missing_and_damaged_tokenizers_are_refused(tmp_path: Path) -> None:
     assert "there is no such folder" in refusal(section(tmp_path / "absent"))
-    assert "holds no usable Hugging Face tokenizer" in refusal(section(tmp_path))
+    assert "the folder has no tokenizer.json" in refusal(section(tmp_path))
     assert "there is no such file" in refusal(section(tmp_path / "absent.model", "sentencepiece"))
     damaged = tmp_path / "damaged.model"
     damaged.write_bytes(b"no model")

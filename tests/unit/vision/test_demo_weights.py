@@ -51,5 +51,5 @@ def test_held_out_scenes_come_back_with_at_least_24_db(tokenizer: VisionTokenize
 
 def test_weights_are_small_and_their_sizes_stand_beside_them(tokenizer: VisionTokenizer):
     assert (DEMO / "ae.safetensors").stat().st_size <= 4_000_000
-    sizes = published_sizes(json.loads((DEMO / "ae_config.json").read_text()))
+    sizes = published_sizes(json.loads((DEMO / "ae_config.json").read_text()), "ae_config.json")
     assert sizes == {name: getattr(tokenizer.section, name) for name in sizes}

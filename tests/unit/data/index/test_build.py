@@ -214,7 +214,7 @@ def test_too_many_open_files_are_no_damage(data_set: list[str], tmp_path: Path, 
     def full(*_: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr("bitdance_scale.data.index.index.Segment.open", full)
+    monkeypatch.setattr("bitdance_scale.data.index.index.Segment.of_file", full)
     with pytest.raises(DataError, match="Too many open files. Raise the limit"):
         open_index(tmp_path / "index")
     monkeypatch.setattr("bitdance_scale.data.index.verification.digests_of", full)
