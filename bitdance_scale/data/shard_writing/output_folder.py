@@ -85,16 +85,14 @@ class OutputFolder:
             for left in (*self.path.glob(f"*{WRITING}"), *self._work.glob(f"*{WRITING}")):
                 left.unlink()
         except BaseException:
-            self._lock.close()
+            self._leave()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self.report() is not None:
-            shutil.rmtree(self._work, ignore_errors=True)
-        self._lock.close()
+        self._leave()
 
     def shard_name(self, number: int) -> str:
         """The number of a shard in the digits of its name and keys."""
@@ -174,9 +172,18 @@ class OutputFolder:
                 "folder that is new or empty"
             )
 
+    def _leave(self) -> None:
+        if self.report() is not None:
+            shutil.rmtree(self._work, ignore_errors=True)
+        self._lock.close()
+
+    def _is_untouched(self) -> bool:
+        """Whether no shard has been written: a call that was refused may be repeated with other options."""
+        return self.report() is None and not any(self.path.glob("*.tar")) and not any(self._work.glob("*.*"))
+
     def _check_settings(self) -> None:
         path = self.path / SETTINGS
-        if not path.is_file():
+        if not path.is_file() or self._is_untouched():
             write_text(path, json.dumps(self._settings, indent=2) + "\n")
             return
         found = json.loads(path.read_text(encoding="utf-8"))

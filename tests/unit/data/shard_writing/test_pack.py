@@ -227,12 +227,21 @@ def test_other_settings_or_another_source_are_refused(tmp_path):
     pack_source(source, tmp_path / "out", SMALL)
     with pytest.raises(DataError, match=r"held_out 0.0 \(now 0.1\)"):
         pack_source(source, tmp_path / "out", PackOptions(samples_per_shard=5, held_out=0.1))
+    assert not (tmp_path / "out" / ".packing").exists()
     write(source / "part 0" / "picture 000.txt", "a longer caption")
     with pytest.raises(DataError, match="the names, sizes or tables of the source"):
         pack_source(source, tmp_path / "out", SMALL)
     write(source / "new.jpg", encode_image(40, 50))
     with pytest.raises(DataError, match=r"num_pictures 12 \(now 13\)"):
         pack_source(source, tmp_path / "out", SMALL)
+
+
+def test_a_call_that_wrote_nothing_can_be_repeated_with_other_options(tmp_path):
+    write(tmp_path / "source" / "a.jpg", encode_image(40, 50))
+    write(tmp_path / "source" / "a.txt", " ")
+    with pytest.raises(DataError, match="a.jpg: empty_caption"):
+        pack_source(tmp_path / "source", tmp_path / "out", PackOptions(missing_caption="error"))
+    assert pack_source(tmp_path / "source", tmp_path / "out")["num_packed"] == 1
 
 
 def test_files_of_others_are_left_alone(tmp_path):
