@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo-data pretrain recipe lint test test-newest test-slurm drills docs clean
+.PHONY: help setup demo-data pretrain recipe lint test test-newest test-slurm img2dataset test-guide drills docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -86,6 +86,24 @@ $(NEWEST_STAMP): setup.cfg constraints-newest.txt
 test-slurm: setup  ## the launch scripts on a Slurm that it starts; as root on Debian; ARGS= goes to pytest
 	bash tests/slurm/run.sh $(BIN)/python $(ARGS)
 
+# img2dataset imports imghdr, which Python 3.13 no longer has.
+IMG2DATASET := .venv-img2dataset
+IMG2DATASET_STAMP := $(IMG2DATASET)/installed-$(shell pwd -P | cksum | cut -d' ' -f1)
+FIND_OLD_PYTHON = for python in $(PYTHON) python3.11 python3.12 python3 $$HOME/.pyenv/versions/3.1[12].*/bin/python; do \
+	"$$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && { echo "$$python"; break; }; done
+
+img2dataset: $(IMG2DATASET_STAMP)  ## .venv-img2dataset, for docs/from_nothing_to_shards.md
+
+$(IMG2DATASET_STAMP): constraints-img2dataset.txt
+	@python=$$($(FIND_OLD_PYTHON)); \
+	[ -n "$$python" ] || { echo "img2dataset: needs Python 3.11 or 3.12 with venv, and none was found; name one: make img2dataset PYTHON=/path/to/python3.11"; exit 1; }; \
+	echo "Making $(IMG2DATASET) with $$python (a minute)"; "$$python" -m venv --clear $(IMG2DATASET)
+	@$(IMG2DATASET)/bin/python -m pip --quiet --disable-pip-version-check install --constraint constraints-img2dataset.txt img2dataset
+	@touch $@
+
+test-guide: setup $(IMG2DATASET_STAMP)  ## the commands of docs/from_nothing_to_shards.md, with the real img2dataset; ARGS= goes to pytest
+	$(BIN)/python -m pytest tests/guide -m guide $(ARGS)
+
 drills: setup  ## let everything go wrong that a run promises to survive (an hour); ARGS= goes to tests/faults/drills.py
 	PYTHONPATH=. $(BIN)/python -m tests.faults.drills $(ARGS)
 
@@ -93,5 +111,5 @@ docs: setup  ## regenerate docs/config.md and docs/rules.md
 	$(BIN)/python tools/write_config_docs.py
 
 clean:  ## remove the environment, caches and the demo's images
-	rm -rf $(VENV) $(NEWEST) data/demo data/demo_held_out build *.egg-info .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(NEWEST) $(IMG2DATASET) data/demo data/demo_held_out build *.egg-info .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,6 +16,7 @@ COMMANDS: Mapping[str, Command] = {
         "make a checkpoint of released weights: of BitDance, or of a Qwen3 to pretrain", "import_release"
     ),
     "export": Command("make the published folder of a checkpoint", "export_release"),
+    "pack": Command("make shards of pictures and captions: folders, tables, Parquet files", "pack_folder"),
     "index": Command("index shards ahead of training and report what is in them", "index_shards"),
     "inspect": Command("show samples of shards as training will see them", "inspect_shards"),
     "encode": Command("encode the images of a run once, for all epochs", "encode_shards"),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from bitdance_scale.config.rule import RuleSet, multiples_around, nearest_multiples
-from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.config.schema import S3_SCHEME, RunConfig
 
 MAX_MARKUP_TOKENS = 32
 """Text tokens around a caption (chat turns and their ends) that `data.max_pack_tokens` must leave room for."""
@@ -86,6 +86,43 @@ def _borders_are_said_once(config: RunConfig) -> Iterator[str]:
     """
     if config.data.has_borders and config.data.sources:
         yield "data.has_borders = true beside data.sources: set has_borders in those of the sources that have borders"
+
+
+@RULES.rule("data.mode", "data.bits_dir", "data.has_borders", "data.sources")
+def _streams_have_no_index(config: RunConfig) -> Iterator[str]:
+    """`data.mode = "stream"` goes without `data.bits_dir` and without borders.
+
+    Bit shards are found by the place of a sample in the index, and a stream has none; borders are found by the index.
+    """
+    data = config.data
+    if data.mode != "stream":
+        return
+    if data.bits_dir:
+        yield (
+            f"data.bits_dir = {data.bits_dir!r} with data.mode = 'stream': bit shards belong to an index; set "
+            "data.mode = 'indexed', or data.bits_dir = ''"
+        )
+    if any(source.has_borders for source in data.active_sources):
+        yield "has_borders = true with data.mode = 'stream': only an index crops borders; set data.mode = 'indexed'"
+
+
+@RULES.rule("data.mode", "data.shards", "data.sources")
+def _streams_are_read_as_streams(config: RunConfig) -> Iterator[str]:
+    """Commands (`pipe:`) and http addresses need `data.mode = "stream"`, and S3 needs `data.mode = "indexed"`.
+
+    An index needs tars that can be read at any place; objects on S3 can.
+    """
+    data = config.data
+    for source in data.active_sources:
+        for spec in source.shards:
+            is_stream = spec.startswith(("pipe:", "http://", "https://"))
+            if data.mode == "indexed" and is_stream:
+                yield f"shards {spec!r}: cannot be indexed; set data.mode = 'stream', or copy the tars to a disk"
+            if data.mode == "stream" and spec.startswith(S3_SCHEME):
+                yield (
+                    f"shards {spec!r} with data.mode = 'stream': set data.mode = 'indexed', which reads S3, or name a "
+                    "command such as 'pipe:aws s3 cp PATH -'"
+                )
 
 
 @RULES.rule("data.captions")

@@ -102,6 +102,11 @@ EFFECTS: Mapping[str, Effect] = _SHARED | {
     "data.has_borders": _BY_CONTENT,
     "data.captions": _BY_CONTENT,
     "data.filters": _BY_CONTENT,
+    "data.mode": _BY_CONTENT,
+    # Which samples come next changes, not what they are.
+    "data.stream_resampled": _TOLD,
+    "data.stream_buffer": _TOLD,
+    "data.stream_resume": _FREE,
     "data.bits_dir": _FREE,
     "data.global_batch": _BY_CONTENT,
     "data.resolutions": _BY_CONTENT,

@@ -273,6 +273,10 @@ class DataSection:
     bits_dir: str = setting(
         "", doc="Folder of bit shards that `bitdance encode` made of this data; the images are not read then."
     )
+    mode: str = setting("indexed", doc="indexed, or stream: tars that can only be read from front to back (data.md).")
+    stream_resampled: bool = setting(False, doc="Streams: whether replicas draw them at random, with replacement.")
+    stream_buffer: int = setting(500, doc="Streams: samples that a replica holds, of which the next is drawn.")
+    stream_resume: str = setting("restart", doc="Streams: restart in another order, or skip by reading all again.")
     index_dir: str = setting("", doc="Folder of the index; empty: `.bitdance_index` beside the first shard.")
     global_batch: int = setting(doc="Images per optimiser step.")
     resolutions: tuple[Resolution, ...] = setting(

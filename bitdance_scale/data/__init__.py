@@ -15,7 +15,10 @@ Four rooms, each of which uses only those above it, and the files that put them 
     sample_builder.py  PlannedBatch                 -> samples with tokenised captions
     prefetch.py        a thread that works ahead of training
     loader_state.py    where a loader stands, for a resume
+    stream_sampling.py samples out of streams, checked, in a buffer
+    stream.py          StreamLoader: the same packs of tars that cannot be indexed
     loader.py          Loader: drives all of the above and yields packs
+    shard_writing/     folders, tables and Parquet files of pictures -> tars, before all this
     crop_stream.py     CropStream: random crops without captions, for the visual tokenizer
 
 Nothing random depends on a rank or a thread: the plan is a pure function, and every rank reads its own part of it.

@@ -335,7 +335,7 @@ class Loader:
         self.error_counter.check()
         if not kept:
             # Every rank must run every pack of the step, so an empty one cannot be skipped.
-            kept, images = [_without_targets(samples[0])], [self._nothing(samples[0])]
+            kept, images = [without_targets(samples[0])], [self._nothing(samples[0])]
         pack = pack_samples(kept, self._tokenizer.image_tokens, self._config.data.pack_multiple)
         if self._bits is not None:
             return pack.with_bits(np.concatenate(images)), [], sample_errors
@@ -356,7 +356,7 @@ class Loader:
         return np.full((height * cell_px, width * cell_px, 3), 128, dtype=np.uint8)
 
 
-def _without_targets(sample: Sample) -> Sample:
+def without_targets(sample: Sample) -> Sample:
     """The sample as context only: it adds to no loss."""
     return dataclasses.replace(
         sample,

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.plan.plan import PlannedBatch
 from bitdance_scale.sequence.layout import num_positions
 from bitdance_scale.sequence.pack import Sample
 from bitdance_scale.sequence.tokens import TextTokenizer, image_to_text_sample, text_to_image_sample
+
+
+class CaptionTexts(Protocol):
+    """Where captions are found, such as an `Index`."""
+
+    def texts(self, source: str, samples: np.ndarray) -> list[list[str]]:
+        """All alternatives of a caption of each sample."""
+        ...
 
 
 class SampleBuilder:
@@ -17,11 +26,11 @@ class SampleBuilder:
 
     Args:
         config: the run; captions and downsampling are read.
-        index: the data set, for captions.
+        index: the data set, or whatever has its captions.
         tokenizer: text tokenizer.
     """
 
-    def __init__(self, config: RunConfig, index: Index, tokenizer: TextTokenizer) -> None:
+    def __init__(self, config: RunConfig, index: CaptionTexts, tokenizer: TextTokenizer) -> None:
         self._config, self._index, self._tokenizer = config, index, tokenizer
 
     def build(self, batch: PlannedBatch) -> list[Sample]:

@@ -92,6 +92,16 @@ def any_rank_each(are_true: Sequence[bool], group: dist.ProcessGroup | None = No
     return [bool(flag) for flag in flags.tolist()]
 
 
+def largest_number(value: int, group: dist.ProcessGroup | None = None) -> int:
+    """The largest of the numbers that the ranks of a group have; a collective."""
+    if not dist.is_initialized():
+        return value
+    is_nccl = dist.get_backend(group) == "nccl"
+    number = torch.tensor([value], dtype=torch.int64, device="cuda" if is_nccl else "cpu")
+    dist.all_reduce(number, op=dist.ReduceOp.MAX, group=group)
+    return int(number)
+
+
 def first_rank_numbers(*values: float) -> list[float]:
     """The first rank's numbers on every rank, where those of the others may differ in the last bit; a collective."""
     if not dist.is_initialized():

@@ -129,8 +129,10 @@ class StepFaults:
         )
 
 
-def index_names(index: Index) -> SampleNames:
-    """The names of the samples of an index, by their key in it."""
+def index_names(index: Index | None) -> SampleNames:
+    """The names of the samples of an index, by their key in it; streams have none that other ranks know."""
+    if index is None:
+        return lambda key: (f"key {key}", "a stream")
     return lambda key: (index.name(key), index.shard_path(key))
 
 

@@ -20,9 +20,10 @@ from bitdance_scale.data.loader import LoadedStep, Loader
 from bitdance_scale.data.loader_state import LoaderState
 from bitdance_scale.data.plan.filters import FilterCount
 from bitdance_scale.data.plan.plan import StreamUse
+from bitdance_scale.data.stream import StreamLoader
 from bitdance_scale.errors import BitDanceError
 from bitdance_scale.model.inputs import PackInputs
-from bitdance_scale.parallel.agreement import all_ranks
+from bitdance_scale.parallel.agreement import all_ranks, largest_number
 from bitdance_scale.parallel.broadcast import share_step
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.phases import Phase, phase
@@ -41,7 +42,7 @@ class StepReader:
 
     Args:
         config: the run.
-        index: the data set, from `shared_index.py`.
+        index: the data set, from `shared_index.py`; None with `data.mode = "stream"`.
         text: text tokenizer.
         vision: encodes the images.
         topology: the ranks.
@@ -51,18 +52,23 @@ class StepReader:
     def __init__(
         self,
         config: RunConfig,
-        index: Index,
+        index: Index | None,
         text: TextTokenizer,
         vision: VisionTokenizer,
         topology: Topology,
         state: dict[str, Any] | None,
     ) -> None:
         self._vision, self._topology = vision, topology
-        self._loader: Loader | None = None
+        self._loader: Loader | StreamLoader | None = None
+        self._is_stream = index is None
         with all_ranks():
             if topology.is_reader:
                 resumed = None if state is None else LoaderState.from_dict(state)
-                self._loader = Loader(config, text, index, topology.data_rank, topology.data_size, resumed)
+                replica = (topology.data_rank, topology.data_size)
+                if index is None:
+                    self._loader = StreamLoader(config, text, *replica, resumed)
+                else:
+                    self._loader = Loader(config, text, index, *replica, resumed)
 
     def __enter__(self) -> StepReader:
         return self
@@ -73,11 +79,11 @@ class StepReader:
 
     def uses(self, num_steps: int) -> list[StreamUse]:
         """What so many steps take of every source, on a rank that reads (the first one does); elsewhere nothing."""
-        return [] if self._loader is None else self._loader.plan.uses(num_steps)
+        return self._loader.plan.uses(num_steps) if isinstance(self._loader, Loader) else []
 
     def filter_counts(self) -> dict[str, list[FilterCount]]:
         """What the filters leave out, by source, on a rank that reads; elsewhere nothing."""
-        return {} if self._loader is None else self._loader.plan.filter_counts()
+        return self._loader.plan.filter_counts() if isinstance(self._loader, Loader) else {}
 
     def next_step(self) -> LoadedStep:
         """The packs of the next step with their images encoded; a collective."""
@@ -85,6 +91,11 @@ class StepReader:
         with all_ranks(), phase(Phase.READING):
             if self._loader is not None:
                 read = self._loader.next_step()
+        if self._is_stream:
+            # Streams are not planned for all replicas, but all of them must run the same number of packs.
+            num_packs = largest_number(0 if read is None else len(read.packs))
+            if read is not None and isinstance(self._loader, StreamLoader):
+                read = self._loader.filled(read, num_packs)
         with phase(Phase.ENCODING):
             return share_step(read, self._vision, self._topology)
 

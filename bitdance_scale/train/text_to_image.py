@@ -84,7 +84,7 @@ class TextToImageJob(Job):
         # Hashed once for all ranks: 1.5 s for the 1.8 GB of the published one.
         self._vision_digest = on_first_rank(lambda: vision_digest(config.vision))
         # Before the model, which takes minutes to build at full size.
-        self._index = training_index(config.data)
+        self._index = training_index(config.data) if config.data.mode == "indexed" else None
         latest = self.newest_checkpoint()
         if latest is not None:
             on_first_rank(lambda: check_resume(latest, config))

@@ -1,6 +1,7 @@
 """Where shards lie, and how their bytes are read.
 
     shards.py          data.shards, data.sources   -> paths of tars
+    streams.py         data.shards that cannot be indexed: commands, http
     stores.py          path, offset, length        -> bytes, of a local file or an S3 object
     s3.py              the S3 side of it
     s3_client.py       requests to S3, their retries, listings; for s3.py and s3_files.py

@@ -95,7 +95,7 @@ def _refuse_credentials(path: str, setting: str) -> None:
 
 def _expand_spec(spec: str, setting: str) -> list[str]:
     _refuse_credentials(spec, setting)
-    if "://" in spec:
+    if "://" in spec or spec.startswith("pipe:"):
         raise DataError(f"{setting}: {spec!r}: only local files and s3:// can be read. Mount or copy the shards.")
     candidates = [spec] if os.path.exists(spec) else expand_braces(spec, setting)
     paths: list[str] = []

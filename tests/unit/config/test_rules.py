@@ -40,6 +40,7 @@ UNCONSTRAINED = {
     "data.filters[].min",
     "data.filters[].source",
     "data.has_borders",
+    "data.stream_resampled",
     "data.index_dir",
     "data.s3.anonymous",
     "data.s3.cache_dir",
@@ -90,6 +91,12 @@ def test_a_file_may_turn_the_shards_of_the_one_it_extends_into_sources_and_back(
     assert "only one of the two may name the data; set data.shards = [] (in the file that extends another" in message
 
 
+def test_streams_pass_with_commands_addresses_and_sources(config_path: Path) -> None:
+    shards = "data.shards=['pipe:zcat {a,b}.tar.gz', 'https://host/{00..10}.tar', 'data/c.tar']"
+    check(load_config(config_path, ["data.mode=stream", shards]), 2)
+    check(load_config(config_path, [*sources("open", 3, "own", 1), "data.mode=stream"]), 2)
+
+
 @pytest.mark.parametrize("preset", ["qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b"])
 def test_presets_can_be_trained_at_tensor_4(config_path: Path, preset: str) -> None:
     check(load_config(config_path, [f"model.preset={preset}", "parallel.tensor=4"]), 8)
@@ -116,6 +123,27 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
         [*sources("open", 1), "data.has_borders=true"],
         1,
         ["data.has_borders = true beside data.sources", "set has_borders in those of the sources"],
+    ),
+    "mode": (["data.mode=streamed"], 1, ["data.mode = 'streamed'", "one of indexed, stream"]),
+    "bits of a stream": (
+        ["data.mode=stream", "data.bits_dir=bits"],
+        1,
+        ["data.bits_dir = 'bits'", "set data.mode = 'indexed', or data.bits_dir = ''"],
+    ),
+    "borders of a stream": (
+        ["data.mode=stream", "data.has_borders=true"],
+        1,
+        ["has_borders = true with data.mode = 'stream'", "set data.mode = 'indexed'"],
+    ),
+    "command to index": (
+        ["data.shards=['pipe:cat a.tar']"],
+        1,
+        ["shards 'pipe:cat a.tar': cannot be indexed", "set data.mode = 'stream'"],
+    ),
+    "stream of S3": (
+        ["data.mode=stream", "data.shards=['s3://bucket/a.tar']"],
+        1,
+        ["shards 's3://bucket/a.tar' with data.mode = 'stream'", "set data.mode = 'indexed'"],
     ),
     "caption named twice": (
         ["data.captions=[{source='txt'}, {source='txt', share=2}]"],
