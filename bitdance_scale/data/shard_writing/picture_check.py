@@ -1,8 +1,8 @@
 """From the bytes of a picture to what is written into a shard, or why it is skipped.
 
 JPEG, PNG and WebP, which training reads, are kept byte for byte. GIF, BMP, TIFF, JPEG 2000 and AVIF are converted to
-PNG, which loses nothing; a colour profile stays. An animation gives its first frame, as in training. HEIC and anything else is skipped and
-reported, because Pillow cannot read it by itself.
+PNG, which loses nothing; a colour profile stays. An animation gives its first frame, as in training. HEIC and anything
+else is skipped and reported, because Pillow cannot read it by itself.
 """
 
 from __future__ import annotations
