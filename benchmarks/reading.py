@@ -1,8 +1,7 @@
-"""Indexing, decoding, bit shards and S3, each against a baseline in the same run; prints the rows of a table.
+"""Indexing, decoding and S3, each against a baseline in the same run; prints the rows of a table.
 
     python benchmarks/reading.py index     # against tarfile, and webdataset's stream
     python benchmarks/reading.py decode    # 1024 px JPEG to 512 px from a tar, against webdataset with Pillow
-    python benchmarks/reading.py bits      # vision tokens of 256, 512 and 1024 px, against webdataset
     python benchmarks/reading.py s3        # one percent of broken requests against none; needs the test extras
 
 Shards are synthetic: records as img2dataset writes them, pictures of noise with the spectrum of photographs. Indexing
@@ -29,7 +28,6 @@ import webdataset
 from PIL import Image
 
 from bitdance_scale.config.schema import S3Section
-from bitdance_scale.data import bit_shards
 from bitdance_scale.data.image_decode import centre_region, decode_image
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index
@@ -186,37 +184,6 @@ def bench_decode(folder: Path, num_images: int) -> None:
     print(f"PSNR against the picture before compression: whole decode {whole_db:.2f} dB, ours {half_db:.2f} dB")
 
 
-def bench_bits(folder: Path, num_samples: int) -> None:
-    """Samples per second of one core from a bit shard, in random order, pages warm; webdataset reads in file order."""
-    numbers = np.random.default_rng(0)
-    write_shard(folder / "0.tar", [b"x"] * num_samples, SMALL_PX)
-    index = build_index([str(folder / "0.tar")], folder / "index")
-    tokens = {256: 256, 512: 1024, 1024: 4096}
-    recipe = {"num_bits": 32, "classes": {str(side): [[side, side]] for side in tokens}}
-    contents = {side: [numbers.bytes(4 * count) for _ in range(num_samples)] for side, count in tokens.items()}
-    bit_shards.write_bit_shard(folder / bit_shards.shard_file(0), bit_shards.shard_meta(index, 0, recipe), contents)
-    bit_shards.write_table(folder, index, recipe)
-    store = bit_shards.BitStore(folder, index, recipe)
-    order = numbers.permutation(num_samples).tolist()
-    for side, count in tokens.items():
-        with tarfile.open(folder / "samples.tar", "w") as tar:
-            for number, content in enumerate(contents[side]):
-                info = tarfile.TarInfo(f"{number:06d}.bits")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-
-        def with_webdataset(num_bytes: int = 4 * count * num_samples) -> None:
-            data = webdataset.WebDataset(str(folder / "samples.tar"), shardshuffle=False)
-            assert sum(len(sample["bits"]) for sample in data) == num_bytes
-
-        def ours(side: int = side, count: int = count) -> None:
-            assert all(len(store.read(sample, side)) == count for sample in order)
-
-        baseline = num_samples / best(with_webdataset)
-        row(f"webdataset, {side} px", baseline, "samples/s/core", baseline)
-        row(f"bit shards, {side} px, checked", num_samples / best(ours), "samples/s/core", baseline)
-
-
 def bench_s3(folder: Path, num_samples: int) -> None:
     """Samples per second through a proxy that breaks 1 % of requests, and from the cache; baseline: none broken."""
     import boto3
@@ -265,8 +232,8 @@ def _read_all(store: S3Store, index: Index, order: np.ndarray, files: Sequence[b
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("index", "decode", "bits", "s3"))
-    parser.add_argument("--samples", type=int, help="default: 20000, 64, 4000 and 1500")
+    parser.add_argument("what", choices=("index", "decode", "s3"))
+    parser.add_argument("--samples", type=int, help="default: 20000, 64 and 1500")
     options = parser.parse_args()
     print("| what | rate | over the baseline |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
@@ -275,8 +242,6 @@ def main() -> None:
                 bench_index(Path(folder), options.samples or 20000)
             case "decode":
                 bench_decode(Path(folder), options.samples or 64)
-            case "bits":
-                bench_bits(Path(folder), options.samples or 4000)
             case "s3":
                 bench_s3(Path(folder), options.samples or 1500)
 
