@@ -1,4 +1,4 @@
-"""Exchanges samples between the packs of a global batch until packs, ranks and padding are about as good as they get.
+"""Exchanges samples between the packs of a global batch to even out costs and to save padding.
 
 ZeRO-3 gathers parameters in every pack, so the ranks meet after each of their packs and not just after each step. The
 packs that run at the same time form a *round*: pack number c of every rank. Four things count:
@@ -111,7 +111,7 @@ class _Grid:
     def _energies(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """int64 [T], the energies of a pack of 0 .. T - 1 tokens: for being longer than the cap, and for padding."""
         tokens = np.arange(max(self._cap, int(self.tokens.max())) + int(self._lengths.max()) + 1)
-        mean_cost = int(self.costs.mean())
+        mean_cost = int(self.costs.sum()) // len(self.costs)
         excess = np.maximum(tokens - self._cap, 0)
         too_long = (excess > 0) * (mean_cost * mean_cost // 20) + excess * (mean_cost * mean_cost // 2000)
         unit = 2 * max(1, int(mean_cost * _PADDING_SHARE)) ** 2
@@ -133,7 +133,7 @@ class _Grid:
     def even_out_packs(self) -> None:
         """Brings packs under the cap and to the same cost within their round; ranks do not matter yet."""
         rows = np.arange(len(self.costs))
-        even_cost = int(self.costs.mean() * _EVEN_SHARE)
+        even_cost = int(int(self.costs.sum()) // len(self.costs) * _EVEN_SHARE)
         for number in range(_MAX_ROUGH):
             if number % _SORT_EVERY == 0:
                 is_even = number >= _MIN_ROUGH and np.abs(self.costs - self.targets).max() <= even_cost
@@ -153,9 +153,9 @@ class _Grid:
         rank_costs = np.zeros(self._num_ranks, dtype=np.int64)
         order = []
         for rows in np.arange(len(self.costs)).reshape(self._num_rounds, -1):
-            dearest_first = rows[np.argsort(-self.costs[rows], kind="stable")]
+            most_expensive_first = rows[np.argsort(-self.costs[rows], kind="stable")]
             dealt = np.empty_like(rows)
-            dealt[np.argsort(rank_costs, kind="stable")] = dearest_first
+            dealt[np.argsort(rank_costs, kind="stable")] = most_expensive_first
             rank_costs += self.costs[dealt]
             order.append(dealt)
         self._reorder(np.concatenate(order))
@@ -175,14 +175,14 @@ class _Grid:
         energy = self._must_fit + self._padding
         rounds = np.arange(len(self.costs)).reshape(self._num_rounds, -1)
         for number in range(_NUM_LAST):
-            key = np.abs(self.rank_costs - int(self.rank_costs.mean()))
+            key = np.abs(self.rank_costs - int(self.rank_costs.sum()) // self._num_ranks)
             num_partners = _PARTNERS if number // self._num_rounds % 2 else 1
             deviations = self.costs - self.targets
             self._exchange(rounds[number % self._num_rounds], key, deviations, energy, num_partners, 4 * _RANK_WEIGHT)
 
     def _sort(self) -> None:
         """Puts packs that are alike into the same round, and makes the mean cost of each round its target."""
-        num_ranks, mean = self._num_ranks, int(self.costs.mean())
+        num_ranks, mean = self._num_ranks, int(self.costs.sum()) // len(self.costs)
         order = np.argsort(-self.costs, kind="stable")
         margin = int(mean * _OUTLIER_SHARE)
         high = -(-int((self.costs > mean + margin).sum()) // num_ranks) * num_ranks
@@ -245,17 +245,17 @@ class _Grid:
         theirs = others.reshape(num_partners, num_choosers).T.ravel()
         our_slots, their_slots = self._candidates(ours), self._candidates(theirs)
         give, take = self.slots[ours[:, None], our_slots], self.slots[theirs[:, None], their_slots]
-        longer = self._lengths[take][:, None, :] - self._lengths[give][:, :, None]
-        dearer = self._costs[take][:, None, :] - self._costs[give][:, :, None]
+        more_tokens = self._lengths[take][:, None, :] - self._lengths[give][:, :, None]
+        more_cost = self._costs[take][:, None, :] - self._costs[give][:, :, None]
         slope, curve = 2 * (deviations[ours] - deviations[theirs]), np.full(len(ours), 2)
         if rank_weight:
             our_ranks, their_ranks = ours % self._num_ranks, theirs % self._num_ranks
             slope += 2 * rank_weight * (self.rank_costs[our_ranks] - self.rank_costs[their_ranks])
             curve += 2 * rank_weight * (our_ranks != their_ranks)
         # (x + d)^2 + (y - d)^2 - x^2 - y^2 = d (2 d + 2 (x - y)), for packs and likewise for ranks.
-        change = dearer * (curve[:, None, None] * dearer + slope[:, None, None])
-        change += energy.take(self.tokens[ours][:, None, None] + longer, mode="clip")
-        change += energy.take(self.tokens[theirs][:, None, None] - longer, mode="clip")
+        change = more_cost * (curve[:, None, None] * more_cost + slope[:, None, None])
+        change += energy.take(self.tokens[ours][:, None, None] + more_tokens, mode="clip")
+        change += energy.take(self.tokens[theirs][:, None, None] - more_tokens, mode="clip")
         change = change.reshape(len(ours), -1)
         best = change.argmin(axis=1)
         gains = change[np.arange(len(ours)), best]
@@ -283,14 +283,14 @@ class _Grid:
         ours, our_slots, theirs, their_slots, give, take, grows = (
             values[is_possible] for values in (ours, our_slots, theirs, their_slots, give, take, grows)
         )
-        longer, dearer = self._lengths[take] - self._lengths[give], self._costs[take] - self._costs[give]
+        more_tokens, more_cost = self._lengths[take] - self._lengths[give], self._costs[take] - self._costs[give]
         if len(self.rank_costs):
-            np.add.at(self.rank_costs, ours % self._num_ranks, dearer)
-            np.subtract.at(self.rank_costs, theirs % self._num_ranks, dearer)
+            np.add.at(self.rank_costs, ours % self._num_ranks, more_cost)
+            np.subtract.at(self.rank_costs, theirs % self._num_ranks, more_cost)
         for rows, slots, sign, new in ((ours, our_slots, 1, take), (theirs, their_slots, -1, give)):
             self.slots[rows, slots] = new
-            self.tokens[rows] += sign * longer
-            self.costs[rows] += sign * dearer
+            self.tokens[rows] += sign * more_tokens
+            self.costs[rows] += sign * more_cost
             self.counts[rows] += sign * grows
             # Fillers stay behind the samples.
             shrunk = sign * grows < 0
