@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
-_MIN_ROUGH, _MAX_ROUGH, _MAX_REPAIR, _NUM_FINE, _NUM_LAST = 24, 48, 32, 32, 16
+_MIN_ROUGH, _MAX_ROUGH, _MAX_REPAIR, _NUM_FINE, _NUM_LAST = 12, 48, 32, 24, 12
 """How often packs exchange samples: for packs of equal cost (fewer times if some are still longer than the cap), for
 little padding too, for ranks of equal cost."""
 _SORT_EVERY = 4

@@ -164,6 +164,7 @@ def _fill_fullest(order: list[int], lengths: Sequence[int], num_packs: int, capa
 def _open_empty(packs: list[list[int]]) -> None:
     """Gives every empty pack the shortest sample of the pack with most samples, while some pack has two."""
     for pack in packs:
-        donor = max(packs, key=len)
-        if not pack and len(donor) > 1:
-            pack.append(donor.pop())
+        if not pack:
+            donor = max(packs, key=len)
+            if len(donor) > 1:
+                pack.append(donor.pop())

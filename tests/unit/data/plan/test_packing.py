@@ -144,7 +144,9 @@ def test_ranks_are_even_in_every_pack_and_little_is_padding(stage: str, num_rank
     lengths = batch_lengths(stage, 0)
     found = Evenness.of(partition_batch(lengths, num_ranks, CAPS[stage], COST, 1, 128), lengths, 128)
     waiting, padding = BEFORE[stage, num_ranks]
-    assert found.waiting < waiting and found.padding < padding
+    assert found.padding < padding
+    # Time of a step whose ranks meet after every pack, with the padding.
+    assert found.waiting / (1 - found.padding) < waiting / (1 - padding)
     # The slowest rank over the mean that the loader aims for at 256 ranks.
     assert found.step <= 1.005
     # Two large images and a small one cost 9,200 in CT and all else that fits 8,700, so rounds of many ranks are mixed.
