@@ -33,6 +33,8 @@ _PADDING_SHARE = 0.006
 """Deviation from the mean cost of a round that is as bad as `pad_multiple` positions of padding."""
 _RANK_WEIGHT = 1
 """Weight of the deviations of ranks over those of packs."""
+_MAX_COST = 1 << 20
+"""Costs of packs are about as large at most, so that the energies of `_NEVER` and less fit 64 bits."""
 _NEVER = 1 << 60
 """More than any exchange can gain."""
 _SLACK_TOKENS = 10
@@ -96,7 +98,9 @@ class _Grid:
         self._cap, self._multiple = max_pack_tokens, pad_multiple
         # A filler has no length and no cost, so that it stands for "nothing" in an exchange.
         self._lengths = np.append(lengths, 0).astype(np.int64)
-        self._costs = np.append(costs, 0).astype(np.int64)
+        # In units so large that no square of a cost overflows.
+        self._cost_unit = 1 + max(int(costs.sum()) // len(packs), int(costs.max())) // _MAX_COST
+        self._costs = np.append(costs, 0).astype(np.int64) // self._cost_unit
         self.counts = np.array([len(pack) for pack in packs])
         # The last slot is always a filler; the ones before it let a pack grow.
         self.slots = np.full((len(packs), int(self.counts.max()) + 3), self._filler)
@@ -190,7 +194,7 @@ class _Grid:
         if high < low:
             # Packs with as much attention have as many large images, so that exchanging small ones evens them out.
             others = order[high:low]
-            attention = self.costs - 16 * self.tokens
+            attention = self.costs * self._cost_unit - 16 * self.tokens
             order[high:low] = others[np.argsort(-attention[others], kind="stable")]
         self._reorder(order)
         self.targets = np.repeat(self.costs.reshape(self._num_rounds, -1).sum(axis=1) // num_ranks, num_ranks)
@@ -209,7 +213,7 @@ class _Grid:
         num_up = int(beyond.sum()) // self._multiple
         shifts[order[:num_up]] += self._multiple
         shifts[order[min(num_up, len(order) - 1)]] -= shifts.sum()
-        self.targets += np.repeat(shifts * int(self.costs.sum() // self.tokens.sum()), self._num_ranks)
+        self.targets += np.repeat(shifts * self.costs.sum() // self.tokens.sum(), self._num_ranks)
 
     def _reorder(self, order: np.ndarray) -> None:
         self.slots, self.counts = self.slots[order], self.counts[order]

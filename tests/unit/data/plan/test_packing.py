@@ -178,6 +178,17 @@ def test_many_small_samples_take_turns() -> None:
     assert found.pack <= 1.005 and found.padding <= 0.002
 
 
+def test_very_long_samples_keep_to_the_cap() -> None:
+    """Where attention dominates, costs of packs are in the billions and their squares do not fit 64 bits."""
+    lengths = np.random.default_rng(0).integers(1, 60_000, 400)
+    ranks = partition_batch(lengths, 8, 131_072, CostModel(1.0), 1, 128)
+    packs = [pack for rank in ranks for pack in rank]
+    assert sorted(place for pack in packs for place in pack) == list(range(400))
+    assert all(lengths[pack].sum() <= 131_072 for pack in packs)
+    by_rank = [sum(int((lengths[pack] ** 2).sum()) for pack in rank) for rank in ranks]
+    assert max(by_rank) <= 1.005 * np.mean(by_rank)
+
+
 def test_one_rank_saves_padding_among_its_packs() -> None:
     lengths = batch_lengths("PT", 0)[::40]
     packs = partition_batch(lengths, 1, 8192, COST, 1, 128)[0]
