@@ -150,7 +150,8 @@ def test_ranks_are_even_in_every_pack_and_little_is_padding(stage: str, num_rank
     # The slowest rank over the mean that the loader aims for at 256 ranks.
     assert found.step <= 1.005
     # Two large images and a small one cost 9,200 in CT and all else that fits 8,700, so rounds of many ranks are mixed.
-    assert found.pack <= (1.035 if stage == "CT" else 1.015)
+    # In the others, a pack with the longest caption of the batch costs up to 2 % more than what can run beside it.
+    assert found.pack <= (1.035 if stage == "CT" else 1.02)
 
 
 @pytest.mark.parametrize(("num_ranks", "most"), [(64, 0.004), (128, 0.0055), (256, 0.0075)])
