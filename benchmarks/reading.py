@@ -1,7 +1,6 @@
-"""Indexing, bit shards and S3, each against a baseline in the same run; prints the rows of a table.
+"""Indexing and S3, each against a baseline in the same run; prints the rows of a table.
 
     python benchmarks/reading.py index     # against tarfile, and webdataset's stream
-    python benchmarks/reading.py bits      # vision tokens of 256, 512 and 1024 px, against webdataset
     python benchmarks/reading.py s3        # one percent of broken requests against none; needs the test extras
 
 Shards are synthetic: records as img2dataset writes them. Indexing is measured in processor time, so that other programs
@@ -27,7 +26,6 @@ import numpy as np
 import webdataset
 
 from bitdance_scale.config.schema import S3Section
-from bitdance_scale.data import bit_shards
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.index.tar_scan import TarScan
@@ -114,37 +112,6 @@ def bench_index(folder: Path, num_samples: int) -> None:
         row(name, rate, "members/s/core", rates[1] if "whole" in name or "webdataset" in name else rates[0])
 
 
-def bench_bits(folder: Path, num_samples: int) -> None:
-    """Samples per second of one core from a bit shard, in random order, pages warm; webdataset reads in file order."""
-    numbers = np.random.default_rng(0)
-    write_shard(folder / "0.tar", [b"x"] * num_samples, SMALL_PX)
-    index = build_index([str(folder / "0.tar")], folder / "index")
-    tokens = {256: 256, 512: 1024, 1024: 4096}
-    recipe = {"num_bits": 32, "classes": {str(side): [[side, side]] for side in tokens}}
-    contents = {side: [numbers.bytes(4 * count) for _ in range(num_samples)] for side, count in tokens.items()}
-    bit_shards.write_bit_shard(folder / bit_shards.shard_file(0), bit_shards.shard_meta(index, 0, recipe), contents)
-    bit_shards.write_table(folder, index, recipe)
-    store = bit_shards.BitStore(folder, index, recipe)
-    order = numbers.permutation(num_samples).tolist()
-    for side, count in tokens.items():
-        with tarfile.open(folder / "samples.tar", "w") as tar:
-            for number, content in enumerate(contents[side]):
-                info = tarfile.TarInfo(f"{number:06d}.bits")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-
-        def with_webdataset(num_bytes: int = 4 * count * num_samples) -> None:
-            data = webdataset.WebDataset(str(folder / "samples.tar"), shardshuffle=False)
-            assert sum(len(sample["bits"]) for sample in data) == num_bytes
-
-        def ours(side: int = side, count: int = count) -> None:
-            assert all(len(store.read(sample, side)) == count for sample in order)
-
-        baseline = num_samples / best(with_webdataset)
-        row(f"webdataset, {side} px", baseline, "samples/s/core", baseline)
-        row(f"bit shards, {side} px, checked", num_samples / best(ours), "samples/s/core", baseline)
-
-
 def bench_s3(folder: Path, num_samples: int) -> None:
     """Samples per second through a proxy that breaks 1 % of requests, and from the cache; baseline: none broken."""
     import boto3
@@ -193,16 +160,14 @@ def _read_all(store: S3Store, index: Index, order: np.ndarray, files: Sequence[b
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("index", "bits", "s3"))
-    parser.add_argument("--samples", type=int, help="default: 20000, 4000 and 1500")
+    parser.add_argument("what", choices=("index", "s3"))
+    parser.add_argument("--samples", type=int, help="default: 20000 and 1500")
     options = parser.parse_args()
     print("| what | rate | over the baseline |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         match options.what:
             case "index":
                 bench_index(Path(folder), options.samples or 20000)
-            case "bits":
-                bench_bits(Path(folder), options.samples or 4000)
             case "s3":
                 bench_s3(Path(folder), options.samples or 1500)
 

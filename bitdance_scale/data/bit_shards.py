@@ -1,23 +1,28 @@
 """Bit shards: the vision tokens of a data set, encoded ahead of training.
 
 Every image shard of the index gets one bit shard: a tar of a few large members. For each resolution they hold the
-packed bits of all samples one after the other (1, 4 or 16 KiB each at 256, 512 or 1024 px), where each sample begins,
-its CRC-32, and why a sample has no bits. A table of all shards, in memory-mapped columns, finds any sample with one
-lookup and one read.
+packed bits of all samples one after the other (1, 4 or 16 KiB each at 256, 512 or 1024 px), and a table: where each
+sample begins, its checksum, and why a sample has no bits. A table of all shards, memory-mapped, finds any sample with
+one lookup and one read.
 
 Sizes, captions, scores and the plan still come from the index. Training on bits therefore draws the same samples at the
 same buckets as training on images, and a run can change from one to the other.
+
+Bits are read with `pread` and not from mapped files. It is as fast as training needs, and a file that is cut short
+while it is open is an error of one sample; a mapped one would end the process with SIGBUS.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import os
 import tarfile
-import zlib
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,49 +30,29 @@ import numpy as np
 
 from bitdance_scale.atomic_files import replacing, write_text
 from bitdance_scale.config.schema import DataSection, VisionSection
+from bitdance_scale.data.checksums import checksum32
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.image_decode import DECODE_VERSION
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.plan.buckets import resolution_buckets
-from bitdance_scale.data.storage.store_contract import ReadError
-from bitdance_scale.data.storage.stores import Stores
 from bitdance_scale.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
+"""Of bit shards and their table. Format 1 had a column for each field, and other checksums."""
 TABLE_NAME = "bits.json"
 META_NAME = "meta.json"
 HAS_BITS, NOT_ENCODED = 0, 255
+MAX_OPEN_SHARDS = 256
 _CAUSES = tuple(ErrorCause)
-_COLUMNS: dict[str, tuple[str, type]] = {
-    "start": ("start", np.int64),
-    "num_bytes": ("num_bytes", np.int32),
-    "crc": ("crc", np.uint32),
-    # Bit shards of version 0.1 have this name on disk, and they are still read.
-    "error_code": ("fault", np.uint8),
-}
-"""Field of `BitTable` -> its name on disk and its type."""
-# The key of the resolutions in the recipe, which bit shards of version 0.1 have on disk.
-_RESOLUTIONS_KEY = "classes"
+
+SHARD_ROW = np.dtype([("start", "<i8"), ("num_bytes", "<u4"), ("checksum", "<u4"), ("error_code", "u1")])
+"""One sample in the table of a bit shard: first byte in the tar, length of the bits, `checksum32` of them, and
+`HAS_BITS`, `NOT_ENCODED` or 1 + the number of an `ErrorCause`."""
+ROW = np.dtype([*SHARD_ROW.descr, ("shard", "<u4")])
+"""One sample in the table of all shards: the same, and the row of its shard in `Index.shards`."""
 
 Bits = bytes | ErrorCause | None
 """One sample at one resolution: its packed bits, why it has none, or None if the resolution does not draw it."""
-
-
-@dataclass(frozen=True)
-class BitTable:
-    """Where the bits of n samples at one resolution lie.
-
-    Attributes:
-        start: int64 [n], first byte in the tar.
-        num_bytes: int32 [n], length of the bits.
-        crc: uint32 [n], CRC-32 of the bits.
-        error_code: uint8 [n], `HAS_BITS`, `NOT_ENCODED`, or 1 + the number of an `ErrorCause`.
-    """
-
-    start: np.ndarray
-    num_bytes: np.ndarray
-    crc: np.ndarray
-    error_code: np.ndarray
 
 
 def recipe(data: DataSection, vision: VisionSection) -> dict[str, Any]:
@@ -82,7 +67,7 @@ def recipe(data: DataSection, vision: VisionSection) -> dict[str, Any]:
         "resize": data.resize,
         "max_upscale": data.max_upscale,
         "has_borders": [source.has_borders for source in data.active_sources],
-        _RESOLUTIONS_KEY: {
+        "resolutions": {
             str(resolution.side_px): resolution_buckets(resolution).tolist()
             for resolution in data.resolutions
             if resolution.share > 0
@@ -92,7 +77,7 @@ def recipe(data: DataSection, vision: VisionSection) -> dict[str, Any]:
 
 def recipe_sides_px(recipe: Mapping[str, Any]) -> list[int]:
     """`side_px` of the resolutions that a recipe encodes."""
-    return [int(side_px) for side_px in recipe[_RESOLUTIONS_KEY]]
+    return [int(side_px) for side_px in recipe["resolutions"]]
 
 
 def shard_file(row: int) -> str:
@@ -114,41 +99,37 @@ def write_bit_shard(path: Path, meta: Mapping[str, Any], resolutions: Mapping[in
             contents = [sample if isinstance(sample, bytes) else b"" for sample in samples]
             # The bits come first, so that their place does not depend on the tables.
             start = tar.offset + tarfile.BLOCKSIZE
-            lengths = np.fromiter(map(len, contents), np.int32, len(contents))
-            columns = {
-                "start": start + np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64)])[: len(contents)],
-                "num_bytes": lengths,
-                "crc": np.fromiter(map(zlib.crc32, contents), np.uint32, len(contents)),
-                "error_code": np.fromiter(map(_error_code, samples), np.uint8, len(contents)),
-            }
+            lengths = [len(content) for content in contents]
+            table = np.zeros(len(contents), SHARD_ROW)
+            table["start"] = start + np.cumsum([0, *lengths[:-1]])[: len(contents)]
+            table["num_bytes"] = lengths
+            table["checksum"] = [checksum32(content) for content in contents]
+            table["error_code"] = [_error_code(sample) for sample in samples]
             _add(tar, f"{side_px}.bits", b"".join(contents))
-            for field, (name, dtype) in _COLUMNS.items():
-                _add(tar, f"{side_px}.{name}", columns[field].astype(dtype).tobytes())
+            _add(tar, f"{side_px}.table", table.tobytes())
 
 
-def read_tables(path: Path) -> tuple[dict[str, Any], dict[int, BitTable]]:
-    """Meta and tables (`side_px` -> table) of a bit shard.
+def read_tables(path: Path) -> tuple[dict[str, Any], dict[int, np.ndarray]]:
+    """Meta and tables of a bit shard: `side_px` -> `SHARD_ROW` [n].
 
     Raises:
-        DataError: the bit shard is missing or damaged.
+        DataError: the bit shard is missing, damaged or of another format.
     """
+    again = "Delete it and run `bitdance encode` again."
     try:
         with tarfile.open(path) as tar:
             members = {member.name: member for member in tar if not member.name.endswith(".bits")}
             meta = json.loads(_content(tar, members[META_NAME]))
+            if meta["format"] != FORMAT:
+                raise DataError(f"{path}: a bit shard of format {meta['format']}; this version reads {FORMAT}. {again}")
             tables = {
-                side_px: BitTable(
-                    **{
-                        field: np.frombuffer(_content(tar, members[f"{side_px}.{name}"]), dtype)
-                        for field, (name, dtype) in _COLUMNS.items()
-                    }
-                )
+                side_px: np.frombuffer(_content(tar, members[f"{side_px}.table"]), SHARD_ROW)
                 for side_px in recipe_sides_px(meta["recipe"])
             }
+            if any(len(table) != meta["num_samples"] for table in tables.values()):
+                raise ValueError(f"a table has not the {meta['num_samples']} samples of the shard")
     except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: no usable bit shard ({error!r}). Delete it and run `bitdance encode` again."
-        ) from error
+        raise DataError(f"{path}: no usable bit shard ({error!r}). {again}") from error
     return meta, tables
 
 
@@ -168,28 +149,35 @@ def write_table(folder: Path, index: Index, recipe: Mapping[str, Any]) -> None:
     Raises:
         DataError: a bit shard is missing or damaged, or was made from other images or with another recipe.
     """
-    columns = {
-        (side_px, field): _create(folder, side_px, field, len(index))
-        for side_px in recipe_sides_px(recipe)
-        for field in _COLUMNS
-    }
-    start = 0
-    for row, entry in enumerate(index.shards):
-        path = folder / shard_file(row)
-        meta, tables = read_tables(path)
-        if meta != shard_meta(index, row, recipe):
-            raise DataError(
-                f"{path}: made from other images than those of {entry.path}, or with other settings. Delete it and run "
-                "`bitdance encode` again."
-            )
-        stop = start + entry.num_samples
-        for (side_px, field), column in columns.items():
-            column[start:stop] = getattr(tables[side_px], field)
-        start = stop
-    for column in columns.values():
-        column.flush()
-    table = {"format": FORMAT, "recipe": dict(recipe), "index": index.hash, "num_shards": len(index.shards)}
-    write_text(folder / TABLE_NAME, json.dumps(table), is_shared=True)
+    # Until all tables are there, nothing may be trained on.
+    (folder / TABLE_NAME).unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        # A running job keeps the file that it has mapped, because a new one takes its name.
+        asides = {
+            side_px: stack.enter_context(replacing(_table_path(folder, side_px))) for side_px in recipe_sides_px(recipe)
+        }
+        tables = {
+            side_px: np.lib.format.open_memmap(aside, "w+", ROW, (len(index),)) for side_px, aside in asides.items()
+        }
+        start = 0
+        for row, entry in enumerate(index.shards):
+            path = folder / shard_file(row)
+            meta, parts = read_tables(path)
+            if meta != shard_meta(index, row, recipe):
+                raise DataError(
+                    f"{path}: made from other images than those of {entry.path}, or with other settings. Delete it and "
+                    "run `bitdance encode` again."
+                )
+            stop = start + entry.num_samples
+            for side_px, table in tables.items():
+                for field in SHARD_ROW.fields or ():
+                    table[field][start:stop] = parts[side_px][field]
+                table["shard"][start:stop] = row
+            start = stop
+        for table in tables.values():
+            table.flush()
+    values = {"format": FORMAT, "recipe": dict(recipe), "index": index.hash, "num_shards": len(index.shards)}
+    write_text(folder / TABLE_NAME, json.dumps(values), is_shared=True)
 
 
 class BitStore:
@@ -207,27 +195,30 @@ class BitStore:
     def __init__(self, folder: str | Path, index: Index, recipe: Mapping[str, Any]) -> None:
         self._folder = Path(folder)
         self._index = index
-        self._stores = Stores()
         self._token_bytes = recipe["num_bits"] // 8
         path = self._folder / TABLE_NAME
         again = "Run `bitdance encode` with this configuration."
         try:
             table = json.loads(path.read_text(encoding="utf-8"))
-            found, index_hash = table["recipe"], table["index"]
+            found, index_hash, version = table["recipe"], table["index"], table["format"]
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"data.bits_dir: {path}: no bits are there ({error!r}). {again}") from error
+        if version != FORMAT:
+            raise DataError(
+                f"data.bits_dir: {path}: bits of format {version}; this version reads {FORMAT}. Delete the folder. "
+                f"{again}"
+            )
         if index_hash != index.hash:
             raise DataError(
                 f"data.bits_dir: {path}: of the data set with index {index_hash}, not {index.hash}. {again}"
             )
         for name, value in recipe.items():
             if found.get(name) != value:
-                shown = "resolutions" if name == _RESOLUTIONS_KEY else name
                 raise DataError(
-                    f"data.bits_dir: {path}: made with {shown} = {found.get(name)}, now it is {value}. {again}"
+                    f"data.bits_dir: {path}: made with {name} = {found.get(name)}, now it is {value}. {again}"
                 )
         self._tables = {side_px: self._open(side_px) for side_px in recipe_sides_px(recipe)}
-        self._paths = [str(self._folder / shard_file(row)) for row in range(len(index.shards))]
+        self._shards = _OpenShards(self._folder, MAX_OPEN_SHARDS)
 
     def read(self, sample: int, side_px: int) -> np.ndarray:
         """uint8 [h * w, C / 8], the tokens of a sample at a resolution, in block raster order.
@@ -236,22 +227,28 @@ class BitStore:
             SampleError: the image could not be encoded, or its bits cannot be read.
             DataError: the sample was left out when the shards were encoded.
         """
-        table = self._tables[side_px]
-        error_code = int(table.error_code[sample])
+        # One lookup that gives plain numbers: reading the fields one by one takes five times as long.
+        start, num_bytes, checksum, error_code, shard = self._tables[side_px].item(sample)
         if error_code != HAS_BITS:
             self._raise(sample, side_px, error_code)
-        start, num_bytes = int(table.start[sample]), int(table.num_bytes[sample])
         try:
-            data = self._stores.read(self._paths[self._index.shard_row(sample)], start, num_bytes)
-        except ReadError as error:
-            raise SampleError(ErrorCause.READ_FAILED, f"bits, bytes {start}..{start + num_bytes}: {error}") from error
-        if len(data) != num_bytes or zlib.crc32(data) != table.crc[sample]:
-            raise SampleError(ErrorCause.READ_FAILED, f"bits, bytes {start}..{start + num_bytes}: they are damaged")
-        return np.frombuffer(data, np.uint8).reshape(-1, self._token_bytes)
+            # This reference keeps the descriptor open until the read has ended, even if another thread evicts it.
+            file = self._shards.get(shard)
+            data = os.pread(file.descriptor, num_bytes, start)
+        except (OSError, ValueError, OverflowError, MemoryError) as error:
+            raise self._unreadable(shard, start, num_bytes, repr(error)) from error
+        if checksum32(data) != checksum or len(data) != num_bytes:
+            what = "they are damaged" if len(data) == num_bytes else "the file ends before that"
+            raise self._unreadable(shard, start, num_bytes, what)
+        return np.ndarray((num_bytes // self._token_bytes, self._token_bytes), np.uint8, data)
 
     def close(self) -> None:
-        """Closes the open files."""
-        self._stores.close()
+        """Closes the open files, each as soon as the last read in it has ended."""
+        self._shards.close()
+
+    def _unreadable(self, shard: int, start: int, num_bytes: int, what: str) -> SampleError:
+        path = self._folder / shard_file(shard)
+        return SampleError(ErrorCause.READ_FAILED, f"bits, {path}, bytes {start}..{start + num_bytes}: {what}")
 
     def _raise(self, sample: int, side_px: int, error_code: int) -> NoReturn:
         if error_code == NOT_ENCODED:
@@ -262,13 +259,71 @@ class BitStore:
             )
         raise SampleError(_CAUSES[error_code - 1], "when the shards were encoded")
 
-    def _open(self, side_px: int) -> BitTable:
+    def _open(self, side_px: int) -> np.ndarray:
+        path = _table_path(self._folder, side_px)
+        again = "Run `bitdance encode` again."
         try:
-            return BitTable(**{field: _mapped(_column_path(self._folder, side_px, field)) for field in _COLUMNS})
+            # As a plain array: reading a row of an np.memmap takes ten times as long.
+            table = np.asarray(np.load(path, mmap_mode="r"))
         except (OSError, ValueError) as error:
+            raise DataError(f"data.bits_dir: {path}: the table is damaged ({error}). {again}") from error
+        if table.dtype != ROW or table.shape != (len(self._index),):
             raise DataError(
-                f"data.bits_dir: {self._folder}: the table is damaged ({error}). Run `bitdance encode` again."
-            ) from error
+                f"data.bits_dir: {path}: the table has {table.shape} rows of {table.dtype}, not {len(self._index)} of "
+                f"{ROW}. {again}"
+            )
+        return table
+
+
+class _OpenShards:
+    """A bounded number of open bit shards; the least recently used is closed first."""
+
+    def __init__(self, folder: Path, max_open: int) -> None:
+        self._folder = folder
+        self._max_open = max_open
+        self._lock = threading.Lock()
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+
+    def get(self, row: int) -> _OpenShard:
+        """The open shard of a row of `Index.shards`.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        try:
+            # No lock: each of the two is one step for other threads, which may evict the shard in between.
+            self._open.move_to_end(row)
+            return self._open[row]
+        except KeyError:
+            return self._add(row)
+
+    def close(self) -> None:
+        with self._lock:
+            self._open.clear()
+
+    def _add(self, row: int) -> _OpenShard:
+        # Not under the lock: a slow file server must not hold up reads of other shards.
+        shard = _OpenShard(f"{self._folder}/{shard_file(row)}")
+        with self._lock:
+            shard = self._open.setdefault(row, shard)
+            while len(self._open) > self._max_open:
+                self._open.popitem(last=False)
+        return shard
+
+
+class _OpenShard:
+    """A descriptor that closes with its last reference, so that eviction never closes it while a thread reads."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):
+            # Samples come in random order: reading ahead would read a hundred times what is used.
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
 
 
 def _error_code(sample: Bits) -> int:
@@ -277,17 +332,8 @@ def _error_code(sample: Bits) -> int:
     return NOT_ENCODED if sample is None else 1 + _CAUSES.index(sample)
 
 
-def _create(folder: Path, side_px: int, field: str, length: int) -> np.memmap:
-    return np.lib.format.open_memmap(_column_path(folder, side_px, field), "w+", _COLUMNS[field][1], (length,))
-
-
-def _mapped(path: Path) -> np.ndarray:
-    # As a plain array: reading one number from an np.memmap takes ten times as long.
-    return np.asarray(np.load(path, mmap_mode="r"))
-
-
-def _column_path(folder: Path, side_px: int, field: str) -> Path:
-    return folder / f"{side_px}.{_COLUMNS[field][0]}.npy"
+def _table_path(folder: Path, side_px: int) -> Path:
+    return folder / f"{side_px}.table.npy"
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -254,6 +254,7 @@ class Loader:
             max_pack_tokens,
             self._cost_model,
             self._config.parallel.packs_multiple,
+            data.pack_multiple,
         )
         num_done = self._start.pack if step == self._start.step else 0
         packs: list[list[tuple[Sample, Future[_Image]]]] = []

@@ -18,7 +18,8 @@ class LoaderState:
         index_hash: `Index.hash`.
         plan_hash: `Plan.hash`.
         step: optimiser step of the next pack.
-        pack: number of the next pack in that step, on every rank; 0 at a step boundary.
+        pack: number of the next pack in that step, on every rank; 0 at a step boundary, and so in every checkpoint of
+            training (`LoadedStep.state`). Only there may another version of `packing.py` go on.
         num_data_ranks: data-parallel ranks that the step was dealt to; matters only where `pack` is not 0.
     """
 

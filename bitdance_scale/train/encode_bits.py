@@ -129,8 +129,8 @@ class Encoder:
                 image = self._image(samples.start + place, tuple(bucket))
                 if not isinstance(image, np.ndarray):
                     continue
-                start = int(table.start[place])
-                found = content[start : start + int(table.num_bytes[place])]
+                start = int(table["start"][place])
+                found = content[start : start + int(table["num_bytes"][place])]
                 if found != self._vision.encode([torch.tensor(image)])[0].tobytes():
                     name = self._index.name(samples.start + place)
                     raise DataError(

@@ -136,10 +136,10 @@ def test_damage_is_a_skipped_sample_and_what_was_left_out_is_refused(
     folder = shutil.copytree(bits, tmp_path / "bits")
     _, tables = read_tables(folder / shard_file(0))
     table = tables[64]
-    first = int(np.flatnonzero(table.error_code == bit_shards.HAS_BITS)[0])
-    left_out = int(np.flatnonzero(table.error_code == bit_shards.NOT_ENCODED)[0])
+    first = int(np.flatnonzero(table["error_code"] == bit_shards.HAS_BITS)[0])
+    left_out = int(np.flatnonzero(table["error_code"] == bit_shards.NOT_ENCODED)[0])
     with open(folder / shard_file(0), "r+b") as file:
-        file.seek(int(table.start[first]) + 3)
+        file.seek(int(table["start"][first]) + 3)
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))

@@ -84,7 +84,7 @@ def _measured(
     used = variable = fixed = num_more = 0
     slowest = []
     for lengths in batches:
-        ranks = partition_batch(lengths, num_ranks, cap, cost_model, config.parallel.packs_multiple)
+        ranks = partition_batch(lengths, num_ranks, cap, cost_model, config.parallel.packs_multiple, multiple)
         costs = cost_model.costs(lengths)
         by_rank = [sum(int(costs[pack].sum()) for pack in packs) for packs in ranks]
         slowest.append(max(by_rank) / np.mean(by_rank))

@@ -36,7 +36,12 @@ def typical_packs(config: RunConfig, num_replicas: int) -> list[Pack]:
     )
     cost_model = CostModel.of_model(config.model)
     ranks = partition_batch(
-        lengths, num_replicas, config.data.max_pack_tokens, cost_model, config.parallel.packs_multiple
+        lengths,
+        num_replicas,
+        config.data.max_pack_tokens,
+        cost_model,
+        config.parallel.packs_multiple,
+        config.data.pack_multiple,
     )
     tokens = placeholder_tokens(config.vision)
     packs = []

@@ -1,33 +1,242 @@
-"""The file of a bit shard: what is in it, and that it is read back."""
+"""Bit shards: what is in the file, that it is read back from many threads and shards, and what damage does."""
 
 from __future__ import annotations
 
+import json
+import os
 import tarfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from bitdance_scale.data.bit_shards import HAS_BITS, NOT_ENCODED, read_tables, shard_file, write_bit_shard
-from bitdance_scale.data.data_errors import ErrorCause
+from bitdance_scale.data import bit_shards
+from bitdance_scale.data.bit_shards import (
+    HAS_BITS,
+    NOT_ENCODED,
+    SHARD_ROW,
+    TABLE_NAME,
+    Bits,
+    BitStore,
+    read_tables,
+    shard_file,
+    shard_meta,
+    write_bit_shard,
+    write_table,
+)
+from bitdance_scale.data.checksums import checksum32
+from bitdance_scale.data.data_errors import ErrorCause, SampleError
+from bitdance_scale.data.index.build import build_index
+from bitdance_scale.data.index.index import Index
 from bitdance_scale.errors import DataError
+from tests.unit.data.small_data import sample_members, write_tar
 
-META = {"format": 1, "recipe": {"classes": {"64": [[64, 64]]}}, "num_samples": 3}
+RECIPE = {"num_bits": 32, "resolutions": {"64": [[64, 64]], "128": [[128, 128]]}}
+META = {"format": 2, "recipe": {"resolutions": {"64": [[64, 64]]}}, "num_samples": 3}
+NUM_SHARDS, NUM_SAMPLES = 6, 5
 
 
-def test_members_have_the_names_of_version_0_1(tmp_path: Path) -> None:
+def bits_of(sample: int, side_px: int) -> Bits:
+    """One byte tells the sample and the resolution; one sample is broken and one is left out at 128 px."""
+    if side_px == 128 and sample in (3, 4):
+        return ErrorCause.BAD_IMAGE if sample == 3 else None
+    return bytes([sample, side_px]) * (side_px * side_px // 128)
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Index:
+    members = sample_members(64, 64, "a dog")
+    paths = [
+        write_tar(tmp_path / f"images/{number}.tar", {f"{number}{sample}": members for sample in range(NUM_SAMPLES)})
+        for number in range(NUM_SHARDS)
+    ]
+    return build_index([str(path) for path in paths], tmp_path / "index")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, index: Index) -> Path:
+    folder = tmp_path / "bits"
+    for row in range(NUM_SHARDS):
+        resolutions = {
+            side_px: [bits_of(sample, side_px) for sample in index.shard_samples(row)] for side_px in (64, 128)
+        }
+        write_bit_shard(folder / shard_file(row), shard_meta(index, row, RECIPE), resolutions)
+    write_table(folder, index, RECIPE)
+    return folder
+
+
+def test_what_is_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / shard_file(7)
     write_bit_shard(path, META, {64: [b"red", ErrorCause.BAD_IMAGE, None]})
     with tarfile.open(path) as tar:
-        assert tar.getnames() == ["meta.json", "64.bits", "64.start", "64.num_bytes", "64.crc", "64.fault"]
+        assert tar.getnames() == ["meta.json", "64.bits", "64.table"]
     meta, tables = read_tables(path)
     assert path.name == "000007.tar" and meta == META and list(tables) == [64]
+    table = tables[64]
     bad_image = 1 + list(ErrorCause).index(ErrorCause.BAD_IMAGE)
-    assert tables[64].error_code.tolist() == [HAS_BITS, bad_image, NOT_ENCODED]
-    start, num_bytes = int(tables[64].start[0]), int(tables[64].num_bytes[0])
+    assert table["error_code"].tolist() == [HAS_BITS, bad_image, NOT_ENCODED]
+    assert table["checksum"].tolist() == [checksum32(b"red"), checksum32(b""), checksum32(b"")]
+    start, num_bytes = int(table["start"][0]), int(table["num_bytes"][0])
     assert path.read_bytes()[start : start + num_bytes] == b"red"
+
+
+def test_every_sample_is_read_back(index: Index, folder: Path) -> None:
+    store = BitStore(folder, index, RECIPE)
+    for side_px in (64, 128):
+        for sample in range(len(index)):
+            expected = bits_of(sample, side_px)
+            if isinstance(expected, bytes):
+                found = store.read(sample, side_px)
+                assert found.shape == (side_px * side_px // 256, 4) and found.dtype == np.uint8
+                assert found.tobytes() == expected
+    with pytest.raises(SampleError, match="when the shards were encoded") as error:
+        store.read(3, 128)
+    assert error.value.cause == ErrorCause.BAD_IMAGE
+    with pytest.raises(DataError, match="has no bits for resolution 128 px: filters left it out"):
+        store.read(4, 128)
+
+
+def num_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_threads_share_two_open_shards(index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six shards, two of which may be open: reads evict each other's files all the time, and none fails."""
+    monkeypatch.setattr(bit_shards, "MAX_OPEN_SHARDS", 2)
+    store = BitStore(folder, index, RECIPE)
+    before = num_descriptors()
+    begin = threading.Barrier(8)
+
+    def read(thread: int) -> list[np.ndarray]:
+        begin.wait()
+        return [store.read(sample, 64) for sample in np.random.default_rng(thread).permutation(len(index)).tolist() * 9]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(read, range(8)))
+    assert num_descriptors() == before + 2
+    store.close()
+    assert num_descriptors() == before
+    # The arrays outlive the files that they were read from.
+    for thread, arrays in enumerate(found):
+        samples = np.random.default_rng(thread).permutation(len(index)).tolist() * 9
+        for sample, array in zip(samples, arrays, strict=True):
+            assert array.tobytes() == bits_of(sample, 64)
+
+
+def overwrite(path: Path, offset: int, content: bytes) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path, start, end: overwrite(path, start + 1, b"\xff"), "they are damaged"),
+        (lambda path, start, end: os.truncate(path, end - 1), "the file ends before that"),
+        (lambda path, start, end: os.truncate(path, 0), "the file ends before that"),
+    ],
+)
+def test_damaged_bits_are_an_error_of_the_sample(
+    index: Index, folder: Path, damage: Callable[[Path, int, int], None], message: str, is_open: bool
+) -> None:
+    """Also while the shard is open: a file that is cut short must not end the process."""
+    store = BitStore(folder, index, RECIPE)
+    sample, path = NUM_SAMPLES, folder / shard_file(1)
+    if is_open:
+        assert store.read(sample, 64).tobytes() == bits_of(sample, 64)
+    row = read_tables(path)[1][64][0]
+    start, end = int(row["start"]), int(row["start"]) + int(row["num_bytes"])
+    damage(path, start, end)
+    with pytest.raises(SampleError, match=f"{path}, bytes {start}..{end}: {message}") as error:
+        store.read(sample, 64)
+    assert error.value.cause == ErrorCause.READ_FAILED
+    # Other shards are as they were.
+    assert store.read(0, 64).tobytes() == bits_of(0, 64)
+
+
+def test_a_missing_shard_is_an_error_of_its_samples(index: Index, folder: Path) -> None:
+    store = BitStore(folder, index, RECIPE)
+    (folder / shard_file(2)).unlink()
+    with pytest.raises(SampleError, match="000002.tar, bytes .*No such file") as error:
+        store.read(2 * NUM_SAMPLES, 64)
+    assert error.value.cause == ErrorCause.READ_FAILED
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("start", -1), ("start", 2**40), ("num_bytes", 2**31), ("num_bytes", 3), ("checksum", 0), ("shard", 99)],
+)
+def test_a_damaged_row_of_the_table_is_an_error_of_its_sample(
+    index: Index, folder: Path, field: str, value: int
+) -> None:
+    table = np.load(folder / "64.table.npy", mmap_mode="r+")
+    table[field][7] = value
+    table.flush()
+    store = BitStore(folder, index, RECIPE)
+    with pytest.raises(SampleError) as error:
+        store.read(7, 64)
+    assert error.value.cause == ErrorCause.READ_FAILED
+    assert store.read(8, 64).tobytes() == bits_of(8, 64)
+
+
+@pytest.mark.parametrize("damage", ["shorter", "of another type", "cut", "missing"])
+def test_a_damaged_table_is_refused(index: Index, folder: Path, damage: str) -> None:
+    path = folder / "64.table.npy"
+    table = np.load(path)
+    if damage == "shorter":
+        np.save(path, table[:-1])
+    elif damage == "of another type":
+        np.save(path, table["start"])
+    elif damage == "cut":
+        os.truncate(path, path.stat().st_size - 1)
+    else:
+        path.unlink()
+    with pytest.raises(DataError, match=r"64.table.npy: the table .*Run `bitdance encode` again"):
+        BitStore(folder, index, RECIPE)
+
+
+def test_a_table_that_is_written_again_stays_whole_for_a_running_job(index: Index, folder: Path) -> None:
+    store = BitStore(folder, index, RECIPE)
+    shard = folder / shard_file(5)
+    kept = shard.read_bytes()
+    shard.write_bytes(b"half a shard")
+    with pytest.raises(DataError, match=r"000005.tar: no usable bit shard"):
+        write_table(folder, index, RECIPE)
+    assert store.read(7, 64).tobytes() == bits_of(7, 64)
+    # Nothing begins to train on a table that is not complete.
+    with pytest.raises(DataError, match="no bits are there"):
+        BitStore(folder, index, RECIPE)
+    shard.write_bytes(kept)
+    write_table(folder, index, RECIPE)
+    assert store.read(7, 64).tobytes() == BitStore(folder, index, RECIPE).read(7, 64).tobytes()
+    assert not list(folder.glob("*.writing"))
+
+
+def test_other_formats_are_refused(index: Index, folder: Path, tmp_path: Path) -> None:
+    table = json.loads((folder / TABLE_NAME).read_text())
+    (folder / TABLE_NAME).write_text(json.dumps(table | {"format": 1}))
+    with pytest.raises(DataError, match=r"bits of format 1; this version reads 2.*Run `bitdance encode`"):
+        BitStore(folder, index, RECIPE)
+    path = tmp_path / shard_file(0)
+    write_bit_shard(path, META | {"format": 1}, {})
+    with pytest.raises(DataError, match=r"format 1; this version reads 2. Delete it and run `bitdance encode` again"):
+        read_tables(path)
 
 
 def test_a_file_that_is_not_a_bit_shard_is_refused(tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(b"half a shard")
     with pytest.raises(DataError, match="no usable bit shard.*Delete it and run `bitdance encode` again"):
         read_tables(tmp_path / "0.tar")
+    write_bit_shard(tmp_path / "1.tar", META, {64: [b"red"]})
+    with pytest.raises(DataError, match="a table has not the 3 samples of the shard"):
+        read_tables(tmp_path / "1.tar")
+
+
+def test_a_row_of_the_table_is_small() -> None:
+    """The tables of 2e9 samples at three resolutions then take 150 GB, and a lookup one page."""
+    assert SHARD_ROW.itemsize == 17 and bit_shards.ROW.itemsize == 21

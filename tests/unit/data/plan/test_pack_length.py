@@ -25,7 +25,7 @@ def test_caps_are_the_shortest_and_what_they_waste_is_counted(make_config) -> No
         assert all(fits(batch, num_packs, cap, cost_model) for batch in batches[:3])
         shorter = cap - multiple
         assert shorter < 530 or not all(fits(batch, num_packs, shorter, cost_model) for batch in batches[:3])
-        dealt = [partition_batch(batch, num_ranks, cap, cost_model) for batch in batches]
+        dealt = [partition_batch(batch, num_ranks, cap, cost_model, 1, multiple) for batch in batches]
         packs = [
             batch[pack].sum() for batch, ranks in zip(batches, dealt, strict=True) for rank in ranks for pack in rank
         ]

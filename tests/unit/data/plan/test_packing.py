@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -23,11 +25,15 @@ COST = CostModel.of_model(QWEN3_14B)
     # With 1.0, long samples cost so much that an exchange that would even out the ranks often has no room.
     quadratic=st.sampled_from([COST.quadratic, 1.0]),
     multiple=st.integers(1, 4),
+    # Every pack has its own length, a multiple of 128, or the length of the cap.
+    pad_multiple=st.sampled_from([1, 128, 2000]),
 )
-def test_invariants(lengths: list[int], num_ranks: int, capacity: int, quadratic: float, multiple: int) -> None:
+def test_invariants(
+    lengths: list[int], num_ranks: int, capacity: int, quadratic: float, multiple: int, pad_multiple: int
+) -> None:
     sizes = np.array(lengths)
     try:
-        ranks = partition_batch(sizes, num_ranks, capacity, CostModel(quadratic), multiple)
+        ranks = partition_batch(sizes, num_ranks, capacity, CostModel(quadratic), multiple, pad_multiple)
     except ConfigError as error:
         # Refused only when packs would be empty, never because lengths are awkward.
         assert "data.global_batch" in str(error)
@@ -45,13 +51,14 @@ def test_invariants(lengths: list[int], num_ranks: int, capacity: int, quadratic
     least = -(-sizes.sum() // (capacity * num_ranks))
     assert len(ranks[0]) % multiple == 0
     assert least <= len(ranks[0]) < 2 * least + multiple
-    assert ranks == partition_batch(sizes, num_ranks, capacity, CostModel(quadratic), multiple)
+    assert ranks == partition_batch(sizes, num_ranks, capacity, CostModel(quadratic), multiple, pad_multiple)
 
 
 def test_full_packs_are_found() -> None:
-    """Longest first into the cheapest pack leaves a 2 over here; into the fullest pack, both fill up."""
-    ranks = partition_batch(np.array([6, 4, 3, 3, 2, 2]), 1, 10, CostModel(0.0))
-    assert sorted(ranks[0]) == [[0, 1], [2, 3, 4, 5]]
+    """Longest first into the cheapest pack leaves a 2 over here; both packs can be full."""
+    lengths = np.array([6, 4, 3, 3, 2, 2])
+    ranks = partition_batch(lengths, 1, 10, CostModel(0.0))
+    assert [lengths[pack].sum() for pack in ranks[0]] == [10, 10]
 
 
 def test_empty_packs_take_from_the_fullest() -> None:
@@ -73,32 +80,122 @@ def test_exchanges_keep_to_the_cap() -> None:
     assert all(lengths[pack].sum() <= 10 for rank in ranks for pack in rank)
 
 
-def pretraining_lengths(seed: int) -> np.ndarray:
+@dataclass(frozen=True)
+class Evenness:
+    """What a partition of a batch costs.
+
+    Attributes:
+        step: cost of the most expensive rank over the mean.
+        pack: the same for the packs that run at the same time, the worst of them.
+        waiting: the same if the ranks meet after every pack: the slowest packs together over the mean of a rank.
+        padding: share of positions that are padding.
+    """
+
+    step: float
+    pack: float
+    waiting: float
+    padding: float
+
+    @classmethod
+    def of(cls, ranks: list[list[list[int]]], lengths: np.ndarray, pad_multiple: int) -> Evenness:
+        costs = COST.costs(lengths)
+        by_pack = np.array([[int(costs[pack].sum()) for pack in rank] for rank in ranks])
+        padded = sum(-(-int(lengths[pack].sum()) // pad_multiple) * pad_multiple for rank in ranks for pack in rank)
+        return cls(
+            step=by_pack.sum(axis=1).max() / by_pack.sum(axis=1).mean(),
+            pack=(by_pack.max(axis=0) / by_pack.mean(axis=0)).max(),
+            waiting=by_pack.max(axis=0).sum() / by_pack.sum(axis=1).mean(),
+            padding=1 - lengths.sum() / padded,
+        )
+
+
+def batch_lengths(stage: str, seed: int) -> np.ndarray:
+    """Positions of a global batch of Table 4: images in buckets, captions of log-normal length."""
     numbers = np.random.default_rng(seed)
-    images = np.repeat([256, 1024, 4096], [512, 1792, 256])
+    small, medium, large = [256, 240], [1024, 960, 1008], [4096, 4032, 3840]
+    mixes = {
+        "PT": [(small, 512), (medium, 1792), (large, 256)],
+        "CT": [(large, 1240), (medium[:2], 1240)],
+        "distillation": [(large, 1536)],
+    }
+    images = np.concatenate([numbers.choice(sizes, count) for sizes, count in mixes[stage]])
     return images + 20 + np.minimum(numbers.lognormal(3.8, 0.6, len(images)), 512).astype(np.int64)
 
 
-@pytest.mark.parametrize("num_ranks", [8, 64, 256])
-def test_pretraining_ranks_are_even(num_ranks: int) -> None:
-    lengths = pretraining_lengths(0)
-    ranks = partition_batch(lengths, num_ranks, 16_384, COST)
-    costs = COST.costs(lengths)
-    rank_costs = np.array([sum(costs[pack].sum() for pack in rank) for rank in ranks])
+CAPS = {"PT": 8192, "CT": 8960, "distillation": 8960}
+# Of the partition of version 0.2.0, which evened out steps only, on the same lengths: waiting and padding.
+BEFORE = {
+    ("PT", 64): (1.1459, 0.0079),
+    ("PT", 128): (1.2575, 0.0104),
+    ("PT", 192): (1.3361, 0.0108),
+    ("PT", 256): (1.0534, 0.0106),
+    ("CT", 64): (1.0386, 0.0063),
+    ("CT", 128): (1.0433, 0.0066),
+    ("CT", 192): (1.0488, 0.0071),
+    ("CT", 256): (1.0544, 0.0073),
+    ("distillation", 128): (1.0022, 0.0102),
+    ("distillation", 192): (1.0224, 0.0076),
+    ("distillation", 256): (1.0220, 0.0100),
+}
+
+
+@pytest.mark.parametrize(("stage", "num_ranks"), BEFORE)
+def test_ranks_are_even_in_every_pack_and_little_is_padding(stage: str, num_ranks: int) -> None:
+    lengths = batch_lengths(stage, 0)
+    found = Evenness.of(partition_batch(lengths, num_ranks, CAPS[stage], COST, 1, 128), lengths, 128)
+    waiting, padding = BEFORE[stage, num_ranks]
+    assert found.padding < padding
+    # Time of a step whose ranks meet after every pack, with the padding.
+    assert found.waiting / (1 - found.padding) < waiting / (1 - padding)
     # The slowest rank over the mean that the loader aims for at 256 ranks.
-    assert rank_costs.max() / rank_costs.mean() <= 1.005
+    assert found.step <= 1.005
+    # Two large images and a small one cost 9,200 in CT and all else that fits 8,700, so rounds of many ranks are mixed.
+    # In the others, a pack with the longest caption of the batch costs up to 2 % more than what can run beside it.
+    assert found.pack <= (1.035 if stage == "CT" else 1.02)
 
 
-@pytest.mark.parametrize("num_ranks", [64, 192, 256])
-def test_continued_training_ranks_are_even(num_ranks: int) -> None:
-    """A rank has ten images, half of them four times as expensive: exchanging single ones leaves 3 % at 256 ranks."""
+@pytest.mark.parametrize(("num_ranks", "most"), [(64, 0.004), (128, 0.0055), (256, 0.0075)])
+def test_padding_of_pretraining(num_ranks: int, most: float) -> None:
+    lengths = batch_lengths("PT", 1)
+    assert Evenness.of(partition_batch(lengths, num_ranks, 8192, COST, 1, 128), lengths, 128).padding <= most
+
+
+@pytest.mark.parametrize("stage", CAPS)
+def test_packs_of_one_length_are_even(stage: str) -> None:
+    """Padded to the cap: padding depends on the number of packs alone, and the caps leave 2 to 5 % of room."""
+    cap = {"PT": 8320, "CT": 16_896, "distillation": 8576}[stage]
+    lengths = batch_lengths(stage, 0)
+    ranks = partition_batch(lengths, 128, cap, COST, 1, cap)
+    assert len(ranks[0]) == -(-lengths.sum() // (128 * cap))
+    found = Evenness.of(ranks, lengths, cap)
+    assert found.step <= 1.001 and found.pack <= 1.01
+
+
+def test_many_small_samples_take_turns() -> None:
+    """Packs of fifty samples, more than are looked at in one exchange."""
     numbers = np.random.default_rng(0)
-    images = np.concatenate([numbers.choice([4096, 4032, 3840], 1240), numbers.choice([1024, 960], 1240)])
-    lengths = images + 20 + np.minimum(numbers.lognormal(3.8, 0.6, len(images)), 512).astype(np.int64)
-    ranks = partition_batch(lengths, num_ranks, 8960, COST)
-    costs = COST.costs(lengths)
-    rank_costs = np.array([sum(costs[pack].sum() for pack in rank) for rank in ranks])
-    assert rank_costs.max() / rank_costs.mean() <= 1.005
+    lengths = 276 + np.minimum(numbers.lognormal(3.8, 0.6, 6400), 512).astype(np.int64)
+    found = Evenness.of(partition_batch(lengths, 64, 17_408, COST, 1, 128), lengths, 128)
+    assert found.pack <= 1.005 and found.padding <= 0.002
+
+
+def test_very_long_samples_keep_to_the_cap() -> None:
+    """Where attention dominates, costs of packs are in the billions and their squares do not fit 64 bits."""
+    lengths = np.random.default_rng(0).integers(1, 60_000, 400)
+    ranks = partition_batch(lengths, 8, 131_072, CostModel(1.0), 1, 128)
+    packs = [pack for rank in ranks for pack in rank]
+    assert sorted(place for pack in packs for place in pack) == list(range(400))
+    assert all(lengths[pack].sum() <= 131_072 for pack in packs)
+    by_rank = [sum(int((lengths[pack] ** 2).sum()) for pack in rank) for rank in ranks]
+    assert max(by_rank) <= 1.005 * np.mean(by_rank)
+
+
+def test_one_rank_saves_padding_among_its_packs() -> None:
+    lengths = batch_lengths("PT", 0)[::40]
+    packs = partition_batch(lengths, 1, 8192, COST, 1, 128)[0]
+    padding = [-int(lengths[pack].sum()) % 128 for pack in packs]
+    # Rounding up without exchanges leaves 64 a pack on average.
+    assert len(packs) >= 8 and sum(padding) < 32 * len(packs)
 
 
 def test_refusals() -> None:
