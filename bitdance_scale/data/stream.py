@@ -210,7 +210,9 @@ class StreamLoader:
         samples = builder.build(batch)
         data = self._config.data
         max_pack_tokens = data.max_pack_tokens // data.pack_multiple * data.pack_multiple
-        (places_of_packs,) = partition_batch(builder.lengths(samples), 1, max_pack_tokens, self._cost_model, 1)
+        (places_of_packs,) = partition_batch(
+            builder.lengths(samples), 1, max_pack_tokens, self._cost_model, pad_multiple=data.pack_multiple
+        )
         packs = [
             [(samples[place], drawn[place].sample, self._submit(drawn[place])) for place in places]
             for places in places_of_packs

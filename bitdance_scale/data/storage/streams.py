@@ -24,9 +24,15 @@ from bitdance_scale.errors import DataError
 PIPE_SCHEME = "pipe:"
 HTTP_SCHEMES = ("http://", "https://")
 BLOCK_BYTES = 512
+MAX_MEMBER_BYTES = 1 << 28
+"""No longer image is decoded (`images/limits.py`)."""
+MAX_HEADER_BYTES = 1 << 20
+"""Of names and attributes in a header of their own."""
 _CHUNK_BYTES = 1 << 16
 # Regular files, and the headers of GNU and pax that say more about the next one.
-_WITH_CONTENT = (b"0", b"\0", b"7", b"L", b"K", b"x", b"g")
+_EXTENSIONS = (b"L", b"K", b"x", b"g")
+_WITH_CONTENT = (b"0", b"\0", b"7", *_EXTENSIONS)
+_MANY_BYTES = 1 << 33
 # gzip, bzip2, xz, zstd
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 # A command that is told to stop because its reader has seen enough: SIGPIPE in a shell.
@@ -201,13 +207,24 @@ class _WatchedStream:
 
 
 def _content_bytes(header: bytes) -> int:
-    """Bytes from a tar header to the next one; 0 if the next block must be looked at by itself."""
-    if len(header) < BLOCK_BYTES or header[156:157] not in _WITH_CONTENT:
+    """Bytes from a tar header to the next one; 0 if the next block must be looked at by itself.
+
+    Raises:
+        ValueError: more than any member has that training reads; the reader would hold it in memory as a whole.
+    """
+    kind = header[156:157]
+    if len(header) < BLOCK_BYTES or kind not in _WITH_CONTENT:
         return 0
     try:
-        size = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
+        # Sizes of 8 GiB and more are written in base 256.
+        size = _MANY_BYTES if header[124] & 0x80 else int(header[124:136].rstrip(b"\0 ") or b"0", 8)
     except ValueError:
         return 0
+    limit = MAX_HEADER_BYTES if kind in _EXTENSIONS else MAX_MEMBER_BYTES
+    if size > limit:
+        name = header[:100].partition(b"\0")[0].decode("utf-8", errors="backslashreplace")
+        many = "8 GiB or more" if size == _MANY_BYTES else f"{size} bytes"
+        raise ValueError(f"member {name!r} has {many}, the limit is {limit}")
     return max(0, -(-size // BLOCK_BYTES) * BLOCK_BYTES)
 
 
