@@ -24,6 +24,7 @@ import webdataset
 from PIL import Image
 
 from benchmarks.reading import SMALL_PX, best, row, write_shard
+from bitdance_scale.data.checksums import checksum32
 from bitdance_scale.data.image_decode import decode_image
 from bitdance_scale.data.images.resize import ResizeMethod
 from bitdance_scale.data.index.build import build_index
@@ -92,6 +93,9 @@ def bench_speed(pictures: Sequence[Image.Image], num_images: int, title: str) ->
         row("webdataset and Pillow: whole decode, Lanczos", baseline, "", baseline)
         for method in ResizeMethod:
             row(f'ours, "{method}"', num_images / best(lambda m=method: alone(m)), "", baseline)
+        checksums = num_images / best(lambda: [checksum32(files[n % len(files)]) for n in range(num_images)])
+        sharp = num_images / best(lambda: alone(ResizeMethod.SHARP))
+        print(f"| the checksum alone, and its share of sharp | {checksums:,.0f} | {sharp / checksums:.2%} |")
         for method in ResizeMethod:
             runs = [lambda m=method: alone(m), lambda m=method: two_threads(m)]
             one, two = (num_images / best(run, time.monotonic) for run in runs)
