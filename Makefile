@@ -61,6 +61,9 @@ lint: setup  ## format, rules of style, types, layers
 test: setup  ## all tests; ARGS= goes to pytest, WORKERS= test processes side by side (0: in this one)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
+test-large: setup  ## what takes minutes and gigabytes: memory of conversions, memory estimates of more layouts
+	$(BIN)/python -m pytest -m large $(ARGS)
+
 # Megatron-core after 0.16 needs Python 3.12. Among the newest torch's own requirements are CUDA's libraries, GPU or not.
 NEWEST := .venv-newest
 NEWEST_STAMP := $(NEWEST)/installed-$(shell pwd -P | cksum | cut -d' ' -f1)

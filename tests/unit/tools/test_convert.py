@@ -187,6 +187,7 @@ def peak_bytes(name: str, *arguments: object) -> int:
     return usage.ru_maxrss * 1024
 
 
+@pytest.mark.large
 @pytest.mark.timeout(600)
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     largest = Layers.write(tmp_path / "published")
