@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo-data pretrain recipe lint test test-newest test-slurm img2dataset test-guide drills docs clean
+.PHONY: help setup demo-data pretrain recipe lint test test-newest test-slurm test-large img2dataset test-guide drills docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
