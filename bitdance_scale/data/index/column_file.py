@@ -80,7 +80,7 @@ class ColumnFile:
             self.ask_for(column, rows * row_bytes, (rows + 1) * row_bytes)
 
     def ask_for(self, column: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
-        """Tells the system that ranges of the bytes of a column will be read; each page once, in order.
+        """Tells the system that ranges of the bytes of a column will be read; at least one, each page once, in order.
 
         Args:
             column: one of `columns`.
@@ -91,12 +91,18 @@ class ColumnFile:
         first = (start + begins) // mmap.PAGESIZE
         last = (start + np.maximum(ends, begins + 1) - 1) // mmap.PAGESIZE
         order = np.argsort(first, kind="stable")
-        done, end = -1, (len(self._content) - 1) // mmap.PAGESIZE
-        for begin, stop in zip(first[order].tolist(), np.minimum(last[order], end).tolist(), strict=True):
-            page = max(begin, done + 1)
-            if stop >= page:
-                self._content.madvise(mmap.MADV_WILLNEED, page * mmap.PAGESIZE, (stop - page + 1) * mmap.PAGESIZE)
-                done = stop
+        first, reached = (
+            first[order],
+            np.maximum.accumulate(np.minimum(last[order], len(self._content) // mmap.PAGESIZE)),
+        )
+        # Ranges that share a page, or are neighbours, are asked for as one.
+        is_new = np.append(True, first[1:] > reached[:-1] + 1)
+        stops = reached[np.append(is_new[1:], True)]
+        for page, stop in zip(first[is_new].tolist(), stops.tolist(), strict=True):
+            start_byte = page * mmap.PAGESIZE
+            num_bytes = min((stop + 1) * mmap.PAGESIZE, len(self._content)) - start_byte
+            if num_bytes > 0:
+                self._content.madvise(mmap.MADV_WILLNEED, start_byte, num_bytes)
 
 
 def write_columns(path: Path, columns: Mapping[str, np.ndarray], metadata: Any) -> dict[str, str]:

@@ -105,7 +105,7 @@ class Segment:
     def text_lengths(self, text: str, rows: slice) -> np.ndarray:
         """int64 [n], bytes of each text."""
         start, stop, _ = rows.indices(self.num_samples)
-        return np.diff(self._starts(text, np.arange(start, stop + 1)))
+        return np.diff(self._starts(text, slice(start, stop + 1)))
 
     def joined(self, text: str, rows: slice) -> np.ndarray:
         """uint8, the texts of consecutive rows, one after the other."""
@@ -113,9 +113,10 @@ class Segment:
         begin, end = self._starts(text, np.array([start, stop])).tolist()
         return self.values(f"{text}.text", slice(begin, end))
 
-    def _starts(self, text: str, rows: np.ndarray) -> np.ndarray:
+    def _starts(self, text: str, rows: slice | np.ndarray) -> np.ndarray:
         starts = self.values(f"{text}.start", rows) & _START_MASK
-        return self.columns[f"{text}.base"][rows >> _GROUP_BITS] + starts
+        numbers = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        return self.columns[f"{text}.base"][numbers >> _GROUP_BITS] + starts
 
 
 @dataclass(frozen=True)
