@@ -40,7 +40,14 @@ from bitdance_scale.data.index.index import (
 )
 from bitdance_scale.data.index.segment import SCORE, Piece, Segment, join_pieces
 from bitdance_scale.data.index.shard_errors import advised
-from bitdance_scale.data.index.shard_scan import NAME, ShardContent, caption_column, scan_shard, shard_digests
+from bitdance_scale.data.index.shard_scan import (
+    NAME,
+    ShardContent,
+    caption_column,
+    changed_images,
+    scan_shard,
+    shard_digests,
+)
 from bitdance_scale.data.index.tar_scan import BLOCK_BYTES, WINDOW_BYTES
 from bitdance_scale.data.index.verification import SegmentEntry, find_damage, is_full, write_stamps
 from bitdance_scale.data.index.workers import default_workers, in_processes
@@ -125,13 +132,18 @@ def build_index(
             captions = tuple(dict.fromkeys((*old.captions, *captions)))
             if old.captions == captions and not damaged and [_task_of(entry) for entry in old.shards] == tasks:
                 return open_index(index_dir, is_verified=True)
-        known = known_shards(index_dir, old, damaged) if old is not None and set(captions) <= set(old.captions) else {}
+        indexed = known_shards(index_dir, old, damaged) if old is not None else {}
+        known = dict(indexed) if old is not None and set(captions) <= set(old.captions) else {}
+        tasks_now = set(tasks)
         missing = [task for task in dict.fromkeys(tasks) if task not in known]
         scan = partial(scan_file, captions=captions, stores=stores, parts=index_dir / _PARTS_NAME)
+        replaced = {former.entry.path: former for task, former in indexed.items() if task not in tasks_now}
         if num_workers is None:
             num_workers = default_workers(sum(task.state.num_bytes for task in missing))
         for found in in_processes(scan, missing, min(num_workers, len(missing))):
             known[_task_of(found.entry)] = found
+            if (former := replaced.get(found.entry.path)) is not None:
+                _warn_of_change(former, found)
             if progress is not None:
                 progress(found.entry)
         found_shards = [known[task] for task in tasks]
@@ -251,6 +263,22 @@ def known_shards(index_dir: Path, old: IndexTable, damaged: set[SegmentEntry]) -
             known[_task_of(entry)] = KnownShard(entry, Piece(path, start, start + entry.num_samples), digests)
             start += entry.num_samples
     return known
+
+
+def _warn_of_change(former: KnownShard, now: KnownShard) -> None:
+    """Says which bytes of a shard have changed since it was indexed; the run goes on with what is there now."""
+    places = [Segment.of_file(s.piece.path).values("place", s.piece.rows) for s in (former, now)]
+    changed = changed_images(*places)
+    if changed or former.entry.num_samples != now.entry.num_samples:
+        where = f", the first in bytes {changed[0][0]}..{changed[0][1]}" if changed else ""
+        logger.warning(
+            "%s: has changed since it was indexed: %d of its %d images are no longer the same%s; now it has %d",
+            now.entry.path,
+            len(changed),
+            former.entry.num_samples,
+            where,
+            now.entry.num_samples,
+        )
 
 
 def _nothing_found(entries: Sequence[ShardEntry]) -> DataError:

@@ -11,7 +11,7 @@ import numpy as np
 
 from bitdance_scale.data.index.build import read_shard
 from bitdance_scale.data.index.index import Index, ShardEntry
-from bitdance_scale.data.index.shard_scan import caption_column, shard_digests
+from bitdance_scale.data.index.shard_scan import caption_column, changed_images, shard_digests
 from bitdance_scale.data.index.tar_scan import BLOCK_BYTES
 from bitdance_scale.data.index.workers import default_workers, in_processes
 from bitdance_scale.data.storage.store_contract import ReadError, ShardState
@@ -74,13 +74,12 @@ def _problems(task: _Task, captions: Sequence[str], stores: Stores) -> Iterator[
         return
     if state.num_bytes != entry.num_bytes:
         yield f"{state.num_bytes} bytes, it was indexed with {entry.num_bytes}"
-    found = {block: (num_bytes, checksum) for block, num_bytes, checksum in content.segment.columns["place"].tolist()}
-    for block, num_bytes, checksum in task.places.tolist():
-        begin, end = block * BLOCK_BYTES - BLOCK_BYTES, block * BLOCK_BYTES + num_bytes
-        if found.pop(block, None) != (num_bytes, checksum):
-            yield f"bytes {begin}..{end}: not the image that was indexed"
-    if found:
-        yield f"{len(found)} images that were not indexed, the first at byte {min(found) * BLOCK_BYTES}"
+    places = content.segment.columns["place"]
+    for begin, end in changed_images(task.places, places):
+        yield f"bytes {begin}..{end}: not the image that was indexed"
+    added = np.setdiff1d(places[:, 0], task.places[:, 0])
+    if len(added):
+        yield f"{len(added)} images that were not indexed, the first at byte {int(added[0]) * BLOCK_BYTES}"
     digests = shard_digests(content.segment.columns)
     for source in captions:
         if digests[caption_column(source)] != task.digests[caption_column(source)]:

@@ -149,6 +149,21 @@ class _Rows:
         return Segment(columns)
 
 
+def changed_images(before: np.ndarray, now: np.ndarray) -> list[tuple[int, int]]:
+    """Bytes (begin, end) of the images of a shard, with their tar headers, that are no longer there as they were.
+
+    Args:
+        before: uint32 [n, 3], column `place` of the shard.
+        now: uint32 [m, 3], the same later.
+    """
+    found = {block: (num_bytes, checksum) for block, num_bytes, checksum in now.tolist()}
+    return [
+        ((block - 1) * BLOCK_BYTES, block * BLOCK_BYTES + num_bytes)
+        for block, num_bytes, checksum in before.tolist()
+        if found.get(block) != (num_bytes, checksum)
+    ]
+
+
 def shard_digests(columns: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Digests of the samples of one shard: of `place` (with the sizes), of every caption source and every score.
 

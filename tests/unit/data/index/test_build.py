@@ -263,3 +263,22 @@ def test_a_copied_index_is_compared_once(data_set: list[str], tmp_path: Path, mo
     assert len(compared) == 1
     find_damage(tmp_path / "copy", read_table(tmp_path / "copy").segments, is_whole=True)
     assert len(compared) == 2
+
+
+def test_a_changed_shard_is_named_with_its_bytes(data_set: list[str], tmp_path: Path, caplog) -> None:
+    """It is read again because its time has changed; nobody should train on it without having been told."""
+    shards = [shutil.copy2(path, tmp_path) for path in data_set]
+    index = build_index(shards, tmp_path / "index")
+    os.utime(shards[0], ns=(1, 1))
+    build_index(shards, tmp_path / "index")
+    assert "has changed" not in caplog.text
+    place = index.place(8)
+    content = bytearray(Path(shards[1]).read_bytes())
+    content[place.offset + 50] ^= 1
+    Path(shards[1]).write_bytes(content)
+    changed = build_index(shards, tmp_path / "index")
+    expected = (
+        f"{shards[1]}: has changed since it was indexed: 1 of its 5 images are no longer the same, the first in bytes "
+        f"{place.offset - 512}..{place.offset + place.num_bytes}; now it has 5"
+    )
+    assert expected in caplog.text and changed.hash != index.hash
