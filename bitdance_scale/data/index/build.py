@@ -8,13 +8,16 @@ this process only keeps the tables. At no time are more than a few files open.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import gc
 import hashlib
 import itertools
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +65,7 @@ MIN_SEGMENT_SAMPLES = 1 << 20
 MAX_SEGMENTS = 256
 """A segment has at least the one, or so many samples that there are at most about this many segments."""
 _PARTS_NAME = ".parts"
+_LOCK_NAME = ".lock"
 _REMOTE_WINDOW_BYTES = 16 << 20
 # The place of an image counts blocks in 32 bits.
 _MAX_SHARD_BYTES = BLOCK_BYTES << 32
@@ -127,34 +131,62 @@ def build_index(
     stores = stores or Stores()
     tasks = [_Task(path, state) for path, state in zip(shards, stores.states(shards), strict=True)]
     try:
-        old, damaged = _open_old(index_dir)
-        if old is not None:
-            captions = tuple(dict.fromkeys((*old.captions, *captions)))
-            if old.captions == captions and not damaged and [_task_of(entry) for entry in old.shards] == tasks:
-                return open_index(index_dir, is_verified=True)
-        indexed = known_shards(index_dir, old, damaged) if old is not None else {}
-        known = dict(indexed) if old is not None and set(captions) <= set(old.captions) else {}
-        tasks_now = set(tasks)
-        missing = [task for task in dict.fromkeys(tasks) if task not in known]
-        scan = partial(scan_file, captions=captions, stores=stores, parts=index_dir / _PARTS_NAME)
-        replaced = {former.entry.path: former for task, former in indexed.items() if task not in tasks_now}
-        if num_workers is None:
-            num_workers = default_workers(sum(task.state.num_bytes for task in missing))
-        for found in in_processes(scan, missing, min(num_workers, len(missing))):
-            known[_task_of(found.entry)] = found
-            if (former := replaced.get(found.entry.path)) is not None:
-                _warn_of_change(former, found)
-            if progress is not None:
-                progress(found.entry)
-        found_shards = [known[task] for task in tasks]
-        if not sum(found.entry.num_samples for found in found_shards):
-            raise _nothing_found([found.entry for found in found_shards])
-        reusable = [entry for entry in old.segments if entry not in damaged] if old is not None else []
-        write_index(found_shards, captions, index_dir, reusable, num_workers)
-        shutil.rmtree(index_dir / _PARTS_NAME, ignore_errors=True)
+        with _only_builder(index_dir):
+            return _build(tasks, index_dir, captions, num_workers, progress, stores)
     except OSError as error:
         way_out = "Raise the limit (`ulimit -n`)" if is_full(error) else "Set data.index_dir to a writable folder"
         raise DataError(f"{index_dir}: cannot write the index ({error}). {way_out}.") from error
+
+
+@contextmanager
+def _only_builder(index_dir: Path) -> Iterator[None]:
+    """Waits until no other process builds this index: it may be the very one. A process that dies frees the lock."""
+    with contextlib.ExitStack() as stack:
+        # A folder that cannot be written, or a file system without locks: nobody else can be waited for.
+        with contextlib.suppress(OSError):
+            index_dir.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(index_dir / _LOCK_NAME, "w", encoding="utf-8"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.warning("%s: another process builds this index; waiting for it", index_dir)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(
+    tasks: Sequence[_Task],
+    index_dir: Path,
+    captions: Sequence[str],
+    num_workers: int | None,
+    progress: _Progress | None,
+    stores: Stores,
+) -> Index:
+    old, damaged = _open_old(index_dir)
+    if old is not None:
+        captions = tuple(dict.fromkeys((*old.captions, *captions)))
+        if old.captions == captions and not damaged and [_task_of(entry) for entry in old.shards] == tasks:
+            return open_index(index_dir, is_verified=True)
+    indexed = known_shards(index_dir, old, damaged) if old is not None else {}
+    known = dict(indexed) if old is not None and set(captions) <= set(old.captions) else {}
+    tasks_now = set(tasks)
+    missing = [task for task in dict.fromkeys(tasks) if task not in known]
+    scan = partial(scan_file, captions=captions, stores=stores, parts=index_dir / _PARTS_NAME)
+    replaced = {former.entry.path: former for task, former in indexed.items() if task not in tasks_now}
+    if num_workers is None:
+        num_workers = default_workers(sum(task.state.num_bytes for task in missing))
+    for found in in_processes(scan, missing, min(num_workers, len(missing))):
+        known[_task_of(found.entry)] = found
+        if (former := replaced.get(found.entry.path)) is not None:
+            _warn_of_change(former, found)
+        if progress is not None:
+            progress(found.entry)
+    found_shards = [known[task] for task in tasks]
+    if not sum(found.entry.num_samples for found in found_shards):
+        raise _nothing_found([found.entry for found in found_shards])
+    reusable = [entry for entry in old.segments if entry not in damaged] if old is not None else []
+    write_index(found_shards, captions, index_dir, reusable, num_workers)
+    shutil.rmtree(index_dir / _PARTS_NAME, ignore_errors=True)
     return open_index(index_dir, is_verified=True)
 
 
@@ -374,7 +406,7 @@ def _is_whole(shards: Sequence[KnownShard], segment: SegmentEntry) -> bool:
 
 def _join(join: _Join) -> tuple[int, SegmentEntry]:
     """Writes a segment; returns its number and its entry."""
-    writing = join.folder / f".{xxhash.xxh3_64_hexdigest(repr(join.pieces).encode())}{WRITING}"
+    writing = join.folder / f".{uuid.uuid4().hex}{WRITING}"
     try:
         digests = join_pieces(writing, join.pieces, join.texts, {"shards": list(join.digests)})
         num_samples = sum(piece.stop - piece.start for piece in join.pieces)

@@ -25,8 +25,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 DOTTED = "a name with dots"
 """Key in a `Sample` of the number of images that have a dot before their extension; no extension has spaces."""
 _DOTTED_IMAGES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
-# Members that webdataset reserves for itself.
-_META_NAME = re.compile(rb"__[^/]*__($|/)")
+# Folders that webdataset reserves for itself.
+_META_FOLDER = re.compile(rb"__[^/]*__/")
 _UNREADABLE_TEXT = b"\xff"
 """Neither valid UTF-8 nor valid JSON."""
 
@@ -97,7 +97,7 @@ class _Grouping:
         """Adds the present run to the samples."""
         key, run = self._key, self._run
         self._key, self._run = None, {}
-        if key is None or (key[:2] == b"__" and _META_NAME.match(key + b"/") is not None):
+        if key is None or (key[:2] == b"__" and _META_FOLDER.match(key) is not None):
             return
         known = self.samples.setdefault(key, run)
         if known is run:

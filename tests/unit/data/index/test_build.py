@@ -282,3 +282,20 @@ def test_a_changed_shard_is_named_with_its_bytes(data_set: list[str], tmp_path: 
         f"{place.offset - 512}..{place.offset + place.num_bytes}; now it has 5"
     )
     assert expected in caplog.text and changed.hash != index.hash
+
+
+def test_jobs_that_start_together_wait_for_one_another(tmp_path: Path) -> None:
+    """The first builds, the others open what it has built; none finds the index half done."""
+    many_shards(tmp_path, 12)
+    script = f"""
+import glob, time
+from bitdance_scale.data.index import build
+scan = build.scan_shard
+build.scan_shard = lambda *args: time.sleep(0.1) or print("scanned", flush=True) or scan(*args)
+print(build.build_index(sorted(glob.glob({str(tmp_path)!r} + "/*.tar")), {str(tmp_path)!r} + "/index").hash)
+"""
+    jobs = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = [job.communicate(timeout=120)[0].split() for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0, 0]
+    assert len({output[-1] for output in outputs}) == 1
+    assert sum(output.count("scanned") for output in outputs) == 12
