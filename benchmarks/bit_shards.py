@@ -12,9 +12,7 @@ row has more shards than may be open at a time, so that most reads open one.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import io
-import sys
 import tarfile
 import tempfile
 import time
@@ -24,7 +22,7 @@ from types import ModuleType
 
 import numpy as np
 import webdataset
-from packs import machine
+from packs import machine, module_before
 from reading import SMALL_PX, write_shard
 
 from bitdance_scale.data import bit_shards
@@ -35,18 +33,6 @@ TOKENS = {256: 256, 512: 1024, 1024: 4096}
 NUM_BITS = 32
 ROUNDS = 7
 NUM_SHARDS = 2 * bit_shards.MAX_OPEN_SHARDS
-
-
-def module_of(checkout: str) -> ModuleType:
-    """`data/bit_shards.py` of another version."""
-    path = Path(checkout, "bitdance_scale/data/bit_shards.py")
-    spec = importlib.util.spec_from_file_location("bit_shards_before", path)
-    assert spec is not None and spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclasses look their module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 class IndexBefore:
@@ -147,7 +133,9 @@ def main() -> None:
     parser.add_argument("--before", metavar="CHECKOUT", help="another version to compare with")
     options = parser.parse_args()
     print(machine())
-    modules = ({"before": module_of(options.before)} if options.before else {}) | {"ours": bit_shards}
+    modules = ({"before": module_before(options.before, "data/bit_shards.py")} if options.before else {}) | {
+        "ours": bit_shards
+    }
     print("| what | samples/s/core | over the first |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         bench_resolutions(Path(folder), options.samples, modules)

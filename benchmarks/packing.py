@@ -14,16 +14,13 @@ root of a checkout of that version (`git worktree add CHECKOUT COMMIT`).
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from packs import machine
+from packs import machine, module_before
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import RunConfig
@@ -116,13 +113,7 @@ def ours(config: RunConfig, lengths: np.ndarray, num_ranks: int, cap: int, multi
 
 def way_of(checkout: str) -> Way:
     """The partition of version 0.2.0 and before, which did not know of padding."""
-    path = Path(checkout, "bitdance_scale/data/plan/packing.py")
-    spec = importlib.util.spec_from_file_location("packing_before", path)
-    assert spec is not None and spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclasses look their module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = module_before(checkout, "data/plan/packing.py")
 
     def before(config: RunConfig, lengths: np.ndarray, num_ranks: int, cap: int, multiple: int) -> Ranks:
         return module.partition_batch(lengths, num_ranks, cap, module.CostModel.of_model(config.model))

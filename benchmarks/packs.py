@@ -1,10 +1,12 @@
-"""Packs of a given length for the benchmarks, and the lines that say where a number was measured."""
+"""Packs of a given length for the benchmarks, the lines that say where a number was measured, and earlier versions."""
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -69,3 +71,20 @@ def machine() -> str:
         f"command: python {' '.join(sys.argv)}\n"
         f"machine: {device}, torch {torch.__version__}, numpy {np.__version__}, Python {platform.python_version()}"
     )
+
+
+def module_before(checkout: str, file: str) -> ModuleType:
+    """A file of the package of another version, beside ours.
+
+    Args:
+        checkout: root of a checkout of that version.
+        file: path of the file below `bitdance_scale/`.
+    """
+    path = Path(checkout, "bitdance_scale", file)
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_before", path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    # Its dataclasses look their module up.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
