@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import threading
@@ -11,15 +10,15 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-import orjson
 import xxhash
 
 from bitdance_scale.config.schema import DataSection, DataSource, Resolution
-from bitdance_scale.data.captions import BYTE_ORDER_MARK, CaptionSource, Found
+from bitdance_scale.data.captions import CaptionSource, Found
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.images.header import sniff
 from bitdance_scale.data.index.grouping import IMAGE_EXTENSIONS
 from bitdance_scale.data.index.index import Index
+from bitdance_scale.data.index.shard_scan import parse_record
 from bitdance_scale.data.plan.buckets import assign_buckets, resolution_buckets
 from bitdance_scale.data.plan.filters import SourceFilters
 from bitdance_scale.data.storage.streams import BrokenStreamError, TarStream
@@ -292,7 +291,7 @@ def read_sample(members: dict[str, Any], url: str, captions: Sequence[CaptionSou
         raise SampleError(ErrorCause.BAD_IMAGE, f"its {len(image)} bytes are no JPEG, PNG or WebP")
     texts = {extension: members[extension] for extension in _extensions(members)}
     fields = {"json", *(caption.extension for caption in captions if caption.field is not None)}
-    records = {extension: _record(texts[extension]) for extension in fields if extension in texts}
+    records = {extension: parse_record(texts[extension]) or {} for extension in fields if extension in texts}
     record = records.get("json", {})
     stated = (record.get("height"), record.get("width"))
     is_stated = all(type(side) is int and side > 0 for side in stated)
@@ -311,16 +310,3 @@ def read_sample(members: dict[str, Any], url: str, captions: Sequence[CaptionSou
 
 def _extensions(members: dict[str, Any]) -> list[str]:
     return [name for name in members if not name.startswith("__")]
-
-
-def _record(content: bytes) -> dict[str, Any]:
-    content = content.removeprefix(BYTE_ORDER_MARK)
-    try:
-        record = orjson.loads(content)
-    except ValueError:
-        try:
-            # Python writes what the JSON standard forbids: NaN, lone surrogates.
-            record = json.loads(content)
-        except (ValueError, RecursionError):
-            record = None
-    return record if isinstance(record, dict) else {}

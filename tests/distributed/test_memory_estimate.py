@@ -16,7 +16,7 @@ HOST_COPY_BOUND = 0.1
 LAYOUTS = [
     pytest.param(2, {}, "float32", False, marks=pytest.mark.large),
     pytest.param(2, {"zero_stage": 2}, "bfloat16", False, marks=pytest.mark.large),
-    (2, {"zero_stage": 3}, "bfloat16", False),
+    pytest.param(2, {"zero_stage": 3}, "bfloat16", False, marks=pytest.mark.large),
     pytest.param(2, {"pipeline": 2}, "bfloat16", False, marks=pytest.mark.large),
     (4, {"tensor": 2, "sequence_parallel": True, "recompute": "full"}, "bfloat16", False),
 ]

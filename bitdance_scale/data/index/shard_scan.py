@@ -110,7 +110,7 @@ class _Rows:
             error = ShardError.DOTTED_NAME if num_dotted else ShardError.MISSING_IMAGE
             self._errors[image or error] += max(1, num_dotted)
             return
-        parsed = {e: _record(sample[e], self._errors) for e in self._record_extensions if e in sample}
+        parsed = {e: self._record(sample[e]) for e in self._record_extensions if e in sample}
         record = parsed.get("json", {})
         recorded, original = (
             (_side(record.get(f"{of}height")), _side(record.get(f"{of}width"))) for of in ("", "original_")
@@ -130,6 +130,13 @@ class _Rows:
         self._scores.add(record)
         for source, texts in zip(self._sources, self._found, strict=True):
             texts.append(source.find(sample, parsed))
+
+    def _record(self, content: bytes) -> dict[str, Any]:
+        record = parse_record(content)
+        if record is None:
+            self._errors[ShardError.INVALID_JSON] += 1
+            return {}
+        return record
 
     def segment(self) -> Segment:
         """All samples as a segment in memory."""
@@ -210,7 +217,8 @@ def _says_turned(record: Mapping[str, Any]) -> bool:
     return isinstance(exif, str) and _TURNED.search(exif) is not None
 
 
-def _record(content: bytes, errors: Counter[str]) -> dict[str, Any]:
+def parse_record(content: bytes) -> dict[str, Any] | None:
+    """The object in a JSON record; None if it holds something else, or is no JSON."""
     content = content.removeprefix(BYTE_ORDER_MARK)
     try:
         record = orjson.loads(content)
@@ -219,11 +227,8 @@ def _record(content: bytes, errors: Counter[str]) -> dict[str, Any]:
             # Python writes what the JSON standard forbids: NaN, lone surrogates.
             record = json.loads(content)
         except (ValueError, RecursionError):
-            record = None
-    if isinstance(record, dict):
-        return record
-    errors[ShardError.INVALID_JSON] += 1
-    return {}
+            return None
+    return record if isinstance(record, dict) else None
 
 
 def _side(value: object) -> int:

@@ -98,6 +98,7 @@ class ParquetPictures:
 
     def _of_group(self, group: _Group, first: int, end: int) -> Iterator[SourcePicture]:
         path = self._paths[group.file]
+        first_row = group.start_in_file(self._groups)
         row = 0
         with _open(path) as file:
             try:
@@ -107,7 +108,7 @@ class ParquetPictures:
                         for place, cells in enumerate(batch.slice(skipped).to_pylist(), start=row + skipped):
                             if place == end:
                                 return
-                            yield self._picture(path, group.start_in_file(self._groups) + place, cells)
+                            yield self._picture(path, first_row + place, cells)
                     row += batch.num_rows
             except (_pyarrow().lib.ArrowException, OSError) as error:
                 if is_storage_fault(error):
