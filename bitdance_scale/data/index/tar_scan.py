@@ -37,6 +37,8 @@ _LINK_TARGET = slice(157, 257)
 _MAX_NAME_BYTES = 1 << 16
 _MAX_PAX_BYTES = 1 << 20
 _MAX_LENGTH_DIGITS = 20
+_SMALL_WINDOW_BYTES = 1 << 12
+_SHORT_RUN, _LONG_RUN = 8, 1 << 16
 _FOREIGN_STARTS = {
     b"\x1f\x8b": "is gzip-compressed; unpack it (`gunzip -c FILE > NEW`)",
     b"\x28\xb5\x2f\xfd": "is zstd-compressed; unpack it (`unzstd -c FILE > NEW`)",
@@ -126,6 +128,7 @@ class TarScan:
         # What GNU and pax headers say about the member that follows.
         self._overrides: dict[str, bytes] = {}
         self._is_nameless = False
+        self._longest_run = _LONG_RUN
 
     def __iter__(self) -> Iterator[Members]:
         window, start = b"", 0
@@ -164,7 +167,7 @@ class TarScan:
         sizes: list[int] = []
         place, last, room = position - start, len(window) - BLOCK_BYTES, self._total_bytes - start
         length = len(window)
-        while place <= last:
+        while place <= last and len(headers) < self._longest_run:
             header = window[place : place + BLOCK_BYTES]
             if header[_KIND] not in _REGULAR_KINDS:
                 break
@@ -180,6 +183,8 @@ class TarScan:
             sizes.append(size)
             place = end
         count = _num_valid(headers)
+        # After an invalid header the next one may be near: the headers after it would be walked once for each.
+        self._longest_run = _SHORT_RUN if count < len(headers) else min(2 * self._longest_run, _LONG_RUN)
         if count < len(headers):
             place = places[count] - start
             headers, places, sizes = headers[:count], places[:count], sizes[:count]
@@ -259,7 +264,7 @@ class TarScan:
         self._record(position, problem)
         self._overrides, self._is_nameless = {}, False
         place = position + BLOCK_BYTES
-        while len(window := self._read(place, self._window_bytes)) >= BLOCK_BYTES:
+        for window in self._growing_windows(place):
             table = np.frombuffer(window, np.uint8)[: len(window) // BLOCK_BYTES * BLOCK_BYTES].reshape(-1, BLOCK_BYTES)
             for row in np.flatnonzero((table[:, 257:262] == np.frombuffer(_MAGIC, np.uint8)).all(axis=1)).tolist():
                 if _is_checksum_right(table[row].tobytes()):
@@ -269,12 +274,25 @@ class TarScan:
 
     def _first_byte(self, position: int) -> int | None:
         """Place of the first byte that is not zero, from `position` on; None if there is none."""
-        while window := self._read(position, self._window_bytes):
+        for window in self._growing_windows(position):
             rest = window.lstrip(b"\0")
             if rest:
                 return position + len(window) - len(rest)
             position += len(window)
         return None
+
+    def _growing_windows(self, position: int) -> Iterator[bytes]:
+        """The bytes from `position` on, little of them at first: what is looked for is mostly near.
+
+        Only whole blocks, but for the last. A tar with an error in every other header is still walked in proportion to
+        its length.
+        """
+        most = max(1, self._window_bytes // BLOCK_BYTES) * BLOCK_BYTES
+        num_bytes = min(_SMALL_WINDOW_BYTES, most)
+        while window := self._read(position, num_bytes):
+            yield window
+            position += len(window)
+            num_bytes = min(2 * num_bytes, most)
 
     def _size(self, header: bytes) -> int | None:
         try:
