@@ -76,6 +76,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(source, tmp_path):
     assert {path.name for path in out.iterdir() if path.is_dir()} == {"held_out"}
 
 
+@pytest.mark.large
 @pytest.mark.timeout(540)
 def test_training_on_what_was_packed(tmp_path):
     overrides = small_demo(tmp_path, num_steps=2, save_every=100)
