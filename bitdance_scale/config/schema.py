@@ -284,10 +284,7 @@ class DataSection:
         example="[{side_px=256, share=1, buckets_px=[[256, 256]]}]",
     )
     max_upscale: float = setting(1.0, doc="An image enters a bucket only if it need not be enlarged more than this.")
-    resize: str = setting(
-        "sharp",
-        doc="What images are resized from: sharp (the whole picture) or fast (large JPEGs: half their size).",
-    )
+    resize: str = setting("sharp", doc="Images are resized from: sharp, all pixels; fast, large JPEGs at half size.")
     max_pack_tokens: int = setting(doc="Token cap of a pack, one micro-batch of one replica.")
     pack_multiple: int = setting(128, doc="Packs are padded to a multiple of this many tokens.")
     text_drop: float = setting(0.1, doc="Probability that a sample is trained without its caption (guidance).")

@@ -27,7 +27,7 @@ from pathlib import Path
 import orjson
 import xxhash
 
-from bitdance_scale.atomic_files import WRITING, write_bytes
+from bitdance_scale.atomic_files import write_bytes
 from bitdance_scale.config.schema import S3_SCHEME
 from bitdance_scale.data.captions import DEFAULT_SOURCE
 from bitdance_scale.data.index.column_file import write_columns
@@ -42,7 +42,7 @@ from bitdance_scale.data.index.index import (
     read_table,
 )
 from bitdance_scale.data.index.segment import SCORE, Piece, Segment, join_pieces
-from bitdance_scale.data.index.shard_errors import advised
+from bitdance_scale.data.index.shard_errors import ShardError, advised
 from bitdance_scale.data.index.shard_scan import (
     NAME,
     ShardContent,
@@ -205,7 +205,6 @@ def scan_file(task: _Task, captions: Sequence[str], stores: Stores, parts: Path)
     path = parts / f"{xxhash.xxh3_128_hexdigest(key)}.safetensors"
     if (left := _open_part(path, task)) is not None:
         return left
-
     try:
         content = read_shard(task.path, task.state, captions, stores)
     except ReadError as error:
@@ -241,14 +240,16 @@ def _open_part(path: Path, task: _Task) -> KnownShard | None:
     """The part of a shard, if an earlier build has left one."""
     try:
         segment = Segment.of_file(path)
-        entry = entry_of_table(segment.metadata["entry"], path.parent)
+        entry, digests = entry_of_table(segment.metadata["entry"], path.parent), segment.metadata["shards"][0]
+        if shard_digests(segment.columns) != digests:
+            raise ValueError("its columns are not what was written")
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
         logger.warning("%s: a part that an earlier build left cannot be used (%r); scanning again", path, error)
         return None
     assert _task_of(entry) == task, (entry, task)
-    return KnownShard(entry, Piece(path, 0, segment.num_samples), segment.metadata["shards"][0])
+    return KnownShard(entry, Piece(path, 0, segment.num_samples), digests)
 
 
 @contextmanager
@@ -318,7 +319,7 @@ def _nothing_found(entries: Sequence[ShardEntry]) -> DataError:
         f"{entry.path}: "
         + "; ".join(
             [f"byte {e.offset}: {e.problem}" for e in entry.tar_errors[:1]]
-            + [f"{count} {advised(error)}" for error, count in entry.errors.items() if error != "damaged_tar"]
+            + [f"{count} {advised(error)}" for error, count in entry.errors.items() if error != ShardError.DAMAGED_TAR]
         )
         for entry in entries
         if entry.errors
@@ -406,16 +407,14 @@ def _is_whole(shards: Sequence[KnownShard], segment: SegmentEntry) -> bool:
 
 def _join(join: _Join) -> tuple[int, SegmentEntry]:
     """Writes a segment; returns its number and its entry."""
-    writing = join.folder / f".{uuid.uuid4().hex}{WRITING}"
-    try:
-        digests = join_pieces(writing, join.pieces, join.texts, {"shards": list(join.digests)})
-        num_samples = sum(piece.stop - piece.start for piece in join.pieces)
-        file = f"segment_{xxhash.xxh3_64_hexdigest(orjson.dumps(digests))}.safetensors"
-        entry = SegmentEntry(file, num_samples, len(join.pieces), writing.stat().st_size, digests)
-        # Another job may have written the same segment, even meanwhile; the runs that have it open keep theirs.
-        os.replace(writing, join.folder / file)
-    finally:
-        writing.unlink(missing_ok=True)
+    # Beside the parts: what a build that was killed leaves there, the next one removes.
+    joined = join.folder / _PARTS_NAME / f"{uuid.uuid4().hex}.joined"
+    digests = join_pieces(joined, join.pieces, join.texts, {"shards": list(join.digests)})
+    num_samples = sum(piece.stop - piece.start for piece in join.pieces)
+    file = f"segment_{xxhash.xxh3_64_hexdigest(orjson.dumps(digests))}.safetensors"
+    entry = SegmentEntry(file, num_samples, len(join.pieces), joined.stat().st_size, digests)
+    # An equal one may be there; the runs that have it open keep theirs.
+    os.replace(joined, join.folder / file)
     return join.number, entry
 
 

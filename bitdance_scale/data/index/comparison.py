@@ -16,6 +16,7 @@ from bitdance_scale.data.index.tar_scan import BLOCK_BYTES
 from bitdance_scale.data.index.workers import default_workers, in_processes
 from bitdance_scale.data.storage.store_contract import ReadError, ShardState
 from bitdance_scale.data.storage.stores import Stores
+from bitdance_scale.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def _problems(task: _Task, captions: Sequence[str], stores: Stores) -> Iterator[
     try:
         (state,) = stores.states([entry.path])
         content = read_shard(entry.path, ShardState(state.num_bytes, entry.tag), captions, stores)
-    except ReadError as error:
+    except (ReadError, DataError) as error:
         yield f"cannot be read ({error})"
         return
     if state.num_bytes != entry.num_bytes:

@@ -35,7 +35,7 @@ class SegmentEntry:
         num_samples: its samples.
         num_shards: consecutive shards that they are of.
         num_bytes: length of the file.
-        digests: column -> digest (`segment.digests_of`).
+        digests: column -> digest (`column_file.digests_of`).
     """
 
     file: str

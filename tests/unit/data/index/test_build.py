@@ -299,3 +299,16 @@ print(build.build_index(sorted(glob.glob({str(tmp_path)!r} + "/*.tar")), {str(tm
     assert [job.returncode for job in jobs] == [0, 0, 0]
     assert len({output[-1] for output in outputs}) == 1
     assert sum(output.count("scanned") for output in outputs) == 12
+
+
+def test_a_damaged_part_is_scanned_again(data_set: list[str], tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(build, "join_pieces", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(DataError, match="no space left"):
+        build_index(data_set, tmp_path / "index")
+    monkeypatch.undo()
+    part = next((tmp_path / "index" / ".parts").glob("*.safetensors"))
+    content = bytearray(part.read_bytes())
+    content[place_of(part, "place")] ^= 1
+    part.write_bytes(content)
+    assert contents(build_index(data_set, tmp_path / "index")) == contents(build_index(data_set, tmp_path / "whole"))
+    assert f"{part}: a part that an earlier build left cannot be used" in caplog.text

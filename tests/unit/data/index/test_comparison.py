@@ -37,7 +37,10 @@ def test_every_changed_image_is_named(data_set: list[str], tmp_path: Path, capsy
         f"{shards[2]}: bytes {last.offset - 512}..{last.offset + last.num_bytes}: not the image that was indexed" in out
     )
     assert out[-1] == "22 images in 4 shards compared; 3 shards have changed"
-    # A shard that is gone is an error of the list of shards; and a damaged index is named first.
+    Path(shards[1]).unlink()
+    assert main(arguments) == 1
+    assert f"{shards[1]}: cannot be read" in capsys.readouterr().out
+    # A damaged index is named first.
     segment = next((tmp_path / "index").glob("segment_*"))
     segment.write_bytes(segment.read_bytes()[:-1] + b"#")
     assert main(arguments) == 1
