@@ -109,6 +109,7 @@ def _fill_the_disk(rank: int, root: Path) -> None:
     dist.barrier()
     assert folder.steps() == [3], "the last one stays, and room was made for another"
     assert [path.name for path in root.iterdir() if path.name.endswith(".writing")] == []
+    dist.barrier()  # the first rank makes the next folder only after all have looked
     saver.save(at(5), holder.model(), holder.fragments, "")
     saver.wait()
 
