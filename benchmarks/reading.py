@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
-from bitdance_scale.config.schema import S3Section
+from bitdance_scale.config.data_schema import S3Section
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.index.tar_scan import TarScan

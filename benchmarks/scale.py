@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from packs import machine
 
+from bitdance_scale.config.data_schema import DataFilter, DataSection
 from bitdance_scale.config.load import load_config
-from bitdance_scale.config.schema import DataFilter, DataSection
 from bitdance_scale.data.index import build
 from bitdance_scale.data.index.column_file import write_columns
 from bitdance_scale.data.index.index import Index, ShardEntry, open_index, read_table

@@ -21,7 +21,8 @@ from bitdance_scale.atomic_files import sync
 from bitdance_scale.checkpoint.integrity import MANIFEST_NAME, Manifest, ManifestError, read_manifest
 from bitdance_scale.checkpoint.retention import kept_steps
 from bitdance_scale.checkpoint.step_names import LATEST_NAME, STEP_NAME, step_name
-from bitdance_scale.config.schema import S3_SCHEME, CheckpointSection, S3Section
+from bitdance_scale.config.data_schema import S3Section
+from bitdance_scale.config.schema import S3_SCHEME, CheckpointSection
 from bitdance_scale.data.storage.store_contract import ReadError
 from bitdance_scale.errors import CheckpointError, DataError
 from bitdance_scale.wording import first_few

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitdance_scale.cli.command import CommandParser, positive, run_command
-from bitdance_scale.config.schema import S3Section
+from bitdance_scale.config.data_schema import S3Section
 from bitdance_scale.train.process import EXIT_COMPLETE
 
 if TYPE_CHECKING:

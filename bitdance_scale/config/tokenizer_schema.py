@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bitdance_scale.config.ranges import FolderName, demand
-from bitdance_scale.config.schema import MIN_SPIKE_WINDOW, SPIKE_ACTIONS, CheckpointSection, ObserveSection, setting
+from bitdance_scale.config.schema import MIN_SPIKE_WINDOW, SPIKE_ACTIONS, CheckpointSection, ObserveSection
+from bitdance_scale.config.setting import setting
 from bitdance_scale.config.storage_rules import credential_faults, upload_faults
 from bitdance_scale.errors import ConfigError
 

@@ -29,7 +29,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from bitdance_scale.atomic_files import replacing, write_text
-from bitdance_scale.config.schema import DataSection, VisionSection
+from bitdance_scale.config.data_schema import DataSection
+from bitdance_scale.config.schema import VisionSection
 from bitdance_scale.data.checksums import checksum32
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.image_decode import DECODE_VERSION

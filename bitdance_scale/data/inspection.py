@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from bitdance_scale.config.schema import DataSection, Resolution
+from bitdance_scale.config.data_schema import DataSection, Resolution
 from bitdance_scale.data.captions import CaptionStatus
 from bitdance_scale.data.data_errors import SampleError
 from bitdance_scale.data.image_decode import decode_image

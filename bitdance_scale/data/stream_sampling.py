@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import xxhash
 
-from bitdance_scale.config.schema import DataSection, DataSource, Resolution
+from bitdance_scale.config.data_schema import DataSection, DataSource, Resolution
 from bitdance_scale.data.captions import CaptionSource, Found
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.images.header import sniff

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bitdance_scale.config.schema import DataSection
+from bitdance_scale.config.data_schema import DataSection
 from bitdance_scale.data.captions import DEFAULT_SOURCE
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index, default_index_dir, open_index, sources_index_dir

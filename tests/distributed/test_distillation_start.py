@@ -14,8 +14,9 @@ from bitdance_scale.checkpoint.export_release import export_release, open_checkp
 from bitdance_scale.checkpoint.import_release import import_release
 from bitdance_scale.checkpoint.release_source import open_source
 from bitdance_scale.checkpoint.start_weights import find_checkpoint
+from bitdance_scale.config.data_schema import Resolution
 from bitdance_scale.config.load import load_network
-from bitdance_scale.config.schema import HeadSection, Resolution
+from bitdance_scale.config.schema import HeadSection
 from bitdance_scale.generate.pipeline import BitDancePipeline
 from tests.distributed.spawn import run_ranks
 from tests.distributed.toy import toy_config

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from bitdance_scale.config.schema import Resolution
+from bitdance_scale.config.data_schema import Resolution
 from tests.distributed.layout_run import make_engine
 from tests.distributed.spawn import run_ranks
 from tests.distributed.toy import lopsided_packs, toy_config

@@ -6,16 +6,15 @@ import dataclasses
 
 import numpy as np
 
+from bitdance_scale.config.data_schema import DataSection, Resolution
 from bitdance_scale.config.schema import (
     CheckpointSection,
-    DataSection,
     HeadSection,
     LossSection,
     ModelSection,
     ObserveSection,
     OptimSection,
     ParallelSection,
-    Resolution,
     RunConfig,
     RunSection,
     SampleSection,

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from bitdance_scale.cli.main import main
+from bitdance_scale.config.data_schema import S3Section
 from bitdance_scale.config.kinds import check_any
 from bitdance_scale.config.load import load_config
-from bitdance_scale.config.schema import S3Section
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.credentials import find_credentials, hide_credentials
 from bitdance_scale.data.storage.s3_client import S3Client

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bitdance_scale.config.schema import Resolution
+from bitdance_scale.config.data_schema import Resolution
 from bitdance_scale.data.images.limits import MAX_IMAGE_PIXELS
 from bitdance_scale.data.index.index import Index
 

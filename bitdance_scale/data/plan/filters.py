@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitdance_scale.config.schema import DataFilter, DataSource
+from bitdance_scale.config.data_schema import DataFilter, DataSource
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.errors import DataError
 

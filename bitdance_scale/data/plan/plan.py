@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitdance_scale.config.schema import DataSection, Resolution
+from bitdance_scale.config.data_schema import DataSection, Resolution
 from bitdance_scale.data.captions import CaptionStatus
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.index.report import chunks

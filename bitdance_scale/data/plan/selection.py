@@ -23,7 +23,7 @@ import numpy as np
 import orjson
 
 from bitdance_scale.atomic_files import write_bytes
-from bitdance_scale.config.schema import DataSection, DataSource, Resolution
+from bitdance_scale.config.data_schema import DataSection, DataSource, Resolution
 from bitdance_scale.data.index.column_file import ColumnFile, digests_of, write_columns
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.index.segment import SCORE

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from bitdance_scale.config.schema import S3Section
+from bitdance_scale.config.data_schema import S3Section
 from bitdance_scale.data.storage.block_cache import BlockCache
 from bitdance_scale.data.storage.s3_client import S3Client
 from bitdance_scale.data.storage.store_contract import ShardState

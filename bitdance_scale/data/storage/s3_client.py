@@ -31,7 +31,8 @@ from botocore.exceptions import (
 from botocore.exceptions import ConnectionError as BotoConnectionError
 from urllib3.exceptions import HTTPError
 
-from bitdance_scale.config.schema import S3_SCHEME, S3Section
+from bitdance_scale.config.data_schema import S3Section
+from bitdance_scale.config.schema import S3_SCHEME
 from bitdance_scale.credentials import WAY_OUT, find_credentials, hide_credentials
 from bitdance_scale.data.storage.store_contract import ReadError, ShardState
 from bitdance_scale.errors import DataError

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bitdance_scale.config.schema import S3_SCHEME, S3Section
+from bitdance_scale.config.data_schema import S3Section
+from bitdance_scale.config.schema import S3_SCHEME
 from bitdance_scale.data.storage.s3_client import FAILURES, S3Client, SettingNames, split_path
 from bitdance_scale.data.storage.store_contract import ReadError, WriteError
 

@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 
 from webdataset.shardlists import expand_urls
 
-from bitdance_scale.config.schema import S3_SCHEME, DataSource
+from bitdance_scale.config.data_schema import DataSource
+from bitdance_scale.config.schema import S3_SCHEME
 from bitdance_scale.credentials import WAY_OUT, find_credentials
 from bitdance_scale.data.storage.stores import Stores
 from bitdance_scale.errors import DataError

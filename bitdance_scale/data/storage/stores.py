@@ -11,7 +11,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from bitdance_scale.config.schema import S3_SCHEME, S3Section
+from bitdance_scale.config.data_schema import S3Section
+from bitdance_scale.config.schema import S3_SCHEME
 from bitdance_scale.data.storage.store_contract import ReadError, ShardState
 from bitdance_scale.errors import DataError
 

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bitdance_scale.config.data_schema import Resolution
 from bitdance_scale.config.describe import describe, setting_docs
 from bitdance_scale.config.load import dump_toml, load_config
 from bitdance_scale.config.presets import PRESETS
-from bitdance_scale.config.schema import Resolution, RunConfig, setting
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.config.setting import setting
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.errors import ConfigError
 

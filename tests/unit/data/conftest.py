@@ -7,16 +7,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
+from bitdance_scale.config.data_schema import DataSection, Resolution
 from bitdance_scale.config.schema import (
     CheckpointSection,
-    DataSection,
     HeadSection,
     LossSection,
     ModelSection,
     ObserveSection,
     OptimSection,
     ParallelSection,
-    Resolution,
     RunConfig,
     RunSection,
     SampleSection,

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bitdance_scale.config.schema import Resolution, RunConfig
+from bitdance_scale.config.data_schema import Resolution
+from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.data_errors import SampleError
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bitdance_scale.config.schema import CaptionChoice
+from bitdance_scale.config.data_schema import CaptionChoice
 from bitdance_scale.data.captions import CaptionStatus
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.loader import Loader

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitdance_scale.config.schema import DataSource, RunConfig
+from bitdance_scale.config.data_schema import DataSource
+from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data import loader as loader_module
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index

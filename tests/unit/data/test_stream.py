@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitdance_scale.config.schema import CaptionChoice, DataFilter, DataSource
+from bitdance_scale.config.data_schema import CaptionChoice, DataFilter, DataSource
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.loader import LoadedStep, Loader
 from bitdance_scale.data.loader_state import LoaderState

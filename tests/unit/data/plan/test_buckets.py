@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from bitdance_scale.config.schema import Resolution
+from bitdance_scale.config.data_schema import Resolution
 from bitdance_scale.data.image_decode import decode_image
 from bitdance_scale.data.plan.buckets import (
     EligibleSamples,

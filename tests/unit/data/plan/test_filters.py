@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from bitdance_scale.config.schema import DataFilter, DataSource, Resolution
+from bitdance_scale.config.data_schema import DataFilter, DataSource, Resolution
 from bitdance_scale.data.plan.filters import describe
 from bitdance_scale.data.plan.plan import Plan
 from bitdance_scale.data.plan.selection import SAMPLES_PER_CHUNK, select

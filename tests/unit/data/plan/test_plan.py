@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitdance_scale.config.schema import Resolution
+from bitdance_scale.config.data_schema import Resolution
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.plan.plan import Plan

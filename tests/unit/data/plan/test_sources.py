@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitdance_scale.config.schema import DataSection, DataSource, Resolution
+from bitdance_scale.config.data_schema import DataSection, DataSource, Resolution
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index, ShardEntry
 from bitdance_scale.data.plan.apportion import Apportionment

@@ -11,7 +11,7 @@ import boto3
 import numpy as np
 import pytest
 
-from bitdance_scale.config.schema import S3Section
+from bitdance_scale.config.data_schema import S3Section
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.loader import Loader

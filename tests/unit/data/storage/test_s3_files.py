@@ -12,7 +12,7 @@ from pathlib import Path
 import boto3
 import pytest
 
-from bitdance_scale.config.schema import S3Section
+from bitdance_scale.config.data_schema import S3Section
 from bitdance_scale.data.storage import s3_files
 from bitdance_scale.data.storage.s3_client import SettingNames
 from bitdance_scale.data.storage.s3_files import S3Files, SendingRate

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bitdance_scale.config.schema import S3Section
+from bitdance_scale.config.data_schema import S3Section
 from bitdance_scale.data.storage.stores import Stores
 
 
