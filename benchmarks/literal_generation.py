@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from bitdance_scale.generate.published_model import PublishedModel
 from bitdance_scale.model.diffusion_head import DiffusionHead
 from bitdance_scale.model.positions import sincos_2d
-from bitdance_scale.sequence.layout import block_raster_cells, image_prefix_ids
+from bitdance_scale.sequence.layout import block_raster_cells
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def draw_literally(
     device, dtype, hidden_size = backbone.device, backbone.dtype, backbone.config.hidden_size
     side = model.vision.section.block_side
     size = side**2
-    rows = [np.concatenate([prompt, image_prefix_ids(grid, model.text.image_tokens)]) for prompt in prompts]
+    rows = [np.concatenate([prompt, model.text.image_tokens.prefix_ids(grid)]) for prompt in prompts]
     length = max(map(len, rows))
     padding = torch.tensor([length - len(row) for row in rows], device=device)
     ids = torch.tensor(np.stack([np.pad(row, (length - len(row), 0)) for row in rows]), device=device)

@@ -28,6 +28,7 @@ from bitdance_scale.data.plan.apportion import Apportionment
 from bitdance_scale.data.plan.buckets import assign_buckets, resolution_buckets
 from bitdance_scale.data.plan.pack_length import pack_lengths
 from bitdance_scale.data.plan.packing import CostModel, partition_batch
+from bitdance_scale.data.plan.synthetic_packs import placeholder_tokens
 from bitdance_scale.sequence.layout import num_positions
 
 STAGES = {"PT": "pt_14b", "CT and SFT": "ct_14b", "distillation": "distill_14b"}
@@ -72,7 +73,7 @@ def batch_lengths(config: RunConfig, seed: int) -> np.ndarray:
     numbers = np.random.default_rng(seed)
     data, vision = config.data, config.vision
     labels = Apportionment([resolution.share for resolution in data.resolutions]).labels(0, data.global_batch)
-    lengths = []
+    lengths, tokens = [], placeholder_tokens(config)
     for label in labels.tolist():
         buckets = resolution_buckets(data.resolutions[label])
         aspect = np.exp(numbers.normal(MEAN_LOG_ASPECT, SIGMA_LOG_ASPECT))
@@ -82,7 +83,7 @@ def batch_lengths(config: RunConfig, seed: int) -> np.ndarray:
             np.clip(numbers.lognormal(np.log(MEDIAN_CAPTION), SIGMA_CAPTION), 1, config.text.max_caption_tokens)
         )
         grid = (int(height) // vision.downsample, int(width) // vision.downsample)
-        lengths.append(num_positions(MARKUP_BEFORE + caption, MARKUP_AFTER, grid, vision.block_tokens))
+        lengths.append(num_positions(MARKUP_BEFORE + caption, MARKUP_AFTER, grid, tokens))
     return np.array(lengths, dtype=np.int64)
 
 

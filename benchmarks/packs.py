@@ -35,21 +35,21 @@ def mixed_pack(length: int, side: int, seed: int = 0) -> Pack:
     for _ in range(20 + length // 256):
         grid = grids[numbers.choice(len(grids), p=shares)]
         num_before = int(numbers.integers(1, MAX_CAPTION))
-        size = num_positions(num_before, 1, grid, side**2)
+        size = num_positions(num_before, 1, grid, _tokens(side))
         if filled + size <= length:
             filled += size
             samples.append(_sample(len(samples), grid, num_before))
     if not samples:
-        samples.append(_sample(0, grids[0], length - num_positions(0, 1, grids[0], side**2)))
+        samples.append(_sample(0, grids[0], length - num_positions(0, 1, grids[0], _tokens(side))))
     return pack_samples(samples, _tokens(side), pack_multiple=length)
 
 
 def document_pack(length: int, document: int, side: int) -> Pack:
     """A pack of exactly `length` positions in samples of `document` each, with an image of at most 64 x 64 cells."""
     cells = 64
-    while num_positions(1, 1, (cells, cells), side**2) > document:
+    while num_positions(1, 1, (cells, cells), _tokens(side)) > document:
         cells -= side
-    num_before = 1 + document - num_positions(1, 1, (cells, cells), side**2)
+    num_before = 1 + document - num_positions(1, 1, (cells, cells), _tokens(side))
     samples = [_sample(key, (cells, cells), num_before) for key in range(length // document)]
     return pack_samples(samples, _tokens(side), pack_multiple=length)
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from bitdance_scale.config.families import FAMILIES
 from bitdance_scale.config.schema import MIN_SPIKE_WINDOW, SPIKE_ACTIONS, RunConfig
 from bitdance_scale.config.training_stages import NEW_QUERIES, STAGES
 
@@ -121,6 +122,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "run.timeout_s": _NOT_NEGATIVE,
     "run.long_timeout_s": _POSITIVE,
     "run.dtype": Choice(("float32", "bfloat16")),
+    "model.family": Choice(tuple(FAMILIES)),
     "model.num_layers": _COUNT,
     "model.hidden_size": _COUNT,
     "model.num_heads": _COUNT,
@@ -149,8 +151,10 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "vision.block_side": _COUNT,
     "vision.flip_max": _PROBABILITY,
     "text.kind": Choice(("huggingface", "sentencepiece")),
-    "text.path": NonEmpty(),
     "text.max_caption_tokens": _COUNT,
+    "classes.num_classes": _NOT_NEGATIVE,
+    "classes.num_tokens": _COUNT,
+    "classes.grid[]": _COUNT,
     "data.shards[]": NonEmpty(),
     "data.sources[].name": Identifier(),
     "data.sources[].shards": NonEmpty(),

@@ -66,6 +66,7 @@ EFFECTS: Mapping[str, Effect] = _SHARED | {
     "run.new_queries": _FREE,
     # The settings that it fills in are compared themselves.
     "model.preset": _FREE,
+    "model.family": _FIXED,
     "model.num_layers": _FIXED,
     "model.hidden_size": _FIXED,
     "model.num_heads": _FIXED,
@@ -98,6 +99,7 @@ EFFECTS: Mapping[str, Effect] = _SHARED | {
     "text.kind": _BY_CONTENT,
     "text.path": _BY_CONTENT,
     "text.max_caption_tokens": _TOLD,
+    "classes.*": _FIXED,
     "data.sources": _BY_CONTENT,
     "data.has_borders": _BY_CONTENT,
     "data.captions": _BY_CONTENT,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitdance_scale.config.data_schema import DataSection
+from bitdance_scale.config.families import FAMILIES, Family
 from bitdance_scale.config.setting import setting
 from bitdance_scale.config.shipped import setting_path
 
@@ -56,14 +57,23 @@ class RunSection:
     )
 
 
+def gated_projector_size(hidden_size: int) -> int:
+    """Inner width of the gated projector of class-conditional networks (published release)."""
+    return int(1.5 * hidden_size)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
-    """The backbone: a Qwen3 decoder (arXiv 2602.14041 Sec. 4.3)."""
+    """The network family, and the backbone: a decoder as Qwen3's (arXiv 2602.14041 Sec. 4.2, 4.3)."""
 
     preset: str = setting(
         "",
         doc="Name in `config/presets.py` that fills this section and `head.width`; explicit settings win.",
         example='"qwen3-0.6b"',
+    )
+    family: str = setting(
+        "text_to_image",
+        doc="What the network is made of: text_to_image (Sec. 4.3) or class_conditional (Sec. 4.2).",
     )
     num_layers: int = setting(doc="Transformer layers.")
     hidden_size: int = setting(doc="Width of the residual stream.")
@@ -84,11 +94,39 @@ class ModelSection:
         "auto", doc="Attention of the backbone: flex (FlexAttention), dense, or auto (flex on CUDA, dense elsewhere)."
     )
 
+    @property
+    def parts(self) -> Family:
+        """What the network is made of."""
+        return FAMILIES[self.family]
+
+    @property
+    def projector_size(self) -> int:
+        """Inner width of the projector of bits (published releases)."""
+        return self.hidden_size if self.parts.projector == "gelu" else gated_projector_size(self.hidden_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassesSection:
+    """The condition of class-conditional networks (arXiv 2602.14041 Sec. 4.2); others have none."""
+
+    num_classes: int = setting(0, doc="Classes; labels are 0 .. num_classes - 1. 0: the network has none.")
+    num_tokens: int = setting(64, doc="Tokens that stand for the class in the sequence.")
+    grid: tuple[int, int] = setting(
+        (16, 16), doc="(height, width) in latent cells of every image; the head has a learned position for each."
+    )
+
+    @property
+    def num_cells(self) -> int:
+        """Vision tokens of an image."""
+        return self.grid[0] * self.grid[1]
+
 
 # Sizes of the head that no setting changes (published release): features of the flow time, and modulations per channel
 # of an adaLN module (scale, shift and gate, of the attention and of the SwiGLU).
 NUM_TIME_FEATURES = 256
 NUM_MODULATIONS = 6
+# The same where a block is one token and there is no attention (published class-conditional release).
+NUM_TOKEN_MODULATIONS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +192,7 @@ class TextSection:
     """The text tokenizer."""
 
     kind: str = setting("huggingface", doc="huggingface (a local tokenizer folder) or sentencepiece (a .model file).")
-    path: str = setting(doc="Folder or file of the tokenizer.")
+    path: str = setting("", doc="Folder or file of the tokenizer; class-conditional networks have none.")
     max_caption_tokens: int = setting(512, doc="Longer captions are cut to this many tokens.")
 
     @property
@@ -329,7 +367,8 @@ class NetworkConfig:
     model: ModelSection
     head: HeadSection
     vision: VisionSection
-    text: TextSection
+    text: TextSection = dataclasses.field(default_factory=TextSection)
+    classes: ClassesSection = dataclasses.field(default_factory=ClassesSection)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,7 +379,6 @@ class RunConfig:
     model: ModelSection
     head: HeadSection
     vision: VisionSection
-    text: TextSection
     data: DataSection
     parallel: ParallelSection
     optim: OptimSection
@@ -348,9 +386,11 @@ class RunConfig:
     checkpoint: CheckpointSection
     sample: SampleSection
     observe: ObserveSection
+    text: TextSection = dataclasses.field(default_factory=TextSection)
+    classes: ClassesSection = dataclasses.field(default_factory=ClassesSection)
     evaluate: EvaluateSection = dataclasses.field(default_factory=EvaluateSection)
 
     @property
     def network(self) -> NetworkConfig:
         """The sections that its weights depend on."""
-        return NetworkConfig(model=self.model, head=self.head, vision=self.vision, text=self.text)
+        return NetworkConfig(model=self.model, head=self.head, vision=self.vision, text=self.text, classes=self.classes)

@@ -40,9 +40,9 @@ class SampleBuilder:
 
     def lengths(self, samples: list[Sample]) -> np.ndarray:
         """int64 [n], positions that each sample takes in a pack."""
-        block_tokens = self._tokenizer.image_tokens.block_tokens
+        tokens = self._tokenizer.image_tokens
         return np.array(
-            [num_positions(len(s.before_ids), len(s.after_ids), s.grid, block_tokens) for s in samples], dtype=np.int64
+            [num_positions(len(s.before_ids), len(s.after_ids), s.grid, tokens) for s in samples], dtype=np.int64
         )
 
     def _sample(self, batch: PlannedBatch, place: int, caption: str) -> Sample:

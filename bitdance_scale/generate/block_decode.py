@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from bitdance_scale.sequence.layout import ImageTokens, attention_groups, block_raster_cells, image_prefix_ids
+from bitdance_scale.sequence.layout import SequenceTokens, attention_groups, block_raster_cells
 from bitdance_scale.sequence.visibility import visible
 
 
@@ -62,10 +62,10 @@ class DecodeLayout:
 
 
 def lay_out(
-    prompts: Sequence[np.ndarray], grid: tuple[int, int], block_side: int, tokens: ImageTokens, device: torch.device
+    prompts: Sequence[np.ndarray], grid: tuple[int, int], block_side: int, tokens: SequenceTokens, device: torch.device
 ) -> DecodeLayout:
     """Lays out prompts (int64 token ids each), each followed by an image of `grid` (height, width) latent cells."""
-    suffix = image_prefix_ids(grid, tokens)
+    suffix = tokens.prefix_ids(grid)
     rows = [np.concatenate([prompt, suffix]) for prompt in prompts]
     length, size = max(map(len, rows)), block_side**2
     num_vision = grid[0] * grid[1]

@@ -14,14 +14,14 @@ K channels per head, F time features, T flow times.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from einops import rearrange
 from torch import nn
 from torch.nn import functional
 
-from bitdance_scale.config.schema import NUM_MODULATIONS, NUM_TIME_FEATURES, HeadSection
+from bitdance_scale.config.schema import NUM_MODULATIONS, NUM_TIME_FEATURES, NUM_TOKEN_MODULATIONS, HeadSection
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.model.linears import LinearFactory
 
@@ -61,6 +61,8 @@ class DiffusionHead(nn.Module):
         num_bits: C.
         block_tokens: P; no parameter depends on it.
         linears: makes the linears, plain or tensor-parallel.
+        output: what the last linear gives: sigmoid (logits of the bits) or bits (the bits themselves).
+        has_attention: whether the tokens of a block attend to each other; without, P is 1.
 
     Attributes:
         block_tokens: P.
@@ -71,12 +73,22 @@ class DiffusionHead(nn.Module):
     """
 
     def __init__(
-        self, section: HeadSection, cond_size: int, num_bits: int, block_tokens: int, linears: LinearFactory
+        self,
+        section: HeadSection,
+        cond_size: int,
+        num_bits: int,
+        block_tokens: int,
+        linears: LinearFactory,
+        *,
+        output: str = "sigmoid",
+        has_attention: bool = True,
     ) -> None:
         super().__init__()
         _check(section, linears.num_partitions)
+        assert has_attention or block_tokens == 1, "the tokens of a block must see each other"
         self.block_tokens, self.time_shift = block_tokens, section.time_shift
-        self.net = HeadNetwork(section, cond_size, num_bits, linears)
+        self._to_bits = OUTPUTS[output]
+        self.net = HeadNetwork(section, cond_size, num_bits, linears, HeadBlock if has_attention else TokenBlock)
 
     def recompute_blocks(self, checkpoint: Callable[..., torch.Tensor]) -> None:
         """Makes every block keep only its inputs; `checkpoint(block, *inputs)` calls a block that way."""
@@ -91,18 +103,18 @@ class DiffusionHead(nn.Module):
             cond_BPZ: float, hidden states that predict the tokens, plus the 2-D positions of the predicted cells.
 
         Returns:
-            float32 [B, P, C] in (-1, 1); B may be 0.
+            float32 [B, P, C], in (-1, 1) where the output is a sigmoid; B may be 0.
 
         Raises:
             ValueError: the blocks do not hold `block_tokens` tokens.
         """
         self._check_blocks(noisy_BPC)
-        return _to_bits(self.net(noisy_BPC, t_B, cond_BPZ))
+        return self._to_bits(self.net(noisy_BPC, t_B, cond_BPZ))
 
     @property
     def modulations_per_channel(self) -> int:
         """How many numbers per token and channel of D `modulations` returns for one time."""
-        return NUM_MODULATIONS * len(self.net.ada_ln_blocks) + NUM_FINAL_MODULATIONS
+        return self.net.num_modulations * len(self.net.ada_ln_blocks) + NUM_FINAL_MODULATIONS
 
     def embed_times(self, t_T: torch.Tensor) -> torch.Tensor:
         """Flow times [T] as the modulations take them, [T, D] in the dtype of the parameters."""
@@ -120,8 +132,8 @@ class DiffusionHead(nn.Module):
             cond_BPD: conditions, from `embed_condition`.
 
         Returns:
-            [T, B, P, 6 D] of each adaLN module and [T, B, P, 2 D] of the final layer; `denoise` takes element t of
-            each.
+            [T, B, P, 6 D] of each adaLN module, 3 D without attention, and [T, B, P, 2 D] of the final layer; `denoise`
+            takes element t of each.
         """
         y_TBPD = functional.silu(time_TD[:, None, None] + cond_BPD)
         return [linear(y_TBPD) for linear in self.net.modulation_linears()]
@@ -129,7 +141,7 @@ class DiffusionHead(nn.Module):
     def denoise(self, noisy_BPC: torch.Tensor, modulations: Iterable[torch.Tensor]) -> torch.Tensor:
         """`forward` with given modulations: [B, P, 6 D] of each adaLN module, [B, P, 2 D] of the final layer."""
         self._check_blocks(noisy_BPC)
-        return _to_bits(self.net.denoise(noisy_BPC, modulations))
+        return self._to_bits(self.net.denoise(noisy_BPC, modulations))
 
     def _check_blocks(self, noisy_BPC: torch.Tensor) -> None:
         if noisy_BPC.shape[1] != self.block_tokens:
@@ -139,17 +151,25 @@ class DiffusionHead(nn.Module):
 class HeadNetwork(nn.Module):
     """The head up to its logits; the `net.` of the published names."""
 
-    def __init__(self, section: HeadSection, cond_size: int, num_bits: int, linears: LinearFactory) -> None:
+    def __init__(
+        self,
+        section: HeadSection,
+        cond_size: int,
+        num_bits: int,
+        linears: LinearFactory,
+        block: type[HeadBlock] | type[TokenBlock],
+    ) -> None:
         super().__init__()
         width = section.width
+        self.num_modulations = block.num_modulations
         self.call_block: Callable[..., torch.Tensor] = _call
         self.blocks_per_adaln = section.num_blocks // section.num_adaln
         self.time_embed = TimeEmbedding(width, linears)
         self.cond_embed = linears.column(cond_size, width, gather_output=True)
         self.input_proj = linears.replicated(num_bits, width)
-        self.res_blocks = nn.ModuleList(HeadBlock(section, linears) for _ in range(section.num_blocks))
+        self.res_blocks = nn.ModuleList(block(section, linears) for _ in range(section.num_blocks))
         self.ada_ln_blocks = nn.ModuleList(
-            linears.column(width, NUM_MODULATIONS * width, gather_output=True) for _ in range(section.num_adaln)
+            linears.column(width, self.num_modulations * width, gather_output=True) for _ in range(section.num_adaln)
         )
         self.final_layer = FinalLayer(width, num_bits, linears)
 
@@ -178,7 +198,7 @@ class HeadNetwork(nn.Module):
         for index, block in enumerate(self.res_blocks):
             # Consecutive blocks share one adaLN module and its output.
             if index % self.blocks_per_adaln == 0:
-                block_modulations = next(outputs).chunk(NUM_MODULATIONS, dim=-1)
+                block_modulations = next(outputs).chunk(self.num_modulations, dim=-1)
             x_BPD = self.call_block(block, x_BPD, block_modulations)
         return self.final_layer(x_BPD, next(outputs))
 
@@ -200,6 +220,8 @@ class TimeEmbedding(nn.Module):
 class HeadBlock(nn.Module):
     """Modulated attention within the block, then a modulated SwiGLU, each with a gated residual."""
 
+    num_modulations = NUM_MODULATIONS
+
     def __init__(self, section: HeadSection, linears: LinearFactory) -> None:
         super().__init__()
         width, hidden = section.width, section.mlp_size
@@ -215,6 +237,25 @@ class HeadBlock(nn.Module):
         x_BPD = x_BPD + gate1 * self.attn(modulate(self.norm1(x_BPD), scale1, shift1))
         gate, up = self.w1(modulate(self.norm2(x_BPD), scale2, shift2)).chunk(2, dim=-1)
         return x_BPD + gate2 * self.w2(functional.silu(gate) * up)
+
+
+class TokenBlock(nn.Module):
+    """A modulated SwiGLU with a gated residual: all there is to mix where a block is one token."""
+
+    num_modulations = NUM_TOKEN_MODULATIONS
+
+    def __init__(self, section: HeadSection, linears: LinearFactory) -> None:
+        super().__init__()
+        width, hidden = section.width, section.mlp_size
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.w1 = linears.column(width, 2 * hidden, num_chunks=2)
+        self.w2 = linears.row(hidden, width)
+
+    def forward(self, x_BPD: torch.Tensor, modulations: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Same shape; modulations: scale, shift, gate, each [B, P, D]."""
+        scale, shift, last_gate = modulations
+        gate, up = self.w1(modulate(self.norm(x_BPD), scale, shift)).chunk(2, dim=-1)
+        return x_BPD + last_gate * self.w2(functional.silu(gate) * up)
 
 
 class HeadAttention(nn.Module):
@@ -250,9 +291,17 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm(x_BPD), scale, shift))
 
 
-def _to_bits(logits_BPC: torch.Tensor) -> torch.Tensor:
+def _bits_of_logits(logits_BPC: torch.Tensor) -> torch.Tensor:
     # Sigmoid in float32: bfloat16 cannot resolve predictions near -1 and 1.
     return 2 * torch.sigmoid(logits_BPC.float()) - 1
+
+
+def _bits_themselves(bits_BPC: torch.Tensor) -> torch.Tensor:
+    return bits_BPC.float()
+
+
+OUTPUTS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {"sigmoid": _bits_of_logits, "bits": _bits_themselves}
+"""By the names of `config/families.py`: what the last linear gives -> bits, float32."""
 
 
 def _call(block: nn.Module, *inputs: object) -> torch.Tensor:

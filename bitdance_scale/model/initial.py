@@ -35,14 +35,17 @@ _RULES: tuple[tuple[str, Init], ...] = (
     ("net.final_layer.*.weight", Init("zeros")),
     ("net.time_embed.mlp.*.weight", Init("normal", std=0.02)),
     ("net.res_blocks.*.norm[12].weight", Init("ones")),
+    ("net.res_blocks.*.norm.weight", Init("ones")),
     ("net.*.weight", Init("xavier_uniform")),
     ("fc[12].bias", Init("zeros")),
     ("fc[12].weight", Init("xavier_uniform")),
+    ("w[12].bias", Init("zeros")),
+    ("w[12].weight", Init("normal", std=0.02)),
 )
 
 
 def initial_distribution(parameter_name: str) -> Init:
-    """The published initial distribution of a parameter of the head (`net.*`) or the projector (`fc1`, `fc2`).
+    """The published initial distribution of a parameter of the head (`net.*`) or a projector (`fc1`, `w1` and so on).
 
     Raises:
         KeyError: the name belongs to neither.

@@ -3,8 +3,8 @@
 Every pipeline stage gets all of it (a pack of bits is under 1 MB). The first stage reads the tokens, every stage the
 mask and the rotary positions, the last stage the targets.
 
-Shape suffixes: S positions, V vision tokens, M predicted blocks, P vision tokens per block, C bits, T text targets,
-K head size.
+Shape suffixes: S positions, V vision tokens in the sequence, M predicted blocks, P vision tokens per block, C bits,
+T text targets, K head size.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.config.schema import ModelSection, RunConfig
 from bitdance_scale.model.attention import PackMask, pack_mask, to_device
 from bitdance_scale.model.flow import draw_time
-from bitdance_scale.model.positions import rotary_frequencies
+from bitdance_scale.model.positions import cell_rotary, rotary_frequencies
 from bitdance_scale.model.projector import flip_bits
 from bitdance_scale.sequence.noise import PackNoise
 from bitdance_scale.sequence.pack import Pack
@@ -70,6 +70,8 @@ def make_inputs(
     size, num_bits = pack.block_tokens, config.vision.num_bits
     bits = unpack_bits(on_device(pack.vision_bits))
     cells = on_device(pack.vision_cells).long()
+    vision_positions, read = on_device(pack.vision_positions), on_device(pack.vision_inputs)
+    flipped = flip_bits(bits, on_device(noise.flip_level), on_device(noise.flip_draw), config.vision.flip_max)
     predict_positions, predict_tokens = pack.predict_positions, on_device(pack.predict_tokens)
     clean, gaussian, time_normal = bits[predict_tokens], on_device(noise.noise), on_device(noise.time_normal)
     predict_cells = cells[predict_tokens]
@@ -82,11 +84,11 @@ def make_inputs(
         text_positions = text_targets = np.zeros(1, dtype=np.int64)
     return PackInputs(
         token_ids=on_device(pack.token_ids),
-        rotary=rotary_frequencies(on_device(pack.position_ids), config.model.head_dim, config.model.rope_base),
+        rotary=rotary_angles(config.model, on_device(pack.position_ids), vision_positions, cells[read]),
         mask=pack_mask(pack.document_ids, pack.block_ids, config.model, device),
-        vision_positions=on_device(pack.vision_positions),
-        vision_cells=cells,
-        vision_bits=flip_bits(bits, on_device(noise.flip_level), on_device(noise.flip_draw), config.vision.flip_max),
+        vision_positions=vision_positions,
+        vision_cells=cells[read],
+        vision_bits=flipped[read],
         predict_positions=on_device(predict_positions).view(-1, size),
         predict_cells=predict_cells.view(-1, size, 2),
         clean_bits=clean.view(-1, size, num_bits),
@@ -98,3 +100,24 @@ def make_inputs(
         num_text_targets=len(pack.text_positions),
         reports_blocks=reports_blocks,
     )
+
+
+def rotary_angles(
+    section: ModelSection, position_ids: torch.Tensor, vision_positions: torch.Tensor, vision_cells: torch.Tensor
+) -> torch.Tensor:
+    """The rotary angles of a row of positions, of the network's family.
+
+    Args:
+        section: family, head size and base.
+        position_ids: int64 [S], positions along the sequence.
+        vision_positions: int64 [V], where the vision tokens are.
+        vision_cells: int64 [V, 2], their cells.
+
+    Returns:
+        float32 [S, 1, 1, K].
+    """
+    if section.parts.rotary == "sequence":
+        return rotary_frequencies(position_ids, section.head_dim, section.rope_base)
+    cells = vision_cells.new_zeros(len(position_ids), 2).index_copy(0, vision_positions, vision_cells)
+    is_vision = torch.zeros_like(position_ids, dtype=torch.bool).index_fill(0, vision_positions, True)
+    return cell_rotary(cells, is_vision, section.head_dim)

@@ -1,4 +1,4 @@
-"""Positions: the 2-D sine-cosine table of vision tokens and the rotary angles of the sequence.
+"""Positions: the 2-D sine-cosine table of vision tokens, and rotary angles along the sequence or over the cells.
 
 Shape suffixes: V vision tokens, S positions, B batch, N heads, K head size, D hidden size.
 """
@@ -10,6 +10,7 @@ import torch
 from bitdance_scale.errors import ConfigError
 
 SINCOS_BASE = 10000.0
+CELL_ROTARY_BASE = 10000.0
 
 
 def sincos_2d(cells_V2: torch.Tensor, hidden_size: int) -> torch.Tensor:
@@ -54,3 +55,42 @@ def rotary_frequencies(position_ids_S: torch.Tensor, head_dim: int, base: float)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids_S.device) / head_dim
     angles = position_ids_S.float()[:, None] * (1.0 / base**exponents)
     return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+
+
+def cell_rotary(cells_S2: torch.Tensor, is_vision_S: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rotary angles over the cells of vision tokens (published class-conditional release).
+
+    The first half of the channels turns with the column, the second with the row. Neighbouring channels (2 j, 2 j + 1)
+    turn together, by coordinate / 10000^(4 i / K), i = 0 .. K / 4 - 1. The coordinate is that of the centre of the
+    cell plus one; what is no vision token does not turn.
+
+    Args:
+        cells_S2: int [S, 2], (row, column) of every position; anything where there is no vision token.
+        is_vision_S: bool [S].
+        head_dim: K, a multiple of 4.
+
+    Returns:
+        float32 [S, 1, 1, K], the layout of Megatron-core's `rotary_pos_emb` for interleaved channels.
+    """
+    quarter = head_dim // 4
+    exponents = torch.arange(quarter, dtype=torch.float32, device=cells_S2.device) / quarter
+    frequencies = 1.0 / CELL_ROTARY_BASE**exponents
+    row_S, column_S = ((cells_S2.float() + 1.5) * is_vision_S[:, None]).unbind(-1)
+    angles = torch.cat([column_S[:, None] * frequencies, row_S[:, None] * frequencies], dim=-1)
+    return angles.repeat_interleave(2, dim=-1)[:, None, None, :]
+
+
+def raster_index(cells: torch.Tensor, grid: tuple[int, int], block_side: int) -> torch.Tensor:
+    """The place of cells in block raster order, in which tokens are generated (`sequence/layout.block_raster_cells`).
+
+    Args:
+        cells: int [.., 2], (row, column).
+        grid: (height, width) of the image in cells.
+        block_side: p.
+
+    Returns:
+        int64 [..].
+    """
+    row, column = cells.long().unbind(-1)
+    block = (row // block_side) * (grid[1] // block_side) + column // block_side
+    return block * block_side**2 + (row % block_side) * block_side + column % block_side

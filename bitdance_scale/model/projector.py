@@ -1,14 +1,17 @@
-"""The entry of vision tokens into the backbone: bit flips, then a two-layer projector.
+"""The entry of vision tokens into the backbone: bit flips, then a projector of two layers.
 
 Shape suffixes: V vision tokens, C bits, D hidden size of the backbone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from torch.nn import functional
 
+from bitdance_scale.config.schema import gated_projector_size
 from bitdance_scale.model.linears import LinearFactory
 
 
@@ -45,3 +48,28 @@ class Projector(nn.Module):
         """[V, C] of -1 and 1, any dtype -> [V, D] in the dtype of the parameters."""
         dtype = next(self.parameters()).dtype
         return self.fc2(functional.gelu(self.fc1(bits_VC.to(dtype)), approximate="tanh"))
+
+
+class GatedProjector(nn.Module):
+    """A SwiGLU from the bits of a vision token to the width of the backbone (published class-conditional release).
+
+    Args:
+        num_bits: C.
+        hidden_size: D.
+        linears: makes the linears, plain or tensor-parallel.
+    """
+
+    def __init__(self, num_bits: int, hidden_size: int, linears: LinearFactory) -> None:
+        super().__init__()
+        inner_size = gated_projector_size(hidden_size)
+        self.w1 = linears.column(num_bits, 2 * inner_size, num_chunks=2)
+        self.w2 = linears.row(inner_size, hidden_size)
+
+    def forward(self, bits_VC: torch.Tensor) -> torch.Tensor:
+        """[V, C] of -1 and 1, any dtype -> [V, D] in the dtype of the parameters."""
+        gate, up = self.w1(bits_VC.to(next(self.parameters()).dtype)).chunk(2, dim=-1)
+        return self.w2(functional.silu(gate) * up)
+
+
+PROJECTORS: Mapping[str, type[Projector] | type[GatedProjector]] = {"gelu": Projector, "swiglu": GatedProjector}
+"""By the names of `config/families.py`."""

@@ -19,6 +19,7 @@ import torch
 from bitdance_scale.config.schema import (
     NUM_MODULATIONS,
     NUM_TIME_FEATURES,
+    NUM_TOKEN_MODULATIONS,
     HeadSection,
     ModelSection,
     RunConfig,
@@ -51,6 +52,7 @@ class PackCounts:
         num_positions: positions of samples, padding left out.
         num_visible_pairs: (query, key) pairs of positions where the query sees the key, a position itself included.
         num_vision: vision tokens at the input.
+        num_encoded: vision tokens that the autoencoder makes.
         num_predicted: vision tokens predicted by the head.
         num_blocks: blocks predicted by the head.
         num_text_targets: text tokens predicted.
@@ -59,6 +61,7 @@ class PackCounts:
     num_positions: int = 0
     num_visible_pairs: int = 0
     num_vision: int = 0
+    num_encoded: int = 0
     num_predicted: int = 0
     num_blocks: int = 0
     num_text_targets: int = 0
@@ -103,6 +106,7 @@ def count_pack(pack: Pack) -> PackCounts:
         num_positions=pack.num_positions - pack.num_padding,
         num_visible_pairs=count_visible_pairs(pack.document_ids, pack.block_ids),
         num_vision=len(pack.vision_positions),
+        num_encoded=len(pack.vision_cells),
         num_predicted=len(pack.predict_positions),
         num_blocks=len(pack.predict_positions) // pack.block_tokens,
         num_text_targets=len(pack.text_targets),
@@ -120,14 +124,15 @@ def step_flops(config: RunConfig, vocab_size: int, counts: PackCounts) -> StepFl
     model, bits = config.model, config.vision.num_bits
     # Scores and weighted values each take `head_dim` multiply-adds per pair and head.
     attention_per_pair = 4 * model.num_layers * model.num_heads * model.head_dim
-    head_per_token, head_per_block = _head_weights(config.head, model.hidden_size, bits)
+    has_attention = head_attends(config)
+    head_per_token, head_per_block = _head_weights(config.head, model.hidden_size, bits, has_attention)
     head_pairs = counts.num_predicted * config.vision.block_tokens
     return StepFlops(
         backbone=2 * counts.num_positions * _layer_weights(model) * model.num_layers,
         attention=attention_per_pair * counts.num_visible_pairs,
         head=2 * (counts.num_predicted * head_per_token + counts.num_blocks * head_per_block)
-        + 4 * config.head.num_blocks * config.head.width * head_pairs,
-        projector=2 * counts.num_vision * (bits * model.hidden_size + model.hidden_size**2),
+        + (4 * config.head.num_blocks * config.head.width * head_pairs if has_attention else 0),
+        projector=2 * counts.num_vision * _projector_weights(config),
         text=2 * counts.num_text_targets * model.hidden_size * vocab_size,
     )
 
@@ -165,15 +170,19 @@ def count_parameters(config: RunConfig, vocab_size: int) -> dict[str, int]:
         `embedding`, `backbone` (layers and final norm), `output` (0 when tied to the embedding), `head`, `projector`
         and their sum `total`.
     """
-    model, head, bits = config.model, config.head, config.vision.num_bits
-    norms_per_layer = 2 * model.hidden_size + 2 * model.head_dim
-    per_token, per_block = _head_weights(head, model.hidden_size, bits)
+    model, head, bits, family = config.model, config.head, config.vision.num_bits, config.model.parts
+    norms_per_layer = 2 * model.hidden_size + (2 * model.head_dim if family.has_query_key_norms else 0)
+    num_norms = 2 if family.has_input_norm else 1
+    has_attention = head_attends(config)
+    per_token, per_block = _head_weights(head, model.hidden_size, bits, has_attention)
+    positions = config.classes.num_cells * model.hidden_size if family.head_cells == "learned" else 0
+    inner = model.projector_size if family.projector == "gelu" else 2 * model.projector_size
     parts = {
         "embedding": vocab_size * model.hidden_size,
-        "backbone": model.num_layers * (_layer_weights(model) + norms_per_layer) + model.hidden_size,
-        "output": 0 if model.tie_embeddings else vocab_size * model.hidden_size,
-        "head": per_token + per_block + _head_vectors(head, bits),
-        "projector": bits * model.hidden_size + model.hidden_size**2 + 2 * model.hidden_size,
+        "backbone": model.num_layers * (_layer_weights(model) + norms_per_layer) + num_norms * model.hidden_size,
+        "output": vocab_size * model.hidden_size if family.has_text and not model.tie_embeddings else 0,
+        "head": per_token + per_block + _head_vectors(head, bits, has_attention) + positions,
+        "projector": _projector_weights(config) + inner + model.hidden_size,
     }
     return parts | {"total": sum(parts.values())}
 
@@ -231,19 +240,33 @@ def _layer_weights(model: ModelSection) -> int:
     return model.hidden_size * (2 * query_size + 2 * kv_size + 3 * model.ffn_size)
 
 
-def _head_weights(head: HeadSection, cond_size: int, num_bits: int) -> tuple[int, int]:
+def head_attends(config: RunConfig) -> bool:
+    """Whether the head has attention."""
+    return config.model.parts.attends_single_tokens or config.vision.block_tokens > 1
+
+
+def _projector_weights(config: RunConfig) -> int:
+    """Elements of the weight matrices of the projector."""
+    model = config.model
+    num_stacked = 1 if model.parts.projector == "gelu" else 2
+    return model.projector_size * (num_stacked * config.vision.num_bits + model.hidden_size)
+
+
+def _head_weights(head: HeadSection, cond_size: int, num_bits: int, has_attention: bool) -> tuple[int, int]:
     """Elements of the head's weight matrices that are used per predicted token, and once per block (the time)."""
     width, hidden = head.width, head.mlp_size
-    per_res_block = 4 * width**2 + 3 * width * hidden
-    per_adaln = NUM_MODULATIONS * width**2
+    per_res_block = (4 * width**2 if has_attention else 0) + 3 * width * hidden
+    per_adaln = (NUM_MODULATIONS if has_attention else NUM_TOKEN_MODULATIONS) * width**2
     ends = num_bits * width + cond_size * width + 2 * width**2 + width * num_bits
     per_block = NUM_TIME_FEATURES * width + width**2
     return head.num_blocks * per_res_block + head.num_adaln * per_adaln + ends, per_block
 
 
-def _head_vectors(head: HeadSection, num_bits: int) -> int:
+def _head_vectors(head: HeadSection, num_bits: int, has_attention: bool) -> int:
     """Elements of the head's biases and norms."""
     width, hidden = head.width, head.mlp_size
-    norms = 2 * 2 * width
-    per_res_block = norms + 4 * width + 2 * hidden + width
-    return head.num_blocks * per_res_block + head.num_adaln * NUM_MODULATIONS * width + 6 * width + num_bits
+    per_swiglu = 2 * width + 2 * hidden + width
+    per_attention = 2 * width + 4 * width if has_attention else 0
+    num_modulations = NUM_MODULATIONS if has_attention else NUM_TOKEN_MODULATIONS
+    per_module = head.num_adaln * num_modulations * width
+    return head.num_blocks * (per_swiglu + per_attention) + per_module + 6 * width + num_bits

@@ -1,4 +1,4 @@
-"""The Qwen3 backbone: Megatron-core's TransformerBlock, with our core attention and norm.
+"""The backbone of all families: Megatron-core's TransformerBlock, with our core attention and norm.
 
 Only two submodules of the layer are ours. `BlockCausalAttention` takes the mask of a pack and can cache keys and values
 for block-by-block decoding. `RMSNorm` sums its weight gradient over tensor-parallel ranks where each rank sees only its
@@ -150,14 +150,14 @@ def transformer_config(config: RunConfig, vocab_size: int, topology: Topology) -
         ffn_hidden_size=model.ffn_size,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
-        qk_layernorm=True,
+        qk_layernorm=model.parts.has_query_key_norms,
         gated_linear_unit=True,
         activation_func=functional.silu,
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=False,
-        rotary_interleaved=False,
+        rotary_interleaved=model.parts.rotary == "cells",
         apply_rope_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
@@ -196,9 +196,9 @@ def _pipeline_layout(config: RunConfig, vocab_size: int) -> list[list[str]] | No
     return layout
 
 
-def layer_spec(recomputes_layer: bool) -> ModuleSpec:
-    """One Qwen3 layer made of Megatron-core's parts, our norm and our core attention."""
-    per_head_norm = ModuleSpec(module=RMSNorm, params={"is_per_head": True})
+def layer_spec(recomputes_layer: bool, has_query_key_norms: bool) -> ModuleSpec:
+    """One layer made of Megatron-core's parts, our norm and our core attention."""
+    per_head_norm = ModuleSpec(module=RMSNorm, params={"is_per_head": True}) if has_query_key_norms else None
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=BlockCausalAttention,
@@ -234,7 +234,7 @@ def make_backbone(
         is_last: whether it is the last stage of the model.
         recomputes: `parallel.recompute`.
     """
-    specs = [layer_spec(recomputes_layer=recomputes == "full")] * num_layers
+    specs = [layer_spec(recomputes == "full", megatron.qk_layernorm)] * num_layers
     backbone = TransformerBlock(
         megatron,
         TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm),

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.generate.block_decode import DecodeLayout, Draw
 from bitdance_scale.generate.sampler import FlowSolver, HeadSteps, sample_block
-from bitdance_scale.model.positions import rotary_frequencies
+from bitdance_scale.model.positions import cell_rotary, rotary_frequencies
 from bitdance_scale.parallel.backbone import use_cache, whole_sequences
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import ZeroEngine
@@ -63,7 +63,7 @@ class StageDecoder:
         self._embedded: list[torch.Tensor] = []
         if self._last.is_last:
             self._head_steps = HeadSteps(self._last.head, self._solver, self._topology.device)
-        rows = self._first.embed_tokens(layout.prefix_ids) if self._first.is_first else None
+        rows = self._first.enter(self._first.embed_tokens(layout.prefix_ids)) if self._first.is_first else None
         self._read(rows, layout.prefix_length)
 
     def extend(self, bits: torch.Tensor, cells: torch.Tensor) -> None:
@@ -73,7 +73,7 @@ class StageDecoder:
             repeated = bits.repeat(self._layout.num_sequences // len(bits), 1, 1)
             all_cells = cells.repeat(len(repeated), 1)
             rows = self._first.embed_bits(repeated.flatten(0, 1), all_cells)
-            rows = rows.view(*repeated.shape[:2], -1).transpose(0, 1)
+            rows = self._first.enter(rows.view(*repeated.shape[:2], -1).transpose(0, 1))
         self._read(rows, len(cells))
 
     def draw_block(self, cells: torch.Tensor, draw: Draw) -> torch.Tensor:
@@ -101,9 +101,7 @@ class StageDecoder:
                 self._embedded.append(rows)
                 rows = torch.cat(self._embedded)
             start = 0
-        positions = layout.position_ids[:, start:stop].T.flatten()
-        rotary = rotary_frequencies(positions, self._config.model.head_dim, self._config.model.rope_base)
-        rotary = rotary.view(stop - start, layout.num_sequences, 1, -1)
+        rotary = self._rotary(start, stop)
         mask = layout.mask(start, stop)
         for stage in self._engine.stages:
             if not stage.is_first:
@@ -114,6 +112,16 @@ class StageDecoder:
                 self._hidden = hidden[-layout.block_tokens :]
             else:
                 dist.send(hidden.contiguous(), self._neighbour(+1), group=self._topology.pipeline_group)
+
+    def _rotary(self, start: int, stop: int) -> torch.Tensor:
+        """Angles of positions start..stop-1 of every sequence, float32 [S, B or 1, 1, K]."""
+        layout, section = self._layout, self._config.model
+        if section.parts.rotary == "sequence":
+            positions = layout.position_ids[:, start:stop].T.flatten()
+            angles = rotary_frequencies(positions, section.head_dim, section.rope_base)
+            return angles.view(stop - start, layout.num_sequences, 1, -1)
+        tokens = torch.arange(start, stop, device=layout.cells.device) - layout.prefix_length
+        return cell_rotary(layout.cells[tokens.clamp(min=0)], tokens >= 0, section.head_dim)
 
     def _receive(self, num_rows: int) -> torch.Tensor:
         shape = (num_rows, self._layout.num_sequences, self._config.model.hidden_size)

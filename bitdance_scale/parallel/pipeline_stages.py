@@ -1,8 +1,9 @@
 """What each pipeline stage holds, and its forward pass.
 
-The first stage embeds text and bits. Every stage runs its share of the backbone. The last stage holds the diffusion
-head and the text projection, and returns the two loss sums. Without a pipeline one stage does all of it. A pipeline
-rank holds one stage, or several under the interleaved schedule: stage k is on rank k modulo the number of ranks.
+The first stage embeds bits and text, or the class. Every stage runs its share of the backbone. The last stage holds the
+diffusion head and the text projection, and returns the two loss sums. Which parts there are is the network family's to
+say (`config/families.py`). Without a pipeline one stage does all of it. A pipeline rank holds one stage, or several
+under the interleaved schedule: stage k is on rank k modulo the number of ranks.
 
 Under sequence parallelism the hidden states between the split linears are divided among the tensor-parallel ranks,
 [S / ranks, B, D]. They are whole before the first layer and after the last.
@@ -24,15 +25,16 @@ from megatron.core.tensor_parallel import (
     scatter_to_sequence_parallel_region,
     vocab_parallel_cross_entropy,
 )
+from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.diffusion_head import DiffusionHead
 from bitdance_scale.model.flow import block_losses, flow_loss, interpolate
 from bitdance_scale.model.inputs import PackInputs
-from bitdance_scale.model.positions import sincos_2d
-from bitdance_scale.model.projector import Projector
-from bitdance_scale.parallel.backbone import make_backbone, recompute, transformer_config
+from bitdance_scale.model.positions import raster_index, sincos_2d
+from bitdance_scale.model.projector import PROJECTORS
+from bitdance_scale.parallel.backbone import RMSNorm, make_backbone, recompute, transformer_config
 from bitdance_scale.parallel.stage_split import stage_layers
 from bitdance_scale.parallel.step_trace import StepTrace
 from bitdance_scale.parallel.tensor_linears import ColumnLinear, TensorParallelLinears, without_sequence_parallel
@@ -81,15 +83,21 @@ class Stage(nn.Module):
         self.vocab_size = vocab_size
         self.padded_vocab_size = vocab_size + -vocab_size % topology.tensor_size
         self.hidden_size = config.model.hidden_size
+        self.parts, self.block_side = config.model.parts, config.vision.block_side
+        self.grid = config.classes.grid
         self.layers = stage_layers(config, vocab_size, number)
         self.has_copied_output = False
         self.trace: StepTrace | None = None
+        whole = without_sequence_parallel(self.config)
         linears = TensorParallelLinears(self.config, topology)
         if self.is_first:
             self.embedding = VocabParallelEmbedding(
                 self.padded_vocab_size, self.hidden_size, init_method=lambda weight: weight, config=self.config
             )
-            self.projector = Projector(config.vision.num_bits, self.hidden_size, linears)
+            self.projector = PROJECTORS[self.parts.projector](config.vision.num_bits, self.hidden_size, linears)
+            if self.parts.has_input_norm:
+                # Over the whole sequence, before tensor-parallel ranks divide it.
+                self.input_norm = RMSNorm(whole, self.hidden_size, config.model.norm_eps)
         self.decoder = make_backbone(
             self.config,
             len(self.layers),
@@ -100,25 +108,35 @@ class Stage(nn.Module):
         )
         if self.is_last:
             self.head = DiffusionHead(
-                config.head, self.hidden_size, config.vision.num_bits, config.vision.block_tokens, linears
+                config.head,
+                self.hidden_size,
+                config.vision.num_bits,
+                config.vision.block_tokens,
+                linears,
+                output=self.parts.head_output,
+                has_attention=self.parts.attends_single_tokens or config.vision.block_tokens > 1,
             )
             if config.parallel.recompute == "full":
                 self.head.recompute_blocks(recompute)
-            self.output = ColumnLinear(
-                self.hidden_size,
-                self.padded_vocab_size,
-                1,
-                gather_output=False,
-                bias=False,
-                config=without_sequence_parallel(self.config),
-            )
-            if config.model.tie_embeddings:
-                self.has_copied_output = not self.is_first
-                if self.is_first:
-                    self.output.weight = self.embedding.weight
-            local = self.padded_vocab_size // topology.tensor_size
-            first_row = topology.tensor_rank * local
-            self._num_local_entries = max(0, min(local, vocab_size - first_row))
+            if self.parts.head_cells == "learned":
+                self.head_positions = nn.Embedding(
+                    config.classes.num_cells, self.hidden_size, dtype=self.config.params_dtype
+                )
+            if self.parts.has_text:
+                self._make_output(whole, config.model.tie_embeddings, topology)
+
+    def _make_output(self, megatron: TransformerConfig, is_tied: bool, topology: Topology) -> None:
+        """The projection to the vocabulary."""
+        self.output = ColumnLinear(
+            self.hidden_size, self.padded_vocab_size, 1, gather_output=False, bias=False, config=megatron
+        )
+        if is_tied:
+            self.has_copied_output = not self.is_first
+            if self.is_first:
+                self.output.weight = self.embedding.weight
+        local = self.padded_vocab_size // topology.tensor_size
+        first_row = topology.tensor_rank * local
+        self._num_local_entries = max(0, min(local, self.vocab_size - first_row))
 
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor] | None) -> None:
         """Takes the hidden states [S, B, D] that Megatron's schedule received from the previous stage."""
@@ -147,19 +165,26 @@ class Stage(nn.Module):
         """Embeds text tokens and bits into [S, 1, D]."""
         text_S1D = self.embed_tokens(inputs.token_ids[None])
         vision_VD = self.embed_bits(inputs.vision_bits, inputs.vision_cells)
-        return text_S1D.index_copy(0, inputs.vision_positions, vision_VD[:, None])
+        return self.enter(text_S1D.index_copy(0, inputs.vision_positions, vision_VD[:, None]))
+
+    def enter(self, hidden_SBD: torch.Tensor) -> torch.Tensor:
+        """The embedded sequence as the first layer takes it."""
+        return self.input_norm(hidden_SBD) if self.parts.has_input_norm else hidden_SBD
 
     def embed_tokens(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embeds text and special tokens [B, S] into [S, B, D]."""
         return self.embedding(token_ids).transpose(0, 1)
 
     def embed_bits(self, bits_VC: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-        """Projects bits [V, C] to [V, D] and adds the 2-D positions of their `cells` [V, 2] (published release)."""
+        """Projects bits [V, C] to [V, D]; some families add the 2-D positions of their `cells` [V, 2]."""
         dtype = self.config.params_dtype
-        return self.projector(bits_VC.to(dtype)) + sincos_2d(cells, self.hidden_size).to(dtype)
+        vision_VD = self.projector(bits_VC.to(dtype))
+        return vision_VD + sincos_2d(cells, self.hidden_size).to(dtype) if self.parts.adds_cells_at_input else vision_VD
 
     def conditions(self, hidden_MPD: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-        """Adds to predicting hidden states [M, P, D] the 2-D positions of the cells [M, P, 2] that they predict."""
+        """Adds to predicting hidden states [M, P, D] the positions of the cells [M, P, 2] that they predict."""
+        if self.parts.head_cells == "learned":
+            return hidden_MPD + self.head_positions(raster_index(cells, self.grid, self.block_side))
         positions = sincos_2d(cells.flatten(0, 1), self.hidden_size).view(hidden_MPD.shape)
         return hidden_MPD + positions.to(hidden_MPD.dtype)
 
@@ -172,7 +197,10 @@ class Stage(nn.Module):
         noisy_MPC = interpolate(inputs.clean_bits, inputs.noise, inputs.time)
         predicted_MPC = self.head(noisy_MPC, inputs.time, condition_MPD)
         vision, _ = flow_loss(predicted_MPC, inputs.clean_bits, noisy_MPC, inputs.time)
-        text = self.text_loss_sum(hidden_SD[inputs.text_positions], inputs.text_targets)
+        if self.parts.has_text:
+            text = self.text_loss_sum(hidden_SD[inputs.text_positions], inputs.text_targets)
+        else:
+            text = torch.zeros_like(vision)
         weights = vision.new_tensor([float(inputs.num_vision_targets > 0), float(inputs.num_text_targets > 0)])
         sums = torch.stack([vision, text]) * weights
         if not inputs.reports_blocks:

@@ -109,14 +109,14 @@ def stage_costs(config: RunConfig, vocab_size: int) -> StageCosts:
         layer=layers / config.model.num_layers / num_images,
         first=TRAINING_OVER_FORWARD * flops.projector / num_images,
         last=(head + TRAINING_OVER_FORWARD * flops.text) / num_images,
-        encoder=encode_flops(config.vision, counts.num_vision) / replica_ranks / num_images,
+        encoder=encode_flops(config.vision, counts.num_encoded) / replica_ranks / num_images,
     )
 
 
 def typical_counts(config: RunConfig) -> tuple[int, PackCounts]:
     """(images, their total counts): every bucket with its share of the mix and a typical caption, text to image."""
     vision, resolutions = config.vision, config.data.resolutions
-    tokens = placeholder_tokens(vision)
+    tokens = placeholder_tokens(config)
     num_caption_tokens = min(TYPICAL_CAPTION_TOKENS, config.text.max_caption_tokens)
     # Buckets of one resolution are equally likely, and the resolutions have different numbers of buckets.
     multiple = math.lcm(*(len(resolution.buckets_px) for resolution in resolutions))
@@ -125,7 +125,7 @@ def typical_counts(config: RunConfig) -> tuple[int, PackCounts]:
         weight = resolution.share * multiple // len(resolution.buckets_px)
         for height, width in resolution.buckets_px:
             grid = (height // vision.downsample, width // vision.downsample)
-            sample = placeholder_sample(0, grid, num_caption_tokens)
+            sample = placeholder_sample(0, grid, num_caption_tokens, config)
             total += weight * np.array(dataclasses.astuple(count_pack(pack_samples([sample], tokens, 1))))
             num_images += weight
     return num_images, PackCounts(*total.tolist())

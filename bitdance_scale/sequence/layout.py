@@ -6,14 +6,22 @@ One text-to-image sample (arXiv 2602.14041 Sec. 4.3, `[bos] {text} [boi] [res_i]
 
 The P positions `<|res_w|>, <|query_1|>, ..` predict the first block, block m predicts block m + 1, and the last block
 predicts nothing (Sec. 3.3). A block is an attention group, and so are `<|res_w|>` and the queries together; every other
-position is a group by itself. `sequence/visibility.py` says who sees whom. With `ImageTokens.is_causal`, the ablation
-of Table 14, every position is a group by itself.
+position is a group by itself. `sequence/visibility.py` says who sees whom. With `is_causal`, the ablation of Table 14,
+every position is a group by itself.
+
+A class-conditional sample (Sec. 4.2) has the tokens of its class as `before`, of which the last takes the place of
+`<|res_w|>`, and ends before its last block, which predicts nothing and which nothing sees:
+
+    {class tokens} {query_1} .. {query_{P-1}} {vision tokens without the last block}
+
+What differs between the two is in `ImageTokens` and `ClassTokens`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from einops import rearrange
@@ -21,9 +29,36 @@ from einops import rearrange
 from bitdance_scale.sequence.pack import Pack, Sample
 
 
+class SequenceTokens(Protocol):
+    """The special tokens of a sample, and what of its image is in the sequence."""
+
+    @property
+    def block_tokens(self) -> int:
+        """P, vision tokens per block."""
+        ...
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether positions of a block see only those before them."""
+        ...
+
+    @property
+    def reads_last_block(self) -> bool:
+        """Whether the last block of an image is in the sequence."""
+        ...
+
+    def prefix_ids(self, grid: tuple[int, int]) -> np.ndarray:
+        """int64, the tokens between the text or class and an image of `grid` (height, width) cells."""
+        ...
+
+    def end_ids(self) -> np.ndarray:
+        """int64, the tokens right after an image."""
+        ...
+
+
 @dataclass(frozen=True)
 class ImageTokens:
-    """Ids of the special tokens around an image.
+    """Ids of the special tokens around an image that is drawn from text.
 
     Attributes:
         vision_start, vision_end: ids of `<|vision_start|>` and `<|vision_end|>`.
@@ -43,28 +78,95 @@ class ImageTokens:
         """P, vision tokens per block: one per query and one for `<|res_w|>`."""
         return len(self.queries) + 1
 
+    @property
+    def reads_last_block(self) -> bool:
+        """The last block is in the sequence, because text may follow it."""
+        return True
 
-def num_positions(num_before: int, num_after: int, grid: tuple[int, int], block_tokens: int) -> int:
-    """Positions of a sample with that many text tokens before and after an image of `grid` (height, width) cells."""
-    return num_before + 3 + (block_tokens - 1) + grid[0] * grid[1] + 1 + num_after
+    def prefix_ids(self, grid: tuple[int, int]) -> np.ndarray:
+        """int64 [P + 2], `<|vision_start|> <|res_h|> <|res_w|> <|query_1|> .. <|query_{P-1}|>`.
+
+        Raises:
+            ValueError: there is no resolution token for a side of the grid.
+        """
+        height, width = grid
+        limit = len(self.resolution)
+        if not (0 < height <= limit and 0 < width <= limit):
+            raise ValueError(f"grid {grid}: sides must be within 1..{limit}, one resolution token each")
+        resolution = (self.resolution[height - 1], self.resolution[width - 1])
+        return np.array([self.vision_start, *resolution, *self.queries], dtype=np.int64)
+
+    def end_ids(self) -> np.ndarray:
+        """int64 [1], `<|vision_end|>`."""
+        return np.array([self.vision_end], dtype=np.int64)
 
 
-def image_prefix_ids(grid: tuple[int, int], tokens: ImageTokens) -> np.ndarray:
-    """int64 [P + 2], `<|vision_start|> <|res_h|> <|res_w|> <|query_1|> .. <|query_{P-1}|>`."""
-    height, width = grid
-    limit = len(tokens.resolution)
-    if not (0 < height <= limit and 0 < width <= limit):
-        raise ValueError(f"grid {grid}: sides must be within 1..{limit}, one resolution token each")
-    resolution = (tokens.resolution[height - 1], tokens.resolution[width - 1])
-    return np.array([tokens.vision_start, *resolution, *tokens.queries], dtype=np.int64)
+@dataclass(frozen=True)
+class ClassTokens:
+    """Rows of the embedding table of a class-conditional network: every class has `num_tokens`, queries follow.
+
+    The published release has a row of `num_tokens` vectors per class, one more class for "no class", and the queries as
+    a parameter of their own. The rows of this table are the same vectors in the same order.
+
+    Attributes:
+        num_classes: classes, "no class" not counted; it is number `num_classes`.
+        num_tokens: tokens of a class.
+        block_tokens: P.
+        is_causal: whether positions of a block see only those before them.
+    """
+
+    num_classes: int
+    num_tokens: int
+    block_tokens: int
+    is_causal: bool = False
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the table."""
+        return (self.num_classes + 1) * self.num_tokens + self.block_tokens - 1
+
+    @property
+    def reads_last_block(self) -> bool:
+        """Nothing follows the last block, so it is left out."""
+        return False
+
+    def class_ids(self, label: int | None) -> np.ndarray:
+        """int64 [num_tokens], the tokens of a class; None: of "no class".
+
+        Raises:
+            ValueError: there is no such class.
+        """
+        number = self.num_classes if label is None else label
+        if not 0 <= number <= self.num_classes or (label is not None and label == self.num_classes):
+            raise ValueError(f"label {label}: must be within 0..{self.num_classes - 1}")
+        return number * self.num_tokens + np.arange(self.num_tokens, dtype=np.int64)
+
+    def prefix_ids(self, grid: tuple[int, int]) -> np.ndarray:
+        """int64 [P - 1], the queries."""
+        return (self.num_classes + 1) * self.num_tokens + np.arange(self.block_tokens - 1, dtype=np.int64)
+
+    def end_ids(self) -> np.ndarray:
+        """int64 [0], nothing."""
+        return np.zeros(0, dtype=np.int64)
 
 
-def attention_groups(num_before: int, num_vision: int, num_after: int, tokens: ImageTokens) -> np.ndarray:
+def num_positions(num_before: int, num_after: int, grid: tuple[int, int], tokens: SequenceTokens) -> int:
+    """Positions of a sample with that many tokens before and after an image of `grid` (height, width) cells."""
+    around = len(tokens.prefix_ids(grid)) + len(tokens.end_ids())
+    return num_before + around + num_read(grid, tokens) + num_after
+
+
+def num_read(grid: tuple[int, int], tokens: SequenceTokens) -> int:
+    """Vision tokens of an image that are in the sequence."""
+    return grid[0] * grid[1] - (0 if tokens.reads_last_block else tokens.block_tokens)
+
+
+def attention_groups(num_before: int, num_vision: int, num_after: int, tokens: SequenceTokens) -> np.ndarray:
     """Attention group of every position of a sample; a position sees the groups up to its own.
 
     Args:
-        num_before: positions before `<|res_w|>`.
-        num_vision: vision tokens, a multiple of P.
+        num_before: positions before `<|res_w|>`, or the last class token.
+        num_vision: vision tokens in the sequence, a multiple of P.
         num_after: positions after the vision tokens.
         tokens: size of a block, and whether its positions see each other.
 
@@ -80,12 +182,12 @@ def attention_groups(num_before: int, num_vision: int, num_after: int, tokens: I
     return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
 
 
-def pack_samples(samples: Sequence[Sample], tokens: ImageTokens, pack_multiple: int) -> Pack:
+def pack_samples(samples: Sequence[Sample], tokens: SequenceTokens, pack_multiple: int) -> Pack:
     """Lays samples end to end in one training row, in the order given.
 
     Args:
         samples: at least one; the sides of their grids are divisible by the block side.
-        tokens: ids of the special tokens around an image.
+        tokens: the special tokens.
         pack_multiple: the row is padded to a multiple of this many positions.
 
     Returns:
@@ -123,22 +225,21 @@ class _Rows:
         for name, array in arrays.items():
             self.parts.setdefault(name, []).append(array)
         self.num_positions += len(arrays["token_ids"])
-        self.num_vision += len(arrays.get("vision_positions", ()))
+        self.num_vision += len(arrays.get("vision_cells", ()))
 
 
-def _append_sample(rows: _Rows, document: int, sample: Sample, tokens: ImageTokens) -> None:
-    """Adds one sample, the sequence in the module's docstring."""
+def _append_sample(rows: _Rows, document: int, sample: Sample, tokens: SequenceTokens) -> None:
+    """Adds one sample, a sequence in the module's docstring."""
     size = tokens.block_tokens
-    prefix = image_prefix_ids(sample.grid, tokens)
+    prefix, end = tokens.prefix_ids(sample.grid), tokens.end_ids()
     num_before, num_vision, num_after = len(sample.before_ids), sample.grid[0] * sample.grid[1], len(sample.after_ids)
-    queries_start = num_before + 2
+    num_input = num_read(sample.grid, tokens)
     vision_start = num_before + len(prefix)
-    after_start = vision_start + num_vision + 1
+    queries_start = vision_start - size
+    after_start = vision_start + num_input + len(end)
     length = after_start + num_after
 
-    token_ids = np.concatenate(
-        [sample.before_ids, prefix, np.zeros(num_vision, dtype=np.int64), [tokens.vision_end], sample.after_ids]
-    )
+    token_ids = np.concatenate([sample.before_ids, prefix, np.zeros(num_input, dtype=np.int64), end, sample.after_ids])
 
     # The P positions before a block predict it: token i of the image is predicted at queries_start + i.
     predicted = np.arange(num_vision if sample.predicts_image else 0, dtype=np.int64)
@@ -153,8 +254,9 @@ def _append_sample(rows: _Rows, document: int, sample: Sample, tokens: ImageToke
         token_ids=token_ids,
         position_ids=np.arange(length, dtype=np.int64),
         document_ids=np.full(length, document, dtype=np.int32),
-        block_ids=attention_groups(queries_start, num_vision, 1 + num_after, tokens),
-        vision_positions=start + vision_start + np.arange(num_vision, dtype=np.int64),
+        block_ids=attention_groups(queries_start, num_input, len(end) + num_after, tokens),
+        vision_positions=start + vision_start + np.arange(num_input, dtype=np.int64),
+        vision_inputs=vision_before + np.arange(num_input, dtype=np.int64),
         vision_cells=block_raster_cells(sample.grid, _side(size)),
         predict_positions=start + queries_start + predicted,
         predict_tokens=vision_before + predicted,

@@ -5,8 +5,8 @@ A `Sample` is one image with its text, tokenized. A `Pack` is one training row: 
 works out what a position is. Packs are numpy arrays: loader threads build them, the ranks of a replica send them to
 each other, and they move to the device once.
 
-Sizes: S positions, V vision tokens, Q predicted vision tokens, P vision tokens per block, C bits, T text targets,
-N samples.
+Sizes: S positions, V vision tokens, I those of them in the sequence, Q predicted vision tokens, P vision tokens
+per block, C bits, T text targets, N samples.
 """
 
 from __future__ import annotations
@@ -40,6 +40,24 @@ class Sample:
     predicts_image: bool = True
 
 
+def class_sample(key: int, class_ids: np.ndarray, grid: tuple[int, int]) -> Sample:
+    """The sample that teaches an image from its class (arXiv 2602.14041 Sec. 4.2).
+
+    Args:
+        key: identity of the sample in the data set.
+        class_ids: int64 [T], the tokens of the class, or of "no class" for guidance.
+        grid: (height, width) of the image in latent cells.
+    """
+    return Sample(
+        key=key,
+        grid=grid,
+        before_ids=class_ids,
+        after_ids=np.zeros(0, dtype=np.int64),
+        first_target_before=len(class_ids),
+        first_target_after=0,
+    )
+
+
 @dataclass(frozen=True)
 class Pack:
     """One training row.
@@ -50,7 +68,8 @@ class Pack:
         document_ids: int32 [S], sample of the position, -1 for padding.
         block_ids: int32 [S], attention group within the sample, never decreasing along it. With `document_ids` it
             decides who sees whom (`sequence/visibility.py`).
-        vision_positions: int64 [V], position of every vision token.
+        vision_positions: int64 [I], position of every vision token that is in the sequence.
+        vision_inputs: int64 [I], its index in 0..V-1.
         vision_cells: int32 [V, 2], (row, column) of its latent cell.
         vision_bits: uint8 [V, C / 8], its bits packed by `vision/bits.py`; None until the images are encoded.
         predict_positions: int64 [Q], position whose hidden state predicts a vision token, block after block.
@@ -69,6 +88,7 @@ class Pack:
     document_ids: np.ndarray
     block_ids: np.ndarray
     vision_positions: np.ndarray
+    vision_inputs: np.ndarray
     vision_cells: np.ndarray
     vision_bits: np.ndarray | None
     predict_positions: np.ndarray
@@ -93,9 +113,8 @@ class Pack:
 
     def with_bits(self, vision_bits: np.ndarray) -> Pack:
         """The pack with its images encoded, as uint8 [V, C / 8]; ValueError for another shape or dtype."""
-        if vision_bits.shape[0] != len(self.vision_positions) or vision_bits.dtype != np.uint8:
+        if vision_bits.shape[0] != len(self.vision_cells) or vision_bits.dtype != np.uint8:
             raise ValueError(
-                f"vision_bits: {vision_bits.dtype} {vision_bits.shape}, expected uint8 "
-                f"[{len(self.vision_positions)}, C/8]"
+                f"vision_bits: {vision_bits.dtype} {vision_bits.shape}, expected uint8 [{len(self.vision_cells)}, C/8]"
             )
         return dataclasses.replace(self, vision_bits=vision_bits)

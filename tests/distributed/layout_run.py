@@ -11,6 +11,7 @@ from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.inputs import PackInputs, make_inputs
 from bitdance_scale.parallel.topology import Topology, make_topology, start_process_group
 from bitdance_scale.sequence.noise import pack_noise
+from tests.distributed.class_toy import class_packs, class_tokens
 from tests.distributed.toy import VOCAB_SIZE, lopsided_packs, toy_packs
 
 
@@ -33,7 +34,8 @@ def make_engine(config: RunConfig) -> tuple[object, Topology]:
     from bitdance_scale.parallel.parameter_names import name_parameters
     from bitdance_scale.parallel.zero import ZeroEngine
 
-    stages = build_stages(config, VOCAB_SIZE, topology)
+    vocab_size = VOCAB_SIZE if config.model.parts.has_text else class_tokens(config).vocab_size
+    stages = build_stages(config, vocab_size, topology)
     _disturb(name_parameters(stages, topology))
     return ZeroEngine(stages, config, topology), topology
 
@@ -51,6 +53,7 @@ def step_inputs(
 ) -> list[PackInputs]:
     """The replica's micro-batches with the noise of the step."""
     deal = lopsided_packs if is_lopsided else toy_packs
+    deal = deal if config.model.parts.has_text else class_packs
     packs = deal(topology.data_rank, topology.data_size, num_micro, config)
     num_bits = config.vision.num_bits
     return [

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from bitdance_scale.config.data_rules import MAX_MARKUP_TOKENS, NUM_RESOLUTION_TOKENS
-from bitdance_scale.config.schema import RunConfig, VisionSection
+from bitdance_scale.config.schema import NetworkConfig, RunConfig
 from bitdance_scale.data.plan.apportion import Apportionment
 from bitdance_scale.data.plan.buckets import resolution_buckets
 from bitdance_scale.data.plan.packing import CostModel, partition_batch
-from bitdance_scale.sequence.layout import ImageTokens, num_positions, pack_samples
-from bitdance_scale.sequence.pack import Pack, Sample
+from bitdance_scale.sequence.layout import ClassTokens, ImageTokens, SequenceTokens, num_positions, pack_samples
+from bitdance_scale.sequence.pack import Pack, Sample, class_sample
 
 
 def typical_packs(config: RunConfig, num_replicas: int) -> list[Pack]:
@@ -27,12 +27,9 @@ def typical_packs(config: RunConfig, num_replicas: int) -> list[Pack]:
     Raises:
         ConfigError: the batch cannot be divided among so many replicas.
     """
-    samples = _samples(config)
+    samples, tokens = _samples(config), placeholder_tokens(config)
     lengths = np.array(
-        [
-            num_positions(len(sample.before_ids), len(sample.after_ids), sample.grid, config.vision.block_tokens)
-            for sample in samples
-        ]
+        [num_positions(len(sample.before_ids), len(sample.after_ids), sample.grid, tokens) for sample in samples]
     )
     cost_model = CostModel.of_model(config.model)
     ranks = partition_batch(
@@ -43,23 +40,27 @@ def typical_packs(config: RunConfig, num_replicas: int) -> list[Pack]:
         config.parallel.packs_multiple,
         config.data.pack_multiple,
     )
-    tokens = placeholder_tokens(config.vision)
     packs = []
     for places in ranks[0]:
         pack = pack_samples([samples[place] for place in places], tokens, config.data.pack_multiple)
-        packs.append(
-            pack.with_bits(np.zeros((len(pack.vision_positions), config.vision.num_bits // 8), dtype=np.uint8))
-        )
+        packs.append(pack.with_bits(np.zeros((len(pack.vision_cells), config.vision.num_bits // 8), dtype=np.uint8)))
     return sorted(packs, key=lambda pack: (-len(pack.text_targets), -pack.num_positions))
 
 
-def placeholder_tokens(section: VisionSection) -> ImageTokens:
-    """Image tokens that all have id 0, for when only shapes matter."""
-    return ImageTokens(0, 0, (0,) * NUM_RESOLUTION_TOKENS, (0,) * (section.block_tokens - 1))
+def placeholder_tokens(config: NetworkConfig | RunConfig) -> SequenceTokens:
+    """The special tokens of a network for when only shapes matter; those of text-to-image all have id 0."""
+    block_tokens, is_causal = config.vision.block_tokens, config.model.mask == "causal"
+    if not config.model.parts.has_text:
+        return ClassTokens(config.classes.num_classes, config.classes.num_tokens, block_tokens, is_causal)
+    return ImageTokens(0, 0, (0,) * NUM_RESOLUTION_TOKENS, (0,) * (block_tokens - 1), is_causal)
 
 
-def placeholder_sample(key: int, grid: tuple[int, int], num_caption_tokens: int) -> Sample:
-    """A text-to-image sample of these sizes, with the longest chat markup that a tokenizer may need."""
+def placeholder_sample(
+    key: int, grid: tuple[int, int], num_caption_tokens: int, config: NetworkConfig | RunConfig
+) -> Sample:
+    """A sample of an image to draw, with the longest chat markup that a tokenizer may need, or of some class."""
+    if not config.model.parts.has_text:
+        return class_sample(key, np.zeros(config.classes.num_tokens, dtype=np.int64), grid)
     before_ids = np.zeros(MAX_MARKUP_TOKENS - 1 + num_caption_tokens, dtype=np.int64)
     return Sample(
         key=key,
@@ -80,5 +81,5 @@ def _samples(config: RunConfig) -> list[Sample]:
     for key, label in enumerate(labels.tolist()):
         height, width = grids[label][num_drawn[label] % len(grids[label])].tolist()
         num_drawn[label] += 1
-        samples.append(placeholder_sample(key, (height, width), config.text.max_caption_tokens))
+        samples.append(placeholder_sample(key, (height, width), config.text.max_caption_tokens, config))
     return samples

@@ -32,6 +32,7 @@ UNCONSTRAINED = {
     "model.preset",
     "model.tie_embeddings",
     "vision.gan_decoder",
+    "text.path",
     "parallel.sequence_parallel",
     "head.time_mean",
     "data.bits_dir",

@@ -1,0 +1,59 @@
+"""A small class-conditional model and a small global batch, for comparing layouts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from bitdance_scale.config.schema import ClassesSection, RunConfig, TextSection
+from bitdance_scale.sequence.layout import ClassTokens, pack_samples
+from bitdance_scale.sequence.pack import Pack, Sample, class_sample
+from tests.distributed.toy import toy_config
+
+GRID = (4, 4)
+# Six classes with "no class" and three queries make 21 rows, which divide over no two ranks.
+CLASSES = ClassesSection(num_classes=5, num_tokens=3, grid=GRID)
+NUM_SAMPLES = 16
+
+
+def class_config(block_side: int = 2, **parallel: object) -> RunConfig:
+    """Four layers of the published network's shape, float32; keyword arguments go to `parallel`."""
+    config = toy_config(**parallel)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, family="class_conditional", num_kv_heads=4),
+        vision=dataclasses.replace(config.vision, block_side=block_side),
+        text=TextSection(),
+        classes=CLASSES,
+        data=dataclasses.replace(config.data, global_batch=NUM_SAMPLES),
+    )
+
+
+def class_tokens(config: RunConfig) -> ClassTokens:
+    """The rows of the toy's table."""
+    return ClassTokens(CLASSES.num_classes, CLASSES.num_tokens, config.vision.block_tokens)
+
+
+def class_samples(config: RunConfig) -> list[Sample]:
+    """Samples of all classes and of "no class"."""
+    tokens = class_tokens(config)
+    labels = [*range(CLASSES.num_classes), None]
+    return [
+        class_sample(3000 + index, tokens.class_ids(labels[index % len(labels)]), GRID) for index in range(NUM_SAMPLES)
+    ]
+
+
+def class_packs(data_rank: int, data_size: int, num_micro: int, config: RunConfig) -> list[Pack]:
+    """This replica's micro-batches, with bits; the first packs hold more samples than the last."""
+    samples, num_packs = class_samples(config), data_size * num_micro
+    draw = np.random.default_rng(13)
+    shape = (GRID[0] * GRID[1], config.vision.num_bits // 8)
+    bits = [draw.integers(0, 256, size=shape, dtype=np.uint8) for _ in samples]
+    owner = [int((index / len(samples)) ** 1.5 * num_packs) for index in range(len(samples))]
+    packs = []
+    for number in range(data_rank * num_micro, (data_rank + 1) * num_micro):
+        chosen = [index for index, pack in enumerate(owner) if pack == number]
+        pack = pack_samples([samples[index] for index in chosen], class_tokens(config), config.data.pack_multiple)
+        packs.append(pack.with_bits(np.concatenate([bits[index] for index in chosen])))
+    return packs
