@@ -134,6 +134,7 @@ class _StartConfig:
     head: object
     vision: object
     text: object
+    classes: object
 
 
 def _streamed(source: Source, tensor: NamedTensor, spec: TensorSpec, on_bytes: OnBytes) -> StreamedValue:

@@ -78,12 +78,12 @@ def _step_lengths(config: RunConfig, num_steps: int) -> tuple[list[np.ndarray], 
     """Positions and resolutions, int64 [B] each, of the samples of the first steps."""
     from bitdance_scale.data.plan.plan import Plan
     from bitdance_scale.data.sample_builder import SampleBuilder
-    from bitdance_scale.sequence.tokens import load_text_tokenizer
+    from bitdance_scale.sequence.condition import load_condition
     from bitdance_scale.train.shared_index import training_index
 
     index = training_index(config.data)
-    tokenizer = load_text_tokenizer(config.text, config.vision.block_tokens, is_causal=config.model.mask == "causal")
-    plan, builder = Plan(config.run.seed, index, config.data), SampleBuilder(config, index, tokenizer)
+    plan = Plan(config.run.seed, index, config.data)
+    builder = SampleBuilder(config, index, load_condition(config))
     batches = [plan.batch(step) for step in range(num_steps)]
     return [builder.lengths(builder.build(batch)) for batch in batches], [batch.side_px for batch in batches]
 

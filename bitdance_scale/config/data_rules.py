@@ -262,15 +262,33 @@ def _evaluation_has_every_resolution(config: RunConfig) -> Iterator[str]:
         )
 
 
-@RULES.rule("data.max_pack_tokens", "data.pack_multiple", "data.resolutions", "text.max_caption_tokens", "vision")
+@RULES.rule(
+    "data.max_pack_tokens",
+    "data.pack_multiple",
+    "data.resolutions",
+    "text.max_caption_tokens",
+    "classes.num_tokens",
+    "model.family",
+    "vision",
+)
 def _largest_sample_fits_a_pack(config: RunConfig) -> Iterator[str]:
-    """`data.max_pack_tokens` holds the largest bucket with the longest caption, its markup and the query tokens.
+    """`data.max_pack_tokens` holds the largest bucket with its query tokens and the longest caption, or its class.
 
     A sample is never split between two packs.
     """
     vision = config.vision
     where, (height, width) = max(_buckets(config), key=lambda bucket: bucket[1][0] * bucket[1][1])
     num_cells = (height // vision.downsample) * (width // vision.downsample)
+    if not config.model.parts.has_text:
+        # P - 1 queries; the last block is left out.
+        needed = num_cells - 1 + config.classes.num_tokens
+        if config.data.max_pack_tokens < needed:
+            yield (
+                f"data.max_pack_tokens = {config.data.max_pack_tokens}: must be at least {needed} = {num_cells} cells "
+                f"of {where} - 1 + classes.num_tokens = {config.classes.num_tokens}; use "
+                f"{needed + -needed % config.data.pack_multiple} or more"
+            )
+        return
     # `<|vision_start|>`, two resolution tokens, P - 1 queries, `<|vision_end|>`.
     num_image_markup = 4 + vision.block_tokens - 1
     needed = num_cells + num_image_markup + config.text.max_caption_tokens + MAX_MARKUP_TOKENS

@@ -25,6 +25,7 @@ def check_named_files(config: RunConfig, *, reads_text: bool = True) -> None:
     Raises:
         ConfigError: one is missing; lists all that are.
     """
+    reads_text = reads_text and config.model.parts.has_text
     faults = [*(tokenizer_faults(config.text) if reads_text else ()), *autoencoder_faults(config.vision.weights_path)]
     if faults:
         raise ConfigError("\n".join(faults))

@@ -33,9 +33,9 @@ from bitdance_scale.data.reader import ShardReader
 from bitdance_scale.data.sample_builder import SampleBuilder
 from bitdance_scale.data.storage.stores import Stores
 from bitdance_scale.errors import CheckpointError
+from bitdance_scale.sequence.condition import Condition
 from bitdance_scale.sequence.layout import pack_samples
 from bitdance_scale.sequence.pack import Pack, Sample
-from bitdance_scale.sequence.tokens import TextTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class Loader:
 
     Args:
         config: the run.
-        tokenizer: text tokenizer; captions are tokenised in the planning thread.
+        condition: what images are drawn from.
         index: the data set, divided into `data.active_sources`.
         data_rank: this replica, 0 <= data_rank < num_data_ranks.
         num_data_ranks: data-parallel replicas.
@@ -147,7 +147,7 @@ class Loader:
     def __init__(
         self,
         config: RunConfig,
-        tokenizer: TextTokenizer,
+        condition: Condition,
         index: Index,
         data_rank: int,
         num_data_ranks: int,
@@ -163,11 +163,11 @@ class Loader:
         self.state = start
         self._start = start
         self._config = config
-        self._tokenizer = tokenizer
+        self._condition = condition
         self._index = index
         self._data_rank = data_rank
         self._num_data_ranks = num_data_ranks
-        self._builder = SampleBuilder(config, index, tokenizer)
+        self._builder = SampleBuilder(config, index, condition)
         self._cost_model = CostModel.of_model(config.model)
         stores = Stores(config.data.s3)
         self._reader = ShardReader(stores)
@@ -337,7 +337,7 @@ class Loader:
         if not kept:
             # Every rank must run every pack of the step, so an empty one cannot be skipped.
             kept, images = [without_targets(samples[0])], [self._nothing(samples[0])]
-        pack = pack_samples(kept, self._tokenizer.image_tokens, self._config.data.pack_multiple)
+        pack = pack_samples(kept, self._condition.image_tokens, self._config.data.pack_multiple)
         if self._bits is not None:
             return pack.with_bits(np.concatenate(images)), [], sample_errors
         return pack, images, sample_errors

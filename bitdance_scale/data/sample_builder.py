@@ -8,9 +8,9 @@ import numpy as np
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.plan.plan import PlannedBatch
+from bitdance_scale.sequence.condition import Condition
 from bitdance_scale.sequence.layout import num_positions
 from bitdance_scale.sequence.pack import Sample
-from bitdance_scale.sequence.tokens import TextTokenizer, image_to_text_sample, text_to_image_sample
 
 
 class CaptionTexts(Protocol):
@@ -27,11 +27,11 @@ class SampleBuilder:
     Args:
         config: the run; captions and downsampling are read.
         index: the data set, or whatever has its captions.
-        tokenizer: text tokenizer.
+        condition: what images are drawn from.
     """
 
-    def __init__(self, config: RunConfig, index: CaptionTexts, tokenizer: TextTokenizer) -> None:
-        self._config, self._index, self._tokenizer = config, index, tokenizer
+    def __init__(self, config: RunConfig, index: CaptionTexts, condition: Condition) -> None:
+        self._config, self._index, self._condition = config, index, condition
 
     def build(self, batch: PlannedBatch) -> list[Sample]:
         """One sample per place of the batch, without its image."""
@@ -40,7 +40,7 @@ class SampleBuilder:
 
     def lengths(self, samples: list[Sample]) -> np.ndarray:
         """int64 [n], positions that each sample takes in a pack."""
-        tokens = self._tokenizer.image_tokens
+        tokens = self._condition.image_tokens
         return np.array(
             [num_positions(len(s.before_ids), len(s.after_ids), s.grid, tokens) for s in samples], dtype=np.int64
         )
@@ -50,9 +50,9 @@ class SampleBuilder:
         height, width = batch.bucket_px[place].tolist()
         grid = (height // self._config.vision.downsample, width // self._config.vision.downsample)
         if batch.is_image_to_text[place]:
-            return image_to_text_sample(self._tokenizer, key, caption, grid)
-        return text_to_image_sample(
-            self._tokenizer, key, caption, grid, is_caption_dropped=bool(batch.is_caption_dropped[place])
+            return self._condition.describing_sample(key, caption, grid)
+        return self._condition.drawing_sample(
+            key, caption, grid, is_caption_dropped=bool(batch.is_caption_dropped[place])
         )
 
     def _captions(self, batch: PlannedBatch) -> list[str]:

@@ -38,9 +38,9 @@ from bitdance_scale.data.sample_builder import SampleBuilder
 from bitdance_scale.data.storage.streams import expand_streams
 from bitdance_scale.data.stream_sampling import SourceStream, StreamProblem, StreamSample
 from bitdance_scale.errors import CheckpointError, ConfigError
+from bitdance_scale.sequence.condition import Condition
 from bitdance_scale.sequence.layout import pack_samples
 from bitdance_scale.sequence.pack import Sample
-from bitdance_scale.sequence.tokens import TextTokenizer, text_to_image_sample
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class StreamLoader:
 
     Args:
         config: the run, with `data.mode = "stream"`.
-        tokenizer: text tokenizer.
+        condition: what images are drawn from.
         data_rank: this replica, 0 <= data_rank < num_data_ranks.
         num_data_ranks: data-parallel replicas.
         state: where to go on; None starts at step 0.
@@ -102,7 +102,7 @@ class StreamLoader:
     def __init__(
         self,
         config: RunConfig,
-        tokenizer: TextTokenizer,
+        condition: Condition,
         data_rank: int,
         num_data_ranks: int,
         state: LoaderState | None = None,
@@ -114,7 +114,7 @@ class StreamLoader:
                 "replicas with data.mode = 'stream', because each takes an equal part; change one of the two"
             )
         self.error_counter = ErrorCounter(data.max_skipped_share)
-        self._config, self._tokenizer = config, tokenizer
+        self._config, self._condition = config, condition
         self._replica = (data_rank, num_data_ranks)
         self._resolutions = [resolution for resolution in data.resolutions if resolution.share > 0]
         self._mix = Apportionment([resolution.share for resolution in self._resolutions])
@@ -206,7 +206,7 @@ class StreamLoader:
         drawn = self._draw(step)
         self._next_read = step + 1
         batch = self._batch(step, drawn)
-        builder = SampleBuilder(self._config, _Texts(self._config, drawn), self._tokenizer)
+        builder = SampleBuilder(self._config, _Texts(self._config, drawn), self._condition)
         samples = builder.build(batch)
         data = self._config.data
         max_pack_tokens = data.max_pack_tokens // data.pack_multiple * data.pack_multiple
@@ -311,16 +311,14 @@ class StreamLoader:
         return dataclasses.replace(loaded, sample_errors=errors)
 
     def _pack(self, step: int, samples: list[Sample], images: list[np.ndarray]) -> LoadedPack:
-        pack = pack_samples(samples, self._tokenizer.image_tokens, self._config.data.pack_multiple)
+        pack = pack_samples(samples, self._condition.image_tokens, self._config.data.pack_multiple)
         return LoadedPack(pack, images, self.state, step, 0, False, Counter(), 0.0)
 
     def _empty_pack(self, step: int) -> LoadedPack:
         buckets = (bucket for resolution in self._resolutions for bucket in resolution.buckets_px)
         height, width = min(buckets, key=lambda bucket: bucket[0] * bucket[1])
         cell_px = self._config.vision.downsample
-        sample = text_to_image_sample(
-            self._tokenizer, 0, "", (height // cell_px, width // cell_px), is_caption_dropped=True
-        )
+        sample = self._condition.drawing_sample(0, "", (height // cell_px, width // cell_px), is_caption_dropped=True)
         return self._pack(step, [without_targets(sample)], [np.full((height, width, 3), 128, np.uint8)])
 
     def _images_by_resolution(self, start: int, stop: int) -> dict[int, int]:

@@ -11,7 +11,7 @@ import torch
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.attention import uses_flex
 from bitdance_scale.parallel.memory_estimate import Bytes, MemoryEstimate, estimate_memory
-from bitdance_scale.sequence.tokens import load_text_tokenizer
+from bitdance_scale.sequence.condition import load_condition
 
 GIB = 2**30
 # Rows of Qwen3's table with this project's special tokens, by `vision.block_side`.
@@ -81,7 +81,7 @@ def on_gpu(config: RunConfig) -> RunConfig:
 
 
 def vocab_size(config: RunConfig) -> int:
-    """Entries of the run's text tokenizer; where it is not here, those of Qwen3's."""
-    if config.text.tokenizer_path.exists():
-        return load_text_tokenizer(config.text, config.vision.block_tokens).vocab_size
+    """Rows of the embedding: classes, or entries of the text tokenizer; where it is not here, those of Qwen3's."""
+    if not config.model.parts.has_text or config.text.tokenizer_path.exists():
+        return load_condition(config).vocab_size
     return QWEN3_VOCAB[config.vision.block_side]

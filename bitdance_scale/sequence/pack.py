@@ -40,24 +40,6 @@ class Sample:
     predicts_image: bool = True
 
 
-def class_sample(key: int, class_ids: np.ndarray, grid: tuple[int, int]) -> Sample:
-    """The sample that teaches an image from its class (arXiv 2602.14041 Sec. 4.2).
-
-    Args:
-        key: identity of the sample in the data set.
-        class_ids: int64 [T], the tokens of the class, or of "no class" for guidance.
-        grid: (height, width) of the image in latent cells.
-    """
-    return Sample(
-        key=key,
-        grid=grid,
-        before_ids=class_ids,
-        after_ids=np.zeros(0, dtype=np.int64),
-        first_target_before=len(class_ids),
-        first_target_after=0,
-    )
-
-
 @dataclass(frozen=True)
 class Pack:
     """One training row.

@@ -104,6 +104,51 @@ class TextTokenizer(abc.ABC):
         r"""int64 [A], `<|im_start|>assistant\n`: the unconditional prompt, and what a dropped caption leaves."""
         return self._assistant_turn_ids.copy()
 
+    def drawing_sample(self, key: int, caption: str, grid: tuple[int, int], is_caption_dropped: bool) -> Sample:
+        """The sample that teaches an image from its caption (arXiv 2602.14041 Sec. 4.3).
+
+        Text targets are the prompt after its first token; with the caption dropped, the prompt is the unconditional one
+        and has no text targets.
+
+        Args:
+            key: identity of the sample in the data set.
+            caption: its text.
+            grid: (height, width) of the image in latent cells.
+            is_caption_dropped: whether the caption turn is omitted (classifier-free guidance).
+        """
+        before = self.unconditional_ids() if is_caption_dropped else self.prompt_ids(caption)
+        return Sample(
+            key=key,
+            grid=grid,
+            before_ids=before,
+            after_ids=self.turn_end_ids,
+            first_target_before=len(before) if is_caption_dropped else 1,
+            first_target_after=len(self.turn_end_ids),
+            predicts_image=True,
+        )
+
+    def describing_sample(self, key: int, caption: str, grid: tuple[int, int]) -> Sample:
+        """The sample that teaches a caption from its image: the image in the user's turn, the caption as the reply.
+
+        Text targets run from the caption's first token to the closing `<|im_end|>`. The caption is encoded separately
+        from the markup, as it would be generated after that markup.
+
+        Args:
+            key: identity of the sample in the data set.
+            caption: its text.
+            grid: (height, width) of the image in latent cells.
+        """
+        caption_ids = self.encode(caption)[: self.max_caption_tokens]
+        return Sample(
+            key=key,
+            grid=grid,
+            before_ids=self.user_turn_ids,
+            after_ids=np.concatenate([self.reply_ids, caption_ids, self.turn_end_ids]),
+            first_target_before=len(self.user_turn_ids),
+            first_target_after=len(self.reply_ids),
+            predicts_image=False,
+        )
+
 
 def load_text_tokenizer(section: TextSection, block_tokens: int, is_causal: bool = False) -> TextTokenizer:
     """Loads the tokenizer of a run and adds the resolution and query tokens.
@@ -139,57 +184,6 @@ def load_text_tokenizer(section: TextSection, block_tokens: int, is_causal: bool
             f"the {MAX_MARKUP_TOKENS} that packs leave room for; use one with entries for 'user' and 'assistant'"
         )
     return tokenizer
-
-
-def text_to_image_sample(
-    tokenizer: TextTokenizer, key: int, caption: str, grid: tuple[int, int], is_caption_dropped: bool
-) -> Sample:
-    """The sample that teaches an image from its caption (arXiv 2602.14041 Sec. 4.3).
-
-    Text targets are the prompt after its first token; with the caption dropped, the prompt is the unconditional one and
-    has no text targets.
-
-    Args:
-        tokenizer: text tokenizer of the run.
-        key: identity of the sample in the data set.
-        caption: its text.
-        grid: (height, width) of the image in latent cells.
-        is_caption_dropped: whether the caption turn is omitted (classifier-free guidance).
-    """
-    before = tokenizer.unconditional_ids() if is_caption_dropped else tokenizer.prompt_ids(caption)
-    return Sample(
-        key=key,
-        grid=grid,
-        before_ids=before,
-        after_ids=tokenizer.turn_end_ids,
-        first_target_before=len(before) if is_caption_dropped else 1,
-        first_target_after=len(tokenizer.turn_end_ids),
-        predicts_image=True,
-    )
-
-
-def image_to_text_sample(tokenizer: TextTokenizer, key: int, caption: str, grid: tuple[int, int]) -> Sample:
-    """The sample that teaches a caption from its image: the image in the user's turn, the caption as the reply.
-
-    Text targets run from the caption's first token to the closing `<|im_end|>`. The caption is encoded separately from
-    the markup, as it would be generated after that markup.
-
-    Args:
-        tokenizer: text tokenizer of the run.
-        key: identity of the sample in the data set.
-        caption: its text.
-        grid: (height, width) of the image in latent cells.
-    """
-    caption_ids = tokenizer.encode(caption)[: tokenizer.max_caption_tokens]
-    return Sample(
-        key=key,
-        grid=grid,
-        before_ids=tokenizer.user_turn_ids,
-        after_ids=np.concatenate([tokenizer.reply_ids, caption_ids, tokenizer.turn_end_ids]),
-        first_target_before=len(tokenizer.user_turn_ids),
-        first_target_after=len(tokenizer.reply_ids),
-        predicts_image=False,
-    )
 
 
 class _HuggingFaceTokenizer(TextTokenizer):

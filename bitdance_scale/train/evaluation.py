@@ -17,9 +17,9 @@ from bitdance_scale.observe.metrics import Evaluation
 from bitdance_scale.parallel.step import forward_only
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import ZeroEngine
+from bitdance_scale.sequence.condition import Condition
 from bitdance_scale.sequence.noise import PackNoise, Purpose, pack_noise
 from bitdance_scale.sequence.pack import Pack
-from bitdance_scale.sequence.tokens import TextTokenizer
 from bitdance_scale.train.shared_index import training_index
 from bitdance_scale.train.step_feed import StepReader
 from bitdance_scale.vision.tokenizer import VisionTokenizer
@@ -31,7 +31,7 @@ NUM_TIME_PARTS = 5
 class Evaluator:
     """The held-out images of a run, encoded. All ranks call it alike.
 
-    Every image is a text-to-image sample with its caption. Flow times are uniform (`Evaluation` says why). Which
+    Every image is a sample to draw, with its caption or class. Flow times are uniform (`Evaluation` says why). Which
     replica computes which images depends on the layout; no number drawn for an image does.
 
     Args:
@@ -45,7 +45,7 @@ class Evaluator:
         self._config, self._packs, self._topology = dataclasses.replace(config, head=head), packs, topology
 
     @classmethod
-    def read(cls, config: RunConfig, text: TextTokenizer, vision: VisionTokenizer, topology: Topology) -> Evaluator:
+    def read(cls, config: RunConfig, condition: Condition, vision: VisionTokenizer, topology: Topology) -> Evaluator:
         """Reads and encodes the images that `[evaluate]` names; a collective.
 
         Raises:
@@ -66,7 +66,7 @@ class Evaluator:
         # Beside the shards, or where the run's own index is: the shards may be in a place that is read only.
         index_dir = str(Path(config.data.index_dir) / "held_out") if config.data.index_dir else ""
         index = training_index(dataclasses.replace(data, index_dir=index_dir))
-        with StepReader(held_out, index, text, vision, topology, None) as reader:
+        with StepReader(held_out, index, condition, vision, topology, None) as reader:
             return cls(config, [loaded.pack for loaded in reader.next_step().packs], topology)
 
     def evaluate(self, engine: ZeroEngine, step: int) -> Evaluation:

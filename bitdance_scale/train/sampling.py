@@ -14,7 +14,7 @@ from bitdance_scale.generate.sampler import FlowSolver, ImageNoise
 from bitdance_scale.parallel.layout_decode import StageDecoder
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import ZeroEngine
-from bitdance_scale.sequence.tokens import TextTokenizer
+from bitdance_scale.sequence.condition import Condition
 from bitdance_scale.vision.bits import pack_bits
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
@@ -23,7 +23,7 @@ MAX_BATCH = 8
 
 
 def draw_samples(
-    engine: ZeroEngine, config: RunConfig, text: TextTokenizer, vision: VisionTokenizer, topology: Topology
+    engine: ZeroEngine, config: RunConfig, condition: Condition, vision: VisionTokenizer, topology: Topology
 ) -> list[np.ndarray]:
     """Draws one image per prompt; all ranks call it, prompts are dealt to the replicas.
 
@@ -34,14 +34,14 @@ def draw_samples(
     """
     section, downsample = config.sample, config.vision.downsample
     grid = (section.size_px[0] // downsample, section.size_px[1] // downsample)
-    prompts = [text.prompt_ids(prompt) for prompt in section.prompts]
+    prompts = [condition.prompt_ids(prompt) for prompt in section.prompts]
     per_replica = math.ceil(len(prompts) / topology.data_size)
     # Every replica draws as many, some of them twice, because ZeRO-3 gathers weights at every call.
     numbers = [(topology.data_rank + topology.data_size * index) % len(prompts) for index in range(per_replica)]
     mine: dict[int, np.ndarray] = {}
     for start in range(0, per_replica, MAX_BATCH):
         batch = numbers[start : start + MAX_BATCH]
-        bits = _draw_batch(engine, config, text, [prompts[number] for number in batch], batch, grid, topology)
+        bits = _draw_batch(engine, config, condition, [prompts[number] for number in batch], batch, grid, topology)
         mine |= dict(zip(batch, pack_bits(bits.cpu().numpy()), strict=True))
     drawn: list[dict[int, np.ndarray]] = [{} for _ in range(topology.data_size)]
     dist.all_gather_object(drawn, mine, group=topology.data_group)
@@ -55,7 +55,7 @@ def draw_samples(
 def _draw_batch(
     engine: ZeroEngine,
     config: RunConfig,
-    text: TextTokenizer,
+    condition: Condition,
     prompts: list[np.ndarray],
     numbers: list[int],
     grid: tuple[int, int],
@@ -65,8 +65,8 @@ def _draw_batch(
     section, vision = config.sample, config.vision
     solver = FlowSolver(section.num_steps, section.guidance, section.sampler, config.head.time_shift)
     if solver.is_guided:
-        prompts = prompts + [text.unconditional_ids()] * len(prompts)
-    layout = lay_out(prompts, grid, vision.block_side, text.image_tokens, topology.device)
+        prompts = prompts + [condition.unconditional_ids()] * len(prompts)
+    layout = lay_out(prompts, grid, vision.block_side, condition.image_tokens, topology.device)
     shape = (solver.num_draws, vision.block_tokens, vision.num_bits)
     noise = ImageNoise(section.seed, numbers, shape, topology.device)
     with StageDecoder(engine, config, topology) as decoder:

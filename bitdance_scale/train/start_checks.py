@@ -24,11 +24,15 @@ from bitdance_scale.config.resuming import Effect, changes
 from bitdance_scale.config.schema import NetworkConfig, RunConfig
 from bitdance_scale.config.training_stages import STAGES
 from bitdance_scale.errors import CheckpointError, ConfigError
-from bitdance_scale.sequence.tokens import load_text_tokenizer
+from bitdance_scale.sequence.condition import load_condition
 
 logger = logging.getLogger(__name__)
 
 SAME_SETTINGS = (
+    ("model", "family"),
+    ("classes", "num_classes"),
+    ("classes", "num_tokens"),
+    ("classes", "grid"),
     ("model", "mask"),
     ("model", "rope_base"),
     ("model", "norm_eps"),
@@ -93,20 +97,20 @@ def check_start(path: Path, config: RunConfig, vision_digest: str = "") -> Start
             "derive new ones from; set run.new_queries=noise"
         )
     _check_meaning(path, network, config)
-    text = load_text_tokenizer(config.text, old**2)
+    condition = load_condition(config, old**2)
     expected = dataclasses.replace(config.network, vision=dataclasses.replace(config.vision, block_side=old))
-    check_network(path, read_index(path / TENSORS_DIR), expected, text.vocab_size)
+    check_network(path, read_index(path / TENSORS_DIR), expected, condition.vocab_size)
     new_queries = None
     if old != new:
         new_queries = NewQueries(
-            num_old_rows=text.vocab_size,
+            num_old_rows=condition.vocab_size,
             num_trained=old**2 - 1,
             num_new=new**2 - old**2,
             rule=config.run.new_queries,
             seed=config.run.seed,
             init_std=config.model.init_std,
         )
-    return Start(path, text.digest, new_queries, is_partial)
+    return Start(path, condition.digest, new_queries, is_partial)
 
 
 def check_resume(path: Path, config: AnyConfig) -> None:

@@ -27,8 +27,8 @@ from bitdance_scale.parallel.agreement import all_ranks, largest_number
 from bitdance_scale.parallel.broadcast import share_step
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.phases import Phase, phase
+from bitdance_scale.sequence.condition import Condition
 from bitdance_scale.sequence.pack import Pack
-from bitdance_scale.sequence.tokens import TextTokenizer
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
 Prepare = Callable[[Sequence[Pack], int], list[PackInputs]]
@@ -43,7 +43,7 @@ class StepReader:
     Args:
         config: the run.
         index: the data set, from `shared_index.py`; None with `data.mode = "stream"`.
-        text: text tokenizer.
+        condition: what images are drawn from.
         vision: encodes the images.
         topology: the ranks.
         state: loader state to go on from, JSON values; None starts at step 0.
@@ -53,7 +53,7 @@ class StepReader:
         self,
         config: RunConfig,
         index: Index | None,
-        text: TextTokenizer,
+        condition: Condition,
         vision: VisionTokenizer,
         topology: Topology,
         state: dict[str, Any] | None,
@@ -66,9 +66,9 @@ class StepReader:
                 resumed = None if state is None else LoaderState.from_dict(state)
                 replica = (topology.data_rank, topology.data_size)
                 if index is None:
-                    self._loader = StreamLoader(config, text, *replica, resumed)
+                    self._loader = StreamLoader(config, condition, *replica, resumed)
                 else:
-                    self._loader = Loader(config, text, index, *replica, resumed)
+                    self._loader = Loader(config, condition, index, *replica, resumed)
 
     def __enter__(self) -> StepReader:
         return self

@@ -24,9 +24,9 @@ from bitdance_scale.parallel.step import StepLosses, train_step
 from bitdance_scale.parallel.step_trace import StepTrace
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.phases import Phase, phase
+from bitdance_scale.sequence.condition import load_condition
 from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.sequence.pack import Pack
-from bitdance_scale.sequence.tokens import load_text_tokenizer
 from bitdance_scale.train.evaluation import Evaluator
 from bitdance_scale.train.job import Job, Schedule
 from bitdance_scale.train.process import tolerant_output
@@ -77,9 +77,7 @@ class TextToImageJob(Job):
     def __init__(self, config: RunConfig, topology: Topology, run_folder: Path) -> None:
         super().__init__(config, topology, run_folder)
         self.config = config
-        self._text = load_text_tokenizer(
-            config.text, config.vision.block_tokens, is_causal=config.model.mask == "causal"
-        )
+        self._condition = load_condition(config)
         self._vision = VisionTokenizer(config.vision, topology.device)
         # Hashed once for all ranks: 1.5 s for the 1.8 GB of the published one.
         self._vision_digest = on_first_rank(lambda: vision_digest(config.vision))
@@ -89,8 +87,10 @@ class TextToImageJob(Job):
         if latest is not None:
             on_first_rank(lambda: check_resume(latest, config))
         start = self._find_start() if latest is None and config.run.start_from else None
-        self._evaluator = Evaluator.read(config, self._text, self._vision, topology) if config.evaluate.shards else None
-        self._engine = build_engine(config, self._text.vocab_size, topology)
+        self._evaluator = (
+            Evaluator.read(config, self._condition, self._vision, topology) if config.evaluate.shards else None
+        )
+        self._engine = build_engine(config, self._condition.vocab_size, topology)
         self._loader_state: dict[str, Any] | None = None
         self.progress = Progress()
         # What a checkpoint keeps of the release that the weights came from.
@@ -99,7 +99,7 @@ class TextToImageJob(Job):
             self.load_newest(latest, self._resume)
         elif start is not None:
             self._start(start)
-        self._meter = StepMeter(config, self._text.vocab_size, topology, self.progress)
+        self._meter = StepMeter(config, self._condition.vocab_size, topology, self.progress)
         stages = [stage.number for stage in self._engine.stages]
         self._faults = StepFaults(topology, run_folder, stages, index_names(self._index))
         self._spike: Spike | None = None
@@ -129,8 +129,8 @@ class TextToImageJob(Job):
         """Opens the loader, its feed and the sinks."""
         config, topology, step = self.config, self.topology, self.progress.step
         with (
-            RunObserver(config, topology, self.run_folder, self._text.vocab_size, step) as self._observer,
-            StepReader(config, self._index, self._text, self._vision, topology, self._loader_state) as reader,
+            RunObserver(config, topology, self.run_folder, self._condition.vocab_size, step) as self._observer,
+            StepReader(config, self._index, self._condition, self._vision, topology, self._loader_state) as reader,
             self._meter.stragglers.listening(),
             StepFeed(reader.next_step, self._prepare, step, config.run.steps, topology.device) as self._feed,
         ):
@@ -215,7 +215,7 @@ class TextToImageJob(Job):
         assert self._loader_state is not None, "a checkpoint is of a step that was trained"
         return TrainState(
             loader=self._loader_state,
-            tokenizer_digest=self._text.digest,
+            tokenizer_digest=self._condition.digest,
             release=self._release,
             guards=self.guards.state(),
             vision_digest=self._vision_digest,
@@ -265,14 +265,14 @@ class TextToImageJob(Job):
 
     def _draw_samples(self) -> list[np.ndarray]:
         """The configured prompts; uint8 [H, W, 3] each on rank 0, nothing elsewhere."""
-        return draw_samples(self._engine, self.config, self._text, self._vision, self.topology)
+        return draw_samples(self._engine, self.config, self._condition, self._vision, self.topology)
 
     def _resume(self, path: Path) -> None:
         state = load_checkpoint(
             path,
             self._engine.model_values(),
             self._engine.optimizer_values(),
-            tokenizer_digest=self._text.digest,
+            tokenizer_digest=self._condition.digest,
             vision_digest=self._vision_digest,
         )
         self._engine.set_optimizer_step(state.optimizer["step"])

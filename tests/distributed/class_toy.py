@@ -7,8 +7,9 @@ import dataclasses
 import numpy as np
 
 from bitdance_scale.config.schema import ClassesSection, RunConfig, TextSection
+from bitdance_scale.sequence.condition import ClassCondition
 from bitdance_scale.sequence.layout import ClassTokens, pack_samples
-from bitdance_scale.sequence.pack import Pack, Sample, class_sample
+from bitdance_scale.sequence.pack import Pack, Sample
 from tests.distributed.toy import toy_config
 
 GRID = (4, 4)
@@ -37,10 +38,10 @@ def class_tokens(config: RunConfig) -> ClassTokens:
 
 def class_samples(config: RunConfig) -> list[Sample]:
     """Samples of all classes and of "no class"."""
-    tokens = class_tokens(config)
-    labels = [*range(CLASSES.num_classes), None]
+    condition = ClassCondition(CLASSES, config.vision.block_tokens, is_causal=False)
     return [
-        class_sample(3000 + index, tokens.class_ids(labels[index % len(labels)]), GRID) for index in range(NUM_SAMPLES)
+        condition.drawing_sample(3000 + index, str(index % 6), GRID, is_caption_dropped=index % 6 == 5)
+        for index in range(NUM_SAMPLES)
     ]
 
 

@@ -5,11 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import numpy as np
 import pytest
+import torch
 
 from bitdance_scale.config.schema import RunConfig
-from tests.distributed.class_toy import class_config
-from tests.distributed.layout_run import RankRecord, assemble, train
+from bitdance_scale.generate.block_decode import lay_out
+from bitdance_scale.model.inputs import make_inputs
+from bitdance_scale.parallel.layout_decode import StageDecoder
+from bitdance_scale.sequence.layout import pack_samples
+from bitdance_scale.sequence.noise import pack_noise
+from bitdance_scale.vision.bits import pack_bits
+from tests.distributed.class_toy import GRID, class_config, class_samples, class_tokens
+from tests.distributed.layout_run import RankRecord, assemble, make_engine, train
 from tests.distributed.spawn import run_ranks
 
 # As in `test_layouts.py`: float32 sums in another order, and activations that tensor parallelism rounds differently.
@@ -75,3 +83,37 @@ def test_the_parts_of_the_network():
     assert names[2]["head_positions.weight"] == (16, 64) and names[2]["input_norm.weight"] == (64,)
     assert not [name for name in names[2] if "output" in name or "q_layernorm" in name or "fc1.bias" in name]
     assert "head.net.res_blocks.0.attn.wo.weight" in names[2] and "head.net.res_blocks.0.norm.weight" in names[1]
+
+
+def _teacher_forced(rank: int, config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states that predict the blocks of one image: from the pack of training, and read block by block."""
+    engine, topology = make_engine(config)
+    tokens = class_tokens(config)
+    sample = class_samples(config)[1]
+    pack = pack_samples([sample], tokens, 1)
+    bits = torch.from_numpy(np.random.default_rng(3).integers(0, 2, (16, 8)).astype(np.float32) * 2 - 1)
+    pack = pack.with_bits(pack_bits(bits.numpy()))
+    noise = pack_noise(pack, 8, 0, 0)
+    still = dataclasses.replace(noise, flip_level=np.zeros_like(noise.flip_level))
+    inputs = make_inputs(pack, still, config, topology.device)
+    stage = engine.stages[0]
+    with torch.no_grad():
+        hidden = stage.decoder(stage.embed_pack(inputs), attention_mask=inputs.mask, rotary_pos_emb=inputs.rotary)
+        whole = hidden[inputs.predict_positions.flatten(), 0]
+        layout = lay_out([sample.before_ids], GRID, config.vision.block_side, tokens, topology.device)
+        parts = []
+        size = config.vision.block_tokens
+        with StageDecoder(engine, config, topology) as decoder:
+            decoder.start(layout)
+            parts.append(decoder.last_hidden[:, 0])
+            for number, cells in enumerate(layout.cells.split(size)[:-1]):
+                decoder.extend(bits[None, size * number : size * (number + 1)], cells)
+                parts.append(decoder.last_hidden[:, 0])
+    return whole, torch.cat(parts)
+
+
+@pytest.mark.parametrize("block_side", [1, 2])
+def test_decoding_equals_the_teacher_forced_pack(block_side):
+    whole, decoded = run_ranks(1, _teacher_forced, class_config(block_side))[0]
+    # float32 rounding: the same products in batches of another size.
+    torch.testing.assert_close(decoded, whole, rtol=1e-5, atol=1e-5)

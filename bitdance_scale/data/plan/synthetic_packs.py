@@ -9,8 +9,9 @@ from bitdance_scale.config.schema import NetworkConfig, RunConfig
 from bitdance_scale.data.plan.apportion import Apportionment
 from bitdance_scale.data.plan.buckets import resolution_buckets
 from bitdance_scale.data.plan.packing import CostModel, partition_batch
+from bitdance_scale.sequence.condition import ClassCondition
 from bitdance_scale.sequence.layout import ClassTokens, ImageTokens, SequenceTokens, num_positions, pack_samples
-from bitdance_scale.sequence.pack import Pack, Sample, class_sample
+from bitdance_scale.sequence.pack import Pack, Sample
 
 
 def typical_packs(config: RunConfig, num_replicas: int) -> list[Pack]:
@@ -60,7 +61,9 @@ def placeholder_sample(
 ) -> Sample:
     """A sample of an image to draw, with the longest chat markup that a tokenizer may need, or of some class."""
     if not config.model.parts.has_text:
-        return class_sample(key, np.zeros(config.classes.num_tokens, dtype=np.int64), grid)
+        return ClassCondition(config.classes, config.vision.block_tokens, is_causal=False).drawing_sample(
+            key, "0", grid, is_caption_dropped=False
+        )
     before_ids = np.zeros(MAX_MARKUP_TOKENS - 1 + num_caption_tokens, dtype=np.int64)
     return Sample(
         key=key,

@@ -19,9 +19,7 @@ from bitdance_scale.sequence.layout import pack_samples
 from bitdance_scale.sequence.tokens import (
     MARKUP_TOKENS,
     TextTokenizer,
-    image_to_text_sample,
     load_text_tokenizer,
-    text_to_image_sample,
 )
 from tests.released import qwen_like
 
@@ -132,7 +130,7 @@ def test_long_captions_are_cut(tokenizer: TextTokenizer) -> None:
     assert len(long) == len(empty) + MAX_CAPTION_TOKENS
     # Only the caption is cut: the end of its turn stays.
     assert long[-len(tokenizer.reply_ids) :].tolist() == tokenizer.reply_ids.tolist()
-    sample = image_to_text_sample(tokenizer, 1, "a red circle " * 40, (4, 4))
+    sample = tokenizer.describing_sample(1, "a red circle " * 40, (4, 4))
     assert len(sample.after_ids) == len(tokenizer.reply_ids) + MAX_CAPTION_TOKENS + 1
 
 
@@ -161,7 +159,7 @@ def test_saved_length_limit_and_padding_are_ignored(qwen_folder: Path, tmp_path:
 
 
 def test_text_to_image_sample_targets_all_text_but_the_first_token(tokenizer: TextTokenizer) -> None:
-    sample = text_to_image_sample(tokenizer, 7, "a red circle", (4, 8), is_caption_dropped=False)
+    sample = tokenizer.drawing_sample(7, "a red circle", (4, 8), is_caption_dropped=False)
     pack = pack_samples([sample], tokenizer.image_tokens, 1)
     prompt = tokenizer.prompt_ids("a red circle")
     assert (sample.key, sample.grid, sample.predicts_image) == (7, (4, 8), True)
@@ -172,7 +170,7 @@ def test_text_to_image_sample_targets_all_text_but_the_first_token(tokenizer: Te
 
 
 def test_dropped_caption_has_no_text_targets(tokenizer: TextTokenizer) -> None:
-    sample = text_to_image_sample(tokenizer, 7, "a red circle", (4, 8), is_caption_dropped=True)
+    sample = tokenizer.drawing_sample(7, "a red circle", (4, 8), is_caption_dropped=True)
     pack = pack_samples([sample], tokenizer.image_tokens, 1)
     assert tokenizer.decode(sample.before_ids) == "<|im_start|>assistant\n"
     assert len(pack.text_targets) == 0
@@ -180,7 +178,7 @@ def test_dropped_caption_has_no_text_targets(tokenizer: TextTokenizer) -> None:
 
 
 def test_image_to_text_sample_targets_the_caption_and_its_end(tokenizer: TextTokenizer) -> None:
-    sample = image_to_text_sample(tokenizer, 7, "a red circle", (4, 8))
+    sample = tokenizer.describing_sample(7, "a red circle", (4, 8))
     pack = pack_samples([sample], tokenizer.image_tokens, 1)
     assert tokenizer.decode(sample.before_ids) == "<|im_start|>user\n"
     assert tokenizer.decode(sample.after_ids) == "<|im_end|>\n<|im_start|>assistant\na red circle<|im_end|>"

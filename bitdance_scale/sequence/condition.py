@@ -1,0 +1,122 @@
+"""What images are drawn from: a prompt in words, or a class. One interface for both.
+
+`load_condition` gives a run the one of its network family: a `TextTokenizer` (`tokens.py`) or a `ClassCondition`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Protocol
+
+import numpy as np
+
+from bitdance_scale.config.schema import ClassesSection, NetworkConfig, RunConfig
+from bitdance_scale.errors import ConfigError
+from bitdance_scale.sequence.layout import ClassTokens, SequenceTokens
+from bitdance_scale.sequence.pack import Sample
+from bitdance_scale.sequence.tokens import load_text_tokenizer
+
+
+class Condition(Protocol):
+    """Makes the token ids that come before an image.
+
+    Attributes:
+        vocab_size: rows of the embedding table, before padding.
+        digest: SHA-256 of what the rows mean; a checkpoint fits only conditions with its digest.
+    """
+
+    vocab_size: int
+    digest: str
+
+    @property
+    def image_tokens(self) -> SequenceTokens:
+        """The special tokens around an image."""
+        ...
+
+    def prompt_ids(self, caption: str) -> np.ndarray:
+        """int64 [A], the ids for a prompt."""
+        ...
+
+    def unconditional_ids(self) -> np.ndarray:
+        """int64 [A], the ids of the unconditional prompt, for guidance."""
+        ...
+
+    def drawing_sample(self, key: int, caption: str, grid: tuple[int, int], is_caption_dropped: bool) -> Sample:
+        """The sample that teaches to draw an image from its caption."""
+        ...
+
+    def describing_sample(self, key: int, caption: str, grid: tuple[int, int]) -> Sample:
+        """The sample that teaches to describe an image."""
+        ...
+
+
+class ClassCondition:
+    """Classes by number; a caption is the number of a class in decimal digits.
+
+    Args:
+        section: number of classes and of the tokens of each.
+        block_tokens: P, vision tokens per block.
+        is_causal: whether positions of one block see only those before them.
+    """
+
+    def __init__(self, section: ClassesSection, block_tokens: int, is_causal: bool) -> None:
+        self.image_tokens = ClassTokens(section.num_classes, section.num_tokens, block_tokens, is_causal)
+        self.vocab_size = self.image_tokens.vocab_size
+        rows = ["classes", section.num_classes, section.num_tokens, block_tokens]
+        self.digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def prompt_ids(self, caption: str) -> np.ndarray:
+        """int64 [T], the tokens of a class.
+
+        Raises:
+            ConfigError: the caption is no number of a class.
+        """
+        num_classes = self.image_tokens.num_classes
+        text = caption.strip()
+        if not (text.isascii() and text.isdigit() and int(text) < num_classes):
+            raise ConfigError(
+                f"class {caption!r}: must be the number of a class, 0 to {num_classes - 1} (classes.num_classes = "
+                f"{num_classes})"
+            )
+        return self.image_tokens.class_ids(int(text))
+
+    def unconditional_ids(self) -> np.ndarray:
+        """int64 [T], the tokens of "no class"."""
+        return self.image_tokens.class_ids(None)
+
+    def drawing_sample(self, key: int, caption: str, grid: tuple[int, int], is_caption_dropped: bool) -> Sample:
+        """The sample that teaches an image from its class, or from none (arXiv 2602.14041 Sec. 4.2).
+
+        It has no text target.
+        """
+        before = self.unconditional_ids() if is_caption_dropped else self.prompt_ids(caption)
+        return Sample(
+            key=key,
+            grid=grid,
+            before_ids=before,
+            after_ids=np.zeros(0, dtype=np.int64),
+            first_target_before=len(before),
+            first_target_after=0,
+        )
+
+    def describing_sample(self, key: int, caption: str, grid: tuple[int, int]) -> Sample:
+        """There is none: a class has no words."""
+        raise AssertionError("`data.image_to_text_share` is 0 in class-conditional runs")
+
+
+def load_condition(config: RunConfig | NetworkConfig, block_tokens: int | None = None) -> Condition:
+    """The condition of a network.
+
+    Args:
+        config: its configuration.
+        block_tokens: P, vision tokens per block; None: as configured.
+
+    Raises:
+        ConfigError: the text tokenizer cannot be loaded (`load_text_tokenizer`).
+    """
+    size = config.vision.block_tokens if block_tokens is None else block_tokens
+    is_causal = config.model.mask == "causal"
+    if config.model.parts.has_text:
+        return load_text_tokenizer(config.text, size, is_causal)
+    return ClassCondition(config.classes, size, is_causal)
