@@ -87,6 +87,16 @@ def _classes_have_no_words(config: RunConfig) -> Iterator[str]:
         yield "model.tie_embeddings = true: there is no projection to tie the embedding to; set it to false"
 
 
+@RULES.rule("model.family", "data.mode")
+def _labels_are_read_before_training(config: RunConfig) -> Iterator[str]:
+    """A class-conditional run has `data.mode = "indexed"`.
+
+    Every label is checked before the first step, and a stream shows its labels only as it is trained on.
+    """
+    if not config.model.parts.has_text and config.data.mode != "indexed":
+        yield f"data.mode = {config.data.mode!r}: labels are checked in an index; set data.mode = 'indexed'"
+
+
 @RULES.rule("model.family", "sample.prompts", "classes.num_classes")
 def _prompts_are_classes(config: RunConfig) -> Iterator[str]:
     """Every one of `sample.prompts` of a class-conditional run is the number of a class.

@@ -73,13 +73,12 @@ class ClassCondition:
             ConfigError: the caption is no number of a class.
         """
         num_classes = self.image_tokens.num_classes
-        text = caption.strip()
-        if not (text.isascii() and text.isdigit() and int(text) < num_classes):
+        if not is_label(caption, num_classes):
             raise ConfigError(
                 f"class {caption!r}: must be the number of a class, 0 to {num_classes - 1} (classes.num_classes = "
                 f"{num_classes})"
             )
-        return self.image_tokens.class_ids(int(text))
+        return self.image_tokens.class_ids(int(caption))
 
     def unconditional_ids(self) -> np.ndarray:
         """int64 [T], the tokens of "no class"."""
@@ -103,6 +102,11 @@ class ClassCondition:
     def describing_sample(self, key: int, caption: str, grid: tuple[int, int]) -> Sample:
         """There is none: a class has no words."""
         raise AssertionError("`data.image_to_text_share` is 0 in class-conditional runs")
+
+
+def is_label(text: str, num_classes: int) -> bool:
+    """Whether a text is the number of a class in decimal digits."""
+    return text.isascii() and text.isdigit() and int(text) < num_classes
 
 
 def load_condition(config: RunConfig | NetworkConfig, block_tokens: int | None = None) -> Condition:

@@ -20,7 +20,7 @@ from bitdance_scale.parallel.zero import ZeroEngine
 from bitdance_scale.sequence.condition import Condition
 from bitdance_scale.sequence.noise import PackNoise, Purpose, pack_noise
 from bitdance_scale.sequence.pack import Pack
-from bitdance_scale.train.shared_index import training_index
+from bitdance_scale.train.shared_index import labelled_index
 from bitdance_scale.train.step_feed import StepReader
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
@@ -65,7 +65,7 @@ class Evaluator:
         held_out = dataclasses.replace(config, data=data, run=dataclasses.replace(config.run, seed=section.seed))
         # Beside the shards, or where the run's own index is: the shards may be in a place that is read only.
         index_dir = str(Path(config.data.index_dir) / "held_out") if config.data.index_dir else ""
-        index = training_index(dataclasses.replace(data, index_dir=index_dir))
+        index = labelled_index(dataclasses.replace(held_out, data=dataclasses.replace(data, index_dir=index_dir)))
         with StepReader(held_out, index, condition, vision, topology, None) as reader:
             return cls(config, [loaded.pack for loaded in reader.next_step().packs], topology)
 

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bitdance_scale.config.data_schema import DataSection
+from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.captions import DEFAULT_SOURCE
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index, default_index_dir, open_index, sources_index_dir
 from bitdance_scale.data.index.report import check_skipped
+from bitdance_scale.data.labels import check_labels
 from bitdance_scale.data.plan.selection import store_selection
 from bitdance_scale.data.storage.shards import expand_shards, expand_sources
 from bitdance_scale.data.storage.stores import Stores
@@ -38,6 +40,18 @@ def training_index(data: DataSection) -> Index:
     """
     built = on_first_rank(lambda: _build_sources(data))
     return _open(built, data.max_skipped_share).divided(built.shards_per_source)
+
+
+def labelled_index(config: RunConfig) -> Index:
+    """`training_index` of a run, in which every image has a class if the network is class-conditional.
+
+    Raises:
+        DataError: on every rank, as `training_index`, or which labels are missing or wrong.
+    """
+    index = training_index(config.data)
+    if not config.model.parts.has_text:
+        on_first_rank(lambda: check_labels(index, config))
+    return index
 
 
 def image_index(specs: Sequence[str], index_dir: str, max_skipped_share: float) -> Index:

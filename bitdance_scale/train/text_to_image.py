@@ -34,7 +34,7 @@ from bitdance_scale.train.progress import Progress, StepMeter, learning_rate, pr
 from bitdance_scale.train.run import run_job
 from bitdance_scale.train.run_observer import RunObserver, draw_overview, samples_path, show_result, write_samples
 from bitdance_scale.train.sampling import draw_samples
-from bitdance_scale.train.shared_index import training_index
+from bitdance_scale.train.shared_index import labelled_index
 from bitdance_scale.train.start_checks import Start, check_resume, check_start
 from bitdance_scale.train.step_faults import StepFaults, compute_again, index_names, read_trace
 from bitdance_scale.train.step_feed import ReadyStep, StepFeed, StepReader
@@ -82,7 +82,7 @@ class TextToImageJob(Job):
         # Hashed once for all ranks: 1.5 s for the 1.8 GB of the published one.
         self._vision_digest = on_first_rank(lambda: vision_digest(config.vision))
         # Before the model, which takes minutes to build at full size.
-        self._index = training_index(config.data) if config.data.mode == "indexed" else None
+        self._index = labelled_index(config) if config.data.mode == "indexed" else None
         latest = self.newest_checkpoint()
         if latest is not None:
             on_first_rank(lambda: check_resume(latest, config))
