@@ -197,6 +197,8 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "parallel.recompute": Choice(("none", "selective", "full")),
     "optim.lr": _POSITIVE,
     "optim.warmup_steps": _NOT_NEGATIVE,
+    "optim.schedule": Choice(("constant", "linear", "cosine")),
+    "optim.lr_min": _NOT_NEGATIVE,
     "optim.decay_steps": _NOT_NEGATIVE,
     "optim.beta1": _DECAY,
     "optim.beta2": _DECAY,

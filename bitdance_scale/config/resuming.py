@@ -248,4 +248,6 @@ def _rate_depends_on_steps(old: Mapping[str, Any], config: AnyConfig) -> bool:
     """Whether the learning rate of a step depends on `run.steps`, before or now."""
     if not isinstance(config, RunConfig):
         return True
-    return bool(config.optim.decay_steps or old.get("optim", {}).get("decay_steps"))
+    before = old.get("optim", {})
+    falls = config.optim.schedule != "constant" or before.get("schedule", "constant") != "constant"
+    return bool(falls or config.optim.decay_steps or before.get("decay_steps"))

@@ -1,12 +1,20 @@
 """Every rule that a run's configuration must keep, checked before any process group exists.
 
-`ranges.py` says what each setting may be by itself. `model_rules.py`, `family_rules.py`, `parallel_rules.py`,
-`data_rules.py`, `storage_rules.py` and `training_stages.py` hold the rules that span settings, one function each.
+`ranges.py` says what each setting may be by itself. `training_stages.py` and the files that end in `_rules.py` hold the
+rules that span settings, one function each.
 """
 
 from __future__ import annotations
 
-from bitdance_scale.config import data_rules, family_rules, model_rules, parallel_rules, storage_rules, training_stages
+from bitdance_scale.config import (
+    data_rules,
+    family_rules,
+    model_rules,
+    optim_rules,
+    parallel_rules,
+    storage_rules,
+    training_stages,
+)
 from bitdance_scale.config.ranges import CONSTRAINTS, range_violations
 from bitdance_scale.config.rule import Rule
 from bitdance_scale.config.schema import RunConfig
@@ -18,6 +26,7 @@ RULES: tuple[Rule, ...] = (
     *parallel_rules.RULES,
     *data_rules.RULES,
     *storage_rules.RULES,
+    *optim_rules.RULES,
     *training_stages.RULES,
 )
 

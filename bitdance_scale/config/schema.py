@@ -239,12 +239,18 @@ MIN_SPIKE_WINDOW = 8
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSection:
-    """AdamW with warm-up to a constant rate (arXiv 2602.14041 Table 4), which may fall at the end."""
+    """AdamW; a rate that warms up, then stays (arXiv 2602.14041 Table 4) or falls (the class-conditional release)."""
 
     lr: float = setting(1e-4, doc="Learning rate after warm-up.")
     warmup_steps: int = setting(2000, doc="Steps of linear warm-up from 0.")
+    schedule: str = setting(
+        "constant",
+        doc="The rate after warm-up: constant (but for `decay_steps`), or linear or cosine, which fall from there to "
+        "`lr_min` at `run.steps`.",
+    )
+    lr_min: float = setting(0.0, doc="Rate that it falls to.")
     decay_steps: int = setting(
-        0, doc="Last steps of `run.steps`, over which the rate falls linearly to 0; 0: constant."
+        0, doc="With a constant schedule: last steps of `run.steps`, over which the rate falls linearly; 0: none."
     )
     beta1: float = setting(0.9, doc="First-moment decay.")
     beta2: float = setting(0.95, doc="Second-moment decay.")

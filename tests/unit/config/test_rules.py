@@ -118,6 +118,18 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
     "adaLN": (["head.num_adaln=4", "head.num_blocks=6"], 1, ["head.num_adaln = 4", "num_blocks = 6", "1, 2, 3, 6"]),
     "bytes": (["vision.num_bits=12"], 1, ["vision.num_bits = 12", "multiple of 8", "8 or 16"]),
     "norm groups": (["vision.channels=24"], 1, ["vision.channels = 24", "multiple of 32", "use vision.channels = 32"]),
+    "floor": (["optim.lr_min=1.0"], 1, ["optim.lr_min = 1", "at most optim.lr", "lower it"]),
+    "two falls": (
+        ["optim.schedule=cosine", "optim.decay_steps=2", "optim.warmup_steps=0"],
+        1,
+        ["optim.decay_steps = 2", "'cosine' falls from", "optim.decay_steps=0"],
+    ),
+    "nothing falls": (
+        ["optim.schedule=linear", "optim.warmup_steps=10000000"],
+        1,
+        ["optim.warmup_steps = 10000000", "less than run.steps", "'linear'"],
+    ),
+    "rate": (["optim.schedule=step"], 1, ["optim.schedule = 'step'", "one of constant, linear, cosine"]),
     "no bucket": (["checkpoint.upload='s3:///runs'"], 1, ["checkpoint.upload = 's3:///runs'", "s3://BUCKET/PREFIX"]),
     "no S3": (["checkpoint.upload=runs"], 1, ["checkpoint.upload = 'runs'", "must be s3://BUCKET/PREFIX"]),
     "borders of sources": (

@@ -28,6 +28,19 @@ def test_rate_of_a_run_shorter_than_its_decay_falls_all_the_way():
     assert [learning_rate(section, step, 4) / 2e-4 for step in range(4)] == pytest.approx([1, 0.75, 0.5, 0.25])
 
 
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]), ("cosine", [0.5, 1, 1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])],
+)
+def test_rate_falls_from_the_warmup_to_its_floor(schedule, shares):
+    section = OptimSection(lr=5e-4, lr_min=1e-4, warmup_steps=2, schedule=schedule)
+    warmup = [0.5, 1, 1, 1, 1, 1]
+    # Of the part above the floor; both warm up.
+    wanted = [4e-4 * share + 1e-4 * warm for share, warm in zip(shares, warmup, strict=True)]
+    assert [learning_rate(section, step, 6) for step in range(6)] == pytest.approx(wanted)
+    assert learning_rate(section, 10**6 - 1, 10**6) == pytest.approx(1e-4, rel=1e-4)
+
+
 def test_progress_fields_are_json_values():
     fields = progress_fields(
         Progress(
