@@ -139,6 +139,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "head.num_adaln": _COUNT,
     "head.head_dim": _COUNT,
     "head.mlp_ratio": _POSITIVE,
+    "head.diff_batch_mul": _COUNT,
     "head.time_schedule": Choice(("logit_normal", "uniform")),
     "head.time_std": _POSITIVE,
     "head.time_shift": _POSITIVE,

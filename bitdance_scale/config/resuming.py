@@ -84,6 +84,7 @@ EFFECTS: Mapping[str, Effect] = _SHARED | {
     "head.num_adaln": _FIXED,
     "head.head_dim": _FIXED,
     "head.mlp_ratio": _FIXED,
+    "head.diff_batch_mul": _TOLD,
     "head.time_schedule": _TOLD,
     "head.time_mean": _TOLD,
     "head.time_std": _TOLD,

@@ -138,6 +138,9 @@ class HeadSection:
     num_adaln: int = setting(2, doc="adaLN modules, each shared by num_blocks / num_adaln consecutive blocks.")
     head_dim: int = setting(128, doc="Channels per attention head.")
     mlp_ratio: float = setting(1.5, doc="SwiGLU hidden width over `width`.")
+    diff_batch_mul: int = setting(
+        1, doc="Independent draws of flow time and noise per predicted block and step (the release's word)."
+    )
     time_schedule: str = setting("logit_normal", doc="Training draw of t: logit_normal (release) or uniform.")
     time_mean: float = setting(-0.8, doc="Mean of the normal under the sigmoid of t.")
     time_std: float = setting(0.8, doc="Standard deviation of the normal under the sigmoid of t.")

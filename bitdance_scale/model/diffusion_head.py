@@ -100,7 +100,8 @@ class DiffusionHead(nn.Module):
         Args:
             noisy_BPC: float, x_t.
             t_B: float, one flow time per block, 0 noise and 1 data.
-            cond_BPZ: float, hidden states that predict the tokens, plus the 2-D positions of the predicted cells.
+            cond_BPZ: float, hidden states that predict the tokens, plus the positions of the predicted cells; or those
+                of B / K blocks, which then all have K draws, one after the other.
 
         Returns:
             float32 [B, P, C], in (-1, 1) where the output is a sigmoid; B may be 0.
@@ -175,7 +176,10 @@ class HeadNetwork(nn.Module):
 
     def forward(self, noisy_BPC: torch.Tensor, t_B: torch.Tensor, cond_BPZ: torch.Tensor) -> torch.Tensor:
         """Logits [B, P, C] in the dtype of the parameters; arguments as in `DiffusionHead.forward`."""
-        y_BPD = functional.silu(self.embed_times(t_B)[:, None] + self.embed_condition(cond_BPZ))
+        embedded_BPD = self.embed_condition(cond_BPZ)
+        if len(cond_BPZ) != len(t_B):
+            embedded_BPD = embedded_BPD.repeat(len(t_B) // len(cond_BPZ), 1, 1)
+        y_BPD = functional.silu(self.embed_times(t_B)[:, None] + embedded_BPD)
         # Computed when the blocks need them, so that none is held earlier.
         return self.denoise(noisy_BPC, (linear(y_BPD) for linear in self.modulation_linears()))
 

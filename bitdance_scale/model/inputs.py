@@ -35,7 +35,8 @@ class PackInputs:
         mask: who sees whom (`sequence/visibility.py`).
         vision_positions: int64 [V]; vision_cells: int64 [V, 2]; vision_bits: [V, C] in {-1, +1}, flips applied.
         predict_positions: int64 [M, P], positions whose hidden states predict a block; predict_cells: int64 [M, P, 2],
-            cells of the tokens predicted; clean_bits: [M, P, C] in {-1, +1}; noise: [M, P, C]; time: float32 [M].
+            cells of the tokens predicted; clean_bits: [M, P, C] in {-1, +1}; noise: [K M, P, C]; time: float32 [K M], K
+            draws of all blocks one after the other.
         text_positions: int64 [T]; text_targets: int64 [T].
         num_vision_targets: M * P, or 0 if the pack predicts no image. Such a pack has one block of weight 0, so that
             every rank calls the same modules, as ZeRO-3 requires.

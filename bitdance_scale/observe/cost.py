@@ -126,11 +126,15 @@ def step_flops(config: RunConfig, vocab_size: int, counts: PackCounts) -> StepFl
     attention_per_pair = 4 * model.num_layers * model.num_heads * model.head_dim
     has_attention = head_attends(config)
     head_per_token, head_per_block = _head_weights(config.head, model.hidden_size, bits, has_attention)
-    head_pairs = counts.num_predicted * config.vision.block_tokens
+    num_draws = config.head.diff_batch_mul
+    head_pairs = num_draws * counts.num_predicted * config.vision.block_tokens
+    # The condition of a token is embedded once for all draws.
+    embedding = model.hidden_size * config.head.width
+    per_token = num_draws * (head_per_token - embedding) + embedding
     return StepFlops(
         backbone=2 * counts.num_positions * _layer_weights(model) * model.num_layers,
         attention=attention_per_pair * counts.num_visible_pairs,
-        head=2 * (counts.num_predicted * head_per_token + counts.num_blocks * head_per_block)
+        head=2 * (counts.num_predicted * per_token + num_draws * counts.num_blocks * head_per_block)
         + (4 * config.head.num_blocks * config.head.width * head_pairs if has_attention else 0),
         projector=2 * counts.num_vision * _projector_weights(config),
         text=2 * counts.num_text_targets * model.hidden_size * vocab_size,

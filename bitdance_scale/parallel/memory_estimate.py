@@ -229,7 +229,7 @@ def _assign_holdings(log: StorageLog, engine: ZeroEngine) -> None:
 
 
 def _inputs(pack: Pack, config: RunConfig) -> PackInputs:
-    noise = pack_noise(pack, config.vision.num_bits, config.run.seed, step=0)
+    noise = pack_noise(pack, config.vision.num_bits, config.run.seed, 0, num_draws=config.head.diff_batch_mul)
     return make_inputs(pack, noise, config, torch.device("cpu"))
 
 

@@ -191,12 +191,16 @@ class Stage(nn.Module):
     def losses(self, hidden_SD: torch.Tensor, inputs: PackInputs) -> torch.Tensor:
         """The flow loss summed over vision targets and the cross-entropy summed over text targets, float32 [2].
 
+        With K draws per block, B = K M, the flow loss of a target is the mean over its draws.
+
         With `inputs.reports_blocks` the flow losses of the M predicted blocks follow: float32 [2 + M].
         """
         condition_MPD = self.conditions(hidden_SD[inputs.predict_positions], inputs.predict_cells)
-        noisy_MPC = interpolate(inputs.clean_bits, inputs.noise, inputs.time)
-        predicted_MPC = self.head(noisy_MPC, inputs.time, condition_MPD)
-        vision, _ = flow_loss(predicted_MPC, inputs.clean_bits, noisy_MPC, inputs.time)
+        num_draws = len(inputs.time) // len(condition_MPD)
+        clean_BPC = inputs.clean_bits.repeat(num_draws, 1, 1)
+        noisy_BPC = interpolate(clean_BPC, inputs.noise, inputs.time)
+        predicted_BPC = self.head(noisy_BPC, inputs.time, condition_MPD)
+        vision = flow_loss(predicted_BPC, clean_BPC, noisy_BPC, inputs.time)[0] / num_draws
         if self.parts.has_text:
             text = self.text_loss_sum(hidden_SD[inputs.text_positions], inputs.text_targets)
         else:
@@ -205,7 +209,8 @@ class Stage(nn.Module):
         sums = torch.stack([vision, text]) * weights
         if not inputs.reports_blocks:
             return sums
-        return torch.cat([sums, block_losses(predicted_MPC, inputs.clean_bits, noisy_MPC, inputs.time)])
+        losses_B = block_losses(predicted_BPC, clean_BPC, noisy_BPC, inputs.time)
+        return torch.cat([sums, losses_B.view(num_draws, -1).mean(0)])
 
     def text_loss_sum(self, hidden_TD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
         """Cross-entropy summed over text targets; the tensor-parallel ranks divide the vocabulary."""

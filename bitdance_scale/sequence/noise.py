@@ -45,8 +45,9 @@ class PackNoise:
         flip_level: float32 [V, C], u ~ U(0, 1): the element is flipped with probability flip_max * u. It is 0 in images
             that are the context of a caption: the model must describe what is there (published release).
         flip_draw: float32 [V, C], U(0, 1), decides the flip.
-        time_normal: float32 [Q / P], N(0, 1) per predicted block, which `model/flow.py` turns into a flow time.
-        noise: float32 [Q, C], the Gaussian end of the flow.
+        time_normal: float32 [K * Q / P], N(0, 1) per draw and predicted block, which `model/flow.py` turns into a flow
+            time; K draws one after the other.
+        noise: float32 [K * Q, C], the Gaussian ends of the flow.
     """
 
     flip_level: np.ndarray
@@ -55,11 +56,23 @@ class PackNoise:
     noise: np.ndarray
 
 
-def pack_noise(pack: Pack, num_bits: int, seed: int, step: int, purpose: Purpose = Purpose.TRAIN) -> PackNoise:
-    """Draws the noise of a pack, each sample's from its own generator."""
+def pack_noise(
+    pack: Pack, num_bits: int, seed: int, step: int, purpose: Purpose = Purpose.TRAIN, num_draws: int = 1
+) -> PackNoise:
+    """Draws the noise of a pack, each sample's from its own generator.
+
+    Args:
+        pack: the pack.
+        num_bits: C.
+        seed: seed of the run.
+        step: optimiser step.
+        purpose: what it is for.
+        num_draws: K, flow times and ends of the flow per predicted block; the first is the same for every K.
+    """
     uniforms: list[np.ndarray] = []
-    times: list[np.ndarray] = []
-    noises: list[np.ndarray] = []
+    # By draw, then by sample.
+    times: list[list[np.ndarray]] = [[np.zeros(0, dtype=np.float32)] for _ in range(num_draws)]
+    noises: list[list[np.ndarray]] = [[np.zeros((0, num_bits), dtype=np.float32)] for _ in range(num_draws)]
     for key, (start, stop), is_predicted in zip(
         pack.sample_keys, pack.sample_vision, pack.sample_predicts, strict=True
     ):
@@ -68,12 +81,13 @@ def pack_noise(pack: Pack, num_bits: int, seed: int, step: int, purpose: Purpose
         shape = (2, num_vision, num_bits)
         uniforms.append(numbers.random(shape, dtype=np.float32) if is_predicted else np.zeros(shape, dtype=np.float32))
         if is_predicted:
-            times.append(numbers.standard_normal(num_vision // pack.block_tokens, dtype=np.float32))
-            noises.append(numbers.standard_normal((num_vision, num_bits), dtype=np.float32))
+            for time, noise in zip(times, noises, strict=True):
+                time.append(numbers.standard_normal(num_vision // pack.block_tokens, dtype=np.float32))
+                noise.append(numbers.standard_normal((num_vision, num_bits), dtype=np.float32))
     flips = np.concatenate(uniforms, axis=1)
     return PackNoise(
         flip_level=flips[0],
         flip_draw=flips[1],
-        time_normal=np.concatenate([np.zeros(0, dtype=np.float32), *times]),
-        noise=np.concatenate([np.zeros((0, num_bits), dtype=np.float32), *noises]),
+        time_normal=np.concatenate([part for draw in times for part in draw]),
+        noise=np.concatenate([part for draw in noises for part in draw]),
     )

@@ -316,7 +316,10 @@ class TextToImageJob(Job):
     def _prepare(self, packs: Sequence[Pack], step: int) -> list[PackInputs]:
         """The micro-batches of a step on the device; called in the feed's thread."""
         config = self.config
-        noises = [pack_noise(pack, config.vision.num_bits, config.run.seed, step) for pack in packs]
+        noises = [
+            pack_noise(pack, config.vision.num_bits, config.run.seed, step, num_draws=config.head.diff_batch_mul)
+            for pack in packs
+        ]
         return [
             make_inputs(pack, noise, config, self.topology.device) for pack, noise in zip(packs, noises, strict=True)
         ]

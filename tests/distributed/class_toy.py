@@ -19,11 +19,12 @@ NUM_SAMPLES = 16
 
 
 def class_config(block_side: int = 2, **parallel: object) -> RunConfig:
-    """Four layers of the published network's shape, float32; keyword arguments go to `parallel`."""
+    """Four layers of the published network's shape, two draws per block, float32; keywords go to `parallel`."""
     config = toy_config(**parallel)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, family="class_conditional", num_kv_heads=4),
+        head=dataclasses.replace(config.head, diff_batch_mul=2),
         vision=dataclasses.replace(config.vision, block_side=block_side),
         text=TextSection(),
         classes=CLASSES,

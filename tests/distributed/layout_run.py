@@ -56,9 +56,8 @@ def step_inputs(
     deal = deal if config.model.parts.has_text else class_packs
     packs = deal(topology.data_rank, topology.data_size, num_micro, config)
     num_bits = config.vision.num_bits
-    return [
-        make_inputs(pack, pack_noise(pack, num_bits, config.run.seed, step), config, topology.device) for pack in packs
-    ]
+    noises = [pack_noise(pack, num_bits, config.run.seed, step, num_draws=config.head.diff_batch_mul) for pack in packs]
+    return [make_inputs(pack, noise, config, topology.device) for pack, noise in zip(packs, noises, strict=True)]
 
 
 def train(rank: int, config: RunConfig, num_micro: int, num_steps: int, is_lopsided: bool = False) -> RankRecord:

@@ -145,5 +145,5 @@ def _packs(config: RunConfig) -> list[Pack]:
 
 def _inputs(config: RunConfig, index: int) -> PackInputs:
     pack = _packs(config)[index]
-    noise = pack_noise(pack, config.vision.num_bits, config.run.seed, step=0)
+    noise = pack_noise(pack, config.vision.num_bits, config.run.seed, 0, num_draws=config.head.diff_batch_mul)
     return make_inputs(pack, noise, config, torch.device("cpu"))

@@ -76,7 +76,8 @@ def _compare(rank: int, config: RunConfig) -> float:
 
     pack = class_packs(0, 1, 1, config)[0]
     num_images, num_bits = len(pack.sample_keys), config.vision.num_bits
-    noise = pack_noise(pack, num_bits, 5, 0)
+    num_draws = config.head.diff_batch_mul
+    noise = pack_noise(pack, num_bits, 5, 0, num_draws=num_draws)
     network = _reference(config)
     weights = {name: located.parameter.detach().clone() for name, located in engine.parameters.items()}
     network.load_state_dict(_to_published(weights, config), strict=True)
@@ -88,9 +89,9 @@ def _compare(rank: int, config: RunConfig) -> float:
     assert flips.any()
     read = torch.where(torch.from_numpy(flips), -clean, clean)
     labels = torch.tensor([index % 6 for index in range(num_images)])
-    times = draw_time(torch.from_numpy(noise.time_normal), config.head).view(num_images, -1)
-    gaussian = torch.from_numpy(noise.noise).view(clean.shape)
-    loss = network.loss(labels, read, clean, gaussian, times)
+    times = draw_time(torch.from_numpy(noise.time_normal), config.head).view(num_draws, num_images, -1)
+    gaussian = torch.from_numpy(noise.noise).view(num_draws, *clean.shape)
+    loss = sum(network.loss(labels, read, clean, gaussian[draw], times[draw]) for draw in range(num_draws)) / num_draws
     loss.backward()
     assert losses.vision == pytest.approx(loss.item(), rel=1e-6) and losses.text == 0
     ours = _to_published({name: engine.gradient(name) for name in engine.parameters}, config)

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from bitdance_scale.config.schema import ClassesSection
 from bitdance_scale.model.projector import flip_bits
-from bitdance_scale.sequence.layout import ImageTokens, block_raster_cells, num_positions, pack_samples
+from bitdance_scale.sequence.condition import ClassCondition
+from bitdance_scale.sequence.layout import ClassTokens, ImageTokens, block_raster_cells, num_positions, pack_samples
 from bitdance_scale.sequence.noise import Purpose, pack_noise
 from bitdance_scale.sequence.pack import Sample
 
@@ -126,3 +128,32 @@ def test_only_images_to_draw_are_flipped():
         np.testing.assert_array_equal(kept, getattr(without, name))
     np.testing.assert_array_equal(noise.noise, without.noise)
     np.testing.assert_array_equal(noise.time_normal, without.time_normal)
+
+
+def test_more_draws_begin_with_the_first():
+    pack = pack_samples(
+        [text_to_image(7, (2, 4), 3), image_to_text(9, (2, 2)), text_to_image(8, (4, 4), 5)], TOKENS, 32
+    )
+    one, three = pack_noise(pack, 16, seed=1, step=7), pack_noise(pack, 16, seed=1, step=7, num_draws=3)
+    for name in ("flip_level", "flip_draw"):
+        np.testing.assert_array_equal(getattr(three, name), getattr(one, name))
+    times, ends = three.time_normal.reshape(3, 6), three.noise.reshape(3, 24, 16)
+    np.testing.assert_array_equal(times[0], one.time_normal)
+    np.testing.assert_array_equal(ends[0], one.noise)
+    assert len(np.unique(times)) == times.size and len(np.unique(ends)) == ends.size
+
+
+def test_sequence_of_a_class_conditional_sample():
+    tokens = ClassTokens(num_classes=10, num_tokens=3, block_tokens=4)
+    condition = ClassCondition(ClassesSection(num_classes=10, num_tokens=3, grid=(2, 4)), 4, is_causal=False)
+    samples = [condition.drawing_sample(5, "2", (2, 4), False), condition.drawing_sample(6, "2", (2, 4), True)]
+    pack = pack_samples(samples, tokens, pack_multiple=4)
+    # Tokens of class 2, then of "no class"; queries; the first of two blocks. The last block is not read.
+    assert pack.token_ids.tolist() == [6, 7, 8, 33, 34, 35, *[0] * 4, 30, 31, 32, 33, 34, 35, *[0] * 4]
+    assert pack.num_positions == 2 * num_positions(3, 0, (2, 4), tokens) == 2 * (3 + 3 + 8 - 4)
+    assert pack.predict_positions.tolist() == [*range(2, 10), *range(12, 20)]
+    assert pack.predict_tokens.tolist() == list(range(16)) and len(pack.vision_cells) == 16
+    assert pack.vision_positions.tolist() == [*range(6, 10), *range(16, 20)]
+    assert pack.vision_inputs.tolist() == [*range(4), *range(8, 12)]
+    assert pack.block_ids.tolist() == 2 * [0, 1, *[2] * 4, *[3] * 4]
+    assert len(pack.text_targets) == 0 and tokens.vocab_size == 36
