@@ -38,6 +38,7 @@ CONFIG_NAME = "config.toml"
 TRAIN_STATE_NAME = "train_state.json"
 MODEL_PREFIX = "model."
 OPTIMIZER_PREFIX = "optimizer."
+AVERAGE_PREFIX = f"{OPTIMIZER_PREFIX}average."
 MASTER_PREFIX = "optimizer.master."
 
 T = TypeVar("T")
@@ -166,6 +167,11 @@ def load_checkpoint(
     return state
 
 
+def has_averages(path: Path) -> bool:
+    """Whether a checkpoint holds averaged weights."""
+    return any(name.startswith(AVERAGE_PREFIX) for name in read_index(path / TENSORS_DIR).tensors)
+
+
 def load_tensors(
     path: Path,
     model: Mapping[str, ShardedValue],
@@ -174,7 +180,9 @@ def load_tensors(
 ) -> None:
     """The tensors of `load_checkpoint`, for jobs whose state is not a `TrainState`."""
     values = _prefixed(MODEL_PREFIX, model) | _prefixed(OPTIMIZER_PREFIX, optimizer)
-    load_sharded(path / TENSORS_DIR, values, group)
+    # Averages that nothing holds any more are left where they are.
+    is_averaged = any(name.startswith(AVERAGE_PREFIX) for name in values)
+    load_sharded(path / TENSORS_DIR, values, group, unread="" if is_averaged else AVERAGE_PREFIX)
 
 
 def model_signature(index: TensorIndex) -> str:

@@ -47,3 +47,19 @@ def _something_falls(config: RunConfig) -> Iterator[str]:
             f"optim.warmup_steps = {optim.warmup_steps}: must be less than run.steps = {steps} with optim.schedule = "
             f"{optim.schedule!r}; lower it, or set optim.schedule=constant"
         )
+
+
+@RULES.rule("optim.average_decay", "evaluate.weights", "sample.weights")
+def _averages_exist(config: RunConfig) -> Iterator[str]:
+    """`evaluate.weights` and `sample.weights` are averaged only where weights are averaged.
+
+    Without `optim.average_decay` there are no averaged weights.
+    """
+    if config.optim.average_decay:
+        return
+    for section, weights in (("evaluate", config.evaluate.weights), ("sample", config.sample.weights)):
+        if weights == "averaged":
+            yield (
+                f"{section}.weights = 'averaged': optim.average_decay = 0, so there are none; set it, such as 0.9999, "
+                f"or {section}.weights=trained"
+            )

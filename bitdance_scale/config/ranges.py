@@ -206,6 +206,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     # AdamW divides in float32, whose smallest normal number this is: a smaller epsilon would count as 0.
     "optim.eps": Range(2.0**-126),
     "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.average_decay": _DECAY,
     "optim.clip_norm": _NOT_NEGATIVE,
     "optim.max_skipped_steps": _COUNT,
     "optim.max_skipped_share": Range(0, 1, is_low_open=True),
@@ -224,6 +225,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "evaluate.every_steps": _COUNT,
     "evaluate.images": _COUNT,
     "evaluate.seed": _SEED,
+    "evaluate.weights": Choice(("trained", "averaged")),
     "sample.every_steps": _NOT_NEGATIVE,
     "sample.prompts[]": NonEmpty(),
     "sample.size_px[]": _COUNT,
@@ -231,6 +233,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "sample.guidance": _NOT_NEGATIVE,
     "sample.sampler": Choice(("euler_maruyama", "euler")),
     "sample.seed": _SEED,
+    "sample.weights": Choice(("trained", "averaged")),
     "observe.log_every_steps": _COUNT,
     "observe.wandb_project": NonEmpty(),
     "observe.wandb_mode": Choice(("auto", "online", "offline", "disabled")),

@@ -259,6 +259,9 @@ class OptimSection:
     beta2: float = setting(0.95, doc="Second-moment decay.")
     eps: float = setting(1e-15, doc="AdamW epsilon.")
     weight_decay: float = setting(0.0, doc="Decoupled weight decay.")
+    average_decay: float = setting(
+        0.0, doc="Decay per step of the averaged weights, an exponential moving average in float32; 0: there is none."
+    )
     clip_norm: float = setting(1.0, doc="Global gradient-norm clip; 0 switches it off.")
     max_skipped_steps: int = setting(10, doc="Training stops after more consecutive skipped steps.")
     max_skipped_share: float = setting(
@@ -335,6 +338,7 @@ class EvaluateSection:
     )
     images: int = setting(256, doc="Images, mixed over the resolutions as in training.")
     seed: int = setting(0, doc="Seed of which images, of noise and of flow times.")
+    weights: str = setting("trained", doc="Weights that are evaluated: trained or averaged (`optim.average_decay`).")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,6 +353,7 @@ class SampleSection:
     sampler: str = setting("euler_maruyama", doc="euler_maruyama (release) or euler (Eq. 4).")
     use_cache: bool = setting(True, doc="Whether keys and values of earlier blocks are kept.")
     seed: int = setting(0, doc="Seed of the noise; image i uses stream i of it.")
+    weights: str = setting("trained", doc="Weights that draw: trained or averaged (`optim.average_decay`).")
 
 
 @dataclass(frozen=True, kw_only=True)

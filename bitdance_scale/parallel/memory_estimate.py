@@ -47,6 +47,7 @@ class Bytes:
         gradients: of the weights, in the dtypes and partitions in which the engine accumulates them.
         masters: float32 weights of the optimiser's partition.
         moments: AdamW's two, float32.
+        averages: averaged weights of the optimiser's partition, float32.
         buffers: DeepSpeed's for reducing and gathering, and temporary tensors of the optimiser.
         inputs: packs of the step: tokens, noise, masks.
         activations: everything that the model makes in the forward and backward passes.
@@ -57,6 +58,7 @@ class Bytes:
     gradients: int = 0
     masters: int = 0
     moments: int = 0
+    averages: int = 0
     buffers: int = 0
     inputs: int = 0
     activations: int = 0
@@ -157,11 +159,15 @@ def estimate_memory_here(
     )
 
 
-def _host_copy(config: RunConfig, topology: Topology, *, weights: int, masters: int, moments: int, **_: int) -> int:
+def _host_copy(
+    config: RunConfig, topology: Topology, *, weights: int, masters: int, moments: int, averages: int = 0, **_: int
+) -> int:
     """Every element is copied by one rank: replicas share the weights out, unless ZeRO-3 has done so already."""
     if not config.checkpoint.in_background:
         return 0
-    return masters + moments + (weights if config.parallel.zero_stage == 3 else weights // topology.data_size)
+    return (
+        masters + moments + averages + (weights if config.parallel.zero_stage == 3 else weights // topology.data_size)
+    )
 
 
 def num_in_flight(section: ParallelSection, pipeline_rank: int) -> int:

@@ -23,6 +23,7 @@ from deepspeed.utils import safe_get_full_grad
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.inputs import PackInputs
+from bitdance_scale.parallel.averaged_weights import AveragedWeights
 from bitdance_scale.parallel.engine_setup import no_compiler
 from bitdance_scale.parallel.parameter_names import Parameters, name_parameters
 from bitdance_scale.parallel.partition import ShardedValue, fragment_pieces, whole_pieces
@@ -34,6 +35,7 @@ from bitdance_scale.parallel.topology import Topology
 deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+AVERAGE = "average"
 # DeepSpeed's default. Its buffer of this size exists in full, however small the model is: 2 GB in float32.
 MAX_BUCKET_ELEMENTS = 500_000_000
 
@@ -84,12 +86,14 @@ class Fragment:
         start: index of the first element in the flattened local parameter.
         master: float32 [n], weights; a view.
         exp_avg, exp_avg_sq: float32 [n], AdamW's moments; views.
+        average: float32 [n], the averaged weights; a view. None without averages.
     """
 
     start: int
     master: torch.Tensor
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
+    average: torch.Tensor | None
 
 
 def deepspeed_config(config: RunConfig, data_size: int, num_elements: int) -> dict[str, object]:
@@ -160,6 +164,8 @@ class ZeroEngine:
         self._optimizer = self._engine.optimizer
         self._adam = self._engine.basic_optimizer
         self._make_moments()
+        decay = config.optim.average_decay
+        self._averages = AveragedWeights(self._flat_masters(), decay) if decay else None
 
     def forward(self, inputs: PackInputs) -> torch.Tensor:
         """The model's forward pass under the engine's hooks, without a pipeline."""
@@ -203,7 +209,46 @@ class ZeroEngine:
         self._adam.is_refused = None if refuses is None else is_refused
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
-        return StepOutcome(grad_norm=norm, is_skipped=bool(self._optimizer.overflow), is_refused=any(answers))
+        outcome = StepOutcome(grad_norm=norm, is_skipped=bool(self._optimizer.overflow), is_refused=any(answers))
+        if self._averages is not None and not (outcome.is_skipped or outcome.is_refused):
+            self._averages.update()
+        return outcome
+
+    @property
+    def has_averages(self) -> bool:
+        """Whether weights are averaged."""
+        return self._averages is not None
+
+    def restart_averages(self) -> None:
+        """Begins the average again with the weights as they are, after others were loaded."""
+        if self._averages is not None:
+            self._averages.restart()
+
+    @contextlib.contextmanager
+    def weights_of(self, kind: str) -> Iterator[None]:
+        """Within it the model has its `trained` or its `averaged` weights; a collective over data-parallel ranks.
+
+        Outside of it they are the trained ones. What the optimiser holds is exchanged too, so no step is taken in it.
+        """
+        if kind == "trained":
+            yield
+            return
+        assert self._averages is not None, "`evaluate.weights` and `sample.weights` need `optim.average_decay`"
+        with self._averages.in_place_of_masters(self._refresh_weights):
+            yield
+
+    def _refresh_weights(self) -> None:
+        """Copies the masters into the weights, and those of all ranks to all that use them, as after a step."""
+        if self._zero_stage < 3:
+            self._optimizer.update_lp_params()
+            return
+        with torch.no_grad():
+            for group in range(len(self._optimizer.fp16_partitioned_groups_flat)):
+                self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            # Small parameters stay gathered from step to step.
+            persistent = self._optimizer.persistent_parameters
+            if persistent:
+                persistent[0].all_gather(persistent)
 
     def gradient(self, name: str) -> torch.Tensor:
         """The gradient of the global loss for a local parameter, before the step; collective over data-parallel ranks.
@@ -223,7 +268,11 @@ class ZeroEngine:
             master, exp_avg, exp_avg_sq = (
                 tensor.narrow(0, offset, length) for tensor in (flat.data, *(state[key] for key in MOMENTS))
             )
-            yield name, Fragment(start, master, exp_avg, exp_avg_sq)
+            average = None
+            if self._averages is not None:
+                buffer = next(i for i, other in enumerate(self._flat_masters()) if other is flat)
+                average = self._averages.buffers[buffer].narrow(0, offset, length)
+            yield name, Fragment(start, master, exp_avg, exp_avg_sq, average)
 
     def model_values(self) -> dict[str, ShardedValue]:
         """The weights in training dtype, as views to save from or load into.
@@ -242,11 +291,11 @@ class ZeroEngine:
         return values
 
     def optimizer_values(self) -> dict[str, ShardedValue]:
-        """Float32 masters and moments, `master.<name>`, `exp_avg.<name>`, `exp_avg_sq.<name>`, as views."""
+        """Float32 masters, moments and averages: `master.<name>`, `exp_avg.<name>` and so on, as views."""
         values = {}
         for name, fragment in self.fragments():
             placement = self.parameters[name].placement
-            for key in ("master", *MOMENTS):
+            for key in ("master", *MOMENTS, *([AVERAGE] if self._averages is not None else [])):
                 flat = getattr(fragment, key)
                 values[f"{key}.{name}"] = fragment_pieces(flat, fragment.start, placement)
         return values
@@ -254,8 +303,8 @@ class ZeroEngine:
     def holdings(self) -> dict[str, list[torch.Tensor]]:
         """What the engine keeps from step to step, by kind; several tensors may be views of one storage.
 
-        `weights` in training dtype, `masters` and `moments` in float32, `buffers` for reducing gradients (ZeRO-3 only:
-        the other stages make them again in every step).
+        `weights` in training dtype, `masters`, `moments` and `averages` in float32, `buffers` for reducing gradients
+        (ZeRO-3 only: the other stages make them again in every step).
         """
         parameters = [located.parameter for located in self.parameters.values()]
         masters = self._flat_masters()
@@ -267,6 +316,7 @@ class ZeroEngine:
             "weights": weights,
             "masters": masters,
             "moments": [self._adam.state[flat][key] for flat in masters for key in MOMENTS],
+            "averages": [] if self._averages is None else list(self._averages.buffers),
             "buffers": buffers,
         }
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from bitdance_scale.checkpoint.remote_folder import is_remote
 from bitdance_scale.checkpoint.remote_restore import fetch_start
-from bitdance_scale.checkpoint.run_checkpoint import TrainState, load_checkpoint
+from bitdance_scale.checkpoint.run_checkpoint import TrainState, has_averages, load_checkpoint
 from bitdance_scale.checkpoint.start_weights import find_checkpoint, load_start_weights
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.inputs import PackInputs, make_inputs
@@ -23,6 +23,7 @@ from bitdance_scale.parallel.partition import ShardedValue
 from bitdance_scale.parallel.step import StepLosses, train_step
 from bitdance_scale.parallel.step_trace import StepTrace
 from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.parallel.zero import AVERAGE
 from bitdance_scale.phases import Phase, phase
 from bitdance_scale.sequence.condition import load_condition
 from bitdance_scale.sequence.noise import pack_noise
@@ -261,20 +262,31 @@ class TextToImageJob(Job):
         return self.schedule.draw > 0 and not samples_path(self.run_folder, self.step).exists()
 
     def _evaluate(self) -> Evaluation | None:
-        return None if self._evaluator is None else self._evaluator.evaluate(self._engine, self.progress.step)
+        if self._evaluator is None:
+            return None
+        with self._engine.weights_of(self.config.evaluate.weights):
+            return self._evaluator.evaluate(self._engine, self.progress.step)
 
     def _draw_samples(self) -> list[np.ndarray]:
         """The configured prompts; uint8 [H, W, 3] each on rank 0, nothing elsewhere."""
-        return draw_samples(self._engine, self.config, self._condition, self._vision, self.topology)
+        with self._engine.weights_of(self.config.sample.weights):
+            return draw_samples(self._engine, self.config, self._condition, self._vision, self.topology)
 
     def _resume(self, path: Path) -> None:
+        values, is_restarted = self._engine.optimizer_values(), False
+        if self._engine.has_averages and not on_first_rank(lambda: has_averages(path)):
+            values = {name: value for name, value in values.items() if not name.startswith(f"{AVERAGE}.")}
+            is_restarted = True
         state = load_checkpoint(
             path,
             self._engine.model_values(),
-            self._engine.optimizer_values(),
+            values,
             tokenizer_digest=self._condition.digest,
             vision_digest=self._vision_digest,
         )
+        if is_restarted:
+            self._engine.restart_averages()
+            logger.info("%s has no averaged weights; the average begins with its weights", path)
         self._engine.set_optimizer_step(state.optimizer["step"])
         self._loader_state = state.loader
         self._release = state.release
@@ -311,6 +323,7 @@ class TextToImageJob(Job):
             new_queries=start.new_queries,
             is_partial=start.is_partial,
         )
+        self._engine.restart_averages()
         logger.info("started from the weights of %s", start.path)
 
     def _prepare(self, packs: Sequence[Pack], step: int) -> list[PackInputs]:

@@ -27,6 +27,7 @@ def class_config(block_side: int = 2, **parallel: object) -> RunConfig:
         head=dataclasses.replace(config.head, diff_batch_mul=2),
         vision=dataclasses.replace(config.vision, block_side=block_side),
         text=TextSection(),
+        optim=dataclasses.replace(config.optim, average_decay=0.7),
         classes=CLASSES,
         data=dataclasses.replace(config.data, global_batch=NUM_SAMPLES),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,16 +14,25 @@ from bitdance_scale.sequence.noise import pack_noise
 from tests.distributed.class_toy import class_packs, class_tokens
 from tests.distributed.toy import VOCAB_SIZE, lopsided_packs, toy_packs
 
+Slices = dict[str, list[tuple[tuple[int, ...], torch.Tensor]]]
+
 
 @dataclass
 class RankRecord:
-    """What one rank records: losses of every step, and its slices of the first gradients and of the final weights."""
+    """What one rank records: losses of every step, and its slices of the first gradients and of the final weights.
+
+    With `optim.average_decay` also its slices of the weights before and after every step, of the averages that the
+    optimiser holds at the end, and of the weights that the model then has in their place.
+    """
 
     losses: list[tuple[float, float, float]]
     grad_norms: list[float]
     gradients: dict[str, list[tuple[tuple[int, ...], torch.Tensor]]]
     weights: dict[str, list[tuple[tuple[int, ...], torch.Tensor]]]
     shapes: dict[str, tuple[int, ...]]
+    history: list[Slices] = field(default_factory=list)
+    averages: Slices = field(default_factory=dict)
+    averaged: Slices = field(default_factory=dict)
 
 
 def make_engine(config: RunConfig) -> tuple[object, Topology]:
@@ -67,6 +76,8 @@ def train(rank: int, config: RunConfig, num_micro: int, num_steps: int, is_lopsi
     from bitdance_scale.parallel.step import accumulate_gradients, count_targets
 
     record = RankRecord([], [], {}, {}, {})
+    if engine.has_averages:
+        record.history.append(_slices(engine.model_values()))
     for step in range(num_steps):
         batch = step_inputs(config, topology, num_micro, step, is_lopsided)
         counts = count_targets(batch, topology)
@@ -78,16 +89,39 @@ def train(rank: int, config: RunConfig, num_micro: int, num_steps: int, is_lopsi
                 record.gradients[name] = [(piece.offsets, piece.tensor.clone()) for piece in value.pieces]
                 record.shapes[name] = value.global_shape
         record.grad_norms.append(engine.step(config.optim.lr).grad_norm)
-    for name, value in engine.model_values().items():
-        record.weights[name] = [(piece.offsets, piece.tensor.clone()) for piece in value.pieces]
+        if engine.has_averages:
+            record.history.append(_slices(engine.model_values()))
+    record.weights = _slices(engine.model_values())
+    if engine.has_averages:
+        _record_averages(engine, record)
     return record
 
 
-def assemble(records: list[RankRecord], field: str) -> dict[str, torch.Tensor]:
-    """Whole tensors from the slices of all ranks; every element must be covered."""
+def _slices(values: dict[str, object]) -> Slices:
+    return {name: [(piece.offsets, piece.tensor.clone()) for piece in value.pieces] for name, value in values.items()}
+
+
+def _record_averages(engine: object, record: RankRecord) -> None:
+    values, prefix = engine.optimizer_values(), "average."
+    averages = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    record.averages = _slices(averages)
+    held = _slices(values)
+    with engine.weights_of("averaged"):
+        record.averaged = _slices(engine.model_values())
+    # Everything is back, bit for bit.
+    for before, after in ((record.weights, _slices(engine.model_values())), (held, _slices(engine.optimizer_values()))):
+        assert before.keys() == after.keys()
+        for name, parts in before.items():
+            for (_, part), (_, again) in zip(parts, after[name], strict=True):
+                assert torch.equal(part, again), f"{name} is another after the averages were in its place"
+
+
+def assemble(records: list[RankRecord], field: str | int) -> dict[str, torch.Tensor]:
+    """Whole tensors from the slices of all ranks, or those of one step; every element must be covered."""
     whole: dict[str, torch.Tensor] = {}
     for record in records:
-        for name, pieces in getattr(record, field).items():
+        slices = getattr(record, field) if isinstance(field, str) else record.history[field]
+        for name, pieces in slices.items():
             tensor = whole.setdefault(name, torch.full(record.shapes[name], float("nan")))
             for offsets, part in pieces:
                 box = tuple(slice(start, start + size) for start, size in zip(offsets, part.shape, strict=True))

@@ -74,6 +74,22 @@ def test_layout_equals_one_process(num_ranks, num_micro, parallel, block_side, a
         for losses, wanted in zip(record.losses, reference.losses, strict=True):
             assert losses == pytest.approx(wanted, rel=BOUND)
         assert record.grad_norms == pytest.approx(reference.grad_norms, rel=BOUND)
+    _check_averages(records, config.optim.average_decay)
+
+
+def _check_averages(records: list[RankRecord], decay: float) -> None:
+    """The averages against a plain one of whole tensors; ZeRO divides them at any element."""
+    plain = assemble(records, 0)
+    for step in range(1, NUM_STEPS + 1):
+        weights = assemble(records, step)
+        plain = {name: decay * average + (1 - decay) * weights[name] for name, average in plain.items()}
+    assert any(not torch.equal(plain[name], weights[name]) for name in plain)
+    for field in ("averages", "averaged"):
+        found = assemble(records, field)
+        assert found.keys() == plain.keys()
+        for name, average in plain.items():
+            # float32; the engine adds up in one operation.
+            torch.testing.assert_close(found[name], average, rtol=1e-6, atol=1e-8)
 
 
 def test_the_parts_of_the_network():

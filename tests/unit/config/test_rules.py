@@ -129,6 +129,11 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
         1,
         ["optim.warmup_steps = 10000000", "less than run.steps", "'linear'"],
     ),
+    "no averages": (
+        ["sample.weights=averaged"],
+        1,
+        ["sample.weights = 'averaged'", "optim.average_decay = 0", "sample.weights=trained"],
+    ),
     "rate": (["optim.schedule=step"], 1, ["optim.schedule = 'step'", "one of constant, linear, cosine"]),
     "no bucket": (["checkpoint.upload='s3:///runs'"], 1, ["checkpoint.upload = 's3:///runs'", "s3://BUCKET/PREFIX"]),
     "no S3": (["checkpoint.upload=runs"], 1, ["checkpoint.upload = 'runs'", "must be s3://BUCKET/PREFIX"]),
