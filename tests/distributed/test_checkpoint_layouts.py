@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitdance_scale.checkpoint.boxes import Box, disjoint_parts
+from tests.distributed.class_toy import class_config
 from tests.distributed.layout_run import make_engine, step_inputs
 from tests.distributed.spawn import run_ranks
 from tests.distributed.toy import toy_config
@@ -49,7 +50,8 @@ class Record:
 
 
 def _config(parallel: dict[str, object], dtype: str):
-    config = toy_config(**parallel)
+    # Under bfloat16 the class-conditional network, whose weights are averaged too.
+    config = toy_config(**parallel) if dtype == "float32" else class_config(**parallel)
     return dataclasses.replace(config, run=dataclasses.replace(config.run, dtype=dtype))
 
 
@@ -185,9 +187,9 @@ def _save_all(dtype: str, root: Path) -> Saved:
         saved.tensors = _whole(records)
         save_file(saved.tensors, saved.root / f"{number}.safetensors")
         saved.next_losses[number] = records[0].next_loss
-        # Masters and moments are float32 under either dtype; the weights have the dtype of training.
+        # Masters, moments and averages are float32 under either dtype; the weights have the dtype of training.
         for name, tensor in saved.tensors.items():
-            is_weight = not name.startswith(("master.", "exp_avg.", "exp_avg_sq."))
+            is_weight = not name.startswith(("master.", "exp_avg.", "exp_avg_sq.", "average."))
             assert tensor.dtype == (getattr(torch, dtype) if is_weight else torch.float32), name
     # The loss identifies a checkpoint: its learning rate moves the loss by more than the tolerance.
     losses = saved.next_losses.values()
