@@ -157,6 +157,11 @@ def open_checkpoint(
     overrides = [f"text.path={json.dumps(str(tokenizer))}"] if tokenizer else []
     overrides += [f"vision.weights={json.dumps(str(autoencoder))}"] if autoencoder else []
     network = load_network(config_path, overrides)
+    if not network.model.parts.has_text:
+        raise CheckpointError(
+            f"{path / CONFIG_NAME}: model.family = {network.model.family!r}: only text-to-image models can be exported; "
+            "name a run of that family"
+        )
     text = _checked_tokenizer(path, network, state)
     with torch.device("meta"):
         check_weights(network.vision.weights_path, make_autoencoder(network.vision).state_dict())

@@ -35,9 +35,12 @@ def stage_lines(config: RunConfig, vocab_size: int, world_size: int) -> list[Sta
 
 def table(lines: Sequence[StageLine], device_gib: float, is_markdown: bool) -> str:
     """The lines as text in columns, or as a Markdown table."""
+    # Most runs average no weights.
+    has_averages = any(line.estimate.peak.averages for line in lines)
+    roles = [field.name for field in dataclasses.fields(Bytes) if has_averages or field.name != "averages"]
     header = [
         "stage",
-        *(field.name for field in dataclasses.fields(Bytes)),
+        *roles,
         "total",
         "most activations",
         "largest at the peak",
@@ -49,7 +52,7 @@ def table(lines: Sequence[StageLine], device_gib: float, is_markdown: bool) -> s
         needed = max(peak.total, line.estimate.building_peak)
         fits = "yes" if needed <= device_gib * GIB else f"no, {needed / GIB:.1f}"
         most = f"{line.estimate.most_activations / GIB:.2f}"
-        rows.append([str(stage), *_gib(peak), most, f"{size / GIB:.2f} {name}", fits])
+        rows.append([str(stage), *_gib(peak, roles), most, f"{size / GIB:.2f} {name}", fits])
     if is_markdown:
         marked = [header, ["---"] * len(header), *rows[1:]]
         return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in marked)
@@ -69,8 +72,9 @@ def remark(lines: Sequence[StageLine]) -> str:
     )
 
 
-def _gib(peak: Bytes) -> list[str]:
-    return [f"{size / GIB:.2f}" for size in (*dataclasses.astuple(peak), peak.total)]
+def _gib(peak: Bytes, roles: Sequence[str]) -> list[str]:
+    sizes = [*(getattr(peak, role) for role in roles), peak.total]
+    return [f"{size / GIB:.2f}" for size in sizes]
 
 
 def on_gpu(config: RunConfig) -> RunConfig:
