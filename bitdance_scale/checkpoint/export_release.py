@@ -159,8 +159,8 @@ def open_checkpoint(
     network = load_network(config_path, overrides)
     if not network.model.parts.has_text:
         raise CheckpointError(
-            f"{path / CONFIG_NAME}: model.family = {network.model.family!r}: only text-to-image models can be exported; "
-            "name a run of that family"
+            f"{path / CONFIG_NAME}: model.family = {network.model.family!r}: only text-to-image models can be exported;"
+            " name a run of that family"
         )
     text = _checked_tokenizer(path, network, state)
     with torch.device("meta"):
