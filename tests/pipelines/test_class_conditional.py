@@ -146,3 +146,14 @@ def test_wrong_labels_are_refused_before_training(config_file, tmp_path, labels,
 def test_wrong_settings_are_refused(config_file, override, message):
     with pytest.raises(ConfigError, match=message):
         check(load_config(config_file, [override]), 1)
+
+
+def test_the_documented_configuration_is_legal(tmp_path):
+    page = (ROOT / "docs/class_conditional.md").read_text(encoding="utf-8")
+    path = tmp_path / "documented.toml"
+    path.write_text(page.partition("```toml\n")[2].partition("```")[0], encoding="utf-8")
+    config = load_config(path)
+    check(config, 16)
+    # The recipe of the published release, Tables 2 and 3.
+    assert (config.model.hidden_size, config.model.num_layers, config.model.ffn_size) == (768, 24, 2048)
+    assert (config.head.diff_batch_mul, config.optim.average_decay, config.sample.guidance) == (4, 0.9999, 3.9)
