@@ -206,6 +206,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     # AdamW divides in float32, whose smallest normal number this is: a smaller epsilon would count as 0.
     "optim.eps": Range(2.0**-126),
     "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.decay_exempt[]": NonEmpty(),
     "optim.average_decay": _DECAY,
     "optim.clip_norm": _NOT_NEGATIVE,
     "optim.max_skipped_steps": _COUNT,

@@ -259,6 +259,12 @@ class OptimSection:
     beta2: float = setting(0.95, doc="Second-moment decay.")
     eps: float = setting(1e-15, doc="AdamW epsilon.")
     weight_decay: float = setting(0.0, doc="Decoupled weight decay.")
+    decays_vectors: bool = setting(True, doc="Whether it is also for parameters of one dimension: biases and norms.")
+    decay_exempt: tuple[str, ...] = setting(
+        (),
+        doc="Parameters without weight decay, by their names in checkpoints; `*` stands for any characters.",
+        example='["embedding.weight", "projector.*"]',
+    )
     average_decay: float = setting(
         0.0, doc="Decay per step of the averaged weights, an exponential moving average in float32; 0: there is none."
     )

@@ -6,9 +6,15 @@ rank keeps its slice. A model started under any layout is therefore the same mod
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
+from collections.abc import Sequence
+
 import torch
+import torch.distributed as dist
 
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.errors import ConfigError
 from bitdance_scale.model.initial import draw_initial
 from bitdance_scale.parallel.parameter_names import Parameters, name_parameters
 from bitdance_scale.parallel.pipeline_stages import RankStages
@@ -25,8 +31,30 @@ def build_stages(config: RunConfig, vocab_size: int, topology: Topology) -> Rank
 
 
 def build_engine(config: RunConfig, vocab_size: int, topology: Topology) -> ZeroEngine:
-    """This rank's stages under ZeRO, ready to train."""
-    return ZeroEngine(build_stages(config, vocab_size, topology), config, topology)
+    """This rank's stages under ZeRO, ready to train; a collective of all ranks.
+
+    Raises:
+        ConfigError: on every rank: a pattern of `optim.decay_exempt` names no parameter of the model.
+    """
+    stages = build_stages(config, vocab_size, topology)
+    _check_exemptions(list(name_parameters(stages, topology)), config.optim.decay_exempt)
+    return ZeroEngine(stages, config, topology)
+
+
+def _check_exemptions(own_names: list[str], patterns: Sequence[str]) -> None:
+    """Looks for the parameters of every pattern on all ranks, as a stage of a pipeline holds only some."""
+    if not patterns:
+        return
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, own_names)
+    names = sorted({name for part in gathered for name in part})
+    unmatched = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
+    if unmatched:
+        near = difflib.get_close_matches(unmatched[0], names, n=3, cutoff=0.3)
+        raise ConfigError(
+            f"optim.decay_exempt: {', '.join(map(repr, unmatched))}: no parameter has such a name; the nearest are "
+            f"{', '.join(near) or ', '.join(names[:3])}. Correct it, or leave it out"
+        )
 
 
 def _draw_weights(parameters: Parameters, config: RunConfig, device: torch.device) -> None:

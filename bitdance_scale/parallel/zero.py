@@ -12,6 +12,7 @@ moments as views into the engine's buffers. Checkpoints read and write these vie
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -21,7 +22,7 @@ import torch
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import safe_get_full_grad
 
-from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.config.schema import OptimSection, RunConfig
 from bitdance_scale.model.inputs import PackInputs
 from bitdance_scale.parallel.averaged_weights import AveragedWeights
 from bitdance_scale.parallel.engine_setup import no_compiler
@@ -146,11 +147,10 @@ class ZeroEngine:
         self._topology = topology
         self._zero_stage = config.parallel.zero_stage
         optimizer = GuardedAdamW(
-            [located.parameter for located in self.parameters.values()],
+            decay_groups(self.parameters, config.optim),
             lr=config.optim.lr,
             betas=(config.optim.beta1, config.optim.beta2),
             eps=config.optim.eps,
-            weight_decay=config.optim.weight_decay,
             fused=topology.device.type == "cuda" if is_fused is None else is_fused,
         )
         with no_compiler():
@@ -366,6 +366,22 @@ class ZeroEngine:
         size = partitioned.ds_tensor.ds_numel
         start = min(self._topology.data_rank * size, partitioned.ds_numel)
         return start, min(size, partitioned.ds_numel - start)
+
+
+def decay_groups(parameters: Parameters, section: OptimSection) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: those that weight decay is for, and the others; one group if there is no decay.
+
+    Args:
+        parameters: of this rank, by global name.
+        section: `weight_decay`, `decays_vectors`, `decay_exempt`.
+    """
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, (parameter, placement) in parameters.items():
+        is_exempt = any(fnmatch.fnmatchcase(name, pattern) for pattern in section.decay_exempt)
+        is_vector = len(placement.global_shape) < 2 and not section.decays_vectors
+        groups.setdefault(0.0 if is_exempt or is_vector else section.weight_decay, []).append(parameter)
+    # Without a group that is empty, which DeepSpeed does not take.
+    return [{"params": members, "weight_decay": decay} for decay, members in groups.items()]
 
 
 class _Partition(Protocol):

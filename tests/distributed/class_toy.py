@@ -16,6 +16,8 @@ GRID = (4, 4)
 # Six classes with "no class" and three queries make 21 rows, which divide over no two ranks.
 CLASSES = ClassesSection(num_classes=5, num_tokens=3, grid=GRID)
 NUM_SAMPLES = 16
+# The published recipe: on matrices, but not on the embedding and the projector.
+DECAY = {"weight_decay": 0.5, "decays_vectors": False, "decay_exempt": ("embedding.weight", "projector.*")}
 
 
 def class_config(block_side: int = 2, **parallel: object) -> RunConfig:
@@ -27,7 +29,7 @@ def class_config(block_side: int = 2, **parallel: object) -> RunConfig:
         head=dataclasses.replace(config.head, diff_batch_mul=2),
         vision=dataclasses.replace(config.vision, block_side=block_side),
         text=TextSection(),
-        optim=dataclasses.replace(config.optim, average_decay=0.7),
+        optim=dataclasses.replace(config.optim, average_decay=0.7, **DECAY),
         classes=CLASSES,
         data=dataclasses.replace(config.data, global_batch=NUM_SAMPLES),
     )

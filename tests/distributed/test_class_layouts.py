@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.errors import ConfigError
 from bitdance_scale.generate.block_decode import lay_out
 from bitdance_scale.model.inputs import make_inputs
 from bitdance_scale.parallel.layout_decode import StageDecoder
+from bitdance_scale.parallel.topology import make_topology, start_process_group
 from bitdance_scale.sequence.layout import pack_samples
 from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.vision.bits import pack_bits
@@ -75,6 +77,7 @@ def test_layout_equals_one_process(num_ranks, num_micro, parallel, block_side, a
             assert losses == pytest.approx(wanted, rel=BOUND)
         assert record.grad_norms == pytest.approx(reference.grad_norms, rel=BOUND)
     _check_averages(records, config.optim.average_decay)
+    _check_first_step(records, config)
 
 
 def _check_averages(records: list[RankRecord], decay: float) -> None:
@@ -90,6 +93,24 @@ def _check_averages(records: list[RankRecord], decay: float) -> None:
         for name, average in plain.items():
             # float32; the engine adds up in one operation.
             torch.testing.assert_close(found[name], average, rtol=1e-6, atol=1e-8)
+
+
+def _check_first_step(records: list[RankRecord], config: RunConfig) -> None:
+    """The weights after one step against AdamW's formula, with weight decay on some matrices only.
+
+    After one step the moments, corrected for their bias, are the gradient and its square.
+    """
+    optim, gradients, before, after = config.optim, assemble(records, "gradients"), assemble(records, 0), {}
+    clip = max(1.0, (records[0].grad_norms[0] + 1e-6) / optim.clip_norm)
+    found, num_decayed = assemble(records, 1), 0
+    for name, weight in before.items():
+        is_decayed = weight.dim() > 1 and not name.startswith(("embedding.", "projector."))
+        num_decayed += is_decayed
+        gradient = gradients[name] / clip
+        shrunk = weight * (1 - optim.lr * optim.weight_decay) if is_decayed else weight
+        after[name] = shrunk - optim.lr * gradient / (gradient.abs() + optim.eps)
+        torch.testing.assert_close(found[name], after[name], rtol=1e-5, atol=1e-6)
+    assert 0 < num_decayed < len(before)
 
 
 def test_the_parts_of_the_network():
@@ -133,3 +154,22 @@ def test_decoding_equals_the_teacher_forced_pack(block_side):
     whole, decoded = run_ranks(1, _teacher_forced, class_config(block_side))[0]
     # float32 rounding: the same products in batches of another size.
     torch.testing.assert_close(decoded, whole, rtol=1e-5, atol=1e-5)
+
+
+def _build_with(rank: int, patterns: tuple[str, ...]) -> str:
+    config = class_config(pipeline=2)
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, decay_exempt=patterns))
+    start_process_group(timeout_s=60)
+    topology = make_topology(config.parallel)
+    from bitdance_scale.parallel.build import build_engine
+
+    with pytest.raises(ConfigError) as error:
+        build_engine(config, class_tokens(config).vocab_size, topology)
+    return str(error.value)
+
+
+def test_an_exemption_that_names_nothing_is_refused_on_all_ranks():
+    # The embedding is on the first stage, the head on the last: both are found.
+    messages = run_ranks(2, _build_with, ("embedding.weight", "head.*", "projectors.*"))
+    assert messages[0] == messages[1]
+    assert "optim.decay_exempt: 'projectors.*': no parameter has such a name; the nearest are projector." in messages[0]

@@ -33,6 +33,7 @@ UNCONSTRAINED = {
     "model.tie_embeddings",
     "vision.gan_decoder",
     "text.path",
+    "optim.decays_vectors",
     "parallel.sequence_parallel",
     "head.time_mean",
     "data.bits_dir",
