@@ -27,7 +27,7 @@ class AveragedWeights:
     def __init__(self, masters: Sequence[torch.Tensor], decay: float) -> None:
         self._masters, self._decay = masters, decay
         self.buffers = [master.detach().clone() for master in masters]
-        self._is_in_place = False
+        self._is_in_place = self._is_stale = False
 
     @torch.no_grad()
     def update(self) -> None:
@@ -47,17 +47,27 @@ class AveragedWeights:
         """Within it the masters hold the average and the average the masters, which come back bit for bit.
 
         Args:
-            refresh: copies the masters into the weights; called at both ends.
+            refresh: copies the masters into the weights, a collective; called at both ends, but not after an error:
+                other ranks may not come as far. The weights are then stale.
         """
         self._exchange()
         self._is_in_place = True
         refresh()
         try:
             yield
+        except BaseException:
+            self._is_stale = True
+            raise
         finally:
             self._exchange()
             self._is_in_place = False
+        refresh()
+
+    def refresh_stale(self, refresh: Callable[[], None]) -> None:
+        """Refreshes weights that an error has left with the average; a collective then."""
+        if self._is_stale:
             refresh()
+            self._is_stale = False
 
     @torch.no_grad()
     def _exchange(self) -> None:

@@ -278,8 +278,11 @@ class ZeroEngine:
         """The weights in training dtype, as views to save from or load into.
 
         Under ZeRO-3, load only before the first step: from then on DeepSpeed keeps small parameters gathered in
-        addition to the parts that these views show.
+        addition to the parts that these views show. After an error under the averaged weights this is a collective, in
+        which the trained ones come back.
         """
+        if self._averages is not None:
+            self._averages.refresh_stale(self._refresh_weights)
         values = {}
         for name, (parameter, placement) in self.parameters.items():
             if self._zero_stage == 3:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from dataclasses import dataclass, field
 
@@ -108,8 +109,15 @@ def _record_averages(engine: object, record: RankRecord) -> None:
     held = _slices(values)
     with engine.weights_of("averaged"):
         record.averaged = _slices(engine.model_values())
-    # Everything is back, bit for bit.
-    for before, after in ((record.weights, _slices(engine.model_values())), (held, _slices(engine.optimizer_values()))):
+    # Everything is back, bit for bit; after an error too.
+    _check_back(record.weights, held, engine)
+    with contextlib.suppress(ZeroDivisionError), engine.weights_of("averaged"):
+        raise ZeroDivisionError
+    _check_back(record.weights, held, engine)
+
+
+def _check_back(weights: Slices, held: Slices, engine: object) -> None:
+    for before, after in ((weights, _slices(engine.model_values())), (held, _slices(engine.optimizer_values()))):
         assert before.keys() == after.keys()
         for name, parts in before.items():
             for (_, part), (_, again) in zip(parts, after[name], strict=True):
