@@ -38,8 +38,7 @@ CONFIG_NAME = "config.toml"
 TRAIN_STATE_NAME = "train_state.json"
 MODEL_PREFIX = "model."
 OPTIMIZER_PREFIX = "optimizer."
-AVERAGE_PREFIX = f"{OPTIMIZER_PREFIX}average."
-MASTER_PREFIX = "optimizer.master."
+MASTER_PREFIX, AVERAGE_PREFIX = f"{OPTIMIZER_PREFIX}master.", f"{OPTIMIZER_PREFIX}average."
 
 T = TypeVar("T")
 
@@ -167,22 +166,32 @@ def load_checkpoint(
     return state
 
 
-def has_averages(path: Path) -> bool:
-    """Whether a checkpoint holds averaged weights."""
-    return any(name.startswith(AVERAGE_PREFIX) for name in read_index(path / TENSORS_DIR).tensors)
-
-
 def load_tensors(
     path: Path,
     model: Mapping[str, ShardedValue],
     optimizer: Mapping[str, ShardedValue],
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """The tensors of `load_checkpoint`, for jobs whose state is not a `TrainState`."""
+    """The tensors of `load_checkpoint`, for jobs whose state is not a `TrainState`.
+
+    Averaged weights that the checkpoint lacks begin with its masters; those that nothing holds now are left out.
+    """
     values = _prefixed(MODEL_PREFIX, model) | _prefixed(OPTIMIZER_PREFIX, optimizer)
-    # Averages that nothing holds any more are left where they are.
-    is_averaged = any(name.startswith(AVERAGE_PREFIX) for name in values)
-    load_sharded(path / TENSORS_DIR, values, group, unread="" if is_averaged else AVERAGE_PREFIX)
+    averages = {name: value for name, value in values.items() if name.startswith(AVERAGE_PREFIX)}
+    is_stored = on_first_rank(lambda: _has_averages(path), group, other=CheckpointError)
+    if not (averages and is_stored):
+        values = {name: value for name, value in values.items() if name not in averages}
+    load_sharded(path / TENSORS_DIR, values, group, unread="" if averages else AVERAGE_PREFIX)
+    if averages and not is_stored:
+        logger.info("%s has no averaged weights: the average begins with its weights", path)
+        for name, average in averages.items():
+            master = values[MASTER_PREFIX + name.removeprefix(AVERAGE_PREFIX)]
+            for piece, other in zip(average.pieces, master.pieces, strict=True):
+                piece.tensor.copy_(other.tensor)
+
+
+def _has_averages(path: Path) -> bool:
+    return any(name.startswith(AVERAGE_PREFIX) for name in read_index(path / TENSORS_DIR).tensors)
 
 
 def model_signature(index: TensorIndex) -> str:

@@ -15,7 +15,6 @@ class Family:
     """A network family.
 
     Attributes:
-        title: what it draws from, in words.
         condition: what comes before the image: text (a chat prompt, whose tokens are targets too) or class (tokens of
             its class).
         projector: from bits to the backbone: gelu (two linears with a GELU between) or swiglu (a gated one).
@@ -28,10 +27,8 @@ class Family:
         head_output: what the head's last linear gives: sigmoid (logits of the bits) or bits (the bits themselves).
         attends_single_tokens: whether the head has attention where a block is one token, which then only mixes
             channels.
-        reads_last_block: whether the last block, which predicts nothing, is in the sequence.
     """
 
-    title: str
     condition: str
     projector: str
     adds_cells_at_input: bool
@@ -41,18 +38,20 @@ class Family:
     head_cells: str
     head_output: str
     attends_single_tokens: bool
-    reads_last_block: bool
 
     @property
     def has_text(self) -> bool:
         """Whether it predicts text tokens too."""
         return self.condition == "text"
 
+    def head_attends(self, block_tokens: int) -> bool:
+        """Whether its head has attention, with blocks of so many tokens."""
+        return self.attends_single_tokens or block_tokens > 1
+
 
 FAMILIES: Mapping[str, Family] = {
     # arXiv 2602.14041 Sec. 4.3, published 14B release.
     "text_to_image": Family(
-        title="text to image",
         condition="text",
         projector="gelu",
         adds_cells_at_input=True,
@@ -62,11 +61,9 @@ FAMILIES: Mapping[str, Family] = {
         head_cells="sincos",
         head_output="sigmoid",
         attends_single_tokens=True,
-        reads_last_block=True,
     ),
     # Sec. 4.2, published class-conditional release.
     "class_conditional": Family(
-        title="class to image",
         condition="class",
         projector="swiglu",
         adds_cells_at_input=False,
@@ -76,7 +73,6 @@ FAMILIES: Mapping[str, Family] = {
         head_cells="learned",
         head_output="bits",
         attends_single_tokens=False,
-        reads_last_block=False,
     ),
 }
 """Value of `model.family` -> what it means."""

@@ -105,10 +105,10 @@ def _prompts_are_classes(config: RunConfig) -> Iterator[str]:
     """
     if config.model.parts.has_text:
         return
-    num_classes = config.classes.num_classes
     for index, prompt in enumerate(config.sample.prompts):
-        if not (prompt.isascii() and prompt.isdigit() and int(prompt) < num_classes):
+        if not config.classes.has(prompt):
             yield (
-                f"sample.prompts[{index}] = {prompt!r}: must be the number of a class, 0 to {num_classes - 1} "
+                f"sample.prompts[{index}] = {prompt!r}: must be the number of a class, 0 to "
+                f"{config.classes.num_classes - 1} "
                 "(classes.num_classes), as a string; correct it"
             )

@@ -120,6 +120,12 @@ class ClassesSection:
         """Vision tokens of an image."""
         return self.grid[0] * self.grid[1]
 
+    def has(self, label: str) -> bool:
+        """Whether a text is the number of a class: decimal digits, without zeros in front."""
+        # The length first: a text may be of any length, and Python refuses to read a very long number.
+        is_number = label.isascii() and label.isdigit() and len(label) <= len(str(self.num_classes))
+        return is_number and str(int(label)) == label and int(label) < self.num_classes
+
 
 # Sizes of the head that no setting changes (published release): features of the flow time, and modulations per channel
 # of an adaLN module (scale, shift and gate, of the attention and of the SwiGLU).

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from bitdance_scale.config.schema import NUM_MODULATIONS, NUM_TIME_FEATURES, NUM_TOKEN_MODULATIONS, HeadSection
 from bitdance_scale.errors import ConfigError
-from bitdance_scale.model.linears import LinearFactory
+from bitdance_scale.model.linears import LinearFactory, swiglu
 
 NORM_EPS = 1e-6
 TIME_SCALE = 1000.0
@@ -239,8 +239,7 @@ class HeadBlock(nn.Module):
         """Same shape; modulations: scale1, shift1, gate1, scale2, shift2, gate2, each [B, P, D]."""
         scale1, shift1, gate1, scale2, shift2, gate2 = modulations
         x_BPD = x_BPD + gate1 * self.attn(modulate(self.norm1(x_BPD), scale1, shift1))
-        gate, up = self.w1(modulate(self.norm2(x_BPD), scale2, shift2)).chunk(2, dim=-1)
-        return x_BPD + gate2 * self.w2(functional.silu(gate) * up)
+        return x_BPD + gate2 * self.w2(swiglu(self.w1(modulate(self.norm2(x_BPD), scale2, shift2))))
 
 
 class TokenBlock(nn.Module):
@@ -257,9 +256,8 @@ class TokenBlock(nn.Module):
 
     def forward(self, x_BPD: torch.Tensor, modulations: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Same shape; modulations: scale, shift, gate, each [B, P, D]."""
-        scale, shift, last_gate = modulations
-        gate, up = self.w1(modulate(self.norm(x_BPD), scale, shift)).chunk(2, dim=-1)
-        return x_BPD + last_gate * self.w2(functional.silu(gate) * up)
+        scale, shift, gate = modulations
+        return x_BPD + gate * self.w2(swiglu(self.w1(modulate(self.norm(x_BPD), scale, shift))))
 
 
 class HeadAttention(nn.Module):

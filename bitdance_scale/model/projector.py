@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from bitdance_scale.config.schema import gated_projector_size
-from bitdance_scale.model.linears import LinearFactory
+from bitdance_scale.model.linears import LinearFactory, swiglu
 
 
 def flip_bits(bits_VC: torch.Tensor, level_VC: torch.Tensor, draw_VC: torch.Tensor, flip_max: float) -> torch.Tensor:
@@ -67,8 +67,7 @@ class GatedProjector(nn.Module):
 
     def forward(self, bits_VC: torch.Tensor) -> torch.Tensor:
         """[V, C] of -1 and 1, any dtype -> [V, D] in the dtype of the parameters."""
-        gate, up = self.w1(bits_VC.to(next(self.parameters()).dtype)).chunk(2, dim=-1)
-        return self.w2(functional.silu(gate) * up)
+        return self.w2(swiglu(self.w1(bits_VC.to(next(self.parameters()).dtype))))
 
 
 PROJECTORS: Mapping[str, type[Projector] | type[GatedProjector]] = {"gelu": Projector, "swiglu": GatedProjector}

@@ -124,7 +124,7 @@ def step_flops(config: RunConfig, vocab_size: int, counts: PackCounts) -> StepFl
     model, bits = config.model, config.vision.num_bits
     # Scores and weighted values each take `head_dim` multiply-adds per pair and head.
     attention_per_pair = 4 * model.num_layers * model.num_heads * model.head_dim
-    has_attention = head_attends(config)
+    has_attention = model.parts.head_attends(config.vision.block_tokens)
     head_per_token, head_per_block = _head_weights(config.head, model.hidden_size, bits, has_attention)
     num_draws = config.head.diff_batch_mul
     head_pairs = num_draws * counts.num_predicted * config.vision.block_tokens
@@ -177,7 +177,7 @@ def count_parameters(config: RunConfig, vocab_size: int) -> dict[str, int]:
     model, head, bits, family = config.model, config.head, config.vision.num_bits, config.model.parts
     norms_per_layer = 2 * model.hidden_size + (2 * model.head_dim if family.has_query_key_norms else 0)
     num_norms = 2 if family.has_input_norm else 1
-    has_attention = head_attends(config)
+    has_attention = model.parts.head_attends(config.vision.block_tokens)
     per_token, per_block = _head_weights(head, model.hidden_size, bits, has_attention)
     positions = config.classes.num_cells * model.hidden_size if family.head_cells == "learned" else 0
     inner = model.projector_size if family.projector == "gelu" else 2 * model.projector_size
@@ -242,11 +242,6 @@ def _layer_weights(model: ModelSection) -> int:
     query_size = model.num_heads * model.head_dim
     kv_size = model.num_kv_heads * model.head_dim
     return model.hidden_size * (2 * query_size + 2 * kv_size + 3 * model.ffn_size)
-
-
-def head_attends(config: RunConfig) -> bool:
-    """Whether the head has attention."""
-    return config.model.parts.attends_single_tokens or config.vision.block_tokens > 1
 
 
 def _projector_weights(config: RunConfig) -> int:

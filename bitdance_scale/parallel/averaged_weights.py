@@ -29,6 +29,10 @@ class AveragedWeights:
         self.buffers = [master.detach().clone() for master in masters]
         self._is_in_place = self._is_stale = False
 
+    def of(self, master: torch.Tensor) -> torch.Tensor:
+        """The average of one of the masters."""
+        return next(average for average, other in zip(self.buffers, self._masters, strict=True) if other is master)
+
     @torch.no_grad()
     def update(self) -> None:
         """Takes the masters of one more step into the average."""

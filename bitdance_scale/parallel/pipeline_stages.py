@@ -114,7 +114,7 @@ class Stage(nn.Module):
                 config.vision.block_tokens,
                 linears,
                 output=self.parts.head_output,
-                has_attention=self.parts.attends_single_tokens or config.vision.block_tokens > 1,
+                has_attention=self.parts.head_attends(config.vision.block_tokens),
             )
             if config.parallel.recompute == "full":
                 self.head.recompute_blocks(recompute)

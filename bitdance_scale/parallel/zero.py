@@ -214,11 +214,6 @@ class ZeroEngine:
             self._averages.update()
         return outcome
 
-    @property
-    def has_averages(self) -> bool:
-        """Whether weights are averaged."""
-        return self._averages is not None
-
     def restart_averages(self) -> None:
         """Begins the average again with the weights as they are, after others were loaded."""
         if self._averages is not None:
@@ -268,10 +263,7 @@ class ZeroEngine:
             master, exp_avg, exp_avg_sq = (
                 tensor.narrow(0, offset, length) for tensor in (flat.data, *(state[key] for key in MOMENTS))
             )
-            average = None
-            if self._averages is not None:
-                buffer = next(i for i, other in enumerate(self._flat_masters()) if other is flat)
-                average = self._averages.buffers[buffer].narrow(0, offset, length)
+            average = None if self._averages is None else self._averages.of(flat).narrow(0, offset, length)
             yield name, Fragment(start, master, exp_avg, exp_avg_sq, average)
 
     def model_values(self) -> dict[str, ShardedValue]:

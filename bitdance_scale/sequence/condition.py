@@ -61,6 +61,7 @@ class ClassCondition:
     """
 
     def __init__(self, section: ClassesSection, block_tokens: int, is_causal: bool) -> None:
+        self._section = section
         self.image_tokens = ClassTokens(section.num_classes, section.num_tokens, block_tokens, is_causal)
         self.vocab_size = self.image_tokens.vocab_size
         rows = ["classes", section.num_classes, section.num_tokens, block_tokens]
@@ -72,8 +73,8 @@ class ClassCondition:
         Raises:
             ConfigError: the caption is no number of a class.
         """
-        num_classes = self.image_tokens.num_classes
-        if not is_label(caption, num_classes):
+        if not self._section.has(caption):
+            num_classes = self._section.num_classes
             raise ConfigError(
                 f"class {caption!r}: must be the number of a class, 0 to {num_classes - 1} (classes.num_classes = "
                 f"{num_classes})"
@@ -82,7 +83,7 @@ class ClassCondition:
 
     def unconditional_ids(self) -> np.ndarray:
         """int64 [T], the tokens of "no class"."""
-        return self.image_tokens.class_ids(None)
+        return self.image_tokens.class_ids(self._section.num_classes)
 
     def drawing_sample(self, key: int, caption: str, grid: tuple[int, int], is_caption_dropped: bool) -> Sample:
         """The sample that teaches an image from its class, or from none (arXiv 2602.14041 Sec. 4.2).
@@ -102,11 +103,6 @@ class ClassCondition:
     def describing_sample(self, key: int, caption: str, grid: tuple[int, int]) -> Sample:
         """There is none: a class has no words."""
         raise AssertionError("`data.image_to_text_share` is 0 in class-conditional runs")
-
-
-def is_label(text: str, num_classes: int) -> bool:
-    """Whether a text is the number of a class in decimal digits."""
-    return text.isascii() and text.isdigit() and int(text) < num_classes
 
 
 def load_condition(config: RunConfig | NetworkConfig, block_tokens: int | None = None) -> Condition:

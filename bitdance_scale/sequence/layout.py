@@ -130,16 +130,10 @@ class ClassTokens:
         """Nothing follows the last block, so it is left out."""
         return False
 
-    def class_ids(self, label: int | None) -> np.ndarray:
-        """int64 [num_tokens], the tokens of a class; None: of "no class".
-
-        Raises:
-            ValueError: there is no such class.
-        """
-        number = self.num_classes if label is None else label
-        if not 0 <= number <= self.num_classes or (label is not None and label == self.num_classes):
-            raise ValueError(f"label {label}: must be within 0..{self.num_classes - 1}")
-        return number * self.num_tokens + np.arange(self.num_tokens, dtype=np.int64)
+    def class_ids(self, label: int) -> np.ndarray:
+        """int64 [num_tokens], the tokens of a class; `num_classes` is "no class"."""
+        assert 0 <= label <= self.num_classes, f"class {label} of {self.num_classes}"
+        return label * self.num_tokens + np.arange(self.num_tokens, dtype=np.int64)
 
     def prefix_ids(self, grid: tuple[int, int]) -> np.ndarray:
         """int64 [P - 1], the queries."""

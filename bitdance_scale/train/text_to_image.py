@@ -1,4 +1,4 @@
-"""Text-to-image training (arXiv 2602.14041 Sec. 4.3): its steps, evaluation and pictures; the rest is in `run.py`."""
+"""Training of the networks that draw images, of either family: steps, evaluation, pictures; the rest is `run.py`'s."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from bitdance_scale.checkpoint.remote_folder import is_remote
 from bitdance_scale.checkpoint.remote_restore import fetch_start
-from bitdance_scale.checkpoint.run_checkpoint import TrainState, has_averages, load_checkpoint
+from bitdance_scale.checkpoint.run_checkpoint import TrainState, load_checkpoint
 from bitdance_scale.checkpoint.start_weights import find_checkpoint, load_start_weights
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.inputs import PackInputs, make_inputs
@@ -23,7 +23,6 @@ from bitdance_scale.parallel.partition import ShardedValue
 from bitdance_scale.parallel.step import StepLosses, train_step
 from bitdance_scale.parallel.step_trace import StepTrace
 from bitdance_scale.parallel.topology import Topology
-from bitdance_scale.parallel.zero import AVERAGE
 from bitdance_scale.phases import Phase, phase
 from bitdance_scale.sequence.condition import load_condition
 from bitdance_scale.sequence.noise import pack_noise
@@ -273,20 +272,13 @@ class TextToImageJob(Job):
             return draw_samples(self._engine, self.config, self._condition, self._vision, self.topology)
 
     def _resume(self, path: Path) -> None:
-        values, is_restarted = self._engine.optimizer_values(), False
-        if self._engine.has_averages and not on_first_rank(lambda: has_averages(path)):
-            values = {name: value for name, value in values.items() if not name.startswith(f"{AVERAGE}.")}
-            is_restarted = True
         state = load_checkpoint(
             path,
             self._engine.model_values(),
-            values,
+            self._engine.optimizer_values(),
             tokenizer_digest=self._condition.digest,
             vision_digest=self._vision_digest,
         )
-        if is_restarted:
-            self._engine.restart_averages()
-            logger.info("%s has no averaged weights; the average begins with its weights", path)
         self._engine.set_optimizer_step(state.optimizer["step"])
         self._loader_state = state.loader
         self._release = state.release

@@ -77,7 +77,7 @@ def train(rank: int, config: RunConfig, num_micro: int, num_steps: int, is_lopsi
     from bitdance_scale.parallel.step import accumulate_gradients, count_targets
 
     record = RankRecord([], [], {}, {}, {})
-    if engine.has_averages:
+    if config.optim.average_decay:
         record.history.append(_slices(engine.model_values()))
     for step in range(num_steps):
         batch = step_inputs(config, topology, num_micro, step, is_lopsided)
@@ -90,10 +90,10 @@ def train(rank: int, config: RunConfig, num_micro: int, num_steps: int, is_lopsi
                 record.gradients[name] = [(piece.offsets, piece.tensor.clone()) for piece in value.pieces]
                 record.shapes[name] = value.global_shape
         record.grad_norms.append(engine.step(config.optim.lr).grad_norm)
-        if engine.has_averages:
+        if config.optim.average_decay:
             record.history.append(_slices(engine.model_values()))
     record.weights = _slices(engine.model_values())
-    if engine.has_averages:
+    if config.optim.average_decay:
         _record_averages(engine, record)
     return record
 

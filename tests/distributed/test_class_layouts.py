@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
+from bitdance_scale.checkpoint.run_checkpoint import TrainState
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.generate.block_decode import lay_out
@@ -19,7 +22,7 @@ from bitdance_scale.sequence.layout import pack_samples
 from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.vision.bits import pack_bits
 from tests.distributed.class_toy import GRID, class_config, class_samples, class_tokens
-from tests.distributed.layout_run import RankRecord, assemble, make_engine, train
+from tests.distributed.layout_run import RankRecord, assemble, make_engine, step_inputs, train
 from tests.distributed.spawn import run_ranks
 
 # As in `test_layouts.py`: float32 sums in another order, and activations that tensor parallelism rounds differently.
@@ -173,3 +176,36 @@ def test_an_exemption_that_names_nothing_is_refused_on_all_ranks():
     messages = run_ranks(2, _build_with, ("embedding.weight", "head.*", "projectors.*"))
     assert messages[0] == messages[1]
     assert "optim.decay_exempt: 'projectors.*': no parameter has such a name; the nearest are projector." in messages[0]
+
+
+def _load_with_another_decay(rank: int, folder: Path, decay: float) -> None:
+    """Saves after a step with a decay or without, and loads into an engine with the other."""
+    config = class_config()
+    saved, loaded = (
+        dataclasses.replace(config, optim=dataclasses.replace(config.optim, average_decay=kind))
+        for kind in (decay, 0.7 - decay)
+    )
+    engine, topology = make_engine(saved)
+    from bitdance_scale.checkpoint.run_checkpoint import load_tensors, save_checkpoint
+    from bitdance_scale.parallel.build import build_engine
+    from bitdance_scale.parallel.step import train_step
+
+    train_step(engine, step_inputs(config, topology, 1, 0), config.loss, 1e-2, topology)
+    checkpoints = CheckpointFolder(folder, keep=1)
+    state = TrainState(step=1, images=0, tokens=0, loader={}, optimizer={}, tokenizer_digest="")
+    save_checkpoint(checkpoints, state, engine.model_values(), engine.optimizer_values(), "")
+    other = build_engine(loaded, class_tokens(config).vocab_size, topology)
+    values = other.optimizer_values()
+    load_tensors(checkpoints.latest(), other.model_values(), values)
+    wanted = engine.optimizer_values()
+    for name, value in values.items():
+        # An average that is not in the checkpoint begins with the masters.
+        source = wanted[name.replace("average.", "master.") if not decay else name]
+        for piece, expected in zip(value.pieces, source.pieces, strict=True):
+            assert torch.equal(piece.tensor, expected.tensor), name
+    assert any(name.startswith("average.") for name in values) == (not decay)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.7], ids=["begun", "left"])
+def test_averages_begin_and_end_with_a_resume(tmp_path, decay):
+    run_ranks(2, _load_with_another_decay, tmp_path, decay)

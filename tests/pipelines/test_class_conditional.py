@@ -117,13 +117,16 @@ def test_classes_are_drawn_in_their_colours(config_file: Path, tmp_path: Path) -
         (["0", None, "2"], "000001 of .*: missing"),
         (["0", "cat", "2"], "000001 of .*: 'cat'"),
         (["-1", "1", ""], "000000 of .*: '-1'; 000002 of .*: empty"),
+        (["0", "01", "2"], "000001 of .*: '01'"),
+        (["0", "9" * 5000, "2"], "000001 of .*: '9{40}'"),
+        (["a", "b", "c", "d"], "000000 of .*: 'a'; 000001 of .*: 'b'; 000002 of .*: 'c'; and 1 more"),
     ],
-    ids=["above", "missing", "word", "two"],
+    ids=["above", "missing", "word", "two", "zero", "long", "many"],
 )
 def test_wrong_labels_are_refused_before_training(config_file, tmp_path, labels, found):
     _write_shard(tmp_path / "0.tar", labels)
     config = load_config(config_file, [f"data.shards=['{tmp_path}/0.tar']"])
-    with pytest.raises(DataError, match=rf"of 3 samples have no usable label in 'cls': {found}.*0 to 2"):
+    with pytest.raises(DataError, match=rf"of {len(labels)} samples have no usable label in 'cls': {found}.*0 to 2"):
         labelled_index(config)
 
 

@@ -9,8 +9,8 @@ from bitdance_scale.config.schema import NetworkConfig, RunConfig
 from bitdance_scale.data.plan.apportion import Apportionment
 from bitdance_scale.data.plan.buckets import resolution_buckets
 from bitdance_scale.data.plan.packing import CostModel, partition_batch
-from bitdance_scale.sequence.condition import ClassCondition
-from bitdance_scale.sequence.layout import ClassTokens, ImageTokens, SequenceTokens, num_positions, pack_samples
+from bitdance_scale.sequence.condition import load_condition
+from bitdance_scale.sequence.layout import ImageTokens, SequenceTokens, num_positions, pack_samples
 from bitdance_scale.sequence.pack import Pack, Sample
 
 
@@ -50,10 +50,10 @@ def typical_packs(config: RunConfig, num_replicas: int) -> list[Pack]:
 
 def placeholder_tokens(config: NetworkConfig | RunConfig) -> SequenceTokens:
     """The special tokens of a network for when only shapes matter; those of text-to-image all have id 0."""
-    block_tokens, is_causal = config.vision.block_tokens, config.model.mask == "causal"
     if not config.model.parts.has_text:
-        return ClassTokens(config.classes.num_classes, config.classes.num_tokens, block_tokens, is_causal)
-    return ImageTokens(0, 0, (0,) * NUM_RESOLUTION_TOKENS, (0,) * (block_tokens - 1), is_causal)
+        return load_condition(config).image_tokens
+    queries = (0,) * (config.vision.block_tokens - 1)
+    return ImageTokens(0, 0, (0,) * NUM_RESOLUTION_TOKENS, queries, is_causal=config.model.mask == "causal")
 
 
 def placeholder_sample(
@@ -61,9 +61,7 @@ def placeholder_sample(
 ) -> Sample:
     """A sample of an image to draw, with the longest chat markup that a tokenizer may need, or of some class."""
     if not config.model.parts.has_text:
-        return ClassCondition(config.classes, config.vision.block_tokens, is_causal=False).drawing_sample(
-            key, "0", grid, is_caption_dropped=False
-        )
+        return load_condition(config).drawing_sample(key, "0", grid, is_caption_dropped=False)
     before_ids = np.zeros(MAX_MARKUP_TOKENS - 1 + num_caption_tokens, dtype=np.int64)
     return Sample(
         key=key,
