@@ -90,6 +90,7 @@ def test_fifty_steps_of_bits_are_those_of_images(overrides: list[str], bits: Pat
     assert num_skipped > 0
 
 
+@pytest.mark.large
 def test_a_run_on_bits_learns_the_same(overrides: list[str], bits: Path, tmp_path: Path) -> None:
     losses = []
     for name, more in (("images", []), ("bits", [f"data.bits_dir={bits}"])):

@@ -59,6 +59,7 @@ def run_steps(config, tokenizer, index: Index, num_ranks: int, state: LoaderStat
     return batches, state_out
 
 
+@pytest.mark.large
 def test_an_epoch_over_a_chain_of_replicas(shards, index, make_config, tokenizer) -> None:
     """24 -> 16 -> 48 -> 100 -> 7 replicas, other numbers of threads and steps ahead: nothing twice or missed."""
     state, seen = None, []
