@@ -144,7 +144,7 @@ def compare(model: PublishedModel, task: Task, num_images: int, has_baseline: bo
     blocks = Qwen3Blocks(model.backbone, model.projector, model.head, task.solver)
 
     def layout() -> DecodeLayout:
-        return lay_out(task.prompts, task.grid, vision.section.block_side, model.text.image_tokens, device)
+        return lay_out(task.prompts, task.grid, model.text.image_tokens, device)
 
     def ours(seed: int) -> torch.Tensor:
         bits = decode_blocks(blocks, layout(), task.noise(model, seed))

@@ -188,11 +188,17 @@ def _run_of(path: Path, state: TrainState) -> ExportedRun | None:
 
 def _checked_tokenizer(path: Path, network: NetworkConfig, state: TrainState) -> TextTokenizer:
     """The text tokenizer of a checkpoint; raises where the release's code could not run the model."""
-    if network.model.mask != "block":
-        raise ConfigError(
-            f"{path / CONFIG_NAME}: model.mask = {network.model.mask!r}: the release's code lets all positions of a "
-            "block see each other and would compute something else; only models of mask 'block' can be exported"
-        )
+    ablations = [
+        ("model.mask", network.model.mask, "block", "lets all positions of a block see each other"),
+        ("vision.order", network.vision.order, "block", "draws block by block"),
+        ("head.kind", network.head.kind, "diffusion", "has a diffusion head"),
+    ]
+    for setting, value, published, what in ablations:
+        if value != published:
+            raise ConfigError(
+                f"{path / CONFIG_NAME}: {setting} = {value!r}: the release's code {what} and would compute something "
+                f"else; only models of {setting} = {published!r} can be exported"
+            )
     text = load_text_tokenizer(network.text, network.vision.block_tokens)
     if text.digest != state.tokenizer_digest:
         raise CheckpointError(

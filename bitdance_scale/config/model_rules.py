@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from bitdance_scale.config.rule import RuleSet, divisors, nearest_multiples
@@ -89,6 +90,25 @@ def _adaln_modules_share_blocks(config: RunConfig) -> Iterator[str]:
             f"head.num_adaln = {head.num_adaln}: must divide head.num_blocks = {head.num_blocks}; "
             f"use one of {divisors(head.num_blocks)}"
         )
+
+
+@RULES.rule("head.kind", "head.diff_batch_mul", "model.hidden_size", "vision.num_bits")
+def _head_can_be_built(config: RunConfig) -> Iterator[str]:
+    """`head.kind` is not token, and `head.diff_batch_mul` is 1 where it is bitwise.
+
+    A classifier of whole tokens has a column for each of the 2^num_bits of them (Table 13). A bit-wise head has neither
+    times nor noise to draw.
+    """
+    head, bits = config.head, config.vision.num_bits
+    if head.kind == "token":
+        size = config.model.hidden_size
+        exponent = math.log10(size) + bits * math.log10(2)
+        yield (
+            f"head.kind = 'token': its linear would have {size} x 2^{bits} parameters (model.hidden_size, "
+            f"vision.num_bits), about 10^{exponent:.1f}; use 'diffusion' or 'bitwise'"
+        )
+    if head.kind == "bitwise" and head.diff_batch_mul != 1:
+        yield f"head.diff_batch_mul = {head.diff_batch_mul}: head.kind = 'bitwise' draws no times; set it to 1"
 
 
 @RULES.rule("vision.num_bits")

@@ -137,8 +137,13 @@ NUM_TOKEN_MODULATIONS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSection:
-    """The binary diffusion head (arXiv 2602.14041 Sec. 3.2, 3.3)."""
+    """What predicts the bits of a block: the binary diffusion head (arXiv 2602.14041 Sec. 3.2, 3.3), or an ablation."""
 
+    kind: str = setting(
+        "diffusion",
+        doc="diffusion, or bitwise: a linear that classifies every bit by itself, with cross-entropy (Table 13; cannot "
+        "be exported, and has no other setting of this section). token, a class per token, is refused with its size.",
+    )
     width: int = setting(doc="Width of the head; the release uses the backbone's hidden size.")
     num_blocks: int = setting(6, doc="Transformer blocks of the head.")
     num_adaln: int = setting(2, doc="adaLN modules, each shared by num_blocks / num_adaln consecutive blocks.")
@@ -175,6 +180,11 @@ class VisionSection:
     num_res_blocks: int = setting(4, doc="Residual blocks per level.")
     gan_decoder: bool = setting(False, doc="Whether the decoder also takes noise, as two of the published ones do.")
     block_side: int = setting(4, doc="Side p of the block of p x p vision tokens predicted together.")
+    order: str = setting(
+        "block",
+        doc="Order of vision tokens: block (block by block, the release) or raster (row by row, and the next p * p of "
+        "them are a block; the ablation of Table 14, which cannot be exported).",
+    )
     flip_max: float = setting(
         0.1,
         doc="Input bits of images to draw are flipped with probability flip_max * u, u ~ U(0, 1) per element.",
@@ -194,6 +204,11 @@ class VisionSection:
     def block_tokens(self) -> int:
         """Vision tokens per block, P = p * p."""
         return self.block_side**2
+
+    @property
+    def order_side(self) -> int:
+        """Vision tokens follow in block raster order with blocks of this side; 1 is plain raster order."""
+        return 1 if self.order == "raster" else self.block_side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,6 +377,11 @@ class SampleSection:
     size_px: tuple[int, int] = setting((512, 512), doc="(height, width) of the images in pixels.")
     num_steps: int = setting(50, doc="Solver steps per block.")
     guidance: float = setting(7.5, doc="Classifier-free guidance scale; 1 switches it off.")
+    guidance_growth: str = setting(
+        "constant",
+        doc="Guidance over the blocks of an image: constant, or linear (grows from 1 at the first block towards the "
+        "scale; class-conditional release).",
+    )
     sampler: str = setting("euler_maruyama", doc="euler_maruyama (release) or euler (Eq. 4).")
     use_cache: bool = setting(True, doc="Whether keys and values of earlier blocks are kept.")
     seed: int = setting(0, doc="Seed of the noise; image i uses stream i of it.")

@@ -64,6 +64,8 @@ def recipe(data: DataSection, vision: VisionSection) -> dict[str, Any]:
         "tokenizer": digest,
         "num_bits": vision.num_bits,
         "block_side": vision.block_side,
+        # Named where it is not the order of all earlier bit shards.
+        **({} if vision.order == "block" else {"order": vision.order}),
         "decode": DECODE_VERSION,
         "resize": data.resize,
         "max_upscale": data.max_upscale,
@@ -222,7 +224,7 @@ class BitStore:
         self._shards = _OpenShards(self._folder, MAX_OPEN_SHARDS)
 
     def read(self, sample: int, side_px: int) -> np.ndarray:
-        """uint8 [h * w, C / 8], the tokens of a sample at a resolution, in block raster order.
+        """uint8 [h * w, C / 8], the tokens of a sample at a resolution, in the order of `vision.order`.
 
         Raises:
             SampleError: the image could not be encoded, or its bits cannot be read.

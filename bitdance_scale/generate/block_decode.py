@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from bitdance_scale.sequence.layout import SequenceTokens, attention_groups, block_raster_cells
+from bitdance_scale.sequence.layout import SequenceTokens, attention_groups, vision_cells
 from bitdance_scale.sequence.visibility import visible
 
 
@@ -62,12 +62,12 @@ class DecodeLayout:
 
 
 def lay_out(
-    prompts: Sequence[np.ndarray], grid: tuple[int, int], block_side: int, tokens: SequenceTokens, device: torch.device
+    prompts: Sequence[np.ndarray], grid: tuple[int, int], tokens: SequenceTokens, device: torch.device
 ) -> DecodeLayout:
     """Lays out prompts (int64 token ids each), each followed by an image of `grid` (height, width) latent cells."""
     suffix = tokens.prefix_ids(grid)
     rows = [np.concatenate([prompt, suffix]) for prompt in prompts]
-    length, size = max(map(len, rows)), block_side**2
+    length, size = max(map(len, rows)), tokens.block_tokens
     num_vision = grid[0] * grid[1]
     prefix_ids = np.zeros((len(rows), length), dtype=np.int64)
     document_ids = np.zeros((len(rows), length + num_vision), dtype=np.int64)
@@ -83,7 +83,7 @@ def lay_out(
         position_ids=torch.from_numpy(position_ids).to(device),
         document_ids=torch.from_numpy(document_ids).to(device),
         block_ids=torch.from_numpy(block_ids).to(device),
-        cells=torch.from_numpy(block_raster_cells(grid, block_side)).to(device).long(),
+        cells=torch.from_numpy(vision_cells(grid, tokens)).to(device).long(),
         block_tokens=size,
     )
 
@@ -121,7 +121,7 @@ def decode_blocks(
         on_block: called after every block.
 
     Returns:
-        float32 [I, h * w, C] of -1 and 1, in block raster order.
+        float32 [I, h * w, C] of -1 and 1, in the order of the sequence.
     """
     model.start(layout)
     blocks: list[torch.Tensor] = []

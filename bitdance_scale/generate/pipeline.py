@@ -138,7 +138,7 @@ class BitDancePipeline:
         rows = [text.prompt_ids(prompt) for prompt in prompts]
         if solver.is_guided:
             rows += [text.unconditional_ids()] * len(prompts)
-        layout = lay_out(rows, grid, vision.block_side, text.image_tokens, self.device)
+        layout = lay_out(rows, grid, text.image_tokens, self.device)
         shape = (solver.num_draws, vision.block_tokens, vision.num_bits)
         noise = GeneratorNoise(generator, len(prompts), shape, self.device)
         return decode_blocks(self._blocks_for(solver), layout, noise, on_block)

@@ -16,11 +16,15 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
+from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
+from bitdance_scale.model.bit_head import BitHead
 from bitdance_scale.model.diffusion_head import DiffusionHead
 from bitdance_scale.model.flow import MIN_REMAINING_TIME
 from bitdance_scale.sequence.noise import Purpose, generator
@@ -52,6 +56,8 @@ class FlowSolver:
         guidance: scale s of the guided velocity v_u + s (v_c - v_u); 1 switches guidance off.
         sampler: `euler_maruyama` or `euler`.
         time_shift: s, of the head (`head.time_shift`); 1 leaves the steps uniform.
+        guidance_growth: the scale over the M blocks of an image: constant, or linear, 1 + (s - 1) m / M at block m,
+            counted from 0 (class-conditional release).
 
     Raises:
         ConfigError: an unknown sampler, no step, a guidance that is not finite, or a shift that is not above 0.
@@ -61,6 +67,7 @@ class FlowSolver:
     guidance: float = 1.0
     sampler: str = "euler_maruyama"
     time_shift: float = 1.0
+    guidance_growth: str = "constant"
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -76,6 +83,12 @@ class FlowSolver:
     def is_guided(self) -> bool:
         """Whether unconditional sequences are decoded too."""
         return self.guidance != 1.0
+
+    def guidance_at(self, block: int, num_blocks: int) -> float:
+        """The scale at a block, 0 .. num_blocks - 1, of an image."""
+        if self.guidance_growth == "constant":
+            return self.guidance
+        return 1 + (self.guidance - 1) * block / num_blocks
 
     @property
     def num_draws(self) -> int:
@@ -114,19 +127,35 @@ class FlowSolver:
         return t if self.time_shift == 1 else t / (t + self.time_shift * (1 - t))
 
 
+def configured_solver(config: RunConfig) -> FlowSolver:
+    """The solver of the pictures of a run."""
+    section = config.sample
+    return FlowSolver(
+        section.num_steps, section.guidance, section.sampler, config.head.time_shift, section.guidance_growth
+    )
+
+
+def num_draws(config: RunConfig) -> int:
+    """K, noise tensors per block that the pictures of a run take."""
+    return BitSampler.num_draws if config.head.kind == "bitwise" else configured_solver(config).num_draws
+
+
 @torch.no_grad()
-def sample_block(predict: Predict, noise_KIPC: torch.Tensor, solver: FlowSolver) -> torch.Tensor:
+def sample_block(
+    predict: Predict, noise_KIPC: torch.Tensor, solver: FlowSolver, guidance: float | None = None
+) -> torch.Tensor:
     """Draws the bits of one block of each image: the signs of `solve_flow`, which has the same arguments.
 
     Returns:
         float32 [I, P, C] of -1 and 1.
     """
-    x_IPC = solve_flow(predict, noise_KIPC, solver)
-    # `torch.where` of two numbers copies them to the device, which a CUDA graph cannot record.
-    return (x_IPC > 0).float() * 2 - 1
+    x_IPC = solve_flow(predict, noise_KIPC, solver, guidance)
+    return _signs(x_IPC > 0)
 
 
-def solve_flow(predict: Predict, noise_KIPC: torch.Tensor, solver: FlowSolver) -> torch.Tensor:
+def solve_flow(
+    predict: Predict, noise_KIPC: torch.Tensor, solver: FlowSolver, guidance: float | None = None
+) -> torch.Tensor:
     """Solves the flow from noise to (nearly) bits.
 
     Args:
@@ -134,26 +163,91 @@ def solve_flow(predict: Predict, noise_KIPC: torch.Tensor, solver: FlowSolver) -
             captions' conditions to the first I and the unconditional condition to the last I.
         noise_KIPC: N(0, 1), float32, `solver.num_draws` tensors: the start, then one for each stochastic step.
         solver: steps, guidance and kind.
+        guidance: the scale of these blocks, where it is another than the solver's.
 
     Returns:
         float32 [I, P, C], the state at t = 1.
     """
+    scale = solver.guidance if guidance is None else guidance
     x_IPC = noise_KIPC[0]
     for step in range(len(solver.times)):
         keep, pull, kick = solver.weights(step)
-        clean_IPC = _guided(predict, x_IPC, step, solver)
+        clean_IPC = _guided(predict(torch.cat([x_IPC, x_IPC]) if solver.is_guided else x_IPC, step), solver, scale)
         x_IPC = torch.add(keep * x_IPC, clean_IPC, alpha=pull)
         if kick:
             x_IPC = torch.add(x_IPC, noise_KIPC[step + 1], alpha=kick)
     return x_IPC
 
 
-def _guided(predict: Predict, x_IPC: torch.Tensor, step: int, solver: FlowSolver) -> torch.Tensor:
-    """Clean bits u + s (c - u), whose velocity is the guided one; they may be beyond -1 and 1."""
+def _guided(predicted_BPC: torch.Tensor, solver: FlowSolver, scale: float) -> torch.Tensor:
+    """Guided predictions u + s (c - u), float32 [I, P, C]; c are the first half of the batch, u the second.
+
+    Of clean bits, it is what has the guided velocity, and may be beyond -1 and 1.
+    """
     if not solver.is_guided:
-        return predict(x_IPC, step).float()
-    conditional, unconditional = predict(torch.cat([x_IPC, x_IPC]), step).float().chunk(2)
-    return torch.lerp(unconditional, conditional, solver.guidance)
+        return predicted_BPC.float()
+    conditional, unconditional = predicted_BPC.float().chunk(2)
+    return torch.lerp(unconditional, conditional, scale)
+
+
+def _signs(is_one_IPC: torch.Tensor) -> torch.Tensor:
+    # `torch.where` of two numbers copies them to the device, which a CUDA graph cannot record.
+    return is_one_IPC.float() * 2 - 1
+
+
+class BlockSampler(Protocol):
+    """Draws blocks from a head; begun for every batch of images."""
+
+    def draw(self, cond_BPZ: torch.Tensor, noise_KIPC: torch.Tensor, guidance: float) -> torch.Tensor:
+        """Bits of one block of each image, float32 [I, P, C] of -1 and 1.
+
+        Args:
+            cond_BPZ: the head's condition, of I blocks, or of 2 I under guidance.
+            noise_KIPC: N(0, 1), float32, `num_draws` tensors.
+            guidance: the scale at this block.
+        """
+        ...
+
+
+def block_sampler(head: nn.Module, solver: FlowSolver, device: torch.device) -> BlockSampler:
+    """The sampler of a head; its weights must not change.
+
+    Args:
+        head: a `DiffusionHead` or a `BitHead`.
+        solver: guidance; for a diffusion head, how the flow is solved.
+        device: of the head.
+    """
+    if isinstance(head, BitHead):
+        return BitSampler(head, solver)
+    assert isinstance(head, DiffusionHead), "there are two kinds of heads"
+    return FlowSampler(head, solver, device)
+
+
+class FlowSampler:
+    """Draws blocks from a diffusion head."""
+
+    def __init__(self, head: DiffusionHead, solver: FlowSolver, device: torch.device) -> None:
+        self._steps, self._solver = HeadSteps(head, solver, device), solver
+
+    def draw(self, cond_BPZ: torch.Tensor, noise_KIPC: torch.Tensor, guidance: float) -> torch.Tensor:
+        """As in `BlockSampler`."""
+        return sample_block(self._steps.bind(cond_BPZ), noise_KIPC, self._solver, guidance)
+
+
+class BitSampler:
+    """Draws every bit by itself from a bit-wise head; guidance is of its log odds."""
+
+    num_draws = 1
+
+    def __init__(self, head: BitHead, solver: FlowSolver) -> None:
+        self._head, self._solver = head, solver
+
+    @torch.no_grad()
+    def draw(self, cond_BPZ: torch.Tensor, noise_KIPC: torch.Tensor, guidance: float) -> torch.Tensor:
+        """As in `BlockSampler`."""
+        odds_IPC = _guided(self._head(cond_BPZ), self._solver, guidance)
+        # The distribution function of the normal makes uniform numbers of the noise.
+        return _signs(torch.special.ndtr(noise_KIPC[0]) < torch.sigmoid(odds_IPC))
 
 
 class HeadSteps:

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from bitdance_scale.config.schema import NUM_MODULATIONS, NUM_TIME_FEATURES, NUM_TOKEN_MODULATIONS, HeadSection
 from bitdance_scale.errors import ConfigError
+from bitdance_scale.model.flow import block_losses, flow_loss, interpolate
 from bitdance_scale.model.linears import LinearFactory, swiglu
 
 NORM_EPS = 1e-6
@@ -111,6 +112,36 @@ class DiffusionHead(nn.Module):
         """
         self._check_blocks(noisy_BPC)
         return self._to_bits(self.net(noisy_BPC, t_B, cond_BPZ))
+
+    def losses(
+        self,
+        cond_BPZ: torch.Tensor,
+        clean_BPC: torch.Tensor,
+        noise_KBPC: torch.Tensor,
+        t_KB: torch.Tensor,
+        reports_blocks: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The flow loss (Eq. 7).
+
+        Args:
+            cond_BPZ: as in `forward`.
+            clean_BPC: the true bits, -1 and 1.
+            noise_KBPC: [K B, P, C], the other ends of the flow, K draws of all blocks one after the other.
+            t_KB: float32 [K B], the flow times.
+            reports_blocks: whether the second result is wanted.
+
+        Returns:
+            (float32 scalar, float32 [B] or None): the sum over tokens of the mean over bits and draws, and the mean of
+            every block over its tokens, bits and draws.
+        """
+        num_draws = len(t_KB) // len(cond_BPZ)
+        clean_KBPC = clean_BPC.repeat(num_draws, 1, 1)
+        noisy_KBPC = interpolate(clean_KBPC, noise_KBPC, t_KB)
+        predicted_KBPC = self(noisy_KBPC, t_KB, cond_BPZ)
+        loss = flow_loss(predicted_KBPC, clean_KBPC, noisy_KBPC, t_KB)[0] / num_draws
+        if not reports_blocks:
+            return loss, None
+        return loss, block_losses(predicted_KBPC, clean_KBPC, noisy_KBPC, t_KB).view(num_draws, -1).mean(0)
 
     @property
     def modulations_per_channel(self) -> int:

@@ -37,6 +37,8 @@ _RULES: tuple[tuple[str, Init], ...] = (
     ("net.res_blocks.*.norm[12].weight", Init("ones")),
     ("net.res_blocks.*.norm.weight", Init("ones")),
     ("net.*.weight", Init("xavier_uniform")),
+    # The bit-wise head, which no release has: all bits begin as likely as not.
+    ("linear.*", Init("zeros")),
     ("fc[12].bias", Init("zeros")),
     ("fc[12].weight", Init("xavier_uniform")),
     ("w[12].bias", Init("zeros")),
@@ -45,7 +47,7 @@ _RULES: tuple[tuple[str, Init], ...] = (
 
 
 def initial_distribution(parameter_name: str) -> Init:
-    """The published initial distribution of a parameter of the head (`net.*`) or a projector (`fc1`, `w1` and so on).
+    """The initial distribution of a parameter of a head (`net.*`, `linear.*`) or a projector (`fc1`, `w1` and so on).
 
     Raises:
         KeyError: the name belongs to neither.
@@ -53,7 +55,7 @@ def initial_distribution(parameter_name: str) -> Init:
     for pattern, init in _RULES:
         if fnmatch.fnmatchcase(parameter_name, pattern):
             return init
-    raise KeyError(f"{parameter_name!r} is not a parameter of the diffusion head or the projector")
+    raise KeyError(f"{parameter_name!r} is not a parameter of a head or a projector")
 
 
 def draw_initial(

@@ -80,17 +80,17 @@ def cell_rotary(cells_S2: torch.Tensor, is_vision_S: torch.Tensor, head_dim: int
     return angles.repeat_interleave(2, dim=-1)[:, None, None, :]
 
 
-def raster_index(cells: torch.Tensor, grid: tuple[int, int], block_side: int) -> torch.Tensor:
+def raster_index(cells: torch.Tensor, grid: tuple[int, int], order_side: int) -> torch.Tensor:
     """The place of cells in block raster order, in which tokens are generated (`sequence/layout.block_raster_cells`).
 
     Args:
         cells: int [.., 2], (row, column).
         grid: (height, width) of the image in cells.
-        block_side: p.
+        order_side: side of the blocks of that order; 1 is plain raster order.
 
     Returns:
         int64 [..].
     """
     row, column = cells.long().unbind(-1)
-    block = (row // block_side) * (grid[1] // block_side) + column // block_side
-    return block * block_side**2 + (row % block_side) * block_side + column % block_side
+    block = (row // order_side) * (grid[1] // order_side) + column // order_side
+    return block * order_side**2 + (row % order_side) * order_side + column % order_side

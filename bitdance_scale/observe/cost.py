@@ -121,24 +121,32 @@ def step_flops(config: RunConfig, vocab_size: int, counts: PackCounts) -> StepFl
         vocab_size: entries of the tokenizer, padding left out.
         counts: sum of `count_pack` over the packs of a step.
     """
-    model, bits = config.model, config.vision.num_bits
+    model = config.model
     # Scores and weighted values each take `head_dim` multiply-adds per pair and head.
     attention_per_pair = 4 * model.num_layers * model.num_heads * model.head_dim
-    has_attention = model.parts.head_attends(config.vision.block_tokens)
-    head_per_token, head_per_block = _head_weights(config.head, model.hidden_size, bits, has_attention)
-    num_draws = config.head.diff_batch_mul
-    head_pairs = num_draws * counts.num_predicted * config.vision.block_tokens
-    # The condition of a token is embedded once for all draws.
-    embedding = model.hidden_size * config.head.width
-    per_token = num_draws * (head_per_token - embedding) + embedding
     return StepFlops(
         backbone=2 * counts.num_positions * _layer_weights(model) * model.num_layers,
         attention=attention_per_pair * counts.num_visible_pairs,
-        head=2 * (counts.num_predicted * per_token + num_draws * counts.num_blocks * head_per_block)
-        + (4 * config.head.num_blocks * config.head.width * head_pairs if has_attention else 0),
+        head=_head_flops(config, counts),
         projector=2 * counts.num_vision * _projector_weights(config),
         text=2 * counts.num_text_targets * model.hidden_size * vocab_size,
     )
+
+
+def _head_flops(config: RunConfig, counts: PackCounts) -> int:
+    """Forward FLOPs of the head."""
+    head, cond_size, bits = config.head, config.model.hidden_size, config.vision.num_bits
+    if head.kind == "bitwise":
+        return 2 * counts.num_predicted * cond_size * 2 * bits
+    has_attention = config.model.parts.head_attends(config.vision.block_tokens)
+    per_token, per_block = _head_weights(head, cond_size, bits, has_attention)
+    num_draws = head.diff_batch_mul
+    # The condition of a token is embedded once for all draws.
+    embedding = cond_size * head.width
+    weights = counts.num_predicted * (num_draws * (per_token - embedding) + embedding)
+    flops = 2 * (weights + num_draws * counts.num_blocks * per_block)
+    pairs = num_draws * counts.num_predicted * config.vision.block_tokens if has_attention else 0
+    return flops + 4 * head.num_blocks * head.width * pairs
 
 
 def encode_flops(section: VisionSection, num_tokens: int) -> int:
@@ -174,18 +182,16 @@ def count_parameters(config: RunConfig, vocab_size: int) -> dict[str, int]:
         `embedding`, `backbone` (layers and final norm), `output` (0 when tied to the embedding), `head`, `projector`
         and their sum `total`.
     """
-    model, head, bits, family = config.model, config.head, config.vision.num_bits, config.model.parts
+    model, family = config.model, config.model.parts
     norms_per_layer = 2 * model.hidden_size + (2 * model.head_dim if family.has_query_key_norms else 0)
     num_norms = 2 if family.has_input_norm else 1
-    has_attention = model.parts.head_attends(config.vision.block_tokens)
-    per_token, per_block = _head_weights(head, model.hidden_size, bits, has_attention)
     positions = config.classes.num_cells * model.hidden_size if family.head_cells == "learned" else 0
     inner = model.projector_size if family.projector == "gelu" else 2 * model.projector_size
     parts = {
         "embedding": vocab_size * model.hidden_size,
         "backbone": model.num_layers * (_layer_weights(model) + norms_per_layer) + num_norms * model.hidden_size,
         "output": vocab_size * model.hidden_size if family.has_text and not model.tie_embeddings else 0,
-        "head": per_token + per_block + _head_vectors(head, bits, has_attention) + positions,
+        "head": _head_parameters(config) + positions,
         "projector": _projector_weights(config) + inner + model.hidden_size,
     }
     return parts | {"total": sum(parts.values())}
@@ -259,6 +265,15 @@ def _head_weights(head: HeadSection, cond_size: int, num_bits: int, has_attentio
     ends = num_bits * width + cond_size * width + 2 * width**2 + width * num_bits
     per_block = NUM_TIME_FEATURES * width + width**2
     return head.num_blocks * per_res_block + head.num_adaln * per_adaln + ends, per_block
+
+
+def _head_parameters(config: RunConfig) -> int:
+    """Elements of all parameters of the head."""
+    head, cond_size, bits = config.head, config.model.hidden_size, config.vision.num_bits
+    if head.kind == "bitwise":
+        return (cond_size + 1) * 2 * bits
+    has_attention = config.model.parts.head_attends(config.vision.block_tokens)
+    return sum(_head_weights(head, cond_size, bits, has_attention)) + _head_vectors(head, bits, has_attention)
 
 
 def _head_vectors(head: HeadSection, num_bits: int, has_attention: bool) -> int:

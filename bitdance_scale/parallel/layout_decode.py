@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.generate.block_decode import DecodeLayout, Draw
-from bitdance_scale.generate.sampler import FlowSolver, HeadSteps, sample_block
+from bitdance_scale.generate.sampler import block_sampler, configured_solver
 from bitdance_scale.model.positions import cell_rotary, rotary_frequencies
 from bitdance_scale.parallel.backbone import use_cache, whole_sequences
 from bitdance_scale.parallel.topology import Topology
@@ -32,8 +32,7 @@ class StageDecoder:
     def __init__(self, engine: ZeroEngine, config: RunConfig, topology: Topology) -> None:
         self._engine, self._config, self._topology = engine, config, topology
         self._first, self._last = engine.stages[0], engine.stages[-1]
-        section = config.sample
-        self._solver = FlowSolver(section.num_steps, section.guidance, section.sampler, config.head.time_shift)
+        self._solver = configured_solver(config)
         self._hidden: torch.Tensor | None = None
 
     @property
@@ -62,7 +61,7 @@ class StageDecoder:
         self._num_read = 0
         self._embedded: list[torch.Tensor] = []
         if self._last.is_last:
-            self._head_steps = HeadSteps(self._last.head, self._solver, self._topology.device)
+            self._sampler = block_sampler(self._last.head, self._solver, self._topology.device)
         rows = self._first.enter(self._first.embed_tokens(layout.prefix_ids)) if self._first.is_first else None
         self._read(rows, layout.prefix_length)
 
@@ -82,7 +81,8 @@ class StageDecoder:
             assert self._hidden is not None, "start() comes first"
             hidden_BPD = self._hidden.transpose(0, 1)
             condition_BPD = self._last.conditions(hidden_BPD, cells.expand(len(hidden_BPD), -1, -1))
-            bits = sample_block(self._head_steps.bind(condition_BPD), draw(), self._solver)
+            block = (self._num_read - self._layout.prefix_length) // self._layout.block_tokens
+            bits = self._sampler.draw(condition_BPD, draw(), self._solver.guidance_at(block, self._layout.num_blocks))
         else:
             num_images = self._layout.num_sequences // (2 if self._solver.is_guided else 1)
             shape = (num_images, self._layout.block_tokens, self._config.vision.num_bits)

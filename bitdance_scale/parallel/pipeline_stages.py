@@ -29,9 +29,10 @@ from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.model.bit_head import BitHead
 from bitdance_scale.model.diffusion_head import DiffusionHead
-from bitdance_scale.model.flow import block_losses, flow_loss, interpolate
 from bitdance_scale.model.inputs import PackInputs
+from bitdance_scale.model.linears import LinearFactory
 from bitdance_scale.model.positions import raster_index, sincos_2d
 from bitdance_scale.model.projector import PROJECTORS
 from bitdance_scale.parallel.backbone import RMSNorm, make_backbone, recompute, transformer_config
@@ -83,7 +84,7 @@ class Stage(nn.Module):
         self.vocab_size = vocab_size
         self.padded_vocab_size = vocab_size + -vocab_size % topology.tensor_size
         self.hidden_size = config.model.hidden_size
-        self.parts, self.block_side = config.model.parts, config.vision.block_side
+        self.parts, self.order_side = config.model.parts, config.vision.order_side
         self.grid = config.classes.grid
         self.layers = stage_layers(config, vocab_size, number)
         self.has_copied_output = False
@@ -107,23 +108,31 @@ class Stage(nn.Module):
             config.parallel.recompute,
         )
         if self.is_last:
-            self.head = DiffusionHead(
-                config.head,
-                self.hidden_size,
-                config.vision.num_bits,
-                config.vision.block_tokens,
-                linears,
-                output=self.parts.head_output,
-                has_attention=self.parts.head_attends(config.vision.block_tokens),
-            )
-            if config.parallel.recompute == "full":
-                self.head.recompute_blocks(recompute)
+            self.head = self._make_head(config, linears)
             if self.parts.head_cells == "learned":
                 self.head_positions = nn.Embedding(
                     config.classes.num_cells, self.hidden_size, dtype=self.config.params_dtype
                 )
             if self.parts.has_text:
                 self._make_output(whole, config.model.tie_embeddings, topology)
+
+    def _make_head(self, config: RunConfig, linears: LinearFactory) -> DiffusionHead | BitHead:
+        """What predicts the bits."""
+        vision = config.vision
+        if config.head.kind == "bitwise":
+            return BitHead(self.hidden_size, vision.num_bits, linears)
+        head = DiffusionHead(
+            config.head,
+            self.hidden_size,
+            vision.num_bits,
+            vision.block_tokens,
+            linears,
+            output=self.parts.head_output,
+            has_attention=self.parts.head_attends(vision.block_tokens),
+        )
+        if config.parallel.recompute == "full":
+            head.recompute_blocks(recompute)
+        return head
 
     def _make_output(self, megatron: TransformerConfig, is_tied: bool, topology: Topology) -> None:
         """The projection to the vocabulary."""
@@ -184,33 +193,26 @@ class Stage(nn.Module):
     def conditions(self, hidden_MPD: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
         """Adds to predicting hidden states [M, P, D] the positions of the cells [M, P, 2] that they predict."""
         if self.parts.head_cells == "learned":
-            return hidden_MPD + self.head_positions(raster_index(cells, self.grid, self.block_side))
+            return hidden_MPD + self.head_positions(raster_index(cells, self.grid, self.order_side))
         positions = sincos_2d(cells.flatten(0, 1), self.hidden_size).view(hidden_MPD.shape)
         return hidden_MPD + positions.to(hidden_MPD.dtype)
 
     def losses(self, hidden_SD: torch.Tensor, inputs: PackInputs) -> torch.Tensor:
-        """The flow loss summed over vision targets and the cross-entropy summed over text targets, float32 [2].
+        """The head's loss summed over vision targets and the cross-entropy summed over text targets, float32 [2].
 
-        With K draws per block, B = K M, the flow loss of a target is the mean over its draws.
-
-        With `inputs.reports_blocks` the flow losses of the M predicted blocks follow: float32 [2 + M].
+        With `inputs.reports_blocks` the head's losses of the M predicted blocks follow: float32 [2 + M].
         """
         condition_MPD = self.conditions(hidden_SD[inputs.predict_positions], inputs.predict_cells)
-        num_draws = len(inputs.time) // len(condition_MPD)
-        clean_BPC = inputs.clean_bits.repeat(num_draws, 1, 1)
-        noisy_BPC = interpolate(clean_BPC, inputs.noise, inputs.time)
-        predicted_BPC = self.head(noisy_BPC, inputs.time, condition_MPD)
-        vision = flow_loss(predicted_BPC, clean_BPC, noisy_BPC, inputs.time)[0] / num_draws
+        vision, losses_M = self.head.losses(
+            condition_MPD, inputs.clean_bits, inputs.noise, inputs.time, inputs.reports_blocks
+        )
         if self.parts.has_text:
             text = self.text_loss_sum(hidden_SD[inputs.text_positions], inputs.text_targets)
         else:
             text = torch.zeros_like(vision)
         weights = vision.new_tensor([float(inputs.num_vision_targets > 0), float(inputs.num_text_targets > 0)])
         sums = torch.stack([vision, text]) * weights
-        if not inputs.reports_blocks:
-            return sums
-        losses_B = block_losses(predicted_BPC, clean_BPC, noisy_BPC, inputs.time)
-        return torch.cat([sums, losses_B.view(num_draws, -1).mean(0)])
+        return sums if losses_M is None else torch.cat([sums, losses_M])
 
     def text_loss_sum(self, hidden_TD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
         """Cross-entropy summed over text targets; the tensor-parallel ranks divide the vocabulary."""

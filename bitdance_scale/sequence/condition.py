@@ -58,11 +58,12 @@ class ClassCondition:
         section: number of classes and of the tokens of each.
         block_tokens: P, vision tokens per block.
         is_causal: whether positions of one block see only those before them.
+        is_raster: whether vision tokens follow row by row.
     """
 
-    def __init__(self, section: ClassesSection, block_tokens: int, is_causal: bool) -> None:
+    def __init__(self, section: ClassesSection, block_tokens: int, is_causal: bool, is_raster: bool = False) -> None:
         self._section = section
-        self.image_tokens = ClassTokens(section.num_classes, section.num_tokens, block_tokens, is_causal)
+        self.image_tokens = ClassTokens(section.num_classes, section.num_tokens, block_tokens, is_causal, is_raster)
         self.vocab_size = self.image_tokens.vocab_size
         rows = ["classes", section.num_classes, section.num_tokens, block_tokens]
         self.digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
@@ -116,7 +117,7 @@ def load_condition(config: RunConfig | NetworkConfig, block_tokens: int | None =
         ConfigError: the text tokenizer cannot be loaded (`load_text_tokenizer`).
     """
     size = config.vision.block_tokens if block_tokens is None else block_tokens
-    is_causal = config.model.mask == "causal"
+    is_causal, is_raster = config.model.mask == "causal", config.vision.order == "raster"
     if config.model.parts.has_text:
-        return load_text_tokenizer(config.text, size, is_causal)
-    return ClassCondition(config.classes, size, is_causal)
+        return load_text_tokenizer(config.text, size, is_causal, is_raster)
+    return ClassCondition(config.classes, size, is_causal, is_raster)

@@ -6,8 +6,8 @@ One text-to-image sample (arXiv 2602.14041 Sec. 4.3, `[bos] {text} [boi] [res_i]
 
 The P positions `<|res_w|>, <|query_1|>, ..` predict the first block, block m predicts block m + 1, and the last block
 predicts nothing (Sec. 3.3). A block is an attention group, and so are `<|res_w|>` and the queries together; every other
-position is a group by itself. `sequence/visibility.py` says who sees whom. With `is_causal`, the ablation of Table 14,
-every position is a group by itself.
+position is a group by itself. `sequence/visibility.py` says who sees whom. In the ablations of Table 14, every position
+is a group by itself (`is_causal`), or vision tokens follow row by row, and the next P are a block (`is_raster`).
 
 A class-conditional sample (Sec. 4.2) has the tokens of its class as `before`, of which the last takes the place of
 `<|res_w|>`, and ends before its last block, which predicts nothing and which nothing sees:
@@ -19,6 +19,7 @@ What differs between the two is in `ImageTokens` and `ClassTokens`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -40,6 +41,11 @@ class SequenceTokens(Protocol):
     @property
     def is_causal(self) -> bool:
         """Whether positions of a block see only those before them."""
+        ...
+
+    @property
+    def is_raster(self) -> bool:
+        """Whether vision tokens follow row by row, and not block by block."""
         ...
 
     @property
@@ -65,6 +71,7 @@ class ImageTokens:
         resolution: ids of `<|res_1|>`, `<|res_2|>`, ..; the token of n cells is `resolution[n - 1]`.
         queries: ids of `<|query_1|>` .. `<|query_{P-1}|>`.
         is_causal: whether positions of a block see only those before them.
+        is_raster: whether vision tokens follow row by row, and not block by block.
     """
 
     vision_start: int
@@ -72,6 +79,7 @@ class ImageTokens:
     resolution: tuple[int, ...]
     queries: tuple[int, ...]
     is_causal: bool = False
+    is_raster: bool = False
 
     @property
     def block_tokens(self) -> int:
@@ -113,12 +121,14 @@ class ClassTokens:
         num_tokens: tokens of a class.
         block_tokens: P.
         is_causal: whether positions of a block see only those before them.
+        is_raster: whether vision tokens follow row by row, and not block by block.
     """
 
     num_classes: int
     num_tokens: int
     block_tokens: int
     is_causal: bool = False
+    is_raster: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -251,13 +261,25 @@ def _append_sample(rows: _Rows, document: int, sample: Sample, tokens: SequenceT
         block_ids=attention_groups(queries_start, num_input, len(end) + num_after, tokens),
         vision_positions=start + vision_start + np.arange(num_input, dtype=np.int64),
         vision_inputs=vision_before + np.arange(num_input, dtype=np.int64),
-        vision_cells=block_raster_cells(sample.grid, _side(size)),
+        vision_cells=vision_cells(sample.grid, tokens),
         predict_positions=start + queries_start + predicted,
         predict_tokens=vision_before + predicted,
         text_positions=start + text_indices - 1,
         text_targets=token_ids[text_indices],
         sample_vision=np.array([[vision_before, vision_before + num_vision]], dtype=np.int64),
     )
+
+
+def vision_cells(grid: tuple[int, int], tokens: SequenceTokens) -> np.ndarray:
+    """Cells of an image in the order in which its vision tokens follow: int32 [h * w, 2], (row, column) of each.
+
+    Raises:
+        ValueError: a side is not divisible by the block side.
+    """
+    side = math.isqrt(tokens.block_tokens)
+    assert side**2 == tokens.block_tokens, f"{tokens.block_tokens} tokens do not form a square block"
+    cells = block_raster_cells(grid, side)
+    return block_raster_cells(grid, 1) if tokens.is_raster else cells
 
 
 def block_raster_cells(grid: tuple[int, int], block_side: int) -> np.ndarray:
@@ -282,9 +304,3 @@ def block_raster_cells(grid: tuple[int, int], block_side: int) -> np.ndarray:
     rows, columns = np.meshgrid(np.arange(height, dtype=np.int32), np.arange(width, dtype=np.int32), indexing="ij")
     cells = np.stack([rows, columns], axis=-1)
     return rearrange(cells, "(h p1) (w p2) rc -> (h w p1 p2) rc", p1=block_side, p2=block_side)
-
-
-def _side(block_tokens: int) -> int:
-    side = round(block_tokens**0.5)
-    assert side * side == block_tokens, f"{block_tokens} tokens do not form a square block"
-    return side

@@ -150,13 +150,16 @@ class TextTokenizer(abc.ABC):
         )
 
 
-def load_text_tokenizer(section: TextSection, block_tokens: int, is_causal: bool = False) -> TextTokenizer:
+def load_text_tokenizer(
+    section: TextSection, block_tokens: int, is_causal: bool = False, is_raster: bool = False
+) -> TextTokenizer:
     """Loads the tokenizer of a run and adds the resolution and query tokens.
 
     Args:
         section: kind and path; only local files are read, and no code of the folder is run.
         block_tokens: P, vision tokens per block; P - 1 query tokens are added.
         is_causal: whether positions of one block see only those before them (`ImageTokens`).
+        is_raster: whether vision tokens follow row by row (`ImageTokens`).
 
     Raises:
         ConfigError: there is no such file or folder, it holds no tokenizer of that kind, or the tokenizer lacks what
@@ -168,7 +171,7 @@ def load_text_tokenizer(section: TextSection, block_tokens: int, is_causal: bool
     for fault in tokenizer_faults(section):
         raise ConfigError(fault)
     tokenizer = load[section.kind](section, block_tokens)
-    tokenizer.image_tokens = dataclasses.replace(tokenizer.image_tokens, is_causal=is_causal)
+    tokenizer.image_tokens = dataclasses.replace(tokenizer.image_tokens, is_causal=is_causal, is_raster=is_raster)
     if "\n" not in tokenizer.decode(tokenizer.encode("user\n")):
         raise ConfigError(
             f"text.path = {section.path!r}: this tokenizer loses line breaks, which the chat markup needs; train a "

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.generate.block_decode import decode_blocks, lay_out
-from bitdance_scale.generate.sampler import FlowSolver, ImageNoise
+from bitdance_scale.generate.sampler import ImageNoise, configured_solver, num_draws
 from bitdance_scale.parallel.layout_decode import StageDecoder
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import ZeroEngine
@@ -62,12 +62,11 @@ def _draw_batch(
     topology: Topology,
 ) -> torch.Tensor:
     """Bits of a batch of images, float32 [I, h * w, C]."""
-    section, vision = config.sample, config.vision
-    solver = FlowSolver(section.num_steps, section.guidance, section.sampler, config.head.time_shift)
+    solver = configured_solver(config)
     if solver.is_guided:
         prompts = prompts + [condition.unconditional_ids()] * len(prompts)
-    layout = lay_out(prompts, grid, vision.block_side, condition.image_tokens, topology.device)
-    shape = (solver.num_draws, vision.block_tokens, vision.num_bits)
-    noise = ImageNoise(section.seed, numbers, shape, topology.device)
+    layout = lay_out(prompts, grid, condition.image_tokens, topology.device)
+    shape = (num_draws(config), config.vision.block_tokens, config.vision.num_bits)
+    noise = ImageNoise(config.sample.seed, numbers, shape, topology.device)
     with StageDecoder(engine, config, topology) as decoder:
         return decode_blocks(decoder, layout, noise)

@@ -49,7 +49,7 @@ def vision_digest(section: VisionSection) -> str:
 
 
 class VisionTokenizer:
-    """The autoencoder of a run, loaded and frozen: uint8 images to bits in block raster order, and bits to images.
+    """The autoencoder of a run, loaded and frozen: uint8 images to bits, in the order of `vision.order`, and back.
 
     Args:
         section: sizes and weights file of the autoencoder, and the block side.
@@ -85,7 +85,8 @@ class VisionTokenizer:
             images: uint8 [H, W, 3] each, sides divisible by downsample * block_side.
 
         Returns:
-            One uint8 [h * w, C / 8] per image, cells in block raster order `(h p1) (w p2) c -> (h w p1 p2) c`.
+            One uint8 [h * w, C / 8] per image, in the order of `vision.order`: block raster,
+            `(h p1) (w p2) c -> (h w p1 p2) c`, or raster.
 
         Raises:
             DataError: an image has another dtype or shape.
@@ -107,7 +108,7 @@ class VisionTokenizer:
         """The image of one token grid.
 
         Args:
-            bits: in block raster order; packed uint8 [h * w, C / 8], or a floating tensor [h * w, C] in {-1, +1}.
+            bits: in the same order; packed uint8 [h * w, C / 8], or a floating tensor [h * w, C] in {-1, +1}.
             grid: (h, w) in latent cells.
 
         Returns:
@@ -123,7 +124,7 @@ class VisionTokenizer:
             raise ValueError(
                 f"bits of shape {tuple(bits.shape)} are not {self.section.num_bits} bits per cell of grid {grid}"
             )
-        p = self.section.block_side
+        p = self.section.order_side
         latents = rearrange(tokens, "(h w p1 p2) c -> 1 c (h p1) (w p2)", h=height // p, w=width // p, p1=p, p2=p)
         pixels = self.autoencoder.decode(latents.to(self.device, self.dtype)).float()
         return rearrange((127.5 * pixels + 128).clamp(0, 255).to(torch.uint8), "1 c h w -> h w c").cpu()
@@ -132,7 +133,7 @@ class VisionTokenizer:
     def _encode_batch(self, images: torch.Tensor) -> np.ndarray:
         """uint8 [N, H, W, 3] to packed bits uint8 [N, h * w, C / 8]."""
         pixels = rearrange(images.to(self.device), "n h w c -> n c h w").float() / 127.5 - 1
-        p = self.section.block_side
+        p = self.section.order_side
         bits = self.autoencoder.encode(pixels.to(self.dtype).contiguous())
         return pack_bits(rearrange(bits, "n c (h p1) (w p2) -> n (h w p1 p2) c", p1=p, p2=p)).cpu().numpy()
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from bitdance_scale.config.schema import ClassesSection, RunConfig, TextSection
-from bitdance_scale.sequence.condition import ClassCondition
+from bitdance_scale.sequence.condition import load_condition
 from bitdance_scale.sequence.layout import ClassTokens, pack_samples
 from bitdance_scale.sequence.pack import Pack, Sample
 from tests.distributed.toy import toy_config
@@ -35,14 +35,26 @@ def class_config(block_side: int = 2, **parallel: object) -> RunConfig:
     )
 
 
+def ablated(config: RunConfig) -> RunConfig:
+    """The same with the ablations of Tables 13 and 14: bit-wise head, raster order, causal mask."""
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, mask="causal"),
+        head=dataclasses.replace(config.head, kind="bitwise", diff_batch_mul=1),
+        vision=dataclasses.replace(config.vision, order="raster"),
+    )
+
+
 def class_tokens(config: RunConfig) -> ClassTokens:
     """The rows of the toy's table."""
-    return ClassTokens(CLASSES.num_classes, CLASSES.num_tokens, config.vision.block_tokens)
+    tokens = load_condition(config).image_tokens
+    assert isinstance(tokens, ClassTokens)
+    return tokens
 
 
 def class_samples(config: RunConfig) -> list[Sample]:
     """Samples of all classes and of "no class"."""
-    condition = ClassCondition(CLASSES, config.vision.block_tokens, is_causal=False)
+    condition = load_condition(config)
     return [
         condition.drawing_sample(3000 + index, str(index % 6), GRID, is_caption_dropped=index % 6 == 5)
         for index in range(NUM_SAMPLES)

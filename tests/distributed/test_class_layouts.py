@@ -21,7 +21,7 @@ from bitdance_scale.parallel.topology import make_topology, start_process_group
 from bitdance_scale.sequence.layout import pack_samples
 from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.vision.bits import pack_bits
-from tests.distributed.class_toy import GRID, class_config, class_samples, class_tokens
+from tests.distributed.class_toy import GRID, ablated, class_config, class_samples, class_tokens
 from tests.distributed.layout_run import RankRecord, assemble, make_engine, step_inputs, train
 from tests.distributed.spawn import run_ranks
 
@@ -116,6 +116,20 @@ def _check_first_step(records: list[RankRecord], config: RunConfig) -> None:
     assert 0 < num_decayed < len(before)
 
 
+def test_a_layout_of_the_ablations_equals_one_process():
+    """Bit-wise head, raster order and causal mask."""
+    config = ablated(class_config(2, **(TP | PP | SP)))
+    reference = run_ranks(1, train, ablated(class_config(2)), 1, NUM_STEPS)[0]
+    records = run_ranks(4, train, config, 4, NUM_STEPS, timeout_s=240)
+    expected, found = assemble([reference], "gradients"), assemble(records, "gradients")
+    assert found.keys() == expected.keys() and expected["head.linear.weight"].shape == (16, 64)
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).norm() / gradient.norm()) < ACTIVATION_BOUND, name
+    for record in records:
+        for losses, wanted in zip(record.losses, reference.losses, strict=True):
+            assert losses == pytest.approx(wanted, rel=BOUND)
+
+
 def test_the_parts_of_the_network():
     """Nothing of the text-to-image network is left, and single tokens have no attention in the head."""
     names = {side: _reference(side, 4).shapes for side in (1, 2)}
@@ -140,7 +154,7 @@ def _teacher_forced(rank: int, config: RunConfig) -> tuple[torch.Tensor, torch.T
     with torch.no_grad():
         hidden = stage.decoder(stage.embed_pack(inputs), attention_mask=inputs.mask, rotary_pos_emb=inputs.rotary)
         whole = hidden[inputs.predict_positions.flatten(), 0]
-        layout = lay_out([sample.before_ids], GRID, config.vision.block_side, tokens, topology.device)
+        layout = lay_out([sample.before_ids], GRID, tokens, topology.device)
         parts = []
         size = config.vision.block_tokens
         with StageDecoder(engine, config, topology) as decoder:
@@ -152,9 +166,11 @@ def _teacher_forced(rank: int, config: RunConfig) -> tuple[torch.Tensor, torch.T
     return whole, torch.cat(parts)
 
 
-@pytest.mark.parametrize("block_side", [1, 2])
-def test_decoding_equals_the_teacher_forced_pack(block_side):
-    whole, decoded = run_ranks(1, _teacher_forced, class_config(block_side))[0]
+@pytest.mark.parametrize(
+    "config", [class_config(1), class_config(2), ablated(class_config(2))], ids=["p1", "p2", "ablated"]
+)
+def test_decoding_equals_the_teacher_forced_pack(config):
+    whole, decoded = run_ranks(1, _teacher_forced, config)[0]
     # float32 rounding: the same products in batches of another size.
     torch.testing.assert_close(decoded, whole, rtol=1e-5, atol=1e-5)
 

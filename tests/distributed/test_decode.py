@@ -25,7 +25,7 @@ def _decode(rank: int, config, num_micro: int = 1) -> tuple[torch.Tensor, torch.
     from bitdance_scale.parallel.step import train_step
 
     train_step(engine, step_inputs(config, topology, num_micro, 0), config.loss, 1e-3, topology)
-    layout = lay_out(PROMPTS, GRID, config.vision.block_side, TOKENS, topology.device)
+    layout = lay_out(PROMPTS, GRID, TOKENS, topology.device)
     shape = (config.sample.num_steps + 1, config.vision.block_tokens, config.vision.num_bits)
     with StageDecoder(engine, config, topology) as decoder:
         bits = decode_blocks(decoder, layout, ImageNoise(3, [0, 1], shape, topology.device))
@@ -108,7 +108,7 @@ def _teacher_forced(rank: int, config, is_causal: bool) -> tuple[torch.Tensor, t
         rotary = rotary_frequencies(torch.from_numpy(pack.position_ids), model.head_dim, model.rope_base)
         hidden = stage.decoder(rows, attention_mask=torch.tensor(mask)[None, None], rotary_pos_emb=rotary)
         whole = hidden[torch.from_numpy(pack.predict_positions), 0]
-        layout = lay_out([prompt, PROMPTS[1]], GRID, config.vision.block_side, tokens, topology.device)
+        layout = lay_out([prompt, PROMPTS[1]], GRID, tokens, topology.device)
         parts = []
         with StageDecoder(engine, config, topology) as decoder:
             decoder.start(layout)

@@ -63,7 +63,7 @@ def _states(rank: int, config) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         trained = list(conditions[0].reshape(2, num_tokens, -1))
 
         blocks = Qwen3Blocks(reference, projector, stage.head, FlowSolver(1))
-        layout = lay_out(prompts, GRID, vision.block_side, TOKENS, topology.device)
+        layout = lay_out(prompts, GRID, TOKENS, topology.device)
         states = []
         blocks.start(layout)
         size = vision.block_tokens

@@ -49,7 +49,7 @@ def test_graphs_draw_the_bits_of_plain_calls(folder, dtype):
     )
     for prompts in (PROMPTS, PROMPTS[::-1], PROMPTS):
         rows = [model.text.prompt_ids(prompt) for prompt in prompts] + [model.text.unconditional_ids()] * 2
-        layout = lay_out(rows, (8, 12), 4, model.text.image_tokens, device)
+        layout = lay_out(rows, (8, 12), model.text.image_tokens, device)
         found, expected = (
             decode_blocks(
                 blocks,

@@ -344,15 +344,24 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match="another text tokenizer than is in .*other; name its own"):
             open_checkpoint(imported, tokenizer=other)
 
-    def test_a_checkpoint_of_a_mask_that_the_release_does_not_know(self, imported, tmp_path):
+    @pytest.mark.parametrize(
+        ("setting", "value", "published"),
+        [("model.mask", "causal", "block"), ("vision.order", "raster", "block"), ("head.kind", "bitwise", "diffusion")],
+    )
+    def test_a_checkpoint_of_an_ablation(self, imported, tmp_path, setting, value, published):
         run = shutil.copytree(imported, tmp_path / "run")
         folder = find_checkpoint(run)
         config = folder / "config.toml"
-        assert 'mask = "block"' in config.read_text()
-        config.write_text(config.read_text().replace('mask = "block"', 'mask = "causal"'))
+        key = setting.partition(".")[2]
+        # A head of this kind has the key `kind`, and so has the tokenizer.
+        before, section, after = config.read_text().partition(f"[{setting.partition('.')[0]}]")
+        assert f'{key} = "{published}"' in after
+        config.write_text(before + section + after.replace(f'{key} = "{published}"', f'{key} = "{value}"', 1))
         (folder / "manifest.json").unlink()
         write_manifest(folder)
-        with pytest.raises(ConfigError, match="model.mask = 'causal': .* only models of mask 'block' can be exported"):
+        with pytest.raises(
+            ConfigError, match=f"{setting} = '{value}': .* only models of {setting} = '{published}' can be exported"
+        ):
             open_checkpoint(run)
 
     def test_a_checkpoint_that_is_damaged(self, imported, tmp_path):

@@ -117,6 +117,16 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
     "2-D positions": (["model.hidden_size=126"], 1, ["model.hidden_size = 126", "multiple of 4", "124 or 128"]),
     "head width": (["head.width=100"], 1, ["head.width = 100", "head.head_dim = 32", "96 or 128"]),
     "adaLN": (["head.num_adaln=4", "head.num_blocks=6"], 1, ["head.num_adaln = 4", "num_blocks = 6", "1, 2, 3, 6"]),
+    "token head": (
+        ["head.kind=token", "model.hidden_size=128", "vision.num_bits=32"],
+        1,
+        ["head.kind = 'token'", "128 x 2^32 parameters", "about 10^11.7", "'diffusion' or 'bitwise'"],
+    ),
+    "bit-wise draws": (
+        ["head.kind=bitwise", "head.diff_batch_mul=4"],
+        1,
+        ["head.diff_batch_mul = 4", "'bitwise' draws no times", "set it to 1"],
+    ),
     "bytes": (["vision.num_bits=12"], 1, ["vision.num_bits = 12", "multiple of 8", "8 or 16"]),
     "norm groups": (["vision.channels=24"], 1, ["vision.channels = 24", "multiple of 32", "use vision.channels = 32"]),
     "floor": (["optim.lr_min=1.0"], 1, ["optim.lr_min = 1", "at most optim.lr", "lower it"]),

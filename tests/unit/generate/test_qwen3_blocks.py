@@ -39,7 +39,7 @@ class StandInForCapture:
 
 def layout_of(model: PublishedModel, *prompts: str) -> DecodeLayout:
     rows = [model.text.prompt_ids(prompt) for prompt in prompts] + [model.text.unconditional_ids()] * len(prompts)
-    return lay_out(rows, GRID, 4, model.text.image_tokens, CPU)
+    return lay_out(rows, GRID, model.text.image_tokens, CPU)
 
 
 def draw(model: PublishedModel, blocks: Qwen3Blocks, seed: int, *prompts: str) -> torch.Tensor:

@@ -8,7 +8,15 @@ import torch
 
 from bitdance_scale.config.schema import HeadSection
 from bitdance_scale.errors import ConfigError
-from bitdance_scale.generate.sampler import FlowSolver, GeneratorNoise, HeadSteps, ImageNoise, sample_block
+from bitdance_scale.generate.sampler import (
+    FlowSolver,
+    GeneratorNoise,
+    HeadSteps,
+    ImageNoise,
+    block_sampler,
+    sample_block,
+)
+from bitdance_scale.model.bit_head import BitHead
 from bitdance_scale.model.diffusion_head import DiffusionHead
 from bitdance_scale.model.linears import PlainLinears
 from bitdance_scale.sequence.noise import Purpose, generator
@@ -41,6 +49,53 @@ class TestFlowSolver:
         solver = FlowSolver(1, sampler="euler")
         bits = sample_block(lambda x, step: x, torch.zeros(1, 1, 4, 8), solver)
         assert torch.equal(bits, torch.full((1, 4, 8), -1.0))
+
+    def test_guidance_grows_over_the_image(self):
+        assert [FlowSolver(1, guidance=5.0).guidance_at(block, 4) for block in range(4)] == [5.0] * 4
+        solver = FlowSolver(1, guidance=5.0, guidance_growth="linear")
+        assert [solver.guidance_at(block, 4) for block in range(4)] == [1.0, 2.0, 3.0, 4.0]
+
+    def test_a_block_may_have_a_scale_of_its_own(self, head):
+        noise = torch.randn(5, 2, BLOCK_TOKENS, NUM_BITS)
+        condition = torch.randn(4, BLOCK_TOKENS, COND_SIZE)
+        growing = block_sampler(head, FlowSolver(4, guidance=9.0, guidance_growth="linear"), CPU)
+        for scale in (1.0, 3.0):
+            own = block_sampler(head, FlowSolver(4, guidance=3.0), CPU).draw(condition, noise, scale)
+            assert torch.equal(growing.draw(condition, noise, scale), own)
+        # A scale of 1 is the condition alone, though both halves are computed.
+        alone = block_sampler(head, FlowSolver(4, guidance=1.0), CPU).draw(condition[:2], noise, 1.0)
+        assert torch.equal(growing.draw(condition, noise, 1.0), alone)
+
+
+class TestBitHead:
+    """Independent bits: their odds, their loss and how often each is drawn."""
+
+    def test_loss_and_draws_are_those_of_two_classes_per_bit(self):
+        torch.manual_seed(1)
+        head = BitHead(COND_SIZE, NUM_BITS, PlainLinears())
+        condition = torch.randn(1, BLOCK_TOKENS, COND_SIZE)
+        clean = torch.randint(0, 2, (1, BLOCK_TOKENS, NUM_BITS)) * 2.0 - 1
+        logits = head.linear(condition).view(BLOCK_TOKENS, 2, NUM_BITS)
+        expected = torch.nn.functional.cross_entropy(logits, (clean[0] > 0).long(), reduction="sum") / NUM_BITS
+        loss, per_block = head.losses(condition, clean, torch.empty(0), torch.empty(0), reports_blocks=True)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(per_block, expected[None] / BLOCK_TOKENS)
+        sampler, num = block_sampler(head, FlowSolver(3), CPU), 4000
+        drawn = sampler.draw(condition.expand(num, -1, -1), torch.randn(1, num, BLOCK_TOKENS, NUM_BITS), 1.0)
+        assert set(drawn.unique().tolist()) == {-1.0, 1.0}
+        # Five standard errors of a share of 4000 draws.
+        share = (drawn > 0).float().mean(0)
+        torch.testing.assert_close(share, logits.softmax(dim=1)[:, 1].detach(), rtol=0, atol=0.04)
+
+    def test_guidance_scales_the_odds(self):
+        torch.manual_seed(2)
+        head = BitHead(COND_SIZE, NUM_BITS, PlainLinears())
+        condition = torch.randn(2, BLOCK_TOKENS, COND_SIZE)
+        conditional, unconditional = head(condition)
+        noise = torch.randn(1, 1, BLOCK_TOKENS, NUM_BITS)
+        drawn = block_sampler(head, FlowSolver(3, guidance=4.0), CPU).draw(condition, noise, 4.0)
+        odds = unconditional + 4.0 * (conditional - unconditional)
+        assert torch.equal(drawn[0] > 0, torch.special.ndtr(noise[0, 0]) < odds.sigmoid())
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitdance_scale.config.schema import HeadSection, ModelSection, VisionSection
+from bitdance_scale.model.bit_head import BitHead
 from bitdance_scale.model.diffusion_head import DiffusionHead
 from bitdance_scale.model.linears import PlainLinears
 from bitdance_scale.model.projector import Projector
@@ -83,6 +84,14 @@ def test_head_and_projector_parameters_are_those_of_the_modules(sizes):
         head, projector = make_head(sizes), make_projector(sizes)
     assert parts["head"] == sum(parameter.numel() for parameter in head.parameters())
     assert parts["projector"] == sum(parameter.numel() for parameter in projector.parameters())
+
+
+def test_a_bitwise_head_is_one_linear():
+    config = dataclasses.replace(SMALL, head=dataclasses.replace(SMALL.head, kind="bitwise"))
+    linear = BitHead(SMALL.model.hidden_size, SMALL.vision.num_bits, PlainLinears())
+    assert count_parameters(config, 100)["head"] == sum(parameter.numel() for parameter in linear.parameters())
+    flops = step_flops(config, 100, PackCounts(num_predicted=6, num_blocks=1)).head
+    assert flops == 2 * 6 * linear.linear.weight.numel()
 
 
 def test_a_vision_token_costs_what_the_design_says():

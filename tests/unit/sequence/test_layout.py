@@ -50,6 +50,18 @@ def test_blocks_see_themselves_unless_the_mask_is_causal():
         np.testing.assert_array_equal(getattr(causal, name), getattr(block, name))
 
 
+def test_raster_order_goes_row_by_row_and_keeps_the_rest():
+    sample = text_to_image(5, (2, 4), num_text=3)
+    block = pack_samples([sample], TOKENS, pack_multiple=1)
+    raster = pack_samples([sample], dataclasses.replace(TOKENS, is_raster=True), pack_multiple=1)
+    assert raster.vision_cells.tolist() == [[row, column] for row in range(2) for column in range(4)]
+    assert block.vision_cells.tolist()[:4] == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    for name in ("token_ids", "position_ids", "block_ids", "predict_positions", "predict_tokens"):
+        np.testing.assert_array_equal(getattr(raster, name), getattr(block, name))
+    with pytest.raises(ValueError, match="divisible by the block side 2"):
+        pack_samples([text_to_image(5, (1, 4), num_text=3)], dataclasses.replace(TOKENS, is_raster=True), 1)
+
+
 def test_image_to_text_predicts_its_caption_only():
     pack = pack_samples([image_to_text(5, (2, 2))], TOKENS, pack_multiple=1)
     assert len(pack.predict_positions) == 0
