@@ -345,22 +345,22 @@ class TestRefusals:
             open_checkpoint(imported, tokenizer=other)
 
     @pytest.mark.parametrize(
-        ("setting", "value", "published"),
+        ("setting", "value", "usual"),
         [("model.mask", "causal", "block"), ("vision.order", "raster", "block"), ("head.kind", "bitwise", "diffusion")],
     )
-    def test_a_checkpoint_of_an_ablation(self, imported, tmp_path, setting, value, published):
+    def test_a_checkpoint_of_an_ablation(self, imported, tmp_path, setting, value, usual):
         run = shutil.copytree(imported, tmp_path / "run")
         folder = find_checkpoint(run)
         config = folder / "config.toml"
         key = setting.partition(".")[2]
         # A head of this kind has the key `kind`, and so has the tokenizer.
         before, section, after = config.read_text().partition(f"[{setting.partition('.')[0]}]")
-        assert f'{key} = "{published}"' in after
-        config.write_text(before + section + after.replace(f'{key} = "{published}"', f'{key} = "{value}"', 1))
+        assert f'{key} = "{usual}"' in after
+        config.write_text(before + section + after.replace(f'{key} = "{usual}"', f'{key} = "{value}"', 1))
         (folder / "manifest.json").unlink()
         write_manifest(folder)
         with pytest.raises(
-            ConfigError, match=f"{setting} = '{value}': .* only models of {setting} = '{published}' can be exported"
+            ConfigError, match=f"{setting} = '{value}': .* only models of {setting} = '{usual}' can be exported"
         ):
             open_checkpoint(run)
 
