@@ -1,8 +1,9 @@
 """Draws captioned scenes as WebDataset shards, the data of the demo.
 
-    bitdance demo-data                                            data/demo and data/demo_held_out: what `demo` reads
-    bitdance demo-data data/tokenizer data/tokenizer_held_out     what `demo_tokenizer` reads
-    bitdance demo-data OUT --images 500 --seed 7                  another set
+    bitdance demo-data                                               data/demo and data/demo_held_out: what `demo` reads
+    bitdance demo-data data/tokenizer data/tokenizer_held_out        what `demo_tokenizer` reads
+    bitdance demo-data data/demo_classes data/demo_classes_held_out  what `class_demo` reads
+    bitdance demo-data OUT --images 500 --seed 7                     another set; with --classes, one of classes
 
 Equal arguments give equal bytes. Held-out images come from another seed.
 """
@@ -14,7 +15,7 @@ import time
 from collections.abc import Sequence
 
 from bitdance_scale.cli.command import CommandParser, positive, run_command
-from bitdance_scale.demo.shards import DEFAULT_IMAGES, SHIPPED_SETS, write_shards
+from bitdance_scale.demo.shards import CLASS_SETS, DEFAULT_IMAGES, SHIPPED_SETS, write_shards
 from bitdance_scale.train.process import EXIT_COMPLETE
 
 DEMO_FOLDERS = ["data/demo", "data/demo_held_out"]
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     )
     parser.add_argument("--per-shard", type=positive, default=500, help="images per tar (default: 500)")
     parser.add_argument("--seed", type=int, help="seed of the scenes (default: 0, or that of a set of the demo)")
+    parser.add_argument("--classes", action="store_true", help="small scenes of classes by colour and shape")
     parser.add_argument("--force", action="store_true", help="replace a demo data set of other arguments")
     return run_command(parser, arguments, _run)
 
@@ -41,7 +43,8 @@ def _run(options: argparse.Namespace) -> int:
         num_images = options.images or num_images
         seed = seed if options.seed is None else options.seed
         start_s = time.monotonic()
-        if write_shards(out, num_images, options.per_shard, seed, options.force):
+        has_classes = options.classes or out in CLASS_SETS
+        if write_shards(out, num_images, options.per_shard, seed, options.force, has_classes):
             print(f"{out}: {num_images} images written in {time.monotonic() - start_s:.1f} s")
         else:
             print(f"{out}: complete already ({num_images} images, seed {seed})")

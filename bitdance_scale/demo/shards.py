@@ -1,7 +1,8 @@
 """Writes demo data sets: captioned scenes as JPEGs in img2dataset's WebDataset layout.
 
 Every tar NNNNN.tar holds, per image, key.jpg, key.txt (the caption) and key.json, which keeps the machine-readable
-`scene`. Equal arguments give equal bytes (with the same Pillow). Held-out images come from another seed.
+`scene`. Class scenes also have key.cls, the number of the class, whose name is in classes.txt. Equal arguments give
+equal bytes (with the same Pillow). Held-out images come from another seed.
 """
 
 from __future__ import annotations
@@ -20,13 +21,18 @@ DEFAULT_IMAGES = 4000
 SHIPPED_SETS: Mapping[str, tuple[int, int]] = {
     "data/demo": (DEFAULT_IMAGES, 0),
     "data/demo_held_out": (200, 1000),
+    "data/demo_classes": (9600, 0),
+    "data/demo_classes_held_out": (480, 1000),
     "data/tokenizer": (12000, 100),
     "data/tokenizer_held_out": (512, 101),
 }
 """Data set of a configuration that comes with the package -> (images, seed)."""
+CLASS_SETS = ("data/demo_classes", "data/demo_classes_held_out")
+"""Those of them that are class scenes."""
 
 MARKER = "dataset.json"
-KIND = "bitdance demo scenes 1"
+CLASSES_FILE = "classes.txt"
+KIND, CLASS_KIND = "bitdance demo scenes 1", "bitdance demo classes 1"
 
 
 def check_shipped_sets(folders: Iterable[str]) -> None:
@@ -46,7 +52,9 @@ def check_shipped_sets(folders: Iterable[str]) -> None:
         )
 
 
-def write_shards(out: str | Path, num_images: int, per_shard: int, seed: int, is_forced: bool = False) -> bool:
+def write_shards(
+    out: str | Path, num_images: int, per_shard: int, seed: int, is_forced: bool = False, has_classes: bool = False
+) -> bool:
     """Writes the shards of `num_images` scenes into the folder `out`, unless they are there already.
 
     The shards are written beside `out` and renamed when complete, with a marker `dataset.json` that states the
@@ -58,6 +66,7 @@ def write_shards(out: str | Path, num_images: int, per_shard: int, seed: int, is
         per_shard: images per tar, 1..10000 (keys have four digits within a shard).
         seed: seed of the scenes.
         is_forced: whether an earlier data set of other arguments is replaced.
+        has_classes: whether the scenes are class scenes.
 
     Returns:
         True if shards were written, False if `out` was complete for the same arguments.
@@ -71,12 +80,19 @@ def write_shards(out: str | Path, num_images: int, per_shard: int, seed: int, is
             "per shard and a seed of 0 or more"
         )
     out = Path(out)
-    arguments = {"kind": KIND, "num_images": num_images, "per_shard": per_shard, "seed": seed}
+    kind = CLASS_KIND if has_classes else KIND
+    arguments = {"kind": kind, "num_images": num_images, "per_shard": per_shard, "seed": seed}
     if out.exists() and _is_complete(out, arguments, is_forced):
         return False
     with new_folder(out) as scratch:
         for shard, first in enumerate(range(0, num_images, per_shard)):
-            _write_shard(scratch / f"{shard:05d}.tar", shard, range(first, min(first + per_shard, num_images)), seed)
+            indices = range(first, min(first + per_shard, num_images))
+            _write_shard(scratch / f"{shard:05d}.tar", shard, indices, seed, has_classes)
+        if has_classes:
+            # Imported late, as below.
+            from bitdance_scale.demo.scenes import class_names
+
+            write_text(scratch / CLASSES_FILE, "".join(f"{name}\n" for name in class_names()))
         write_text(scratch / MARKER, json.dumps(arguments, indent=2) + "\n")
     return True
 
@@ -103,24 +119,24 @@ def _is_complete(out: Path, arguments: dict[str, object], is_forced: bool) -> bo
     )
 
 
-def _write_shard(path: Path, shard: int, indices: Sequence[int], seed: int) -> None:
+def _write_shard(path: Path, shard: int, indices: Sequence[int], seed: int, has_classes: bool) -> None:
     with tarfile.open(path, "w") as tar:
         for offset, index in enumerate(indices):
             key = f"{shard:05d}{offset:04d}"
-            for extension, payload in _sample_files(key, seed, index).items():
+            for extension, payload in _sample_files(key, seed, index, has_classes).items():
                 member = tarfile.TarInfo(f"{key}.{extension}")
                 member.size = len(payload)
                 tar.addfile(member, io.BytesIO(payload))
 
 
-def _sample_files(key: str, seed: int, index: int) -> dict[str, bytes]:
+def _sample_files(key: str, seed: int, index: int, has_classes: bool) -> dict[str, bytes]:
     """Contents of one sample by extension."""
     # Imported late: drawing needs numpy, Pillow and a font of matplotlib, the check of a run does not.
     import numpy as np
 
-    from bitdance_scale.demo.scenes import make_scene, render
+    from bitdance_scale.demo.scenes import class_names, class_scene, make_scene, render
 
-    scene = make_scene(seed, index)
+    scene = class_scene(seed, index) if has_classes else make_scene(seed, index)
     buffer = io.BytesIO()
     quality = int(np.random.default_rng([seed, index, 1]).integers(88, 97))
     render(scene).save(buffer, "JPEG", quality=quality, subsampling=0)
@@ -140,4 +156,5 @@ def _sample_files(key: str, seed: int, index: int) -> dict[str, bytes]:
         "sha256": hashlib.sha256(jpeg).hexdigest(),
         "scene": scene.record(),
     }
-    return {"jpg": jpeg, "txt": scene.caption.encode(), "json": json.dumps(record).encode()}
+    files = {"jpg": jpeg, "txt": scene.caption.encode(), "json": json.dumps(record).encode()}
+    return files | {"cls": str(index % len(class_names())).encode()} if has_classes else files
