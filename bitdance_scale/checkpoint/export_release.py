@@ -5,9 +5,9 @@
     ae_config.json, ae.safetensors                                the run's autoencoder
     conversion_report.json                                        written last
 
-Every tensor is written some rows at a time, so that none is ever whole in memory. Tensors that are written in float32
-come from the checkpoint's float32 masters, if it has them; tensors that are written in the dtype of training come from
-the weights.
+Every tensor is written some rows at a time, so that none is ever whole in memory. Averaged weights come from the
+checkpoint's averages, which are float32. Of the trained ones, tensors that are written in float32 come from its float32
+masters, if it has them, and tensors that are written in the dtype of training come from the weights.
 """
 
 from __future__ import annotations
@@ -35,16 +35,18 @@ from bitdance_scale.checkpoint.integrity import file_digest, tensor_bytes, text_
 from bitdance_scale.checkpoint.published_files import PART_FILES, PublishedTensors, TensorFileWriter, row_chunks
 from bitdance_scale.checkpoint.published_names import Part, PublishedTensor, published_tensors
 from bitdance_scale.checkpoint.run_checkpoint import (
+    AVERAGE_PREFIX,
     CONFIG_NAME,
     MASTER_PREFIX,
     MODEL_PREFIX,
     TENSORS_DIR,
     TrainState,
     check_vision,
+    has_averages,
     read_run_section,
     read_state,
 )
-from bitdance_scale.checkpoint.start_weights import check_network, find_checkpoint
+from bitdance_scale.checkpoint.start_weights import WHERE_AVERAGES_ARE, check_network, find_checkpoint
 from bitdance_scale.checkpoint.tensor_storage import StoredTensors
 from bitdance_scale.config.load import load_network
 from bitdance_scale.config.published_backbone import MODEL_CONFIG_NAME, published_model
@@ -102,6 +104,7 @@ class Export:
         network: its network.
         tokenizer: its text tokenizer.
         stored: its tensors.
+        weights: which of its weights are published: trained or averaged.
         tensors: the published tensors, with the dtype of each.
     """
 
@@ -112,6 +115,7 @@ class Export:
     network: NetworkConfig
     tokenizer: TextTokenizer
     stored: StoredTensors
+    weights: str
     tensors: tuple[tuple[PublishedTensor, TensorSpec], ...]
 
     @property
@@ -128,6 +132,8 @@ class Export:
 
     def source(self, ours: str, dtype: torch.dtype) -> str:
         """Name of the stored tensor that one of ours is read from, if it is written in a dtype."""
+        if self.weights == "averaged":
+            return AVERAGE_PREFIX + ours
         weights, masters = MODEL_PREFIX + ours, MASTER_PREFIX + ours
         has_masters = masters in self.stored and self.stored.dtype(weights) != dtype
         return masters if has_masters else weights
@@ -139,6 +145,7 @@ def open_checkpoint(
     tokenizer: Path | None = None,
     autoencoder: Path | None = None,
     dtypes: Mapping[Part, str] | None = None,
+    weights: str | None = None,
 ) -> Export:
     """Checks a checkpoint without reading a tensor.
 
@@ -147,9 +154,11 @@ def open_checkpoint(
         tokenizer: folder of its text tokenizer; None: as in its configuration.
         autoencoder: weights file of its autoencoder; None: as in its configuration.
         dtypes: dtypes of parts, in place of those of the release that it started from.
+        weights: trained or averaged; None: the averaged weights if it has some, as the paper publishes them.
 
     Raises:
-        BitDanceError: it is damaged, or its configuration, tokenizer or autoencoder does not fit it.
+        BitDanceError: it is damaged, or its configuration, tokenizer or autoencoder does not fit it; or it has no
+            averaged weights where they are asked for.
     """
     path = find_checkpoint(where)
     state = read_state(path)
@@ -168,6 +177,7 @@ def open_checkpoint(
     check_vision(path, state, vision_digest(network.vision))
     stored = StoredTensors(path / TENSORS_DIR)
     check_network(path, stored.index, network, text.vocab_size)
+    chosen_weights = _chosen_weights(path, stored, weights)
     of_release = {Part(part): name for part, name in state.release.get("dtypes", {}).items()}
     chosen = {**DEFAULT_DTYPES, **of_release, **(dtypes or {})}
     tensors = tuple(
@@ -175,7 +185,17 @@ def open_checkpoint(
         for tensor in published_tensors(network, text.vocab_size)
     )
     digest = text_digest(config_path.read_text(encoding="utf-8"))
-    return Export(path, _run_of(path, state), state, digest, network, text, stored, tensors)
+    return Export(path, _run_of(path, state), state, digest, network, text, stored, chosen_weights, tensors)
+
+
+def _chosen_weights(path: Path, stored: StoredTensors, asked: str | None) -> str:
+    is_averaged = has_averages(stored.index)
+    if asked == "averaged" and not is_averaged:
+        raise CheckpointError(
+            f"{path} has no averaged weights to export. {WHERE_AVERAGES_ARE}; export the trained ones with --weights "
+            "trained"
+        )
+    return asked or ("averaged" if is_averaged else "trained")
 
 
 def _run_of(path: Path, state: TrainState) -> ExportedRun | None:
@@ -252,6 +272,7 @@ def _report(export: Export, digests: Mapping[Part, dict[str, str]], autoencoder_
     return {
         "source": str(export.path),
         "step": export.state.step,
+        "weights": export.weights,
         "run": run and dataclasses.asdict(run) | {"is_finished": run.is_finished},
         "config_sha256": export.config_sha256,
         "autoencoder_sha256": autoencoder_sha256,

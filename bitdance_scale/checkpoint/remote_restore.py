@@ -61,7 +61,7 @@ def find_latest(checkpoints: CheckpointFolder, remote: RemoteCopies | None, *, f
         return None
     begun_s = time.monotonic()
     with checkpoints.write(copy.step) as aside:
-        num_bytes = _fetch(remote.folder, copy, aside, group, is_partial=False)
+        num_bytes = _fetch(remote.folder, copy, aside, group)
     elapsed_s, source = time.monotonic() - begun_s, remote.folder.where
     root, size = checkpoints.root, file_size(num_bytes)
     logger.info("%s had no checkpoint: step %d came from %s, %s in %.1f s", root, copy.step, source, size, elapsed_s)
@@ -69,33 +69,40 @@ def find_latest(checkpoints: CheckpointFolder, remote: RemoteCopies | None, *, f
 
 
 def fetch_start(
-    where: str, section: CheckpointSection, run_folder: Path, group: dist.ProcessGroup | None = None
+    where: str,
+    section: CheckpointSection,
+    run_folder: Path,
+    group: dist.ProcessGroup | None = None,
+    *,
+    weights: str = "trained",
 ) -> Path:
     """Fetches what a start needs of a copy on S3 into `<run>/start/step_...`; nothing if it is there already.
 
     That is what `load_start_weights` reads: all small files, and the tensor files that hold float32 masters, or weights
-    where there are no masters.
+    where there are no masters, or averaged weights.
 
     Args:
         where: `run.start_from`, on S3.
         section: endpoint and profile.
         run_folder: the run that starts.
         group: its ranks; None: all, or this process alone without a process group.
+        weights: `run.start_weights`.
 
     Returns:
         The folder of the partial checkpoint.
 
     Raises:
-        CheckpointError: on every rank: there is no copy, it is damaged, or S3 cannot be read.
+        CheckpointError: on every rank: there is no copy, it is damaged or lacks averaged weights that are asked for, or
+            S3 cannot be read.
     """
     with all_ranks(group, other=CheckpointError):
         remote, step = parse_start(where, section)
     copy = on_first_rank(lambda: find_start(remote, step), group, other=CheckpointError)
     into = run_folder / START_DIR / step_name(copy.step)
     aside = into.with_name(into.name + WRITING)
-    if on_first_rank(lambda: _is_there(copy, into, aside), group, other=CheckpointError):
+    if on_first_rank(lambda: _is_there(copy, into, aside, weights), group, other=CheckpointError):
         return into
-    num_bytes = _fetch(remote, copy, aside, group, is_partial=True)
+    num_bytes = _fetch(remote, copy, aside, group, start=weights)
 
     def commit() -> None:
         write_bytes(aside / MANIFEST_NAME, copy.manifest)
@@ -107,15 +114,18 @@ def fetch_start(
 
 
 def _fetch(
-    remote: RemoteFolder, copy: RemoteCheckpoint, into: Path, group: dist.ProcessGroup | None, *, is_partial: bool
+    remote: RemoteFolder, copy: RemoteCheckpoint, into: Path, group: dist.ProcessGroup | None, *, start: str = ""
 ) -> int:
-    """Fetches the files of a copy into a folder that all ranks share; returns their bytes."""
+    """Fetches the files of a copy into a folder that all ranks share; returns their bytes.
+
+    All of them, or what a start from these of its weights needs (`run.start_weights`).
+    """
     manifest = read_manifest(copy.manifest, copy.files)
     small = [name for name, file in manifest.files.items() if file.sha256 is not None]
     on_first_rank(lambda: remote.fetch(copy, into, small), group, other=CheckpointError)
     index = on_first_rank(lambda: read_index(into / TENSORS_DIR), group, other=CheckpointError)
     digests = {f"{TENSORS_DIR}/{file.name}": file.sha256 for file in index.files_of("")}
-    tensor_files = start_files(index) if is_partial else manifest.files.keys() - set(small)
+    tensor_files = start_files(copy.files, index, start) if start else manifest.files.keys() - set(small)
     if strange := sorted(tensor_files - (manifest.files.keys() & digests.keys())):
         raise CheckpointError(f"{copy.files}/{strange[0]}: the manifest and the index of the tensors differ on it")
     rank, num_ranks = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
@@ -159,11 +169,11 @@ def _lacks_copy(latest: Path, remote: RemoteFolder) -> bool:
         return False
 
 
-def _is_there(copy: RemoteCheckpoint, into: Path, aside: Path) -> bool:
+def _is_there(copy: RemoteCheckpoint, into: Path, aside: Path, weights: str) -> bool:
     """Whether the copy was fetched before; otherwise makes room for it."""
     manifest = into / MANIFEST_NAME
     if manifest.is_file() and manifest.read_bytes() == copy.manifest:
-        files = start_files(read_index(into / TENSORS_DIR))
+        files = start_files(copy.files, read_index(into / TENSORS_DIR), weights)
         if find_damage(into, files) is None:
             return True
     for path in (into, aside):

@@ -174,24 +174,27 @@ def load_tensors(
 ) -> None:
     """The tensors of `load_checkpoint`, for jobs whose state is not a `TrainState`.
 
-    Averaged weights that the checkpoint lacks begin with its masters; those that nothing holds now are left out.
+    Averaged weights that the checkpoint lacks begin with its masters, or with its weights where there are no masters;
+    those that nothing holds now are left out.
     """
     values = _prefixed(MODEL_PREFIX, model) | _prefixed(OPTIMIZER_PREFIX, optimizer)
     averages = {name: value for name, value in values.items() if name.startswith(AVERAGE_PREFIX)}
-    is_stored = on_first_rank(lambda: _has_averages(path), group, other=CheckpointError)
+    is_stored = on_first_rank(lambda: has_averages(read_index(path / TENSORS_DIR)), group, other=CheckpointError)
     if not (averages and is_stored):
         values = {name: value for name, value in values.items() if name not in averages}
     load_sharded(path / TENSORS_DIR, values, group, unread="" if averages else AVERAGE_PREFIX)
     if averages and not is_stored:
         logger.info("%s has no averaged weights: the average begins with its weights", path)
         for name, average in averages.items():
-            master = values[MASTER_PREFIX + name.removeprefix(AVERAGE_PREFIX)]
-            for piece, other in zip(average.pieces, master.pieces, strict=True):
+            trained = name.removeprefix(AVERAGE_PREFIX)
+            source = values.get(MASTER_PREFIX + trained) or values[MODEL_PREFIX + trained]
+            for piece, other in zip(average.pieces, source.pieces, strict=True):
                 piece.tensor.copy_(other.tensor)
 
 
-def _has_averages(path: Path) -> bool:
-    return any(name.startswith(AVERAGE_PREFIX) for name in read_index(path / TENSORS_DIR).tensors)
+def has_averages(index: TensorIndex) -> bool:
+    """Whether a checkpoint has averaged weights."""
+    return any(name.startswith(AVERAGE_PREFIX) for name in index.tensors)
 
 
 def model_signature(index: TensorIndex) -> str:

@@ -20,7 +20,14 @@ from bitdance_scale.checkpoint.boxes import Box
 from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
 from bitdance_scale.checkpoint.integrity import MANIFEST_NAME
 from bitdance_scale.checkpoint.published_names import EMBEDDING, OUTPUT, our_tensors
-from bitdance_scale.checkpoint.run_checkpoint import MASTER_PREFIX, MODEL_PREFIX, TENSORS_DIR, read_fitting_state
+from bitdance_scale.checkpoint.run_checkpoint import (
+    AVERAGE_PREFIX,
+    MASTER_PREFIX,
+    MODEL_PREFIX,
+    TENSORS_DIR,
+    has_averages,
+    read_fitting_state,
+)
 from bitdance_scale.checkpoint.sharded import load_sharded
 from bitdance_scale.checkpoint.step_names import CHECKPOINTS_DIR, LATEST_NAME
 from bitdance_scale.checkpoint.tensor_index import TensorIndex, read_index
@@ -33,6 +40,9 @@ from bitdance_scale.parallel.agreement import all_ranks, on_first_rank
 from bitdance_scale.parallel.partition import Piece, ShardedValue
 from bitdance_scale.weight_files import check_tensors
 
+WHERE_AVERAGES_ARE = (
+    "Checkpoints of runs with optim.average_decay have them; an import has one set of weights, which may be averages"
+)
 NEW_ROW_SPREAD = 0.1
 """Spread of rows that start around the mean of other rows, as a share of the spread of those rows."""
 
@@ -119,19 +129,22 @@ def load_start_weights(
     masters: Mapping[str, ShardedValue],
     *,
     tokenizer_digest: str,
+    weights: str = "trained",
     new_queries: NewQueries | None = None,
     is_partial: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, Any]:
     """Fills the weights of a model and their float32 masters in place from a checkpoint; a collective.
 
-    Both come from the checkpoint's masters. An imported release has none; then both come from its weights as stored.
+    Both come from the checkpoint's masters, or from its averaged weights. An imported release has no masters; then both
+    come from its weights as stored.
 
     Args:
         path: a committed checkpoint.
         model: what this rank holds of the parameters, by global name, in any dtype.
         masters: what this rank holds of their float32 masters.
         tokenizer_digest: of the text tokenizer that the checkpoint must have been trained with.
+        weights: `run.start_weights`: trained or averaged.
         new_queries: query tokens that the checkpoint lacks; None: none.
         is_partial: whether the checkpoint was fetched for a start, so that tensor files without these weights may be
             missing.
@@ -142,14 +155,14 @@ def load_start_weights(
 
     Raises:
         CheckpointError: on every rank, before any tensor is written to: the checkpoint is damaged, of another model or
-            of another text tokenizer.
+            of another text tokenizer, or has no averaged weights where they are asked for.
     """
     tensors = path / TENSORS_DIR
     index = on_first_rank(lambda: read_index(tensors), group, other=CheckpointError)
-    files = start_files(index) if is_partial else None
+    prefix = start_prefix(path, index, weights)
+    files = start_files(path, index, weights) if is_partial else None
     read = functools.partial(read_fitting_state, path, tokenizer_digest, tensor_files=files)
     state = on_first_rank(read, group, other=CheckpointError)
-    prefix = start_prefix(index)
     for values, is_verified in ((model, False), (masters, True)):
         wanted = {prefix + name: _known_rows(name, value, new_queries) for name, value in values.items()}
         load_sharded(tensors, wanted, group, prefix=prefix, converts_dtype=True, is_verified=is_verified)
@@ -160,14 +173,30 @@ def load_start_weights(
     return state.release
 
 
-def start_prefix(index: TensorIndex) -> str:
-    """What the names of the tensors begin with that a start takes: the masters, or the weights where there are none."""
+def start_prefix(where: str | Path, index: TensorIndex, weights: str) -> str:
+    """What the names of the tensors begin with that a start takes.
+
+    Args:
+        where: the checkpoint, for the message.
+        index: its tensors.
+        weights: trained (the masters, or the weights where there are none) or averaged.
+
+    Raises:
+        CheckpointError: the weights are to be averaged, and it has no averages.
+    """
+    if weights == "averaged":
+        if not has_averages(index):
+            raise CheckpointError(
+                f"run.start_weights = 'averaged': {where} has no averaged weights. {WHERE_AVERAGES_ARE}; set "
+                "run.start_weights=trained, or name another start"
+            )
+        return AVERAGE_PREFIX
     return MASTER_PREFIX if any(name.startswith(MASTER_PREFIX) for name in index.tensors) else MODEL_PREFIX
 
 
-def start_files(index: TensorIndex) -> frozenset[str]:
-    """The tensor files that a start reads, by their paths in the checkpoint."""
-    return frozenset(f"{TENSORS_DIR}/{file.name}" for file in index.files_of(start_prefix(index)))
+def start_files(where: str | Path, index: TensorIndex, weights: str) -> frozenset[str]:
+    """The tensor files that a start reads, by their paths in the checkpoint; otherwise as `start_prefix`."""
+    return frozenset(f"{TENSORS_DIR}/{file.name}" for file in index.files_of(start_prefix(where, index, weights)))
 
 
 def first_rows(value: ShardedValue, num_rows: int) -> ShardedValue:

@@ -3,6 +3,7 @@
     bitdance export runs/sft_14b BitDance-mine
 
 CHECKPOINT is a run folder (its latest checkpoint), one checkpoint of it (checkpoints/step_...), or an imported release.
+Of a run that averages its weights (optim.average_decay) the averages are written, unless --weights says otherwise.
 Dtypes are those of the release that the run started from; for weights that started at random, the backbone is written
 in bfloat16, head and projector in float32. Weights are copied part by part, so memory does not grow with the model.
 docs/interchange.md says more.
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bitdance_scale.cli.command import CommandParser, run_command
+from bitdance_scale.config.schema import WEIGHTS
 from bitdance_scale.train.process import EXIT_COMPLETE
 from bitdance_scale.wording import file_size
 
@@ -32,6 +34,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     parser.add_argument("--force", action="store_true", help="replace an earlier export at OUT")
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, help="weights to write (default: averaged if the checkpoint has them)"
+    )
     parser.add_argument("--tokenizer", type=Path, help="text tokenizer, where it is not where the run had it")
     parser.add_argument(
         "--autoencoder", type=Path, help="autoencoder's weights file, where it is not where the run had it"
@@ -50,13 +55,19 @@ def _run(options: argparse.Namespace) -> int:
 
     dtypes = {part: name for part in Part if (name := getattr(options, f"{part}_dtype"))}
     export = open_checkpoint(
-        options.checkpoint, tokenizer=options.tokenizer, autoencoder=options.autoencoder, dtypes=dtypes
+        options.checkpoint,
+        tokenizer=options.tokenizer,
+        autoencoder=options.autoencoder,
+        dtypes=dtypes,
+        weights=options.weights,
     )
     if export.warning:
         print(f"warning: {export.warning}", file=sys.stderr)
     with tqdm(total=2 * export.num_bytes, unit="B", unit_scale=True, desc="write, read back", mininterval=0.5) as bar:
         export_release(export, options.out, is_forced=options.force, on_bytes=bar.update)
-    print(f"{options.out}: {file_size(export.num_bytes)}, step {export.state.step} of {export.path}")
+    size, source = file_size(export.num_bytes), f"step {export.state.step} of {export.path}"
+    other = "; --weights trained writes the others" if export.weights == "averaged" and not options.weights else ""
+    print(f"{options.out}: {size}, {export.weights} weights, {source}{other}")
     if extra := beyond_release(export.network.head):
         print(
             f"note: its head has {extra}, which the release's pipeline does not know and refuses; `bitdance sample` "

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from bitdance_scale.config.rule import RuleSet
-from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.config.schema import RateSection, RunConfig
 
 RULES = RuleSet()
 
@@ -16,9 +16,7 @@ def _rate_falls(config: RunConfig) -> Iterator[str]:
 
     The rate falls from one to the other.
     """
-    optim = config.optim
-    if optim.lr_min > optim.lr:
-        yield f"optim.lr_min = {optim.lr_min:g}: must be at most optim.lr = {optim.lr:g}; lower it"
+    yield from floor_faults(config.optim)
 
 
 @RULES.rule("optim.schedule", "optim.decay_steps")
@@ -27,12 +25,7 @@ def _one_fall(config: RunConfig) -> Iterator[str]:
 
     The other schedules fall over all steps after the warm-up.
     """
-    optim = config.optim
-    if optim.schedule != "constant" and optim.decay_steps:
-        yield (
-            f"optim.decay_steps = {optim.decay_steps}: optim.schedule = {optim.schedule!r} falls from the end of the "
-            "warm-up on; set optim.decay_steps=0, or optim.schedule=constant"
-        )
+    yield from fall_faults(config.optim)
 
 
 @RULES.rule("optim.schedule", "optim.warmup_steps", "run.steps")
@@ -55,11 +48,30 @@ def _averages_exist(config: RunConfig) -> Iterator[str]:
 
     Without `optim.average_decay` there are no averaged weights.
     """
-    if config.optim.average_decay:
-        return
-    for section, weights in (("evaluate", config.evaluate.weights), ("sample", config.sample.weights)):
-        if weights == "averaged":
+    chosen = {"evaluate.weights": config.evaluate.weights, "sample.weights": config.sample.weights}
+    yield from average_faults(config.optim.average_decay, chosen)
+
+
+def floor_faults(section: RateSection) -> Iterator[str]:
+    """One message if the rate would fall upwards."""
+    if section.lr_min > section.lr:
+        yield f"optim.lr_min = {section.lr_min:g}: must be at most optim.lr = {section.lr:g}; lower it"
+
+
+def fall_faults(section: RateSection) -> Iterator[str]:
+    """One message if the rate would fall in two ways."""
+    if section.schedule != "constant" and section.decay_steps:
+        yield (
+            f"optim.decay_steps = {section.decay_steps}: optim.schedule = {section.schedule!r} falls from the end of "
+            "the warm-up on; set optim.decay_steps=0, or optim.schedule=constant"
+        )
+
+
+def average_faults(average_decay: float, chosen: Mapping[str, str]) -> Iterator[str]:
+    """One message per setting that chooses averaged weights where there are none; `chosen` is setting -> value."""
+    for name, weights in chosen.items():
+        if weights == "averaged" and not average_decay:
             yield (
-                f"{section}.weights = 'averaged': optim.average_decay = 0, so there are none; set it, such as 0.9999, "
-                f"or {section}.weights=trained"
+                f"{name} = 'averaged': optim.average_decay = 0, so there are none; set it, such as 0.9999, "
+                f"or {name}=trained"
             )

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from bitdance_scale.config.families import FAMILIES
-from bitdance_scale.config.schema import MIN_SPIKE_WINDOW, SPIKE_ACTIONS, RunConfig
+from bitdance_scale.config.schema import MIN_SPIKE_WINDOW, SCHEDULES, SPIKE_ACTIONS, WEIGHTS, RunConfig
 from bitdance_scale.config.training_stages import NEW_QUERIES, STAGES
 
 
@@ -118,6 +118,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "run.seed": _SEED,
     "run.steps": _COUNT,
     "run.stage": Choice(tuple(STAGES)),
+    "run.start_weights": Choice(WEIGHTS),
     "run.new_queries": Choice(NEW_QUERIES),
     "run.timeout_s": _NOT_NEGATIVE,
     "run.long_timeout_s": _POSITIVE,
@@ -200,7 +201,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "parallel.recompute": Choice(("none", "selective", "full")),
     "optim.lr": _POSITIVE,
     "optim.warmup_steps": _NOT_NEGATIVE,
-    "optim.schedule": Choice(("constant", "linear", "cosine")),
+    "optim.schedule": Choice(SCHEDULES),
     "optim.lr_min": _NOT_NEGATIVE,
     "optim.decay_steps": _NOT_NEGATIVE,
     "optim.beta1": _DECAY,
@@ -228,7 +229,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "evaluate.every_steps": _COUNT,
     "evaluate.images": _COUNT,
     "evaluate.seed": _SEED,
-    "evaluate.weights": Choice(("trained", "averaged")),
+    "evaluate.weights": Choice(WEIGHTS),
     "sample.every_steps": _NOT_NEGATIVE,
     "sample.prompts[]": NonEmpty(),
     "sample.size_px[]": _COUNT,
@@ -237,7 +238,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "sample.guidance_growth": Choice(("constant", "linear")),
     "sample.sampler": Choice(("euler_maruyama", "euler")),
     "sample.seed": _SEED,
-    "sample.weights": Choice(("trained", "averaged")),
+    "sample.weights": Choice(WEIGHTS),
     "observe.log_every_steps": _COUNT,
     "observe.wandb_project": NonEmpty(),
     "observe.wandb_mode": Choice(("auto", "online", "offline", "disabled")),

@@ -63,6 +63,7 @@ EFFECTS: Mapping[str, Effect] = _SHARED | {
     # A run that goes on has started.
     "run.start_from": _FREE,
     "run.start_from_any": _FREE,
+    "run.start_weights": _FREE,
     "run.new_queries": _FREE,
     # The settings that it fills in are compared themselves.
     "model.preset": _FREE,
@@ -135,7 +136,8 @@ EFFECTS: Mapping[str, Effect] = _SHARED | {
 
 TOKENIZER_EFFECTS: Mapping[str, Effect] = _SHARED | {
     "run.output": _FREE,
-    # The rate falls to zero at the last step, so it is told as well.
+    "run.output_weights": _FREE,
+    # Told where the learning rate depends on it.
     "run.steps": _FREE,
     "autoencoder.*": _FIXED,
     "quantiser.*": _TOLD,
@@ -249,8 +251,7 @@ def _shown(value: Any) -> str:
 
 def _rate_depends_on_steps(old: Mapping[str, Any], config: AnyConfig) -> bool:
     """Whether the learning rate of a step depends on `run.steps`, before or now."""
-    if not isinstance(config, RunConfig):
-        return True
     before = old.get("optim", {})
-    falls = config.optim.schedule != "constant" or before.get("schedule", "constant") != "constant"
+    schedules = (config.optim.schedule, before.get("schedule", type(config.optim).schedule))
+    falls = any(schedule != "constant" for schedule in schedules)
     return bool(falls or config.optim.decay_steps or before.get("decay_steps"))

@@ -34,6 +34,9 @@ class RunSection:
         "and dtype; or the copies of a run on S3 (`s3://BUCKET/PREFIX/NAME`) or one of them (`.../step_00000100`). "
         "Optimiser and counters start from nothing. Empty: random weights.",
     )
+    start_weights: str = setting(
+        "trained", doc="Which of its weights: trained or averaged (`optim.average_decay` of the run before)."
+    )
     start_from_any: bool = setting(
         False, doc="Whether the start may be of any stage, and of a run that has not finished its own."
     )
@@ -261,9 +264,13 @@ SPIKE_ACTIONS = ("log", "skip")
 MIN_SPIKE_WINDOW = 8
 
 
+SCHEDULES = ("constant", "linear", "cosine")
+WEIGHTS = ("trained", "averaged")
+
+
 @dataclass(frozen=True, kw_only=True)
-class OptimSection:
-    """AdamW; a rate that warms up, then stays (arXiv 2602.14041 Table 4) or falls (the class-conditional release)."""
+class RateSection:
+    """A learning rate that warms up, then stays or falls; every kind of training has it (`train/learning_rate.py`)."""
 
     lr: float = setting(1e-4, doc="Learning rate after warm-up.")
     warmup_steps: int = setting(2000, doc="Steps of linear warm-up from 0.")
@@ -276,6 +283,12 @@ class OptimSection:
     decay_steps: int = setting(
         0, doc="With a constant schedule: last steps of `run.steps`, over which the rate falls linearly; 0: none."
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSection(RateSection):
+    """AdamW; a rate that warms up, then stays (arXiv 2602.14041 Table 4) or falls (the class-conditional release)."""
+
     beta1: float = setting(0.9, doc="First-moment decay.")
     beta2: float = setting(0.95, doc="Second-moment decay.")
     eps: float = setting(1e-15, doc="AdamW epsilon.")

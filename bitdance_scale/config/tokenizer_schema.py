@@ -6,8 +6,17 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from bitdance_scale.config.optim_rules import average_faults, fall_faults, floor_faults
 from bitdance_scale.config.ranges import FolderName, demand
-from bitdance_scale.config.schema import MIN_SPIKE_WINDOW, SPIKE_ACTIONS, CheckpointSection, ObserveSection
+from bitdance_scale.config.schema import (
+    MIN_SPIKE_WINDOW,
+    SCHEDULES,
+    SPIKE_ACTIONS,
+    WEIGHTS,
+    CheckpointSection,
+    ObserveSection,
+    RateSection,
+)
 from bitdance_scale.config.setting import setting
 from bitdance_scale.config.storage_rules import credential_faults, upload_faults
 from bitdance_scale.errors import ConfigError
@@ -20,6 +29,9 @@ class TokenizerRunSection:
     name: str = setting(doc="Name of the run folder, `<root>/<name>`.")
     root: str = setting("runs", doc="Folder that holds the run folders.")
     output: str = setting(doc="Folder that receives ae.safetensors and ae_config.json.")
+    output_weights: str = setting(
+        "auto", doc="Weights that it receives: trained, averaged, or auto: averaged if the run averages weights."
+    )
     seed: int = setting(0, doc="Seed of the initial weights, the data order, the crops and the bit flips.")
     steps: int = setting(doc="Optimiser steps.")
     timeout_s: float = setting(600.0, doc="Seconds without progress in a step after which the run ends; 0: never.")
@@ -92,13 +104,20 @@ class TokenizerDataSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerOptimSection:
-    """Adam with linear warm-up and a cosine to zero."""
+class TokenizerOptimSection(RateSection):
+    """Adam; by default with linear warm-up and a cosine to zero."""
 
-    lr: float = setting(1e-4, doc="Highest learning rate.")
     warmup_steps: int = setting(200, doc="Steps of linear warm-up from 0.")
+    schedule: str = setting(
+        "cosine",
+        doc="The rate after warm-up: constant (but for `decay_steps`), or linear or cosine, which fall from there to "
+        "`lr_min` at `run.steps`.",
+    )
     beta1: float = setting(0.9, doc="First-moment decay.")
     beta2: float = setting(0.99, doc="Second-moment decay.")
+    average_decay: float = setting(
+        0.0, doc="Decay per step of the averaged weights, an exponential moving average in float32; 0: there is none."
+    )
     clip_norm: float = setting(1.0, doc="Global gradient-norm clip.")
     max_skipped_steps: int = setting(10, doc="Training stops after more consecutive skipped steps.")
     max_skipped_share: float = setting(
@@ -124,6 +143,7 @@ class TokenizerEvaluateSection:
     sizes_px: tuple[tuple[int, int], ...] = setting(doc="(height, width) at which PSNR is measured, each by itself.")
     num_images: int = setting(256, doc="Images per size, the first ones that need not be enlarged.")
     every_steps: int = setting(500, doc="Steps between evaluations; one runs at the end as well.")
+    weights: str = setting("trained", doc="Weights that are evaluated: trained or averaged (`optim.average_decay`).")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +172,12 @@ def check_tokenizer(config: TokenizerConfig, world_size: int) -> None:
         *upload_faults(config.checkpoint),
         *_network_faults(config),
         *_range_faults(config),
+        *floor_faults(config.optim),
+        *fall_faults(config.optim),
+        *average_faults(
+            config.optim.average_decay,
+            {"run.output_weights": config.run.output_weights, "evaluate.weights": config.evaluate.weights},
+        ),
         *_size_faults(config, world_size),
     ]
     if faults:
@@ -208,6 +234,8 @@ def _range_faults(config: TokenizerConfig) -> Iterator[str]:
         "reconstruction.l2_weight": config.reconstruction.l2_weight,
         "reconstruction.edge_weight": config.reconstruction.edge_weight,
         "optim.warmup_steps": config.optim.warmup_steps,
+        "optim.lr_min": config.optim.lr_min,
+        "optim.decay_steps": config.optim.decay_steps,
         "optim.max_skipped_steps": config.optim.max_skipped_steps,
         "run.timeout_s": config.run.timeout_s,
         "checkpoint.keep_every_steps": config.checkpoint.keep_every_steps,
@@ -220,6 +248,7 @@ def _range_faults(config: TokenizerConfig) -> Iterator[str]:
         "quantiser.flip_max": config.quantiser.flip_max,
         "optim.beta1": config.optim.beta1,
         "optim.beta2": config.optim.beta2,
+        "optim.average_decay": config.optim.average_decay,
         "data.max_skipped_share": config.data.max_skipped_share,
     }
     if any(rank < 0 for rank in config.observe.profile_ranks):
@@ -232,8 +261,15 @@ def _range_faults(config: TokenizerConfig) -> Iterator[str]:
         yield f"optim.max_skipped_share = {optim.max_skipped_share}: must be in (0, 1]"
     if optim.spike_window < MIN_SPIKE_WINDOW:
         yield f"optim.spike_window = {optim.spike_window}: must be {MIN_SPIKE_WINDOW} or more"
-    if optim.spike_action not in SPIKE_ACTIONS:
-        yield f"optim.spike_action = {optim.spike_action!r}: must be one of {', '.join(SPIKE_ACTIONS)}"
+    choices = {
+        "run.output_weights": (config.run.output_weights, ("auto", *WEIGHTS)),
+        "optim.schedule": (optim.schedule, SCHEDULES),
+        "optim.spike_action": (optim.spike_action, SPIKE_ACTIONS),
+        "evaluate.weights": (config.evaluate.weights, WEIGHTS),
+    }
+    for name, (value, words) in choices.items():
+        if value not in words:
+            yield f"{name} = {value!r}: must be one of {', '.join(words)}"
 
 
 def _size_faults(config: TokenizerConfig, world_size: int) -> Iterator[str]:

@@ -52,3 +52,16 @@ def _later_stages_start_from_weights(config: RunConfig) -> Iterator[str]:
             f"run.start_from = '': {stage.title} goes on from weights; name the run of stage {stage.follows!r} "
             "(run.start_from=runs/NAME) or an imported release"
         )
+
+
+@RULES.rule("run.start_weights", "run.start_from")
+def _random_weights_have_no_averages(config: RunConfig) -> Iterator[str]:
+    """`run.start_weights` is averaged only with `run.start_from`.
+
+    It chooses between the weights of the run that is started from.
+    """
+    if config.run.start_weights == "averaged" and not config.run.start_from:
+        yield (
+            "run.start_weights = 'averaged': run.start_from = '', so the run starts from random weights; name the run "
+            "that it starts from (run.start_from=runs/NAME), or set run.start_weights=trained"
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bitdance_scale.config.schema import OptimSection, RunConfig
+from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.data_errors import ErrorCause
 from bitdance_scale.observe.cost import PackCounts, count_pack, memory_bytes, peak_flops, step_flops, utilisation
 from bitdance_scale.observe.metrics import StepMetrics
@@ -20,21 +19,6 @@ from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import StepOutcome
 from bitdance_scale.train.step_feed import ReadyStep
 from bitdance_scale.train.straggler import StragglerWatch
-
-
-def learning_rate(section: OptimSection, step: int, num_steps: int) -> float:
-    """Rate of optimiser step `step` of `num_steps`, counted from 0.
-
-    It warms up linearly. Then it is constant (arXiv 2602.14041 Table 4), but for the last `decay_steps`, or the whole
-    of a shorter run, over which it falls linearly; or it falls from the end of the warm-up on, linearly or as half a
-    cosine (published class-conditional release).
-    """
-    warmup = min(1.0, (step + 1) / max(1, section.warmup_steps))
-    fall = section.decay_steps if section.schedule == "constant" else num_steps - section.warmup_steps
-    left = min(1.0, (num_steps - step) / max(1, min(fall, num_steps)))
-    if section.schedule == "cosine":
-        left = 0.5 * (1 - math.cos(math.pi * left))
-    return (section.lr - section.lr_min) * warmup * left + section.lr_min * warmup
 
 
 @dataclass

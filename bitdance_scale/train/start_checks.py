@@ -75,11 +75,12 @@ def check_start(path: Path, config: RunConfig, vision_digest: str = "") -> Start
     Raises:
         ConfigError: it is of a stage that this one does not follow, of a run that has not finished, with blocks of
             another side than the stage may start from, or trained with another of `SAME_SETTINGS`.
-        CheckpointError: it is damaged, of another network, or trained with another vision tokenizer, unless
-            `run.start_from_any` is set.
+        CheckpointError: it is damaged, of another network, without the averaged weights that it is to start from, or
+            trained with another vision tokenizer, unless `run.start_from_any` is set.
     """
     is_partial = is_remote(config.run.start_from)
-    state = read_state(path, start_files(read_index(path / TENSORS_DIR)) if is_partial else None)
+    files = start_files(path, read_index(path / TENSORS_DIR), config.run.start_weights)
+    state = read_state(path, files if is_partial else None)
     network = load_network(path / CONFIG_NAME)
     if not config.run.start_from_any:
         _check_order(path, state, config)

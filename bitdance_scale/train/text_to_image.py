@@ -29,8 +29,9 @@ from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.train.evaluation import Evaluator
 from bitdance_scale.train.job import Job, Schedule
+from bitdance_scale.train.learning_rate import learning_rate
 from bitdance_scale.train.process import tolerant_output
-from bitdance_scale.train.progress import Progress, StepMeter, learning_rate, progress_fields
+from bitdance_scale.train.progress import Progress, StepMeter, progress_fields
 from bitdance_scale.train.run import run_job
 from bitdance_scale.train.run_observer import RunObserver, draw_overview, samples_path, show_result, write_samples
 from bitdance_scale.train.sampling import draw_samples
@@ -298,7 +299,8 @@ class TextToImageJob(Job):
         """What `run.start_from` means, and whether the stage can start from it."""
         where = self.config.run.start_from
         if is_remote(where):
-            path = fetch_start(where, self.config.checkpoint, self.run_folder)
+            weights = self.config.run.start_weights
+            path = fetch_start(where, self.config.checkpoint, self.run_folder, weights=weights)
         else:
             path = find_checkpoint(where)
         return on_first_rank(lambda: check_start(path, self.config, self._vision_digest))
@@ -312,11 +314,12 @@ class TextToImageJob(Job):
             self._engine.model_values(),
             masters,
             tokenizer_digest=start.tokenizer_digest,
+            weights=self.config.run.start_weights,
             new_queries=start.new_queries,
             is_partial=start.is_partial,
         )
         self._engine.restart_averages()
-        logger.info("started from the weights of %s", start.path)
+        logger.info("started from the %s weights of %s", self.config.run.start_weights, start.path)
 
     def _prepare(self, packs: Sequence[Pack], step: int) -> list[PackInputs]:
         """The micro-batches of a step on the device; called in the feed's thread."""

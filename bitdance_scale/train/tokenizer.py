@@ -29,11 +29,13 @@ from bitdance_scale.errors import CheckpointError, ConfigError
 from bitdance_scale.observe.cost import memory_bytes
 from bitdance_scale.observe.metrics import append_evaluation
 from bitdance_scale.parallel.agreement import all_ranks, first_rank_numbers, on_first_rank
+from bitdance_scale.parallel.averaged_weights import AveragedWeights
 from bitdance_scale.parallel.partition import Piece, ShardedValue
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.phases import Phase, phase
 from bitdance_scale.train.fault_verdict import LOSS, MicroReading, Sign
 from bitdance_scale.train.job import Job, Schedule
+from bitdance_scale.train.learning_rate import learning_rate
 from bitdance_scale.train.run import run_job
 from bitdance_scale.train.run_sinks import RunSinks
 from bitdance_scale.train.shared_index import image_index
@@ -75,15 +77,6 @@ def run_tokenizer(config: TokenizerConfig) -> int:
     return run_job(config, ParallelSection(), lambda topology, folder: TokenizerJob(config, topology, folder))
 
 
-def learning_rate(step: int, config: TokenizerConfig) -> float:
-    """Rate of step 0, 1, ..: linear warm-up to `optim.lr`, then a cosine that ends at zero after the last step."""
-    warmup = config.optim.warmup_steps
-    if step < warmup:
-        return config.optim.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, config.run.steps - warmup)
-    return config.optim.lr * 0.5 * (1 + math.cos(math.pi * done))
-
-
 class TokenizerJob(Job):
     """A tokenizer run on this rank. Every rank has the whole network and its part of each step's crops.
 
@@ -113,6 +106,9 @@ class TokenizerJob(Job):
         self._optimiser = torch.optim.Adam(
             self._autoencoder.parameters(), lr=0.0, betas=(config.optim.beta1, config.optim.beta2)
         )
+        # The weights are float32 themselves, and whole on every rank, and so is the average.
+        decay = config.optim.average_decay
+        self._averages = AveragedWeights([*self._autoencoder.parameters()], decay) if decay else None
         self._state = TokenizerState(step=0, data_digest=self._data_digest())
         self._results: dict[tuple[int, int], Reconstruction] = {}
         latest = self.newest_checkpoint()
@@ -184,7 +180,7 @@ class TokenizerJob(Job):
     def take_step(self) -> bool:
         """Trains on the crops that were read."""
         config = self.config
-        self._lr = learning_rate(self.step, config)
+        self._lr = learning_rate(config.optim, self.step, config.run.steps)
         for group in self._optimiser.param_groups:
             group["lr"] = self._lr
         with phase(Phase.FORWARD):
@@ -201,6 +197,8 @@ class TokenizerJob(Job):
             is_skipped = not is_finite or (spike is not None and self.guards.refuses_spikes)
             if not is_skipped:
                 self._optimiser.step()
+                if self._averages is not None:
+                    self._averages.update()
         if not is_finite or spike is not None:
             with phase(Phase.LOGGING):
                 self._explain(spike)
@@ -274,7 +272,7 @@ class TokenizerJob(Job):
         """Reconstructs the held-out images on rank 0 and writes how well."""
         # On rank 0 only.
         with self.local_errors.kept():
-            self._reconstruct()
+            self._results = self._reconstruct(self.config.evaluate.weights)
             if self._sinks is not None and self.topology.rank == 0:
                 self._sinks.write_evaluation(evaluation_record(self.step, self._results), self._state.images)
                 sizes = "  ".join(
@@ -299,9 +297,11 @@ class TokenizerJob(Job):
         return {name: _whole(parameter.data) for name, parameter in self._autoencoder.named_parameters()}
 
     def optimizer_values(self) -> Mapping[str, ShardedValue]:
-        """Adam's moments, whole on every rank; they are made here if no step was taken yet."""
+        """Adam's moments and the averages, whole on every rank; moments are made here if no step was taken yet."""
         values: dict[str, ShardedValue] = {}
         for name, parameter in self._autoencoder.named_parameters():
+            if self._averages is not None:
+                values[f"average.{name}"] = _whole(self._averages.of(parameter))
             state = self._optimiser.state[parameter]
             if not state:
                 state |= {"step": torch.zeros(())} | {kind: torch.zeros_like(parameter) for kind in MOMENTS}
@@ -311,25 +311,45 @@ class TokenizerJob(Job):
     def finish(self) -> None:
         """Writes the weights as a published tokenizer, and says how well they reconstruct."""
         if self.topology.rank == 0:
-            sizes = published_config(**asdict(self.config.autoencoder))
-            save_weights(self.config.run.output, self._autoencoder.state_dict(), sizes)
-            logger.info("weights: %s\n%s", self.config.run.output, summary(self._results))
+            kind, output = self._output_weights, self.config.run.output
+            results = self._results if kind == self.config.evaluate.weights else self._reconstruct(kind)
+            with self._weights_of(kind):
+                sizes = published_config(**asdict(self.config.autoencoder))
+                save_weights(output, self._autoencoder.state_dict(), sizes)
+            logger.info("%s weights of step %d: %s\n%s", kind, self.step, output, summary(results))
 
     def complete(self) -> None:
         """Writes the weights where they are missing, and the evaluation that comes before them."""
         weights = Path(self.config.run.output) / WEIGHTS_NAME
         if not on_first_rank(weights.is_file):
-            self._reconstruct()
+            self._results = self._reconstruct(self.config.evaluate.weights)
             with all_ranks():
                 if self.topology.rank == 0:
                     append_evaluation(self.run_folder, evaluation_record(self.step, self._results))
                 self.finish()
 
-    def _reconstruct(self) -> None:
+    @property
+    def _output_weights(self) -> str:
+        kind = self.config.run.output_weights
+        if kind != "auto":
+            return kind
+        return "trained" if self._averages is None else "averaged"
+
+    def _weights_of(self, kind: str) -> contextlib.AbstractContextManager[None]:
+        """Within it the network of this rank has its `trained` or its `averaged` weights."""
+        if kind == "trained":
+            return contextlib.nullcontext()
+        assert self._averages is not None, "`evaluate.weights` and `run.output_weights` need `optim.average_decay`"
+        # The averages are in the place of the weights themselves: nothing is to be refreshed.
+        return self._averages.in_place_of_masters(lambda: None)
+
+    def _reconstruct(self, kind: str) -> dict[tuple[int, int], Reconstruction]:
+        """How well the held-out images are reconstructed by (height, width); empty where they were not read."""
         num_groups, device = self.config.quantiser.num_groups, self.topology.device
-        self._results = {
-            size: evaluate(self._autoencoder, images, num_groups, device) for size, images in self._held_out.items()
-        }
+        with self._weights_of(kind):
+            return {
+                size: evaluate(self._autoencoder, images, num_groups, device) for size, images in self._held_out.items()
+            }
 
     def _restart(self) -> None:
         """Begins a new interval between logged steps."""

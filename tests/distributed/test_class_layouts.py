@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
-from bitdance_scale.checkpoint.run_checkpoint import TrainState
+from bitdance_scale.checkpoint.run_checkpoint import AVERAGE_PREFIX, MASTER_PREFIX, TENSORS_DIR, TrainState
+from bitdance_scale.checkpoint.step_names import step_name
+from bitdance_scale.checkpoint.tensor_storage import StoredTensors
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.generate.block_decode import lay_out
@@ -194,34 +196,47 @@ def test_an_exemption_that_names_nothing_is_refused_on_all_ranks():
     assert "optim.decay_exempt: 'projectors.*': no parameter has such a name; the nearest are projector." in messages[0]
 
 
-def _load_with_another_decay(rank: int, folder: Path, decay: float) -> None:
-    """Saves after a step with a decay or without, and loads into an engine with the other."""
-    config = class_config()
-    saved, loaded = (
-        dataclasses.replace(config, optim=dataclasses.replace(config.optim, average_decay=kind))
-        for kind in (decay, 0.7 - decay)
-    )
-    engine, topology = make_engine(saved)
+# (checkpoint that is loaded, settings of `optim` that differ from the toy's); the first is of a run with the toy's.
+OTHER_GROUPS = {"decays_vectors": True, "decay_exempt": ("head.*",)}
+CHANGES = ((0, {"average_decay": 0.0}), (1, OTHER_GROUPS), (0, OTHER_GROUPS))
+
+
+def _load_with_other_settings(rank: int, folder: Path, zero_stage: int) -> None:
+    """Saves after a step as 0; loads into engines of other settings, and saves what they hold as 1, 2 and 3."""
+    config = class_config(zero_stage=zero_stage)
+    engine, topology = make_engine(config)
     from bitdance_scale.checkpoint.run_checkpoint import load_tensors, save_checkpoint
     from bitdance_scale.parallel.build import build_engine
     from bitdance_scale.parallel.step import train_step
 
+    def save(number: int) -> None:
+        state = TrainState(step=1, images=0, tokens=0, loader={}, optimizer={}, tokenizer_digest="")
+        checkpoints = CheckpointFolder(folder / str(number), keep=1)
+        save_checkpoint(checkpoints, state, engine.model_values(), engine.optimizer_values(), "")
+
     train_step(engine, step_inputs(config, topology, 1, 0), config.loss, 1e-2, topology)
-    checkpoints = CheckpointFolder(folder, keep=1)
-    state = TrainState(step=1, images=0, tokens=0, loader={}, optimizer={}, tokenizer_digest="")
-    save_checkpoint(checkpoints, state, engine.model_values(), engine.optimizer_values(), "")
-    other = build_engine(loaded, class_tokens(config).vocab_size, topology)
-    values = other.optimizer_values()
-    load_tensors(checkpoints.latest(), other.model_values(), values)
-    wanted = engine.optimizer_values()
-    for name, value in values.items():
+    save(0)
+    for number, (loaded, changes) in enumerate(CHANGES, start=1):
+        changed = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **changes))
+        engine = build_engine(changed, class_tokens(config).vocab_size, topology)
+        load_tensors(folder / str(loaded) / step_name(1), engine.model_values(), engine.optimizer_values())
+        save(number)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_averages_begin_and_end_with_a_resume_and_decay_groups_may_change(tmp_path, zero_stage):
+    run_ranks(2, _load_with_other_settings, tmp_path, zero_stage)
+    stored = [StoredTensors(tmp_path / str(number) / step_name(1) / TENSORS_DIR) for number in range(4)]
+    first, left_out, begun, regrouped = (
+        {name: one.read_rows(name, 0, one.index.spec(name).shape[0]) for name in one.index.tensors} for one in stored
+    )
+    averages = {name for name in first if name.startswith(AVERAGE_PREFIX)}
+    assert averages and left_out.keys() == first.keys() - averages
+    assert begun.keys() == regrouped.keys() == first.keys()
+    for name, value in first.items():
+        assert name in averages or torch.equal(left_out[name], value)
+        assert torch.equal(regrouped[name], value), name
         # An average that is not in the checkpoint begins with the masters.
-        source = wanted[name.replace("average.", "master.") if not decay else name]
-        for piece, expected in zip(value.pieces, source.pieces, strict=True):
-            assert torch.equal(piece.tensor, expected.tensor), name
-    assert any(name.startswith("average.") for name in values) == (not decay)
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.7], ids=["begun", "left"])
-def test_averages_begin_and_end_with_a_resume(tmp_path, decay):
-    run_ranks(2, _load_with_another_decay, tmp_path, decay)
+        source = first[name.replace(AVERAGE_PREFIX, MASTER_PREFIX)]
+        assert torch.equal(begun[name], source), name
+    assert any(not torch.equal(begun[name], first[name]) for name in averages)

@@ -28,6 +28,7 @@ from bitdance_scale.checkpoint.tensor_storage import StoredTensors
 from bitdance_scale.errors import BitDanceError, CheckpointError, ConfigError
 from bitdance_scale.model.initial import draw_initial
 from bitdance_scale.sequence.tokens import load_text_tokenizer
+from bitdance_scale.train.process import EXIT_REFUSED
 from tests.released import (
     HEAD,
     SPARE_ROWS,
@@ -169,6 +170,19 @@ class TestUnfinishedRun:
         assert convert_to_hf.main([str(imported), str(tmp_path / "out")]) == 0
         assert "warning" not in capsys.readouterr().err
         assert read_json(tmp_path / "out" / "conversion_report.json")["run"] is None
+
+
+class TestAveragedWeights:
+    def test_an_import_has_none_to_export(self, imported, tmp_path, capsys):
+        assert convert_to_hf.main([str(imported), str(tmp_path / "out"), "--weights", "averaged"]) == EXIT_REFUSED
+        message = capsys.readouterr().err
+        assert f"{find_checkpoint(imported)} has no averaged weights to export" in message
+        assert "--weights trained" in message and not (tmp_path / "out").exists()
+
+    def test_without_averages_the_trained_ones_are_written_and_named(self, imported, tmp_path, capsys):
+        assert convert_to_hf.main([str(imported), str(tmp_path / "out")]) == 0
+        assert "trained weights, step 0 of" in (said := capsys.readouterr().out) and "others" not in said
+        assert read_json(tmp_path / "out" / "conversion_report.json")["weights"] == "trained"
 
 
 class TestQwen3:

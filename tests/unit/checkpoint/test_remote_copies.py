@@ -409,6 +409,28 @@ def test_a_start_fetches_what_it_reads(make_copies, folder, injector, prefix, tm
     load_start_weights(start, model, masters, tokenizer_digest="abc", is_partial=True)
 
 
+def test_a_start_from_averages_fetches_them_alone(make_copies, folder, injector, prefix, tmp_path, monkeypatch):
+    monkeypatch.setattr("bitdance_scale.checkpoint.sharded.save_sharded.__kwdefaults__", {"max_file_bytes": 24})
+    copies, (model, optimizer), (_, averages) = make_copies(), values(3.0), values(7.0)
+    copies.upload(save(folder, 4))
+    wait(copies)
+    optimizer |= {"average.w": averages["master.w"]}
+    state = TrainState(step=5, images=1, tokens=1, loader={}, optimizer={"step": 5}, tokenizer_digest="abc")
+    copies.upload(save_checkpoint(folder, state, model, optimizer, config_text="[run]\nname = 'x'\n"))
+    wait(copies)
+    found, filled = values(0.0)
+    masters = {"w": filled["master.w"]}
+    for weights, fill in (("averaged", 7.0), ("trained", 3.0)):
+        start = fetch_start(prefix, section(injector.url), tmp_path / "new", weights=weights)
+        assert len(list((start / "tensors").glob("*.safetensors"))) == 1
+        load_start_weights(start, found, masters, tokenizer_digest="abc", weights=weights, is_partial=True)
+        assert float(found["w"].pieces[0].tensor.float().mean()) == float(masters["w"].pieces[0].tensor.mean()) == fill
+    injector.requests.clear()
+    with pytest.raises(CheckpointError, match=r"run.start_weights = 'averaged': .*step_00000004.* has no averaged"):
+        fetch_start(f"{prefix}/step_00000004", section(injector.url), tmp_path / "new", weights="averaged")
+    assert not [request for _, request, _ in injector.requests if ".safetensors" in request]
+
+
 def test_a_start_that_is_not_there_says_where_to_look(make_copies, folder, injector, prefix, tmp_path, monkeypatch):
     copies = make_copies()
     copies.upload(save(folder, 5))

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from bitdance_scale.checkpoint.start_weights import NEW_ROW_SPREAD, NewQueries, fill_rows, first_rows
+from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
+from bitdance_scale.checkpoint.run_checkpoint import TrainState, save_checkpoint
+from bitdance_scale.checkpoint.start_weights import (
+    NEW_ROW_SPREAD,
+    NewQueries,
+    fill_rows,
+    first_rows,
+    load_start_weights,
+)
+from bitdance_scale.errors import CheckpointError
 from bitdance_scale.parallel.partition import Placement, ShardedValue, fragment_pieces, whole_pieces
 
 TRAINED = torch.randn(15, 64, generator=torch.Generator().manual_seed(0)) * 3 + 1
@@ -72,3 +83,40 @@ def test_old_and_new_rows_make_up_what_a_rank_holds(num_old):
 
 def box_of(whole: torch.Tensor, piece) -> torch.Tensor:
     return whole[tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.tensor.shape, strict=True))]
+
+
+def value(fill: float, dtype: torch.dtype = torch.float32) -> ShardedValue:
+    return whole_pieces(torch.full((2, 3), fill, dtype=dtype), Placement.replicated((2, 3)))
+
+
+def checkpoint_of(root: Path, *kinds: str) -> Path:
+    """A checkpoint whose weights are 1, masters 2, averages 3."""
+    optimizer = {f"{kind}.w": value({"master": 2, "average": 3}[kind]) for kind in kinds}
+    state = TrainState(step=4, images=0, tokens=0, loader={}, optimizer={}, tokenizer_digest="abc")
+    return save_checkpoint(CheckpointFolder(root, keep=1), state, {"w": value(1, torch.bfloat16)}, optimizer, "")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "weights", "wanted"),
+    [
+        ((), "trained", 1),
+        (("master",), "trained", 2),
+        (("master", "average"), "trained", 2),
+        (("master", "average"), "averaged", 3),
+        (("average",), "averaged", 3),
+    ],
+)
+def test_a_start_takes_the_weights_that_are_chosen(tmp_path, kinds, weights, wanted):
+    model, masters = {"w": value(0, torch.bfloat16)}, {"w": value(0)}
+    path = checkpoint_of(tmp_path, *kinds)
+    load_start_weights(path, model, masters, tokenizer_digest="abc", weights=weights)
+    for found in (model, masters):
+        assert torch.equal(found["w"].pieces[0].tensor.float(), torch.full((2, 3), float(wanted)))
+
+
+def test_a_start_from_averages_that_are_not_there_touches_nothing(tmp_path):
+    model, masters = {"w": value(0, torch.bfloat16)}, {"w": value(0)}
+    path = checkpoint_of(tmp_path, "master")
+    with pytest.raises(CheckpointError, match=r"run.start_weights = 'averaged': .*step_00000004 has no averaged"):
+        load_start_weights(path, model, masters, tokenizer_digest="abc", weights="averaged")
+    assert not masters["w"].pieces[0].tensor.any()

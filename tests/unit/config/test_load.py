@@ -94,7 +94,10 @@ def test_malformed_override_is_refused(config_path: Path, override: str) -> None
         ("optm.lr=1", "unknown section 'optm'; did you mean 'optim'?"),
         ("run.wandb_mode=offline", "did you mean 'observe.wandb_mode'?"),
         ("steps=3", "did you mean 'run.steps'?"),
-        ("run.zzz=3", "legal names: name, root, seed, steps, stage, start_from, start_from_any, new_queries, dtype"),
+        (
+            "run.zzz=3",
+            "legal names: name, root, seed, steps, stage, start_from, start_weights, start_from_any, new_queries",
+        ),
     ],
 )
 def test_unknown_name_is_refused_with_the_nearest(config_path: Path, override: str, expected: str) -> None:

@@ -23,6 +23,10 @@ def tokenizer() -> TokenizerConfig:
     return load_config("demo_tokenizer", schema=TokenizerConfig)
 
 
+def tokenizer_with_steps(config: TokenizerConfig, steps: int) -> TokenizerConfig:
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, steps=steps))
+
+
 def check_table(tree: object, effects: Mapping[str, Effect]) -> None:
     names = [name for name, _, _ in settings(tree)]
     used = {name if name in effects else f"{name.rpartition('.')[0]}.*" for name in names}
@@ -78,8 +82,19 @@ def test_more_steps_are_told_where_the_rate_falls_at_the_end(config_path):
     old = load_config(config_path, ["optim.decay_steps=10"])
     (change,) = changes(dump_toml(old), load_config(config_path, ["optim.decay_steps=10", "run.steps=200"]))
     assert change.effect is Effect.TOLD
-    longer = dataclasses.replace(tokenizer(), run=dataclasses.replace(tokenizer().run, steps=10**6))
-    assert [change.effect for change in changes(dump_toml(tokenizer()), longer)] == [Effect.TOLD]
+    longer = tokenizer_with_steps(tokenizer(), 10**6)
+    text = dump_toml(tokenizer())
+    assert [change.effect for change in changes(text, longer)] == [Effect.TOLD]
+    # As an earlier version wrote it, whose rate always fell.
+    assert 'schedule = "cosine"\n' in text
+    constant = dataclasses.replace(longer, optim=dataclasses.replace(longer.optim, schedule="constant"))
+    found = changes(text.replace('schedule = "cosine"\n', ""), constant)
+    assert {change.setting: change.effect for change in found} == {
+        "run.steps": Effect.TOLD,
+        "optim.schedule": Effect.TOLD,
+    }
+    (change,) = changes(dump_toml(constant), tokenizer_with_steps(constant, 5))
+    assert change.effect is Effect.FREE
 
 
 def test_a_setting_that_the_checkpoint_lacks_had_its_default(config_path, config):

@@ -145,6 +145,11 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
         1,
         ["sample.weights = 'averaged'", "optim.average_decay = 0", "sample.weights=trained"],
     ),
+    "averages of nothing": (
+        ["run.start_weights=averaged"],
+        1,
+        ["run.start_weights = 'averaged'", "run.start_from = ''", "run.start_weights=trained"],
+    ),
     "rate": (["optim.schedule=step"], 1, ["optim.schedule = 'step'", "one of constant, linear, cosine"]),
     "no bucket": (["checkpoint.upload='s3:///runs'"], 1, ["checkpoint.upload = 's3:///runs'", "s3://BUCKET/PREFIX"]),
     "no S3": (["checkpoint.upload=runs"], 1, ["checkpoint.upload = 'runs'", "must be s3://BUCKET/PREFIX"]),

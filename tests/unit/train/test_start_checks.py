@@ -180,3 +180,10 @@ def test_a_start_from_another_vision_tokenizer_is_refused_unless_forced(released
     with pytest.raises(CheckpointError, match="another vision tokenizer .*set \\[vision\\] as in"):
         check_start(path, config, "0" * 32)
     check_start(path, config_for(released, "sft", start_from_any=True), "0" * 32)
+
+
+def test_an_import_has_no_averages_to_start_from(released):
+    config = config_for(released, "pt", start_weights="averaged", start_from_any=True)
+    message = r"run.start_weights = 'averaged': .* has no averaged weights. .*an import has one set.*=trained, or name"
+    with pytest.raises(CheckpointError, match=message):
+        check_start(find_checkpoint(released), config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bitdance_scale.checkpoint.run_checkpoint import TENSORS_DIR
+from bitdance_scale.checkpoint.step_names import step_name
+from bitdance_scale.checkpoint.tensor_storage import StoredTensors
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import VisionSection
 from bitdance_scale.config.shipped import CONFIGS
@@ -17,7 +21,7 @@ from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.demo.shards import write_shards
 from bitdance_scale.errors import ConfigError, DataError
 from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE, read_records
-from bitdance_scale.train.tokenizer import learning_rate, run_tokenizer
+from bitdance_scale.train.tokenizer import TokenizerJob, _held_out_images, run_tokenizer
 from bitdance_scale.train.tokenizer_evaluation import evaluate, psnr_db
 from bitdance_scale.train.tokenizer_objective import edge_loss
 from bitdance_scale.train.tokenizer_records import TokenizerEvaluation, TokenizerMetrics
@@ -92,13 +96,89 @@ def test_missing_shards_are_named(shards: Path, tmp_path: Path):
         run_tokenizer(small_config(shards, tmp_path, 'data.shards=["nowhere"]'))
 
 
-def test_learning_rate_rises_linearly_and_falls_as_a_cosine_to_zero(shards: Path, tmp_path: Path):
-    config = small_config(shards, tmp_path, "run.steps=110", "optim.warmup_steps=10", "optim.lr=0.4")
-    assert learning_rate(0, config) == pytest.approx(0.04)
-    assert learning_rate(9, config) == pytest.approx(0.4)
-    assert learning_rate(60, config) == pytest.approx(0.2)
-    assert learning_rate(85, config) == pytest.approx(0.2 * (1 + math.cos(0.75 * math.pi)))
-    assert 0 < learning_rate(109, config) < 1e-3
+def stored_tensors(out: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint."""
+    stored = StoredTensors(out / "demo_tokenizer" / "checkpoints" / step_name(step) / TENSORS_DIR)
+    return {name: stored.read_rows(name, 0, stored.index.spec(name).shape[0]) for name in stored.index.tensors}
+
+
+def part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def averaged_once(average: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: 0.7 * average[name] + 0.3 * weights[name] for name in average}
+
+
+def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        # float32; the run adds up in one operation.
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-8)
+
+
+EVERY_STEP = (
+    "run.steps=4", "checkpoint.every_steps=1", "checkpoint.keep=9", "checkpoint.in_background=false",
+    "optim.schedule=constant", "evaluate.every_steps=1", "evaluate.num_images=2",
+)  # fmt: skip
+AVERAGED = (*EVERY_STEP, "optim.average_decay=0.7", "evaluate.weights=averaged")
+
+
+@pytest.fixture(scope="module")
+def averaged_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps, the second of which changes nothing."""
+    out = tmp_path_factory.mktemp("averaged")
+    with pytest.MonkeyPatch.context() as patch:
+        compute = TokenizerJob._compute_losses
+
+        def compute_with_a_fault(job: TokenizerJob) -> dict[str, torch.Tensor]:
+            losses = compute(job)
+            return losses | {"total": losses["total"] * (math.nan if job.step == 1 else 1)}
+
+        patch.setattr(TokenizerJob, "_compute_losses", compute_with_a_fault)
+        assert run_tokenizer(small_config(shards, out, *AVERAGED)) == 0
+    return out
+
+
+def test_averages_are_those_of_the_weights_of_every_step(shards: Path, averaged_run: Path):
+    torch.manual_seed(0)
+    section = small_config(shards, averaged_run).autoencoder
+    average = dict(Autoencoder(**dataclasses.asdict(section)).named_parameters())
+    weights = [part(stored_tensors(averaged_run, step), "model.") for step in (1, 2, 3, 4)]
+    name = "encoder.conv_in.weight"
+    assert torch.equal(weights[1][name], weights[0][name]) and not torch.equal(weights[2][name], weights[1][name])
+    for step in (1, 3, 4):
+        average = averaged_once(average, weights[step - 1])
+        assert_close(part(stored_tensors(averaged_run, step), "optimizer.average."), average)
+    # Published unless told otherwise, with what it reconstructs.
+    published = load_file(averaged_run / "weights" / "ae.safetensors")
+    assert_close({name: published[name] for name in average}, average)
+    autoencoder, psnrs = Autoencoder(**dataclasses.asdict(section)), []
+    (images,) = _held_out_images(small_config(shards, averaged_run, *AVERAGED)).values()
+    for values in (published, weights[-1]):
+        autoencoder.load_state_dict(values)
+        psnrs.append(evaluate(autoencoder, images, 2, torch.device("cpu")).psnr_db)
+    evaluations = read_records(averaged_run / "demo_tokenizer" / EVALUATION_FILE, TokenizerEvaluation)
+    assert evaluations[-1].psnr_db["16x16"] == pytest.approx(psnrs[0], abs=1e-6)
+    assert abs(psnrs[1] - psnrs[0]) > 0.01
+
+
+def test_averages_change_nothing_that_is_trained_and_resume_exactly(shards: Path, tmp_path: Path):
+    for name, settings in (("plain", EVERY_STEP), ("whole", AVERAGED), ("resumed", AVERAGED)):
+        for steps in (1, 3) if name == "resumed" else (3,):
+            assert run_tokenizer(small_config(shards, tmp_path / name, *settings, f"run.steps={steps}")) == 0
+    plain, whole, resumed = (stored_tensors(tmp_path / name, 3) for name in ("plain", "whole", "resumed"))
+    assert plain.keys() < whole.keys() == resumed.keys()
+    assert all(torch.equal(plain[name], whole[name]) for name in plain)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    # A run that begins to average begins with its weights; a folder that has no weights yet gets those that are chosen.
+    settings = (*AVERAGED, "run.steps=4", "run.output_weights=trained", f"run.output={tmp_path / 'again'}")
+    assert run_tokenizer(small_config(shards, tmp_path / "plain", *settings)) == 0
+    last = stored_tensors(tmp_path / "plain", 4)
+    begun = averaged_once(part(plain, "model."), part(last, "model."))
+    assert_close(part(last, "optimizer.average."), begun)
+    published = load_file(tmp_path / "again" / "ae.safetensors")
+    assert all(torch.equal(published[name], value) for name, value in part(last, "model.").items())
 
 
 def test_psnr_by_hand():
