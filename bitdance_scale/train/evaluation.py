@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from bitdance_scale.config.data_schema import AugmentSection
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.flow import draw_time
 from bitdance_scale.model.inputs import make_inputs
@@ -61,6 +62,7 @@ class Evaluator:
             image_to_text_share=0.0,
             filters=(),
             bits_dir="",
+            augment=AugmentSection(),
         )
         held_out = dataclasses.replace(config, data=data, run=dataclasses.replace(config.run, seed=section.seed))
         # Beside the shards, or where the run's own index is: the shards may be in a place that is read only.
