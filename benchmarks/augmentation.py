@@ -71,10 +71,9 @@ def bench_decoding() -> None:
     for method in ResizeMethod:
         ways |= {f"ours, {method}, centre": decoded(method, False), f"ours, {method}, crop": decoded(method, True)}
     ways[f"ours, adm, the {num_stored_views(RECIPE)} stored views of an image"] = all_views
-    size = sum(map(len, files)) // NUM_PICTURES
-    print(
-        f"\n| {SIZE_PX[1]} x {SIZE_PX[0]} px JPEG, {size // 1000} KB | ms per image | over the baseline |\n|---|---|---|"
-    )
+    size_kb = sum(map(len, files)) // NUM_PICTURES // 1000
+    print(f"\n| JPEG of {SIZE_PX[1]} x {SIZE_PX[0]} px, {size_kb} KB | ms per image | speed over the baseline |")
+    print("|---|---|---|")
     baseline = 0.0
     for name, way in ways.items():
         spent_ms = best(way) / NUM_PICTURES * 1e3
