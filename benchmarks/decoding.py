@@ -104,8 +104,8 @@ def bench_speed(pictures: Sequence[Image.Image], num_images: int, title: str) ->
 
 def bench_quality(pictures: dict[str, Image.Image], quality: int) -> None:
     """PSNR of every picture at every ratio, and the mean over the pictures."""
-    print(f"\n| PSNR in dB, quality {quality} | ratio | Pillow, Lanczos | Pillow, bicubic | sharp | fast |")
-    print("|---|---|---|---|---|---|")
+    print(f"\n| PSNR in dB, quality {quality} | ratio | Pillow, Lanczos | Pillow, bicubic | sharp | fast | adm |")
+    print("|---|---|---|---|---|---|---|")
     for ratio in RATIOS:
         rows = {}
         for name, image in pictures.items():

@@ -4,6 +4,7 @@
 
 The run of CONFIG then trains with `data.bits_dir=FOLDER` and reads no image any more. The ranks divide the shards
 between them; a job that was stopped goes on where it was; some samples of every shard are read back and encoded again.
+With `data.augment`, every image is encoded in several views (`data.augment.bits_crops`), of which training draws one.
 """
 
 from __future__ import annotations

@@ -106,6 +106,31 @@ def _streams_have_no_index(config: RunConfig) -> Iterator[str]:
         yield "has_borders = true with data.mode = 'stream': only an index crops borders; set data.mode = 'indexed'"
 
 
+@RULES.rule("data.augment", "data.mode")
+def _crops_end_in_epochs(config: RunConfig) -> Iterator[str]:
+    """Crops that end need `data.augment.crop`, an end that is not before its beginning, and `data.mode = "indexed"`.
+
+    Their probability falls from one epoch of a sample to another; a stream has no epochs.
+    """
+    augment = config.data.augment
+    until, ends = augment.crop_until_epoch, augment.crop_ends_epoch
+    where = f"data.augment.crop_until_epoch = {until:g} and crop_ends_epoch = {ends:g}"
+    if not (until or ends):
+        return
+    if augment.crop == 0:
+        yield f"{where} with data.augment.crop = 0: no crop can end; set data.augment.crop=1, or both epochs to 0"
+    if until > ends:
+        yield (
+            f"{where}: crops must end no earlier than the epoch up to which they hold; set "
+            f"data.augment.crop_ends_epoch={until:g} or more, or both to 0 for crops that do not end"
+        )
+    if config.data.mode == "stream":
+        yield (
+            f"{where} with data.mode = 'stream': a stream has no epochs; set data.mode = 'indexed', or both to 0 for "
+            "crops that do not end"
+        )
+
+
 @RULES.rule("data.mode", "data.shards", "data.sources")
 def _streams_are_read_as_streams(config: RunConfig) -> Iterator[str]:
     """Commands (`pipe:`) and http addresses need `data.mode = "stream"`, and S3 needs `data.mode = "indexed"`.

@@ -76,6 +76,31 @@ class S3Section:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AugmentSection:
+    """What is varied in the images each time (the class-conditional release); drawn by (seed, epoch, sample)."""
+
+    flip: float = setting(0.0, doc="Probability that an image is mirrored; captions may say left and right.")
+    crop: float = setting(
+        0.0, doc="Probability that an image is a crop at a random place of the picture; else it is its centre."
+    )
+    crop_zoom: float = setting(
+        1.25, doc="A crop is out of the picture scaled to cover 1 to this many times the short side of its bucket."
+    )
+    crop_until_epoch: float = setting(
+        0.0, doc="Epoch of a sample up to which `crop` holds; from there it falls linearly to 0 at `crop_ends_epoch`."
+    )
+    crop_ends_epoch: float = setting(0.0, doc="Epoch of a sample from which there is no crop; 0: `crop` always holds.")
+    bits_crops: int = setting(
+        10, doc="Crops of each image that `bitdance encode` stores, of which a run with `data.bits_dir` draws one."
+    )
+
+    @property
+    def is_active(self) -> bool:
+        """Whether anything is varied."""
+        return self.flip > 0 or self.crop > 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSection:
     """The image-text data and how it is batched."""
 
@@ -110,7 +135,12 @@ class DataSection:
         example="[{side_px=256, share=1, buckets_px=[[256, 256]]}]",
     )
     max_upscale: float = setting(1.0, doc="An image enters a bucket only if it need not be enlarged more than this.")
-    resize: str = setting("sharp", doc="Images are resized from: sharp, all pixels; fast, large JPEGs at half size.")
+    resize: str = setting(
+        "sharp",
+        doc="Images are resized from: sharp, all pixels, with Lanczos; fast, large JPEGs at half size; adm, all "
+        "pixels, halved with a box filter and then bicubic, as for published scores on ImageNet.",
+    )
+    augment: AugmentSection = dataclasses.field(default_factory=AugmentSection)
     max_pack_tokens: int = setting(doc="Token cap of a pack, one micro-batch of one replica.")
     pack_multiple: int = setting(128, doc="Packs are padded to a multiple of this many tokens.")
     text_drop: float = setting(0.1, doc="Probability that a sample is trained without its caption (guidance).")

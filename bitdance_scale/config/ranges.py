@@ -111,6 +111,7 @@ _PROBABILITY = Range(0, 1)
 _DECAY = Range(0, 1, is_high_open=True)
 # A seed shares a 64-bit key of the counter-based noise with the step (`sequence/noise.py`).
 _SEED = Range(0, 2**31, is_high_open=True)
+_EPOCH = _SEED
 
 CONSTRAINTS: Mapping[str, Constraint] = {
     "run.name": FolderName(),
@@ -179,7 +180,13 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "data.resolutions[].buckets_px": NonEmpty(),
     "data.resolutions[].buckets_px[]": _COUNT,
     "data.max_upscale": _POSITIVE,
-    "data.resize": Choice(("sharp", "fast")),
+    "data.resize": Choice(("sharp", "fast", "adm")),
+    "data.augment.flip": _PROBABILITY,
+    "data.augment.crop": _PROBABILITY,
+    "data.augment.crop_zoom": Range(1, 4),
+    "data.augment.crop_until_epoch": _EPOCH,
+    "data.augment.crop_ends_epoch": _EPOCH,
+    "data.augment.bits_crops": Range(1, 1000),
     "data.max_pack_tokens": _COUNT,
     "data.pack_multiple": _COUNT,
     "data.text_drop": _PROBABILITY,

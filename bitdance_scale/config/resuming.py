@@ -120,6 +120,7 @@ EFFECTS: Mapping[str, Effect] = _SHARED | {
     "data.resolutions": _BY_CONTENT,
     "data.max_upscale": _BY_CONTENT,
     "data.resize": _TOLD,
+    "data.augment.*": _TOLD,
     # Losses are sums over the global batch: how its samples are packed does not matter.
     "data.max_pack_tokens": _FREE,
     "data.pack_multiple": _FREE,

@@ -9,6 +9,7 @@ Four rooms, each of which uses only those above it, and the files that put them 
 
     captions.py        members of a sample          -> its captions
     image_decode.py    bytes of an image            -> pixels of the planned bucket
+    augment.py         (seed, epoch, sample)        -> which view of the picture: a crop, mirrored
     checksums.py       bytes                        -> whether they are those that were recorded
     data_errors.py     what can be wrong with a sample, and how often it was
     reader.py          (index, sample)              -> bytes of its image

@@ -3,7 +3,8 @@
 Every image shard of the index gets one bit shard: a tar of a few large members. For each resolution they hold the
 packed bits of all samples one after the other (1, 4 or 16 KiB each at 256, 512 or 1024 px), and a table: where each
 sample begins, its checksum, and why a sample has no bits. A table of all shards, memory-mapped, finds any sample with
-one lookup and one read.
+one lookup and one read. Of a run with `data.augment`, every sample has several views (`augment.stored_views`), each
+with its own row: those of a sample follow each other.
 
 Sizes, captions, scores and the plan still come from the index. Training on bits therefore draws the same samples at the
 same buckets as training on images, and a run can change from one to the other.
@@ -31,6 +32,7 @@ import numpy as np
 from bitdance_scale.atomic_files import replacing, write_text
 from bitdance_scale.config.data_schema import DataSection
 from bitdance_scale.config.schema import VisionSection
+from bitdance_scale.data.augment import stored_recipe
 from bitdance_scale.data.checksums import checksum32
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.image_decode import DECODE_VERSION
@@ -60,7 +62,9 @@ def recipe(data: DataSection, vision: VisionSection) -> dict[str, Any]:
     """Everything that decides the bits of an image, as JSON values; bits of another recipe are refused."""
     with open(vision.weights_path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {
+    augment = stored_recipe(data.augment)
+    # Bits without augmentation have no such entry, as before there was any.
+    return ({"augment": augment} if augment else {}) | {
         "tokenizer": digest,
         "num_bits": vision.num_bits,
         "block_side": vision.block_side,
@@ -83,6 +87,11 @@ def recipe_sides_px(recipe: Mapping[str, Any]) -> list[int]:
     return [int(side_px) for side_px in recipe["resolutions"]]
 
 
+def recipe_views(recipe: Mapping[str, Any]) -> int:
+    """Views of each sample that a recipe encodes."""
+    return int(recipe["augment"]["views"]) if "augment" in recipe else 1
+
+
 def shard_file(row: int) -> str:
     """File name of the bit shard for a row of `Index.shards`."""
     return f"{row:06d}.tar"
@@ -94,7 +103,7 @@ def write_bit_shard(path: Path, meta: Mapping[str, Any], resolutions: Mapping[in
     Args:
         path: the file.
         meta: what the bits were made from (`shard_meta`).
-        resolutions: `side_px` -> bits of every sample of the shard.
+        resolutions: `side_px` -> bits of every view of every sample of the shard.
     """
     with replacing(path, is_shared=True) as aside, tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
         _add(tar, META_NAME, json.dumps(meta).encode())
@@ -113,7 +122,7 @@ def write_bit_shard(path: Path, meta: Mapping[str, Any], resolutions: Mapping[in
 
 
 def read_tables(path: Path) -> tuple[dict[str, Any], dict[int, np.ndarray]]:
-    """Meta and tables of a bit shard: `side_px` -> `SHARD_ROW` [n].
+    """Meta and tables of a bit shard: `side_px` -> `SHARD_ROW` [samples * views].
 
     Raises:
         DataError: the bit shard is missing, damaged or of another format.
@@ -129,8 +138,10 @@ def read_tables(path: Path) -> tuple[dict[str, Any], dict[int, np.ndarray]]:
                 side_px: np.frombuffer(_content(tar, members[f"{side_px}.table"]), SHARD_ROW)
                 for side_px in recipe_sides_px(meta["recipe"])
             }
-            if any(len(table) != meta["num_samples"] for table in tables.values()):
-                raise ValueError(f"a table has not the {meta['num_samples']} samples of the shard")
+            num_views = recipe_views(meta["recipe"])
+            if any(len(table) != meta["num_samples"] * num_views for table in tables.values()):
+                views = f", {num_views} views of each" if num_views > 1 else ""
+                raise ValueError(f"a table has not the {meta['num_samples']} samples of the shard{views}")
     except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: no usable bit shard ({error!r}). {again}") from error
     return meta, tables
@@ -159,8 +170,10 @@ def write_table(folder: Path, index: Index, recipe: Mapping[str, Any]) -> None:
         asides = {
             side_px: stack.enter_context(replacing(_table_path(folder, side_px))) for side_px in recipe_sides_px(recipe)
         }
+        num_views = recipe_views(recipe)
+        num_rows = len(index) * num_views
         tables = {
-            side_px: np.lib.format.open_memmap(aside, "w+", ROW, (len(index),)) for side_px, aside in asides.items()
+            side_px: np.lib.format.open_memmap(aside, "w+", ROW, (num_rows,)) for side_px, aside in asides.items()
         }
         start = 0
         for row, entry in enumerate(index.shards):
@@ -171,7 +184,7 @@ def write_table(folder: Path, index: Index, recipe: Mapping[str, Any]) -> None:
                     f"{path}: made from other images than those of {entry.path}, or with other settings. Delete it and "
                     "run `bitdance encode` again."
                 )
-            stop = start + entry.num_samples
+            stop = start + entry.num_samples * num_views
             for side_px, table in tables.items():
                 for field in SHARD_ROW.fields or ():
                     table[field][start:stop] = parts[side_px][field]
@@ -199,6 +212,7 @@ class BitStore:
         self._folder = Path(folder)
         self._index = index
         self._token_bytes = recipe["num_bits"] // 8
+        self._num_views = recipe_views(recipe)
         path = self._folder / TABLE_NAME
         again = "Run `bitdance encode` with this configuration."
         try:
@@ -215,23 +229,24 @@ class BitStore:
             raise DataError(
                 f"data.bits_dir: {path}: of the data set with index {index_hash}, not {index.hash}. {again}"
             )
-        for name, value in recipe.items():
-            if found.get(name) != value:
+        for name in {**recipe, "augment": None}:
+            if found.get(name) != recipe.get(name):
                 raise DataError(
-                    f"data.bits_dir: {path}: made with {name} = {found.get(name)}, now it is {value}. {again}"
+                    f"data.bits_dir: {path}: made with {name} = {found.get(name)}, now it is {recipe.get(name)}. "
+                    f"{again}"
                 )
         self._tables = {side_px: self._open(side_px) for side_px in recipe_sides_px(recipe)}
         self._shards = _OpenShards(self._folder, MAX_OPEN_SHARDS)
 
-    def read(self, sample: int, side_px: int) -> np.ndarray:
-        """uint8 [h * w, C / 8], the tokens of a sample at a resolution, in the order of `vision.order`.
+    def read(self, sample: int, side_px: int, view: int = 0) -> np.ndarray:
+        """uint8 [h * w, C / 8], the tokens of a view of a sample at a resolution, in the order of `vision.order`.
 
         Raises:
             SampleError: the image could not be encoded, or its bits cannot be read.
             DataError: the sample was left out when the shards were encoded.
         """
         # One lookup that gives plain numbers: reading the fields one by one takes five times as long.
-        start, num_bytes, checksum, error_code, shard = self._tables[side_px].item(sample)
+        start, num_bytes, checksum, error_code, shard = self._tables[side_px].item(sample * self._num_views + view)
         if error_code != HAS_BITS:
             self._raise(sample, side_px, error_code)
         try:
@@ -270,10 +285,11 @@ class BitStore:
             table = np.asarray(np.load(path, mmap_mode="r"))
         except (OSError, ValueError) as error:
             raise DataError(f"data.bits_dir: {path}: the table is damaged ({error}). {again}") from error
-        if table.dtype != ROW or table.shape != (len(self._index),):
+        num_rows = len(self._index) * self._num_views
+        if table.dtype != ROW or table.shape != (num_rows,):
             raise DataError(
-                f"data.bits_dir: {path}: the table has {table.shape} rows of {table.dtype}, not {len(self._index)} of "
-                f"{ROW}. {again}"
+                f"data.bits_dir: {path}: the table has {table.shape} rows of {table.dtype}, not {num_rows} of {ROW}. "
+                f"{again}"
             )
         return table
 

@@ -7,6 +7,9 @@ first frame. What is done for each format is in `images/`.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 
@@ -20,9 +23,11 @@ from bitdance_scale.data.images.png import parse as parse_png
 from bitdance_scale.data.images.resize import (
     ResizeMethod,
     centre_region,
+    resize_adm,
     resize_box,
-    resize_centre,
+    resize_view,
 )
+from bitdance_scale.data.images.views import CENTRE, View, place, source_box
 
 DECODE_VERSION = 2
 """Changes whenever the same file would give other pixels."""
@@ -48,12 +53,14 @@ def decode_image(
     bucket_px: tuple[int, int],
     content_px: tuple[int, int] | None = None,
     resize: str = ResizeMethod.SHARP,
+    view: View = CENTRE,
 ) -> np.ndarray:
-    """Decodes an image, resizes it to cover the bucket and crops the centre.
+    """Decodes an image, resizes it to cover the bucket and crops the centre, or whatever the view is.
 
-    This is one antialiased Lanczos pass over the centred region that has the aspect of the bucket. "fast" first decodes
-    a JPEG that is at least twice as large at half its size. On photographs that costs several decibels
-    (docs/benchmarks.md).
+    This is one antialiased Lanczos pass over the region; for the centre that is the largest centred one that has the
+    aspect of the bucket. "fast" first decodes a JPEG that is at least twice as large at half its size. On photographs
+    that costs several decibels (docs/benchmarks.md). "adm" resizes as guided-diffusion does (`resize_adm`), from the
+    whole picture: a JPEG that is decoded at half its size is not one halved with a box filter.
 
     Args:
         data: a JPEG, PNG or WebP file.
@@ -62,6 +69,7 @@ def decode_image(
         bucket_px: (height, width) of the result.
         content_px: (height, width) of the picture in the middle of the image, if the rest is border; None: no border.
         resize: a `ResizeMethod`.
+        view: which part of the picture.
 
     Returns:
         uint8 [height, width, 3], sRGB.
@@ -69,6 +77,18 @@ def decode_image(
     Raises:
         SampleError: the file is damaged, too large, of an unsupported kind or not of the indexed size.
     """
+    return decode_views(data, stored_px, bucket_px, content_px, resize, (view,))[0]
+
+
+def decode_views(
+    data: bytes,
+    stored_px: tuple[int, int],
+    bucket_px: tuple[int, int],
+    content_px: tuple[int, int] | None,
+    resize: str,
+    views: Sequence[View],
+) -> list[np.ndarray]:
+    """Several views of an image that is decoded once; otherwise as `decode_image`."""
     header = _header(data)
     if stored_px not in (header.upright_px, header.stored_px):
         detail = f"the image is {header.upright_px} pixels, its index entry says {stored_px}"
@@ -79,18 +99,31 @@ def decode_image(
     content = min(content[0], size_px[0]), min(content[1], size_px[1])
     # The border above and to the left of the picture; img2dataset puts the smaller half of an odd border there.
     top, left = ((size - side) // 2 for size, side in zip(size_px, content, strict=True))
-    if ResizeMethod(resize) == ResizeMethod.SHARP:
-        pixels, profile = _decode(data, header)
-        pixels = _upright(pixels, header.orientation)[top : top + content[0], left : left + content[1]]
-        return _in_srgb(resize_centre(pixels, bucket_px), profile)
-    box = centre_region(content, bucket_px)
-    box = box[0] + left, box[1] + top, box[2] + left, box[3] + top
-    is_half = header.format == ImageFormat.JPEG and header.orientation == 1 and _covers_twice(box, bucket_px)
-    if is_half:
-        # An odd side is rounded up, but in pixels of the half-size image the region is exactly halved.
-        box = box[0] / 2, box[1] / 2, box[2] / 2, box[3] / 2
-    pixels, profile = _decode(data, header, is_half)
-    return _in_srgb(resize_box(_upright(pixels, header.orientation), bucket_px, box), profile)
+    method = ResizeMethod(resize)
+
+    @functools.cache
+    def decoded(is_half_size: bool) -> tuple[np.ndarray, bytes | None]:
+        pixels, profile = _decode(data, header, is_half_size)
+        return _upright(pixels, header.orientation), profile
+
+    found = []
+    for view in views:
+        if method == ResizeMethod.FAST:
+            box = _view_box(content, bucket_px, view)
+            box = box[0] + left, box[1] + top, box[2] + left, box[3] + top
+            is_half = header.format == ImageFormat.JPEG and header.orientation == 1 and _covers_twice(box, bucket_px)
+            if is_half:
+                # An odd side is rounded up, but in pixels of the half-size image the region is exactly halved.
+                box = box[0] / 2, box[1] / 2, box[2] / 2, box[3] / 2
+            pixels, profile = decoded(is_half)
+            pixels = resize_box(pixels, bucket_px, box)
+        else:
+            pixels, profile = decoded(False)
+            resized = resize_adm if method == ResizeMethod.ADM else resize_view
+            pixels = resized(pixels[top : top + content[0], left : left + content[1]], bucket_px, view)
+        pixels = _in_srgb(pixels, profile)
+        found.append(np.ascontiguousarray(pixels[:, ::-1] if view.is_flipped else pixels))
+    return found
 
 
 def _header(data: bytes) -> Header:
@@ -140,6 +173,13 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     return pixels
+
+
+def _view_box(size_px: tuple[int, int], bucket_px: tuple[int, int], view: View) -> Box:
+    """The region of a picture that a view shows."""
+    if view.crop is None:
+        return centre_region(size_px, bucket_px)
+    return source_box(size_px, bucket_px, place(size_px, bucket_px, view))
 
 
 def _covers_twice(box: Box, bucket_px: tuple[int, int]) -> bool:

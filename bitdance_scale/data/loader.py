@@ -19,10 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.data.augment import Augmentation
 from bitdance_scale.data.bit_shards import BitStore, recipe
 from bitdance_scale.data.captions import CaptionStatus
 from bitdance_scale.data.data_errors import ErrorCause, ErrorCounter, SampleError
 from bitdance_scale.data.image_decode import decode_image
+from bitdance_scale.data.images.views import View
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.loader_state import LoaderState
 from bitdance_scale.data.plan.buckets import content_px
@@ -168,6 +170,7 @@ class Loader:
         self._data_rank = data_rank
         self._num_data_ranks = num_data_ranks
         self._builder = SampleBuilder(config, index, condition)
+        self._augmentation = Augmentation(config.data.augment, config.run.seed)
         self._cost_model = CostModel.of_model(config.model)
         stores = Stores(config.data.s3)
         self._reader = ShardReader(stores)
@@ -288,28 +291,31 @@ class Loader:
                 )
 
     def _submit(self, batch: PlannedBatch, place: int) -> Future[_Image]:
-        height, width = batch.bucket_px[place].tolist()
+        sample, epoch, augmentation = int(batch.samples[place]), int(batch.epoch[place]), self._augmentation
         if self._bits is not None:
-            return self._pool.submit(self._read_bits, self._bits, int(batch.samples[place]), int(batch.side_px[place]))
+            side_px, number = int(batch.side_px[place]), augmentation.stored_view(epoch, sample)
+            return self._pool.submit(self._read_bits, self._bits, sample, side_px, number)
+        height, width = batch.bucket_px[place].tolist()
         has_borders = self._config.data.active_sources[batch.source[place]].has_borders
-        return self._pool.submit(self._read_image, int(batch.samples[place]), (height, width), has_borders)
+        view = augmentation.view(epoch, sample)
+        return self._pool.submit(self._read_image, sample, (height, width), has_borders, view)
 
-    def _read_image(self, sample: int, bucket_px: tuple[int, int], has_borders: bool) -> _Image:
+    def _read_image(self, sample: int, bucket_px: tuple[int, int], has_borders: bool, view: View) -> _Image:
         """The pixels of a sample, or why there are none; runs in the pool."""
         index = self._index
         try:
             data = self._reader.image(index, sample)
             height_px, width_px = content_px(index, slice(sample, sample + 1), has_borders)[0].tolist()
             content = height_px, width_px
-            return decode_image(data, index.size_px(sample), bucket_px, content, self._config.data.resize)
+            return decode_image(data, index.size_px(sample), bucket_px, content, self._config.data.resize, view)
         except SampleError as error:
             return error
 
     @staticmethod
-    def _read_bits(store: BitStore, sample: int, side_px: int) -> _Image:
+    def _read_bits(store: BitStore, sample: int, side_px: int, view: int) -> _Image:
         """The vision tokens of a sample, or why there are none; runs in the pool."""
         try:
-            return store.read(sample, side_px)
+            return store.read(sample, side_px, view)
         except SampleError as error:
             return error
 

@@ -24,9 +24,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.data.augment import Augmentation
 from bitdance_scale.data.captions import SEPARATOR, CaptionStatus
 from bitdance_scale.data.data_errors import ErrorCause, ErrorCounter, SampleError
 from bitdance_scale.data.image_decode import decode_image
+from bitdance_scale.data.images.views import View
 from bitdance_scale.data.loader import STALL_S, LoadedPack, LoadedStep, without_targets
 from bitdance_scale.data.loader_state import LoaderState
 from bitdance_scale.data.plan.apportion import Apportionment
@@ -133,6 +135,7 @@ class StreamLoader:
         seed = f"{config.run.seed} {0 if is_skipping else start.step}"
         sources = zip(urls, data.active_sources, strict=True)
         self._streams = [SourceStream(own, source, data, self._replica, seed) for own, source in sources]
+        self._augmentation = Augmentation(data.augment, config.run.seed)
         self._next_read = 0 if is_skipping else start.step
         self._cost_model = CostModel.of_model(config.model)
         self._pool = ThreadPoolExecutor(data.read_threads, thread_name_prefix="data-reader")
@@ -214,7 +217,7 @@ class StreamLoader:
             builder.lengths(samples), 1, max_pack_tokens, self._cost_model, pad_multiple=data.pack_multiple
         )
         packs = [
-            [(samples[place], drawn[place].sample, self._submit(drawn[place])) for place in places]
+            [(samples[place], drawn[place].sample, self._submit(drawn[place], step)) for place in places]
             for places in places_of_packs
         ]
         problems = [problem for stream in self._streams for problem in stream.take_problems()]
@@ -222,8 +225,10 @@ class StreamLoader:
         self._ahead.append(flight)
         return flight
 
-    def _submit(self, drawn: _Drawn) -> Future[_Image]:
-        return self._pool.submit(_decode, drawn.sample, drawn.px, self._config.data.resize)
+    def _submit(self, drawn: _Drawn, step: int) -> Future[_Image]:
+        # Streams have no epochs.
+        view = self._augmentation.view(step, drawn.sample.key)
+        return self._pool.submit(_decode, drawn.sample, drawn.px, self._config.data.resize, view)
 
     def _draw(self, step: int) -> list[_Drawn]:
         """The samples of this replica in a step: every R-th place of the global batch."""
@@ -354,10 +359,10 @@ class _Texts:
         return [self._samples[key].captions[place][0].decode("utf-8").split(SEPARATOR) for key in samples.tolist()]
 
 
-def _decode(sample: StreamSample, bucket_px: tuple[int, int], resize: str) -> _Image:
+def _decode(sample: StreamSample, bucket_px: tuple[int, int], resize: str, view: View) -> _Image:
     """The pixels of a sample, or why there are none; runs in the pool."""
     try:
-        return decode_image(sample.image, sample.size_px, bucket_px, resize=resize)
+        return decode_image(sample.image, sample.size_px, bucket_px, resize=resize, view=view)
     except SampleError as error:
         return error
 

@@ -22,6 +22,7 @@ class Purpose(enum.IntEnum):
     TRAIN = 1
     EVALUATE = 2
     SAMPLE_IMAGE = 3
+    AUGMENT = 4
 
 
 def generator(seed: int, purpose: Purpose, step: int, key: int) -> np.random.Generator:
@@ -30,11 +31,13 @@ def generator(seed: int, purpose: Purpose, step: int, key: int) -> np.random.Gen
     Args:
         seed: seed of the run, 0 <= seed < 2^31.
         purpose: what the numbers are for.
-        step: optimiser step, 0 <= step < 2^31.
+        step: optimiser step (of `AUGMENT`: epoch of the sample), 0 <= step < 2^31.
         key: sample key (or image number), 0 <= key < 2^63.
     """
-    low = (seed << 33) | (step << 2) | int(purpose)
-    return np.random.Generator(np.random.Philox(key=np.array([low, key], dtype=np.uint64)))
+    low = (seed << 33) | (step << 2) | (int(purpose) & 3)
+    # The key has two bits for the purpose, and the rest of it begins the counter, at a distance that no stream crosses.
+    counter = np.array([0, 0, 0, int(purpose) >> 2], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=np.array([low, key], dtype=np.uint64), counter=counter))
 
 
 @dataclass(frozen=True)

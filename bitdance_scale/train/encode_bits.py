@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from bitdance_scale.config.schema import ParallelSection, RunConfig
+from bitdance_scale.data.augment import num_stored_views, stored_views
 from bitdance_scale.data.bit_shards import (
     Bits,
     read_tables,
@@ -24,7 +25,7 @@ from bitdance_scale.data.bit_shards import (
     write_table,
 )
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
-from bitdance_scale.data.image_decode import decode_image
+from bitdance_scale.data.image_decode import decode_views
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.plan.buckets import content_px
 from bitdance_scale.data.plan.plan import Plan
@@ -83,20 +84,23 @@ class Encoder:
         return True
 
     def _encoded(self, samples: range, side_px: int) -> Iterator[Bits]:
-        """The bits of a shard's samples in a class, in order."""
+        """The bits of a shard's samples in a class, in order, every view of each."""
         buckets = self._plan.buckets_px(np.arange(samples.start, samples.stop), side_px)
         tasks = list(zip(samples, map(tuple, buckets.tolist()), strict=True))
+        num_views = num_stored_views(self._config.data.augment)
+        at_once = max(1, IMAGES_AT_ONCE // num_views)
         with ThreadPoolExecutor(self._config.data.read_threads) as pool:
-            for start in range(0, len(tasks), IMAGES_AT_ONCE):
-                part = tasks[start : start + IMAGES_AT_ONCE]
-                images = list(pool.map(lambda task: self._image(*task), part))
-                bits = iter(self._vision.encode([torch.tensor(i) for i in images if isinstance(i, np.ndarray)]))
-                for (sample, _), image in zip(part, images, strict=True):
-                    if isinstance(image, SampleError):
-                        self._check_lasting(sample, image)
-                        yield image.cause
+            for start in range(0, len(tasks), at_once):
+                part = tasks[start : start + at_once]
+                found = list(pool.map(lambda task: self._images(*task), part))
+                images = [image for views in found if isinstance(views, list) for image in views]
+                bits = iter(self._vision.encode([torch.tensor(image) for image in images]))
+                for (sample, _), views in zip(part, found, strict=True):
+                    if isinstance(views, SampleError):
+                        self._check_lasting(sample, views)
+                        yield from [views.cause] * num_views
                     else:
-                        yield None if image is None else next(bits).tobytes()
+                        yield from [None] * num_views if views is None else (next(bits).tobytes() for _ in views)
 
     def _check_lasting(self, sample: int, error: SampleError) -> None:
         """A bad image stays bad, and is stored as such; a failed read may succeed tomorrow, and stops the encoding."""
@@ -106,15 +110,16 @@ class Encoder:
                 "run again: what is encoded stays."
             ) from error
 
-    def _image(self, sample: int, bucket_px: tuple[int, int]) -> np.ndarray | SampleError | None:
+    def _images(self, sample: int, bucket_px: tuple[int, int]) -> list[np.ndarray] | SampleError | None:
+        """The views of a sample, why there are none, or None if the resolution does not draw it."""
         if not bucket_px[0]:
             return None
-        index = self._index
-        has_borders = self._config.data.active_sources[self._plan.source_of(sample)].has_borders
+        index, section = self._index, self._config.data
+        has_borders = section.active_sources[self._plan.source_of(sample)].has_borders
         height, width = content_px(index, slice(sample, sample + 1), has_borders)[0].tolist()
         try:
-            data = self._reader.image(index, sample)
-            return decode_image(data, index.size_px(sample), bucket_px, (height, width), self._config.data.resize)
+            data, views = self._reader.image(index, sample), stored_views(section.augment, sample)
+            return decode_views(data, index.size_px(sample), bucket_px, (height, width), section.resize, views)
         except SampleError as error:
             return error
 
@@ -126,18 +131,20 @@ class Encoder:
         for side_px, table in tables.items():
             buckets = self._plan.buckets_px(samples.start + chosen, side_px)
             for place, bucket in zip(chosen.tolist(), buckets.tolist(), strict=True):
-                image = self._image(samples.start + place, tuple(bucket))
-                if not isinstance(image, np.ndarray):
+                views = self._images(samples.start + place, tuple(bucket))
+                if not isinstance(views, list):
                     continue
-                start = int(table["start"][place])
-                found = content[start : start + int(table["num_bytes"][place])]
-                if found != self._vision.encode([torch.tensor(image)])[0].tobytes():
-                    name = self._index.name(samples.start + place)
-                    raise DataError(
-                        f"{path}: sample {name} at {side_px} px: encoding it alone gives other bits than together with "
-                        "others, or the file is damaged. Delete it and run again; if it comes back, the device does "
-                        "not compute reproducibly: encode on another."
-                    )
+                for view, image in enumerate(views):
+                    number = place * len(views) + view
+                    start = int(table["start"][number])
+                    found = content[start : start + int(table["num_bytes"][number])]
+                    if found != self._vision.encode([torch.tensor(image)])[0].tobytes():
+                        name = self._index.name(samples.start + place)
+                        raise DataError(
+                            f"{path}: sample {name} at {side_px} px: encoding it alone gives other bits than together "
+                            "with others, or the file is damaged. Delete it and run again; if it comes back, the "
+                            "device does not compute reproducibly: encode on another."
+                        )
 
 
 def run_encode(config: RunConfig, folder: Path, num_verified: int) -> int:

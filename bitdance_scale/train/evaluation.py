@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from bitdance_scale.config.data_schema import AugmentSection
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.flow import draw_time
 from bitdance_scale.model.inputs import make_inputs
@@ -51,18 +52,8 @@ class Evaluator:
         Raises:
             DataError: on every rank, what is wrong with the shards.
         """
-        section = config.evaluate
-        data = dataclasses.replace(
-            config.data,
-            shards=section.shards,
-            sources=(),
-            global_batch=section.images,
-            text_drop=0.0,
-            image_to_text_share=0.0,
-            filters=(),
-            bits_dir="",
-        )
-        held_out = dataclasses.replace(config, data=data, run=dataclasses.replace(config.run, seed=section.seed))
+        held_out = held_out_run(config)
+        data = held_out.data
         # Beside the shards, or where the run's own index is: the shards may be in a place that is read only.
         index_dir = str(Path(config.data.index_dir) / "held_out") if config.data.index_dir else ""
         index = labelled_index(dataclasses.replace(held_out, data=dataclasses.replace(data, index_dir=index_dir)))
@@ -118,6 +109,23 @@ class Evaluator:
         downsample = self._config.vision.downsample
         areas = np.array([(resolution.side_px // downsample) ** 2 for resolution in self._config.data.resolutions])
         return np.abs(np.log(num_cells[:, None] / areas)).argmin(axis=1)
+
+
+def held_out_run(config: RunConfig) -> RunConfig:
+    """The run whose first step has the held-out images: each with its caption or class, and nothing is varied."""
+    section = config.evaluate
+    data = dataclasses.replace(
+        config.data,
+        shards=section.shards,
+        sources=(),
+        global_batch=section.images,
+        text_drop=0.0,
+        image_to_text_share=0.0,
+        augment=AugmentSection(),
+        filters=(),
+        bits_dir="",
+    )
+    return dataclasses.replace(config, data=data, run=dataclasses.replace(config.run, seed=section.seed))
 
 
 def _mean(sum_and_count: torch.Tensor) -> float:

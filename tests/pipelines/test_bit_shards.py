@@ -18,9 +18,12 @@ from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.config.shipped import ASSETS, CONFIGS
 from bitdance_scale.data import bit_shards
+from bitdance_scale.data.augment import Augmentation, stored_views
 from bitdance_scale.data.bit_shards import BitStore, read_tables, recipe, shard_file
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
+from bitdance_scale.data.image_decode import decode_image
 from bitdance_scale.data.loader import Loader
+from bitdance_scale.data.reader import ShardReader
 from bitdance_scale.errors import DataError
 from bitdance_scale.observe.metrics import METRICS_FILE, read_metrics
 from bitdance_scale.sequence.tokens import load_text_tokenizer
@@ -88,6 +91,37 @@ def test_fifty_steps_of_bits_are_those_of_images(overrides: list[str], bits: Pat
                 np.testing.assert_array_equal(other.pack.vision_bits, expected)
                 num_skipped += one.num_skipped
     assert num_skipped > 0
+
+
+def test_views_are_encoded_and_drawn(overrides: list[str], tmp_path: Path) -> None:
+    """What a step on bits gets is the encoding of the view that the seed of the run draws among those stored."""
+    augment = ["data.augment.flip=0.5", "data.augment.crop=0.5", "data.augment.bits_crops=3", "data.resize=adm"]
+    one_resolution = ["data.resolutions=[{side_px=64, share=1, buckets_px=[[64, 64]]}]"]
+    config = config_of([*overrides, *augment, *one_resolution, f"data.bits_dir={tmp_path}", "run.seed=5"])
+    index, text = training_index(config.data), load_text_tokenizer(config.text, config.vision.block_tokens)
+    vision = VisionTokenizer(config.vision, CPU)
+    assert encode_bits.run_encode(config, tmp_path, 4) == 0
+    augmentation, reader = Augmentation(config.data.augment, config.run.seed), ShardReader()
+    drawn = set()
+    with Loader(config, text, index, 0, 1) as loader:
+        for step in range(2):
+            epochs = dict(zip(*(values.tolist() for values in _samples_and_epochs(loader, step)), strict=True))
+            for loaded in loader.next_step().packs:
+                images = []
+                for sample in loaded.pack.sample_keys.tolist():
+                    number = augmentation.stored_view(epochs[sample], sample)
+                    drawn.add(number)
+                    view = stored_views(config.data.augment, sample)[number]
+                    data, size_px = reader.image(index, sample), index.size_px(sample)
+                    images.append(torch.tensor(decode_image(data, size_px, (64, 64), size_px, "adm", view)))
+                np.testing.assert_array_equal(loaded.pack.vision_bits, np.concatenate(vision.encode(images)))
+    assert drawn == {0, 1, 2, 3, 4}
+
+
+def _samples_and_epochs(loader: Loader, step: int) -> tuple[np.ndarray, np.ndarray]:
+    batch = loader.plan.batch(step)
+    assert len(set(batch.samples.tolist())) == len(batch), "the test wants every sample once"
+    return batch.samples, batch.epoch
 
 
 @pytest.mark.large

@@ -7,5 +7,6 @@ png.py             a PNG file                   -> whether it is complete, its s
 webp.py            a WebP file                  -> whether it is complete, its pixels
 colour.py          samples and their profile    -> sRGB
 flatten.py         PNG and WebP samples         -> opaque pixels in sRGB
-resize.py          pixels                       -> the centre of the picture at the size of its bucket
+views.py           a view, sides                -> where a crop lies
+resize.py          pixels                       -> the view of the picture at the size of its bucket
 """

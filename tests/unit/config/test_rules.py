@@ -159,6 +159,23 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
         ["data.has_borders = true beside data.sources", "set has_borders in those of the sources"],
     ),
     "mode": (["data.mode=streamed"], 1, ["data.mode = 'streamed'", "one of indexed, stream"]),
+    "crops that end before they hold": (
+        ["data.augment.crop=1", "data.augment.crop_until_epoch=750", "data.augment.crop_ends_epoch=700"],
+        1,
+        ["crop_until_epoch = 750 and crop_ends_epoch = 700", "data.augment.crop_ends_epoch=750 or more"],
+    ),
+    "no crops that end": (
+        ["data.augment.crop_until_epoch=700", "data.augment.crop_ends_epoch=750"],
+        1,
+        ["data.augment.crop = 0", "set data.augment.crop=1, or both epochs to 0"],
+    ),
+    "crops of a stream that end": (
+        ["data.mode=stream", "data.augment.crop=1", "data.augment.crop_ends_epoch=0.5"],
+        1,
+        ["crop_ends_epoch = 0.5 with data.mode = 'stream'", "no epochs", "set data.mode = 'indexed'"],
+    ),
+    "flips": (["data.augment.flip=1.5"], 1, ["data.augment.flip = 1.5", "in [0, 1]", "largest legal value is 1"]),
+    "crops": (["data.augment.crop=-0.5"], 1, ["data.augment.crop = -0.5", "in [0, 1]", "smallest legal value is 0"]),
     "bits of a stream": (
         ["data.mode=stream", "data.bits_dir=bits"],
         1,

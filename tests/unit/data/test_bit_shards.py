@@ -100,6 +100,41 @@ def test_every_sample_is_read_back(index: Index, folder: Path) -> None:
         store.read(4, 128)
 
 
+def test_views_of_a_sample_follow_each_other(tmp_path: Path, index: Index) -> None:
+    recipe = RECIPE | {"augment": {"views": 3, "mirrored": True, "flip": 0.5, "zoom": 1.25}}
+
+    def bits_of_view(sample: int, view: int, side_px: int) -> Bits:
+        return ErrorCause.BAD_IMAGE if sample == 7 else bytes([sample, view, side_px, 9]) * (side_px // 16) ** 2
+
+    for row in range(NUM_SHARDS):
+        resolutions = {
+            side_px: [bits_of_view(sample, view, side_px) for sample in index.shard_samples(row) for view in range(3)]
+            for side_px in (64, 128)
+        }
+        write_bit_shard(tmp_path / shard_file(row), shard_meta(index, row, recipe), resolutions)
+    write_table(tmp_path, index, recipe)
+    store = BitStore(tmp_path, index, recipe)
+    for side_px in (64, 128):
+        for sample in range(len(index)):
+            for view in range(3):
+                expected = bits_of_view(sample, view, side_px)
+                if isinstance(expected, bytes):
+                    assert store.read(sample, side_px, view).tobytes() == expected
+        with pytest.raises(SampleError, match="when the shards were encoded"):
+            store.read(7, side_px, 2)
+    # A run that varies nothing, or otherwise, would find its samples at other rows.
+    with pytest.raises(DataError, match="made with augment = .*'views': 3.*, now it is None. Run `bitdance encode`"):
+        BitStore(tmp_path, index, RECIPE)
+    other = recipe | {"augment": recipe["augment"] | {"views": 2}}
+    with pytest.raises(DataError, match="made with augment = .*'views': 3.*, now it is .*'views': 2"):
+        BitStore(tmp_path, index, other)
+
+
+def test_bits_without_views_are_refused_where_views_are_wanted(index: Index, folder: Path) -> None:
+    with pytest.raises(DataError, match="made with augment = None, now it is {'views': 2, 'mirrored': True}"):
+        BitStore(folder, index, RECIPE | {"augment": {"views": 2, "mirrored": True}})
+
+
 def num_descriptors(folder: Path) -> int:
     """Open files in a folder."""
     count = 0

@@ -9,9 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from bitdance_scale.data.images import resize
-from bitdance_scale.data.images.resize import centre_region, centred_axis, has_torch_lanczos, resize_box, resize_centre
+from bitdance_scale.data.images.resize import (
+    centre_region,
+    centred_axis,
+    has_torch_lanczos,
+    resize_adm,
+    resize_box,
+    resize_centre,
+    resize_view,
+)
+from bitdance_scale.data.images.views import CENTRE, Crop, View
 
 SIZES_PX = [
     ((40, 60), (20, 20)),
@@ -73,13 +83,62 @@ def test_without_torchs_lanczos_pillow_does_it(monkeypatch: pytest.MonkeyPatch) 
     assert np.abs(resize_centre(pixels, (35, 35)).astype(int) - found).max() <= 2
 
 
+def adm(pixels: np.ndarray, side: int, short: int, place: tuple[float, float] | None) -> np.ndarray:
+    """guided-diffusion's `random_crop_arr` with the place of the crop as shares, or its `center_crop_arr`."""
+    image = Image.fromarray(pixels)
+    while min(image.size) >= 2 * short:
+        image = image.resize((image.size[0] // 2, image.size[1] // 2), Image.Resampling.BOX)
+    scale = short / min(image.size)
+    image = image.resize((round(image.size[0] * scale), round(image.size[1] * scale)), Image.Resampling.BICUBIC)
+    width, height = image.size
+    y, x = (height - side) // 2, (width - side) // 2
+    if place is not None:
+        y, x = int(place[0] * (height - side + 1)), int(place[1] * (width - side + 1))
+    return np.asarray(image)[y : y + side, x : x + side]
+
+
+@pytest.mark.parametrize("size_px", [(64, 64), (83, 111), (131, 128), (300, 259), (263, 521), (50, 61)])
+def test_adm_is_what_pillow_makes_of_it(size_px: tuple[int, int]) -> None:
+    """Noise, where neighbouring filters differ most; sides that are odd when they are halved; an enlarged one."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size_px, 3), dtype=np.uint8)
+    assert np.abs(resize_adm(pixels, (64, 64), CENTRE).astype(int) - adm(pixels, 64, 64, None)).max() <= 1
+    for number, place in ((0.0, (0.0, 0.0)), (0.5, (0.99, 0.3)), (0.999, (0.6, 0.999))):
+        found = resize_adm(pixels, (64, 64), View(crop=Crop(1.25, number, *place)))
+        expected = adm(pixels, 64, 64 + int(number * 17), place)
+        assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("resized", [resize_view, resize_adm])
+@pytest.mark.parametrize("bucket_px", [(32, 32), (24, 48), (48, 24)])
+def test_crops_reach_every_edge_at_every_zoom(resized, bucket_px: tuple[int, int]) -> None:
+    """A slope each way says which part of the picture a crop shows: its size is that of the zoom, in any bucket."""
+    rows, columns = np.indices((120, 160))
+    pixels = np.stack([rows * 2, columns, rows * 0], axis=-1).astype(np.uint8)
+    scale = max(bucket_px[0] / 120, bucket_px[1] / 160)
+    short = min(bucket_px)
+    for zoom in (0.0, 0.5, 0.9999):
+        target = short + int(zoom * (short // 4 + 1))
+        shown = [bucket / (scale * target / short) for bucket in bucket_px]
+        corners = {}
+        for top, left in ((0.0, 0.0), (0.9999, 0.9999)):
+            found = resized(pixels, bucket_px, View(crop=Crop(1.25, zoom, top, left))).astype(float)
+            assert found.shape == (*bucket_px, 3)
+            corners[top] = found[..., 0].mean() / 2, found[..., 1].mean()
+        for axis, side in enumerate((120, 160)):
+            # The mean of a slope is the middle of the part shown; edges and rounding cost about a pixel.
+            assert corners[0.0][axis] == pytest.approx(shown[axis] / 2 - 0.5, abs=2.0)
+            assert corners[0.9999][axis] == pytest.approx(side - shown[axis] / 2 - 0.5, abs=2.0)
+
+
 def test_a_thread_that_resizes_starts_no_others() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (600, 700, 3), dtype=np.uint8)
     resize_centre(pixels, (300, 300))
+    resize_adm(pixels, (128, 128), CENTRE)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(int).result()
         before = os.listdir("/proc/self/task")
         pool.submit(resize_centre, pixels, (300, 300)).result()
+        pool.submit(resize_adm, pixels, (128, 128), CENTRE).result()
         assert os.listdir("/proc/self/task") == before
 
 
