@@ -18,8 +18,8 @@ from bitdance_scale.generate.block_decode import DecodeLayout, Draw
 from bitdance_scale.generate.sampler import block_sampler, configured_solver
 from bitdance_scale.model.positions import cell_rotary, rotary_frequencies
 from bitdance_scale.parallel.backbone import use_cache, whole_sequences
+from bitdance_scale.parallel.still_model import StageHolder
 from bitdance_scale.parallel.topology import Topology
-from bitdance_scale.parallel.zero import ZeroEngine
 
 
 class StageDecoder:
@@ -29,9 +29,9 @@ class StageDecoder:
     whole sequence is computed again for every block.
     """
 
-    def __init__(self, engine: ZeroEngine, config: RunConfig, topology: Topology) -> None:
-        self._engine, self._config, self._topology = engine, config, topology
-        self._first, self._last = engine.stages[0], engine.stages[-1]
+    def __init__(self, model: StageHolder, config: RunConfig, topology: Topology) -> None:
+        self._model, self._config, self._topology = model, config, topology
+        self._first, self._last = model.stages[0], model.stages[-1]
         self._solver = configured_solver(config)
         self._hidden: torch.Tensor | None = None
 
@@ -41,17 +41,17 @@ class StageDecoder:
         return self._hidden
 
     def __enter__(self) -> StageDecoder:
-        if self._engine.tied is not None:
-            self._engine.tied.share_weight()
+        if self._model.tied is not None:
+            self._model.tied.share_weight()
         self._contexts = contextlib.ExitStack()
         self._contexts.enter_context(torch.no_grad())
-        for stage in self._engine.stages:
+        for stage in self._model.stages:
             self._contexts.enter_context(whole_sequences(stage))
             use_cache(stage.decoder, self._config.sample.use_cache)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for stage in self._engine.stages:
+        for stage in self._model.stages:
             use_cache(stage.decoder, False)
         self._contexts.close()
 
@@ -103,7 +103,7 @@ class StageDecoder:
             start = 0
         rotary = self._rotary(start, stop)
         mask = layout.mask(start, stop)
-        for stage in self._engine.stages:
+        for stage in self._model.stages:
             if not stage.is_first:
                 rows = self._receive(stop - start)
                 stage.set_input_tensor(rows)

@@ -12,6 +12,7 @@ from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.generate.block_decode import decode_blocks, lay_out
 from bitdance_scale.generate.sampler import ImageNoise, configured_solver, num_draws
 from bitdance_scale.parallel.layout_decode import StageDecoder
+from bitdance_scale.parallel.still_model import StageHolder
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import ZeroEngine
 from bitdance_scale.sequence.condition import Condition
@@ -32,41 +33,56 @@ def draw_samples(
     Returns:
         uint8 [H, W, 3] per prompt on rank 0, nothing elsewhere.
     """
-    section, downsample = config.sample, config.vision.downsample
-    grid = (section.size_px[0] // downsample, section.size_px[1] // downsample)
-    prompts = [condition.prompt_ids(prompt) for prompt in section.prompts]
+    prompts = [condition.prompt_ids(prompt) for prompt in config.sample.prompts]
     per_replica = math.ceil(len(prompts) / topology.data_size)
     # Every replica draws as many, some of them twice, because ZeRO-3 gathers weights at every call.
     numbers = [(topology.data_rank + topology.data_size * index) % len(prompts) for index in range(per_replica)]
     mine: dict[int, np.ndarray] = {}
     for start in range(0, per_replica, MAX_BATCH):
         batch = numbers[start : start + MAX_BATCH]
-        bits = _draw_batch(engine, config, condition, [prompts[number] for number in batch], batch, grid, topology)
+        bits = draw_batch(engine, config, condition, [prompts[number] for number in batch], batch, topology)
         mine |= dict(zip(batch, pack_bits(bits.cpu().numpy()), strict=True))
     drawn: list[dict[int, np.ndarray]] = [{} for _ in range(topology.data_size)]
     dist.all_gather_object(drawn, mine, group=topology.data_group)
     if topology.rank != 0:
         return []
     all_bits = {number: bits for part in drawn for number, bits in part.items()}
-    return [vision.decode(all_bits[number], grid).numpy() for number in range(len(prompts))]
+    return [vision.decode(all_bits[number], sample_grid(config)).numpy() for number in range(len(prompts))]
+
+
+def sample_grid(config: RunConfig) -> tuple[int, int]:
+    """(height, width) in latent cells of the images of `sample.size_px`."""
+    height, width = config.sample.size_px
+    return height // config.vision.downsample, width // config.vision.downsample
 
 
 @torch.no_grad()
-def _draw_batch(
-    engine: ZeroEngine,
+def draw_batch(
+    model: StageHolder,
     config: RunConfig,
     condition: Condition,
     prompts: list[np.ndarray],
     numbers: list[int],
-    grid: tuple[int, int],
     topology: Topology,
 ) -> torch.Tensor:
-    """Bits of a batch of images, float32 [I, h * w, C]."""
+    """Draws images together on one replica, whose ranks all call it.
+
+    Args:
+        model: its stages.
+        config: `sample` says how to draw.
+        condition: for the unconditional prompt.
+        prompts: int64 token ids of each image.
+        numbers: the noise stream of each.
+        topology: the ranks.
+
+    Returns:
+        Bits, float32 [I, h * w, C], on all ranks of the replica.
+    """
     solver = configured_solver(config)
     if solver.is_guided:
         prompts = prompts + [condition.unconditional_ids()] * len(prompts)
-    layout = lay_out(prompts, grid, condition.image_tokens, topology.device)
+    layout = lay_out(prompts, sample_grid(config), condition.image_tokens, topology.device)
     shape = (num_draws(config), config.vision.block_tokens, config.vision.num_bits)
     noise = ImageNoise(config.sample.seed, numbers, shape, topology.device)
-    with StageDecoder(engine, config, topology) as decoder:
+    with StageDecoder(model, config, topology) as decoder:
         return decode_blocks(decoder, layout, noise)
