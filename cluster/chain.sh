@@ -9,6 +9,10 @@ set -euo pipefail
 stages=(pt ct sft distill)
 previous_job=$1 first=$2
 shift 2
+if [[ " ${stages[*]} " != *" $first "* ]]; then
+    echo "chain: no stage follows $first: submit it without CHAIN=1" >&2
+    exit 2
+fi
 while [[ ${stages[0]} != "$first" ]]; do stages=("${stages[@]:1}"); done
 
 if [[ -n ${CONFIG:-} ]]; then

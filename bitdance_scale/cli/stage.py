@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from bitdance_scale.cli.command import CommandParser, run_command
+from bitdance_scale.config.families import FAMILIES
 from bitdance_scale.config.kinds import AnyConfig, check_any, load_any, shards_of
 from bitdance_scale.config.load import dump_toml
 from bitdance_scale.config.named_files import check_named_files
@@ -23,9 +24,12 @@ from bitdance_scale.train.process import EXIT_COMPLETE, is_first_process
 
 TOKENIZER = "tokenizer"
 """The training of the visual tokenizer, among the names of `STAGES`."""
+CLASSES = "imagenet"
+"""The training of class-conditional networks, which have one stage."""
 ENTRY_POINTS: Mapping[str, str] = {
     **{name: stage.entry_point for name, stage in STAGES.items()},
     TOKENIZER: "pipelines/train_tokenizer.py",
+    CLASSES: "pipelines/imagenet.py",
 }
 
 
@@ -91,17 +95,30 @@ def run_stage(config: AnyConfig) -> int:
     return run_tokenizer(config)
 
 
+def _stage_of(config: AnyConfig) -> str:
+    """The name in `ENTRY_POINTS` of what a configuration trains."""
+    if not isinstance(config, RunConfig):
+        return TOKENIZER
+    # What is wrong with a family of no such name, the rules say.
+    is_known = config.model.family in FAMILIES
+    return CLASSES if is_known and not config.model.parts.has_text else config.run.stage
+
+
 def _title(stage: str) -> str:
-    return "Training of the visual tokenizer" if stage == TOKENIZER else STAGES[stage].title.capitalize()
+    others = {TOKENIZER: "Training of the visual tokenizer", CLASSES: "Class-conditional training"}
+    return others[stage] if stage in others else STAGES[stage].title.capitalize()
 
 
 def _check_stage(stage: str, config: AnyConfig, path: str) -> None:
-    found = config.run.stage if isinstance(config, RunConfig) else TOKENIZER
+    found = _stage_of(config)
     if found == stage or found not in ENTRY_POINTS:
         # An unknown stage is the rules' to refuse.
         return
-    what = f"run.stage = {found!r}" if isinstance(config, RunConfig) else "its sections are those of a tokenizer"
-    other = "" if TOKENIZER in (found, stage) else f", or set run.stage={stage}"
+    what = {
+        TOKENIZER: "its sections are those of a tokenizer",
+        CLASSES: "its network is class-conditional (model.family)",
+    }.get(found, f"run.stage = {found!r}")
+    other = "" if {TOKENIZER, CLASSES} & {found, stage} else f", or set run.stage={stage}"
     raise ConfigError(
         f"{path}: {what}, but {ENTRY_POINTS[stage]} runs stage {stage!r}; start it with {ENTRY_POINTS[found]} or with "
         f"`bitdance train`{other}"

@@ -87,6 +87,17 @@ def _classes_have_no_words(config: RunConfig) -> Iterator[str]:
         yield "model.tie_embeddings = true: there is no projection to tie the embedding to; set it to false"
 
 
+@RULES.rule("model.family", "run.stage")
+def _classes_have_one_stage(config: RunConfig) -> Iterator[str]:
+    """A class-conditional run has `run.stage = "pt"`.
+
+    The stages are those of text-to-image (Sec. 4.3); class-conditional networks are trained in one go (Sec. 4.2), though
+    a run may start from the weights of another.
+    """
+    if not config.model.parts.has_text and config.run.stage != "pt":
+        yield f"run.stage = {config.run.stage!r}: a class-conditional network has one stage; set run.stage=pt"
+
+
 @RULES.rule("model.family", "data.mode")
 def _labels_are_read_before_training(config: RunConfig) -> Iterator[str]:
     """A class-conditional run has `data.mode = "indexed"`.

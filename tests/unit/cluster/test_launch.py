@@ -94,6 +94,15 @@ def test_stage_starts_its_entry_point_with_its_settings(slurm, stage):
     assert "run.start_from" not in train
 
 
+def test_imagenet_has_a_recipe_and_no_later_stage(slurm):
+    _, _, calls = slurm("cluster/imagenet.sbatch", "run.steps=3", OUTCOME="0", **JOB)
+    assert "|--|pipelines/imagenet.py|imagenet_b_4x|run.steps=3|" in calls[-1]
+    _, _, calls = slurm("cluster/imagenet.sbatch", OUTCOME="0", CONFIG="imagenet_h_1x", **JOB)
+    assert "|--|pipelines/imagenet.py|imagenet_h_1x|" in calls[-1]
+    code, printed, calls = slurm("cluster/imagenet.sbatch", CHAIN="1")
+    assert code == 2 and calls == [] and "no stage follows imagenet: submit it without CHAIN=1" in printed
+
+
 def test_container_takes_the_place_of_the_environment(slurm):
     variables = {"CONTAINER": "train.sqsh", "CONTAINER_MOUNTS": "/data:/data", "OUTCOME": "0"}
     _, _, calls = slurm("cluster/pt.sbatch", **variables, **JOB)
