@@ -36,10 +36,10 @@ class ClassMap:
         if not self.names:
             raise ValueError("names no class; write the name of a class per line, in order of their numbers")
         for number, name in enumerate(self.names):
-            if not name or name.strip() != name or len(name.splitlines()) > 1 or "\0" in name:
+            if not _is_line(name):
                 raise ValueError(
-                    f"class {number} has the name {name!r}: must be a line of text without white space around it; "
-                    "correct the name"
+                    f"class {number} has the name {name!r}: must be a line of UTF-8 text without white space around "
+                    "it; correct the name"
                 )
             if self.numbers[name] != number:
                 raise ValueError(
@@ -126,6 +126,13 @@ def read_class_map(path: Path, named: str = "") -> ClassMap:
         ) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{named}: {error}") from error
+
+
+def _is_line(name: str) -> bool:
+    if not name or name.strip() != name or len(name.splitlines()) > 1 or "\0" in name:
+        return False
+    # JSON and file names can contain lone surrogates, which UTF-8 cannot encode.
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _names_of_lines(text: str) -> list[str]:
