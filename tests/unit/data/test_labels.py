@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from bitdance_scale.config.data_schema import CaptionChoice
 from bitdance_scale.config.load import load_config
@@ -14,7 +17,9 @@ from bitdance_scale.config.schema import ClassesSection, RunConfig
 from bitdance_scale.data.captions import CaptionSource, CaptionStatus
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.labels import check_labels
+from bitdance_scale.data.loader import Loader
 from bitdance_scale.errors import DataError
+from bitdance_scale.sequence.condition import load_condition
 from tests.unit.data.small_data import encode_image, write_tar
 
 NAMES = ("n01", "n02", "n03")
@@ -116,6 +121,41 @@ def test_wrong_labels_in_any_range_are_found(tmp_path, monkeypatch):
         "11": "missing",
         "12": "empty",
     }
+
+
+def test_the_loader_trains_the_class_that_a_name_has(tmp_path):
+    """Every picture is grey at 40 times the number of its class, which the order of names does not give."""
+    names, samples = ("b", "c", "a"), {}
+    for number in range(12):
+        file = io.BytesIO()
+        Image.new("RGB", (32, 32), (40 * (number % 3),) * 3).save(file, "PNG")
+        samples[f"{names[number % 3]}/{number}"] = {"png": file.getvalue()}
+    shard = str(write_tar(tmp_path / "0.tar", samples))
+    (tmp_path / "map").write_text("b\nc\na\n")
+    overrides = [
+        "model.family=class_conditional",
+        "data.image_to_text_share=0.0",
+        "data.text_drop=0.0",
+        "data.global_batch=12",
+        "data.resolutions=[{side_px=32, share=1, buckets_px=[[32, 32]]}]",
+        'data.captions=[{source="key_folder"}]',
+        "classes.num_classes=3",
+        "classes.num_tokens=2",
+        "classes.grid=[8, 8]",
+        f"classes.map={tmp_path}/map",
+    ]
+    config = load_config("demo", [*overrides, f"data.shards=['{shard}']"])
+    index = build_index([shard], tmp_path / "index", captions=["key_folder"])
+    check_labels(index, config)
+    found = Counter()
+    with Loader(config, load_condition(config), index, 0, 1) as loader:
+        for loaded in loader.next_step().packs:
+            documents = loaded.pack.document_ids
+            for document, image in enumerate(loaded.images):
+                first, second = loaded.pack.token_ids[documents == document][:2].tolist()
+                assert second == first + 1
+                found[first // 2, int(image[0, 0, 0])] += 1
+    assert found == {(0, 0): 4, (1, 40): 4, (2, 80): 4}
 
 
 @pytest.mark.parametrize(
