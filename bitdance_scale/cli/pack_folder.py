@@ -3,9 +3,12 @@
     bitdance pack pictures shards                        a folder of pictures with .txt captions beside them
     bitdance pack pictures shards --held-out 0.01        and one in a hundred to shards/held_out
     bitdance pack dataset shards --caption re_caption    metadata.jsonl, .csv or .parquet, or Parquet files
+    bitdance pack train shards --classes                 a folder per class: each sample has its number as .cls
+    bitdance pack ILSVRC2012_img_train.tar shards        the same of a tar with a tar per class, read in place
 
 The pictures keep their bytes. Damaged ones are left out and listed in OUT/skipped.jsonl; OUT/report.json has the
-counts. The same command goes on after a stop, and its result is the same as without one.
+counts, and OUT/classes.txt the names of classes. The same command goes on after a stop, and its result is the same as
+without one.
 """
 
 from __future__ import annotations
@@ -27,10 +30,16 @@ _NUM_SHOWN = 3
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """The command line; returns the exit code."""
     parser = CommandParser(prog, __doc__)
-    parser.add_argument("source", metavar="SOURCE", help="a folder, a Parquet file, or a .jsonl or .csv table")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a folder, a Parquet file, a .jsonl or .csv table, or a tar of tars"
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the shards, new or of the same command")
     parser.add_argument("--caption", default="", metavar="COLUMN", help="captions (default: text or caption)")
     parser.add_argument("--image", default="", metavar="COLUMN", help="pictures, or their file names (default: found)")
+    parser.add_argument("--classes", action="store_true", help="the folders in SOURCE are classes, in order of name")
+    parser.add_argument(
+        "--class-map", type=Path, metavar="FILE", help="classes by this file: a name per line, or JSON names: numbers"
+    )
     parser.add_argument(
         "--missing-caption",
         choices=("keep", "skip", "error"),
@@ -76,19 +85,31 @@ def _run(options: argparse.Namespace) -> int:
             bar.update(num_done - bar.n)
 
         workers = options.workers or len(os.sched_getaffinity(0))
-        report = pack_source(options.source, options.out, pack_options, num_workers=workers, progress=progress)
+        report = pack_source(
+            options.source,
+            options.out,
+            pack_options,
+            has_classes=options.classes,
+            class_map=options.class_map,
+            num_workers=workers,
+            progress=progress,
+        )
     print("\n".join(_summary(options.out, report)))
     return EXIT_COMPLETE
 
 
 def _summary(out: Path, report: dict[str, Any]) -> list[str]:
     """What was done, what was not, and what comes next."""
+    from bitdance_scale.config.class_map import CLASSES_FILE
     from bitdance_scale.data.shard_writing.output_folder import HELD_OUT, SKIPPED
     from bitdance_scale.wording import file_size
 
     packed, held_out = report["num_packed"], report["num_held_out"]
     size = file_size(report["num_bytes"])
     lines = [f"{out}: {packed} of {report['num_pictures']} pictures in {len(report['shards'])} shards, {size}"]
+    if num_classes := report.get("num_classes"):
+        empty = f", {report['num_empty_classes']} of them without pictures" if report["num_empty_classes"] else ""
+        lines.append(f"classes: {num_classes}{empty}, named in {out / CLASSES_FILE}")
     if held_out:
         lines.append(f"held out: {held_out} pictures in {out / HELD_OUT}")
     if report["skipped"]:
@@ -98,6 +119,9 @@ def _summary(out: Path, report: dict[str, Any]) -> list[str]:
     lines += [f"{text}: {_counts(report[name])}" for name, text in names.items() if report[name]]
     folders = {"data.shards": out} | ({"evaluate.shards": out / HELD_OUT} if held_out else {})
     settings = [f"{name}=[{json.dumps(str(folder), ensure_ascii=False)}]" for name, folder in folders.items()]
+    if num_classes:
+        named = json.dumps(str(out / CLASSES_FILE), ensure_ascii=False)
+        settings += ['data.captions=[{source="cls"}]', f"classes.num_classes={num_classes}", f"classes.map={named}"]
     return [
         *lines,
         "next:",

@@ -152,7 +152,7 @@ def _streams_are_read_as_streams(config: RunConfig) -> Iterator[str]:
 
 @RULES.rule("data.captions")
 def _captions_are_distinct(config: RunConfig) -> Iterator[str]:
-    """`data.captions` names every caption once, as an extension or as EXTENSION:FIELD.
+    """`data.captions` names every caption once: as an extension, as EXTENSION:FIELD or as a part of the key.
 
     Its shares say how often it is drawn.
     """
@@ -163,8 +163,8 @@ def _captions_are_distinct(config: RunConfig) -> Iterator[str]:
         extension, separator, field = name.partition(":")
         if not extension or (separator and not field):
             yield (
-                f"data.captions[{index}].source = {name!r}: must be caption, an extension or EXTENSION:FIELD; write "
-                "json:re_caption for the field re_caption of the .json"
+                f"data.captions[{index}].source = {name!r}: must be caption, an extension, EXTENSION:FIELD, "
+                "key_prefix or key_folder; write json:re_caption for the field re_caption of the .json"
             )
 
 

@@ -25,7 +25,8 @@ class CaptionChoice:
 
     source: str = setting(
         doc="caption (the .txt, or `caption` of the .json where there is no .txt), another text member by its "
-        "extension (alt.txt), or a field of a JSON member (json:re_caption)."
+        "extension (alt.txt), a field of a JSON member (json:re_caption), or a part of the key: key_prefix (the file "
+        "name up to its first underscore) or key_folder (its folder)."
     )
     share: int = setting(1, doc="How often it is drawn, relative to the others that the sample has.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from bitdance_scale.config.class_map import ClassLabels
 from bitdance_scale.config.rule import RuleSet, nearest_multiples
 from bitdance_scale.config.schema import RunConfig
 
@@ -20,9 +21,9 @@ def _prompts_have_a_tokenizer(config: RunConfig) -> Iterator[str]:
         yield f"text.path = {config.text.path!r}: must not be empty; set it to the folder or file of the tokenizer"
 
 
-@RULES.rule("model.family", "classes.num_classes")
+@RULES.rule("model.family", "classes.num_classes", "classes.map")
 def _classes_are_for_their_family(config: RunConfig) -> Iterator[str]:
-    """`classes.num_classes` is at least 1 in class-conditional networks and 0 in others.
+    """`classes.num_classes` is at least 1 in class-conditional networks; others have 0 and no `classes.map`.
 
     The embedding of a class-conditional network has rows for every class; no other network has classes.
     """
@@ -32,7 +33,12 @@ def _classes_are_for_their_family(config: RunConfig) -> Iterator[str]:
             f"classes.num_classes = {num_classes}: model.family = {config.model.family!r} has no classes; set "
             "model.family=class_conditional, or classes.num_classes=0"
         )
-    elif not config.model.parts.has_text and not num_classes:
+    if config.model.parts.has_text and config.classes.map:
+        yield (
+            f"classes.map = {config.classes.map!r}: model.family = {config.model.family!r} has no classes; set "
+            "model.family=class_conditional, or classes.map=''"
+        )
+    if not config.model.parts.has_text and not num_classes:
         yield (
             "classes.num_classes = 0: model.family = 'class_conditional' draws from classes; set it to the number of "
             "classes of the data, such as 1000 for ImageNet"
@@ -91,8 +97,8 @@ def _classes_have_no_words(config: RunConfig) -> Iterator[str]:
 def _classes_have_one_stage(config: RunConfig) -> Iterator[str]:
     """A class-conditional run has `run.stage = "pt"`.
 
-    The stages are those of text-to-image (Sec. 4.3); class-conditional networks are trained in one go (Sec. 4.2), though
-    a run may start from the weights of another.
+    The stages are those of text-to-image (Sec. 4.3). Class-conditional networks are trained in one go (Sec. 4.2), though a
+    run may start from the weights of another.
     """
     if not config.model.parts.has_text and config.run.stage != "pt":
         yield f"run.stage = {config.run.stage!r}: a class-conditional network has one stage; set run.stage=pt"
@@ -108,18 +114,24 @@ def _labels_are_read_before_training(config: RunConfig) -> Iterator[str]:
         yield f"data.mode = {config.data.mode!r}: labels are checked in an index; set data.mode = 'indexed'"
 
 
-@RULES.rule("model.family", "sample.prompts", "classes.num_classes")
+@RULES.rule("model.family", "sample.prompts", "classes.num_classes", "classes.map")
 def _prompts_are_classes(config: RunConfig) -> Iterator[str]:
-    """Every one of `sample.prompts` of a class-conditional run is the number of a class.
+    """Every one of `sample.prompts` of a class-conditional run is the number of a class, or its name in `classes.map`.
 
-    Classes are drawn by number.
+    Classes are drawn by number. Names are looked up before the start, when the map is read.
     """
-    if config.model.parts.has_text:
+    if config.model.parts.has_text or config.classes.map:
         return
+    yield from prompt_faults(config)
+
+
+def prompt_faults(config: RunConfig) -> Iterator[str]:
+    """One message per prompt that is no class.
+
+    Raises:
+        ConfigError: the class map cannot be read or used.
+    """
+    labels = ClassLabels(config.classes)
     for index, prompt in enumerate(config.sample.prompts):
-        if not config.classes.has(prompt):
-            yield (
-                f"sample.prompts[{index}] = {prompt!r}: must be the number of a class, 0 to "
-                f"{config.classes.num_classes - 1} "
-                "(classes.num_classes), as a string; correct it"
-            )
+        if labels.number(prompt) is None:
+            yield f"sample.prompts[{index}] = {prompt!r}: must be {labels.rule}, as a string; correct it"

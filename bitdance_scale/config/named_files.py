@@ -1,6 +1,7 @@
-"""Files that a configuration names and without which no rank can start: the text tokenizer and the autoencoder.
+"""Files that a configuration names and without which no rank can start.
 
-They are looked for without reading them, so that a job is refused before its ranks start.
+The text tokenizer and the autoencoder are looked for without reading them, a class map is read, so that a job is
+refused before its ranks start.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from bitdance_scale.config.family_rules import prompt_faults
 from bitdance_scale.config.schema import RunConfig, TextSection
 from bitdance_scale.errors import ConfigError
 
@@ -20,13 +22,13 @@ def check_named_files(config: RunConfig, *, reads_text: bool = True) -> None:
 
     Args:
         config: the run.
-        reads_text: whether the text tokenizer is among them.
+        reads_text: whether the text tokenizer, or the class map, is among them.
 
     Raises:
-        ConfigError: one is missing; lists all that are.
+        ConfigError: one is missing, or the class map cannot be used; lists all that are.
     """
-    reads_text = reads_text and config.model.parts.has_text
-    faults = [*(tokenizer_faults(config.text) if reads_text else ()), *autoencoder_faults(config.vision.weights_path)]
+    texts = tokenizer_faults(config.text) if config.model.parts.has_text else class_map_faults(config)
+    faults = [*(texts if reads_text else ()), *autoencoder_faults(config.vision.weights_path)]
     if faults:
         raise ConfigError("\n".join(faults))
 
@@ -49,6 +51,14 @@ def tokenizer_faults(section: TextSection) -> Iterator[str]:
         yield f"{named}: there is no such folder{_from_here(path)}; it must hold a Qwen3 tokenizer ({_FAST}). {way_out}"
     elif not (path / _FAST).is_file() and not all((path / name).is_file() for name in _SLOW):
         yield f"{named}: the folder has no {_FAST}, and not both of {' and '.join(_SLOW)}. {way_out}"
+
+
+def class_map_faults(config: RunConfig) -> Iterator[str]:
+    """What is wrong with the class map of a run, and with the prompts that it should name."""
+    try:
+        yield from prompt_faults(config)
+    except ConfigError as error:
+        yield str(error)
 
 
 def autoencoder_faults(weights: Path) -> Iterator[str]:

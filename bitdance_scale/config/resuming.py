@@ -29,7 +29,7 @@ class Effect(enum.Enum):
     """The network or the run would be another: refused."""
     BY_CONTENT = "by content"
     """Refused if the content behind it is another: `data/loader_state.py` and the job's own digest compare the data
-    set and its order, `checkpoint/run_checkpoint.py` the two tokenizers."""
+    set and its order, `checkpoint/run_checkpoint.py` the two tokenizers, `train/class_names.py` the class map."""
 
 
 _LONGEST_SHOWN = 80
@@ -104,6 +104,7 @@ EFFECTS: Mapping[str, Effect] = _SHARED | {
     "text.path": _BY_CONTENT,
     "text.max_caption_tokens": _TOLD,
     "classes.num_classes": _FIXED,
+    "classes.map": _BY_CONTENT,
     "classes.num_tokens": _FIXED,
     "classes.grid": _FIXED,
     "data.sources": _BY_CONTENT,

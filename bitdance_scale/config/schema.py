@@ -113,6 +113,12 @@ class ClassesSection:
     """The condition of class-conditional networks (arXiv 2602.14041 Sec. 4.2); others have none."""
 
     num_classes: int = setting(0, doc="Classes; labels are 0 .. num_classes - 1. 0: the network has none.")
+    map: str = setting(
+        "",
+        doc="File with the names of the classes, for labels and prompts that are names: a name per line in the order "
+        "of their numbers, as `bitdance pack` writes classes.txt, or a JSON object of names and numbers. Empty: labels "
+        "are numbers.",
+    )
     num_tokens: int = setting(64, doc="Tokens that stand for the class in the sequence.")
     grid: tuple[int, int] = setting(
         (16, 16), doc="(height, width) in latent cells of every image; the head has a learned position for each."
@@ -123,11 +129,10 @@ class ClassesSection:
         """Vision tokens of an image."""
         return self.grid[0] * self.grid[1]
 
-    def has(self, label: str) -> bool:
-        """Whether a text is the number of a class: decimal digits, without zeros in front."""
-        # The length first: a text may be of any length, and Python refuses to read a very long number.
-        is_number = label.isascii() and label.isdigit() and len(label) <= len(str(self.num_classes))
-        return is_number and str(int(label)) == label and int(label) < self.num_classes
+    @property
+    def map_path(self) -> Path:
+        """The file that `map` names."""
+        return setting_path(self.map)
 
 
 # Sizes of the head that no setting changes (published release): features of the flow time, and modulations per channel

@@ -16,7 +16,7 @@ from bitdance_scale.config.data_schema import DataSection, DataSource, Resolutio
 from bitdance_scale.data.captions import CaptionSource, Found
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.images.header import sniff
-from bitdance_scale.data.index.grouping import IMAGE_EXTENSIONS
+from bitdance_scale.data.index.grouping import IMAGE_EXTENSIONS, is_ambiguous
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.index.shard_scan import parse_record
 from bitdance_scale.data.plan.buckets import assign_buckets, resolution_buckets
@@ -286,6 +286,8 @@ def read_sample(members: dict[str, Any], url: str, captions: Sequence[CaptionSou
     image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
     if image is None:
         raise SampleError(ErrorCause.BAD_IMAGE, f"no image among its members ({', '.join(_extensions(members))})")
+    if is_ambiguous(members):
+        raise SampleError(ErrorCause.BAD_IMAGE, "a .jpg and a .jpeg, of which only one can be its image")
     header = sniff(image)
     if header is None:
         raise SampleError(ErrorCause.BAD_IMAGE, f"its {len(image)} bytes are no JPEG, PNG or WebP")
@@ -303,7 +305,7 @@ def read_sample(members: dict[str, Any], url: str, captions: Sequence[CaptionSou
         shard=url,
         image=image,
         size_px=header.upright_px,
-        captions=tuple(caption.find(texts, records) for caption in captions),
+        captions=tuple(caption.find(name.encode("utf-8", "surrogateescape"), texts, records) for caption in captions),
         record=record,
     )
 

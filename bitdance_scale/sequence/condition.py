@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from typing import Protocol
 
 import numpy as np
 
+from bitdance_scale.config.class_map import ClassLabels
 from bitdance_scale.config.schema import ClassesSection, NetworkConfig, RunConfig
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.sequence.layout import ClassTokens, SequenceTokens
@@ -52,10 +54,10 @@ class Condition(Protocol):
 
 
 class ClassCondition:
-    """Classes by number; a caption is the number of a class in decimal digits.
+    """Classes; a caption is the number of a class in decimal digits, or its name in the class map.
 
     Args:
-        section: number of classes and of the tokens of each.
+        section: number of classes and of the tokens of each; the class map, which is read when it is first needed.
         block_tokens: P, vision tokens per block.
         is_causal: whether positions of one block see only those before them.
         is_raster: whether vision tokens follow row by row.
@@ -68,19 +70,20 @@ class ClassCondition:
         rows = ["classes", section.num_classes, section.num_tokens, block_tokens]
         self.digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
+    @functools.cached_property
+    def _labels(self) -> ClassLabels:
+        return ClassLabels(self._section)
+
     def prompt_ids(self, caption: str) -> np.ndarray:
         """int64 [T], the tokens of a class.
 
         Raises:
-            ConfigError: the caption is no number of a class.
+            ConfigError: the caption is no class, or the class map cannot be used.
         """
-        if not self._section.has(caption):
-            num_classes = self._section.num_classes
-            raise ConfigError(
-                f"class {caption!r}: must be the number of a class, 0 to {num_classes - 1} (classes.num_classes = "
-                f"{num_classes})"
-            )
-        return self.image_tokens.class_ids(int(caption))
+        number = self._labels.number(caption)
+        if number is None:
+            raise ConfigError(f"class {caption!r}: must be {self._labels.rule}")
+        return self.image_tokens.class_ids(number)
 
     def unconditional_ids(self) -> np.ndarray:
         """int64 [T], the tokens of "no class"."""

@@ -27,6 +27,7 @@ from bitdance_scale.phases import Phase, phase
 from bitdance_scale.sequence.condition import load_condition
 from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.sequence.pack import Pack
+from bitdance_scale.train.class_names import keep_class_names
 from bitdance_scale.train.evaluation import Evaluator
 from bitdance_scale.train.job import Job, Schedule
 from bitdance_scale.train.learning_rate import learning_rate
@@ -85,6 +86,7 @@ class TextToImageJob(Job):
         # Before the model, which takes minutes to build at full size.
         self._index = labelled_index(config) if config.data.mode == "indexed" else None
         latest = self.newest_checkpoint()
+        on_first_rank(lambda: keep_class_names(run_folder, config.classes, is_resumed=latest is not None))
         if latest is not None:
             on_first_rank(lambda: check_resume(latest, config))
         start = self._find_start() if latest is None and config.run.start_from else None

@@ -89,11 +89,16 @@ def config_file(tmp_path: Path) -> Path:
 
 
 def test_classes_are_drawn_in_their_colours(config_file: Path, tmp_path: Path) -> None:
-    _write_shard(tmp_path / "0.tar", [str(index % 3) for index in range(48)])
+    names = ("red", "green", "blue")
+    _write_shard(tmp_path / "0.tar", [names[index % 3] for index in range(48)])
+    (tmp_path / "names").write_text("red\ngreen\nblue\n")
+    # A prompt is a name or a number.
     settings = [f"data.shards=['{tmp_path}/0.tar']", f"run.root={tmp_path}/runs"]
+    settings += [f"classes.map={tmp_path}/names", "sample.prompts=['blue', '0', 'green']"]
     pair = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     _python(tmp_path, *pair, str(ROOT / "pipelines/imagenet.py"), str(config_file), *settings, "parallel.tensor=2")
     run = tmp_path / "runs/colours"
+    assert (run / "classes.txt").read_text() == "red\ngreen\nblue\n"
     losses = [metrics.loss_vision for metrics in read_metrics(run / METRICS_FILE)]
     assert losses[-1] < 0.5 * losses[0]
     # Three pictures side by side; the largest channel of each is that of its class.

@@ -29,7 +29,7 @@ import xxhash
 
 from bitdance_scale.atomic_files import write_bytes
 from bitdance_scale.config.schema import S3_SCHEME
-from bitdance_scale.data.captions import DEFAULT_SOURCE
+from bitdance_scale.data.captions import DEFAULT_SOURCE, KEY_SOURCES
 from bitdance_scale.data.index.column_file import write_columns
 from bitdance_scale.data.index.index import (
     FORMAT,
@@ -119,7 +119,8 @@ def build_index(
     Args:
         shards: paths of tars, as `shards.expand_shards` gives them; their order is the order of the samples.
         index_dir: folder of the index, created if missing.
-        captions: caption sources to keep (`captions.CaptionSource`), besides those that the index already has.
+        captions: caption sources to keep (`captions.CaptionSource`), besides those that the index already has. Parts of
+            the key are not kept, because the index has the key.
         num_workers: processes that scan; None: depends on the amount to read, and little is read in this process.
         progress: called for every shard that has been scanned.
         stores: how to read shards; None: with default settings.
@@ -129,6 +130,7 @@ def build_index(
     """
     index_dir = Path(index_dir)
     stores = stores or Stores()
+    captions = [source for source in captions if source not in KEY_SOURCES] or [DEFAULT_SOURCE]
     tasks = [_Task(path, state) for path, state in zip(shards, stores.states(shards), strict=True)]
     try:
         with _only_builder(index_dir):

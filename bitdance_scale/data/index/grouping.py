@@ -11,7 +11,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Container, Iterator, Set
 from typing import Any, NamedTuple
 
 from bitdance_scale.data.captions import MAX_TEXT_BYTES
@@ -176,6 +176,11 @@ class _Grouping:
         if begin >= 0 and begin + num_bytes <= len(members.window):
             return members.window[begin : begin + num_bytes]
         return self._read(offset, num_bytes)
+
+
+def is_ambiguous(extensions: Container[str]) -> bool:
+    """Whether a sample has two JPEGs. A `.png` or `.webp` beside a JPEG is taken for something else, such as a mask."""
+    return "jpg" in extensions and "jpeg" in extensions
 
 
 def has_image(sample: Sample) -> bool:

@@ -23,7 +23,7 @@ import numpy as np
 import orjson
 
 from bitdance_scale.config.schema import S3_SCHEME
-from bitdance_scale.data.captions import SEPARATOR
+from bitdance_scale.data.captions import KEY_SOURCES, SEPARATOR, found_in_key, part_of_key
 from bitdance_scale.data.index.segment import SCORE, Segment
 from bitdance_scale.data.index.shard_scan import NAME, caption_column
 from bitdance_scale.data.index.tar_scan import BLOCK_BYTES, TarError
@@ -90,7 +90,7 @@ class Index:
     Attributes:
         hash: hexadecimal digest of order, sizes, places and checksums.
         shards: table of the shards in the order of `data.shards`; the shards of a source are contiguous.
-        captions: caption sources that are kept (`captions.CaptionSource`).
+        captions: caption sources that are kept (`captions.CaptionSource`); parts of the key are found in the names.
         scores: numeric fields of the records that are kept.
         digests: hexadecimal digest of each caption source and score.
         sources: samples of each source, which are contiguous; one range unless the index was `divided`.
@@ -153,6 +153,9 @@ class Index:
 
     def status(self, source: str, samples: slice | np.ndarray = slice(None)) -> np.ndarray:
         """uint8 [n], `captions.CaptionStatus` of a caption source."""
+        if source in KEY_SOURCES:
+            keys = list(self._joined_texts(NAME, samples)) if isinstance(samples, slice) else self._texts(NAME, samples)
+            return np.fromiter((found_in_key(source, key)[1] for key in keys), np.uint8, len(keys))
         text = caption_column(source)
         return self._gather(lambda segment, rows: segment.status(text, rows), samples)
 
@@ -166,8 +169,20 @@ class Index:
 
         The texts are fetched in the order in which they lie in the files, however the samples are ordered.
         """
-        found = self._texts(caption_column(source), samples)
+        if source in KEY_SOURCES:
+            found = [found_in_key(source, key)[0] for key in self._texts(NAME, samples)]
+        else:
+            found = self._texts(caption_column(source), samples)
         return [text.decode("utf-8").split(SEPARATOR) for text in found]
+
+    def distinct_texts(self, source: str, samples: slice) -> set[bytes]:
+        """The different captions of a range, each with its alternatives in one; empty for those that are not USABLE.
+
+        Those of a part of the key are as they stand there, and need not be UTF-8.
+        """
+        if source not in KEY_SOURCES:
+            return set(self._joined_texts(caption_column(source), samples))
+        return {part_of_key(source, key) for key in self._joined_texts(NAME, samples)}
 
     def caption(self, sample: int, source: str | None = None) -> str:
         """The first alternative of a caption of a sample; empty unless its status is USABLE.
@@ -256,6 +271,13 @@ class Index:
         for number in np.unique(numbers).tolist():
             places = np.flatnonzero(numbers == number)
             yield self.segments[number], places, samples[places] - self._segment_starts[number]
+
+    def _joined_texts(self, text: str, samples: slice) -> Iterator[bytes]:
+        """The texts of a range, read at once."""
+        for segment, rows in self._parts(samples):
+            content = segment.joined(text, rows).tobytes()
+            ends = np.cumsum(segment.text_lengths(text, rows)).tolist()
+            yield from (content[begin:end] for begin, end in itertools.pairwise([0, *ends]))
 
     def _texts(self, text: str, samples: np.ndarray) -> list[bytes]:
         found = [b""] * len(samples)

@@ -19,6 +19,7 @@ class ShardError(enum.StrEnum):
     INVALID_JSON = "invalid_json"
     DUPLICATE_MEMBER = "duplicate_member"
     LOST_ROTATION = "lost_rotation"
+    TWO_IMAGES = "two_images"
 
 
 LOSSES = (
@@ -29,6 +30,7 @@ LOSSES = (
     ShardError.SYMBOLIC_LINK,
     ShardError.BROKEN_LINK,
     ShardError.TOO_LARGE,
+    ShardError.TWO_IMAGES,
 )
 """Each of them keeps one sample out of the index."""
 ADVICE = {
@@ -39,6 +41,8 @@ ADVICE = {
     ShardError.SYMBOLIC_LINK: "symbolic links instead of images; write the tar with `tar -h`, which follows them",
     ShardError.BROKEN_LINK: "hard links to files that are not in the tar; write the tar again with those files",
     ShardError.TOO_LARGE: "image files of more bytes than are ever decoded",
+    ShardError.TWO_IMAGES: "samples with a .jpg and a .jpeg, of which one would be trained under the caption or label "
+    "of the other; give each a key of its own",
     ShardError.LOST_ROTATION: "images that were rotated by their EXIF, which re-encoding has removed, so they lie on "
     "their side; fetch them again without re-encoding",
 }

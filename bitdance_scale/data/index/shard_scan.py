@@ -23,7 +23,14 @@ import xxhash
 
 from bitdance_scale.data.captions import BYTE_ORDER_MARK, DEFAULT_SOURCE, CaptionSource, CaptionStatus
 from bitdance_scale.data.images.limits import MAX_IMAGE_PIXELS
-from bitdance_scale.data.index.grouping import DOTTED, IMAGE_EXTENSIONS, ImageMember, Sample, group_members
+from bitdance_scale.data.index.grouping import (
+    DOTTED,
+    IMAGE_EXTENSIONS,
+    ImageMember,
+    Sample,
+    group_members,
+    is_ambiguous,
+)
 from bitdance_scale.data.index.segment import FIXED_COLUMNS, SCORE, Segment, text_columns
 from bitdance_scale.data.index.shard_errors import ShardError
 from bitdance_scale.data.index.tar_scan import BLOCK_BYTES, WINDOW_BYTES, ReadRange, TarError, TarScan
@@ -110,6 +117,9 @@ class _Rows:
             error = ShardError.DOTTED_NAME if num_dotted else ShardError.MISSING_IMAGE
             self._errors[image or error] += max(1, num_dotted)
             return
+        if is_ambiguous(sample):
+            self._errors[ShardError.TWO_IMAGES] += 1
+            return
         parsed = {e: self._record(sample[e]) for e in self._record_extensions if e in sample}
         record = parsed.get("json", {})
         recorded, original = (
@@ -129,7 +139,7 @@ class _Rows:
         self._originals.append(original)
         self._scores.add(record)
         for source, texts in zip(self._sources, self._found, strict=True):
-            texts.append(source.find(sample, parsed))
+            texts.append(source.find(key, sample, parsed))
 
     def _record(self, content: bytes) -> dict[str, Any]:
         record = parse_record(content)

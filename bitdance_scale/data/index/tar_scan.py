@@ -310,8 +310,9 @@ class TarScan:
 
 def _num_valid(headers: list[bytes]) -> int:
     """How many headers have the right checksum before the first that does not."""
-    if not headers:
-        return 0
+    if len(headers) < _SHORT_RUN:
+        # One by one: the arrays below cost as much as ten headers.
+        return next((row for row, header in enumerate(headers) if not _is_checksum_right(header)), len(headers))
     joined = b"".join(headers)
     # Sums bytes in four 16-bit lanes at once: the 128 bytes of a lane add up to less than 2^16.
     words = np.frombuffer(joined, np.uint64).reshape(len(headers), -1)

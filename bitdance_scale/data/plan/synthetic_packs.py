@@ -61,7 +61,8 @@ def placeholder_sample(
 ) -> Sample:
     """A sample of an image to draw, with the longest chat markup that a tokenizer may need, or of some class."""
     if not config.model.parts.has_text:
-        return load_condition(config).drawing_sample(key, "0", grid, is_caption_dropped=False)
+        # "No class" has as many tokens as a class, and needs no class map.
+        return load_condition(config).drawing_sample(key, "", grid, is_caption_dropped=True)
     before_ids = np.zeros(MAX_MARKUP_TOKENS - 1 + num_caption_tokens, dtype=np.int64)
     return Sample(
         key=key,

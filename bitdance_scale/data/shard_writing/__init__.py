@@ -5,6 +5,8 @@
     columns.py          columns of a table -> fields of a record
     picture_folder.py   a folder with `.txt` files beside the pictures
     metadata_folder.py  a folder with metadata.jsonl, .csv or .parquet
+    class_tar.py        a tar with a tar per class, read in place
+    classes.py          a folder or tar per class -> labels, in a mixed order
     parquet.py          Parquet files that hold the bytes of pictures; the only file that imports pyarrow
     open_source.py      a path -> the source that it is
     picture_check.py    the bytes of a picture -> what is written, or why it is skipped

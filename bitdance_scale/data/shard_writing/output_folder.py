@@ -3,6 +3,7 @@
 - `00000.tar`, `00001.tar`: the shards
 - `held_out/00000.tar`: the shards of held-out pictures
 - `pack.json`: the settings and the digest of the source; written first
+- `classes.txt`: the names of classes in order of their numbers, if the pictures have classes
 - `skipped.jsonl`: a line for every picture that was left out
 - `report.json`: the counts; written last, so it says that all is there
 - `.packing/`: while shards are missing, a record of each that is written, and its held-out pictures

@@ -13,7 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from bitdance_scale.atomic_files import write_text
+from bitdance_scale.config.class_map import CLASSES_FILE
 from bitdance_scale.data.data_errors import ErrorCause
+from bitdance_scale.data.shard_writing.classes import PicturesOfClasses
 from bitdance_scale.data.shard_writing.open_source import open_source
 from bitdance_scale.data.shard_writing.output_folder import OutputFolder, ShardRecord
 from bitdance_scale.data.shard_writing.picture_check import CheckedPicture, check_picture
@@ -54,6 +57,8 @@ def pack_source(
     out: str | Path,
     options: PackOptions = PackOptions(),
     *,
+    has_classes: bool = False,
+    class_map: Path | None = None,
     num_workers: int = 1,
     progress: _Progress | None = None,
 ) -> dict[str, Any]:
@@ -63,17 +68,19 @@ def pack_source(
         source_path: what `open_source` takes.
         out: folder of the shards, new or of an earlier call with the same source and options.
         options: what the result depends on.
+        has_classes: as of `open_source`; where there are classes, their names are written beside the shards.
+        class_map: as of `open_source`.
         num_workers: threads; each has one picture in memory (of Parquet, a few rows).
         progress: called with the pictures that are done and those there are in all, from any thread, one at a time.
 
     Raises:
         DataError: the source or the folder cannot be used, there is no room, a caption is missing although
-            `missing_caption` is "error", or not one picture can be packed.
+            `missing_caption` is "error", a class is wrong, or not one picture can be packed.
         OSError: of the file system, where it may pass; the same call goes on from there.
     """
     out = Path(out)
     _refuse_overlap(Path(source_path), out)
-    source = open_source(source_path, options.caption, options.image)
+    source = open_source(source_path, options.caption, options.image, has_classes=has_classes, class_map=class_map)
     if options.missing_caption == "error":
         name = source.first_without_caption()
         if name is not None:
@@ -84,6 +91,8 @@ def pack_source(
         report = folder.report()
         if report is not None:
             return report
+        if isinstance(source, PicturesOfClasses):
+            write_text(out / CLASSES_FILE, source.classes.text())
         packing = _Packing(source, folder, options, shards, progress)
         packing.run(num_workers)
         return packing.finish()
@@ -174,6 +183,8 @@ class _Packing:
             },
             "held_out_shards": held_out,
         }
+        if isinstance(self._source, PicturesOfClasses):
+            report |= {"num_classes": len(self._source.classes.names), "num_empty_classes": self._source.num_empty}
         self._folder.finish(report, len(done))
         return report
 
@@ -219,7 +230,9 @@ class _Packing:
                 except SkippedPicture as error:
                     record.skipped.append({"name": picture.name, "cause": error.cause, "detail": error.detail})
                 else:
-                    if picture.caption.problem is not None:
+                    # A picture with a class needs no caption.
+                    is_expected = picture.label is None or picture.caption.problem is not ErrorCause.MISSING_CAPTION
+                    if picture.caption.problem is not None and is_expected:
                         record.captions[str(picture.caption.problem)] += 1
                     if checked.converted_from:
                         record.converted[checked.converted_from] += 1
@@ -260,6 +273,8 @@ class _Packing:
         if checked.converted_from:
             record["converted_from"] = checked.converted_from
         members = {checked.extension: checked.content, "json": record_bytes(record)}
+        if picture.label is not None:
+            members["cls"] = str(picture.label).encode()
         if caption.problem in (None, ErrorCause.EMPTY_CAPTION):
             members["txt"] = caption.text.encode()
         return members

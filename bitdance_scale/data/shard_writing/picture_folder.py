@@ -89,6 +89,9 @@ class PictureFolder:
         folder: the folder.
         files: all that is in it, as `list_files` gives it.
         num_hidden: names that were left out.
+
+    Attributes:
+        names: path of each picture from the folder.
     """
 
     kind = "folder of pictures"
@@ -96,6 +99,7 @@ class PictureFolder:
     def __init__(self, folder: Path, files: list[FoundFile], num_hidden: int) -> None:
         self._folder = folder
         self._pictures = [file for file in files if file.extension in PICTURE_EXTENSIONS]
+        self.names = [file.name for file in self._pictures]
         stems = {file.stem for file in self._pictures}
         beside = [file for file in files if file.extension in _BESIDE_EXTENSIONS and file.stem in stems]
         # Of `a.TXT` and `a.txt` the last in the order counts.

@@ -35,12 +35,14 @@ class SourcePicture:
         content: the bytes of the file; or why there are none.
         caption: its caption.
         columns: what else the source says of it; values that JSON can hold.
+        label: the number of its class; None: it has none.
     """
 
     name: str
     content: bytes | SkippedPicture
     caption: Caption = NO_CAPTION
     columns: dict[str, Any] = field(default_factory=dict)
+    label: int | None = None
 
 
 class PictureSource(Protocol):

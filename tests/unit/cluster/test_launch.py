@@ -96,7 +96,7 @@ def test_stage_starts_its_entry_point_with_its_settings(slurm, stage):
 
 def test_imagenet_has_a_recipe_and_no_later_stage(slurm):
     _, _, calls = slurm("cluster/imagenet.sbatch", "run.steps=3", OUTCOME="0", **JOB)
-    assert "|--|pipelines/imagenet.py|imagenet_b_4x|run.steps=3|" in calls[-1]
+    assert "|--|pipelines/imagenet.py|imagenet_b_4x|" in calls[-1] and calls[-1].endswith("|run.steps=3|")
     _, _, calls = slurm("cluster/imagenet.sbatch", OUTCOME="0", CONFIG="imagenet_h_1x", **JOB)
     assert "|--|pipelines/imagenet.py|imagenet_h_1x|" in calls[-1]
     code, printed, calls = slurm("cluster/imagenet.sbatch", CHAIN="1")

@@ -29,6 +29,7 @@ UNCONSTRAINED = {
     "checkpoint.upload",
     "checkpoint.upload_endpoint_url",
     "checkpoint.upload_profile",
+    "classes.map",
     "model.preset",
     "model.tie_embeddings",
     "vision.gan_decoder",

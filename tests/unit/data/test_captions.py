@@ -18,16 +18,16 @@ from tests.unit.data.small_data import encode_image, write_tar
 
 def test_caption_sources(tmp_path: Path) -> None:
     record = {"width": 16, "height": 16, "caption": "open", "re_caption": "again"}
-    synthetic = {"syn_text": [" one ", "", "two"], "other": 5}
+    synthetic = {"syn_text": [" one ", "", "two"], "other": 5.5, "label": 207}
     members = {
         "jpg": encode_image(16, 16),
         "json": json.dumps(record).encode(),
         "syn.json": json.dumps(synthetic).encode(),
     }
     shard = str(write_tar(tmp_path / "0.tar", {"0": members, "1": {**members, "txt": b"text"}}))
-    sources = ("json:re_caption", "caption", "syn.json:syn_text", "syn.json:other", "alt.txt")
+    sources = ("json:re_caption", "caption", "syn.json:syn_text", "syn.json:other", "alt.txt", "syn.json:label")
     index = build_index([shard], tmp_path / "index", captions=sources)
-    assert [index.caption(1, source) for source in sources] == ["again", "text", "one", "", ""]
+    assert [index.caption(1, source) for source in sources] == ["again", "text", "one", "", "", "207"]
     assert index.texts("syn.json:syn_text", np.array([0])) == [["one", "two"]] and index.caption(0) == "again"
     assert [CaptionStatus(index.status(s)[0]).name for s in sources] == [
         "USABLE",
@@ -35,6 +35,7 @@ def test_caption_sources(tmp_path: Path) -> None:
         "USABLE",
         "INVALID",
         "MISSING",
+        "USABLE",
     ]
     assert index.errors() == {}
     fewer = build_index([shard], tmp_path / "index", captions=sources[1:2])

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from bitdance_scale.config.data_schema import CaptionChoice, DataFilter, DataSource
+from bitdance_scale.data.captions import CaptionSource, CaptionStatus
+from bitdance_scale.data.data_errors import SampleError
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.loader import LoadedStep, Loader
 from bitdance_scale.data.loader_state import LoaderState
 from bitdance_scale.data.stream import StreamLoader
-from bitdance_scale.data.stream_sampling import SourceStream
+from bitdance_scale.data.stream_sampling import SourceStream, read_sample
 from bitdance_scale.errors import CheckpointError, ConfigError, DataError
 from tests.unit.data.small_data import encode_image, sample_members, write_tar
 
@@ -250,3 +252,13 @@ def test_keys_are_those_of_noise(make_stream, tokenizer):
     with StreamLoader(make_stream(), tokenizer, 0, 1) as streams:
         keys = np.concatenate([pack.pack.sample_keys for pack in streams.next_step().packs])
     assert keys.dtype == np.int64 and (keys >= 0).all()
+
+
+def test_a_sample_of_a_stream_has_one_jpeg_and_parts_of_its_key():
+    jpg = encode_image(20, 30)
+    sources = [CaptionSource.parse(name) for name in ("key_folder", "key_prefix", "json:label")]
+    members = {"__key__": "cats/n01_7", "jpg": jpg, "json": b'{"label": 3}'}
+    found = read_sample(members, "a.tar", sources).captions
+    assert found == tuple((text, CaptionStatus.USABLE) for text in (b"cats", b"n01", b"3"))
+    with pytest.raises(SampleError, match="a .jpg and a .jpeg"):
+        read_sample({**members, "jpeg": jpg}, "a.tar", sources)

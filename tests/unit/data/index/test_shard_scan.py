@@ -8,10 +8,13 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from webdataset.tariterators import base_plus_ext
 
 from bitdance_scale.data.captions import CaptionStatus
 from bitdance_scale.data.index.build import build_index
+from bitdance_scale.data.index.report import check_skipped
+from bitdance_scale.errors import DataError
 from tests.unit.data.small_data import encode_image, write_tar
 
 
@@ -61,6 +64,16 @@ def test_repeated_member_counts_and_the_first_stays(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "0.tar", {"0": {"jpg": encode_image(20, 30), "txt": b"first", "TXT": b"second"}})
     index = build_index([str(path)], tmp_path / "index")
     assert (index.caption(0), index.errors()) == ("first", {"duplicate_member": {str(path): 1}})
+
+
+def test_two_jpegs_are_no_sample(tmp_path: Path) -> None:
+    jpg = encode_image(20, 30)
+    samples = {"0": {"jpg": jpg, "jpeg": jpg, "cls": b"1"}, "1": {"jpg": jpg, "png": encode_image(20, 30, kind="PNG")}}
+    path = str(write_tar(tmp_path / "0.tar", samples))
+    index = build_index([path], tmp_path / "index")
+    assert [index.name(i) for i in range(len(index))] == ["1"] and index.errors() == {"two_images": {path: 1}}
+    with pytest.raises(DataError, match="two_images"):
+        check_skipped(index, 0.1)
 
 
 def test_names_split_as_in_webdataset(tmp_path: Path) -> None:
