@@ -110,13 +110,7 @@ def open_autoencoder(path: Path) -> AutoencoderSource:
         BitDanceError: there is no such file, or it is damaged or of another network.
     """
     if path.suffix in PICKLED_SUFFIXES and path.is_file():
-        file = PickledFile(path)
-        if [*file.entries] != [STATE_ENTRY]:
-            raise CheckpointError(
-                f"{path}: holds {', '.join(file.entries) or 'no tensors'}, expected `{STATE_ENTRY}`, the weights of an "
-                "autoencoder; name the file of the autoencoder"
-            )
-        return pickled_autoencoder(PickledTensors(file, STATE_ENTRY))
+        return _of_state(PickledFile(path))
     config = config_beside(path)
     sizes = published_sizes(read_json(config), str(config))
     with torch.device("meta"):
@@ -124,32 +118,23 @@ def open_autoencoder(path: Path) -> AutoencoderSource:
     return AutoencoderFiles(path, sizes)
 
 
-def is_autoencoder(path: Path) -> bool:
-    """Whether a pickle has the weights of an autoencoder alone.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    return STATE_ENTRY in PickledFile(path).entries
-
-
-def import_autoencoder(path: Path, out: Path, *, is_forced: bool = False) -> None:
+def import_autoencoder(file: PickledFile, out: Path, *, is_forced: bool = False) -> None:
     """Makes a folder of a published autoencoder's pickle: safetensors, configuration and report.
 
     Args:
-        path: the pickle.
+        file: the pickle.
         out: the folder to make.
         is_forced: whether an earlier conversion there is replaced.
 
     Raises:
-        CheckpointError: the file is damaged or of another network, or the folder cannot be written.
+        CheckpointError: it is of another network, or the folder cannot be written.
     """
-    source = open_autoencoder(path)
+    source = _of_state(file)
     check_destination(out, is_forced=is_forced, num_bytes=source.num_bytes)
     with conversion_folder(out) as folder:
         source.write(folder)
         report = {
-            "source": str(path),
+            "source": str(file.path),
             "kind": "autoencoder",
             "autoencoder_sha256": file_digest(folder / WEIGHTS_NAME),
             "version": bitdance_scale.__version__,
@@ -168,3 +153,12 @@ def pickled_autoencoder(tensors: PickledTensors) -> PickledAutoencoder:
         wanted = {name: tensor.shape for name, tensor in Autoencoder(**sizes).state_dict().items()}
     check_tensors(tensors.where, tensors.found, wanted, "Save it again with the tensors of one autoencoder alone")
     return PickledAutoencoder(tensors, sizes)
+
+
+def _of_state(file: PickledFile) -> PickledAutoencoder:
+    if [*file.entries] != [STATE_ENTRY]:
+        raise CheckpointError(
+            f"{file.path}: holds {', '.join(file.entries) or 'no tensors'}, expected `{STATE_ENTRY}`, the weights of "
+            "an autoencoder; name the file of the autoencoder"
+        )
+    return pickled_autoencoder(PickledTensors(file, STATE_ENTRY))

@@ -32,21 +32,21 @@ _PREFIXES = {Part.HEAD: "head.", Part.PROJECTOR: "proj_in."}
 
 
 def open_class_source(
-    path: Path, *, weights: str | None = None, config: Path | None = None, autoencoder: Path | None = None
+    file: PickledFile, *, weights: str | None = None, config: Path | None = None, autoencoder: Path | None = None
 ) -> Source:
     """Checks a published class-conditional file; values are read only to compare two copies of an autoencoder.
 
     Args:
-        path: the file.
+        file: the file.
         weights: trained or averaged, where only these are wanted; None: all that it has.
         config: configuration that says what its sizes are; None: the JSON of an export beside it, or its shapes.
         autoencoder: weights of the autoencoder, for a file without its own.
 
     Raises:
-        BitDanceError: it is damaged, holds other things than such a network, or its tensors do not fit each other or
+        BitDanceError: it holds other things than such a network, or its tensors do not fit each other or
             the configuration.
     """
-    file = PickledFile(path)
+    path = file.path
     entries = _chosen_entries(file, weights)
     has_vae = [entry for entry in entries if any(name.startswith(VAE_PREFIX) for name in file.entries[entry])]
     vae = _autoencoder(file, has_vae, autoencoder)

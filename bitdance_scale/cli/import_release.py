@@ -31,8 +31,10 @@ from bitdance_scale.train.process import EXIT_COMPLETE
 from bitdance_scale.wording import file_size
 
 if TYPE_CHECKING:
+    from bitdance_scale.checkpoint.pickled_files import PickledFile
     from bitdance_scale.checkpoint.release_source import Source
 
+_CLASS_OPTIONS = ("weights", "config")
 _QWEN3_PARTS = ("block_side", "seed", "head_width", "head_blocks", "head_adaln")
 _NEW_PARTS = ("autoencoder", *_QWEN3_PARTS)
 
@@ -67,15 +69,17 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 def _run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from bitdance_scale.checkpoint.autoencoder_source import import_autoencoder, is_autoencoder
+    from bitdance_scale.checkpoint.autoencoder_source import STATE_ENTRY, import_autoencoder
     from bitdance_scale.checkpoint.import_release import import_release
+    from bitdance_scale.checkpoint.pickled_files import PickledFile
 
-    if options.source.is_file() and is_autoencoder(options.source):
-        _refuse_options(options, ("weights", "config", *_NEW_PARTS), "an autoencoder by itself")
-        import_autoencoder(options.source, options.out, is_forced=options.force)
+    file = PickledFile(options.source) if options.source.is_file() else None
+    if file is not None and STATE_ENTRY in file.entries:
+        _refuse_options(options, (*_CLASS_OPTIONS, *_NEW_PARTS), "an autoencoder by itself")
+        import_autoencoder(file, options.out, is_forced=options.force)
         print(f"{options.out}: an autoencoder; name it with vision.weights={options.out}/ae.safetensors")
         return EXIT_COMPLETE
-    source = _open(options)
+    source = _open(options, file)
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)
     num_bytes = 2 * source.num_bytes - source.num_drawn_bytes
@@ -85,17 +89,15 @@ def _run(options: argparse.Namespace) -> int:
     return EXIT_COMPLETE
 
 
-def _open(options: argparse.Namespace) -> Source:
+def _open(options: argparse.Namespace, file: PickledFile | None) -> Source:
     """Checks what is to be imported."""
     from bitdance_scale.checkpoint.class_source import open_class_source
     from bitdance_scale.checkpoint.release_source import NewParts, open_source
 
-    if options.source.is_file():
+    if file is not None:
         _refuse_options(options, _QWEN3_PARTS, "a class-conditional file")
-        return open_class_source(
-            options.source, weights=options.weights, config=options.config, autoencoder=options.autoencoder
-        )
-    _refuse_options(options, ("weights", "config"), "a folder")
+        return open_class_source(file, weights=options.weights, config=options.config, autoencoder=options.autoencoder)
+    _refuse_options(options, _CLASS_OPTIONS, "a folder")
     given = {name: value for name in _NEW_PARTS if (value := getattr(options, name)) is not None}
     return open_source(options.source, NewParts(**given) if given else None)
 
