@@ -43,7 +43,8 @@ _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _ALIGNMENT_BYTES = 8
 _WEIGHT_DTYPES = ("F32", "BF16", "F16")
 _FIX = "fetch or export it again"
-_PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+"""How the names of files that must be unpickled end."""
 
 
 class TensorSpec(NamedTuple):
@@ -84,7 +85,7 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
         CheckpointError: there is no such file, it is damaged or empty, or it holds a dtype that weights do not have.
     """
     if not path.is_file():
-        pickled = [other.name for other in sorted(path.parent.glob("*")) if other.suffix in _PICKLED_SUFFIXES]
+        pickled = [other.name for other in sorted(path.parent.glob("*")) if other.suffix in PICKLED_SUFFIXES]
         beside = f" (not {first_few(pickled)}, which must be unpickled)" if pickled else ""
         raise CheckpointError(f"{path}: there is no such file, and only safetensors are read{beside}; {_FIX}")
     specs = {}
@@ -98,7 +99,8 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
                     )
                 specs[name] = TensorSpec(tuple(entry.get_shape()), SAFETENSORS_DTYPES[entry.get_dtype()])
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error}); {_FIX}") from error
+        fix = f"make one of it with `bitdance import {path} OUT`" if path.suffix in PICKLED_SUFFIXES else _FIX
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error}); {fix}") from error
     if not specs:
         raise CheckpointError(f"{path}: holds no tensor; {_FIX}")
     return specs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from bitdance_scale.model.projector import Projector
 from bitdance_scale.sequence.tokens import MARKUP_TOKENS
 from bitdance_scale.vision.autoencoder import Autoencoder, published_config
 from bitdance_scale.vision.weights import save_weights
+from tests.class_reference import ClassNetwork
 
 # Qwen's splitting of text into words, digits, punctuation and line breaks.
 QWEN_SPLIT = (
@@ -29,6 +31,21 @@ QWEN_SPLIT = (
 HIDDEN_SIZE = 64
 HEAD = HeadSection(width=128, num_blocks=2, num_adaln=1)
 AUTOENCODER = {"num_bits": 16, "channels": 32, "channel_mult": (1, 1, 2), "num_res_blocks": 1}
+CLASS_AUTOENCODER = {"num_bits": 8, "channels": 32, "channel_mult": (1, 1), "num_res_blocks": 1}
+# Heads of 64 channels, as nothing in a published file says how many there are.
+CLASS_SIZES = {
+    "num_layers": 2,
+    "width": 128,
+    "num_heads": 2,
+    "ffn": 256,
+    "head_width": 64,
+    "head_blocks": 2,
+    "num_adaln": 1,
+    "num_classes": 3,
+    "num_class_tokens": 4,
+    "bits": 8,
+    "grid": 4,
+}
 # Rows of a plain model's embedding beyond the tokenizer's entries, as Qwen3 has them.
 SPARE_ROWS = 11
 
@@ -118,7 +135,7 @@ def write_published(
             key: _random_like(key, value).to(head_dtype).contiguous() for key, value in module.state_dict().items()
         }
         save_file(tensors, folder / f"{name}.safetensors")
-    content = published_head(head, HIDDEN_SIZE, vision, {"diff_batch_mul": 4})
+    content = published_head(dataclasses.replace(head, diff_batch_mul=4), HIDDEN_SIZE, vision, {})
     (folder / HEAD_CONFIG_NAME).write_text(json.dumps(content, indent=2))
     save_weights(folder, Autoencoder(**autoencoder).state_dict(), published_config(**autoencoder))
     return folder
@@ -129,6 +146,20 @@ def write_autoencoder(folder: Path, autoencoder: Mapping[str, Any] = AUTOENCODER
     torch.manual_seed(4)
     save_weights(folder, Autoencoder(**autoencoder).state_dict(), published_config(**autoencoder))
     return folder / "ae.safetensors"
+
+
+def class_file_content(
+    *, block_side: int = 2, seed: int = 5, autoencoder: Mapping[str, Any] | None = CLASS_AUTOENCODER, **sizes: int
+) -> dict[str, torch.Tensor]:
+    """What one dictionary of a published class-conditional file holds, from the plain reference; weights are random."""
+    torch.manual_seed(seed)
+    network = ClassNetwork(p=block_side, **(CLASS_SIZES | sizes))
+    tensors = {name: _random_like(name, tensor) for name, tensor in network.state_dict().items()}
+    tensors["query_token"] = tensors["query_token"][None]
+    if autoencoder is not None:
+        torch.manual_seed(4)
+        tensors |= {f"vae.{name}": tensor for name, tensor in Autoencoder(**autoencoder).state_dict().items()}
+    return tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:

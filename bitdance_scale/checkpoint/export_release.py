@@ -5,6 +5,8 @@
     ae_config.json, ae.safetensors                                the run's autoencoder
     conversion_report.json                                        written last
 
+`export_class.py` says what a class-conditional network becomes.
+
 Every tensor is written some rows at a time, so that none is ever whole in memory. Averaged weights come from the
 checkpoint's averages, which are float32. Of the trained ones, tensors that are written in float32 come from its float32
 masters, if it has them, and tensors that are written in the dtype of training come from the weights.
@@ -31,6 +33,7 @@ from bitdance_scale.checkpoint.conversion_folder import (
     conversion_folder,
     write_conversion_report,
 )
+from bitdance_scale.checkpoint.export_class import write_class_files
 from bitdance_scale.checkpoint.integrity import file_digest, tensor_bytes, text_digest
 from bitdance_scale.checkpoint.published_files import PART_FILES, PublishedTensors, TensorFileWriter, row_chunks
 from bitdance_scale.checkpoint.published_names import Part, PublishedTensor, published_tensors
@@ -50,11 +53,13 @@ from bitdance_scale.checkpoint.start_weights import WHERE_AVERAGES_ARE, check_ne
 from bitdance_scale.checkpoint.tensor_storage import StoredTensors
 from bitdance_scale.config.load import load_network
 from bitdance_scale.config.published_backbone import MODEL_CONFIG_NAME, published_model
+from bitdance_scale.config.published_class import beyond_class_release
 from bitdance_scale.config.published_head import HEAD_CONFIG_NAME, beyond_release, published_head
 from bitdance_scale.config.schema import NetworkConfig
 from bitdance_scale.errors import CheckpointError, ConfigError
+from bitdance_scale.sequence.condition import Condition, load_condition
 from bitdance_scale.sequence.tokenizer_files import write_tokenizer
-from bitdance_scale.sequence.tokens import TextTokenizer, load_text_tokenizer
+from bitdance_scale.sequence.tokens import TextTokenizer
 from bitdance_scale.vision.autoencoder import published_config
 from bitdance_scale.vision.tokenizer import autoencoder_sizes, make_autoencoder, vision_digest
 from bitdance_scale.vision.weights import CONFIG_NAME as AE_CONFIG_NAME
@@ -65,6 +70,8 @@ from bitdance_scale.weight_files import TensorSpec, dtype_name
 MAX_FILE_BYTES = 5 * 10**9
 DEFAULT_DTYPES: Mapping[Part, str] = {Part.BACKBONE: "bfloat16", Part.HEAD: "float32", Part.PROJECTOR: "float32"}
 """Dtypes of weights that started at random; weights that started from a release keep its dtypes."""
+CLASS_DTYPES: Mapping[Part, str] = dict.fromkeys(Part, "float32")
+"""The same of class-conditional networks, and of averaged weights."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +109,10 @@ class Export:
         state: how far its run is.
         config_sha256: digest of its resolved configuration.
         network: its network.
-        tokenizer: its text tokenizer.
+        condition: its text tokenizer, or its classes.
         stored: its tensors.
-        weights: which of its weights are published: trained or averaged.
-        tensors: the published tensors, with the dtype of each.
+        weights: which weights are published: trained or averaged.
+        dtypes: kind of weights that the checkpoint has (trained, averaged) -> dtype of each part.
     """
 
     path: Path
@@ -113,15 +120,34 @@ class Export:
     state: TrainState
     config_sha256: str
     network: NetworkConfig
-    tokenizer: TextTokenizer
+    condition: Condition
     stored: StoredTensors
     weights: str
-    tensors: tuple[tuple[PublishedTensor, TensorSpec], ...]
+    dtypes: Mapping[str, Mapping[Part, torch.dtype]]
+
+    def tensors(self, weights: str) -> list[tuple[PublishedTensor, TensorSpec]]:
+        """The published tensors of the trained or the averaged weights, with the dtype of each."""
+        dtypes = self.dtypes[weights]
+        return [
+            (tensor, TensorSpec(tensor.shape, dtypes[tensor.part]))
+            for tensor in published_tensors(self.network, self.condition.vocab_size)
+        ]
+
+    @property
+    def published_weights(self) -> tuple[str, ...]:
+        """The kinds of weights that are written: of a class-conditional network all that there are."""
+        return (self.weights,) if self.network.model.parts.has_text else tuple(self.dtypes)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all published tensors except the autoencoder's."""
-        return sum(spec.num_bytes for _, spec in self.tensors)
+        return sum(spec.num_bytes for weights in self.published_weights for _, spec in self.tensors(weights))
+
+    @property
+    def beyond_release(self) -> dict[str, Any]:
+        """Sizes that the release's programs do not know; empty for a network that they can run."""
+        is_text = self.network.model.parts.has_text
+        return beyond_release(self.network.head) if is_text else beyond_class_release(self.network)
 
     @property
     def warning(self) -> str | None:
@@ -130,13 +156,23 @@ class Export:
             return None
         return f"{self.path} is at {self.run}: the run has not finished"
 
-    def source(self, ours: str, dtype: torch.dtype) -> str:
+    def source(self, ours: str, dtype: torch.dtype, kind: str) -> str:
         """Name of the stored tensor that one of ours is read from, if it is written in a dtype."""
-        if self.weights == "averaged":
+        if kind == "averaged":
             return AVERAGE_PREFIX + ours
         weights, masters = MODEL_PREFIX + ours, MASTER_PREFIX + ours
         has_masters = masters in self.stored and self.stored.dtype(weights) != dtype
         return masters if has_masters else weights
+
+    def chunks(self, tensor: PublishedTensor, spec: TensorSpec, kind: str) -> Iterator[torch.Tensor]:
+        """The values of a published tensor, some rows at a time; one empty chunk of an empty tensor."""
+        if not tensor.rows:
+            yield torch.empty(0, dtype=spec.dtype)
+        # Read in the stored dtype, which is at most four bytes wide.
+        for ours, shared in tensor.rows:
+            stored = self.source(ours, spec.dtype, kind)
+            for start, stop in row_chunks(shared.num_rows, tensor.row_size * 4):
+                yield self.stored.read_rows(stored, shared.start + start, shared.start + stop).to(spec.dtype)
 
 
 def open_checkpoint(
@@ -166,26 +202,20 @@ def open_checkpoint(
     overrides = [f"text.path={json.dumps(str(tokenizer))}"] if tokenizer else []
     overrides += [f"vision.weights={json.dumps(str(autoencoder))}"] if autoencoder else []
     network = load_network(config_path, overrides)
-    if not network.model.parts.has_text:
-        raise CheckpointError(
-            f"{path / CONFIG_NAME}: model.family = {network.model.family!r}: only text-to-image models can be exported;"
-            " name a run of that family"
-        )
-    text = _checked_tokenizer(path, network, state)
+    condition = _checked_condition(path, network, state)
     with torch.device("meta"):
         check_weights(network.vision.weights_path, make_autoencoder(network.vision).state_dict())
     check_vision(path, state, vision_digest(network.vision))
     stored = StoredTensors(path / TENSORS_DIR)
-    check_network(path, stored.index, network, text.vocab_size)
+    check_network(path, stored.index, network, condition.vocab_size)
     chosen_weights = _chosen_weights(path, stored, weights)
-    of_release = {Part(part): name for part, name in state.release.get("dtypes", {}).items()}
-    chosen = {**DEFAULT_DTYPES, **of_release, **(dtypes or {})}
-    tensors = tuple(
-        (tensor, TensorSpec(tensor.shape, getattr(torch, chosen[tensor.part])))
-        for tensor in published_tensors(network, text.vocab_size)
-    )
+    chosen = {
+        kind: {part: getattr(torch, name) for part, name in names.items()}
+        for kind, names in _dtypes_of(network, state, dtypes or {}).items()
+        if kind == "trained" or has_averages(stored.index)
+    }
     digest = text_digest(config_path.read_text(encoding="utf-8"))
-    return Export(path, _run_of(path, state), state, digest, network, text, stored, chosen_weights, tensors)
+    return Export(path, _run_of(path, state), state, digest, network, condition, stored, chosen_weights, chosen)
 
 
 def _chosen_weights(path: Path, stored: StoredTensors, asked: str | None) -> str:
@@ -198,6 +228,19 @@ def _chosen_weights(path: Path, stored: StoredTensors, asked: str | None) -> str
     return asked or ("averaged" if is_averaged else "trained")
 
 
+def _dtypes_of(network: NetworkConfig, state: TrainState, chosen: Mapping[Part, str]) -> dict[str, dict[Part, str]]:
+    """Names of the dtypes of trained and of averaged weights: chosen, of the release, or usual, in this order."""
+
+    def of_release(key: str) -> dict[Part, str]:
+        return {Part(part): name for part, name in state.release.get(key, {}).items()}
+
+    usual = DEFAULT_DTYPES if network.model.parts.has_text else CLASS_DTYPES
+    trained = {**usual, **of_release("dtypes"), **chosen}
+    # A text-to-image folder has one set of weights, in the same dtypes whichever they are.
+    averaged = trained if network.model.parts.has_text else {**usual, **of_release("average_dtypes"), **chosen}
+    return {"trained": trained, "averaged": averaged}
+
+
 def _run_of(path: Path, state: TrainState) -> ExportedRun | None:
     section = read_run_section(path)
     if "steps" not in section:
@@ -206,8 +249,8 @@ def _run_of(path: Path, state: TrainState) -> ExportedRun | None:
     return ExportedRun(section["name"], section.get("stage", "pt"), state.step, section["steps"])
 
 
-def _checked_tokenizer(path: Path, network: NetworkConfig, state: TrainState) -> TextTokenizer:
-    """The text tokenizer of a checkpoint; raises where the release's code could not run the model."""
+def _checked_condition(path: Path, network: NetworkConfig, state: TrainState) -> Condition:
+    """The text tokenizer or the classes of a checkpoint; raises where the release's code could not run the model."""
     ablations = [
         ("model.mask", network.model.mask, "block", "lets all positions of a block see each other"),
         ("vision.order", network.vision.order, "block", "draws block by block"),
@@ -219,7 +262,9 @@ def _checked_tokenizer(path: Path, network: NetworkConfig, state: TrainState) ->
                 f"{path / CONFIG_NAME}: {setting} = {value!r}: the release's code {what} and would compute something "
                 f"else; only models of {setting} = {published!r} can be exported"
             )
-    text = load_text_tokenizer(network.text, network.vision.block_tokens)
+    text = load_condition(network)
+    if not isinstance(text, TextTokenizer):
+        return text
     if text.digest != state.tokenizer_digest:
         raise CheckpointError(
             f"{path}: trained with another text tokenizer than is in {network.text.path}; name its own with --tokenizer"
@@ -235,7 +280,7 @@ def _checked_tokenizer(path: Path, network: NetworkConfig, state: TrainState) ->
 
 
 def export_release(export: Export, out: Path, *, is_forced: bool = False, on_bytes: OnBytes = lambda _: None) -> None:
-    """Writes the published folder, and reads it back to see that its files hold what was written.
+    """Writes what is published of a checkpoint, and reads it back to see that its files hold what was written.
 
     Args:
         export: from `open_checkpoint`.
@@ -249,57 +294,75 @@ def export_release(export: Export, out: Path, *, is_forced: bool = False, on_byt
     """
     network = export.network
     autoencoder = network.vision.weights_path
-    check_destination(out, is_forced=is_forced, num_bytes=export.num_bytes + autoencoder.stat().st_size)
-    sources = {export.source(ours, spec.dtype) for tensor, spec in export.tensors for ours, _ in tensor.rows}
-    export.stored.check_files(sources)
+    is_text = network.model.parts.has_text
+    autoencoder_bytes = autoencoder.stat().st_size
+    # A class-conditional network is written twice, with its autoencoder.
+    num_bytes = export.num_bytes + autoencoder_bytes if is_text else 2 * export.num_bytes + 3 * autoencoder_bytes
+    check_destination(out, is_forced=is_forced, num_bytes=num_bytes)
+    export.stored.check_files(
+        {
+            export.source(ours, spec.dtype, kind)
+            for kind in export.published_weights
+            for tensor, spec in export.tensors(kind)
+            for ours, _ in tensor.rows
+        }
+    )
     with conversion_folder(out) as folder:
-        write_tokenizer(network.text, export.tokenizer, folder)
         shutil.copyfile(autoencoder, folder / AE_WEIGHTS_NAME)
         _write_json(folder / AE_CONFIG_NAME, published_config(**autoencoder_sizes(network.vision)))
-        _write_json(folder / MODEL_CONFIG_NAME, _model_config(export))
-        inert = export.state.release.get("head", {})
-        _write_json(
-            folder / HEAD_CONFIG_NAME, published_head(network.head, network.model.hidden_size, network.vision, inert)
-        )
-        digests = {part: _write_part(export, part, folder, on_bytes) for part in Part}
-        for part in Part:
-            _read_back(folder, part, digests[part], on_bytes)
+        digests = (_write_folder if is_text else write_class_files)(export, folder, on_bytes)
         write_conversion_report(folder, _report(export, digests, file_digest(folder / AE_WEIGHTS_NAME)))
 
 
-def _report(export: Export, digests: Mapping[Part, dict[str, str]], autoencoder_sha256: str) -> dict[str, Any]:
-    extra, run = beyond_release(export.network.head), export.run
+def _write_folder(export: Export, folder: Path, on_bytes: OnBytes) -> dict[str, dict[str, str]]:
+    """Writes a text-to-image model but for its autoencoder; returns part -> tensor -> SHA-256."""
+    network = export.network
+    assert isinstance(export.condition, TextTokenizer)
+    write_tokenizer(network.text, export.condition, folder)
+    _write_json(folder / MODEL_CONFIG_NAME, _model_config(export, export.condition))
+    inert = export.state.release.get("head", {})
+    _write_json(
+        folder / HEAD_CONFIG_NAME, published_head(network.head, network.model.hidden_size, network.vision, inert)
+    )
+    digests = {part.value: _write_part(export, part, folder, on_bytes) for part in Part}
+    for part in Part:
+        _read_back(folder, part, digests[part.value], on_bytes)
+    return digests
+
+
+def _report(export: Export, digests: Mapping[str, dict[str, str]], autoencoder_sha256: str) -> dict[str, Any]:
+    extra, run = export.beyond_release, export.run
     return {
         "source": str(export.path),
         "step": export.state.step,
-        "weights": export.weights,
         "run": run and dataclasses.asdict(run) | {"is_finished": run.is_finished},
+        "weights": export.weights,
         "config_sha256": export.config_sha256,
         "autoencoder_sha256": autoencoder_sha256,
         "version": bitdance_scale.__version__,
         "reloaded": "every tensor, by the SHA-256 of what was written",
         "runs_in_published_pipeline": not extra,
         "unknown_to_published_pipeline": extra,
-        "tensor_sha256": {part.value: digests[part] for part in Part},
+        "tensor_sha256": digests,
     }
 
 
-def _model_config(export: Export) -> dict[str, Any]:
-    dtype = next(spec.dtype for tensor, spec in export.tensors if tensor.part is Part.BACKBONE)
-    inert = {"eos_token_id": int(export.tokenizer.turn_end_ids[0])} | export.state.release.get("model", {})
-    model, vocab_size = export.network.model, export.tokenizer.vocab_size
+def _model_config(export: Export, tokenizer: TextTokenizer) -> dict[str, Any]:
+    dtype = export.dtypes[export.weights][Part.BACKBONE]
+    inert = {"eos_token_id": int(tokenizer.turn_end_ids[0])} | export.state.release.get("model", {})
+    model, vocab_size = export.network.model, tokenizer.vocab_size
     return published_model(model, vocab_size, dtype_name(dtype), inert)
 
 
 def _write_part(export: Export, part: Part, folder: Path, on_bytes: OnBytes) -> dict[str, str]:
     """Writes the files of a part; returns name -> SHA-256 of each tensor."""
-    tensors = {tensor.name: (tensor, spec) for tensor, spec in export.tensors if tensor.part is part}
+    tensors = {tensor.name: (tensor, spec) for tensor, spec in export.tensors(export.weights) if tensor.part is part}
     files = _files({name: spec for name, (_, spec) in tensors.items()}, part)
     digests: dict[str, str] = {}
     for file, names in files.items():
         with TensorFileWriter(folder / file, {name: tensors[name][1] for name in names}) as writer:
             for name in names:
-                for values in _chunks(export, *tensors[name]):
+                for values in export.chunks(*tensors[name], export.weights):
                     writer.write(name, values)
                     on_bytes(values.nbytes)
         digests |= writer.digests
@@ -327,16 +390,6 @@ def _files(specs: Mapping[str, TensorSpec], part: Part) -> dict[str, list[str]]:
     if len(groups) == 1:
         return {PART_FILES[part]: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
-
-
-def _chunks(export: Export, tensor: PublishedTensor, spec: TensorSpec) -> Iterator[torch.Tensor]:
-    """The values of a published tensor, some rows at a time."""
-    # Read in the stored dtype, which is at most four bytes wide.
-    row_bytes = max(1, torch.Size(tensor.shape[1:]).numel()) * 4
-    for ours, shared in tensor.rows:
-        stored = export.source(ours, spec.dtype)
-        for start, stop in row_chunks(shared.num_rows, row_bytes):
-            yield export.stored.read_rows(stored, shared.start + start, shared.start + stop).to(spec.dtype)
 
 
 def _read_back(folder: Path, part: Part, digests: Mapping[str, str], on_bytes: OnBytes) -> None:

@@ -27,6 +27,7 @@ from bitdance_scale.weight_files import (
     check_tensors,
     encode_header,
     read_folder_headers,
+    read_header,
     read_single_header,
     refuse,
 )
@@ -43,9 +44,28 @@ _CHUNK_BYTES = 64 * 2**20
 
 def row_chunks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of the rows of a tensor that are read at a time: 64 MiB, or one row."""
-    step = max(1, _CHUNK_BYTES // row_bytes)
+    step = max(1, _CHUNK_BYTES // max(1, row_bytes))
     for start in range(0, num_rows, step):
         yield start, min(start + step, num_rows)
+
+
+def file_digests(path: Path) -> dict[str, str]:
+    """Name -> hexadecimal SHA-256 of every tensor in a safetensors file, as the library reads it."""
+    digests = {}
+    for name, spec in read_header(path).items():
+        digest = hashlib.sha256()
+        num_rows = spec.shape[0] if spec.num_bytes else 0
+        for start, stop in row_chunks(num_rows, spec.num_bytes // max(1, num_rows)):
+            digest.update(tensor_bytes(_rows(path, name, start, stop)))
+        digests[name] = digest.hexdigest()
+    return digests
+
+
+def _rows(path: Path, name: str, start: int, stop: int) -> torch.Tensor:
+    # Opened for each part: what was read of a mapped file stays resident until the file is closed.
+    with opened(path, "fetch the folder again") as file:
+        rows: torch.Tensor = file.get_slice(name)[start:stop].clone()
+    return rows
 
 
 class PublishedTensors:
@@ -123,10 +143,7 @@ class PublishedTensors:
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows (elements of a vector) start..stop of a tensor, in its dtype, in memory of their own."""
-        # Opened for each part: what was read of a mapped file stays resident until the file is closed.
-        with opened(self._files[name], "fetch the folder again") as file:
-            rows: torch.Tensor = file.get_slice(name)[start:stop].clone()
-        return rows
+        return _rows(self._files[name], name, start, stop)
 
 
 class TensorFileWriter:

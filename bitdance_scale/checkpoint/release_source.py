@@ -1,13 +1,17 @@
-"""A folder to import, checked before anything is written: a BitDance release or a plain Qwen3."""
+"""What is imported, checked before anything is written; here a folder: a BitDance release or a plain Qwen3."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
+from bitdance_scale.checkpoint.autoencoder_source import AutoencoderSource, open_autoencoder
 from bitdance_scale.checkpoint.integrity import find_irregular
+from bitdance_scale.checkpoint.pickled_files import PickledTensors
 from bitdance_scale.checkpoint.published_files import PublishedTensors
 from bitdance_scale.checkpoint.published_names import (
     EMBEDDING,
@@ -28,12 +32,14 @@ from bitdance_scale.config.published_backbone import (
 from bitdance_scale.config.published_head import HEAD_CONFIG_NAME, inert_head_settings, read_head, time_note
 from bitdance_scale.config.schema import HeadSection, NetworkConfig, TextSection, VisionSection
 from bitdance_scale.errors import CheckpointError, ConfigError
+from bitdance_scale.sequence.condition import Condition
 from bitdance_scale.sequence.tokens import TextTokenizer, load_text_tokenizer
-from bitdance_scale.vision.autoencoder import Autoencoder, published_sizes
 from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
-from bitdance_scale.vision.weights import check_weights, config_beside
 from bitdance_scale.weight_files import TensorSpec, read_json
 from bitdance_scale.wording import first_few
+
+Tensors: TypeAlias = PublishedTensors | PickledTensors
+"""The tensors of one part, of a folder or of a file."""
 
 
 @dataclass(frozen=True)
@@ -64,58 +70,66 @@ class NewParts:
 
 @dataclass(frozen=True)
 class Source:
-    """A folder to import, checked: everything in it fits together.
+    """A folder or file to import, checked: everything in it fits together.
 
     Attributes:
-        folder: the folder.
+        path: the folder or file.
         network: the network that it becomes; its paths are those of the source.
-        tokenizer: its text tokenizer, with the added tokens.
+        condition: its text tokenizer, with the added tokens; or its classes.
         parts: the tensors that it holds; a plain Qwen3 has no head and no projector.
+        autoencoder: its autoencoder.
         new_parts: the parts that a plain Qwen3 is given; None for a release.
-        inert: what `TrainState.release` keeps of its configuration files.
-        notes: what the user should know of its configuration files, a line each.
+        inert: what `TrainState.release` keeps of it beside the dtypes.
+        notes: what the user should know of it, a line each.
+        averages: the averaged weights, likewise; empty if it has none beside `parts`.
     """
 
-    folder: Path
+    path: Path
     network: NetworkConfig
-    tokenizer: TextTokenizer
-    parts: dict[Part, PublishedTensors]
+    condition: Condition
+    parts: Mapping[Part, Tensors]
+    autoencoder: AutoencoderSource
     new_parts: NewParts | None
     inert: dict[str, object]
     notes: tuple[str, ...] = ()
+    averages: Mapping[Part, Tensors] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
-        """What the folder is: BitDance or Qwen3."""
+        """What it is: BitDance or Qwen3."""
         return "BitDance" if self.new_parts is None else "Qwen3"
+
+    @property
+    def num_new_rows(self) -> int:
+        """Rows of the embedding that the source lacks."""
+        return self.condition.num_new_entries if isinstance(self.condition, TextTokenizer) else 0
 
     @property
     def num_old_rows(self) -> int:
         """Rows of the embedding that come from the source."""
-        return self.tokenizer.vocab_size - self.tokenizer.num_new_entries
+        return self.condition.vocab_size - self.num_new_rows
 
-    def spec(self, tensor: NamedTensor) -> TensorSpec:
-        """Shape and stored dtype of one of our tensors: the source's dtype, or float32 for initial values."""
-        dtype = self.parts[tensor.part].dtype if tensor.part in self.parts else torch.float32
-        return TensorSpec(tensor.shape, dtype)
-
-    def tensors(self) -> list[tuple[NamedTensor, TensorSpec]]:
-        """All of our tensors, with shape and stored dtype."""
-        return [(tensor, self.spec(tensor)) for tensor in our_tensors(self.network, self.tokenizer.vocab_size)]
+    def tensors(self, parts: Mapping[Part, Tensors]) -> list[tuple[NamedTensor, TensorSpec]]:
+        """All of our tensors, with shape and stored dtype: that of the part, or float32 for initial values."""
+        return [
+            (tensor, TensorSpec(tensor.shape, parts[tensor.part].dtype if tensor.part in parts else torch.float32))
+            for tensor in our_tensors(self.network, self.condition.vocab_size)
+        ]
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(spec.num_bytes for _, spec in self.tensors())
+        groups = [self.parts, *([self.averages] if self.averages else [])]
+        return sum(spec.num_bytes for parts in groups for _, spec in self.tensors(parts))
 
     @property
     def num_drawn_bytes(self) -> int:
         """Bytes of initial values, which the source does not hold: head, projector and new rows of a Qwen3."""
         num_bytes = 0
-        for tensor, spec in self.tensors():
+        for tensor, spec in self.tensors(self.parts):
             if tensor.part not in self.parts:
                 num_bytes += spec.num_bytes
-            elif tensor.name in (EMBEDDING, OUTPUT):
+            elif self.num_new_rows and tensor.name in (EMBEDDING, OUTPUT):
                 num_bytes += spec.num_bytes - TensorSpec((self.num_old_rows, *tensor.shape[1:]), spec.dtype).num_bytes
         return num_bytes
 
@@ -132,14 +146,11 @@ def open_source(folder: Path, new_parts: NewParts | None) -> Source:
             was expected.
     """
     _check_files(folder)
-    autoencoder = _autoencoder_of(folder, new_parts)
+    weights = _autoencoder_of(folder, new_parts)
     config_path = folder / MODEL_CONFIG_NAME
     config = read_json(config_path)
     model = read_model(config, str(config_path))
-    ae_config = config_beside(autoencoder)
-    sizes = published_sizes(read_json(ae_config), str(ae_config))
-    with torch.device("meta"):
-        check_weights(autoencoder, Autoencoder(**sizes).state_dict())
+    autoencoder = open_autoencoder(weights)
     inert: dict[str, object] = {"model": inert_model_settings(config)}
     notes = []
     if unknown := unknown_model_keys(config):
@@ -147,7 +158,7 @@ def open_source(folder: Path, new_parts: NewParts | None) -> Source:
     if new_parts is None:
         head_path = folder / HEAD_CONFIG_NAME
         head_config = read_json(head_path)
-        head, block_side = read_head(head_config, str(head_path), model.hidden_size, sizes["num_bits"])
+        head, block_side = read_head(head_config, str(head_path), model.hidden_size, autoencoder.sizes["num_bits"])
         inert["head"] = inert_head_settings(head_config)
         notes.append(time_note(head))
     else:
@@ -155,15 +166,15 @@ def open_source(folder: Path, new_parts: NewParts | None) -> Source:
     network = NetworkConfig(
         model=model,
         head=head,
-        vision=VisionSection(weights=str(autoencoder), block_side=block_side, **sizes),
+        vision=VisionSection(weights=str(weights), block_side=block_side, **autoencoder.sizes),
         text=TextSection(kind="huggingface", path=str(folder)),
     )
     tokenizer = load_text_tokenizer(network.text, block_side**2)
     parts = {part: PublishedTensors(folder, part) for part in (Part if new_parts is None else (Part.BACKBONE,))}
     if model.tie_embeddings and PUBLISHED_OUTPUT in parts[Part.BACKBONE].found:
         _check_tied(parts[Part.BACKBONE])
-    source = Source(folder, network, tokenizer, parts, new_parts, inert, tuple(notes))
-    _check(source, config["vocab_size"])
+    source = Source(folder, network, tokenizer, parts, autoencoder, new_parts, inert, tuple(notes))
+    _check(source, tokenizer, config["vocab_size"])
     return source
 
 
@@ -228,9 +239,9 @@ def _check_tied(backbone: PublishedTensors) -> None:
         backbone.drop_copy(PUBLISHED_OUTPUT, PUBLISHED_EMBEDDING, fix)
 
 
-def _check(source: Source, num_rows: int) -> None:
+def _check(source: Source, tokenizer: TextTokenizer, num_rows: int) -> None:
     """Compares the tokenizer, the embedding and every tensor with the network."""
-    tokenizer, block_tokens, folder = source.tokenizer, source.network.vision.block_tokens, source.folder
+    block_tokens, folder = source.network.vision.block_tokens, source.path
     if source.new_parts is None:
         found, wanted = tokenizer.num_query_entries - tokenizer.num_new_entries, block_tokens - 1
         if found != wanted:

@@ -98,7 +98,7 @@ def save_checkpoint(
     folder: CheckpointFolder,
     state: StepState,
     model: Mapping[str, ShardedValue | StreamedValue],
-    optimizer: Mapping[str, ShardedValue],
+    optimizer: Mapping[str, ShardedValue | StreamedValue],
     config_text: str,
 ) -> Path:
     """Writes and commits the checkpoint of `state.step`; a collective over the folder's group.

@@ -38,7 +38,7 @@ from bitdance_scale.errors import CheckpointError
 from bitdance_scale.model.initial import named_generator
 from bitdance_scale.parallel.agreement import all_ranks, on_first_rank
 from bitdance_scale.parallel.partition import Piece, ShardedValue
-from bitdance_scale.weight_files import check_tensors
+from bitdance_scale.weight_files import PICKLED_SUFFIXES, check_tensors
 
 WHERE_AVERAGES_ARE = (
     "Checkpoints of runs with optim.average_decay have them; an import has one set of weights, which may be averages"
@@ -247,8 +247,10 @@ def _find(where: Path) -> Path | None:
         return where
     if _checkpoints(where).is_dir():
         return None
-    if (where / MODEL_CONFIG_NAME).is_file():
-        fix = f"it is a Hugging Face folder: import it first with `bitdance import {where} OUT`"
+    is_folder = (where / MODEL_CONFIG_NAME).is_file()
+    if is_folder or (where.suffix in PICKLED_SUFFIXES and where.is_file()):
+        what = "a Hugging Face folder" if is_folder else "a published file"
+        fix = f"it is {what}: import it first with `bitdance import {where} OUT`"
     else:
         fix = "name a run folder, an imported release or one checkpoint of them (checkpoints/step_...)"
     raise CheckpointError(f"{where}: no checkpoint is there; {fix}")

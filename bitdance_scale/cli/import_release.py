@@ -1,7 +1,9 @@
-"""Makes a checkpoint of released weights: of a published BitDance folder, or of a Qwen3 folder to pretrain from.
+"""Makes a checkpoint of released weights: of a published BitDance, or of a Qwen3 folder to pretrain from.
 
     bitdance import BitDance-14B-16x imported
     bitdance import Qwen3-14B imported --autoencoder BitDance-Tokenizer/ae_d16c32.safetensors
+    bitdance import BitDance_B_4x.pt imported                     # a class-conditional network
+    bitdance import ae_d16c32.pt autoencoder                      # an autoencoder by itself
 
 A Qwen3 gets the resolution and query tokens (new embedding rows: the mean of the old ones plus small noise), a
 diffusion head and a projector with initial values, and the autoencoder whose weights file is named (`ae_config.json`,
@@ -10,7 +12,9 @@ layout:
 
     bitdance train CONFIG run.start_from=imported text.path=imported/tokenizer vision.weights=imported/ae.safetensors
 
-Weights are copied part by part, so memory does not grow with the model. docs/interchange.md says more.
+A `.pt` file is read as tensors alone. Of a class-conditional one, `model` becomes the weights and `ema` the averages of
+the checkpoint; a file with one of them gives the weights. An autoencoder by itself becomes ae.safetensors and
+ae_config.json. Weights are copied part by part, so memory does not grow with the model. docs/interchange.md says more.
 """
 
 from __future__ import annotations
@@ -19,22 +23,39 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bitdance_scale.cli.command import CommandParser, run_command
+from bitdance_scale.errors import ConfigError
 from bitdance_scale.train.process import EXIT_COMPLETE
 from bitdance_scale.wording import file_size
 
-_NEW_PARTS = ("autoencoder", "block_side", "seed", "head_width", "head_blocks", "head_adaln")
+if TYPE_CHECKING:
+    from bitdance_scale.checkpoint.pickled_files import PickledFile
+    from bitdance_scale.checkpoint.release_source import Source
+
+_CLASS_OPTIONS = ("weights", "config")
+_QWEN3_PARTS = ("block_side", "seed", "head_width", "head_blocks", "head_adaln")
+_NEW_PARTS = ("autoencoder", *_QWEN3_PARTS)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """The command line; returns the exit code."""
     parser = CommandParser(prog, __doc__)
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="published BitDance folder, or Qwen3 folder")
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="published BitDance folder or .pt file, or Qwen3 folder"
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     parser.add_argument("--force", action="store_true", help="replace an earlier import at OUT")
+    parser.add_argument(
+        "--autoencoder",
+        type=Path,
+        help="weights file of the vision tokenizer, for a Qwen3 folder or a class-conditional file without one",
+    )
+    classes = parser.add_argument_group("for a class-conditional .pt file")
+    classes.add_argument("--weights", choices=("trained", "averaged"), help="only these weights (model, or ema)")
+    classes.add_argument("--config", type=Path, help="configuration whose sizes the file must have (default: its own)")
     qwen3 = parser.add_argument_group("for a Qwen3 folder")
-    qwen3.add_argument("--autoencoder", type=Path, help="weights file of the vision tokenizer (required)")
     qwen3.add_argument("--block-side", type=int, metavar="P", help="side p of the blocks (default: 4)")
     qwen3.add_argument("--seed", type=int, help="seed of new embedding rows, head and projector (default: 0)")
     qwen3.add_argument(
@@ -48,11 +69,17 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 def _run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from bitdance_scale.checkpoint.autoencoder_source import STATE_ENTRY, import_autoencoder
     from bitdance_scale.checkpoint.import_release import import_release
-    from bitdance_scale.checkpoint.release_source import NewParts, open_source
+    from bitdance_scale.checkpoint.pickled_files import PickledFile
 
-    given = {name: value for name in _NEW_PARTS if (value := getattr(options, name)) is not None}
-    source = open_source(options.source, NewParts(**given) if given else None)
+    file = PickledFile(options.source) if options.source.is_file() else None
+    if file is not None and STATE_ENTRY in file.entries:
+        _refuse_options(options, (*_CLASS_OPTIONS, *_NEW_PARTS), "an autoencoder by itself")
+        import_autoencoder(file, options.out, is_forced=options.force)
+        print(f"{options.out}: an autoencoder; name it with vision.weights={options.out}/ae.safetensors")
+        return EXIT_COMPLETE
+    source = _open(options, file)
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)
     num_bytes = 2 * source.num_bytes - source.num_drawn_bytes
@@ -60,3 +87,22 @@ def _run(options: argparse.Namespace) -> int:
         import_release(source, options.out, is_forced=options.force, on_bytes=bar.update)
     print(f"{options.out}: {file_size(source.num_bytes)}; start a run from it with run.start_from={options.out}")
     return EXIT_COMPLETE
+
+
+def _open(options: argparse.Namespace, file: PickledFile | None) -> Source:
+    """Checks what is to be imported."""
+    from bitdance_scale.checkpoint.class_source import open_class_source
+    from bitdance_scale.checkpoint.release_source import NewParts, open_source
+
+    if file is not None:
+        _refuse_options(options, _QWEN3_PARTS, "a class-conditional file")
+        return open_class_source(file, weights=options.weights, config=options.config, autoencoder=options.autoencoder)
+    _refuse_options(options, _CLASS_OPTIONS, "a folder")
+    given = {name: value for name in _NEW_PARTS if (value := getattr(options, name)) is not None}
+    return open_source(options.source, NewParts(**given) if given else None)
+
+
+def _refuse_options(options: argparse.Namespace, names: Sequence[str], what: str) -> None:
+    for name in names:
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')}: {options.source} is {what}, which has none; leave it out")

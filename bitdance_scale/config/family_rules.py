@@ -97,8 +97,8 @@ def _classes_have_no_words(config: RunConfig) -> Iterator[str]:
 def _classes_have_one_stage(config: RunConfig) -> Iterator[str]:
     """A class-conditional run has `run.stage = "pt"`.
 
-    The stages are those of text-to-image (Sec. 4.3). Class-conditional networks are trained in one go (Sec. 4.2), though a
-    run may start from the weights of another.
+    The stages are those of text-to-image (Sec. 4.3). Class-conditional networks are trained in one go (Sec. 4.2); a run
+    may start from the weights of another all the same.
     """
     if not config.model.parts.has_text and config.run.stage != "pt":
         yield f"run.stage = {config.run.stage!r}: a class-conditional network has one stage; set run.stage=pt"

@@ -32,7 +32,7 @@ HEAD_DEFAULTS: Mapping[str, object] = {
 """Values of the release's own class for keys that are missing (published release, `DiffHead`)."""
 _SIZES = ("ch_target", "ch_cond", "ch_latent", "depth_latent", "depth_adanln")
 # Keyword arguments with no influence on what the head computes.
-_INERT = ("grad_checkpointing", "diff_batch_mul")
+_INERT = ("grad_checkpointing",)
 # Keys that only this program writes and reads.
 _BEYOND_RELEASE = ("head_dim", "mlp_ratio")
 
@@ -59,6 +59,7 @@ def read_head(config: Mapping[str, Any], where: str, hidden_size: int, num_bits:
         num_adaln=config["depth_adanln"],
         head_dim=config.get("head_dim", PUBLISHED_HEAD_DIM),
         mlp_ratio=float(config.get("mlp_ratio", PUBLISHED_MLP_RATIO)),
+        diff_batch_mul=config["diff_batch_mul"],
         time_schedule=config["time_schedule"],
         time_mean=float(config["P_mean"]),
         time_std=float(config["P_std"]),
@@ -93,7 +94,7 @@ def published_head(
         "P_mean": section.time_mean,
         "P_std": section.time_std,
         "parallel_num": vision.block_tokens,
-        "diff_batch_mul": inert.get("diff_batch_mul", HEAD_DEFAULTS["diff_batch_mul"]),
+        "diff_batch_mul": section.diff_batch_mul,
         "use_swiglu": True,
     }
     return config | beyond_release(section)
@@ -150,7 +151,8 @@ def _head_problems(config: Mapping[str, Any], hidden_size: int, num_bits: int) -
     for key, (value, owner) in made_for.items():
         if config[key] != value:
             yield f"{key} = {config[key]!r}: must be {value}, {owner}"
-    for key in ("ch_latent", "depth_latent", "depth_adanln", "parallel_num", *({"head_dim"} & {*config})):
+    counts = ("ch_latent", "depth_latent", "depth_adanln", "parallel_num", "diff_batch_mul")
+    for key in (*counts, *({"head_dim"} & {*config})):
         if not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] <= 0:
             yield f"{key} = {config[key]!r}: must be a positive integer"
             return

@@ -20,13 +20,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import nn
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.model.bit_head import BitHead
 from bitdance_scale.model.diffusion_head import DiffusionHead
 from bitdance_scale.model.flow import MIN_REMAINING_TIME
+from bitdance_scale.model.heads import Head
 from bitdance_scale.sequence.noise import Purpose, generator
 
 Predict = Callable[[torch.Tensor, int], torch.Tensor]
@@ -209,17 +209,16 @@ class BlockSampler(Protocol):
         ...
 
 
-def block_sampler(head: nn.Module, solver: FlowSolver, device: torch.device) -> BlockSampler:
+def block_sampler(head: Head, solver: FlowSolver, device: torch.device) -> BlockSampler:
     """The sampler of a head; its weights must not change.
 
     Args:
-        head: a `DiffusionHead` or a `BitHead`.
+        head: of either kind.
         solver: guidance; for a diffusion head, how the flow is solved.
         device: of the head.
     """
     if isinstance(head, BitHead):
         return BitSampler(head, solver)
-    assert isinstance(head, DiffusionHead), "there are two kinds of heads"
     return FlowSampler(head, solver, device)
 
 

@@ -29,10 +29,9 @@ from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.model.bit_head import BitHead
 from bitdance_scale.model.diffusion_head import DiffusionHead
+from bitdance_scale.model.heads import make_head
 from bitdance_scale.model.inputs import PackInputs
-from bitdance_scale.model.linears import LinearFactory
 from bitdance_scale.model.positions import raster_index, sincos_2d
 from bitdance_scale.model.projector import PROJECTORS
 from bitdance_scale.parallel.backbone import RMSNorm, make_backbone, recompute, transformer_config
@@ -108,31 +107,15 @@ class Stage(nn.Module):
             config.parallel.recompute,
         )
         if self.is_last:
-            self.head = self._make_head(config, linears)
+            self.head = make_head(config, linears)
+            if config.parallel.recompute == "full" and isinstance(self.head, DiffusionHead):
+                self.head.recompute_blocks(recompute)
             if self.parts.head_cells == "learned":
                 self.head_positions = nn.Embedding(
                     config.classes.num_cells, self.hidden_size, dtype=self.config.params_dtype
                 )
             if self.parts.has_text:
                 self._make_output(whole, config.model.tie_embeddings, topology)
-
-    def _make_head(self, config: RunConfig, linears: LinearFactory) -> DiffusionHead | BitHead:
-        """What predicts the bits."""
-        vision = config.vision
-        if config.head.kind == "bitwise":
-            return BitHead(self.hidden_size, vision.num_bits, linears)
-        head = DiffusionHead(
-            config.head,
-            self.hidden_size,
-            vision.num_bits,
-            vision.block_tokens,
-            linears,
-            output=self.parts.head_output,
-            has_attention=self.parts.head_attends(vision.block_tokens),
-        )
-        if config.parallel.recompute == "full":
-            head.recompute_blocks(recompute)
-        return head
 
     def _make_output(self, megatron: TransformerConfig, is_tied: bool, topology: Topology) -> None:
         """The projection to the vocabulary."""

@@ -24,6 +24,7 @@ from PIL import Image
 
 from bitdance_scale.atomic_files import replacing, write_text
 from bitdance_scale.checkpoint.start_weights import find_checkpoint, load_start_weights
+from bitdance_scale.config.class_map import ClassLabels
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.observe.figures import image_grid
@@ -247,7 +248,8 @@ def _write_grid(drawing: Drawing, batches: list[range], config: RunConfig) -> No
     for label in range(num_classes):
         batch, place = divmod(label * drawing.per_class, drawing.batch_size)
         images.append(np.load(_part_path(drawing.out, batch), mmap_mode="r")[place])
-    image_grid(images, [str(label) for label in range(num_classes)], drawing.out / GRID_NAME, GRID_COLUMNS)
+    names = ClassLabels(config.classes).names or [str(label) for label in range(num_classes)]
+    image_grid(images, names[:num_classes], drawing.out / GRID_NAME, GRID_COLUMNS)
 
 
 def _part_path(out: Path, batch: int) -> Path:

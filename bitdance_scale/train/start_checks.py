@@ -40,6 +40,8 @@ SAME_SETTINGS = (
     ("model", "num_kv_heads"),
     ("model", "head_dim"),
     ("head", "head_dim"),
+    ("head", "kind"),
+    ("vision", "order"),
 )
 """Section and name of settings that change what the parameters compute without changing all of their shapes.
 

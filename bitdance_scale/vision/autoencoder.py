@@ -286,6 +286,40 @@ def published_sizes(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
+def deduced_sizes(shapes: Mapping[str, Sequence[int]], where: str) -> dict[str, Any]:
+    """The keyword arguments of the `Autoencoder` whose tensors have these shapes, as a pickle states no sizes.
+
+    Args:
+        shapes: published name -> shape; only those that show a size are looked at.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: one of these is missing, or no such network has shapes like them.
+    """
+    levels = {name.split(".")[2] for name in shapes if name.startswith("encoder.down.") and name.count(".") > 3}
+    norms = [f"encoder.down.{level}.block.0.norm2.weight" for level in range(len(levels))]
+    ranks = dict.fromkeys(norms, 1) | dict.fromkeys(
+        ("encoder.conv_in.weight", "encoder.conv_out.weight", "decoder.conv_in.weight"), 4
+    )
+    missing = [name for name, rank in ranks.items() if len(shapes.get(name, ())) != rank or 0 in shapes[name]]
+    if missing or not norms:
+        raise CheckpointError(
+            f"{where}: {first_few(missing or ['encoder.down.0'])} missing or of another shape; it is no published "
+            "autoencoder (encoder.* and decoder.*)"
+        )
+    channels, num_bits = shapes["encoder.conv_in.weight"][0], shapes["encoder.conv_out.weight"][0]
+    blocks = [name.split(".")[4] for name in shapes if name.startswith("encoder.down.0.block.") and name.count(".") > 5]
+    config = published_config(
+        num_bits=num_bits,
+        channels=channels,
+        channel_mult=[shapes[name][0] // channels for name in norms],
+        num_res_blocks=len(set(blocks)),
+        gan_decoder=shapes["decoder.conv_in.weight"][1] == 2 * num_bits,
+    )
+    # It has the other rules on sizes: of groups, bytes and positive numbers.
+    return published_sizes(config, where)
+
+
 def _size_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(config.get("gan_decoder", False), bool):
         yield f"gan_decoder = {config['gan_decoder']!r}: must be true or false"

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from bitdance_scale.checkpoint.class_source import open_class_source
+from bitdance_scale.checkpoint.import_release import import_release
+from bitdance_scale.checkpoint.pickled_files import PickledFile
+from bitdance_scale.checkpoint.start_weights import find_checkpoint, load_start_weights
+from bitdance_scale.config.load import dump_toml
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.flow import draw_time
 from bitdance_scale.model.inputs import make_inputs
 from bitdance_scale.sequence.noise import pack_noise
+from bitdance_scale.train.start_checks import check_start
+from bitdance_scale.vision.autoencoder import Autoencoder
 from bitdance_scale.vision.bits import unpack_bits
+from bitdance_scale.vision.tokenizer import autoencoder_sizes
 from tests.class_reference import ClassNetwork
 from tests.distributed.class_toy import CLASSES, GRID, class_config, class_packs
 from tests.distributed.layout_run import make_engine
@@ -69,8 +79,29 @@ def _to_published(ours: dict[str, torch.Tensor], config: RunConfig) -> dict[str,
     return published
 
 
-def _compare(rank: int, config: RunConfig) -> float:
-    """The largest error of a gradient relative to its norm; the losses are compared here."""
+def _start_from(folder: Path, engine: object, config: RunConfig) -> dict[str, torch.Tensor]:
+    """Fills the engine from a published file of random weights, imported; returns what the file holds."""
+    torch.manual_seed(1)
+    network = _reference(config)
+    tensors = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in network.state_dict().items()}
+    vae = Autoencoder(**autoencoder_sizes(config.vision)).state_dict()
+    published = tensors | {"query_token": tensors["query_token"][None]}
+    torch.save({"model": published | {f"vae.{name}": tensor for name, tensor in vae.items()}}, folder / "a.pt")
+    (folder / "sizes.toml").write_text(dump_toml(config.network), encoding="utf-8")
+    source = open_class_source(PickledFile(folder / "a.pt"), config=folder / "sizes.toml")
+    import_release(source, folder / "run")
+    start = check_start(find_checkpoint(folder / "run"), config)
+    values, prefix = engine.optimizer_values(), "master."
+    masters = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    load_start_weights(start.path, engine.model_values(), masters, tokenizer_digest=start.tokenizer_digest)
+    return tensors
+
+
+def _compare(rank: int, config: RunConfig, folder: Path | None = None) -> float:
+    """The largest error of a gradient relative to its norm; the losses are compared here.
+
+    With a folder the weights come from a published file that is written and imported there.
+    """
     engine, topology = make_engine(config)
     from bitdance_scale.parallel.step import accumulate_gradients, count_targets
 
@@ -79,8 +110,11 @@ def _compare(rank: int, config: RunConfig) -> float:
     num_draws = config.head.diff_batch_mul
     noise = pack_noise(pack, num_bits, 5, 0, num_draws=num_draws)
     network = _reference(config)
-    weights = {name: located.parameter.detach().clone() for name, located in engine.parameters.items()}
-    network.load_state_dict(_to_published(weights, config), strict=True)
+    if folder is None:
+        weights = {name: located.parameter.detach().clone() for name, located in engine.parameters.items()}
+        network.load_state_dict(_to_published(weights, config), strict=True)
+    else:
+        network.load_state_dict(_start_from(folder, engine, config), strict=True)
     inputs = make_inputs(pack, noise, config, topology.device)
     losses = accumulate_gradients(engine, [inputs], count_targets([inputs], topology), config.loss, topology)
 
@@ -104,3 +138,8 @@ def _compare(rank: int, config: RunConfig) -> float:
 def test_loss_and_gradients_are_those_of_the_formulas(block_side):
     # float32 in another order of summation, over four layers.
     assert run_ranks(1, _compare, class_config(block_side))[0] < 1e-5
+
+
+@pytest.mark.parametrize("block_side", [1, 2])
+def test_an_imported_file_computes_what_the_formulas_compute(tmp_path, block_side):
+    assert run_ranks(1, _compare, class_config(block_side), tmp_path)[0] < 1e-5

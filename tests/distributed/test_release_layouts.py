@@ -53,7 +53,7 @@ def _start(rank: int, started_from: Path, root: Path, parallel: dict[str, object
         data=dataclasses.replace(config.data, resolutions=resolutions),
     )
     topology = make_topology(config.parallel)
-    vocab_size = open_checkpoint(path).tokenizer.vocab_size
+    vocab_size = open_checkpoint(path).condition.vocab_size
     engine = build_engine(config, vocab_size, topology)
     model, optimizer = engine.model_values(), engine.optimizer_values()
     digest = state.tokenizer_digest

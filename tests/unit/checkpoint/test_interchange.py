@@ -207,7 +207,7 @@ class TestQwen3:
     def test_head_and_projector_start_as_in_a_run_of_the_seed(self, tmp_path, autoencoder):
         source = open_source(write_plain_qwen3(tmp_path / "qwen3"), new_parts(autoencoder, seed=7))
         import_release(source, tmp_path / "run")
-        for tensor in our_tensors(source.network, source.tokenizer.vocab_size):
+        for tensor in our_tensors(source.network, source.condition.vocab_size):
             if tensor.part is not Part.BACKBONE:
                 wanted = draw_initial(tensor.name, tensor.shape, 7, source.network.model.init_std, "cpu")
                 assert torch.equal(whole(tmp_path / "run", tensor.name), wanted), tensor.name

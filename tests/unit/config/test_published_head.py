@@ -42,9 +42,10 @@ def test_the_models_defaults_are_the_published_head():
     assert read_head(HEAD_64X, "here", 5120, 32) == (PT_14B.head, 8)
 
 
-def test_settings_without_influence_are_kept():
+def test_draws_per_block_and_settings_without_influence_are_kept():
     config = HEAD_64X | {"diff_batch_mul": 4, "grad_checkpointing": True}
     section, side = read_head(config, "here", 5120, 32)
+    assert section == dataclasses.replace(PT_14B.head, diff_batch_mul=4)
     vision = dataclasses.replace(PT_14B.vision, block_side=side)
     assert published_head(section, 5120, vision, inert_head_settings(config)) == config
 
@@ -55,6 +56,7 @@ def test_settings_without_influence_are_kept():
         ({"ch_target": 16}, "ch_target = 16: must be 32, the autoencoder's bits"),
         ({"ch_cond": 4096}, "ch_cond = 4096: must be 5120, the backbone's hidden_size"),
         ({"depth_latent": "6"}, "depth_latent = '6': must be a positive integer"),
+        ({"diff_batch_mul": 0}, "diff_batch_mul = 0: must be a positive integer"),
         ({"parallel_num": 32}, "parallel_num = 32: must be a square"),
         ({"use_swiglu": False}, "use_swiglu = False"),
         ({"time_shift": 0.0}, "time_shift = 0.0: must be a number above 0"),
@@ -79,6 +81,7 @@ RELEASE_DEFAULTS = [
     ("time_schedule", "time_schedule", "logit_normal"),
     ("P_mean", "time_mean", 0.0),
     ("P_std", "time_std", 1.0),
+    ("diff_batch_mul", "diff_batch_mul", 1),
 ]
 
 
