@@ -16,7 +16,7 @@ from bitdance_scale.checkpoint.run_checkpoint import (
     read_run_section,
     read_state,
 )
-from bitdance_scale.checkpoint.start_weights import NewQueries, check_network, start_files
+from bitdance_scale.checkpoint.start_weights import NewQueries, check_network, start_files, start_prefix
 from bitdance_scale.checkpoint.tensor_index import read_index
 from bitdance_scale.config.kinds import AnyConfig
 from bitdance_scale.config.load import load_network
@@ -81,8 +81,8 @@ def check_start(path: Path, config: RunConfig, vision_digest: str = "") -> Start
             trained with another vision tokenizer, unless `run.start_from_any` is set.
     """
     is_partial = is_remote(config.run.start_from)
-    files = start_files(path, read_index(path / TENSORS_DIR), config.run.start_weights)
-    state = read_state(path, files if is_partial else None)
+    weights = config.run.start_weights
+    state = read_state(path, start_files(path, read_index(path / TENSORS_DIR), weights) if is_partial else None)
     network = load_network(path / CONFIG_NAME)
     if not config.run.start_from_any:
         _check_order(path, state, config)
@@ -102,7 +102,9 @@ def check_start(path: Path, config: RunConfig, vision_digest: str = "") -> Start
     _check_meaning(path, network, config)
     condition = load_condition(config, old**2)
     expected = dataclasses.replace(config.network, vision=dataclasses.replace(config.vision, block_side=old))
-    check_network(path, read_index(path / TENSORS_DIR), expected, condition.vocab_size)
+    index = read_index(path / TENSORS_DIR)
+    check_network(path, index, expected, condition.vocab_size)
+    start_prefix(path, index, weights)
     new_queries = None
     if old != new:
         new_queries = NewQueries(

@@ -321,7 +321,7 @@ class TextToImageJob(Job):
             is_partial=start.is_partial,
         )
         self._engine.restart_averages()
-        logger.info("started from the %s weights of %s", self.config.run.start_weights, start.path)
+        logger.info("started from the weights of %s (%s)", start.path, self.config.run.start_weights)
 
     def _prepare(self, packs: Sequence[Pack], step: int) -> list[PackInputs]:
         """The micro-batches of a step on the device; called in the feed's thread."""

@@ -171,14 +171,16 @@ def test_averages_change_nothing_that_is_trained_and_resume_exactly(shards: Path
     assert plain.keys() < whole.keys() == resumed.keys()
     assert all(torch.equal(plain[name], whole[name]) for name in plain)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    # A run that begins to average begins with its weights; a folder that has no weights yet gets those that are chosen.
-    settings = (*AVERAGED, "run.steps=4", "run.output_weights=trained", f"run.output={tmp_path / 'again'}")
-    assert run_tokenizer(small_config(shards, tmp_path / "plain", *settings)) == 0
+    # A run that begins to average begins with its weights. When it is complete, it writes others where none are.
+    settings = (*AVERAGED, "run.steps=4")
+    for changes in ((), ("run.output_weights=trained", f"run.output={tmp_path / 'again'}")):
+        assert run_tokenizer(small_config(shards, tmp_path / "plain", *settings, *changes)) == 0
     last = stored_tensors(tmp_path / "plain", 4)
     begun = averaged_once(part(plain, "model."), part(last, "model."))
     assert_close(part(last, "optimizer.average."), begun)
-    published = load_file(tmp_path / "again" / "ae.safetensors")
-    assert all(torch.equal(published[name], value) for name, value in part(last, "model.").items())
+    for folder, prefix in (("plain/weights", "optimizer.average."), ("again", "model.")):
+        published = load_file(tmp_path / folder / "ae.safetensors")
+        assert all(torch.equal(published[name], value) for name, value in part(last, prefix).items())
 
 
 def test_psnr_by_hand():
