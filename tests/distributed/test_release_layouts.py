@@ -113,6 +113,7 @@ def test_a_chain_of_layouts_gives_the_release_back(tmp_path):
     _same_bytes(source, _export(tmp_path / "c", tmp_path / "out"))
 
 
+@pytest.mark.large
 def test_a_class_conditional_file_comes_back_from_a_run_with_averages(tmp_path):
     """In bfloat16, where the float32 values live on in the masters and the averages, divided between two ranks."""
     content = class_file_content()
