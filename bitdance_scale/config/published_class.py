@@ -150,9 +150,12 @@ def _shape_problems(shapes: Shapes) -> Iterator[str]:
     hidden = shapes["norm.weight"][0]
     if hidden % CLASS_HEAD_DIM:
         yield f"norm.weight has {hidden} channels, expected a multiple of {CLASS_HEAD_DIM}, the channels of a head"
-    for name in ("head.net.input_proj.weight",):
-        if shapes[name][0] % CLASS_HEAD_DIM:
-            yield f"{name} has {shapes[name][0]} rows, expected a multiple of {CLASS_HEAD_DIM}, the channels of a head"
+    width = shapes["head.net.input_proj.weight"][0]
+    if width % CLASS_HEAD_DIM:
+        yield (
+            f"head.net.input_proj.weight has {width} rows, expected a multiple of {CLASS_HEAD_DIM}, the channels of a "
+            "head"
+        )
     if shapes["cls_embedding.weight"][1] % hidden:
         yield (
             f"cls_embedding.weight has shape {list(shapes['cls_embedding.weight'])}, expected rows of a multiple of "

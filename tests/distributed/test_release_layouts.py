@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bitdance_scale.checkpoint.class_source import open_class_source
 from bitdance_scale.checkpoint.export_release import export_release, open_checkpoint
 from bitdance_scale.checkpoint.import_release import import_release
+from bitdance_scale.checkpoint.pickled_files import PickledFile
 from bitdance_scale.checkpoint.release_source import open_source
 from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME, read_state
 from bitdance_scale.checkpoint.start_weights import find_checkpoint
@@ -19,7 +21,7 @@ from bitdance_scale.config.load import load_network
 from bitdance_scale.config.schema import HeadSection
 from tests.distributed.spawn import run_ranks
 from tests.distributed.toy import toy_config
-from tests.released import write_published
+from tests.released import class_file_content, write_published
 
 # Four heads, so that four tensor-parallel ranks can share them.
 HEAD = HeadSection(width=128, num_blocks=2, num_adaln=1, head_dim=32)
@@ -50,6 +52,7 @@ def _start(rank: int, started_from: Path, root: Path, parallel: dict[str, object
     config = dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, dtype=dtype),
+        optim=dataclasses.replace(config.optim, average_decay=0.0 if network.model.parts.has_text else 0.9),
         data=dataclasses.replace(config.data, resolutions=resolutions),
     )
     topology = make_topology(config.parallel)
@@ -64,6 +67,7 @@ def _start(rank: int, started_from: Path, root: Path, parallel: dict[str, object
         prefix = "master."
         masters = {name.removeprefix(prefix): v for name, v in optimizer.items() if name.startswith(prefix)}
         release = load_start_weights(path, model, masters, tokenizer_digest=digest)
+        engine.restart_averages()
     new_state = dataclasses.replace(state, release=release)
     save_checkpoint(CheckpointFolder(root, keep=1), new_state, model, optimizer, dump_toml(config))
     return engine.stages[0].padded_vocab_size - vocab_size
@@ -107,3 +111,17 @@ def test_a_chain_of_layouts_gives_the_release_back(tmp_path):
     run_ranks(2, _start, tmp_path / "a", tmp_path / "b", {"pipeline": 2}, "float32", True)
     run_ranks(3, _start, tmp_path / "b", tmp_path / "c", {"zero_stage": 3}, "bfloat16", False)
     _same_bytes(source, _export(tmp_path / "c", tmp_path / "out"))
+
+
+@pytest.mark.large
+def test_a_class_conditional_file_comes_back_from_a_run_with_averages(tmp_path):
+    """In bfloat16, where the float32 values live on in the masters and the averages, divided between two ranks."""
+    content = class_file_content()
+    torch.save({"model": content}, tmp_path / "a.pt")
+    import_release(open_class_source(PickledFile(tmp_path / "a.pt")), tmp_path / "imported")
+    run_ranks(2, _start, tmp_path / "imported", tmp_path / "run", {"zero_stage": 1}, "bfloat16", False)
+    found = torch.load(_export(tmp_path / "run", tmp_path / "out") / "model.pt", weights_only=True)
+    assert {*found} == {"model", "ema"}
+    for tensors in found.values():
+        assert {*tensors} == {*content}
+        assert [name for name, tensor in content.items() if not torch.equal(tensors[name], tensor)] == []
