@@ -91,7 +91,7 @@ class Drawer:
         start = on_first_rank(lambda: check_start(checkpoint, replace(config, run=run), digest))
         self._model = StillModel(config, self._condition.vocab_size, topology)
         load_start_weights(
-            checkpoint, self._model.model_values(), {}, tokenizer_digest=start.tokenizer_digest, weights=weights
+            checkpoint, self._model.model_values(), None, tokenizer_digest=start.tokenizer_digest, weights=weights
         )
 
     def draw(self, numbers: range) -> np.ndarray | None:
