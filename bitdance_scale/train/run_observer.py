@@ -1,4 +1,4 @@
-"""What a text-to-image run shows: its summary, metrics, sample grids, one page of plots, and the table at its end."""
+"""What a run of a network that draws shows: its summary, metrics, sample grids, one page of plots, and the table at its end."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class RunObserver(RunSinks):
             resumed_step=resumed_step,
             kinds=_KINDS,
         )
-        self._prompts = config.sample.prompts
+        self._prompts, self._has_text = config.sample.prompts, config.model.parts.has_text
         self._last_step, self._drawn_step = resumed_step, -1
 
     def close(self) -> None:
@@ -84,7 +84,7 @@ class RunObserver(RunSinks):
         self.write_step(
             metrics,
             metrics.loss,
-            {"vision": metrics.loss_vision, "text": metrics.loss_text},
+            {"vision": metrics.loss_vision} | ({"text": metrics.loss_text} if self._has_text else {}),
             grad_norm=metrics.grad_norm,
             images_per_s=metrics.images_per_s,
             step_s=metrics.step_s,
@@ -99,12 +99,12 @@ class RunObserver(RunSinks):
         by_resolution = ", ".join(f"{side} px {loss:.4f}" for side, loss in evaluation.vision_by_resolution.items())
         by_time = " ".join(f"{loss:.3f}" for loss in evaluation.vision_by_time)
         logger.info(
-            "held out after step %d: vision %.4f (%s; by flow time %s), text %.4f",
+            "held out after step %d: vision %.4f (%s; by flow time %s)%s",
             evaluation.step,
             evaluation.vision,
             by_resolution,
             by_time,
-            evaluation.text,
+            f", text {evaluation.text:.4f}" if self._has_text else "",
         )
         self._last_step = evaluation.step
         self._draw_overview()
