@@ -1,4 +1,4 @@
-"""What a run of a network that draws shows: summary, metrics, sample grids, one page of plots, and a last table.
+"""What a run of a network that draws shows: summary, metrics, sample grids, one page of plots, and a last table."""
 
 from __future__ import annotations
 
