@@ -126,7 +126,7 @@ def check_network(path: Path, index: TensorIndex, network: NetworkConfig, vocab_
 def load_start_weights(
     path: Path,
     model: Mapping[str, ShardedValue],
-    masters: Mapping[str, ShardedValue],
+    masters: Mapping[str, ShardedValue] | None,
     *,
     tokenizer_digest: str,
     weights: str = "trained",
@@ -142,7 +142,7 @@ def load_start_weights(
     Args:
         path: a committed checkpoint.
         model: what this rank holds of the parameters, by global name, in any dtype.
-        masters: what this rank holds of their float32 masters.
+        masters: what this rank holds of their float32 masters; None: a model that is not trained, on all ranks.
         tokenizer_digest: of the text tokenizer that the checkpoint must have been trained with.
         weights: `run.start_weights`: trained or averaged.
         new_queries: query tokens that the checkpoint lacks; None: none.
@@ -164,12 +164,14 @@ def load_start_weights(
     read = functools.partial(read_fitting_state, path, tokenizer_digest, tensor_files=files)
     state = on_first_rank(read, group, other=CheckpointError)
     for values, is_verified in ((model, False), (masters, True)):
+        if values is None:
+            continue
         wanted = {prefix + name: _known_rows(name, value, new_queries) for name, value in values.items()}
         load_sharded(tensors, wanted, group, prefix=prefix, converts_dtype=True, is_verified=is_verified)
     if new_queries is not None:
         # Every rank reads these few rows itself. The files were read just before, so only a device can fail here.
         with all_ranks(group, other=CheckpointError):
-            _fill_new_rows(StoredTensors(tensors), prefix, (model, masters), new_queries)
+            _fill_new_rows(StoredTensors(tensors), prefix, (model, masters or {}), new_queries)
     return state.release
 
 

@@ -48,5 +48,5 @@ def load_still_run(config: RunConfig, checkpoint: Path, weights: str, topology: 
     digest = on_first_rank(lambda: vision_digest(config.vision))
     start = on_first_rank(lambda: check_start(checkpoint, replace(config, run=run), digest))
     model = StillModel(config, condition.vocab_size, topology)
-    load_start_weights(checkpoint, model.model_values(), {}, tokenizer_digest=start.tokenizer_digest, weights=weights)
+    load_start_weights(checkpoint, model.model_values(), None, tokenizer_digest=start.tokenizer_digest, weights=weights)
     return StillRun(condition, vision, model)
