@@ -141,7 +141,13 @@ def _check_histogram(config_file: Path, tmp_path: Path, settings: list[str]) -> 
     """The head's predictions of held-out images gather at the bits as the noise goes."""
     _write_shard(tmp_path / "held_out.tar", ["green", "blue", "red"] * 4)
     out = tmp_path / "histogram.png"
-    options = [f"--out={out}", "--times=0.05,0.95", f"evaluate.shards=['{tmp_path}/held_out.tar']", *settings]
+    options = [
+        f"--out={out}",
+        "--nproc=1",
+        "--times=0.05,0.95",
+        f"evaluate.shards=['{tmp_path}/held_out.tar']",
+        *settings,
+    ]
     _python(tmp_path, "-m", "bitdance_scale.cli.histogram", str(config_file), *options, "evaluate.images=12")
     assert Image.open(out).format == "PNG"
     early, late = json.loads(out.with_suffix(".json").read_text())["times"]
