@@ -2,10 +2,10 @@
 
     PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/class_drawing.py [--preset b] [--steps 100] [--batch 1]
 
-The networks are the shipped recipes `imagenet_{b,l,h}_{1x,4x,16x}` with random weights: 256 px, 16 x 16 tokens,
-guidance, keys and values kept. They take turns, so that other programs on the machine disturb all alike. The autoencoder is left
-out: it costs the same for all of them. On a GPU, `--dtype bfloat16 --batch 64` is the paper's case (arXiv 2602.14041
-Table 3: B-4x 24.18 and B-16x 90.26 images/s on an A100, a ratio of 3.7).
+The networks are those of the shipped recipes `imagenet_{b,l,h}_{1x,4x,16x}` with random weights: 256 px, 16 x 16
+tokens, guidance, keys and values kept. They take turns, so that other programs on the machine disturb all alike. The
+autoencoder is left out: it costs the same for all of them. On a GPU, `--dtype bfloat16 --batch 64` is the paper's case
+(arXiv 2602.14041 Table 3: B-4x 24.18 and B-16x 90.26 images/s on an A100, a ratio of 3.7).
 """
 
 from __future__ import annotations
