@@ -151,7 +151,7 @@ def _check_histogram(config_file: Path, tmp_path: Path, settings: list[str]) -> 
     _python(tmp_path, "-m", "bitdance_scale.cli.histogram", str(config_file), *options, "evaluate.images=12")
     assert Image.open(out).format == "PNG"
     early, late = json.loads(out.with_suffix(".json").read_text())["times"]
-    assert early["predictions"] == late["predictions"] == 12 * 64 * 32
+    assert early["predictions"] == late["predictions"] == 12 * 64 * 16
     assert (early["time"], late["time"]) == (0.05, 0.95)
     assert late["near_share"] > early["near_share"] and late["near_share"] > 0.5
 
