@@ -9,16 +9,14 @@ the batches between them, and a job that was stopped goes on where it was.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from bitdance_scale.cli.command import CommandParser, positive, run_command
-from bitdance_scale.cli.launch import add_rank_arguments, check_rank_options, launch, read_ranks
+from bitdance_scale.cli.launch import add_rank_arguments, find_replicas, launch
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.named_files import check_named_files
 from bitdance_scale.config.rules import check
-from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
 
 
@@ -48,30 +46,16 @@ def _run(options: argparse.Namespace) -> int:
         )
     check_named_files(config, reads_text=False)
     where = options.where or str(Path(config.run.root) / config.run.name)
-    if "RANK" not in os.environ:
-        check_rank_options(options)
-        ranks = read_ranks(options)
-        _check_layout(config, ranks.world_size)
-        if ranks.world_size > 1:
-            values = [f"--out={options.out}", f"--from={where}"]
-            values += [f"--per-class={options.per_class}", f"--batch-size={options.batch_size}"]
-            command = [options.config, *options.overrides, *values, *(["--images"] if options.images else [])]
-            return launch(ranks, "bitdance_scale.cli.draw_classes", command)
-    else:
-        _check_layout(config, int(os.environ["WORLD_SIZE"]))
+    _, starting = find_replicas(options, config.parallel)
+    if starting is not None:
+        values = [f"--out={options.out}", f"--from={where}"]
+        values += [f"--per-class={options.per_class}", f"--batch-size={options.batch_size}"]
+        command = [options.config, *options.overrides, *values, *(["--images"] if options.images else [])]
+        return launch(starting, "bitdance_scale.cli.draw_classes", command)
     # Imported late: torch takes seconds, and a refused configuration should not wait for it.
     from bitdance_scale.train.draw_classes import Drawing, run_draw
 
     return run_draw(config, Drawing(options.out, where, options.per_class, options.batch_size, options.images))
-
-
-def _check_layout(config: RunConfig, num_ranks: int) -> None:
-    size = config.parallel.tensor * config.parallel.pipeline
-    if num_ranks % size:
-        raise ConfigError(
-            f"{num_ranks} ranks: must be a multiple of parallel.tensor x parallel.pipeline = {size}; start {size} or a "
-            "multiple, or set parallel.tensor=1 parallel.pipeline=1"
-        )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 
 from bitdance_scale import errors
 from bitdance_scale.cli.command import CommandParser, positive
+from bitdance_scale.config.schema import ParallelSection
 from bitdance_scale.errors import BitDanceError, ConfigError
 from bitdance_scale.train.process import (
     EXIT_HUNG,
@@ -103,6 +104,35 @@ def read_ranks(options: argparse.Namespace) -> Ranks:
     """The ranks that checked options ask for; GPUs are counted where they do not say how many processes."""
     num_processes = options.nproc or _count_gpus() or 1
     return Ranks(num_processes, options.nnodes, options.node_rank, options.rdzv_endpoint)
+
+
+def find_replicas(options: argparse.Namespace, section: ParallelSection) -> tuple[int, Ranks | None]:
+    """The ranks of a command that uses a trained network, which may be any number of whole replicas.
+
+    Args:
+        options: of the command.
+        section: layout of a replica.
+
+    Returns:
+        (ranks of the job, those that this process is to start); the second is None in a rank, and where this process is
+        the only one.
+
+    Raises:
+        ConfigError: the options do not fit together, or the ranks are no whole replicas.
+    """
+    if "RANK" in os.environ:
+        num_ranks, starting = int(os.environ["WORLD_SIZE"]), None
+    else:
+        check_rank_options(options)
+        ranks = read_ranks(options)
+        num_ranks, starting = ranks.world_size, ranks if ranks.world_size > 1 else None
+    size = section.tensor * section.pipeline
+    if num_ranks % size:
+        raise ConfigError(
+            f"{num_ranks} ranks: must be a multiple of parallel.tensor x parallel.pipeline = {size}; start {size} or a "
+            "multiple, or set parallel.tensor=1 parallel.pipeline=1"
+        )
+    return num_ranks, starting
 
 
 def _count_gpus() -> int:

@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, Command] = {
     "encode": Command("encode the images of a run once, for all epochs", "encode_shards"),
     "pack-length": Command("find the length of packs that wastes least", "pack_length"),
     "memory": Command("say what a run needs in memory, rank by rank", "memory"),
+    "histogram": Command("draw how the head's predictions of held-out images are distributed", "histogram"),
     "plot": Command("draw the page of a run, or of several", "plot_run"),
     "check": Command("check a configuration against all rules", "check"),
     "config": Command("print a configuration, explain a setting, list what is shipped", "config"),

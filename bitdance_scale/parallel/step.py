@@ -19,6 +19,7 @@ from bitdance_scale.config.schema import LossSection
 from bitdance_scale.model.flow import combine_losses
 from bitdance_scale.model.inputs import PackInputs
 from bitdance_scale.parallel.step_trace import StepTrace, tracing
+from bitdance_scale.parallel.still_model import StageHolder
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import StepOutcome, ZeroEngine
 from bitdance_scale.phases import Phase, phase
@@ -117,12 +118,12 @@ def train_step(
 
 
 @torch.no_grad()
-def forward_only(engine: ZeroEngine, batch: Sequence[PackInputs], topology: Topology) -> list[torch.Tensor]:
+def forward_only(model: StageHolder, batch: Sequence[PackInputs], topology: Topology) -> list[torch.Tensor]:
     """What the last stage returns for every micro-batch of this replica, without gradients; [] on other stages."""
-    if engine.tied is not None:
-        engine.tied.share_weight()
+    if model.tied is not None:
+        model.tied.share_weight()
     if topology.pipeline_size == 1:
-        return [engine.stages[0](inputs) for inputs in batch]
+        return [model.stages[0](inputs) for inputs in batch]
 
     def keep_output(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return output[0], output.new_zeros((), dtype=torch.int), output
@@ -132,8 +133,8 @@ def forward_only(engine: ZeroEngine, batch: Sequence[PackInputs], topology: Topo
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(batch) for _ in engine.stages],
-        model=engine.stages,
+        data_iterator=[iter(batch) for _ in model.stages],
+        model=model.stages,
         num_microbatches=len(batch),
         seq_length=0,  # unused, as in training
         micro_batch_size=1,

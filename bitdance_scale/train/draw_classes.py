@@ -15,7 +15,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,18 @@ import numpy as np
 from PIL import Image
 
 from bitdance_scale.atomic_files import replacing, write_text
-from bitdance_scale.checkpoint.start_weights import find_checkpoint, load_start_weights
+from bitdance_scale.checkpoint.start_weights import find_checkpoint
 from bitdance_scale.config.class_map import ClassLabels
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.observe.figures import image_grid
 from bitdance_scale.parallel.agreement import all_ranks, any_rank, on_first_rank
-from bitdance_scale.parallel.still_model import StillModel
 from bitdance_scale.parallel.topology import Topology
-from bitdance_scale.sequence.condition import load_condition
 from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopRequest
 from bitdance_scale.train.run import joined_ranks
 from bitdance_scale.train.sampling import draw_batch, sample_grid
-from bitdance_scale.train.start_checks import check_start
+from bitdance_scale.train.still_run import load_still_run
 from bitdance_scale.vision.bits import pack_bits
-from bitdance_scale.vision.tokenizer import VisionTokenizer, vision_digest
 
 logger = logging.getLogger(__name__)
 
@@ -82,27 +79,17 @@ class Drawer:
 
     def __init__(self, config: RunConfig, drawing: Drawing, checkpoint: Path, topology: Topology) -> None:
         self._config, self._drawing, self._topology = config, drawing, topology
-        self._condition = load_condition(config)
-        self._vision = VisionTokenizer(config.vision, topology.device)
-        weights = config.sample.weights
-        # Any checkpoint may be drawn from, also that of a run that has not finished.
-        run = replace(config.run, start_from_any=True, start_weights=weights, start_from=str(checkpoint))
-        digest = on_first_rank(lambda: vision_digest(config.vision))
-        start = on_first_rank(lambda: check_start(checkpoint, replace(config, run=run), digest))
-        self._model = StillModel(config, self._condition.vocab_size, topology)
-        load_start_weights(
-            checkpoint, self._model.model_values(), None, tokenizer_digest=start.tokenizer_digest, weights=weights
-        )
+        self._run = load_still_run(config, checkpoint, config.sample.weights, topology)
 
     def draw(self, numbers: range) -> np.ndarray | None:
         """Images by number: uint8 [N, H, W, 3] on the first rank of the replica, None on its others."""
-        config, condition = self._config, self._condition
+        config, condition = self._config, self._run.condition
         prompts = [condition.prompt_ids(str(number // self._drawing.per_class)) for number in numbers]
-        bits = draw_batch(self._model, config, condition, prompts, list(numbers), self._topology)
+        bits = draw_batch(self._run.model, config, condition, prompts, list(numbers), self._topology)
         if not self._topology.is_reader:
             return None
         packed = pack_bits(bits.cpu().numpy())
-        return np.stack([self._vision.decode(rows, sample_grid(config)).numpy() for rows in packed])
+        return np.stack([self._run.vision.decode(rows, sample_grid(config)).numpy() for rows in packed])
 
 
 def run_draw(config: RunConfig, drawing: Drawing) -> int:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from bitdance_scale.config.data_schema import AugmentSection
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.flow import draw_time
-from bitdance_scale.model.inputs import make_inputs
+from bitdance_scale.model.inputs import PackInputs, make_inputs
 from bitdance_scale.observe.metrics import Evaluation
 from bitdance_scale.parallel.step import forward_only
 from bitdance_scale.parallel.topology import Topology
@@ -60,17 +60,15 @@ class Evaluator:
         with StepReader(held_out, index, condition, vision, topology, None) as reader:
             return cls(config, [loaded.pack for loaded in reader.next_step().packs], topology)
 
+    def inputs(self) -> list[PackInputs]:
+        """This replica's micro-batches, with the same noise and flow times at every call."""
+        return self._inputs(self._noises())
+
     def evaluate(self, engine: ZeroEngine, step: int) -> Evaluation:
         """The losses of the model as it is after `step` steps; the same on all ranks."""
         config, topology = self._config, self._topology
-        noises = [
-            pack_noise(pack, config.vision.num_bits, config.evaluate.seed, 0, Purpose.EVALUATE) for pack in self._packs
-        ]
-        batch = [
-            make_inputs(pack, noise, config, topology.device, reports_blocks=True)
-            for pack, noise in zip(self._packs, noises, strict=True)
-        ]
-        outputs = forward_only(engine, batch, topology)
+        noises = self._noises()
+        outputs = forward_only(engine, self._inputs(noises), topology)
         sides = [resolution.side_px for resolution in config.data.resolutions]
         # [class, part of the time, (sum of block losses, blocks)], and the same of the text in one more class.
         totals = torch.zeros(len(sides) + 1, NUM_TIME_PARTS, 2, dtype=torch.float64)
@@ -91,6 +89,18 @@ class Evaluator:
             vision_by_time=tuple(_mean(part) for part in blocks.sum(dim=0)),
             text=_mean(text),
         )
+
+    def _noises(self) -> list[PackNoise]:
+        config = self._config
+        return [
+            pack_noise(pack, config.vision.num_bits, config.evaluate.seed, 0, Purpose.EVALUATE) for pack in self._packs
+        ]
+
+    def _inputs(self, noises: Sequence[PackNoise]) -> list[PackInputs]:
+        return [
+            make_inputs(pack, noise, self._config, self._topology.device, reports_blocks=True)
+            for pack, noise in zip(self._packs, noises, strict=True)
+        ]
 
     def _add_blocks(self, totals: torch.Tensor, pack: Pack, noise: PackNoise, losses: torch.Tensor) -> None:
         """Adds the losses of a pack's blocks where their class and their flow time are."""

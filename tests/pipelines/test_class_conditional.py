@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -106,6 +107,8 @@ def test_classes_are_drawn_in_their_colours(config_file: Path, tmp_path: Path) -
     thirds = np.array_split(grid[40:200], 3, axis=1)
     assert [int(part[:, 80:-80].mean(axis=(0, 1)).argmax()) for part in thirds] == [2, 0, 1]
 
+    _check_histogram(config_file, tmp_path, settings)
+
     # Five images of each class in batches of four, on two replicas: in order of their classes.
     out = tmp_path / "drawn"
     options = [str(config_file), f"--out={out}", "--per-class=5", "--batch-size=4", *settings]
@@ -132,6 +135,25 @@ def test_classes_are_drawn_in_their_colours(config_file: Path, tmp_path: Path) -
     assert (again[same] == images[same]).mean() > 0.95
     refused = _python(tmp_path, "-m", "bitdance_scale.cli.draw_classes", *options, "sample.seed=9", code=2)
     assert "drawn: holds another drawing, of pictures = true, not false; name another folder" in refused
+
+
+def _check_histogram(config_file: Path, tmp_path: Path, settings: list[str]) -> None:
+    """The head's predictions of held-out images gather at the bits as the noise goes."""
+    _write_shard(tmp_path / "held_out.tar", ["green", "blue", "red"] * 4)
+    out = tmp_path / "histogram.png"
+    options = [
+        f"--out={out}",
+        "--nproc=1",
+        "--times=0.05,0.95",
+        f"evaluate.shards=['{tmp_path}/held_out.tar']",
+        *settings,
+    ]
+    _python(tmp_path, "-m", "bitdance_scale.cli.histogram", str(config_file), *options, "evaluate.images=12")
+    assert Image.open(out).format == "PNG"
+    early, late = json.loads(out.with_suffix(".json").read_text())["times"]
+    assert early["predictions"] == late["predictions"] == 12 * 64 * 16
+    assert (early["time"], late["time"]) == (0.05, 0.95)
+    assert late["near_share"] > early["near_share"] and late["near_share"] > 0.5
 
 
 def _python(folder: Path, *arguments: str, code: int = 0) -> str:
