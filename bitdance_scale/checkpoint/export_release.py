@@ -255,6 +255,7 @@ def _checked_condition(path: Path, network: NetworkConfig, state: TrainState) ->
         ("model.mask", network.model.mask, "block", "lets all positions of a block see each other"),
         ("vision.order", network.vision.order, "block", "draws block by block"),
         ("head.kind", network.head.kind, "diffusion", "has a diffusion head"),
+        ("vision.latents", network.vision.latents, "bits", "draws bits"),
     ]
     for setting, value, published, what in ablations:
         if value != published:

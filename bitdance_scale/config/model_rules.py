@@ -111,24 +111,26 @@ def _head_can_be_built(config: RunConfig) -> Iterator[str]:
         yield f"head.diff_batch_mul = {head.diff_batch_mul}: head.kind = 'bitwise' draws no times; set it to 1"
 
 
-@RULES.rule("vision.num_bits")
+@RULES.rule("vision.num_bits", "vision.latents")
 def _bits_fill_bytes(config: RunConfig) -> Iterator[str]:
-    """`vision.num_bits` is a multiple of 8.
+    """`vision.num_bits` is a multiple of 8 where `vision.latents` is bits.
 
     Vision tokens are stored and sent as packed bytes.
     """
     num_bits = config.vision.num_bits
-    if num_bits % 8:
+    if config.vision.latents == "bits" and num_bits % 8:
         yield f"vision.num_bits = {num_bits}: must be a multiple of 8; use {nearest_multiples(num_bits, 8)}"
 
 
-@RULES.rule("vision.channels", "vision.channel_mult")
+@RULES.rule("vision.channels", "vision.channel_mult", "vision.latents")
 def _channels_fill_norm_groups(config: RunConfig) -> Iterator[str]:
-    """`vision.channels` times each of `vision.channel_mult` is a multiple of 32.
+    """`vision.channels` times each of `vision.channel_mult` is a multiple of 32 where `vision.latents` is bits.
 
-    The autoencoder normalises its channels in 32 groups (published release).
+    The binary autoencoder normalises its channels in 32 groups (published release).
     """
     vision = config.vision
+    if vision.latents != "bits":
+        return
     undivided = [multiplier for multiplier in vision.channel_mult if vision.channels * multiplier % _GROUP_NORM_GROUPS]
     if undivided:
         yield (
@@ -136,3 +138,26 @@ def _channels_fill_norm_groups(config: RunConfig) -> Iterator[str]:
             f"a multiple of {_GROUP_NORM_GROUPS}; use vision.channels = "
             f"{nearest_multiples(vision.channels, _GROUP_NORM_GROUPS)}"
         )
+
+
+@RULES.rule("vision.latents", "model.family", "head.kind", "vision.flip_max", "vision.gan_decoder")
+def _continuous_latents_are_real_numbers(config: RunConfig) -> Iterator[str]:
+    """With `vision.latents = "continuous"` the head is an unbounded diffusion head, and nothing is specific to bits.
+
+    Latents are no signs: a sigmoid cannot reach them, a bit-wise head cannot classify them, and flips mean nothing. An
+    AutoencoderKL has no decoder that takes noise.
+    """
+    if config.vision.latents != "continuous":
+        return
+    named = "vision.latents = 'continuous'"
+    if config.model.parts.head_output != "bits":
+        yield (
+            f"{named}: the head of model.family = {config.model.family!r} predicts values between -1 and 1; set "
+            "model.family=class_conditional, or vision.latents=bits"
+        )
+    if config.head.kind == "bitwise":
+        yield f"head.kind = 'bitwise': {named} has no bits to classify; set head.kind=diffusion"
+    if config.vision.flip_max:
+        yield f"vision.flip_max = {config.vision.flip_max}: {named} has no bits to flip; set it to 0"
+    if config.vision.gan_decoder:
+        yield f"vision.gan_decoder = true: {named} has no decoder that takes noise; set it to false"

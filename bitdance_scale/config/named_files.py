@@ -1,7 +1,7 @@
 """Files that a configuration names and without which no rank can start.
 
-The text tokenizer and the autoencoder are looked for without reading them, a class map is read, so that a job is
-refused before its ranks start.
+The text tokenizer and the autoencoder are looked for without reading them, a class map and the sizes of a VAE are read,
+so that a job is refused before its ranks start.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bitdance_scale.config.family_rules import prompt_faults
-from bitdance_scale.config.schema import RunConfig, TextSection
+from bitdance_scale.config.schema import RunConfig, TextSection, VisionSection
+from bitdance_scale.config.vae_files import read_vae_config
 from bitdance_scale.errors import ConfigError
 
 # What a Hugging Face tokenizer consists of: one file, or the two that it can be made from.
@@ -28,7 +29,7 @@ def check_named_files(config: RunConfig, *, reads_text: bool = True) -> None:
         ConfigError: one is missing, or the class map cannot be used; lists all that are.
     """
     texts = tokenizer_faults(config.text) if config.model.parts.has_text else class_map_faults(config)
-    faults = [*(texts if reads_text else ()), *autoencoder_faults(config.vision.weights_path)]
+    faults = [*(texts if reads_text else ()), *vision_faults(config.vision)]
     if faults:
         raise ConfigError("\n".join(faults))
 
@@ -57,6 +58,17 @@ def class_map_faults(config: RunConfig) -> Iterator[str]:
     """What is wrong with the class map of a run, and with the prompts that it should name."""
     try:
         yield from prompt_faults(config)
+    except ConfigError as error:
+        yield str(error)
+
+
+def vision_faults(section: VisionSection) -> Iterator[str]:
+    """What is wrong with the files of the visual tokenizer, of either kind of latents."""
+    if section.latents == "bits":
+        yield from autoencoder_faults(section.weights_path)
+        return
+    try:
+        read_vae_config(section)
     except ConfigError as error:
         yield str(error)
 

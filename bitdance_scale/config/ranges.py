@@ -146,6 +146,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "head.time_schedule": Choice(("logit_normal", "uniform")),
     "head.time_std": _POSITIVE,
     "head.time_shift": _POSITIVE,
+    "vision.latents": Choice(("bits", "continuous")),
     "vision.weights": NonEmpty(),
     "vision.num_bits": _COUNT,
     "vision.channels": _COUNT,

@@ -91,6 +91,7 @@ EFFECTS: Mapping[str, Effect] = _SHARED | {
     "head.time_mean": _TOLD,
     "head.time_std": _TOLD,
     "head.time_shift": _TOLD,
+    "vision.latents": _FIXED,
     "vision.weights": _BY_CONTENT,
     "vision.num_bits": _FIXED,
     "vision.channels": _FIXED,

@@ -175,12 +175,20 @@ class HeadSection:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionSection:
-    """The binary visual tokenizer (arXiv 2602.14041 Sec. 3.1); frozen in text-to-image training."""
+    """The visual tokenizer, binary (arXiv 2602.14041 Sec. 3.1) or continuous; frozen in text-to-image training."""
 
-    weights: str = setting(
-        doc="Autoencoder weights (safetensors, published names); `asset:` begins a path inside the package."
+    latents: str = setting(
+        "bits",
+        doc="What a vision token is: bits, or continuous, the latents of a VAE (the ablation of Table 12: "
+        "class-conditional networks only, needs diffusers, and cannot be exported).",
     )
-    num_bits: int = setting(32, doc="Bits per vision token, the latent channels of the autoencoder.")
+    weights: str = setting(
+        doc="Autoencoder weights (safetensors, published names); `asset:` begins a path inside the package. With "
+        "continuous latents the folder of an AutoencoderKL: config.json and diffusion_pytorch_model.safetensors."
+    )
+    num_bits: int = setting(
+        32, doc="Bits per vision token, or its continuous values: the latent channels of the autoencoder."
+    )
     channels: int = setting(256, doc="Base channels `ch` of the autoencoder.")
     channel_mult: tuple[int, ...] = setting(
         (1, 1, 2, 2, 4), doc="Channel multiplier per level; downsampling is 2^(levels - 1)."

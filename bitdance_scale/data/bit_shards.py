@@ -32,6 +32,7 @@ import numpy as np
 from bitdance_scale.atomic_files import replacing, write_text
 from bitdance_scale.config.data_schema import DataSection
 from bitdance_scale.config.schema import VisionSection
+from bitdance_scale.config.vae_files import tokenizer_weights_file, vae_config_file
 from bitdance_scale.data.augment import stored_recipe
 from bitdance_scale.data.checksums import checksum32
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
@@ -39,6 +40,7 @@ from bitdance_scale.data.image_decode import DECODE_VERSION
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.plan.buckets import resolution_buckets
 from bitdance_scale.errors import DataError
+from bitdance_scale.vision.codes import code_bytes
 
 FORMAT = 2
 """Of bit shards and their table. Format 1 had a column for each field, and other checksums."""
@@ -60,16 +62,15 @@ Bits = bytes | ErrorCause | None
 
 def recipe(data: DataSection, vision: VisionSection) -> dict[str, Any]:
     """Everything that decides the bits of an image, as JSON values; bits of another recipe are refused."""
-    with open(vision.weights_path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     augment = stored_recipe(data.augment)
     # Bits without augmentation have no such entry, as before there was any.
     return ({"augment": augment} if augment else {}) | {
-        "tokenizer": digest,
+        "tokenizer": _file_digest(tokenizer_weights_file(vision)),
         "num_bits": vision.num_bits,
         "block_side": vision.block_side,
         # Named where it is not the order of all earlier bit shards.
         **({} if vision.order == "block" else {"order": vision.order}),
+        **({} if vision.latents == "bits" else _latents_recipe(vision)),
         "decode": DECODE_VERSION,
         "resize": data.resize,
         "max_upscale": data.max_upscale,
@@ -80,6 +81,15 @@ def recipe(data: DataSection, vision: VisionSection) -> dict[str, Any]:
             if resolution.share > 0
         },
     }
+
+
+def _latents_recipe(vision: VisionSection) -> dict[str, Any]:
+    return {"latents": vision.latents, "tokenizer_config": _file_digest(vae_config_file(vision))}
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def recipe_sides_px(recipe: Mapping[str, Any]) -> list[int]:
@@ -211,7 +221,7 @@ class BitStore:
     def __init__(self, folder: str | Path, index: Index, recipe: Mapping[str, Any]) -> None:
         self._folder = Path(folder)
         self._index = index
-        self._token_bytes = recipe["num_bits"] // 8
+        self._token_bytes = code_bytes(recipe["num_bits"], recipe.get("latents", "bits"))
         self._num_views = recipe_views(recipe)
         path = self._folder / TABLE_NAME
         again = "Run `bitdance encode` with this configuration."
@@ -229,7 +239,8 @@ class BitStore:
             raise DataError(
                 f"data.bits_dir: {path}: of the data set with index {index_hash}, not {index.hash}. {again}"
             )
-        for name in {**recipe, "augment": None}:
+        # Entries of either: one that is only named where it is unusual differs by its absence.
+        for name in {**recipe, **found}:
             if found.get(name) != recipe.get(name):
                 raise DataError(
                     f"data.bits_dir: {path}: made with {name} = {found.get(name)}, now it is {recipe.get(name)}. "
@@ -239,7 +250,7 @@ class BitStore:
         self._shards = _OpenShards(self._folder, MAX_OPEN_SHARDS)
 
     def read(self, sample: int, side_px: int, view: int = 0) -> np.ndarray:
-        """uint8 [h * w, C / 8], the tokens of a view of a sample at a resolution, in the order of `vision.order`.
+        """uint8 [h * w, code bytes], the tokens of a view of a sample at a resolution, in the order of `vision.order`.
 
         Raises:
             SampleError: the image could not be encoded, or its bits cannot be read.

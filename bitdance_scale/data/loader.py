@@ -38,6 +38,7 @@ from bitdance_scale.errors import CheckpointError
 from bitdance_scale.sequence.condition import Condition
 from bitdance_scale.sequence.layout import pack_samples
 from bitdance_scale.sequence.pack import Pack, Sample
+from bitdance_scale.vision.codes import code_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -355,11 +356,12 @@ class Loader:
         return None if CaptionStatus.USABLE in statuses else statuses[0].error
 
     def _nothing(self, sample: Sample) -> np.ndarray:
-        """A grey image, or bits of -1, of a sample's size."""
+        """A grey image, or bits of -1 or latents of 0, of a sample's size."""
+        vision = self._config.vision
         height, width = sample.grid
         if self._bits is not None:
-            return np.zeros((height * width, self._config.vision.num_bits // 8), dtype=np.uint8)
-        cell_px = self._config.vision.downsample
+            return np.zeros((height * width, code_bytes(vision.num_bits, vision.latents)), dtype=np.uint8)
+        cell_px = vision.downsample
         return np.full((height * cell_px, width * cell_px, 3), 128, dtype=np.uint8)
 
 

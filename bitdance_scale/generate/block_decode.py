@@ -121,7 +121,7 @@ def decode_blocks(
         on_block: called after every block.
 
     Returns:
-        float32 [I, h * w, C] of -1 and 1, in the order of the sequence.
+        float32 [I, h * w, C] of -1 and 1, or continuous latents, in the order of the sequence.
     """
     model.start(layout)
     blocks: list[torch.Tensor] = []

@@ -156,7 +156,7 @@ def sample_block(
 def solve_flow(
     predict: Predict, noise_KIPC: torch.Tensor, solver: FlowSolver, guidance: float | None = None
 ) -> torch.Tensor:
-    """Solves the flow from noise to (nearly) bits.
+    """Solves the flow from noise to (nearly) bits, or to continuous latents.
 
     Args:
         predict: the head. Under guidance it is called with 2 I blocks, the same states twice, and must apply the
@@ -199,7 +199,7 @@ class BlockSampler(Protocol):
     """Draws blocks from a head; begun for every batch of images."""
 
     def draw(self, cond_BPZ: torch.Tensor, noise_KIPC: torch.Tensor, guidance: float) -> torch.Tensor:
-        """Bits of one block of each image, float32 [I, P, C] of -1 and 1.
+        """Bits of one block of each image, float32 [I, P, C] of -1 and 1, or its continuous latents.
 
         Args:
             cond_BPZ: the head's condition, of I blocks, or of 2 I under guidance.
@@ -209,28 +209,30 @@ class BlockSampler(Protocol):
         ...
 
 
-def block_sampler(head: Head, solver: FlowSolver, device: torch.device) -> BlockSampler:
+def block_sampler(head: Head, solver: FlowSolver, device: torch.device, latents: str = "bits") -> BlockSampler:
     """The sampler of a head; its weights must not change.
 
     Args:
         head: of either kind.
         solver: guidance; for a diffusion head, how the flow is solved.
         device: of the head.
+        latents: what is drawn, `vision.latents`; a bit-wise head draws bits only.
     """
     if isinstance(head, BitHead):
         return BitSampler(head, solver)
-    return FlowSampler(head, solver, device)
+    return FlowSampler(head, solver, device, latents)
 
 
 class FlowSampler:
-    """Draws blocks from a diffusion head."""
+    """Draws blocks from a diffusion head: the signs of the flow's final state, or continuous latents, the state."""
 
-    def __init__(self, head: DiffusionHead, solver: FlowSolver, device: torch.device) -> None:
+    def __init__(self, head: DiffusionHead, solver: FlowSolver, device: torch.device, latents: str = "bits") -> None:
         self._steps, self._solver = HeadSteps(head, solver, device), solver
+        self._draw = sample_block if latents == "bits" else solve_flow
 
     def draw(self, cond_BPZ: torch.Tensor, noise_KIPC: torch.Tensor, guidance: float) -> torch.Tensor:
         """As in `BlockSampler`."""
-        return sample_block(self._steps.bind(cond_BPZ), noise_KIPC, self._solver, guidance)
+        return self._draw(self._steps.bind(cond_BPZ), noise_KIPC, self._solver, guidance)
 
 
 class BitSampler:

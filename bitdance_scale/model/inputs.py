@@ -22,7 +22,7 @@ from bitdance_scale.model.positions import cell_rotary, rotary_frequencies
 from bitdance_scale.model.projector import flip_bits
 from bitdance_scale.sequence.noise import PackNoise
 from bitdance_scale.sequence.pack import Pack
-from bitdance_scale.vision.bits import unpack_bits
+from bitdance_scale.vision.codes import unpack_codes
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class PackInputs:
         token_ids: int64 [S].
         rotary: float32 [S, 1, 1, K], angles of the rotary position embedding.
         mask: who sees whom (`sequence/visibility.py`).
-        vision_positions: int64 [V]; vision_cells: int64 [V, 2]; vision_bits: [V, C] in {-1, +1}, flips applied.
+        vision_positions: int64 [V]; vision_cells: int64 [V, 2]; vision_bits: [V, C] in {-1, +1}, flips applied,
+            or continuous latents, here and below.
         predict_positions: int64 [M, P], positions whose hidden states predict a block; predict_cells: int64 [M, P, 2],
             cells of the tokens predicted; clean_bits: [M, P, C] in {-1, +1}; noise: [K M, P, C]; time: float32 [K M], K
             draws of all blocks one after the other.
@@ -69,7 +70,7 @@ def make_inputs(
     on_device = functools.partial(to_device, device=device)
     assert pack.vision_bits is not None, "the images of the pack are not encoded yet"
     size, num_bits = pack.block_tokens, config.vision.num_bits
-    bits = unpack_bits(on_device(pack.vision_bits))
+    bits = unpack_codes(on_device(pack.vision_bits), config.vision.latents)
     cells = on_device(pack.vision_cells).long()
     vision_positions, read = on_device(pack.vision_positions), on_device(pack.vision_inputs)
     flipped = flip_bits(bits, on_device(noise.flip_level), on_device(noise.flip_draw), config.vision.flip_max)

@@ -153,7 +153,9 @@ def encode_flops(section: VisionSection, num_tokens: int) -> int:
     """Forward FLOPs of the autoencoder's encoder for images of `num_tokens` vision tokens in all.
 
     Follows `vision/autoencoder.py`: 3x3 convolutions, two per residual block, a 1x1 shortcut where channels change,
-    a 3x3 stride-2 convolution between levels, residual blocks in the middle and a 1x1 projection to the bits.
+    a 3x3 stride-2 convolution between levels, residual blocks in the middle and a 1x1 projection to the bits. The
+    encoder of an AutoencoderKL differs from the middle on; the products of its attention, which grow with the square of
+    an image's tokens, are left out.
     """
     widths = [section.channels * multiplier for multiplier in section.channel_mult]
     cells = section.downsample**2
@@ -167,8 +169,17 @@ def encode_flops(section: VisionSection, num_tokens: int) -> int:
         if level + 1 < len(widths):
             cells //= 4
             weights += cells * 9 * width**2
-    weights += section.num_res_blocks * 2 * 9 * width**2 + width * section.num_bits
+    weights += _encoder_end(section, width)
     return 2 * weights * num_tokens
+
+
+def _encoder_end(section: VisionSection, width: int) -> int:
+    """Weights of the encoder's middle and end, all used once per latent cell."""
+    if section.latents == "bits":
+        return section.num_res_blocks * 2 * 9 * width**2 + width * section.num_bits
+    # Two residual blocks around an attention, then mean and variance by a 3x3 and a 1x1 convolution.
+    num_outputs = 2 * section.num_bits
+    return 2 * 2 * 9 * width**2 + 4 * width**2 + 9 * width * num_outputs + num_outputs**2
 
 
 def count_parameters(config: RunConfig, vocab_size: int) -> dict[str, int]:

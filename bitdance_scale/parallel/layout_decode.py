@@ -61,7 +61,9 @@ class StageDecoder:
         self._num_read = 0
         self._embedded: list[torch.Tensor] = []
         if self._last.is_last:
-            self._sampler = block_sampler(self._last.head, self._solver, self._topology.device)
+            self._sampler = block_sampler(
+                self._last.head, self._solver, self._topology.device, self._config.vision.latents
+            )
         rows = self._first.enter(self._first.embed_tokens(layout.prefix_ids)) if self._first.is_first else None
         self._read(rows, layout.prefix_length)
 

@@ -32,7 +32,7 @@ from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import ZeroEngine
 from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.sequence.pack import Pack
-from bitdance_scale.vision.tokenizer import make_autoencoder
+from bitdance_scale.vision.tokenizer import num_elements
 
 # The second step is measured: in the first, ZeRO-3 learns the order in which it will prefetch weights.
 _NUM_STEPS = 2
@@ -260,9 +260,7 @@ def _copy(inputs: PackInputs, log: StorageLog) -> PackInputs:
 
 
 def _tokenizer_bytes(section: VisionSection) -> int:
-    with torch.device("meta"):
-        autoencoder = make_autoencoder(section)
-    return sum(parameter.numel() * torch.float32.itemsize for parameter in autoencoder.parameters())
+    return num_elements(section) * torch.float32.itemsize
 
 
 def _be_quiet() -> None:

@@ -34,7 +34,7 @@ from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopReques
 from bitdance_scale.train.run import joined_ranks
 from bitdance_scale.train.sampling import draw_batch, sample_grid
 from bitdance_scale.train.still_run import load_still_run
-from bitdance_scale.vision.bits import pack_bits
+from bitdance_scale.vision.codes import pack_codes
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Drawer:
         bits = draw_batch(self._run.model, config, condition, prompts, list(numbers), self._topology)
         if not self._topology.is_reader:
             return None
-        packed = pack_bits(bits.cpu().numpy())
+        packed = pack_codes(bits.cpu().numpy(), config.vision.latents)
         return np.stack([self._run.vision.decode(rows, sample_grid(config)).numpy() for rows in packed])
 
 

@@ -36,6 +36,7 @@ from bitdance_scale.parallel.agreement import all_ranks, any_rank
 from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopRequest
 from bitdance_scale.train.run import joined_ranks
 from bitdance_scale.train.shared_index import training_index
+from bitdance_scale.vision.codes import agree
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,8 @@ class Encoder:
                     number = place * len(views) + view
                     start = int(table["start"][number])
                     found = content[start : start + int(table["num_bytes"][number])]
-                    if found != self._vision.encode([torch.tensor(image)])[0].tobytes():
+                    again = self._vision.encode([torch.tensor(image)])[0].tobytes()
+                    if not agree(found, again, self._config.vision.latents):
                         name = self._index.name(samples.start + place)
                         raise DataError(
                             f"{path}: sample {name} at {side_px} px: encoding it alone gives other bits than together "

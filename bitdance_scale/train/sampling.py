@@ -16,7 +16,7 @@ from bitdance_scale.parallel.still_model import StageHolder
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import ZeroEngine
 from bitdance_scale.sequence.condition import Condition
-from bitdance_scale.vision.bits import pack_bits
+from bitdance_scale.vision.codes import pack_codes
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
 # Images decoded together on one replica: bounds the key/value memory.
@@ -41,7 +41,7 @@ def draw_samples(
     for start in range(0, per_replica, MAX_BATCH):
         batch = numbers[start : start + MAX_BATCH]
         bits = draw_batch(engine, config, condition, [prompts[number] for number in batch], batch, topology)
-        mine |= dict(zip(batch, pack_bits(bits.cpu().numpy()), strict=True))
+        mine |= dict(zip(batch, pack_codes(bits.cpu().numpy(), config.vision.latents), strict=True))
     drawn: list[dict[int, np.ndarray]] = [{} for _ in range(topology.data_size)]
     dist.all_gather_object(drawn, mine, group=topology.data_group)
     if topology.rank != 0:
@@ -76,7 +76,7 @@ def draw_batch(
         topology: the ranks.
 
     Returns:
-        Bits, float32 [I, h * w, C], on all ranks of the replica.
+        Bits or continuous latents, float32 [I, h * w, C], on all ranks of the replica.
     """
     solver = configured_solver(config)
     if solver.is_guided:

@@ -42,6 +42,7 @@ SAME_SETTINGS = (
     ("head", "head_dim"),
     ("head", "kind"),
     ("vision", "order"),
+    ("vision", "latents"),
 )
 """Section and name of settings that change what the parameters compute without changing all of their shapes.
 

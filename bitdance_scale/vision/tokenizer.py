@@ -1,4 +1,4 @@
-"""Pixels to packed bits and back, with the frozen autoencoder."""
+"""Pixels to packed bits, or to continuous latents as bytes, and back, with the frozen autoencoder."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch
 from einops import rearrange
 
 from bitdance_scale.config.schema import VisionSection
+from bitdance_scale.config.vae_files import read_vae_config, tokenizer_weights_file
 from bitdance_scale.errors import DataError
 from bitdance_scale.vision.autoencoder import Autoencoder
-from bitdance_scale.vision.bits import pack_bits, unpack_bits
+from bitdance_scale.vision.codes import code_bytes, pack_codes, unpack_codes
+from bitdance_scale.vision.latents import LatentAutoencoder, num_vae_elements
 from bitdance_scale.vision.weights import check_weights, load_weights, weights_digest
 
 # Those that decide the bits, beside the weights. The decoder's kind shows in the shapes of the weights.
@@ -38,18 +40,44 @@ def vision_digest(section: VisionSection) -> str:
     `block_side` is left out because distillation changes it: it orders the bits and leaves them as they are.
 
     Raises:
-        ConfigError: the weights file is missing.
+        ConfigError: the weights file is missing; or the folder of a VAE is, or has other sizes.
         CheckpointError: it is damaged, or does not match the sizes of the section.
     """
-    with torch.device("meta"):
-        check_weights(section.weights_path, make_autoencoder(section).state_dict())
-    sizes = {name: getattr(section, name) for name in _DECISIVE_SIZES}
-    decisive = sizes | {"weights": weights_digest(section.weights_path)}
+    if section.latents == "bits":
+        with torch.device("meta"):
+            check_weights(section.weights_path, make_autoencoder(section).state_dict())
+        sizes: dict[str, Any] = {name: getattr(section, name) for name in _DECISIVE_SIZES}
+    else:
+        config = read_vae_config(section)
+        # Keys with an underscore say who wrote it.
+        sizes = {"latents": section.latents} | {name: config[name] for name in config if not name.startswith("_")}
+    decisive = sizes | {"weights": weights_digest(tokenizer_weights_file(section))}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def num_elements(section: VisionSection) -> int:
+    """Elements of all weights of a section's autoencoder; of a VAE, its file is read."""
+    if section.latents != "bits":
+        return num_vae_elements(section)
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in make_autoencoder(section).parameters())
+
+
+def _load_autoencoder(section: VisionSection, dtype: torch.dtype) -> Autoencoder | LatentAutoencoder:
+    if section.latents != "bits":
+        return LatentAutoencoder(section).to(dtype)
+    with torch.device("meta"):
+        autoencoder = make_autoencoder(section)
+    weights = load_weights(section.weights_path, autoencoder.state_dict())
+    autoencoder.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
+    return autoencoder
+
+
 class VisionTokenizer:
-    """The autoencoder of a run, loaded and frozen: uint8 images to bits, in the order of `vision.order`, and back.
+    """The autoencoder of a run, loaded and frozen: uint8 images to codes, in the order of `vision.order`, and back.
+
+    A code is the bits of a token, or its continuous latents, as bytes (`codes.py`). What is said of bits below is true
+    of continuous latents too, but that these depend on the batch by rounding.
 
     Args:
         section: sizes and weights file of the autoencoder, and the block side.
@@ -72,10 +100,7 @@ class VisionTokenizer:
         self.section = section
         self.device, self.dtype = torch.device(device), dtype
         self.max_batch_px = max_batch_px
-        with torch.device("meta"):
-            self.autoencoder = make_autoencoder(section)
-        weights = load_weights(section.weights_path, self.autoencoder.state_dict())
-        self.autoencoder.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
+        self.autoencoder = _load_autoencoder(section, dtype)
         self.autoencoder.to(self.device).eval().requires_grad_(False)
 
     def encode(self, images: Sequence[torch.Tensor]) -> list[np.ndarray]:
@@ -85,7 +110,7 @@ class VisionTokenizer:
             images: uint8 [H, W, 3] each, sides divisible by downsample * block_side.
 
         Returns:
-            One uint8 [h * w, C / 8] per image, in the order of `vision.order`: block raster,
+            One uint8 [h * w, code bytes] per image, in the order of `vision.order`: block raster,
             `(h p1) (w p2) c -> (h w p1 p2) c`, or raster.
 
         Raises:
@@ -108,7 +133,8 @@ class VisionTokenizer:
         """The image of one token grid.
 
         Args:
-            bits: in the same order; packed uint8 [h * w, C / 8], or a floating tensor [h * w, C] in {-1, +1}.
+            bits: in the same order; packed uint8 [h * w, code bytes], or a floating tensor [h * w, C], of bits -1 or
+                +1.
             grid: (h, w) in latent cells.
 
         Returns:
@@ -117,13 +143,11 @@ class VisionTokenizer:
         Raises:
             ValueError: the bits do not match the grid.
         """
-        tokens = torch.as_tensor(bits)
-        tokens = unpack_bits(tokens) if tokens.dtype == torch.uint8 else tokens.float()
-        height, width = grid
-        if tokens.shape != (height * width, self.section.num_bits):
-            raise ValueError(
-                f"bits of shape {tuple(bits.shape)} are not {self.section.num_bits} bits per cell of grid {grid}"
-            )
+        tokens, kind = torch.as_tensor(bits), self.section.latents
+        is_packed, num_values, (height, width) = tokens.dtype == torch.uint8, self.section.num_bits, grid
+        if tokens.shape != (height * width, code_bytes(num_values, kind) if is_packed else num_values):
+            raise ValueError(f"bits of shape {tuple(bits.shape)} are not {num_values} bits per cell of grid {grid}")
+        tokens = unpack_codes(tokens, kind) if is_packed else tokens.float()
         p = self.section.order_side
         latents = rearrange(tokens, "(h w p1 p2) c -> 1 c (h p1) (w p2)", h=height // p, w=width // p, p1=p, p2=p)
         pixels = self.autoencoder.decode(latents.to(self.device, self.dtype)).float()
@@ -131,11 +155,12 @@ class VisionTokenizer:
 
     @torch.no_grad()
     def _encode_batch(self, images: torch.Tensor) -> np.ndarray:
-        """uint8 [N, H, W, 3] to packed bits uint8 [N, h * w, C / 8]."""
+        """uint8 [N, H, W, 3] to codes, uint8 [N, h * w, code bytes]."""
         pixels = rearrange(images.to(self.device), "n h w c -> n c h w").float() / 127.5 - 1
         p = self.section.order_side
         bits = self.autoencoder.encode(pixels.to(self.dtype).contiguous())
-        return pack_bits(rearrange(bits, "n c (h p1) (w p2) -> n (h w p1 p2) c", p1=p, p2=p)).cpu().numpy()
+        rows = rearrange(bits, "n c (h p1) (w p2) -> n (h w p1 p2) c", p1=p, p2=p)
+        return pack_codes(rows, self.section.latents).cpu().numpy()
 
     def _checked_size(self, i: int, image: torch.Tensor) -> tuple[int, int]:
         multiple = self.section.downsample * self.section.block_side

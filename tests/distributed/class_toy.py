@@ -10,6 +10,7 @@ from bitdance_scale.config.schema import ClassesSection, RunConfig, TextSection
 from bitdance_scale.sequence.condition import load_condition
 from bitdance_scale.sequence.layout import ClassTokens, pack_samples
 from bitdance_scale.sequence.pack import Pack, Sample
+from bitdance_scale.vision.codes import pack_codes
 from tests.distributed.toy import toy_config
 
 GRID = (4, 4)
@@ -45,6 +46,19 @@ def ablated(config: RunConfig) -> RunConfig:
     )
 
 
+def continuous(config: RunConfig) -> RunConfig:
+    """The same with the ablation of Table 12: continuous latents."""
+    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, latents="continuous", flip_max=0.0))
+
+
+def random_codes(draw: np.random.Generator, config: RunConfig, num_tokens: int = GRID[0] * GRID[1]) -> np.ndarray:
+    """Codes of tokens, uint8 [num_tokens, code bytes]."""
+    if config.vision.latents == "bits":
+        return draw.integers(0, 256, (num_tokens, config.vision.num_bits // 8), dtype=np.uint8)
+    values = draw.standard_normal((num_tokens, config.vision.num_bits), dtype=np.float32)
+    return pack_codes(values, config.vision.latents)
+
+
 def class_tokens(config: RunConfig) -> ClassTokens:
     """The rows of the toy's table."""
     tokens = load_condition(config).image_tokens
@@ -65,8 +79,7 @@ def class_packs(data_rank: int, data_size: int, num_micro: int, config: RunConfi
     """This replica's micro-batches, with bits; the first packs hold more samples than the last."""
     samples, num_packs = class_samples(config), data_size * num_micro
     draw = np.random.default_rng(13)
-    shape = (GRID[0] * GRID[1], config.vision.num_bits // 8)
-    bits = [draw.integers(0, 256, size=shape, dtype=np.uint8) for _ in samples]
+    bits = [random_codes(draw, config) for _ in samples]
     owner = [int((index / len(samples)) ** 1.5 * num_packs) for index in range(len(samples))]
     packs = []
     for number in range(data_rank * num_micro, (data_rank + 1) * num_micro):

@@ -20,10 +20,19 @@ from bitdance_scale.generate.block_decode import lay_out
 from bitdance_scale.model.inputs import make_inputs
 from bitdance_scale.parallel.layout_decode import StageDecoder
 from bitdance_scale.parallel.topology import make_topology, start_process_group
+from bitdance_scale.sequence.condition import load_condition
 from bitdance_scale.sequence.layout import pack_samples
 from bitdance_scale.sequence.noise import pack_noise
-from bitdance_scale.vision.bits import pack_bits
-from tests.distributed.class_toy import GRID, ablated, class_config, class_samples, class_tokens
+from bitdance_scale.vision.codes import unpack_codes
+from tests.distributed.class_toy import (
+    GRID,
+    ablated,
+    class_config,
+    class_samples,
+    class_tokens,
+    continuous,
+    random_codes,
+)
 from tests.distributed.layout_run import RankRecord, assemble, make_engine, step_inputs, train
 from tests.distributed.spawn import run_ranks
 
@@ -147,8 +156,8 @@ def _teacher_forced(rank: int, config: RunConfig) -> tuple[torch.Tensor, torch.T
     tokens = class_tokens(config)
     sample = class_samples(config)[1]
     pack = pack_samples([sample], tokens, 1)
-    bits = torch.from_numpy(np.random.default_rng(3).integers(0, 2, (16, 8)).astype(np.float32) * 2 - 1)
-    pack = pack.with_bits(pack_bits(bits.numpy()))
+    codes = random_codes(np.random.default_rng(3), config)
+    bits, pack = torch.from_numpy(unpack_codes(codes, config.vision.latents)), pack.with_bits(codes)
     noise = pack_noise(pack, 8, 0, 0)
     still = dataclasses.replace(noise, flip_level=np.zeros_like(noise.flip_level))
     inputs = make_inputs(pack, still, config, topology.device)
@@ -169,12 +178,38 @@ def _teacher_forced(rank: int, config: RunConfig) -> tuple[torch.Tensor, torch.T
 
 
 @pytest.mark.parametrize(
-    "config", [class_config(1), class_config(2), ablated(class_config(2))], ids=["p1", "p2", "ablated"]
+    "config",
+    [class_config(1), class_config(2), ablated(class_config(2)), continuous(class_config(2))],
+    ids=["p1", "p2", "ablated", "continuous"],
 )
 def test_decoding_equals_the_teacher_forced_pack(config):
     whole, decoded = run_ranks(1, _teacher_forced, config)[0]
     # float32 rounding: the same products in batches of another size.
     torch.testing.assert_close(decoded, whole, rtol=1e-5, atol=1e-5)
+
+
+def _train_and_draw(rank: int, config: RunConfig) -> tuple[list[float], torch.Tensor]:
+    """Losses of three steps on the same packs, and two images drawn after that."""
+    engine, topology = make_engine(config)
+    from bitdance_scale.parallel.step import train_step
+    from bitdance_scale.train.sampling import draw_batch
+
+    losses = []
+    for _ in range(3):
+        batch = step_inputs(config, topology, 2, 0)
+        losses.append(train_step(engine, batch, config.loss, 1e-2, topology)[0].vision)
+    condition = load_condition(config)
+    prompts = [condition.prompt_ids(str(label)) for label in range(2)]
+    return losses, draw_batch(engine, config, condition, prompts, [0, 1], topology)
+
+
+def test_continuous_latents_are_learned_and_drawn_across_a_pipeline():
+    config = continuous(class_config(2, pipeline=2))
+    (losses, drawn), (other_losses, other_drawn) = run_ranks(2, _train_and_draw, config)
+    assert losses == other_losses and losses[2] < losses[1] < losses[0]
+    # No signs: latents are drawn as they are, on the stage that has the head and, sent from there, on the other.
+    assert drawn.shape == (2, 16, 8) and torch.equal(drawn, other_drawn)
+    assert drawn.isfinite().all() and len(drawn.unique()) == drawn.numel()
 
 
 def _build_with(rank: int, patterns: tuple[str, ...]) -> str:

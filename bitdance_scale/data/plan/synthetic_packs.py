@@ -12,10 +12,11 @@ from bitdance_scale.data.plan.packing import CostModel, partition_batch
 from bitdance_scale.sequence.condition import load_condition
 from bitdance_scale.sequence.layout import ImageTokens, SequenceTokens, num_positions, pack_samples
 from bitdance_scale.sequence.pack import Pack, Sample
+from bitdance_scale.vision.codes import code_bytes
 
 
 def typical_packs(config: RunConfig, num_replicas: int) -> list[Pack]:
-    """The packs of one step of one replica, the pack with the most text targets first; all bits are zero.
+    """The packs of one step of one replica, the pack with the most text targets first; all codes are zero.
 
     The resolutions have their shares, and every bucket of a resolution occurs equally often. Captions have the longest
     length that is allowed. Real ones are mostly shorter, so real packs hold more images, fewer text targets and about
@@ -29,6 +30,7 @@ def typical_packs(config: RunConfig, num_replicas: int) -> list[Pack]:
         ConfigError: the batch cannot be divided among so many replicas.
     """
     samples, tokens = _samples(config), placeholder_tokens(config)
+    token_bytes = code_bytes(config.vision.num_bits, config.vision.latents)
     lengths = np.array(
         [num_positions(len(sample.before_ids), len(sample.after_ids), sample.grid, tokens) for sample in samples]
     )
@@ -44,7 +46,7 @@ def typical_packs(config: RunConfig, num_replicas: int) -> list[Pack]:
     packs = []
     for places in ranks[0]:
         pack = pack_samples([samples[place] for place in places], tokens, config.data.pack_multiple)
-        packs.append(pack.with_bits(np.zeros((len(pack.vision_cells), config.vision.num_bits // 8), dtype=np.uint8)))
+        packs.append(pack.with_bits(np.zeros((len(pack.vision_cells), token_bytes), dtype=np.uint8)))
     return sorted(packs, key=lambda pack: (-len(pack.text_targets), -pack.num_positions))
 
 

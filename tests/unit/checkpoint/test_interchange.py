@@ -360,7 +360,12 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("setting", "value", "usual"),
-        [("model.mask", "causal", "block"), ("vision.order", "raster", "block"), ("head.kind", "bitwise", "diffusion")],
+        [
+            ("model.mask", "causal", "block"),
+            ("vision.order", "raster", "block"),
+            ("head.kind", "bitwise", "diffusion"),
+            ("vision.latents", "continuous", "bits"),
+        ],
     )
     def test_a_checkpoint_of_an_ablation(self, imported, tmp_path, setting, value, usual):
         run = shutil.copytree(imported, tmp_path / "run")

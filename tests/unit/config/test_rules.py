@@ -128,6 +128,26 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
         1,
         ["head.diff_batch_mul = 4", "'bitwise' draws no times", "set it to 1"],
     ),
+    "latents of text": (
+        ["vision.latents=continuous", "vision.flip_max=0"],
+        1,
+        ["vision.latents = 'continuous'", "'text_to_image' predicts values between -1 and 1", "class_conditional"],
+    ),
+    "latents and a bit-wise head": (
+        ["vision.latents=continuous", "head.kind=bitwise"],
+        1,
+        ["head.kind = 'bitwise'", "'continuous' has no bits to classify", "head.kind=diffusion"],
+    ),
+    "latents and flips": (
+        ["vision.latents=continuous"],
+        1,
+        ["vision.flip_max = 0.1", "'continuous' has no bits to flip", "set it to 0"],
+    ),
+    "latents and noise": (
+        ["vision.latents=continuous", "vision.gan_decoder=true"],
+        1,
+        ["vision.gan_decoder = true", "'continuous' has no decoder that takes noise", "set it to false"],
+    ),
     "bytes": (["vision.num_bits=12"], 1, ["vision.num_bits = 12", "multiple of 8", "8 or 16"]),
     "norm groups": (["vision.channels=24"], 1, ["vision.channels = 24", "multiple of 32", "use vision.channels = 32"]),
     "floor": (["optim.lr_min=1.0"], 1, ["optim.lr_min = 1", "at most optim.lr", "lower it"]),
@@ -346,6 +366,16 @@ def test_refusal_names_setting_value_rule_and_fix(config_path: Path, case: str) 
     messages = violations(config_path, *overrides, world_size=world_size)
     matching = [message for message in messages if all(part in message for part in expected)]
     assert len(matching) == 1, messages
+
+
+def test_continuous_latents_may_have_any_number_of_channels(config_path: Path) -> None:
+    sizes = ["vision.num_bits=4", "vision.channels=24"]
+    assert [message.split(" = ")[0] for message in violations(config_path, *sizes)] == [
+        "- vision.num_bits",
+        "- vision.channels",
+    ]
+    (message,) = violations(config_path, *sizes, "vision.latents=continuous", "vision.flip_max=0")
+    assert "vision.latents" in message
 
 
 def test_class_named_twice_is_refused(config_path: Path) -> None:

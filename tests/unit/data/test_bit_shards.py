@@ -135,6 +135,26 @@ def test_bits_without_views_are_refused_where_views_are_wanted(index: Index, fol
         BitStore(folder, index, RECIPE | {"augment": {"views": 2, "mirrored": True}})
 
 
+def test_entries_that_only_unusual_recipes_have_are_compared_both_ways(index: Index, folder: Path) -> None:
+    table = folder / TABLE_NAME
+    content = json.loads(table.read_text(encoding="utf-8"))
+    for name, value in (("order", "raster"), ("latents", "continuous")):
+        unusual = RECIPE | {name: value}
+        with pytest.raises(DataError, match=f"made with {name} = None, now it is {value}"):
+            BitStore(folder, index, unusual)
+        table.write_text(json.dumps(content | {"recipe": unusual}), encoding="utf-8")
+        with pytest.raises(DataError, match=f"made with {name} = {value}, now it is None"):
+            BitStore(folder, index, RECIPE)
+        table.write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_a_token_of_continuous_latents_has_a_float_for_each(index: Index, folder: Path) -> None:
+    recipe, table = RECIPE | {"latents": "continuous", "num_bits": 2}, folder / TABLE_NAME
+    content = json.loads(table.read_text(encoding="utf-8"))
+    table.write_text(json.dumps(content | {"recipe": recipe}), encoding="utf-8")
+    assert BitStore(folder, index, recipe).read(0, 64).shape == (64 * 64 // 512, 8)
+
+
 def num_descriptors(folder: Path) -> int:
     """Open files in a folder."""
     count = 0

@@ -15,11 +15,13 @@ from bitdance_scale.generate.sampler import (
     ImageNoise,
     block_sampler,
     sample_block,
+    solve_flow,
 )
 from bitdance_scale.model.bit_head import BitHead
 from bitdance_scale.model.diffusion_head import DiffusionHead
 from bitdance_scale.model.linears import PlainLinears
 from bitdance_scale.sequence.noise import Purpose, generator
+from bitdance_scale.vision.bits import sign_bits
 
 CPU = torch.device("cpu")
 SECTION = HeadSection(width=24, num_blocks=4, num_adaln=2, head_dim=8)
@@ -65,6 +67,14 @@ class TestFlowSolver:
         # A scale of 1 is the condition alone, though both halves are computed.
         alone = block_sampler(head, FlowSolver(4, guidance=1.0), CPU).draw(condition[:2], noise, 1.0)
         assert torch.equal(growing.draw(condition, noise, 1.0), alone)
+
+    def test_continuous_latents_are_the_state_itself(self, head):
+        noise, condition = torch.randn(5, 2, BLOCK_TOKENS, NUM_BITS), torch.randn(4, BLOCK_TOKENS, COND_SIZE)
+        solver = FlowSolver(4, guidance=3.0)
+        latents = block_sampler(head, solver, CPU, "continuous").draw(condition, noise, 3.0)
+        expected = solve_flow(HeadSteps(head, solver, CPU).bind(condition), noise, solver, 3.0)
+        assert torch.equal(latents, expected) and not torch.equal(latents.abs(), torch.ones_like(latents))
+        assert torch.equal(block_sampler(head, solver, CPU).draw(condition, noise, 3.0), sign_bits(latents))
 
 
 class TestBitHead:

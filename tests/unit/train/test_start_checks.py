@@ -134,6 +134,7 @@ def test_another_network_is_refused(released):
         ("model", "num_kv_heads", 1),
         ("model", "head_dim", 8),
         ("head", "head_dim", 8),
+        ("vision", "latents", "continuous"),
     ],
 )
 def test_settings_that_fit_the_tensors_and_change_their_meaning_are_refused(released, tmp_path, section, name, value):
