@@ -113,7 +113,7 @@ def run_draw(config: RunConfig, drawing: Drawing) -> int:
     ]
     with joined_ranks(config.parallel, timeout_s=_WAIT_S) as topology, StopRequest() as stop:
         checkpoint = find_checkpoint(drawing.where)
-        record = _record(config, drawing, checkpoint)
+        record = drawing_record(config, drawing, checkpoint)
         missing = on_first_rank(lambda: _prepare(drawing, record, len(batches)))
         if missing:
             drawer = Drawer(config, drawing, checkpoint, topology)
@@ -153,7 +153,7 @@ def _draw_parts(
     return not any_rank(stop.is_requested)
 
 
-def _record(config: RunConfig, drawing: Drawing, checkpoint: Path) -> dict[str, Any]:
+def drawing_record(config: RunConfig, drawing: Drawing, checkpoint: Path) -> dict[str, Any]:
     """What decides the images and their files; the parts of another drawing are refused."""
     section = asdict(config.sample)
     # The classes are the prompts; how often a run draws does not matter.

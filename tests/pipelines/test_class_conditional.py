@@ -8,17 +8,19 @@ import os
 import subprocess
 import sys
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from bitdance_scale.checkpoint.start_weights import find_checkpoint
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.rules import check
 from bitdance_scale.errors import ConfigError, DataError
 from bitdance_scale.observe.metrics import METRICS_FILE, read_metrics
-from bitdance_scale.train.draw_classes import write_npz
+from bitdance_scale.train.draw_classes import Drawing, drawing_record, write_npz
 from bitdance_scale.train.shared_index import labelled_index
 
 ROOT = Path(__file__).parents[2]
@@ -89,16 +91,35 @@ def config_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_classes_are_drawn_in_their_colours(config_file: Path, tmp_path: Path) -> None:
+PAIR = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that has been trained, with the settings that name its data and its folder."""
+
+    folder: Path
+    config: str
+    settings: list[str]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Trained:
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "colours.toml").write_text(CONFIG, encoding="utf-8")
     names = ("red", "green", "blue")
-    _write_shard(tmp_path / "0.tar", [names[index % 3] for index in range(48)])
-    (tmp_path / "names").write_text("red\ngreen\nblue\n")
+    _write_shard(folder / "0.tar", [names[index % 3] for index in range(48)])
+    (folder / "names").write_text("red\ngreen\nblue\n")
     # A prompt is a name or a number.
-    settings = [f"data.shards=['{tmp_path}/0.tar']", f"run.root={tmp_path}/runs"]
-    settings += [f"classes.map={tmp_path}/names", "sample.prompts=['blue', '0', 'green']"]
-    pair = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    _python(tmp_path, *pair, str(ROOT / "pipelines/imagenet.py"), str(config_file), *settings, "parallel.tensor=2")
-    run = tmp_path / "runs/colours"
+    settings = [f"data.shards=['{folder}/0.tar']", f"run.root={folder}/runs"]
+    settings += [f"classes.map={folder}/names", "sample.prompts=['blue', '0', 'green']"]
+    found = Trained(folder, str(folder / "colours.toml"), settings)
+    _python(folder, *PAIR, str(ROOT / "pipelines/imagenet.py"), found.config, *settings, "parallel.tensor=2")
+    return found
+
+
+def test_classes_are_drawn_in_their_colours(trained: Trained) -> None:
+    run = trained.folder / "runs/colours"
     assert (run / "classes.txt").read_text() == "red\ngreen\nblue\n"
     losses = [metrics.loss_vision for metrics in read_metrics(run / METRICS_FILE)]
     assert losses[-1] < 0.5 * losses[0]
@@ -107,48 +128,67 @@ def test_classes_are_drawn_in_their_colours(config_file: Path, tmp_path: Path) -
     thirds = np.array_split(grid[40:200], 3, axis=1)
     assert [int(part[:, 80:-80].mean(axis=(0, 1)).argmax()) for part in thirds] == [2, 0, 1]
 
-    _check_histogram(config_file, tmp_path, settings)
 
-    # Five images of each class in batches of four, on two replicas: in order of their classes.
-    out = tmp_path / "drawn"
-    options = [str(config_file), f"--out={out}", "--per-class=5", "--batch-size=4", *settings]
-    _python(tmp_path, *pair, str(ROOT / "tools/draw_classes.py"), *options, "--images", "sample.guidance_growth=linear")
-    with np.load(out / "samples.npz") as archive:
-        images = archive["arr_0"]
-    assert images.shape == (15, 32, 32, 3) and images.dtype == np.uint8
+def test_every_class_is_drawn_and_what_is_there_stays(trained: Trained) -> None:
+    """Five images of each class in batches of four, on two replicas, of which the second batch is there already."""
+    out = trained.folder / "drawn"
+    options = _drawing(trained, out)
+    refused = _python(trained.folder, *DRAW, *options, f"--from={trained.folder}/runs/none", code=2)
+    assert "runs/none: no checkpoint is there" in refused and not out.exists()
+    _begin(out, trained, options)
+    _python(trained.folder, *PAIR, str(ROOT / "tools/draw_classes.py"), *options)
+    images = _images(out)
+    assert images.shape == (15, 32, 32, 3) and images.dtype == np.uint8 and not images[4:8].any()
     labels = images.mean(axis=(1, 2)).argmax(axis=1)
-    assert (labels == np.repeat([0, 1, 2], 5)).mean() > 0.8
-    for number in (0, 14):
-        np.testing.assert_array_equal(np.asarray(Image.open(out / f"images/{number:06d}.png")), images[number])
+    drawn = [*range(4), *range(8, 15)]
+    assert (labels == np.repeat([0, 1, 2], 5))[drawn].mean() > 0.8
+    np.testing.assert_array_equal(np.asarray(Image.open(out / "images/000014.png")), images[14])
     assert sorted(path.name for path in out.iterdir()) == ["draw.json", "grid.png", "images", "samples.npz"]
 
-    # What is there is not drawn again, and the rest is the same whoever draws it.
-    (out / "samples.npz").unlink()
-    (out / "parts").mkdir()
-    np.save(out / "parts/000001.npy", np.zeros((4, 32, 32, 3), np.uint8))
-    _python(tmp_path, "-m", "bitdance_scale.cli.draw_classes", *options, "--images", "sample.guidance_growth=linear")
-    with np.load(out / "samples.npz") as archive:
-        again = archive["arr_0"]
-    assert not again[4:8].any()
-    same = [number for number in range(15) if not 4 <= number < 8]
+
+@pytest.mark.large
+def test_a_drawing_is_the_same_whoever_draws_it(trained: Trained) -> None:
+    two, one = trained.folder / "two", trained.folder / "one"
+    _python(trained.folder, *PAIR, str(ROOT / "tools/draw_classes.py"), *_drawing(trained, two), "parallel.pipeline=2")
+    _python(trained.folder, *DRAW, *_drawing(trained, one))
     # Sums of other shapes may flip a bit that the head is not sure of.
-    assert (again[same] == images[same]).mean() > 0.95
-    refused = _python(tmp_path, "-m", "bitdance_scale.cli.draw_classes", *options, "sample.seed=9", code=2)
-    assert "drawn: holds another drawing, of pictures = true, not false; name another folder" in refused
+    assert (_images(two) == _images(one)).mean() > 0.95
+    refused = _python(trained.folder, *DRAW, *_drawing(trained, one), "sample.seed=9", code=2)
+    assert 'one: holds another drawing, of sample = {"' in refused and "name another folder" in refused
 
 
-def _check_histogram(config_file: Path, tmp_path: Path, settings: list[str]) -> None:
-    """The head's predictions of held-out images gather at the bits as the noise goes."""
-    _write_shard(tmp_path / "held_out.tar", ["green", "blue", "red"] * 4)
-    out = tmp_path / "histogram.png"
-    options = [
-        f"--out={out}",
-        "--nproc=1",
-        "--times=0.05,0.95",
-        f"evaluate.shards=['{tmp_path}/held_out.tar']",
-        *settings,
-    ]
-    _python(tmp_path, "-m", "bitdance_scale.cli.histogram", str(config_file), *options, "evaluate.images=12")
+DRAW = ["-m", "bitdance_scale.cli.draw_classes"]
+
+
+def _drawing(trained: Trained, out: Path) -> list[str]:
+    options = [trained.config, f"--out={out}", "--per-class=5", "--batch-size=4", "--images", *trained.settings]
+    return [*options, "sample.guidance_growth=linear"]
+
+
+def _begin(out: Path, trained: Trained, options: list[str]) -> None:
+    """A drawing that was stopped after its second batch, which is black."""
+    config = load_config(trained.config, [option for option in options[1:] if not option.startswith("--")])
+    checkpoint = find_checkpoint(trained.folder / "runs/colours")
+    drawing = Drawing(out, str(checkpoint), per_class=5, batch_size=4, has_pictures=True)
+    (out / "parts").mkdir(parents=True)
+    (out / "draw.json").write_text(json.dumps(drawing_record(config, drawing, checkpoint)))
+    np.save(out / "parts/000001.npy", np.zeros((4, 32, 32, 3), np.uint8))
+
+
+def _images(out: Path) -> np.ndarray:
+    with np.load(out / "samples.npz") as archive:
+        images: np.ndarray = archive["arr_0"]
+    return images
+
+
+@pytest.mark.large
+def test_predictions_gather_at_the_bits(trained: Trained) -> None:
+    """The histogram of the head's predictions of held-out images."""
+    _write_shard(trained.folder / "held_out.tar", ["green", "blue", "red"] * 4)
+    out = trained.folder / "histogram.png"
+    options = [f"--out={out}", "--nproc=1", "--times=0.05,0.95", *trained.settings]
+    held_out = [f"evaluate.shards=['{trained.folder}/held_out.tar']", "evaluate.images=12"]
+    _python(trained.folder, "-m", "bitdance_scale.cli.histogram", trained.config, *options, *held_out)
     assert Image.open(out).format == "PNG"
     early, late = json.loads(out.with_suffix(".json").read_text())["times"]
     assert early["predictions"] == late["predictions"] == 12 * 64 * 16
