@@ -17,6 +17,9 @@ from tests.distributed.toy import lopsided_packs, toy_config
 TIMES = (0.0, 0.5, 1.0)
 NUM_PACKS = 4
 
+# The counts themselves are tested in `tests/unit/observe/test_prediction_histogram.py`.
+pytestmark = pytest.mark.large
+
 
 def _collect(rank: int, config) -> tuple[np.ndarray, np.ndarray]:
     """The counts of the network, and of a head that predicts the noisy bits that it is given."""
