@@ -12,7 +12,12 @@ import torch
 
 import bitdance_scale
 from bitdance_scale.atomic_files import write_text
-from bitdance_scale.checkpoint.conversion_folder import check_destination, conversion_folder, write_conversion_report
+from bitdance_scale.checkpoint.conversion_folder import (
+    check_destination,
+    conversion_folder,
+    misread,
+    write_conversion_report,
+)
 from bitdance_scale.checkpoint.integrity import file_digest
 from bitdance_scale.checkpoint.pickled_files import PickledFile, PickledTensors
 from bitdance_scale.checkpoint.published_files import TensorFileWriter, file_digests, row_chunks
@@ -96,10 +101,7 @@ class PickledAutoencoder:
                 for start, stop in row_chunks(num_rows, spec.num_bytes // num_rows):
                     writer.write(name, self.tensors.read_rows(name, start, stop))
         if file_digests(path) != writer.digests:
-            raise CheckpointError(
-                f"{path.name}: reads back with other values than were written; the disk or the memory of this machine "
-                "is faulty: convert on another machine"
-            )
+            raise misread(path.name)
         write_text(folder / CONFIG_NAME, json.dumps(published_config(**self.sizes), indent=2) + "\n")
 
 

@@ -69,3 +69,11 @@ def conversion_folder(out: Path) -> Iterator[Path]:
 def write_conversion_report(folder: Path, content: Mapping[str, Any]) -> None:
     """Writes the report of a conversion into the folder that it made."""
     write_text(folder / REPORT_NAME, json.dumps(content, indent=1) + "\n")
+
+
+def misread(what: str) -> CheckpointError:
+    """The error of a conversion whose file, or a tensor in it, does not read back as it was written."""
+    return CheckpointError(
+        f"{what} reads back with other values than were written; the disk or the memory of this machine is faulty: "
+        "convert on another machine"
+    )

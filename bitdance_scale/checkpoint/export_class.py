@@ -23,14 +23,13 @@ import torch
 
 from bitdance_scale.atomic_files import write_text
 from bitdance_scale.checkpoint.class_source import AVERAGED_ENTRY, ENTRIES, TRAINED_ENTRY, VAE_PREFIX
-from bitdance_scale.checkpoint.conversion_folder import OnBytes
+from bitdance_scale.checkpoint.conversion_folder import OnBytes, misread
 from bitdance_scale.checkpoint.integrity import tensor_bytes
 from bitdance_scale.checkpoint.pickled_files import PickledFile
 from bitdance_scale.checkpoint.published_files import TensorFileWriter, file_digests, row_chunks
 from bitdance_scale.checkpoint.published_names import PUBLISHED_QUERIES, Part, PublishedTensor
 from bitdance_scale.checkpoint.tensor_storage import opened
 from bitdance_scale.config.published_class import published_class_config
-from bitdance_scale.errors import CheckpointError
 from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
 from bitdance_scale.weight_files import TensorSpec
 
@@ -38,10 +37,6 @@ if TYPE_CHECKING:
     from bitdance_scale.checkpoint.export_release import Export
 
 WEIGHTS_NAME, PICKLE_NAME, SIZES_NAME = "model.safetensors", "model.pt", "model_config.json"
-_FAULTY = (
-    "reads back with other values than were written; the disk or the memory of this machine is faulty: convert on "
-)
-_FAULTY += "another machine"
 
 
 def write_class_files(export: Export, folder: Path, on_bytes: OnBytes) -> dict[str, dict[str, str]]:
@@ -89,7 +84,7 @@ def write_class_files(export: Export, folder: Path, on_bytes: OnBytes) -> dict[s
             file.unlink()
     wanted = {name: digest for name, digest in digests[chosen].items() if not name.startswith(VAE_PREFIX)}
     if file_digests(folder / WEIGHTS_NAME) != wanted:
-        raise CheckpointError(f"{WEIGHTS_NAME}: {_FAULTY}")
+        raise misread(WEIGHTS_NAME)
     return digests
 
 
@@ -145,7 +140,7 @@ def _read_back_pickle(path: Path, digests: Mapping[str, Mapping[str, str]], on_b
         for entry, specs in file.entries.items()
     }
     if found != digests:
-        raise CheckpointError(f"{path.name}: {_FAULTY}")
+        raise misread(path.name)
 
 
 def _digest(file: PickledFile, entry: str, name: str, spec: TensorSpec, on_bytes: OnBytes) -> str:

@@ -31,6 +31,7 @@ from bitdance_scale.checkpoint.conversion_folder import (
     OnBytes,
     check_destination,
     conversion_folder,
+    misread,
     write_conversion_report,
 )
 from bitdance_scale.checkpoint.export_class import write_class_files
@@ -404,10 +405,7 @@ def _read_back(folder: Path, part: Part, digests: Mapping[str, str], on_bytes: O
             digest.update(tensor_bytes(values))
             on_bytes(values.nbytes)
         if digest.hexdigest() != wanted:
-            raise CheckpointError(
-                f"{written.file(name).name}: {name} reads back with other values than were written; the disk or the "
-                "memory of this machine is faulty: convert on another machine"
-            )
+            raise misread(f"{written.file(name).name}: {name}")
     if {*written.found} != {*digests}:
         raise CheckpointError(f"{folder}: the files of the {part} hold other tensors than were written; convert again")
 

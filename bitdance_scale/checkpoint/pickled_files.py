@@ -1,8 +1,8 @@
 """Files that torch.save wrote, such as the published class-conditional networks: read as tensors, and as nothing else.
 
 A pickle can run any code. These are read with torch's weights-only loading, which builds tensors and plain values and
-refuses the rest. The file is mapped: a tensor is read some rows at a time, and the mapping is made anew now and then,
-as what was read of it stays resident.
+refuses the rest. The file is memory-mapped and read a few rows at a time. It is mapped again every so often, because
+pages that have been read stay in memory.
 """
 
 from __future__ import annotations

@@ -10,15 +10,15 @@ With `data.augment`, every image is encoded in several views (`data.augment.bits
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from bitdance_scale.cli.command import CommandParser, run_command
-from bitdance_scale.cli.launch import add_rank_arguments, check_rank_options, launch, read_ranks
+from bitdance_scale.cli.launch import add_rank_arguments, find_replicas, launch
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.named_files import check_named_files
 from bitdance_scale.config.rules import check
+from bitdance_scale.config.schema import ParallelSection
 from bitdance_scale.demo.shards import check_shipped_sets
 
 
@@ -39,12 +39,11 @@ def _run(options: argparse.Namespace) -> int:
     check(config, None)
     check_shipped_sets(spec for source in config.data.active_sources for spec in source.shards)
     check_named_files(config, reads_text=False)
-    if "RANK" not in os.environ:
-        check_rank_options(options)
-        ranks = read_ranks(options)
-        if ranks.world_size > 1:
-            command = [options.config, *options.overrides, f"--out={options.out}", f"--verify={options.verify}"]
-            return launch(ranks, "bitdance_scale.cli.encode_shards", command)
+    # All ranks encode, whatever the layout of the run.
+    _, starting = find_replicas(options, ParallelSection())
+    if starting is not None:
+        command = [options.config, *options.overrides, f"--out={options.out}", f"--verify={options.verify}"]
+        return launch(starting, "bitdance_scale.cli.encode_shards", command)
     # Imported late: torch takes seconds, and a refused configuration should not wait for it.
     from bitdance_scale.train.encode_bits import run_encode
 

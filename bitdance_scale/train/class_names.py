@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 
 from bitdance_scale.atomic_files import write_text
-from bitdance_scale.config.class_map import CLASSES_FILE, ClassLabels, read_class_map
+from bitdance_scale.config.class_map import CLASSES_FILE, ClassLabels, ClassMap, read_class_map
 from bitdance_scale.config.schema import ClassesSection
 from bitdance_scale.errors import ConfigError
 
@@ -26,7 +26,7 @@ def keep_class_names(run_folder: Path, section: ClassesSection, *, is_resumed: b
         return
     names, path = ClassLabels(section).names, run_folder / CLASSES_FILE
     if not (is_resumed and path.exists()):
-        write_text(path, "".join(f"{name}\n" for name in names))
+        write_text(path, ClassMap(names).text())
         return
     kept = read_class_map(path).names
     if kept != names:

@@ -34,7 +34,6 @@ from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopReques
 from bitdance_scale.train.run import joined_ranks
 from bitdance_scale.train.sampling import draw_batch, sample_grid
 from bitdance_scale.train.still_run import load_still_run
-from bitdance_scale.vision.codes import pack_codes
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +87,7 @@ class Drawer:
         bits = draw_batch(self._run.model, config, condition, prompts, list(numbers), self._topology)
         if not self._topology.is_reader:
             return None
-        packed = pack_codes(bits.cpu().numpy(), config.vision.latents)
-        return np.stack([self._run.vision.decode(rows, sample_grid(config)).numpy() for rows in packed])
+        return np.stack([self._run.vision.decode(rows, sample_grid(config)).numpy() for rows in bits])
 
 
 def run_draw(config: RunConfig, drawing: Drawing) -> int:
@@ -164,6 +162,8 @@ def drawing_record(config: RunConfig, drawing: Drawing, checkpoint: Path) -> dic
         "per_class": drawing.per_class,
         "batch_size": drawing.batch_size,
         "pictures": drawing.has_pictures,
+        "dtype": config.run.dtype,
+        "time_shift": config.head.time_shift,
         "sample": settings | {"size_px": list(config.sample.size_px)},
     }
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from bitdance_scale.data.index.tar_scan import TarScan
 from bitdance_scale.data.shard_writing.picture_folder import PICTURE_EXTENSIONS
-from bitdance_scale.data.shard_writing.source import SourcePicture, digest_of, shown
+from bitdance_scale.data.shard_writing.source import SourcePicture, digest_of, kind_of_file, shown
 from bitdance_scale.errors import DataError
 from bitdance_scale.wording import first_few
 
@@ -69,7 +69,7 @@ class ClassTar:
                         name = f"{class_name}/{member.name.removeprefix(f'{class_name}/')}"
                         pictures.append(member._replace(name=name))
                     else:
-                        left_out[f".{member.extension}" if member.extension else "no extension"] += 1
+                        left_out[kind_of_file(member.extension)] += 1
         self._pictures = sorted(pictures, key=lambda picture: os.fsencode(picture.name))
         self.names = [picture.name for picture in self._pictures]
         self.class_names = list(tars)
@@ -111,7 +111,7 @@ class ClassTar:
             elif ".tar." in member.base or member.extension in ("tgz", "tbz2", "txz", "zip"):
                 raise DataError(f"{path}: {shown(member.name)} is compressed, and cannot be read in place; unpack it")
             else:
-                left_out[f".{member.extension}" if member.extension else "no extension"] += 1
+                left_out[kind_of_file(member.extension)] += 1
         if pictures and not tars:
             raise DataError(
                 f"{path}: holds pictures ({first_few(pictures)}) and no tar of a class, so it is a shard already: "
@@ -141,7 +141,7 @@ def _members(descriptor: int, start: int, total_bytes: int, named: str, left_out
                 yield member
     if scan.tar_errors:
         error = scan.tar_errors[0]
-        raise DataError(f"{named}: byte {error.offset}: {error.problem}; fetch it again, or write it anew")
+        raise DataError(f"{named}: byte {error.offset}: {error.problem}; fetch it again, or rebuild it")
     if scan.links:
         left_out["link"] += len(scan.links)
 

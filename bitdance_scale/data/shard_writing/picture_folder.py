@@ -19,7 +19,7 @@ from bitdance_scale.atomic_files import is_storage_fault
 from bitdance_scale.data.captions import MAX_TEXT_BYTES
 from bitdance_scale.data.shard_writing.captions import NO_CAPTION, Caption, caption_of_bytes
 from bitdance_scale.data.shard_writing.columns import record_columns
-from bitdance_scale.data.shard_writing.source import SkippedPicture, SourcePicture, digest_of, shown
+from bitdance_scale.data.shard_writing.source import SkippedPicture, SourcePicture, digest_of, kind_of_file, shown
 
 PICTURE_EXTENSIONS = frozenset(
     "jpg jpeg jpe jfif png webp gif bmp dib tif tiff jp2 j2k avif heic heif".split()  # noqa: SIM905 (one line)
@@ -144,7 +144,7 @@ class PictureFolder:
 
 
 def _left_out(files: list[FoundFile], used: set[FoundFile], num_hidden: int) -> dict[str, int]:
-    counts = Counter(f".{file.extension}" if file.extension else "no extension" for file in files if file not in used)
+    counts = Counter(kind_of_file(file.extension) for file in files if file not in used)
     return dict(sorted(counts.items())) | ({"hidden": num_hidden} if num_hidden else {})
 
 
