@@ -188,6 +188,8 @@ def load_tensors(
         for name, average in averages.items():
             trained = name.removeprefix(AVERAGE_PREFIX)
             source = values.get(MASTER_PREFIX + trained) or values[MODEL_PREFIX + trained]
+            if not average.pieces:
+                continue
             for piece, other in zip(average.pieces, source.pieces, strict=True):
                 piece.tensor.copy_(other.tensor)
 

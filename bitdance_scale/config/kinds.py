@@ -9,7 +9,8 @@ from bitdance_scale.config.coerce import field_types
 from bitdance_scale.config.load import load_config, section_names
 from bitdance_scale.config.rules import check
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.config.tokenizer_schema import TokenizerConfig, check_tokenizer
+from bitdance_scale.config.tokenizer_rules import check_tokenizer
+from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 
 AnyConfig = RunConfig | TokenizerConfig
 

@@ -142,9 +142,16 @@ TOKENIZER_EFFECTS: Mapping[str, Effect] = _SHARED | {
     "run.output_weights": _FREE,
     # Told where the learning rate depends on it.
     "run.steps": _FREE,
+    # A run that goes on has started.
+    "run.start_from": _FREE,
+    "run.trains": _FIXED,
     "autoencoder.*": _FIXED,
     "quantiser.*": _TOLD,
     "reconstruction.*": _TOLD,
+    "adversarial.*": _TOLD,
+    "adversarial.channels": _FIXED,
+    "adversarial.num_layers": _FIXED,
+    "parallel.*": _FREE,
     "data.sizes_px": _BY_CONTENT,
     "data.images_px": _BY_CONTENT,
     "data.max_zoom": _BY_CONTENT,

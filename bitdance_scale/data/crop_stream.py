@@ -43,6 +43,7 @@ class CropStream:
 
     Attributes:
         samples: positions in the index of the images that were yielded last.
+        slots: their numbers within the step, over all ranks.
 
     Raises:
         DataError: no image is large enough for one of the sizes.
@@ -75,6 +76,7 @@ class CropStream:
         self._reader = ShardReader()
         self._first_step = first_step
         self.samples: tuple[int, ...] = ()
+        self.slots: tuple[int, ...] = ()
         self._error_counter = ErrorCounter(max_skipped_share)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="crops")
 
@@ -124,12 +126,13 @@ class CropStream:
         return image[top : top + crop_px[0], left : left + crop_px[1]]
 
     def _collect(self, tasks: Sequence[tuple[int, Future[np.ndarray]]]) -> np.ndarray:
-        images, samples = [], []
-        for sample, future in tasks:
+        images, samples, slots = [], [], []
+        for number, (sample, future) in enumerate(tasks):
             self._error_counter.record_read()
             try:
                 images.append(future.result())
                 samples.append(sample)
+                slots.append(self._rank + number * self._num_ranks)
             except SampleError as error:
                 self._error_counter.record_skipped(error, self._index.shard_path(sample), self._index.name(sample))
         self._error_counter.check()
@@ -137,7 +140,7 @@ class CropStream:
             raise DataError(
                 f"no image of a step could be read: {self._error_counter.summary()}. Repair or remove these shards."
             )
-        self.samples = tuple(samples)
+        self.samples, self.slots = tuple(samples), tuple(slots)
         return np.stack(images)
 
 

@@ -23,6 +23,7 @@ class Purpose(enum.IntEnum):
     EVALUATE = 2
     SAMPLE_IMAGE = 3
     AUGMENT = 4
+    TOKENIZER = 5
 
 
 def generator(seed: int, purpose: Purpose, step: int, key: int) -> np.random.Generator:

@@ -9,14 +9,13 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from bitdance_scale.checkpoint.run_checkpoint import load_tensors, read_state_of
 from bitdance_scale.config.schema import ParallelSection
@@ -29,8 +28,7 @@ from bitdance_scale.errors import CheckpointError, ConfigError
 from bitdance_scale.observe.cost import memory_bytes
 from bitdance_scale.observe.metrics import append_evaluation
 from bitdance_scale.parallel.agreement import all_ranks, first_rank_numbers, on_first_rank
-from bitdance_scale.parallel.averaged_weights import AveragedWeights
-from bitdance_scale.parallel.partition import Piece, ShardedValue
+from bitdance_scale.parallel.partition import ShardedValue
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.phases import Phase, phase
 from bitdance_scale.train.fault_verdict import LOSS, MicroReading, Sign
@@ -43,21 +41,20 @@ from bitdance_scale.train.start_checks import check_resume
 from bitdance_scale.train.step_faults import StepFaults, index_names
 from bitdance_scale.train.step_guards import Spike
 from bitdance_scale.train.tokenizer_evaluation import Reconstruction, evaluate, summary, to_pixels
-from bitdance_scale.train.tokenizer_objective import TokenizerObjective
+from bitdance_scale.train.tokenizer_networks import AUTOENCODER, DISCRIMINATOR, TokenizerNetworks
+from bitdance_scale.train.tokenizer_objective import ADVERSARIAL, DISCRIMINATOR_LOSSES, LOSSES, Crops
 from bitdance_scale.train.tokenizer_records import (
     KINDS,
-    LOSSES,
     TokenizerMetrics,
     TokenizerState,
     evaluation_record,
     size_name,
 )
-from bitdance_scale.vision.autoencoder import Autoencoder, published_config
+from bitdance_scale.vision.autoencoder import published_config
 from bitdance_scale.vision.weights import WEIGHTS_NAME, save_weights
 
 logger = logging.getLogger(__name__)
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 OWN_LOSSES = ("l1", "commit")
 """Losses of a rank's own images; the entropy, and with it the total, is over all ranks."""
 
@@ -98,27 +95,20 @@ class TokenizerJob(Job):
         with all_ranks():
             if topology.rank == 0:
                 self._held_out = _held_out_images(config)
-        torch.manual_seed(config.run.seed)
-        self._autoencoder = Autoencoder(**asdict(config.autoencoder)).to(topology.device)
-        self._objective: torch.nn.Module = TokenizerObjective(self._autoencoder, config)
-        if topology.world_size > 1:
-            self._objective = DistributedDataParallel(self._objective)
-        self._optimiser = torch.optim.Adam(
-            self._autoencoder.parameters(), lr=0.0, betas=(config.optim.beta1, config.optim.beta2)
-        )
-        # The weights are float32 themselves, and whole on every rank, and so is the average.
-        decay = config.optim.average_decay
-        self._averages = AveragedWeights([*self._autoencoder.parameters()], decay) if decay else None
+        self._networks = TokenizerNetworks(config, topology.device)
         self._state = TokenizerState(step=0, data_digest=self._data_digest())
         self._results: dict[tuple[int, int], Reconstruction] = {}
         latest = self.newest_checkpoint()
         if latest is not None:
             self.load_newest(latest, self._resume)
+        elif config.run.start_from:
+            self._networks.start_from(config.run.start_from)
         self._sinks: RunSinks | None = None
         self._faults = StepFaults(topology, run_folder, (0,), index_names(self._index))
         self._stream: CropStream | None = None
         self._crops: Iterator[np.ndarray] = iter(())
         self._images = np.empty((0, 0, 0, 3), dtype=np.uint8)
+        self._num_images_of_step = 0
         self._begun_s, self._num_steps, self._num_images, self._wait_s = time.monotonic(), 0, 0, 0.0
 
     @property
@@ -175,54 +165,60 @@ class TokenizerJob(Job):
         begun_s = time.monotonic()
         with all_ranks(), phase(Phase.READING):
             self._images = next(self._crops)
+        num_read = torch.tensor(len(self._images), device=self.topology.device)
+        dist.all_reduce(num_read)
+        self._num_images_of_step = int(num_read)
         self._wait_s += time.monotonic() - begun_s
 
     def take_step(self) -> bool:
         """Trains on the crops that were read."""
-        config = self.config
+        config, networks = self.config, self._networks
         self._lr = learning_rate(config.optim, self.step, config.run.steps)
-        for group in self._optimiser.param_groups:
-            group["lr"] = self._lr
+        crops = self._step_crops()
         with phase(Phase.FORWARD):
-            self._losses = self._compute_losses()
-        self._optimiser.zero_grad(set_to_none=True)
+            outputs = networks.reconstruct(crops, self.step)
         with phase(Phase.BACKWARD):
-            self._losses["total"].backward()
+            self._losses = networks.backward(crops, outputs, self.step)
         with phase(Phase.OPTIMISER):
-            parameters = self._autoencoder.parameters()
-            self._grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
-            # Gradients are averaged over the ranks, so all ranks see the same norm.
-            is_finite = bool(torch.isfinite(self._grad_norm))
+            # Gradients are summed over the ranks, so all ranks see the same norms.
+            self._grad_norms = networks.clip(config.optim.clip_norm)
+            is_finite = all(math.isfinite(norm) for norm in self._grad_norms.values())
             spike = self._judge() if is_finite and self.guards.judges_spikes else None
             is_skipped = not is_finite or (spike is not None and self.guards.refuses_spikes)
             if not is_skipped:
-                self._optimiser.step()
-                if self._averages is not None:
-                    self._averages.update()
+                networks.step(self._lr)
         if not is_finite or spike is not None:
             with phase(Phase.LOGGING):
                 self._explain(spike)
         self._count(is_skipped=not is_finite)
         return is_skipped
 
-    def _compute_losses(self) -> dict[str, torch.Tensor]:
-        """The losses of the crops that were read, the same whenever they are computed within the step."""
-        losses: dict[str, torch.Tensor] = self._objective(to_pixels(self._images, self.topology.device), self._flips())
-        return losses
+    def _step_crops(self) -> Crops:
+        assert self._stream is not None, "steps are taken within a session"
+        return Crops(
+            to_pixels(self._images, self.topology.device), self._stream.slots, num_images=self._num_images_of_step
+        )
 
     def _judge(self) -> Spike | None:
         """Judges the numbers of a step, the same ones on all ranks."""
-        loss = self._losses["total"].detach().double()
-        dist.all_reduce(loss)
-        return self.guards.judge(*first_rank_numbers(loss.item() / self.topology.world_size, self._grad_norm.item()))
+        loss = self._summed(["total"])["total"]
+        return self.guards.judge(*first_rank_numbers(loss, self._grad_norms[AUTOENCODER]))
+
+    def _summed(self, names: Sequence[str]) -> dict[str, float]:
+        """Losses of the global batch; a collective."""
+        parts = torch.stack([self._losses[name].detach().double() for name in names])
+        dist.all_reduce(parts)
+        return dict(zip(names, parts.tolist(), strict=True))
 
     def _explain(self, spike: Spike | None) -> None:
         """Says where a gradient that is not finite came from, or a spike."""
         again: dict[str, torch.Tensor] = {}
         if spike is None:
-            with torch.no_grad():
-                again = self._compute_losses()
-        signs = [Sign(LOSS, 0, self._losses[name].item(), again[name].item() if again else None) for name in OWN_LOSSES]
+            broken = [name for name, norm in self._grad_norms.items() if not math.isfinite(norm)]
+            logger.warning("step %d: the gradient of the %s is not finite", self.step + 1, " and the ".join(broken))
+            again = self._networks.again(self._step_crops(), self.step)
+        names = (*OWN_LOSSES, *(name for name in (ADVERSARIAL, *DISCRIMINATOR_LOSSES) if name in self._losses))
+        signs = [Sign(LOSS, 0, self._losses[name].item(), again[name].item() if again else None) for name in names]
         assert self._stream is not None, "steps are taken within a session"
         reading = MicroReading(0, self._stream.samples, tuple(signs), loss=self._losses["total"].item())
         if spike is None:
@@ -233,9 +229,8 @@ class TokenizerJob(Job):
     def log(self) -> None:
         """Writes the metrics of the steps since the last call."""
         device = self.topology.device
-        means = torch.stack([self._losses[name].detach().double() for name in ("total", *LOSSES)])
-        dist.all_reduce(means)
-        loss, *parts = (means / self.topology.world_size).tolist()
+        parts = self._summed([name for name in ("total", *LOSSES, *DISCRIMINATOR_LOSSES) if name in self._losses])
+        loss = parts.pop("total")
         highest = torch.tensor([self._wait_s, memory_bytes(device)], dtype=torch.float64, device=device)
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         wait_s, memory = highest.tolist()
@@ -245,8 +240,9 @@ class TokenizerJob(Job):
             state.step,
             images=state.images,
             loss=loss,
-            **dict(zip(LOSSES, parts, strict=True)),
-            grad_norm=self._grad_norm.item(),
+            **parts,
+            grad_norm=self._grad_norms[AUTOENCODER],
+            discriminator_grad_norm=self._grad_norms.get(DISCRIMINATOR, 0.0),
             lr=self._lr,
             step_s=elapsed_s / num_steps,
             data_wait_s=wait_s / num_steps,
@@ -261,7 +257,7 @@ class TokenizerJob(Job):
             self._sinks.write_step(
                 metrics,
                 metrics.loss,
-                {name: getattr(metrics, name) for name in LOSSES},
+                {name: value for name, value in parts.items() if value},
                 grad_norm=metrics.grad_norm,
                 images_per_s=metrics.images_per_s,
                 step_s=metrics.step_s,
@@ -270,9 +266,8 @@ class TokenizerJob(Job):
 
     def evaluate(self) -> None:
         """Reconstructs the held-out images on rank 0 and writes how well."""
-        # On rank 0 only.
+        self._results = self._reconstruct(self.config.evaluate.weights)
         with self.local_errors.kept():
-            self._results = self._reconstruct(self.config.evaluate.weights)
             if self._sinks is not None and self.topology.rank == 0:
                 self._sinks.write_evaluation(evaluation_record(self.step, self._results), self._state.images)
                 sizes = "  ".join(
@@ -290,33 +285,27 @@ class TokenizerJob(Job):
 
     def state(self) -> TokenizerState:
         """How far the run is."""
-        return dataclasses.replace(self._state, guards=self.guards.state())
+        return dataclasses.replace(
+            self._state, guards=self.guards.state(), discriminator_updates=self._networks.discriminator_updates
+        )
 
     def model_values(self) -> Mapping[str, ShardedValue]:
-        """The network's parameters, whole on every rank."""
-        return {name: _whole(parameter.data) for name, parameter in self._autoencoder.named_parameters()}
+        """The networks' parameters, whole on every rank."""
+        return self._networks.model_values()
 
     def optimizer_values(self) -> Mapping[str, ShardedValue]:
-        """Adam's moments and the averages, whole on every rank; moments are made here if no step was taken yet."""
-        values: dict[str, ShardedValue] = {}
-        for name, parameter in self._autoencoder.named_parameters():
-            if self._averages is not None:
-                values[f"average.{name}"] = _whole(self._averages.of(parameter))
-            state = self._optimiser.state[parameter]
-            if not state:
-                state |= {"step": torch.zeros(())} | {kind: torch.zeros_like(parameter) for kind in MOMENTS}
-            values |= {f"{kind}.{name}": _whole(state[kind]) for kind in MOMENTS}
-        return values
+        """Adam's moments and the averages of what this rank steps."""
+        return self._networks.optimizer_values()
 
     def finish(self) -> None:
         """Writes the weights as a published tokenizer, and says how well they reconstruct."""
-        if self.topology.rank == 0:
-            kind, output = self._output_weights, self.config.run.output
-            results = self._results if kind == self.config.evaluate.weights else self._reconstruct(kind)
-            with self._weights_of(kind):
+        kind, output = self._output_weights, self.config.run.output
+        results = self._results if kind == self.config.evaluate.weights else self._reconstruct(kind)
+        with self._networks.weights_of(kind):
+            if self.topology.rank == 0:
                 sizes = published_config(**asdict(self.config.autoencoder))
-                save_weights(output, self._autoencoder.state_dict(), sizes)
-            logger.info("%s weights of step %d: %s\n%s", kind, self.step, output, summary(results))
+                save_weights(output, self._networks.autoencoder.state_dict(), sizes)
+                logger.info("%s weights of step %d: %s\n%s", kind, self.step, output, summary(results))
 
     def complete(self) -> None:
         """Writes the weights where they are missing, and the evaluation that comes before them."""
@@ -326,30 +315,23 @@ class TokenizerJob(Job):
             with all_ranks():
                 if self.topology.rank == 0:
                     append_evaluation(self.run_folder, evaluation_record(self.step, self._results))
-                self.finish()
+            self.finish()
 
     @property
     def _output_weights(self) -> str:
         kind = self.config.run.output_weights
         if kind != "auto":
             return kind
-        return "trained" if self._averages is None else "averaged"
-
-    def _weights_of(self, kind: str) -> contextlib.AbstractContextManager[None]:
-        """Within it the network of this rank has its `trained` or its `averaged` weights."""
-        if kind == "trained":
-            return contextlib.nullcontext()
-        assert self._averages is not None, "`evaluate.weights` and `run.output_weights` need `optim.average_decay`"
-        # The averages are in the place of the weights themselves: nothing is to be refreshed.
-        return self._averages.in_place_of_masters(lambda: None)
+        return "averaged" if self.config.optim.average_decay else "trained"
 
     def _reconstruct(self, kind: str) -> dict[tuple[int, int], Reconstruction]:
-        """How well the held-out images are reconstructed by (height, width); empty where they were not read."""
-        num_groups, device = self.config.quantiser.num_groups, self.topology.device
-        with self._weights_of(kind):
-            return {
-                size: evaluate(self._autoencoder, images, num_groups, device) for size, images in self._held_out.items()
-            }
+        """How well the held-out images are reconstructed by (height, width), on rank 0; a collective."""
+        num_groups, device = self.config.num_groups, self.topology.device
+        results: dict[tuple[int, int], Reconstruction] = {}
+        with self._networks.weights_of(kind), self.local_errors.kept():
+            for size, images in self._held_out.items():
+                results[size] = evaluate(self._networks.autoencoder, images, num_groups, device)
+        return results
 
     def _restart(self) -> None:
         """Begins a new interval between logged steps."""
@@ -357,9 +339,7 @@ class TokenizerJob(Job):
 
     def _count(self, is_skipped: bool) -> None:
         num_planned = self.config.data.images_px // math.prod(self._images.shape[1:3])
-        num_read = torch.tensor(len(self._images), device=self.topology.device)
-        dist.all_reduce(num_read)
-        num_images, state = int(num_read.item()), self._state
+        num_images, state = self._num_images_of_step, self._state
         self._state = dataclasses.replace(
             state,
             step=state.step + 1,
@@ -369,12 +349,6 @@ class TokenizerJob(Job):
         )
         self._num_steps += 1
         self._num_images += num_images
-
-    def _flips(self) -> torch.Generator:
-        """The generator of this rank's bit flips in this step; seed, step and rank decide, so that a run resumes."""
-        sequence = np.random.SeedSequence([self.config.run.seed, self.step, self.topology.rank])
-        seed = int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
-        return torch.Generator(device=self.topology.device).manual_seed(seed)
 
     def _data_digest(self) -> str:
         data = self.config.data
@@ -392,13 +366,10 @@ class TokenizerJob(Job):
             )
         self.guards.restore(state.guards)
         load_tensors(path, self.model_values(), self.optimizer_values())
-        for adam in self._optimiser.state.values():
-            adam["step"].fill_(state.step - state.skipped_steps - self.guards.num_refused_steps)
+        self._networks.restore(
+            state.step - state.skipped_steps - self.guards.num_refused_steps, state.discriminator_updates
+        )
         self._state, self._saved_step = state, state.step
-
-
-def _whole(tensor: torch.Tensor) -> ShardedValue:
-    return ShardedValue(tuple(tensor.shape), tensor.dtype, (Piece((0,) * tensor.dim(), tensor),))
 
 
 def _held_out_images(config: TokenizerConfig) -> dict[tuple[int, int], np.ndarray]:

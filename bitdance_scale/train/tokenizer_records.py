@@ -12,8 +12,6 @@ from bitdance_scale.observe.metrics import StepRecord
 from bitdance_scale.train.run_sinks import RecordKinds
 from bitdance_scale.train.tokenizer_evaluation import Reconstruction
 
-LOSSES = ("l1", "l2", "edge", "entropy_token", "entropy_codebook", "commit")
-
 
 @dataclass(frozen=True)
 class TokenizerState(StepState):
@@ -25,6 +23,7 @@ class TokenizerState(StepState):
         skipped_steps: steps whose gradient was not finite and changed nothing.
         data_digest: digest of all that decides which crops make up a step.
         guards: what the rules on skipped steps and spikes remember (`train/step_guards.py`); JSON values.
+        discriminator_updates: steps that the discriminator's optimiser has taken.
     """
 
     images: int = 0
@@ -32,6 +31,7 @@ class TokenizerState(StepState):
     skipped_steps: int = 0
     data_digest: str = ""
     guards: dict[str, Any] = dataclasses.field(default_factory=dict)
+    discriminator_updates: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ class TokenizerMetrics(StepRecord):
         l1, l2, edge: errors of the pixels, which are in [-1, 1].
         entropy_token, entropy_codebook: E[H(q)] and H[E q] in nats, means over the groups (Eq. 1, 2).
         commit: mean squared distance of the latents from their signs.
+        lpips: perceptual distance; 0 where it has no weight.
+        adversarial: loss of the autoencoder against the discriminator; 0 where there is none.
+        hinge, lecam: terms of the discriminator's own loss.
+        discriminator_grad_norm: norm of its gradient before clipping.
         grad_norm: global gradient norm before clipping.
         lr: learning rate of the step.
         step_s: seconds per step, a mean since the last logged step.
@@ -73,6 +77,11 @@ class TokenizerMetrics(StepRecord):
     skipped_samples: int
     skipped_steps: int
     spikes: int = 0
+    lpips: float = 0.0
+    adversarial: float = 0.0
+    hinge: float = 0.0
+    lecam: float = 0.0
+    discriminator_grad_norm: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,11 @@ KINDS = RecordKinds(
         "entropy_token": "loss/entropy_token",
         "entropy_codebook": "loss/entropy_codebook",
         "commit": "loss/commit",
+        "lpips": "loss/lpips",
+        "adversarial": "loss/adversarial",
+        "hinge": "discriminator/hinge",
+        "lecam": "discriminator/lecam",
+        "discriminator_grad_norm": "discriminator/grad_norm",
         "grad_norm": "optim/grad_norm",
         "lr": "optim/lr",
         "skipped_steps": "optim/skipped_steps",
@@ -127,6 +141,7 @@ KINDS = RecordKinds(
         "progress": "last",
         "loss": "last",
         "evaluate": "max",
+        "discriminator": "last",
         "optim": "last",
         "speed": "last",
         "data": "last",

@@ -32,6 +32,7 @@ import torch
 from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.vision.bits import sign_bits
@@ -68,6 +69,12 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(num_bits, channels, widths, num_res_blocks)
         self.decoder = Decoder(num_bits, widths, num_res_blocks, takes_noise=gan_decoder)
 
+    def recompute_blocks(self) -> None:
+        """Has the backward pass compute residual blocks again instead of keeping what is within them."""
+        for module in self.modules():
+            if isinstance(module, ResidualBlocks):
+                module.recomputes = True
+
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Bits [N, C, h, w] in {-1, +1} of pixels [N, 3, H, W] in [-1, 1]; the downsampling divides H and W."""
         return sign_bits(self.encoder(pixels))
@@ -91,7 +98,7 @@ class Encoder(nn.Module):
         for level, next_width in enumerate(widths):
             self.down.append(EncoderLevel(width, next_width, num_res_blocks, is_last=level == len(widths) - 1))
             width = next_width
-        self.mid_block = residual_blocks(width, width, num_res_blocks)
+        self.mid_block = ResidualBlocks(width, width, num_res_blocks)
         self.norm_out = nn.GroupNorm(NORM_GROUPS, width, eps=NORM_EPS)
         self.conv_out = nn.Conv2d(width, num_bits, 1)
 
@@ -100,9 +107,7 @@ class Encoder(nn.Module):
         hidden = self.conv_in(pixels)
         for level in self.down:
             hidden = level(hidden)
-        for block in self.mid_block:
-            hidden = block(hidden)
-        return self.conv_out(F.silu(self.norm_out(hidden)))
+        return self.conv_out(F.silu(self.norm_out(self.mid_block(hidden))))
 
 
 class EncoderLevel(nn.Module):
@@ -110,15 +115,14 @@ class EncoderLevel(nn.Module):
 
     def __init__(self, in_width: int, out_width: int, num_res_blocks: int, is_last: bool) -> None:
         super().__init__()
-        self.block = residual_blocks(in_width, out_width, num_res_blocks)
+        self.block = ResidualBlocks(in_width, out_width, num_res_blocks)
         self.is_last = is_last
         if not is_last:
             self.downsample = nn.Conv2d(out_width, out_width, 3, stride=2, padding=1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, in, h, w] to [N, out, h / 2, w / 2]; on the last level [N, out, h, w]."""
-        for block in self.block:
-            hidden = block(hidden)
+        hidden = self.block(hidden)
         return hidden if self.is_last else self.downsample(hidden)
 
 
@@ -133,7 +137,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.takes_noise = takes_noise
         self.conv_in = nn.Conv2d(2 * num_bits if takes_noise else num_bits, widths[-1], 3, padding=1)
-        self.mid_block = residual_blocks(widths[-1], widths[-1], num_res_blocks)
+        self.mid_block = ResidualBlocks(widths[-1], widths[-1], num_res_blocks)
         entry_widths = [*widths[1:], widths[-1]]
         self.adaptive = nn.ModuleList(AdaptiveGroupNorm(num_bits, width) for width in entry_widths)
         self.up = nn.ModuleList()
@@ -145,9 +149,7 @@ class Decoder(nn.Module):
     def forward(self, bits: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Pixels [N, 3, H, W] of bits [N, C, h, w] and, with `takes_noise`, of noise N(0, 1) of the same shape."""
         assert (noise is not None) == self.takes_noise, "a decoder has noise if it takes noise"
-        hidden = self.conv_in(bits if noise is None else torch.cat([bits, noise], dim=1))
-        for block in self.mid_block:
-            hidden = block(hidden)
+        hidden = self.mid_block(self.conv_in(bits if noise is None else torch.cat([bits, noise], dim=1)))
         for level in reversed(range(len(self.up))):
             hidden = self.up[level](self.adaptive[level](hidden, bits))
         return self.conv_out(F.silu(self.norm_out(hidden)))
@@ -158,15 +160,14 @@ class DecoderLevel(nn.Module):
 
     def __init__(self, in_width: int, out_width: int, num_res_blocks: int, is_last: bool) -> None:
         super().__init__()
-        self.block = residual_blocks(in_width, out_width, num_res_blocks)
+        self.block = ResidualBlocks(in_width, out_width, num_res_blocks)
         self.is_last = is_last
         if not is_last:
             self.upsample = Upsample(out_width)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, in, h, w] to [N, out, 2h, 2w]; on the last level [N, out, h, w]."""
-        for block in self.block:
-            hidden = block(hidden)
+        hidden = self.block(hidden)
         return hidden if self.is_last else self.upsample(hidden)
 
 
@@ -190,6 +191,28 @@ class ResidualBlock(nn.Module):
         return (self.nin_shortcut(hidden) if self.changes_width else hidden) + change
 
 
+class ResidualBlocks(nn.ModuleList):
+    """`num_blocks` residual blocks one after the other; the first one changes the width.
+
+    Attributes:
+        recomputes: whether the backward pass computes what is within a block again, instead of keeping it.
+    """
+
+    recomputes = False
+
+    def __init__(self, in_width: int, out_width: int, num_blocks: int) -> None:
+        super().__init__(ResidualBlock(in_width if i == 0 else out_width, out_width) for i in range(num_blocks))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, in, h, w] to [N, out, h, w]."""
+        for block in self:
+            if self.recomputes and torch.is_grad_enabled():
+                hidden = checkpoint(block, hidden, use_reentrant=False)
+            else:
+                hidden = block(hidden)
+        return hidden
+
+
 def decoder_noise(bits: torch.Tensor) -> torch.Tensor:
     """The noise that bits are decoded with, N(0, 1), in the shape, dtype and device of `bits` [N, C, h, w].
 
@@ -202,11 +225,6 @@ def decoder_noise(bits: torch.Tensor) -> torch.Tensor:
         key = np.frombuffer(hashlib.sha256(content).digest()[:16], dtype="<u8")
         rows.append(np.random.Generator(np.random.Philox(key=key)).standard_normal(image.shape, dtype=np.float32))
     return torch.from_numpy(np.stack(rows)).to(bits)
-
-
-def residual_blocks(in_width: int, out_width: int, num_blocks: int) -> nn.ModuleList:
-    """`num_blocks` residual blocks; the first one changes the width."""
-    return nn.ModuleList(ResidualBlock(in_width if i == 0 else out_width, out_width) for i in range(num_blocks))
 
 
 class AdaptiveGroupNorm(nn.Module):

@@ -42,7 +42,8 @@ def entropy_loss(
     latents: torch.Tensor,
     num_groups: int,
     temperature: float,
-    mean_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    num_tokens: int | None = None,
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> EntropyLoss:
     """E[H(q)] - H[E q], with the channels in groups (arXiv 2602.14041 Eq. 2 and Sec. 3.1).
 
@@ -58,9 +59,11 @@ def entropy_loss(
         latents: [N, C], any floating dtype; the loss is computed in float32.
         num_groups: G, a divisor of C; memory grows with N * G * 2^(C / G).
         temperature: in units of squared latent distance; lower is sharper.
-        mean_over_ranks: averages a tensor without gradient over data-parallel ranks. E q is then that of the global
-            batch, while the gradient flows through the local tokens only, so that the mean of the ranks' gradients is
-            the gradient of the global loss. None: one rank.
+        num_tokens: tokens of the global batch, of which these are this rank's part; None: N. `token` is this rank's
+            part of the mean, and the parts of all ranks add up.
+        sum_over_ranks: sums a tensor without gradient over data-parallel ranks. E q is then that of the global batch,
+            and `codebook` the same on all ranks, while its gradient flows through the local tokens alone: the ranks'
+            gradients add up to that of the global loss. None: one rank.
 
     Raises:
         ValueError: `num_groups` does not divide C, or a group has more than 16 bits.
@@ -73,11 +76,12 @@ def entropy_loss(
     logits = 4.0 / temperature * rearrange(latents.float(), "n (g k) -> n g k", g=num_groups)
     plus = torch.sigmoid(logits)
     # H(sigmoid(a)) = softplus(a) - a sigmoid(a); stable where the probability rounds to 0 or 1.
-    token = (F.softplus(logits) - logits * plus).sum(dim=-1).mean()
+    part = 1 / (num_tokens or len(latents))
+    token = (F.softplus(logits) - logits * plus).sum(dim=-1).mean(dim=-1).sum() * part
 
-    mean_code = _code_probabilities(plus).mean(dim=0)
-    if mean_over_ranks is not None:
-        mean_code = mean_code + (mean_over_ranks(mean_code.detach()) - mean_code.detach())
+    mean_code = _code_probabilities(plus).sum(dim=0) * part
+    if sum_over_ranks is not None:
+        mean_code = mean_code + (sum_over_ranks(mean_code.detach()) - mean_code.detach())
     codebook = torch.special.entr(mean_code.clamp_min(torch.finfo(torch.float32).tiny)).sum(dim=-1).mean()
     return EntropyLoss(token, codebook)
 
