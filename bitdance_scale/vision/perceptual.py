@@ -8,7 +8,6 @@ file that the user names. Nothing is downloaded.
 from __future__ import annotations
 
 import contextlib
-import importlib.machinery
 import importlib.util
 import sys
 import warnings
@@ -21,6 +20,7 @@ from torch import nn
 
 from bitdance_scale.errors import CheckpointError, ConfigError
 from bitdance_scale.pickled_weights import StateFile
+from bitdance_scale.torchvision_operators import declare_operators
 
 Network = Literal["alex", "vgg"]
 
@@ -28,11 +28,6 @@ LPIPS_MIN_PX: Mapping[Network, int] = {"alex": 31, "vgg": 16}
 """Shortest side of an image that a network can take: of a shorter one its last layers would have nothing left."""
 
 _PACKAGES = ("torchvision", "lpips", "torch_fidelity")
-# torchvision describes these when it is imported, and fails where its compiled part does not fit the installed torch.
-_OPERATORS = ("nms", "qnms")
-_OPERATOR_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-_declared: list[torch.library.Library] = []
-
 _CONVOLUTIONS: Mapping[str, Mapping[int, tuple[int, int, int]]] = {
     # Index in torchvision's `features` -> channels out, channels in, side of the kernel.
     "alex": {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)},
@@ -121,8 +116,7 @@ def check_lpips_weights(network: Network, path: Path) -> None:
 def perceptual_packages(what: str) -> Iterator[None]:
     """Within it torchvision and packages that need it can be imported.
 
-    A build of torchvision that does not fit torch, such as one for CUDA beside torch for the CPU, has no compiled
-    operators and cannot be imported plainly. What is used here needs none of them, so they are declared.
+    Its operators are declared first where they are missing (`torchvision_operators.py`).
 
     Args:
         what: what the packages are for, in the error.
@@ -131,7 +125,7 @@ def perceptual_packages(what: str) -> Iterator[None]:
         ConfigError: a package is not installed, or cannot be imported.
     """
     _find_packages(what)
-    _declare_operators()
+    declare_operators()
     try:
         yield
     except ImportError as error:
@@ -149,26 +143,6 @@ def _missing(what: str, reason: str) -> str:
         f"{what}: the packages {', '.join(_PACKAGES)} are needed and cannot be imported ({reason}); install them with "
         "`pip install 'bitdance_scale[perceptual]'`"
     )
-
-
-def _declare_operators() -> None:
-    """Declares the operators of torchvision that its compiled part would bring, where that cannot be loaded."""
-    if "torchvision" in sys.modules:
-        return
-    spec = importlib.util.find_spec("torchvision")
-    folders = None if spec is None else spec.submodule_search_locations
-    compiled = importlib.machinery.PathFinder.find_spec("_C", folders)
-    if compiled is not None and compiled.origin is not None:
-        # Built for another torch: its operators are declared below.
-        with contextlib.suppress(OSError):
-            torch.ops.load_library(compiled.origin)
-    missing = [name for name in _OPERATORS if not hasattr(torch.ops.torchvision, name)]
-    if missing:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in missing:
-            library.define(name + _OPERATOR_SCHEMA)
-        # They are gone with the library.
-        _declared.append(library)
 
 
 def _checked(network: Network, path: Path) -> StateFile:

@@ -20,7 +20,8 @@ VGG = tuple(
         (channels_in, channels, 3, 1, 1), *(((channels, channels, 3, 1, 1),) * (number - 1)), "T", "P2",
     )
 )  # fmt: skip
-PLANS = {"alex": ALEX, "vgg": VGG}
+# It does not look behind the last pooling.
+PLANS = {"alex": ALEX, "vgg": VGG[:-1]}
 STARTS = {"alex": (0, 3, 6, 8, 10), "vgg": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)}
 SHIFT, SCALE = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
 
