@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,6 +149,21 @@ def read_folder_headers(folder: Path, name: str) -> dict[Path, dict[str, TensorS
             has = "in the file, not" if odd[0] in found else "not in the file, but"
             raise CheckpointError(f"{folder / file}: {odd[0]} is {has} in {index.name}; {_FIX}")
     return headers
+
+
+def find_irregular(path: Path) -> str | None:
+    """Why a path is no file to read, naming it; None for a regular file.
+
+    A checkpoint may come from someone else. A symbolic link in it could name any file of this machine, and a pipe or a
+    device would be waited for.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return f"{path} is missing"
+    if stat.S_ISLNK(mode):
+        return f"{path} is a symbolic link, which is not followed inside a checkpoint; put the file itself there"
+    return None if stat.S_ISREG(mode) else f"{path} is no regular file"
 
 
 def read_single_header(path: Path) -> dict[str, TensorSpec]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from bitdance_scale.atomic_files import write_text
+from bitdance_scale.weight_files import find_irregular
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 2
@@ -109,21 +109,6 @@ def find_change(path: Path, num_bytes: int, sha256: str | None) -> str | None:
     except OSError as error:
         return f"{path} cannot be read ({error})"
     return None
-
-
-def find_irregular(path: Path) -> str | None:
-    """Why a path is no file to read, naming it; None for a regular file.
-
-    A checkpoint may come from someone else. A symbolic link in it could name any file of this machine, and a pipe or a
-    device would be waited for.
-    """
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return f"{path} is missing"
-    if stat.S_ISLNK(mode):
-        return f"{path} is a symbolic link, which is not followed inside a checkpoint; put the file itself there"
-    return None if stat.S_ISREG(mode) else f"{path} is no regular file"
 
 
 def write_manifest(folder: Path) -> None:

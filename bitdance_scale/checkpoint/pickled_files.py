@@ -1,29 +1,23 @@
-"""Files that torch.save wrote, such as the published class-conditional networks: read as tensors, and as nothing else.
+"""Dictionaries of tensors in a file that torch.save wrote, such as the published class-conditional networks.
 
-A pickle can run any code. These are read with torch's weights-only loading, which builds tensors and plain values and
-refuses the rest. The file is memory-mapped and read a few rows at a time. It is mapped again every so often, because
-pages that have been read stay in memory.
+They are read as `pickled_weights.py` says: as tensors, and as nothing else. The file is memory-mapped and read a few
+rows at a time. It is mapped again every so often, because pages that have been read stay in memory.
 """
 
 from __future__ import annotations
 
-import pickle
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bitdance_scale.checkpoint.integrity import find_irregular
 from bitdance_scale.checkpoint.published_names import Part, PublishedTensor
 from bitdance_scale.errors import CheckpointError
+from bitdance_scale.pickled_weights import check_archive, check_globals, pickled_specs, unpickle
 from bitdance_scale.weight_files import TensorSpec, check_tensors, dtype_name, refuse
-from bitdance_scale.wording import first_few
 
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_RESIDENT_BYTES = 128 * 2**20
-_FETCH = "fetch it again"
 
 
 class PickledFile:
@@ -46,14 +40,14 @@ class PickledFile:
         self.path = path
         self.entries: dict[str, dict[str, TensorSpec]] = {}
         self.ignored: list[str] = []
-        _check_archive(path)
-        _check_globals(path)
+        check_archive(path)
+        check_globals(path)
         self._content: Mapping[str, Any] = {}
         self._num_read = 0
         self._open()
         for name, value in self._content.items():
             if isinstance(value, Mapping) and any(isinstance(item, torch.Tensor) for item in value.values()):
-                self.entries[str(name)] = dict(_specs(path, str(name), value))
+                self.entries[str(name)] = dict(pickled_specs(Path(f"{path}, `{name}`"), value))
             else:
                 self.ignored.append(str(name))
 
@@ -68,11 +62,7 @@ class PickledFile:
     def _open(self) -> None:
         # The old mapping goes first.
         self._content, self._num_read = {}, 0
-        try:
-            content = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{self.path}: cannot be read ({reason}); {_FETCH}") from error
+        content = unpickle(self.path)
         if not isinstance(content, Mapping):
             raise CheckpointError(
                 f"{self.path}: holds {type(content).__name__}, expected a dictionary with `model`, `ema` or "
@@ -153,59 +143,3 @@ class PickledTensors:
                 "file of an earlier step"
             )
         return rows
-
-
-def _check_archive(path: Path) -> None:
-    """Refuses what is no archive of torch.save, and one whose bytes are not those that were written."""
-    # The user named it, so a link is followed, such as those of Hugging Face's cache.
-    problem = find_irregular(path.resolve())
-    if problem is not None:
-        raise CheckpointError(f"{problem}; name the file itself")
-    old = "cut short, or saved by torch before 1.6: load it there and save it again with a newer one"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            packed = [item.filename for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED]
-            if packed:
-                raise CheckpointError(f"{path}: {packed[0]} in it is compressed, which torch.save never does; {_FETCH}")
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise CheckpointError(f"{path}: is no whole file of torch.save ({error}); it is {old}, or {_FETCH}") from error
-    except (OSError, NotImplementedError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); {_FETCH}") from error
-    if damaged is not None:
-        raise CheckpointError(
-            f"{path}: damaged: the checksum of {damaged} in it is not that of its content; {_FETCH} (or, if it was "
-            "saved with torch.serialization.set_crc32_options(False), save it again with checksums)"
-        )
-
-
-def _check_globals(path: Path) -> None:
-    """Refuses a pickle that names classes or functions beyond those of tensors, without running any."""
-    try:
-        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{path}: is no file of weights ({error}); {_FETCH}") from error
-    if wanted:
-        raise CheckpointError(
-            f"{path}: needs {first_few(sorted(wanted))} to be unpickled, which could run any code; only tensors are "
-            "read. Where you trust the file, load it with torch.load(FILE, weights_only=False) and save only its "
-            'tensors, such as torch.save({"model": content["model"]}, NEW)'
-        )
-
-
-def _specs(path: Path, entry: str, values: Mapping[Any, Any]) -> Iterator[tuple[str, TensorSpec]]:
-    problems = []
-    for name, value in values.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            problems.append(f"{name!r} is {type(value).__name__}, expected a tensor by name")
-        elif value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
-            problems.append(
-                f"{name} is a tensor of another kind ({value.layout}, {value.device}), expected a dense one"
-            )
-        elif value.dtype not in WEIGHT_DTYPES:
-            problems.append(
-                f"{name} is {dtype_name(value.dtype)}; weights are {', '.join(map(dtype_name, WEIGHT_DTYPES))}"
-            )
-        else:
-            yield name, TensorSpec(tuple(value.shape), value.dtype)
-    refuse(Path(f"{path}, `{entry}`"), problems, "Save it again with tensors of weights alone")

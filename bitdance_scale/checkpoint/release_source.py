@@ -10,7 +10,6 @@ from typing import TypeAlias
 import torch
 
 from bitdance_scale.checkpoint.autoencoder_source import AutoencoderSource, open_autoencoder
-from bitdance_scale.checkpoint.integrity import find_irregular
 from bitdance_scale.checkpoint.pickled_files import PickledTensors
 from bitdance_scale.checkpoint.published_files import PublishedTensors
 from bitdance_scale.checkpoint.published_names import (
@@ -35,7 +34,7 @@ from bitdance_scale.errors import CheckpointError, ConfigError
 from bitdance_scale.sequence.condition import Condition
 from bitdance_scale.sequence.tokens import TextTokenizer, load_text_tokenizer
 from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
-from bitdance_scale.weight_files import TensorSpec, read_json
+from bitdance_scale.weight_files import TensorSpec, find_irregular, read_json
 from bitdance_scale.wording import first_few
 
 Tensors: TypeAlias = PublishedTensors | PickledTensors

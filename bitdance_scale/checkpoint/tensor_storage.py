@@ -38,7 +38,7 @@ from torch.futures import Future
 
 from bitdance_scale.atomic_files import sync, write_text
 from bitdance_scale.checkpoint.boxes import Box
-from bitdance_scale.checkpoint.integrity import find_change, find_irregular, tensor_bytes
+from bitdance_scale.checkpoint.integrity import find_change, tensor_bytes
 from bitdance_scale.checkpoint.tensor_index import (
     INDEX_NAME,
     StoredFile,
@@ -49,7 +49,7 @@ from bitdance_scale.checkpoint.tensor_index import (
     read_index,
 )
 from bitdance_scale.errors import CheckpointError, DamagedCheckpointError
-from bitdance_scale.weight_files import SAFETENSORS_DTYPES, TensorSpec, encode_header
+from bitdance_scale.weight_files import SAFETENSORS_DTYPES, TensorSpec, encode_header, find_irregular
 
 
 class SafetensorsWriter(StorageWriter):
