@@ -11,7 +11,6 @@ from bitdance_scale.config.schema import RunConfig
 RULES = RuleSet()
 # Triton multiplies tiles of at least 16 x 16: FlexAttention's CUDA kernels refuse fewer channels (torch 2.11 to 2.13).
 MIN_FLEX_HEAD_DIM = 16
-_GROUP_NORM_GROUPS = 32
 
 
 @RULES.rule("model.num_heads", "model.num_kv_heads")
@@ -122,21 +121,22 @@ def _bits_fill_bytes(config: RunConfig) -> Iterator[str]:
         yield f"vision.num_bits = {num_bits}: must be a multiple of 8; use {nearest_multiples(num_bits, 8)}"
 
 
-@RULES.rule("vision.channels", "vision.channel_mult", "vision.latents")
+@RULES.rule("vision.channels", "vision.channel_mult", "vision.norm_groups", "vision.latents")
 def _channels_fill_norm_groups(config: RunConfig) -> Iterator[str]:
-    """`vision.channels` times each of `vision.channel_mult` is a multiple of 32 where `vision.latents` is bits.
+    """With bits, `vision.norm_groups` divides `vision.channels` times each of `vision.channel_mult`.
 
-    The binary autoencoder normalises its channels in 32 groups (published release).
+    The binary autoencoder normalises its channels in groups, 32 of them in the published release.
     """
     vision = config.vision
     if vision.latents != "bits":
         return
-    undivided = [multiplier for multiplier in vision.channel_mult if vision.channels * multiplier % _GROUP_NORM_GROUPS]
+    groups = vision.norm_groups
+    undivided = [multiplier for multiplier in vision.channel_mult if vision.channels * multiplier % groups]
     if undivided:
         yield (
             f"vision.channels = {vision.channels}: {vision.channels} x {undivided[0]} (of vision.channel_mult) must be "
-            f"a multiple of {_GROUP_NORM_GROUPS}; use vision.channels = "
-            f"{nearest_multiples(vision.channels, _GROUP_NORM_GROUPS)}"
+            f"a multiple of vision.norm_groups = {groups}; use vision.channels = "
+            f"{nearest_multiples(vision.channels, groups)}"
         )
 
 

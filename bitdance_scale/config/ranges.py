@@ -153,6 +153,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "vision.channel_mult": NonEmpty(),
     "vision.channel_mult[]": _COUNT,
     "vision.num_res_blocks": _COUNT,
+    "vision.norm_groups": _COUNT,
     "vision.block_side": _COUNT,
     "vision.order": Choice(("block", "raster")),
     "vision.flip_max": _PROBABILITY,

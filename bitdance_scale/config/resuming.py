@@ -97,6 +97,7 @@ EFFECTS: Mapping[str, Effect] = _SHARED | {
     "vision.channels": _FIXED,
     "vision.channel_mult": _FIXED,
     "vision.num_res_blocks": _FIXED,
+    "vision.norm_groups": _FIXED,
     "vision.gan_decoder": _FIXED,
     "vision.block_side": _FIXED,
     "vision.order": _FIXED,
@@ -140,6 +141,7 @@ EFFECTS: Mapping[str, Effect] = _SHARED | {
 TOKENIZER_EFFECTS: Mapping[str, Effect] = _SHARED | {
     "run.output": _FREE,
     "run.output_weights": _FREE,
+    "run.output_dtype": _FREE,
     # Told where the learning rate depends on it.
     "run.steps": _FREE,
     # A run that goes on has started.

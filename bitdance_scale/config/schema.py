@@ -194,6 +194,7 @@ class VisionSection:
         (1, 1, 2, 2, 4), doc="Channel multiplier per level; downsampling is 2^(levels - 1)."
     )
     num_res_blocks: int = setting(4, doc="Residual blocks per level.")
+    norm_groups: int = setting(32, doc="Groups of the group norms; 32 in all published tokenizers.")
     gan_decoder: bool = setting(False, doc="Whether the decoder also takes noise, as two of the published ones do.")
     block_side: int = setting(4, doc="Side p of the block of p x p vision tokens predicted together.")
     order: str = setting(

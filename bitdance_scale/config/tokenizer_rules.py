@@ -8,7 +8,7 @@ from bitdance_scale.config.optim_rules import average_faults, fall_faults, floor
 from bitdance_scale.config.ranges import FolderName, demand
 from bitdance_scale.config.schema import MIN_SPIKE_WINDOW, SCHEDULES, SPIKE_ACTIONS, WEIGHTS
 from bitdance_scale.config.storage_rules import credential_faults, upload_faults
-from bitdance_scale.config.tokenizer_schema import RECOMPUTED, TRAINED_PARTS, TokenizerConfig
+from bitdance_scale.config.tokenizer_schema import OUTPUT_DTYPES, RECOMPUTED, TRAINED_PARTS, TokenizerConfig
 from bitdance_scale.errors import ConfigError
 
 _FINE_PX = 3
@@ -43,8 +43,14 @@ def _network_faults(config: TokenizerConfig) -> Iterator[str]:
     network, quantiser = config.autoencoder, config.quantiser
     if network.num_bits < 8 or network.num_bits % 8:
         yield f"autoencoder.num_bits = {network.num_bits}: bits fill whole bytes; use a multiple of 8"
-    if network.channels < 32 or network.channels % 32:
-        yield f"autoencoder.channels = {network.channels}: the group norms have 32 groups; use a multiple of 32"
+    groups = network.norm_groups
+    if groups < 1:
+        yield f"autoencoder.norm_groups = {groups}: must be 1 or more"
+    elif network.channels < groups or network.channels % groups:
+        yield (
+            f"autoencoder.channels = {network.channels}: the group norms have {groups} groups; use a multiple of "
+            f"{groups}, or other autoencoder.norm_groups"
+        )
     if not network.channel_mult or min(network.channel_mult) < 1:
         yield f"autoencoder.channel_mult = {list(network.channel_mult)}: name one positive multiplier per level"
     if network.num_res_blocks < 1:
@@ -129,6 +135,7 @@ def _range_faults(config: TokenizerConfig) -> Iterator[str]:
         yield f"optim.spike_window = {optim.spike_window}: must be {MIN_SPIKE_WINDOW} or more"
     choices = {
         "run.output_weights": (config.run.output_weights, ("auto", *WEIGHTS)),
+        "run.output_dtype": (config.run.output_dtype, OUTPUT_DTYPES),
         "optim.schedule": (optim.schedule, SCHEDULES),
         "optim.spike_action": (optim.spike_action, SPIKE_ACTIONS),
         "evaluate.weights": (config.evaluate.weights, WEIGHTS),

@@ -9,6 +9,7 @@ from bitdance_scale.config.schema import CheckpointSection, ObserveSection, Rate
 from bitdance_scale.config.setting import setting
 
 TRAINED_PARTS = ("all", "decoder")
+OUTPUT_DTYPES = ("float32", "bfloat16", "float16")
 RECOMPUTED = ("none", "blocks")
 GROUP_BITS = 8
 """Bits of a group of the entropy loss where `quantiser.num_groups` does not say otherwise."""
@@ -23,6 +24,9 @@ class TokenizerRunSection:
     output: str = setting(doc="Folder that receives ae.safetensors and ae_config.json.")
     output_weights: str = setting(
         "auto", doc="Weights that it receives: trained, averaged, or auto: averaged if the run averages weights."
+    )
+    output_dtype: str = setting(
+        "float32", doc="Dtype in which they are stored: float32, bfloat16 or float16; networks compute in their own."
     )
     start_from: str = setting(
         "",
@@ -48,11 +52,16 @@ class AutoencoderSection:
     """Sizes of the network; the text-to-image run repeats them in its [vision] section."""
 
     num_bits: int = setting(32, doc="Bits per vision token.")
-    channels: int = setting(256, doc="Base channels, a multiple of 32.")
+    channels: int = setting(256, doc="Base channels, a multiple of `norm_groups`.")
     channel_mult: tuple[int, ...] = setting(
         (1, 1, 2, 2, 4), doc="Channel multiplier per level; downsampling is 2^(levels - 1)."
     )
     num_res_blocks: int = setting(4, doc="Residual blocks per level.")
+    norm_groups: int = setting(
+        32,
+        doc="Groups of the group norms; published tokenizers have 32. A group of one channel loses the image's mean "
+        "brightness and contrast: narrow networks learn better with fewer.",
+    )
     gan_decoder: bool = setting(
         False, doc="Whether the decoder takes noise beside the bits, so that it can make up detail."
     )

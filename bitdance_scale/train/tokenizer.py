@@ -304,7 +304,8 @@ class TokenizerJob(Job):
         with self._networks.weights_of(kind):
             if self.topology.rank == 0:
                 sizes = published_config(**asdict(self.config.autoencoder))
-                save_weights(output, self._networks.autoencoder.state_dict(), sizes)
+                dtype = getattr(torch, self.config.run.output_dtype)
+                save_weights(output, self._networks.autoencoder.state_dict(), sizes, dtype)
                 logger.info("%s weights of step %d: %s\n%s", kind, self.step, output, summary(results))
 
     def complete(self) -> None:

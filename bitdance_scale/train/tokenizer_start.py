@@ -13,7 +13,7 @@ from bitdance_scale.vision.weights import WEIGHTS_NAME, config_beside, load_weig
 from bitdance_scale.weight_files import read_json
 
 NOISE_ENTRY = "decoder.conv_in.weight"
-_COMPARED = ("num_bits", "channels", "channel_mult", "num_res_blocks")
+_COMPARED = ("num_bits", "channels", "channel_mult", "num_res_blocks", "norm_groups")
 
 
 def load_start(autoencoder: Autoencoder, where: Path, section: AutoencoderSection) -> None:

@@ -38,10 +38,15 @@ from bitdance_scale.errors import CheckpointError
 from bitdance_scale.vision.bits import sign_bits
 from bitdance_scale.wording import first_few
 
-NORM_GROUPS = 32
+PUBLISHED_NORM_GROUPS = 32
 NORM_EPS = 1e-6
 # Of the release's encoder and decoder; they do not use `resolution`.
-_PUBLISHED_DEFAULTS: Mapping[str, object] = {"ch_mult": (1, 2, 2, 4), "double_z": False, "resolution": None}
+_PUBLISHED_DEFAULTS: Mapping[str, object] = {
+    "ch_mult": (1, 2, 2, 4),
+    "double_z": False,
+    "resolution": None,
+    "norm_groups": PUBLISHED_NORM_GROUPS,
+}
 
 
 class Autoencoder(nn.Module):
@@ -49,9 +54,10 @@ class Autoencoder(nn.Module):
 
     Args:
         num_bits: C, bits per token.
-        channels: base width, a multiple of 32, the number of groups of the norms.
+        channels: base width.
         channel_mult: multiplier of the width per level; the downsampling factor is 2^(levels - 1).
         num_res_blocks: residual blocks per level and in the middle.
+        norm_groups: groups of the group norms, which divide every width; 32 in all published ones.
         gan_decoder: whether the decoder also takes noise, so that it can make up detail that the bits do not hold.
     """
 
@@ -62,12 +68,13 @@ class Autoencoder(nn.Module):
         channels: int,
         channel_mult: Sequence[int],
         num_res_blocks: int,
+        norm_groups: int = PUBLISHED_NORM_GROUPS,
         gan_decoder: bool = False,
     ) -> None:
         super().__init__()
         widths = [channels * mult for mult in channel_mult]
-        self.encoder = Encoder(num_bits, channels, widths, num_res_blocks)
-        self.decoder = Decoder(num_bits, widths, num_res_blocks, takes_noise=gan_decoder)
+        self.encoder = Encoder(num_bits, channels, widths, num_res_blocks, norm_groups)
+        self.decoder = Decoder(num_bits, widths, num_res_blocks, norm_groups, takes_noise=gan_decoder)
 
     def recompute_blocks(self) -> None:
         """Has the backward pass compute residual blocks again instead of keeping what is within them."""
@@ -90,16 +97,19 @@ class Autoencoder(nn.Module):
 class Encoder(nn.Module):
     """Pixels [N, 3, H, W] to latents [N, C, h, w]."""
 
-    def __init__(self, num_bits: int, channels: int, widths: Sequence[int], num_res_blocks: int) -> None:
+    def __init__(
+        self, num_bits: int, channels: int, widths: Sequence[int], num_res_blocks: int, norm_groups: int
+    ) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1, bias=False)
         self.down = nn.ModuleList()
         width = channels
         for level, next_width in enumerate(widths):
-            self.down.append(EncoderLevel(width, next_width, num_res_blocks, is_last=level == len(widths) - 1))
+            is_last = level == len(widths) - 1
+            self.down.append(EncoderLevel(width, next_width, num_res_blocks, norm_groups, is_last=is_last))
             width = next_width
-        self.mid_block = ResidualBlocks(width, width, num_res_blocks)
-        self.norm_out = nn.GroupNorm(NORM_GROUPS, width, eps=NORM_EPS)
+        self.mid_block = ResidualBlocks(width, width, num_res_blocks, norm_groups)
+        self.norm_out = nn.GroupNorm(norm_groups, width, eps=NORM_EPS)
         self.conv_out = nn.Conv2d(width, num_bits, 1)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -113,9 +123,9 @@ class Encoder(nn.Module):
 class EncoderLevel(nn.Module):
     """Residual blocks, then on all levels but the last a convolution that halves height and width."""
 
-    def __init__(self, in_width: int, out_width: int, num_res_blocks: int, is_last: bool) -> None:
+    def __init__(self, in_width: int, out_width: int, num_res_blocks: int, norm_groups: int, *, is_last: bool) -> None:
         super().__init__()
-        self.block = ResidualBlocks(in_width, out_width, num_res_blocks)
+        self.block = ResidualBlocks(in_width, out_width, num_res_blocks, norm_groups)
         self.is_last = is_last
         if not is_last:
             self.downsample = nn.Conv2d(out_width, out_width, 3, stride=2, padding=1)
@@ -133,17 +143,19 @@ class Decoder(nn.Module):
     the bits alone (published release, `gan_decoder`).
     """
 
-    def __init__(self, num_bits: int, widths: Sequence[int], num_res_blocks: int, *, takes_noise: bool = False) -> None:
+    def __init__(
+        self, num_bits: int, widths: Sequence[int], num_res_blocks: int, norm_groups: int, *, takes_noise: bool = False
+    ) -> None:
         super().__init__()
         self.takes_noise = takes_noise
         self.conv_in = nn.Conv2d(2 * num_bits if takes_noise else num_bits, widths[-1], 3, padding=1)
-        self.mid_block = ResidualBlocks(widths[-1], widths[-1], num_res_blocks)
+        self.mid_block = ResidualBlocks(widths[-1], widths[-1], num_res_blocks, norm_groups)
         entry_widths = [*widths[1:], widths[-1]]
-        self.adaptive = nn.ModuleList(AdaptiveGroupNorm(num_bits, width) for width in entry_widths)
+        self.adaptive = nn.ModuleList(AdaptiveGroupNorm(num_bits, width, norm_groups) for width in entry_widths)
         self.up = nn.ModuleList()
         for level, (entry_width, width) in enumerate(zip(entry_widths, widths, strict=True)):
-            self.up.append(DecoderLevel(entry_width, width, num_res_blocks, is_last=level == 0))
-        self.norm_out = nn.GroupNorm(NORM_GROUPS, widths[0], eps=NORM_EPS)
+            self.up.append(DecoderLevel(entry_width, width, num_res_blocks, norm_groups, is_last=level == 0))
+        self.norm_out = nn.GroupNorm(norm_groups, widths[0], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, bits: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
@@ -158,9 +170,9 @@ class Decoder(nn.Module):
 class DecoderLevel(nn.Module):
     """Residual blocks, then on all levels but the last (level 0) a doubling of height and width."""
 
-    def __init__(self, in_width: int, out_width: int, num_res_blocks: int, is_last: bool) -> None:
+    def __init__(self, in_width: int, out_width: int, num_res_blocks: int, norm_groups: int, *, is_last: bool) -> None:
         super().__init__()
-        self.block = ResidualBlocks(in_width, out_width, num_res_blocks)
+        self.block = ResidualBlocks(in_width, out_width, num_res_blocks, norm_groups)
         self.is_last = is_last
         if not is_last:
             self.upsample = Upsample(out_width)
@@ -174,11 +186,11 @@ class DecoderLevel(nn.Module):
 class ResidualBlock(nn.Module):
     """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), with a 1x1 convolution on x when the width changes."""
 
-    def __init__(self, in_width: int, out_width: int) -> None:
+    def __init__(self, in_width: int, out_width: int, norm_groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(NORM_GROUPS, in_width, eps=NORM_EPS)
+        self.norm1 = nn.GroupNorm(norm_groups, in_width, eps=NORM_EPS)
         self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1, bias=False)
-        self.norm2 = nn.GroupNorm(NORM_GROUPS, out_width, eps=NORM_EPS)
+        self.norm2 = nn.GroupNorm(norm_groups, out_width, eps=NORM_EPS)
         self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1, bias=False)
         self.changes_width = in_width != out_width
         if self.changes_width:
@@ -200,8 +212,10 @@ class ResidualBlocks(nn.ModuleList):
 
     recomputes = False
 
-    def __init__(self, in_width: int, out_width: int, num_blocks: int) -> None:
-        super().__init__(ResidualBlock(in_width if i == 0 else out_width, out_width) for i in range(num_blocks))
+    def __init__(self, in_width: int, out_width: int, num_blocks: int, norm_groups: int) -> None:
+        super().__init__(
+            ResidualBlock(in_width if i == 0 else out_width, out_width, norm_groups) for i in range(num_blocks)
+        )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, in, h, w] to [N, out, h, w]."""
@@ -230,8 +244,9 @@ def decoder_noise(bits: torch.Tensor) -> torch.Tensor:
 class AdaptiveGroupNorm(nn.Module):
     """Group norm whose scale and bias are linear in the standard deviation and the mean of the image's bits."""
 
-    def __init__(self, num_bits: int, width: int) -> None:
+    def __init__(self, num_bits: int, width: int, norm_groups: int = PUBLISHED_NORM_GROUPS) -> None:
         super().__init__()
+        self._norm_groups = norm_groups
         self.gamma = nn.Linear(num_bits, width)
         self.beta = nn.Linear(num_bits, width)
         # Training starts from a plain group norm; the initialisation of the published weights is not known.
@@ -245,7 +260,7 @@ class AdaptiveGroupNorm(nn.Module):
         cells = rearrange(bits, "n c h w -> n c (h w)")
         scale = self.gamma((cells.var(dim=-1) + NORM_EPS).sqrt())
         bias = self.beta(cells.mean(dim=-1))
-        normed = F.group_norm(hidden, NORM_GROUPS, eps=NORM_EPS)
+        normed = F.group_norm(hidden, self._norm_groups, eps=NORM_EPS)
         return torch.addcmul(bias[..., None, None], scale[..., None, None], normed)
 
 
@@ -262,11 +277,22 @@ class Upsample(nn.Module):
 
 
 def published_config(
-    *, num_bits: int, channels: int, channel_mult: Sequence[int], num_res_blocks: int, gan_decoder: bool = False
+    *,
+    num_bits: int,
+    channels: int,
+    channel_mult: Sequence[int],
+    num_res_blocks: int,
+    norm_groups: int = PUBLISHED_NORM_GROUPS,
+    gan_decoder: bool = False,
 ) -> dict[str, object]:
-    """The sizes of an `Autoencoder` as the published `ae_config.json` states them."""
+    """The sizes of an `Autoencoder` as the published `ae_config.json` states them.
+
+    Another number of norm groups than theirs is a key of our own, which the release's code refuses.
+    """
+    own = {} if norm_groups == PUBLISHED_NORM_GROUPS else {"norm_groups": norm_groups}
     return {
         "ddconfig": {
+            **own,
             "double_z": False,
             "z_channels": num_bits,
             "in_channels": 3,
@@ -300,6 +326,7 @@ def published_sizes(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "channels": sizes["ch"],
         "channel_mult": tuple(sizes["ch_mult"]),
         "num_res_blocks": sizes["num_res_blocks"],
+        "norm_groups": sizes["norm_groups"],
         "gan_decoder": config.get("gan_decoder", False),
     }
 
@@ -351,7 +378,7 @@ def _size_problems(config: Mapping[str, Any]) -> Iterator[str]:
         if sizes.get(key) != value:
             yield f"ddconfig.{key} = {sizes.get(key)!r}: must be {json.dumps(value)}, as for images in RGB and signs"
     multipliers = sizes["ch_mult"]
-    numbers = {key: sizes.get(key) for key in ("z_channels", "ch", "num_res_blocks")}
+    numbers = {key: sizes.get(key) for key in ("z_channels", "ch", "num_res_blocks", "norm_groups")}
     if not isinstance(multipliers, list | tuple) or not multipliers:
         yield f"ddconfig.ch_mult = {multipliers!r}: must be a list, a multiplier of the width for each level"
     else:
@@ -359,8 +386,9 @@ def _size_problems(config: Mapping[str, Any]) -> Iterator[str]:
     for key, number in numbers.items():
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             yield f"ddconfig.{key} = {number!r}: must be a positive integer"
-    if isinstance(numbers["ch"], int) and numbers["ch"] % NORM_GROUPS:
-        yield f"ddconfig.ch = {numbers['ch']}: must be a multiple of {NORM_GROUPS}, the groups of the norms"
+    groups = numbers["norm_groups"]
+    if isinstance(numbers["ch"], int) and isinstance(groups, int) and groups > 0 and numbers["ch"] % groups:
+        yield f"ddconfig.ch = {numbers['ch']}: must be a multiple of {groups}, the groups of the norms"
     if isinstance(numbers["z_channels"], int) and numbers["z_channels"] % 8:
         yield f"ddconfig.z_channels = {numbers['z_channels']}: must be a multiple of 8, as bits fill whole bytes"
     yield from (

@@ -13,15 +13,16 @@ from einops import rearrange
 
 from bitdance_scale.config.schema import VisionSection
 from bitdance_scale.config.vae_files import read_vae_config, tokenizer_weights_file
-from bitdance_scale.errors import DataError
-from bitdance_scale.vision.autoencoder import Autoencoder
+from bitdance_scale.errors import CheckpointError, DataError
+from bitdance_scale.vision.autoencoder import PUBLISHED_NORM_GROUPS, Autoencoder, published_sizes
 from bitdance_scale.vision.codes import code_bytes, pack_codes, unpack_codes
 from bitdance_scale.vision.latents import LatentAutoencoder, num_vae_elements
-from bitdance_scale.vision.weights import check_weights, load_weights, weights_digest
+from bitdance_scale.vision.weights import check_weights, config_beside, load_weights, weights_digest
+from bitdance_scale.weight_files import read_json
 
 # Those that decide the bits, beside the weights. The decoder's kind shows in the shapes of the weights.
 _DECISIVE_SIZES = ("num_bits", "channels", "channel_mult", "num_res_blocks")
-_SIZES = (*_DECISIVE_SIZES, "gan_decoder")
+_SIZES = (*_DECISIVE_SIZES, "norm_groups", "gan_decoder")
 
 
 def autoencoder_sizes(section: VisionSection) -> dict[str, Any]:
@@ -46,13 +47,34 @@ def vision_digest(section: VisionSection) -> str:
     if section.latents == "bits":
         with torch.device("meta"):
             check_weights(section.weights_path, make_autoencoder(section).state_dict())
+        _check_norm_groups(section)
         sizes: dict[str, Any] = {name: getattr(section, name) for name in _DECISIVE_SIZES}
+        # Digests of networks with the published number do not know of it.
+        if section.norm_groups != PUBLISHED_NORM_GROUPS:
+            sizes["norm_groups"] = section.norm_groups
     else:
         config = read_vae_config(section)
         # Keys with an underscore say who wrote it.
         sizes = {"latents": section.latents} | {name: config[name] for name in config if not name.startswith("_")}
     decisive = sizes | {"weights": weights_digest(tokenizer_weights_file(section))}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _check_norm_groups(section: VisionSection) -> None:
+    """Compares the one size that no tensor shows with the configuration beside the weights, where there is one.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    config = config_beside(section.weights_path)
+    if not config.is_file():
+        return
+    found = published_sizes(read_json(config), str(config))["norm_groups"]
+    if found != section.norm_groups:
+        raise CheckpointError(
+            f"{config}: the group norms of these weights have {found} groups, but vision.norm_groups = "
+            f"{section.norm_groups}; set it to {found}"
+        )
 
 
 def num_elements(section: VisionSection) -> int:
@@ -69,6 +91,7 @@ def _load_autoencoder(section: VisionSection, dtype: torch.dtype) -> Autoencoder
     with torch.device("meta"):
         autoencoder = make_autoencoder(section)
     weights = load_weights(section.weights_path, autoencoder.state_dict())
+    _check_norm_groups(section)
     autoencoder.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
     return autoencoder
 

@@ -75,16 +75,22 @@ def weights_digest(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def save_weights(folder: str | Path, state: Mapping[str, torch.Tensor], published_config: Mapping[str, object]) -> None:
+def save_weights(
+    folder: str | Path,
+    state: Mapping[str, torch.Tensor],
+    published_config: Mapping[str, object],
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Writes `ae.safetensors` and `ae_config.json`, each complete or not at all.
 
     Args:
         folder: where to write; made if absent.
-        state: the network's tensors by their published names; stored as float32.
+        state: the network's tensors by their published names.
         published_config: the result of `autoencoder.published_config` for the network.
+        dtype: in which they are stored.
     """
     folder = Path(folder)
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+    tensors = {name: tensor.detach().to(dtype).cpu().contiguous() for name, tensor in state.items()}
     sizes = json.dumps(published_config, indent=2) + "\n"
     for name, content in ((WEIGHTS_NAME, save(tensors)), (CONFIG_NAME, sizes.encode())):
         write_bytes(folder / name, content)
