@@ -20,9 +20,9 @@ from bitdance_scale.config.rules import check
 from bitdance_scale.demo.shards import write_shards
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.generate.pipeline import BitDancePipeline
-from bitdance_scale.train.tokenizer_report import load_autoencoder
 from bitdance_scale.vision.autoencoder import Autoencoder, decoder_noise
 from bitdance_scale.vision.tokenizer import VisionTokenizer, vision_digest
+from bitdance_scale.vision.weights import load_autoencoder
 from tests.released import edit_config, read_json, write_autoencoder, write_plain_qwen3, write_published
 
 SIZES = {"num_bits": 16, "channels": 32, "channel_mult": (1, 2, 1), "num_res_blocks": 2, "gan_decoder": True}

@@ -12,9 +12,9 @@ from PIL import Image
 from bitdance_scale.cli.evaluate_tokenizer import main
 from bitdance_scale.demo.shards import write_shards
 from bitdance_scale.errors import CheckpointError
-from bitdance_scale.train.tokenizer_report import NUM_COLUMNS, TILE_PX, load_autoencoder
+from bitdance_scale.train.tokenizer_report import NUM_COLUMNS, TILE_PX
 from bitdance_scale.vision.autoencoder import Autoencoder, published_config
-from bitdance_scale.vision.weights import save_weights
+from bitdance_scale.vision.weights import load_autoencoder, save_weights
 
 SIZES = {"num_bits": 16, "channels": 32, "channel_mult": (1, 1), "num_res_blocks": 1}
 
