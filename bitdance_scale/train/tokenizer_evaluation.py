@@ -124,8 +124,7 @@ def to_bytes(pixels: torch.Tensor) -> np.ndarray:
 def summary(results: Mapping[tuple[int, int], Reconstruction]) -> str:
     """A markdown table, one row per (height, width)."""
     lines = [
-        "| size (px) | PSNR (dB) | PSNR, 1% of bits flipped (dB) | SSIM | codes used | code entropy (bits) | "
-        "+1 per bit |",
+        "| size (px) | PSNR (dB) | PSNR, 1% flipped (dB) | SSIM | codes used | code entropy (bits) | +1 per bit |",
         "|---|---|---|---|---|---|---|",
     ]
     for (height, width), result in results.items():
