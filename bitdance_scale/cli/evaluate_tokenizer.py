@@ -62,10 +62,10 @@ def _size(text: str) -> int | str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    _, starting = find_replicas(options, ParallelSection())
     if options.out is not None and options.out.exists() and not options.out.is_dir():
         raise ConfigError(f"--out {options.out}: is no folder; name one, which is made if it is missing")
     measuring = _measuring(options)
+    _, starting = find_replicas(options, ParallelSection())
     if starting is not None:
         return launch(starting, "bitdance_scale.cli.evaluate_tokenizer", _command(options))
     # Imported late: a refused option should not wait for Megatron.

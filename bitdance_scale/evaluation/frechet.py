@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-MANY_IMAGES = 10_000
-"""The distance of fewer images is too high by an amount that depends on their number."""
+USUAL_IMAGES = 50_000
+"""What the distance is reported for. That of fewer images is higher, by an amount that depends on their number."""
 
 
 class FeatureStatistics:

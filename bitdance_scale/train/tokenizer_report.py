@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from bitdance_scale.atomic_files import replacing, write_text
 from bitdance_scale.checkpoint.integrity import file_digest
 from bitdance_scale.data.index.index import Index
-from bitdance_scale.evaluation.frechet import MANY_IMAGES
+from bitdance_scale.evaluation.frechet import USUAL_IMAGES
 from bitdance_scale.evaluation.page import (
     DIFFERENCE_FACTOR,
     MAX_SHOWN_PX,
@@ -168,10 +168,10 @@ class Report:
             if len(result.left_out):
                 keys = [self._index.name(sample) for sample in result.left_out.tolist()]
                 notes.append(f"{name}: {len(keys)} images are too small and were left out: {first_few(keys)}.")
-            if result.rfid is not None and number < MANY_IMAGES:
+            if result.rfid is not None and number < USUAL_IMAGES:
                 notes.append(
-                    f"{name}: rFID of {number} images is too high by far; compare it at equal numbers only "
-                    "(50,000 are usual)."
+                    f"{name}: rFID is of {number} images, and is higher the fewer they are: compare it at equal numbers "
+                    f"only ({USUAL_IMAGES:,} are usual)."
                 )
             encode_ms, decode_ms = result.milliseconds
             where = self._topology.device_name

@@ -202,7 +202,7 @@ def test_evaluation(weights, tmp_path, capsys, as_file):
         shutil.copyfile(weights.with_name("ae_config.json"), tmp_path / "ae_d4c16_config.json")
     assert load_autoencoder(where).decoder.takes_noise
     write_shards(tmp_path / "shards", num_images=4, per_shard=4, seed=0)
-    command = [str(where), str(tmp_path / "shards"), "--sizes", "32", "--images", "3"]
+    command = [str(where), str(tmp_path / "shards"), "--sizes", "32", "--images", "3", "--nproc=1"]
     tables = []
     for _ in range(2):
         assert evaluate_main(command) == 0
