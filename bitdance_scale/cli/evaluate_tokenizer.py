@@ -1,10 +1,12 @@
-"""Measures a visual tokenizer on images that it was not trained on, and draws originals over reconstructions.
+"""Measures a visual tokenizer on images that it was not trained on: one table, and one page with --out.
 
-    bitdance tokenizer evaluate FOLDER data/tokenizer_held_out --sizes 32 64 128 --picture out.png
+    bitdance tokenizer evaluate FOLDER data/imagenet_validation --out OUT --lpips-alex FILE --inception FILE
+    bitdance tokenizer evaluate FOLDER data/tokenizer_held_out --sizes 32 64 128
 
-Prints a Markdown table: PSNR with and without 1% of flipped bits, and how the bits are used; then the time per image.
 FOLDER holds ae.safetensors and ae_config.json. It may also be a weights file of the release, such as
-ae_d32c128.safetensors with ae_d32c128_config.json beside it.
+ae_d32c128.safetensors with ae_d32c128_config.json beside it. The table has PSNR, also with 1% of the bits flipped,
+SSIM, LPIPS and rFID where the weights of their networks are named, and how the bits are used. The ranks share out the
+images.
 """
 
 from __future__ import annotations
@@ -12,49 +14,115 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bitdance_scale.cli.command import CommandParser, positive, run_command
-from bitdance_scale.train.process import EXIT_COMPLETE
+from bitdance_scale.cli.launch import add_rank_arguments, find_replicas, launch
+from bitdance_scale.config.schema import ParallelSection
+from bitdance_scale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from bitdance_scale.train.tokenizer_measurement import Measuring
+
+_ORIGINAL = "original"
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """The command line; returns the exit code."""
+    """The command line, of the command that starts the ranks and of every rank; returns the exit code."""
     parser = CommandParser(prog, __doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the weights, or the weights file")
     parser.add_argument("shards", nargs="+", metavar="SHARDS", help="tars of held-out images: files, folders, globs")
     parser.add_argument(
         "--sizes",
-        type=positive,
+        type=_size,
         nargs="+",
-        default=[32, 64, 128],
+        default=[256, _ORIGINAL],
         metavar="PX",
-        help="sides of square crops in pixels (default: 32 64 128)",
+        help="sides of square centre crops in pixels, or `original` for whole images, cut to sides that the "
+        "downsampling divides (default: 256 original)",
     )
-    parser.add_argument("--images", type=positive, default=256, metavar="N", help="images per size (default: 256)")
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="picture to write")
+    parser.add_argument("--images", type=positive, metavar="N", help="images per size, the first ones (default: all)")
+    parser.add_argument("--lpips-alex", type=Path, metavar="FILE", help="torchvision's weights of AlexNet")
+    parser.add_argument("--lpips-vgg", type=Path, metavar="FILE", help="torchvision's weights of VGG-16")
+    parser.add_argument(
+        "--inception", type=Path, metavar="FILE", help="torch_fidelity's weights of Inception, for rFID"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of evaluation.json, .md and .html")
+    parser.add_argument(
+        "--shown", type=positive, default=8, metavar="N", help="images of a kind on the page (default: 8)"
+    )
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="picture of the first crops of every size")
+    add_rank_arguments(parser)
     return run_command(parser, arguments, _run)
 
 
+def _size(text: str) -> int | str:
+    """The type of --sizes."""
+    return text if text == _ORIGINAL else positive(text)
+
+
 def _run(options: argparse.Namespace) -> int:
-    import torch
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        raise ConfigError(f"--out {options.out}: is no folder; name one, which is made if it is missing")
+    measuring = _measuring(options)
+    _, starting = find_replicas(options, ParallelSection())
+    if starting is not None:
+        return launch(starting, "bitdance_scale.cli.evaluate_tokenizer", _command(options))
+    # Imported late: a refused option should not wait for Megatron.
+    from bitdance_scale.train.measure_tokenizer import run_measuring
 
-    from bitdance_scale.data.crop_stream import centre_crops
-    from bitdance_scale.data.index.build import build_index
-    from bitdance_scale.data.index.index import default_index_dir
-    from bitdance_scale.data.storage.shards import expand_shards
-    from bitdance_scale.train.tokenizer_evaluation import evaluate, summary
-    from bitdance_scale.train.tokenizer_report import CODE_BITS, draw, load_autoencoder, milliseconds_per_image
+    return run_measuring(measuring)
 
-    autoencoder = load_autoencoder(options.folder)
-    shards = expand_shards(options.shards, "SHARDS")
-    index = build_index(shards, default_index_dir(shards))
-    images = {size: centre_crops(index, (size, size), options.images) for size in options.sizes}
-    num_groups = autoencoder.encoder.conv_out.out_channels // CODE_BITS
-    results = {size: evaluate(autoencoder, images[size], num_groups, torch.device("cpu")) for size in images}
-    print(summary({(size, size): result for size, result in results.items()}))
-    for size in images:
-        encode_ms, decode_ms = milliseconds_per_image(autoencoder, images[size])
-        print(f"{size} px: encode {encode_ms:.1f} ms, decode {decode_ms:.1f} ms on {torch.get_num_threads()} thread(s)")
-    if options.picture:
-        draw(images, results).save(options.picture)
-    return EXIT_COMPLETE
+
+def _measuring(options: argparse.Namespace) -> Measuring:
+    """What is measured, with its files checked."""
+    from bitdance_scale.data.held_out import HeldOutSize
+    from bitdance_scale.evaluation.inception import check_inception_weights
+    from bitdance_scale.evaluation.pixels import SSIM_WINDOW_PX
+    from bitdance_scale.train.tokenizer_measurement import Measuring
+    from bitdance_scale.train.tokenizer_report import NUM_COLUMNS
+    from bitdance_scale.vision.perceptual import LPIPS_MIN_PX, Network, check_lpips_weights
+    from bitdance_scale.vision.weights import find_autoencoder
+
+    _, sizes = find_autoencoder(options.folder)
+    given: dict[Network, Path | None] = {"alex": options.lpips_alex, "vgg": options.lpips_vgg}
+    lpips = {network: path for network, path in given.items() if path is not None}
+    for network, path in lpips.items():
+        check_lpips_weights(network, path)
+    if options.inception is not None:
+        check_inception_weights(options.inception)
+    downsampling = 2 ** (len(sizes["channel_mult"]) - 1)
+    min_px = max([SSIM_WINDOW_PX, *(LPIPS_MIN_PX[network] for network in lpips)])
+    asked = dict.fromkeys(options.sizes)
+    for size in asked:
+        if size != _ORIGINAL and (size % downsampling or size < max(min_px, 2 * downsampling)):
+            raise ConfigError(
+                f"--sizes {size}: must be a multiple of {downsampling}, the downsampling, with at least two cells a "
+                f"side, and at least {min_px} px, the shortest side that "
+                f"{'SSIM' if not lpips else 'SSIM and LPIPS'} can be computed of"
+            )
+    return Measuring(
+        weights=options.folder,
+        shards=options.shards,
+        sizes=[HeldOutSize(None if size == _ORIGINAL else size, downsampling, min_px) for size in asked],
+        num_images=options.images,
+        lpips=lpips,
+        inception=options.inception,
+        num_shown=max(options.shown, NUM_COLUMNS) if options.picture else options.shown,
+        out=options.out,
+        picture=options.picture,
+    )
+
+
+def _command(options: argparse.Namespace) -> list[str]:
+    """The command line of a rank."""
+    command = [str(options.folder), *options.shards, "--sizes", *map(str, options.sizes), f"--shown={options.shown}"]
+    for name in ("images", "lpips_alex", "lpips_vgg", "inception", "out", "picture"):
+        value = getattr(options, name)
+        if value is not None:
+            command.append(f"--{name.replace('_', '-')}={value}")
+    return command
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

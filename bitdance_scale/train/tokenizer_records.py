@@ -93,6 +93,7 @@ class TokenizerEvaluation(StepRecord):
         psnr_flipped_db: the same when one bit in a hundred is flipped.
         code_share: share of the codes of a group that occur, a mean over the groups.
         code_entropy_bits: entropy of the codes of a group, a mean over the groups.
+        ssim: structural similarity, a mean over the images; empty in the records of earlier versions.
     """
 
     content: ClassVar[str] = "reconstruction"
@@ -101,6 +102,7 @@ class TokenizerEvaluation(StepRecord):
     psnr_flipped_db: dict[str, float]
     code_share: dict[str, float]
     code_entropy_bits: dict[str, float]
+    ssim: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 KINDS = RecordKinds(
@@ -134,6 +136,7 @@ KINDS = RecordKinds(
         "step": "progress/step",
         "psnr_db": "evaluate/psnr_db_{}",
         "psnr_flipped_db": "evaluate/psnr_flipped_db_{}",
+        "ssim": "evaluate/ssim_{}",
         "code_share": "evaluate/code_share_{}",
         "code_entropy_bits": "evaluate/code_entropy_bits_{}",
     },
@@ -158,6 +161,7 @@ def evaluation_record(step: int, results: Mapping[tuple[int, int], Reconstructio
         psnr_flipped_db={size_name(size): result.psnr_flipped_db for size, result in results.items()},
         code_share={size_name(size): result.code_share for size, result in results.items()},
         code_entropy_bits={size_name(size): result.code_entropy_bits for size, result in results.items()},
+        ssim={size_name(size): result.ssim for size, result in results.items()},
     )
 
 

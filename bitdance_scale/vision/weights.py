@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,7 +15,8 @@ from safetensors.torch import load_file, save
 from bitdance_scale.atomic_files import write_bytes
 from bitdance_scale.config.named_files import autoencoder_faults
 from bitdance_scale.errors import ConfigError
-from bitdance_scale.weight_files import check_tensors, read_single_header
+from bitdance_scale.vision.autoencoder import Autoencoder, published_sizes
+from bitdance_scale.weight_files import check_tensors, read_json, read_single_header
 
 WEIGHTS_NAME = "ae.safetensors"
 CONFIG_NAME = "ae_config.json"
@@ -94,3 +96,35 @@ def save_weights(
     sizes = json.dumps(published_config, indent=2) + "\n"
     for name, content in ((WEIGHTS_NAME, save(tensors)), (CONFIG_NAME, sizes.encode())):
         write_bytes(folder / name, content)
+
+
+def load_autoencoder(where: str | Path) -> Autoencoder:
+    """The network of a weights file, or of a folder with `ae.safetensors`, on the CPU in float32.
+
+    Raises:
+        ConfigError: there are no weights.
+        CheckpointError: they are damaged, or do not fit the configuration beside them (`config_beside`).
+    """
+    weights, sizes = find_autoencoder(where)
+    autoencoder = Autoencoder(**sizes)
+    autoencoder.load_state_dict(load_weights(weights, autoencoder.state_dict()))
+    return autoencoder.eval()
+
+
+def find_autoencoder(where: str | Path) -> tuple[Path, dict[str, Any]]:
+    """(weights file, keyword arguments of `Autoencoder`) of a weights file or a folder, of which headers are read.
+
+    Raises:
+        ConfigError, CheckpointError: as `load_autoencoder`.
+    """
+    where = Path(where)
+    weights = where / WEIGHTS_NAME if where.is_dir() else where
+    if not weights.is_file():
+        raise ConfigError(
+            f"{weights}: no such file; name a folder with {WEIGHTS_NAME} and {CONFIG_NAME}, or a weights file"
+        )
+    config = config_beside(weights)
+    sizes = published_sizes(read_json(config), str(config))
+    with torch.device("meta"):
+        check_weights(weights, Autoencoder(**sizes).state_dict())
+    return weights, sizes

@@ -20,9 +20,9 @@ from bitdance_scale.config.rules import check
 from bitdance_scale.demo.shards import write_shards
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.generate.pipeline import BitDancePipeline
-from bitdance_scale.train.tokenizer_report import load_autoencoder
 from bitdance_scale.vision.autoencoder import Autoencoder, decoder_noise
 from bitdance_scale.vision.tokenizer import VisionTokenizer, vision_digest
+from bitdance_scale.vision.weights import load_autoencoder
 from tests.released import edit_config, read_json, write_autoencoder, write_plain_qwen3, write_published
 
 SIZES = {"num_bits": 16, "channels": 32, "channel_mult": (1, 2, 1), "num_res_blocks": 2, "gan_decoder": True}
@@ -202,7 +202,7 @@ def test_evaluation(weights, tmp_path, capsys, as_file):
         shutil.copyfile(weights.with_name("ae_config.json"), tmp_path / "ae_d4c16_config.json")
     assert load_autoencoder(where).decoder.takes_noise
     write_shards(tmp_path / "shards", num_images=4, per_shard=4, seed=0)
-    command = [str(where), str(tmp_path / "shards"), "--sizes", "32", "--images", "3"]
+    command = [str(where), str(tmp_path / "shards"), "--sizes", "32", "--images", "3", "--nproc=1"]
     tables = []
     for _ in range(2):
         assert evaluate_main(command) == 0

@@ -20,9 +20,10 @@ from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.demo.shards import write_shards
 from bitdance_scale.errors import ConfigError, DataError
+from bitdance_scale.evaluation.pixels import psnr_db
 from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE, read_records
 from bitdance_scale.train.tokenizer import TokenizerJob, _held_out_images, run_tokenizer
-from bitdance_scale.train.tokenizer_evaluation import evaluate, psnr_db
+from bitdance_scale.train.tokenizer_evaluation import evaluate
 from bitdance_scale.train.tokenizer_objective import edge_loss
 from bitdance_scale.train.tokenizer_records import TokenizerEvaluation, TokenizerMetrics
 from bitdance_scale.vision.autoencoder import Autoencoder

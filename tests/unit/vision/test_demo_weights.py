@@ -14,7 +14,7 @@ from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.config.shipped import ASSETS, CONFIGS
 from bitdance_scale.demo.scenes import make_scene, render
-from bitdance_scale.train.tokenizer_evaluation import psnr_db
+from bitdance_scale.evaluation.pixels import psnr_db
 from bitdance_scale.vision.autoencoder import published_sizes
 from bitdance_scale.vision.bits import unpack_bits
 from bitdance_scale.vision.tokenizer import VisionTokenizer

@@ -1,0 +1,88 @@
+"""Inception with random weights against torch_fidelity's own class, and files that are not it."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from bitdance_scale.errors import CheckpointError
+from bitdance_scale.evaluation.frechet import FeatureStatistics, frechet_distance
+from bitdance_scale.evaluation.inception import NUM_FEATURES, check_inception_weights, load_inception
+from bitdance_scale.vision.perceptual import perceptual_packages
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file with the names and shapes of the published one, and values whose activations neither vanish nor explode."""
+    with perceptual_packages("a test"):
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    folder = tmp_path_factory.mktemp("inception")
+
+    class Untrained(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *details):
+            return None
+
+    torch.save({}, folder / "empty.pth")
+    with torch.device("meta"):
+        network = Untrained("inception", ["2048"], str(folder / "empty.pth"))
+    generator, state = torch.Generator().manual_seed(0), {}
+    for name, value in network.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        if value.ndim > 1:
+            state[name] = torch.randn(value.shape, generator=generator) * (2 / value[0].numel()) ** 0.5
+        else:
+            state[name] = torch.full(value.shape, 1.0 if name.endswith(("bn.weight", "running_var")) else 0.01)
+    torch.save(state, folder / "inception.pth")
+    return folder / "inception.pth"
+
+
+def test_features_and_rfid(weights):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    images = np.random.default_rng(0).integers(0, 256, (3, 12, 20, 3), dtype=np.uint8)
+    images[1] //= 3
+    decoded = (images // 32 * 32).astype(np.uint8)
+    before = torch.random.get_rng_state()
+    inception = load_inception(weights)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    features = [inception(pixels) for pixels in (images, decoded)]
+    # The package's class reads counters, too, that its own file has.
+    counters = {name: torch.tensor(0) for name in inception.network.state_dict() if name.endswith("tracked")}
+    own = weights.with_name("own.pth")
+    torch.save(torch.load(weights) | counters, own)
+    (expected,) = FeatureExtractorInceptionV3("inception", ["2048"], str(own))(
+        torch.from_numpy(images).permute(0, 3, 1, 2)
+    )
+    assert torch.equal(features[0], expected)
+    assert features[0].shape == (3, NUM_FEATURES) and features[0].std(dim=0).max() > 1e-3
+
+    # The Frechet distance in float64 by the singular values of the centred features, which is tr (C1 C2)^(1/2).
+    parts = [part.double().numpy() for part in features]
+    centred = [(part - part.mean(axis=0)) / np.sqrt(2) for part in parts]
+    root = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
+    spread = sum(np.square(part).sum() for part in centred)
+    distance = np.square(parts[0].mean(axis=0) - parts[1].mean(axis=0)).sum() + spread - 2 * root
+    statistics = [FeatureStatistics(NUM_FEATURES, torch.device("cpu")) for _ in range(2)]
+    for part, found in zip(statistics, features, strict=True):
+        part.add(found)
+    found = frechet_distance(*(part.moments() for part in statistics))
+    assert found == pytest.approx(distance, rel=1e-3) and distance > 0
+
+
+class Call:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_other_files_are_refused(tmp_path):
+    torch.save({"conv1.weight": torch.ones(2)}, tmp_path / "resnet.pth")
+    with pytest.raises(CheckpointError, match=r"resnet.pth: Conv2d_1a_3x3.conv.weight is missing.*Name torch_fidelity"):
+        check_inception_weights(tmp_path / "resnet.pth")
+    torch.save(Call(), tmp_path / "code.pth")
+    with pytest.raises(CheckpointError, match="code.pth: needs posix.system to be unpickled"):
+        check_inception_weights(tmp_path / "code.pth")
