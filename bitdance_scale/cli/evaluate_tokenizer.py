@@ -78,9 +78,9 @@ def _measuring(options: argparse.Namespace) -> Measuring:
     """What is measured, with its files checked."""
     from bitdance_scale.data.held_out import HeldOutSize
     from bitdance_scale.evaluation.inception import check_inception_weights
+    from bitdance_scale.evaluation.pairs import NUM_COLUMNS
     from bitdance_scale.evaluation.pixels import SSIM_WINDOW_PX
     from bitdance_scale.train.tokenizer_measurement import Measuring
-    from bitdance_scale.train.tokenizer_report import NUM_COLUMNS
     from bitdance_scale.vision.perceptual import LPIPS_MIN_PX, Network, check_lpips_weights
     from bitdance_scale.vision.weights import find_autoencoder
 

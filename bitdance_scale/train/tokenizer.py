@@ -43,6 +43,7 @@ from bitdance_scale.train.step_guards import Spike
 from bitdance_scale.train.tokenizer_evaluation import Reconstruction, evaluate, summary, to_pixels
 from bitdance_scale.train.tokenizer_networks import AUTOENCODER, DISCRIMINATOR, TokenizerNetworks
 from bitdance_scale.train.tokenizer_objective import ADVERSARIAL, DISCRIMINATOR_LOSSES, LOSSES, Crops
+from bitdance_scale.train.tokenizer_pictures import show_run
 from bitdance_scale.train.tokenizer_records import (
     KINDS,
     TokenizerMetrics,
@@ -274,6 +275,7 @@ class TokenizerJob(Job):
                     f"{size_name(size)} px {result.psnr_db:.2f}" for size, result in self._results.items()
                 )
                 logger.info("held out after step %d: PSNR in dB  %s", self.step, sizes)
+                show_run(self.run_folder, self.step, self._held_out, self._results, self._sinks)
 
     def draw(self) -> None:
         """Nothing: the evaluation says how well images are reconstructed."""

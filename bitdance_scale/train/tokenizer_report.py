@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from bitdance_scale.atomic_files import replacing, write_text
 from bitdance_scale.checkpoint.integrity import file_digest
@@ -24,6 +24,7 @@ from bitdance_scale.evaluation.page import (
     page,
     paragraph,
 )
+from bitdance_scale.evaluation.pairs import Pairs, draw_pairs
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.train.tokenizer_measurement import Measuring, Shown, SizeResult
 from bitdance_scale.vision.autoencoder import Autoencoder
@@ -32,8 +33,6 @@ from bitdance_scale.wording import first_few
 
 NAME = "evaluation"
 """Of the files, which end in .json, .md and .html."""
-TILE_PX = 112
-NUM_COLUMNS = 10
 # Measure -> its column, the format of its values, and the option that asks for it.
 _COLUMNS = {
     "psnr_db": ("PSNR (dB)", ".2f", ""),
@@ -170,7 +169,7 @@ class Report:
                 notes.append(f"{name}: {len(keys)} images are too small and were left out: {first_few(keys)}.")
             if result.rfid is not None and number < USUAL_IMAGES:
                 notes.append(
-                    f"{name}: rFID is of {number} images, and is higher the fewer they are: compare it at equal numbers "
+                    f"{name}: rFID is of {number} images, and higher the fewer they are: compare it at equal numbers "
                     f"only ({USUAL_IMAGES:,} are usual)."
                 )
             encode_ms, decode_ms = result.milliseconds
@@ -205,22 +204,15 @@ class Report:
 
 
 def draw(results: Sequence[SizeResult]) -> Image.Image:
-    """Two rows per size of crop: originals, and below them what the bits give back; enlarged without smoothing."""
-    label_px, gap_px = 74, 6
-    picture = Image.new(
-        "RGB", (label_px + NUM_COLUMNS * (TILE_PX + 2), len(results) * (2 * TILE_PX + 2 + gap_px)), "white"
+    """Two rows per size of crop: originals, and below them what the bits give back."""
+    return draw_pairs(
+        [
+            Pairs(
+                f"{result.size.crop_px} px",
+                f"{result.means['psnr_db']:.1f} dB",
+                [shown.original for shown in result.first],
+                [shown.decoded for shown in result.first],
+            )
+            for result in results
+        ]
     )
-    pen = ImageDraw.Draw(picture)
-    for row, result in enumerate(results):
-        top = row * (2 * TILE_PX + 2 + gap_px)
-        tiles: Mapping[str, list[np.ndarray]] = {
-            "original": [shown.original for shown in result.first],
-            f"{result.means['psnr_db']:.1f} dB": [shown.decoded for shown in result.first],
-        }
-        for line, (name, pictures) in enumerate(tiles.items()):
-            y = top + line * (TILE_PX + 2)
-            pen.text((4, y + TILE_PX // 2 - 8), f"{result.size.crop_px} px\n{name}", "black")
-            for column, tile in enumerate(pictures[:NUM_COLUMNS]):
-                enlarged = Image.fromarray(tile).resize((TILE_PX, TILE_PX), Image.Resampling.NEAREST)
-                picture.paste(enlarged, (label_px + column * (TILE_PX + 2), y))
-    return picture

@@ -17,9 +17,9 @@ from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.storage.shards import expand_shards
 from bitdance_scale.demo.shards import write_shards
 from bitdance_scale.errors import CheckpointError
+from bitdance_scale.evaluation.pairs import NUM_COLUMNS, TILE_PX
 from bitdance_scale.evaluation.pixels import psnr_db
 from bitdance_scale.train.tokenizer_evaluation import evaluate
-from bitdance_scale.train.tokenizer_report import NUM_COLUMNS, TILE_PX
 from bitdance_scale.vision.autoencoder import Autoencoder, published_config
 from bitdance_scale.vision.weights import load_autoencoder, save_weights, weights_digest
 from tests.unit.vision.test_perceptual import random_state
