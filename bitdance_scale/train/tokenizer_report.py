@@ -169,8 +169,8 @@ class Report:
                 notes.append(f"{name}: {len(keys)} images are too small and were left out: {first_few(keys)}.")
             if result.rfid is not None and number < USUAL_IMAGES:
                 notes.append(
-                    f"{name}: rFID is of {number} images, and higher the fewer they are: compare it at equal numbers "
-                    f"only ({USUAL_IMAGES:,} are usual)."
+                    f"{name}: rFID is of {number} images, and is higher the fewer they are: compare it at equal "
+                    f"numbers only ({USUAL_IMAGES:,} are usual)."
                 )
             encode_ms, decode_ms = result.milliseconds
             where = self._topology.device_name

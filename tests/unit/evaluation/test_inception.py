@@ -16,7 +16,7 @@ from bitdance_scale.vision.perceptual import perceptual_packages
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A file with the names and shapes of the published one, and values that neither vanish nor explode."""
+    """The names and shapes of the published file, with values whose activations neither vanish nor explode."""
     with perceptual_packages("a test"):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
