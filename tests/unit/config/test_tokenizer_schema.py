@@ -9,11 +9,13 @@ import pytest
 from bitdance_scale.config.load import dump_toml, load_config
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.config.shipped import CONFIGS
-from bitdance_scale.config.tokenizer_schema import TokenizerConfig, check_tokenizer
+from bitdance_scale.config.tokenizer_rules import check_tokenizer
+from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
 DEMO = CONFIGS / "demo_tokenizer.toml"
+SIZES = ["autoencoder.num_bits=16", "autoencoder.channel_mult=[1, 1, 2]", "data.sizes_px=[[32, 32]]"]
 
 
 def test_the_demo_is_legal_on_one_and_two_ranks_and_round_trips(tmp_path: Path):
@@ -64,12 +66,16 @@ def test_the_demo_run_uses_the_sizes_of_the_demo_tokenizer():
         ("run.steps=0", r"run.steps = 0: must be 1 or more"),
         ("data.sizes_px=[[34, 32]]", r"data.sizes_px: 34 x 32 px: sides must be multiples of the downsampling, 4 px"),
         ("data.sizes_px=[[4, 4]]", r"more than one cell"),
-        ("data.images_px=65537", r"data.images_px = 65537: must be a multiple of 32 \* 32 px \* 2 ranks"),
+        (
+            "data.images_px=65537",
+            r"data.images_px = 65537: must be a multiple of 32 \* 32 px, so that a step has whole",
+        ),
+        ("data.images_px=1024", r"a step of 32 x 32 px has 1 images, fewer than the 2 ranks; use 2048 or more"),
         ("evaluate.sizes_px=[]", r"evaluate.sizes_px is empty"),
     ],
 )
 def test_mistakes_are_named(override: str, message: str):
-    config = load_config(DEMO, [override], TokenizerConfig)
+    config = load_config(DEMO, [*SIZES, override], TokenizerConfig)
     with pytest.raises(ConfigError, match=message):
         check_tokenizer(config, 2)
 
