@@ -112,7 +112,7 @@ def driven() -> dict[int, list[dict[str, Any]]]:
 
 def test_ranks_that_do_not_divide_the_images_take_the_steps_of_one(driven):
     steps, values = joined(driven[1], "divided")
-    assert [sorted(step)[:3] for step in steps][0] == ["adversarial", "commit", "edge"]
+    assert {"l1", "lpips", "commit", "entropy_codebook", "norm of autoencoder"} < steps[0].keys()
     assert "hinge" not in steps[0] and all(step["hinge"] > 0.5 and step["lecam"] > 0 for step in steps[1:])
     assert steps[0]["adversarial"] == 0 and all(step["adversarial"] > 0 for step in steps[1:])
     assert sum(name.startswith("average.") for name in values) == sum(
