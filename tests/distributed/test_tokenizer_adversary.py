@@ -94,12 +94,24 @@ def joined(ranks: list[dict[str, Any]], layout: str) -> tuple[list[dict[str, flo
     return steps, values
 
 
+# Constants of a channel, which a norm takes off again: with 32 channels its groups are single channels. Their gradients
+# are 0 but for rounding, and Adam makes whole steps of that.
+WITHOUT_GRADIENT = {
+    "decoder.adaptive.0.beta.bias", "decoder.adaptive.0.beta.weight", "decoder.conv_in.bias",
+    "encoder.down.0.downsample.bias",
+}  # fmt: skip
+
+
 def assert_rounding(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], tolerance: float) -> None:
     assert found.keys() == wanted.keys()
+    small = {name.partition(".")[2] for name, value in wanted.items() if name.startswith("exp_avg.") and not (
+        np.linalg.norm(value) > 1e-7
+    )}  # fmt: skip
+    assert small == WITHOUT_GRADIENT
     for name, value in wanted.items():
-        scale = max(float(np.linalg.norm(value)), 1e-6)
-        error = float(np.linalg.norm(found[name] - value)) / scale
-        assert error < tolerance, f"{name}: {error}"
+        if not any(name.endswith(other) for other in WITHOUT_GRADIENT):
+            error = float(np.linalg.norm(found[name] - value)) / float(np.linalg.norm(value))
+            assert error < tolerance, f"{name}: {error}"
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +134,9 @@ def test_ranks_that_do_not_divide_the_images_take_the_steps_of_one(driven):
     for num_ranks in (2, 3):
         others, other_values = joined(driven[num_ranks], "divided")
         for step, other in zip(steps, others, strict=True):
-            assert other == pytest.approx(step, rel=1e-5, abs=1e-9)
+            assert other == pytest.approx(step, rel=2e-6)
         assert {rank["divided"][2] for rank in driven[num_ranks]} == {NUM_STEPS - 1}
-        assert_rounding(other_values, values, 1e-4)
-        weights = {name: value for name, value in values.items() if not name.startswith("exp_avg")}
-        assert_rounding({name: other_values[name] for name in weights}, weights, 2e-6)
+        assert_rounding(other_values, values, 2e-5)
 
 
 def test_a_divided_optimiser_takes_the_very_steps_of_a_whole_one(driven):
@@ -146,8 +156,8 @@ def test_recomputed_blocks_change_nothing_and_channels_last_rounds(driven):
     for num_ranks in (1, 2):
         other_steps, other_values = joined(driven[num_ranks], "channels_last")
         for step, other in zip(steps, other_steps, strict=True):
-            assert other == pytest.approx(step, rel=1e-5, abs=1e-9)
-        assert_rounding(other_values, values, 1e-4)
+            assert other == pytest.approx(step, rel=2e-6)
+        assert_rounding(other_values, values, 2e-5)
 
 
 # Runs: the discriminator has a NaN in the third step, and the run is killed in the fifth.
