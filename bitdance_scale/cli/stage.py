@@ -70,10 +70,24 @@ def _run(stage: str | None, options: argparse.Namespace) -> int:
         if is_first_process():
             print(dump_toml(config), end="")
         return EXIT_COMPLETE
+    check_files(config)
+    return run_stage(config)
+
+
+def check_files(config: AnyConfig) -> None:
+    """Looks at the files that every rank will read and that a configuration names.
+
+    Raises:
+        BitDanceError: one is missing, or is not what the configuration needs.
+    """
     check_shipped_sets(shards_of(config))
     if isinstance(config, RunConfig):
         check_named_files(config)
-    return run_stage(config)
+    elif is_first_process():
+        # Half a gigabyte of VGG's weights is not read by every rank, which will find the same.
+        from bitdance_scale.train.tokenizer_start import check_start_files
+
+        check_start_files(config)
 
 
 def run_stage(config: AnyConfig) -> int:

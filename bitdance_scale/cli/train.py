@@ -21,12 +21,9 @@ from collections.abc import Sequence
 from bitdance_scale.cli import stage
 from bitdance_scale.cli.command import CommandParser, run_command
 from bitdance_scale.cli.launch import add_rank_arguments, check_rank_options, launch, read_ranks
-from bitdance_scale.config.kinds import check_any, load_any, shards_of
+from bitdance_scale.config.kinds import check_any, load_any
 from bitdance_scale.config.load import dump_toml
-from bitdance_scale.config.named_files import check_named_files
-from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig
-from bitdance_scale.demo.shards import check_shipped_sets
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.train.process import EXIT_COMPLETE
 
@@ -55,9 +52,7 @@ def _run(options: argparse.Namespace, is_tokenizer: bool) -> int:
         print(dump_toml(config), end="")
         return EXIT_COMPLETE
     check_rank_options(options)
-    check_shipped_sets(shards_of(config))
-    if isinstance(config, RunConfig):
-        check_named_files(config)
+    stage.check_files(config)
     ranks = read_ranks(options)
     check_any(config, ranks.world_size)
     if ranks.world_size == 1:

@@ -47,7 +47,7 @@ def check_any(config: AnyConfig, world_size: int | None) -> None:
     if isinstance(config, RunConfig):
         check(config, world_size)
     else:
-        # The tokenizer's rules ask that ranks divide a number, which one rank does.
+        # The tokenizer's rules ask that no rank is without images, which one rank never is.
         check_tokenizer(config, world_size or 1)
 
 

@@ -13,6 +13,8 @@ from bitdance_scale.errors import ConfigError
 
 _FINE_PX = 3
 """Least side of what the last two convolutions of the discriminator see: each takes a pixel off."""
+LPIPS_PX = 16
+"""Least side of an image that VGG-16 still has something of in its last layers."""
 
 
 def check_tokenizer(config: TokenizerConfig, world_size: int) -> None:
@@ -160,6 +162,11 @@ def _stage_faults(config: TokenizerConfig) -> Iterator[str]:
             "needs the weights of VGG-16, which no package ships; name torchvision's vgg16-397923af.pth, or set the "
             "weight to 0"
         )
+    if config.autoencoder.gan_decoder and not config.adversarial.weight:
+        yield (
+            "autoencoder.gan_decoder = true with adversarial.weight = 0: without a discriminator nothing rewards what "
+            "the decoder makes of its noise; set adversarial.weight, or autoencoder.gan_decoder=false"
+        )
     rest = (reconstruction.l1_weight, reconstruction.l2_weight, reconstruction.lpips_weight)
     if not any(rest):
         yield ("reconstruction.l1_weight, l2_weight and lpips_weight are 0: nothing says what the image is; set one")
@@ -191,6 +198,13 @@ def _size_faults(config: TokenizerConfig, world_size: int) -> Iterator[str]:
                 f"data.images_px = {config.data.images_px}: a step of {height} x {width} px has {num_images} images, "
                 f"fewer than the {world_size} ranks; use {height * width * world_size} or more, or fewer ranks"
             )
+    if config.reconstruction.lpips_weight:
+        for height, width in config.data.sizes_px:
+            if 0 < min(height, width) < LPIPS_PX:
+                yield (
+                    f"data.sizes_px: {height} x {width} px: LPIPS needs sides of {LPIPS_PX} px or more; use larger "
+                    "crops, or reconstruction.lpips_weight = 0"
+                )
     if config.adversarial.weight and config.adversarial.num_layers >= 1:
         least = _FINE_PX * 2**config.adversarial.num_layers
         for height, width in config.data.sizes_px:

@@ -41,7 +41,7 @@ from bitdance_scale.train.start_checks import check_resume
 from bitdance_scale.train.step_faults import StepFaults, index_names
 from bitdance_scale.train.step_guards import Spike
 from bitdance_scale.train.tokenizer_evaluation import Reconstruction, evaluate, summary, to_pixels
-from bitdance_scale.train.tokenizer_networks import AUTOENCODER, DISCRIMINATOR, TokenizerNetworks
+from bitdance_scale.train.tokenizer_networks import AUTOENCODER, TokenizerNetworks
 from bitdance_scale.train.tokenizer_objective import ADVERSARIAL, DISCRIMINATOR_LOSSES, LOSSES, Crops
 from bitdance_scale.train.tokenizer_pictures import show_run
 from bitdance_scale.train.tokenizer_records import (
@@ -51,6 +51,7 @@ from bitdance_scale.train.tokenizer_records import (
     evaluation_record,
     size_name,
 )
+from bitdance_scale.train.tokenizer_start import DISCRIMINATOR, check_discriminator
 from bitdance_scale.vision.autoencoder import published_config
 from bitdance_scale.vision.weights import WEIGHTS_NAME, save_weights
 
@@ -361,6 +362,7 @@ class TokenizerJob(Job):
     def _resume(self, path: Path) -> None:
         state = on_first_rank(lambda: read_state_of(path, TokenizerState), other=CheckpointError)
         on_first_rank(lambda: check_resume(path, self.config))
+        on_first_rank(lambda: check_discriminator(path, self.config), other=CheckpointError)
         if state.data_digest != self._state.data_digest:
             raise ConfigError(
                 f"run.name = {self.config.run.name!r}: {path} was trained with other data.shards, data.sizes_px, "

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig
+from bitdance_scale.parallel.agreement import all_ranks
 from bitdance_scale.parallel.partition import Placement, ShardedValue, whole_pieces
 from bitdance_scale.parallel.replicated import ReplicatedNetwork, summed
 from bitdance_scale.train.tokenizer_objective import (
@@ -19,12 +20,12 @@ from bitdance_scale.train.tokenizer_objective import (
     TokenizerObjective,
     draw_noise,
 )
-from bitdance_scale.train.tokenizer_start import load_start
+from bitdance_scale.train.tokenizer_start import DISCRIMINATOR, load_start
 from bitdance_scale.vision.autoencoder import Autoencoder
 from bitdance_scale.vision.discriminator import PatchDiscriminator, updated_averages
 from bitdance_scale.vision.perceptual import load_lpips
 
-AUTOENCODER, DISCRIMINATOR = "autoencoder", "discriminator"
+AUTOENCODER = "autoencoder"
 _AVERAGES = f"{DISCRIMINATOR}.average_logits"
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -41,7 +42,7 @@ class TokenizerNetworks:
         autoencoder: the network itself; its weights are float32.
 
     Raises:
-        BitDanceError: LPIPS cannot be loaded.
+        BitDanceError: on all ranks, LPIPS cannot be loaded.
     """
 
     def __init__(self, config: TokenizerConfig, device: torch.device) -> None:
@@ -84,14 +85,16 @@ class TokenizerNetworks:
         self._new_average_logits = self._average_logits
         lpips = None
         if config.reconstruction.lpips_weight:
-            lpips = load_lpips("vgg", Path(config.reconstruction.lpips_weights)).to(device)
+            with all_ranks():
+                lpips = load_lpips("vgg", Path(config.reconstruction.lpips_weights)).to(device)
         self._objective = TokenizerObjective(config, lpips)
         # Whether this step has gradients of the discriminator.
         self._is_judged = False
 
     def start_from(self, where: str) -> None:
         """Fills the autoencoder with published weights, and begins its averages with them; on all ranks."""
-        load_start(self.autoencoder, Path(where), self._config.autoencoder)
+        with all_ranks():
+            load_start(self.autoencoder, Path(where), self._config.autoencoder)
         self._generator.restart_averages()
 
     def reconstruct(self, crops: Crops, step: int) -> Outputs:
@@ -130,12 +133,18 @@ class TokenizerNetworks:
 
     def _backward_discriminator(self, crops: Crops, decoded: torch.Tensor) -> dict[str, torch.Tensor]:
         assert self._judge is not None, "a step with an adversary has a discriminator"
-        logits = self._objective.judged(crops, decoded, self._judge)
-        decay = self._config.adversarial.lecam_decay
-        self._new_average_logits = updated_averages(self._average_logits, *logits, crops.num_images, decay, summed)
-        losses = self._objective.discriminator_losses(crops, logits, self._new_average_logits)
+        losses = self._discriminator_losses(crops, decoded, self._judge)
         self._judge.backward(self._objective.discriminator_total(losses))
         return {name: loss.detach() for name, loss in losses.items()}
+
+    def _discriminator_losses(
+        self, crops: Crops, decoded: torch.Tensor, judge: ReplicatedNetwork
+    ) -> dict[str, torch.Tensor]:
+        """Losses of the discriminator, and the moving averages that it has after this step."""
+        logits = self._objective.judged(crops, decoded, judge)
+        decay = self._config.adversarial.lecam_decay
+        self._new_average_logits = updated_averages(self._average_logits, *logits, crops.num_images, decay, summed)
+        return self._objective.discriminator_losses(crops, logits, self._new_average_logits)
 
     def _as_parts(self, losses: dict[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]:
         """Losses of which every one is this rank's part of the global one."""
@@ -163,8 +172,7 @@ class TokenizerNetworks:
         losses = self._losses(crops, outputs, step)
         if self._is_judged:
             assert self._judge is not None, "a step with an adversary has a discriminator"
-            logits = self._objective.judged(crops, outputs[2], self._judge)
-            losses |= self._objective.discriminator_losses(crops, logits, self._new_average_logits)
+            losses |= self._discriminator_losses(crops, outputs[2], self._judge)
         return self._as_parts(losses, step)
 
     @property

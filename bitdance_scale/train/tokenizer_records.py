@@ -40,7 +40,7 @@ class TokenizerMetrics(StepRecord):
 
     Attributes:
         images: images trained on since the start of the run.
-        loss: the weighted sum that is differentiated, a mean over the ranks, as are its unweighted parts.
+        loss: the weighted sum that is differentiated, of the global batch, as are its unweighted parts.
         l1, l2, edge: errors of the pixels, which are in [-1, 1].
         entropy_token, entropy_codebook: E[H(q)] and H[E q] in nats, means over the groups (Eq. 1, 2).
         commit: mean squared distance of the latents from their signs.

@@ -221,7 +221,8 @@ class ResidualBlocks(nn.ModuleList):
         """[N, in, h, w] to [N, out, h, w]."""
         for block in self:
             if self.recomputes and torch.is_grad_enabled():
-                hidden = checkpoint(block, hidden, use_reentrant=False)
+                # Nothing in a block is random.
+                hidden = checkpoint(block, hidden, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden = block(hidden)
         return hidden

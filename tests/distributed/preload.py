@@ -15,7 +15,8 @@ import bitdance_scale.checkpoint.run_checkpoint
 import bitdance_scale.parallel.build
 import bitdance_scale.parallel.layout_decode
 import bitdance_scale.parallel.step
-import bitdance_scale.train.text_to_image  # noqa: F401  (imported for the side effect)
+import bitdance_scale.train.text_to_image
+import bitdance_scale.train.tokenizer  # noqa: F401  (imported for the side effect)
 
 # OMP_NUM_THREADS comes too late for a process that has imported torch.
 torch.set_num_threads(1)

@@ -117,15 +117,15 @@ def _tokenizer(rank: int, settings: list[str], has_fault: bool) -> int:
     from bitdance_scale.train import tokenizer
     from bitdance_scale.train.tokenizer_objective import TokenizerObjective
 
-    forward, calls = TokenizerObjective.forward, []
+    compute, calls = TokenizerObjective.losses, []
 
     def faulty(objective: TokenizerObjective, *arguments) -> dict[str, torch.Tensor]:
         calls.append(1)
-        losses = forward(objective, *arguments)
+        losses = compute(objective, *arguments)
         is_now = has_fault and rank == 1 and len(calls) == POISONED_STEP
         return {name: value * math.nan for name, value in losses.items()} if is_now else losses
 
-    TokenizerObjective.forward = faulty
+    TokenizerObjective.losses = faulty
     return tokenizer.run_tokenizer(load_config(CONFIGS / "demo_tokenizer.toml", settings, TokenizerConfig))
 
 

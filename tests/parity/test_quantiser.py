@@ -59,21 +59,24 @@ def test_large_latents_keep_finite_gradients():
     assert torch.isfinite(loss) and torch.isfinite(latents.grad).all()
 
 
-def test_mean_gradient_of_the_ranks_is_the_gradient_of_the_global_batch():
+def test_gradients_of_the_ranks_add_up_to_that_of_the_global_batch():
     torch.manual_seed(0)
     latents = (0.3 * torch.randn(40, 8)).requires_grad_()
-    (whole,) = torch.autograd.grad(entropy_loss(latents, 2, 1.0).loss, latents)
+    whole = entropy_loss(latents, 2, 1.0)
+    (gradient,) = torch.autograd.grad(whole.loss, latents)
 
-    parts = [part.detach().requires_grad_() for part in latents.split(20)]
+    parts = [part.detach().requires_grad_() for part in latents.split([7, 20, 13])]
     seen: list[torch.Tensor] = []
     for part in parts:
-        entropy_loss(part, 2, 1.0, lambda mean: seen.append(mean) or mean)
-    global_mean = torch.stack(seen).mean(dim=0)
-    gradients = [
-        torch.autograd.grad(entropy_loss(part, 2, 1.0, lambda mean: global_mean).loss, part)[0] for part in parts
-    ]
-    # Each rank holds half of the tokens, so its own mean counts them twice. float32 rounding.
-    torch.testing.assert_close(torch.cat(gradients) / 2, whole, rtol=1e-4, atol=1e-8)
+        entropy_loss(part, 2, 1.0, 40, lambda mean: seen.append(mean) or mean)
+    global_mean = torch.stack(seen).sum(dim=0)
+    losses = [entropy_loss(part, 2, 1.0, 40, lambda mean: global_mean) for part in parts]
+    gradients = [torch.autograd.grad(loss.loss, part)[0] for loss, part in zip(losses, parts, strict=True)]
+    # float32 rounding.
+    torch.testing.assert_close(torch.cat(gradients), gradient, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(sum(loss.token for loss in losses), whole.token, rtol=1e-6, atol=0)
+    for loss in losses:
+        torch.testing.assert_close(loss.codebook, whole.codebook, rtol=1e-6, atol=0)
 
 
 def test_sign_passes_the_gradient_straight_through():

@@ -37,7 +37,7 @@ def test_check_counts_the_rules(capsys):
     [
         (["pt_14b", "--ranks", "6"], "their product 4 must divide the 6 ranks"),
         (["--ranks", "2", "demo", "parallel.tensor=3"], "parallel.tensor = 3"),
-        (["demo_tokenizer", "--ranks", "3"], "data.images_px = 65536: must be a multiple of 32 * 32 px * 3 ranks"),
+        (["demo_tokenizer", "--ranks", "5"], "a step of 128 x 128 px has 4 images, fewer than the 5 ranks"),
         (["demo", "run.steps=0"], "run.steps = 0: must be at least 1"),
     ],
 )
@@ -73,7 +73,8 @@ def test_list_has_every_file_and_preset(capsys):
         ("data.resolutions[1].share", ["data.resolutions[].share  (integer, required)", "must be at least 1"]),
         ("run.steps", ["text-to-image training:", "training of the visual tokenizer:", "must be at least 1"]),
         ("data.shards", ["(list of strings, default [])", """example: data.shards='["data/demo"]'"""]),
-        ("quantiser", ["quantiser.num_groups  (integer, required)", "quantiser.flip_max"]),
+        ("quantiser", ["quantiser.num_groups  (integer, default 0)", "quantiser.flip_max"]),
+        ("adversarial.start_step", ["adversarial.start_step  (integer, default 0)", "First step with a discriminator"]),
         ("optim.eps", ["must be at least 1.17549e-38", "default 1e-15"]),
     ],
 )

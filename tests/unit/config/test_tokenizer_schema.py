@@ -9,11 +9,13 @@ import pytest
 from bitdance_scale.config.load import dump_toml, load_config
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.config.shipped import CONFIGS
-from bitdance_scale.config.tokenizer_schema import TokenizerConfig, check_tokenizer
+from bitdance_scale.config.tokenizer_rules import check_tokenizer
+from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
 DEMO = CONFIGS / "demo_tokenizer.toml"
+SIZES = ["autoencoder.num_bits=16", "autoencoder.channel_mult=[1, 1, 2]", "data.sizes_px=[[32, 32]]"]
 
 
 def test_the_demo_is_legal_on_one_and_two_ranks_and_round_trips(tmp_path: Path):
@@ -64,14 +66,64 @@ def test_the_demo_run_uses_the_sizes_of_the_demo_tokenizer():
         ("run.steps=0", r"run.steps = 0: must be 1 or more"),
         ("data.sizes_px=[[34, 32]]", r"data.sizes_px: 34 x 32 px: sides must be multiples of the downsampling, 4 px"),
         ("data.sizes_px=[[4, 4]]", r"more than one cell"),
-        ("data.images_px=65537", r"data.images_px = 65537: must be a multiple of 32 \* 32 px \* 2 ranks"),
+        (
+            "data.images_px=65537",
+            r"data.images_px = 65537: must be a multiple of 32 \* 32 px, so that a step has whole",
+        ),
+        ("data.images_px=1024", r"a step of 32 x 32 px has 1 images, fewer than the 2 ranks; use 2048 or more"),
         ("evaluate.sizes_px=[]", r"evaluate.sizes_px is empty"),
+        ("quantiser.num_groups=-1", r"quantiser.num_groups = -1: groups share the 16 bits equally.*use 2"),
+        ("quantiser.entropy_ramp=-1.0", r"quantiser.entropy_ramp = -1.0: must not be negative"),
+        ("quantiser.entropy_ramp_steps=0", r"quantiser.entropy_ramp_steps = 0: must be 1 or more"),
+        ("reconstruction.l1_weight=-1.0", r"reconstruction.l1_weight = -1.0: must not be negative"),
+        ("reconstruction.l2_weight=-1.0", r"reconstruction.l2_weight = -1.0: must not be negative"),
+        ("reconstruction.edge_weight=-1.0", r"reconstruction.edge_weight = -1.0: must not be negative"),
+        ("reconstruction.lpips_weight=-1.0", r"reconstruction.lpips_weight = -1.0: must not be negative"),
+        (
+            "reconstruction.lpips_weight=1.0",
+            r"lpips_weight = 1.0 without reconstruction.lpips_weights: .*vgg16-397923af",
+        ),
+        ("adversarial.weight=-1.0", r"adversarial.weight = -1.0: must not be negative"),
+        ("adversarial.start_step=-1", r"adversarial.start_step = -1: must not be negative"),
+        ("adversarial.channels=0", r"adversarial.channels = 0: must be 1 or more"),
+        ("adversarial.num_layers=0", r"adversarial.num_layers = 0: must be 1 or more"),
+        ("adversarial.lecam_weight=-1.0", r"adversarial.lecam_weight = -1.0: must not be negative"),
+        ("adversarial.lecam_decay=1.0", r"adversarial.lecam_decay = 1.0: must be in \[0, 1\)"),
+        ("adversarial.rate_factor=0.0", r"adversarial.rate_factor = 0.0: must be above 0"),
+        ("run.trains=encoder", r"run.trains = 'encoder': must be one of all, decoder"),
+        ("run.trains=decoder", r'run.trains = "decoder" without run.start_from: encoder and bits would stay random'),
+        ("parallel.recompute=all", r"parallel.recompute = 'all': must be one of none, blocks"),
+        ("autoencoder.gan_decoder=true", r"gan_decoder = true with adversarial.weight = 0: without a discriminator"),
     ],
 )
 def test_mistakes_are_named(override: str, message: str):
-    config = load_config(DEMO, [override], TokenizerConfig)
+    config = load_config(DEMO, [*SIZES, override], TokenizerConfig)
     with pytest.raises(ConfigError, match=message):
         check_tokenizer(config, 2)
+
+
+def test_crops_too_small_for_a_loss_are_named():
+    small = ["data.sizes_px=[[16, 32], [8, 32]]", "data.images_px=65536"]
+    with pytest.raises(ConfigError) as caught:
+        check_tokenizer(load_config(DEMO, [*SIZES, *small, "adversarial.weight=0.1"], TokenizerConfig), 1)
+    found = [line for line in str(caught.value).splitlines() if "discriminator" in line]
+    assert [line.split(":")[1] for line in found] == [" 16 x 32 px", " 8 x 32 px"]
+    assert "3 layers need sides of 24 px or more" in found[0] and "adversarial.weight = 0" in found[0]
+    check_tokenizer(
+        load_config(DEMO, [*SIZES, *small, "adversarial.weight=0.1", "adversarial.num_layers=1"], TokenizerConfig), 1
+    )
+    lpips = ["reconstruction.lpips_weight=1.0", "reconstruction.lpips_weights=vgg.pth"]
+    with pytest.raises(ConfigError) as caught:
+        check_tokenizer(load_config(DEMO, [*SIZES, *small, *lpips], TokenizerConfig), 1)
+    (line,) = str(caught.value).splitlines()[1:]
+    assert "8 x 32 px: LPIPS needs sides of 16 px or more" in line
+
+
+def test_groups_are_of_eight_bits_unless_said_otherwise():
+    for num_bits, num_groups in ((8, 1), (32, 4), (128, 16), (256, 32)):
+        settings = [f"autoencoder.num_bits={num_bits}"]
+        assert load_config(DEMO, settings, TokenizerConfig).num_groups == num_groups
+        assert load_config(DEMO, [*settings, "quantiser.num_groups=8"], TokenizerConfig).num_groups == 8
 
 
 def test_all_mistakes_are_listed_at_once():

@@ -22,14 +22,16 @@ from bitdance_scale.demo.shards import write_shards
 from bitdance_scale.errors import ConfigError, DataError
 from bitdance_scale.evaluation.pixels import psnr_db
 from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE, read_records
-from bitdance_scale.train.tokenizer import TokenizerJob, _held_out_images, run_tokenizer
+from bitdance_scale.train.tokenizer import _held_out_images, run_tokenizer
 from bitdance_scale.train.tokenizer_evaluation import evaluate
-from bitdance_scale.train.tokenizer_objective import edge_loss
+from bitdance_scale.train.tokenizer_networks import Outputs, TokenizerNetworks
+from bitdance_scale.train.tokenizer_objective import Crops, edge_loss
 from bitdance_scale.train.tokenizer_records import TokenizerEvaluation, TokenizerMetrics
 from bitdance_scale.vision.autoencoder import Autoencoder
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
 DEMO = CONFIGS / "demo_tokenizer.toml"
+Losses = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,8 @@ def small_config(shards: Path, out: Path, *overrides: str) -> TokenizerConfig:
         f"run.root={out}", f"run.output={out / 'weights'}", f'data.shards=["{shards / "train"}"]',
         f'evaluate.shards=["{shards / "held_out"}"]', f"data.index_dir={out / 'index'}", "run.dtype=float32",
         "run.steps=12",
-        "observe.log_every_steps=1", "autoencoder.channel_mult=[1, 1]", "data.sizes_px=[[16, 16], [32, 16]]",
+        "observe.log_every_steps=1", "autoencoder.num_bits=16", "autoencoder.channel_mult=[1, 1]",
+        "data.sizes_px=[[16, 16], [32, 16]]",
         "data.images_px=2048", "optim.warmup_steps=2", "evaluate.sizes_px=[[16, 16]]", "evaluate.num_images=8",
         "observe.wandb_mode=disabled", *overrides,
     ]  # fmt: skip
@@ -130,13 +133,13 @@ def averaged_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """Four steps, the second of which changes nothing."""
     out = tmp_path_factory.mktemp("averaged")
     with pytest.MonkeyPatch.context() as patch:
-        compute = TokenizerJob._compute_losses
+        compute = TokenizerNetworks._losses
 
-        def compute_with_a_fault(job: TokenizerJob) -> dict[str, torch.Tensor]:
-            losses = compute(job)
-            return losses | {"total": losses["total"] * (math.nan if job.step == 1 else 1)}
+        def compute_with_a_fault(networks: TokenizerNetworks, crops: Crops, outputs: Outputs, step: int) -> Losses:
+            losses = compute(networks, crops, outputs, step)
+            return losses | {"total": losses["total"] * (math.nan if step == 1 else 1)}
 
-        patch.setattr(TokenizerJob, "_compute_losses", compute_with_a_fault)
+        patch.setattr(TokenizerNetworks, "_losses", compute_with_a_fault)
         assert run_tokenizer(small_config(shards, out, *AVERAGED)) == 0
     return out
 
