@@ -41,9 +41,7 @@ def tokenizer_of(name: str) -> VisionTokenizer:
     return VisionTokenizer(load_config(name, schema=RunConfig).vision, "cpu")
 
 
-@pytest.mark.parametrize(
-    ("name", "side_px", "least_db"), [("demo", 64, 27), ("demo", 128, 30), ("class_demo", 32, 24)]
-)
+@pytest.mark.parametrize(("name", "side_px", "least_db"), [("demo", 64, 27), ("demo", 128, 30), ("class_demo", 32, 24)])
 def test_held_out_scenes_come_back(name: str, side_px: int, least_db: float):
     tokenizer, images = tokenizer_of(name), square_scenes(side_px)
     cells = side_px // tokenizer.section.downsample
