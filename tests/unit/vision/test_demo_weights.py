@@ -20,8 +20,8 @@ from bitdance_scale.vision.bits import unpack_bits
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
 HELD_OUT_SEED = 4242
-NUM_SCENES = 32
-"""Of each size; their mean PSNR is within about 0.5 dB of that of many."""
+NUM_SCENES = 16
+"""Of each size."""
 
 
 @functools.cache
