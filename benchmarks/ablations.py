@@ -25,7 +25,7 @@ from bitdance_scale.config.load import load_config
 from bitdance_scale.config.training_stages import STAGES
 from bitdance_scale.observe.metrics import EVALUATION_FILE, Evaluation, read_evaluations
 
-ONLY_64_PX = "data.resolutions=[{side_px=64, share=1, buckets_px=[[64, 64], [48, 80], [48, 64]]}]"
+ONLY_64_PX = "data.resolutions=[{side_px=64, share=1, buckets_px=[[64, 64], [64, 96], [64, 128]]}]"
 QUIET = ("observe.wandb_mode=disabled", "sample.every_steps=0")
 
 
@@ -51,8 +51,8 @@ STUDIES = {
             "no bit flips": ("vision.flip_max=0",),
             "constant rate": ("optim.decay_steps=0",),
             "fully causal mask": ("model.mask=causal",),
-            # 12 images of 64 px are as many tokens as 10 of the mix.
-            "64 px alone": (ONLY_64_PX, "data.global_batch=12"),
+            # An image of 64 px has about as many tokens as one of the mix.
+            "64 px alone": (ONLY_64_PX,),
         },
     ),
     "distillation": Study(

@@ -30,7 +30,7 @@ MODEL = [
     "head.num_blocks=6",
     "head.num_adaln=2",
     "data.max_pack_tokens=1280",
-    "data.global_batch=40",
+    "data.global_batch=80",
 ]
 NUM_PACKS = 8
 

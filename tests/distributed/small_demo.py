@@ -10,15 +10,13 @@ from safetensors.torch import save_file
 
 def small_demo(folder: Path, *, num_steps: int, save_every: int) -> list[str]:
     """Draws the images and the tokenizer's weights into `folder`; returns overrides of the demo configuration."""
+    from bitdance_scale.config.load import load_config
     from bitdance_scale.demo.shards import write_shards
-    from bitdance_scale.vision.autoencoder import Autoencoder
+    from bitdance_scale.vision.tokenizer import make_autoencoder
 
     write_shards(folder / "shards", num_images=60, per_shard=30, seed=0)
     torch.manual_seed(0)
-    save_file(
-        Autoencoder(num_bits=16, channels=32, channel_mult=(1, 1, 2), num_res_blocks=1).state_dict(),
-        folder / "ae.safetensors",
-    )
+    save_file(make_autoencoder(load_config("demo").vision).state_dict(), folder / "ae.safetensors")
     return [
         f"data.shards=['{folder / 'shards'}']",
         f"vision.weights='{folder / 'ae.safetensors'}'",

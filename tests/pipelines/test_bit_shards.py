@@ -16,7 +16,7 @@ import torch
 from bitdance_scale.cli import encode_shards
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.config.shipped import ASSETS, CONFIGS
+from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.data import bit_shards
 from bitdance_scale.data.augment import Augmentation, stored_views
 from bitdance_scale.data.bit_shards import BitStore, read_tables, recipe, shard_file
@@ -58,7 +58,7 @@ def bits(overrides: list[str], tmp_path_factory) -> Path:
 
 
 def config_of(overrides: Sequence[str]) -> RunConfig:
-    return load_config(DEMO, [f"vision.weights={ASSETS / 'demo/ae.safetensors'}", *overrides])
+    return load_config(DEMO, overrides)
 
 
 def run(command: Sequence[object], num_processes: int) -> subprocess.CompletedProcess[str]:

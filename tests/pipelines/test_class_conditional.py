@@ -44,6 +44,10 @@ width = 64
 num_blocks = 2
 num_adaln = 1
 head_dim = 16
+[vision]
+weights = "asset:demo_4x/ae.safetensors"
+num_bits = 16
+channel_mult = [1, 1, 2]
 [classes]
 num_classes = 3
 num_tokens = 4

@@ -56,7 +56,7 @@ def test_pretraining_to_the_pictures_of_the_distilled_model(tmp_path):
     done = _run("tools/convert_to_hf.py", tmp_path / before, published)
     assert done.returncode == 0, done.stderr
     assert json.loads((published / "vision_head_config.json").read_text())["parallel_num"] == 64
-    arguments = ("--prompt", "a red circle", "--size", "64x32", "--steps", "3", "--out", tmp_path / "pictures")
+    arguments = ("--prompt", "a red circle", "--size", "64x128", "--steps", "3", "--out", tmp_path / "pictures")
     done = _run("tools/sample.py", published, *arguments)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "pictures" / "00000.png").exists()

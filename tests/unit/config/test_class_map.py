@@ -18,6 +18,7 @@ CLASS_CONDITIONAL = [
     "model.family=class_conditional",
     "classes.num_classes=3",
     "classes.grid=[8, 8]",
+    "vision.channel_mult=[1, 1, 2]",
     "data.image_to_text_share=0.0",
     "data.resolutions=[{side_px=32, share=1, buckets_px=[[32, 32]]}]",
     "sample.size_px=[32, 32]",

@@ -45,7 +45,7 @@ def test_the_demo_run_uses_the_sizes_of_the_demo_tokenizer():
         ("autoencoder.channels=48", r"autoencoder.channels = 48: .*multiple of 32"),
         ("autoencoder.channel_mult=[]", r"autoencoder.channel_mult = \[\]"),
         ("autoencoder.num_res_blocks=0", r"autoencoder.num_res_blocks = 0"),
-        ("quantiser.num_groups=3", r"quantiser.num_groups = 3: .*use 2"),
+        ("quantiser.num_groups=3", r"quantiser.num_groups = 3: .*use 4"),
         ("quantiser.temperature=0.0", r"quantiser.temperature = 0.0: must be above 0"),
         ("quantiser.flip_max=1.0", r"quantiser.flip_max = 1.0: must be in \[0, 1\)"),
         ("quantiser.entropy_weight=-0.1", r"quantiser.entropy_weight = -0.1: must not be negative"),

@@ -142,6 +142,7 @@ def test_the_loader_trains_the_class_that_a_name_has(tmp_path):
         "classes.num_classes=3",
         "classes.num_tokens=2",
         "classes.grid=[8, 8]",
+        "vision.channel_mult=[1, 1, 2]",
         f"classes.map={tmp_path}/map",
     ]
     config = load_config("demo", [*overrides, f"data.shards=['{shard}']"])

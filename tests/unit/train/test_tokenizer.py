@@ -67,7 +67,7 @@ def test_a_run_learns_and_leaves_weights_that_the_tokenizer_loads(shards: Path, 
     assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:5])
     section = VisionSection(
         weights=str(tmp_path / "weights" / "ae.safetensors"),
-        num_bits=16,
+        num_bits=small_config(shards, tmp_path).autoencoder.num_bits,
         channels=32,
         channel_mult=(1, 1),
         num_res_blocks=1,
