@@ -10,7 +10,11 @@ from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.demo.shards import write_shards
 
 DEMO = CONFIGS / "demo_tokenizer.toml"
-SIZES = ("autoencoder.num_bits=16", "autoencoder.channel_mult=[1, 1]", "data.sizes_px=[[16, 16]]")
+SIZES = (
+    "autoencoder.num_bits=16", "autoencoder.channels=32", "autoencoder.channel_mult=[1, 1]",
+    "autoencoder.norm_groups=32", "data.sizes_px=[[16, 16]]", "optim.average_decay=0.0", "evaluate.weights=trained",
+    "run.output_dtype=float32",
+)  # fmt: skip
 ADVERSARY = (
     "adversarial.weight=0.1", "adversarial.channels=8", "adversarial.num_layers=2", "adversarial.start_step=1",
     "adversarial.lecam_weight=1.0", "adversarial.lecam_decay=0.5",

@@ -37,7 +37,7 @@ def test_check_counts_the_rules(capsys):
     [
         (["pt_14b", "--ranks", "6"], "their product 4 must divide the 6 ranks"),
         (["--ranks", "2", "demo", "parallel.tensor=3"], "parallel.tensor = 3"),
-        (["demo_tokenizer", "--ranks", "5"], "a step of 128 x 128 px has 4 images, fewer than the 5 ranks"),
+        (["demo_tokenizer", "--ranks", "5"], "a step of 128 x 128 px has 2 images, fewer than the 5 ranks"),
         (["demo", "run.steps=0"], "run.steps = 0: must be at least 1"),
     ],
 )

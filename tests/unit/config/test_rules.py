@@ -149,7 +149,11 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
         ["vision.gan_decoder = true", "'continuous' has no decoder that takes noise", "set it to false"],
     ),
     "bytes": (["vision.num_bits=12"], 1, ["vision.num_bits = 12", "multiple of 8", "8 or 16"]),
-    "norm groups": (["vision.channels=24"], 1, ["vision.channels = 24", "multiple of 32", "use vision.channels = 32"]),
+    "norm groups": (
+        ["vision.channels=24", "vision.norm_groups=32"],
+        1,
+        ["vision.channels = 24", "multiple of vision.norm_groups = 32", "use vision.channels = 32"],
+    ),
     "floor": (["optim.lr_min=1.0"], 1, ["optim.lr_min = 1", "at most optim.lr", "lower it"]),
     "two falls": (
         ["optim.schedule=cosine", "optim.decay_steps=2", "optim.warmup_steps=0"],

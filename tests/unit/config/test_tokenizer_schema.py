@@ -15,7 +15,10 @@ from bitdance_scale.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
 DEMO = CONFIGS / "demo_tokenizer.toml"
-SIZES = ["autoencoder.num_bits=16", "autoencoder.channel_mult=[1, 1, 2]", "data.sizes_px=[[32, 32]]"]
+SIZES = [
+    "autoencoder.num_bits=16", "autoencoder.channels=32", "autoencoder.channel_mult=[1, 1, 2]",
+    "autoencoder.norm_groups=32", "data.sizes_px=[[32, 32]]", "optim.average_decay=0.0", "evaluate.weights=trained",
+]  # fmt: skip
 
 
 def test_the_demo_is_legal_on_one_and_two_ranks_and_round_trips(tmp_path: Path):
@@ -29,7 +32,7 @@ def test_the_demo_is_legal_on_one_and_two_ranks_and_round_trips(tmp_path: Path):
 def test_the_demo_run_uses_the_sizes_of_the_demo_tokenizer():
     network = load_config(DEMO, schema=TokenizerConfig).autoencoder
     vision = load_config(CONFIGS / "demo.toml", schema=RunConfig).vision
-    names = ("num_bits", "channels", "channel_mult", "num_res_blocks", "downsample")
+    names = ("num_bits", "channels", "channel_mult", "num_res_blocks", "norm_groups", "downsample")
     assert [getattr(network, name) for name in names] == [getattr(vision, name) for name in names]
 
 
@@ -45,7 +48,7 @@ def test_the_demo_run_uses_the_sizes_of_the_demo_tokenizer():
         ("autoencoder.channels=48", r"autoencoder.channels = 48: .*multiple of 32"),
         ("autoencoder.channel_mult=[]", r"autoencoder.channel_mult = \[\]"),
         ("autoencoder.num_res_blocks=0", r"autoencoder.num_res_blocks = 0"),
-        ("quantiser.num_groups=3", r"quantiser.num_groups = 3: .*use 4"),
+        ("quantiser.num_groups=3", r"quantiser.num_groups = 3: .*use 2"),
         ("quantiser.temperature=0.0", r"quantiser.temperature = 0.0: must be above 0"),
         ("quantiser.flip_max=1.0", r"quantiser.flip_max = 1.0: must be in \[0, 1\)"),
         ("quantiser.entropy_weight=-0.1", r"quantiser.entropy_weight = -0.1: must not be negative"),

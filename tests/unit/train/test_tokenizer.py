@@ -29,6 +29,7 @@ from bitdance_scale.train.tokenizer_objective import Crops, edge_loss
 from bitdance_scale.train.tokenizer_records import TokenizerEvaluation, TokenizerMetrics
 from bitdance_scale.vision.autoencoder import Autoencoder
 from bitdance_scale.vision.tokenizer import VisionTokenizer
+from tests.small_tokenizer import SIZES
 
 DEMO = CONFIGS / "demo_tokenizer.toml"
 Losses = dict[str, torch.Tensor]
@@ -47,7 +48,7 @@ def small_config(shards: Path, out: Path, *overrides: str) -> TokenizerConfig:
         f"run.root={out}", f"run.output={out / 'weights'}", f'data.shards=["{shards / "train"}"]',
         f'evaluate.shards=["{shards / "held_out"}"]', f"data.index_dir={out / 'index'}", "run.dtype=float32",
         "run.steps=12",
-        "observe.log_every_steps=1", "autoencoder.num_bits=16", "autoencoder.channel_mult=[1, 1]",
+        "observe.log_every_steps=1", *SIZES,
         "data.sizes_px=[[16, 16], [32, 16]]",
         "data.images_px=2048", "optim.warmup_steps=2", "evaluate.sizes_px=[[16, 16]]", "evaluate.num_images=8",
         "observe.wandb_mode=disabled", *overrides,
