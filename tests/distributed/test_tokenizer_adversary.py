@@ -269,7 +269,7 @@ def test_a_killed_run_goes_on_bit_for_bit(runs: Path):
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.large), 3])
 def test_a_killed_run_goes_on_with_another_number_of_ranks(runs: Path, num_ranks: int):
     name = f"on_{num_ranks}"
     shutil.copytree(runs / "killed", runs / name)
