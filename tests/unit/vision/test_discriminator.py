@@ -30,11 +30,10 @@ def published(channels: int, num_layers: int) -> nn.Sequential:
 
 
 def test_three_layers_of_64_channels_are_those_of_pix2pix():
-    with torch.device("meta"):
-        discriminator = PatchDiscriminator(64, 3)
-        (logits,) = discriminator(torch.empty(2, 3, 256, 256))
-        wanted = published(64, 3)
-    assert logits.shape == (2, 1, 30, 30)
+    discriminator, wanted = PatchDiscriminator(64, 3), published(64, 3)
+    with torch.no_grad():
+        (logits,) = discriminator(torch.zeros(1, 3, 256, 256))
+    assert logits.shape == (1, 1, 30, 30)
     # pix2pix prints 2.769 M, for the six channels of image and condition: 3 * 64 * 16 more.
     assert sum(value.numel() for value in discriminator.parameters()) == 2_768_705 - 3 * 64 * 16
     shapes = {name: value.shape for name, value in discriminator.layers.state_dict().items()}
@@ -65,11 +64,10 @@ def test_logits_and_gradients_are_those_of_the_published_layers(num_layers: int)
 def test_the_smallest_side_that_the_rules_allow_has_a_logit():
     for num_layers in (1, 2, 3):
         side = 3 * 2**num_layers
-        with torch.device("meta"):
-            discriminator = PatchDiscriminator(4, num_layers)
-            assert discriminator(torch.empty(2, 3, side, side))[0].shape == (2, 1, 1, 1)
-            with pytest.raises(RuntimeError):
-                discriminator(torch.empty(2, 3, side - 2**num_layers, side))
+        discriminator = PatchDiscriminator(4, num_layers)
+        assert discriminator(torch.zeros(2, 3, side, side))[0].shape == (2, 1, 1, 1)
+        with pytest.raises(RuntimeError):
+            discriminator(torch.zeros(2, 3, side - 2**num_layers, side))
 
 
 def test_batch_norm_is_that_of_torch_in_values_and_gradients():
