@@ -198,7 +198,12 @@ def _save_all(dtype: str, root: Path) -> Saved:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "number"), [(dtype, number) for dtype, numbers in SAVED_LAYOUTS.items() for number in numbers]
+    ("dtype", "number"),
+    [
+        pytest.param(dtype, number, marks=[pytest.mark.large] if dtype == "bfloat16" else [])
+        for dtype, numbers in SAVED_LAYOUTS.items()
+        for number in numbers
+    ],
 )
 def test_a_layout_loads_every_other_bit_for_bit(saved_in, dtype, number):
     saved = saved_in(dtype)

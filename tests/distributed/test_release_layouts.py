@@ -104,6 +104,7 @@ def test_every_layout_gives_the_release_back(tmp_path, world_size, parallel, is_
     _same_bytes(source, _export(tmp_path / "run", tmp_path / "out"))
 
 
+@pytest.mark.large
 def test_a_chain_of_layouts_gives_the_release_back(tmp_path):
     """Started in float32, resumed under another layout, and taken over by a bfloat16 run."""
     source, imported = _published(tmp_path, is_tied=False)

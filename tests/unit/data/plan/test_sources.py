@@ -70,7 +70,7 @@ def mixtures(draw: st.DrawFn) -> tuple[Index, DataSection]:
     return make_index(*source_sides), make_data(source_shares, resolution_shares, draw(st.integers(1, 30)))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(mixture=mixtures())
 def test_resolutions_and_sources_are_less_than_one_off_at_every_prefix(mixture: tuple[Index, DataSection]) -> None:
     index, data = mixture
@@ -104,7 +104,7 @@ def test_resolutions_and_sources_are_less_than_one_off_at_every_prefix(mixture: 
         assert (np.abs(excess) < len(sides) * shares.sum()).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(mixture=mixtures())
 def test_every_stream_goes_through_its_own_samples_epoch_by_epoch(mixture: tuple[Index, DataSection]) -> None:
     index, data = mixture
