@@ -3,7 +3,8 @@
     bitdance memory CONFIG [section.key=value ...] --ranks N
 
 One line per pipeline stage (its first rank; the ranks of a stage need the same but for padding). GiB at the fullest
-moment of a step, for GPUs: docs/memory.md says what is counted.
+moment of a step, for GPUs: docs/memory.md says what is counted. For the training of a tokenizer it is the fullest rank,
+and what the run costs in floating-point operations.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import argparse
 from collections.abc import Sequence
 
 from bitdance_scale.cli.command import CommandParser, positive, run_command
-from bitdance_scale.config.load import load_config
-from bitdance_scale.config.rules import check
+from bitdance_scale.config.kinds import check_any, load_any
+from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.train.process import EXIT_COMPLETE
 
 
@@ -31,12 +32,23 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 
 
 def _run(options: argparse.Namespace) -> int:
-    config = load_config(options.config, options.overrides)
-    check(config, options.ranks)
+    config = load_any(options.config, options.overrides)
+    check_any(config, options.ranks)
+    if isinstance(config, TokenizerConfig):
+        return _run_tokenizer(options, config)
 
     from bitdance_scale.parallel.memory_table import on_gpu, remark, stage_lines, table, vocab_size
 
     lines = stage_lines(on_gpu(config), options.vocab or vocab_size(config), options.ranks)
     print(table(lines, options.device_gib, is_markdown=options.markdown))
     print(f"\n{remark(lines)}")
+    return EXIT_COMPLETE
+
+
+def _run_tokenizer(options: argparse.Namespace, config: TokenizerConfig) -> int:
+    from bitdance_scale.train.tokenizer_memory import estimate_tokenizer_memory, remark, table
+
+    memory = estimate_tokenizer_memory(config, options.ranks)
+    print(table([memory], options.device_gib, is_markdown=options.markdown))
+    print(f"\n{remark(config, memory)}")
     return EXIT_COMPLETE

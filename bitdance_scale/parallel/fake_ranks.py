@@ -11,6 +11,7 @@ The process groups are global to the process: `parallel/memory_estimate.py` give
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from unittest import mock
@@ -22,6 +23,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitdance_scale.config.schema import ParallelSection
+from bitdance_scale.parallel import replicated
 from bitdance_scale.parallel.storage_log import StorageLog
 from bitdance_scale.parallel.topology import Topology, make_topology
 
@@ -38,7 +40,7 @@ def join_fake_job(world_size: int, rank: int, section: ParallelSection) -> Topol
 
 
 @contextlib.contextmanager
-def no_memory(hidden_shape: tuple[int, int, int]) -> Iterator[StorageLog]:
+def no_memory(hidden_shape: tuple[int, int, int] = (0, 0, 0)) -> Iterator[StorageLog]:
     """Within it tensors take no memory and are logged.
 
     Args:
@@ -57,10 +59,73 @@ def no_memory(hidden_shape: tuple[int, int, int]) -> Iterator[StorageLog]:
     with (
         mock.patch.object(P2PCommunicator, "_communicate_shapes", communicate_shapes),
         mock.patch.object(nn.Module, "_apply", _convert),
+        mock.patch.object(replicated, "DistributedDataParallel", functools.partial(Buckets, log)),
         FakeTensorMode(allow_non_fake_inputs=True),
         log,
     ):
         yield log
+
+
+class Buckets(nn.Module):
+    """What DistributedDataParallel does with gradients that are views of its buckets, on fake tensors.
+
+    The buckets hold the gradients of all parameters that are trained, from the start to the end. Autograd makes a
+    gradient elsewhere, which is copied into its bucket as soon as it is there.
+
+    Args:
+        log: where the buckets are logged as gradients.
+        module: the network.
+        gradient_as_bucket_view: True.
+    """
+
+    def __init__(self, log: StorageLog, module: nn.Module, *, gradient_as_bucket_view: bool) -> None:
+        super().__init__()
+        assert gradient_as_bucket_view, "otherwise a second copy of the gradients stays"
+        self.module = module
+        self._log = log
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                # In reality several parameters share a bucket, which changes no sum.
+                view = torch.zeros_like(parameter)
+                log.assign([view], "gradients")
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._copy, view))
+
+    def forward(self, *inputs: torch.Tensor | None) -> object:
+        """What the network returns."""
+        return self.module(*inputs)
+
+    def _copy(self, view: torch.Tensor, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None, "a hook that runs after the gradient is accumulated"
+        self._log.assign([parameter.grad], "gradients")
+        view.copy_(parameter.grad)
+        parameter.grad = view
+
+
+@contextlib.contextmanager
+def autocast_of_cuda() -> Iterator[None]:
+    """Within it autocast on the CPU gives the dtypes, and keeps the copies, that it does on CUDA.
+
+    Of the operations of the networks here the two differ in one: on CUDA a group norm is computed in float32, on a
+    contiguous copy.
+    """
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("group_norm", _group_norm_of_cuda, "AutocastCPU")
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def _group_norm_of_cuda(
+    hidden: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> torch.Tensor:
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+        return torch.group_norm(hidden.float().contiguous(), num_groups, weight, bias, eps, cudnn_enabled)
 
 
 def _convert(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:

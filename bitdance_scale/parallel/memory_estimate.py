@@ -14,10 +14,10 @@ import dataclasses
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,6 +33,8 @@ from bitdance_scale.parallel.zero import ZeroEngine
 from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.vision.tokenizer import num_elements
+
+Result = TypeVar("Result")
 
 # The second step is measured: in the first, ZeRO-3 learns the order in which it will prefetch weights.
 _NUM_STEPS = 2
@@ -114,9 +116,14 @@ def estimate_memory(
     Raises:
         ConfigError: the global batch cannot be divided among the replicas.
     """
+    return in_own_process(estimate_memory_here, config, vocab_size, world_size, rank, is_fused=is_fused)
+
+
+def in_own_process(function: Callable[..., Result], *args: object, **options: object) -> Result:
+    """What a function returns in a process that it may make a rank of a fake job; what it prints is discarded."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_be_quiet) as executor:
-        return executor.submit(estimate_memory_here, config, vocab_size, world_size, rank, is_fused=is_fused).result()
+        return executor.submit(function, *args, **options).result()
 
 
 def estimate_memory_here(

@@ -50,9 +50,20 @@ def table(lines: Sequence[StageLine], device_gib: float, is_markdown: bool) -> s
     for stage, line in enumerate(lines):
         peak, (name, size) = line.estimate.peak, line.estimate.largest
         needed = max(peak.total, line.estimate.building_peak)
-        fits = "yes" if needed <= device_gib * GIB else f"no, {needed / GIB:.1f}"
+        fits = fits_in(needed, device_gib)
         most = f"{line.estimate.most_activations / GIB:.2f}"
         rows.append([str(stage), *_gib(peak, roles), most, f"{size / GIB:.2f} {name}", fits])
+    return in_columns(rows, is_markdown)
+
+
+def fits_in(needed: int, device_gib: float) -> str:
+    """Whether so many bytes fit a device, in words."""
+    return "yes" if needed <= device_gib * GIB else f"no, {needed / GIB:.1f}"
+
+
+def in_columns(rows: Sequence[Sequence[str]], is_markdown: bool) -> str:
+    """Rows of cells, the first of which is the header, as text in columns or as a Markdown table."""
+    header = rows[0]
     if is_markdown:
         marked = [header, ["---"] * len(header), *rows[1:]]
         return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in marked)

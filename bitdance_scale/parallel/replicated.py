@@ -106,12 +106,13 @@ class ReplicatedNetwork:
 
     def __call__(self, *inputs: torch.Tensor | None) -> Any:
         """What the module returns, under the hooks that reduce its gradients."""
+        # Cleared here already: kept until the backward pass they would stand beside all activations.
+        self._clear()
         return self._forward(*inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Clears the gradients, and adds up those of the ranks' parts of a loss."""
-        for parameter in self._trained:
-            parameter.grad = None
+        self._clear()
         # The ranks' gradients are averaged, which is undone here.
         (loss * self.num_ranks).backward()
 
@@ -165,6 +166,10 @@ class ReplicatedNetwork:
             self._moments(parameter)
             self._adam.state[parameter]["step"].fill_(num_updates)
 
+    def _clear(self) -> None:
+        for parameter in self._trained:
+            parameter.grad = None
+
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self._root.named_parameters():
             yield self._prefix + name, parameter
@@ -192,6 +197,17 @@ class ReplicatedNetwork:
         """Sends every parameter from the rank that steps it to the others."""
         for parameter, owner in zip(self._trained, self._owners, strict=bool(self._owners)):
             dist.broadcast(parameter.data, src=owner)
+
+
+def fullest_share(sizes: Sequence[int], num_ranks: int) -> int:
+    """The rank that ZeroRedundancyOptimizer gives the most elements of parameters of these sizes, given in order.
+
+    It gives each parameter, the largest first, to the rank that has the least.
+    """
+    shares = [0] * num_ranks
+    for size in sorted(sizes, reverse=True):
+        shares[shares.index(min(shares))] += size
+    return shares.index(max(shares))
 
 
 def _whole(parameter: torch.Tensor) -> ShardedValue:

@@ -80,14 +80,12 @@ def load_lpips(network: Network, weights: Path) -> Lpips:
         CheckpointError: there is no such file, or it is not what `network` needs; names the first wrong tensors.
     """
     features = _checked(network, weights).read()
-    with perceptual_packages(f"LPIPS with {_TITLES[network]}"), warnings.catch_warnings():
-        # It asks torchvision in a deprecated way.
-        warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
+    # Random weights would take a second and draw from the global generator.
+    with torch.device("meta"):
+        model = make_lpips(network).network
+    with perceptual_packages(f"LPIPS with {_TITLES[network]}"):
         import lpips
 
-        # Random weights would take a second and draw from the global generator.
-        with torch.device("meta"):
-            model = lpips.LPIPS(net=network, pretrained=False, pnet_rand=True, verbose=False)
         scaling = lpips.lpips.ScalingLayer()
         own = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{network}.pth"
     model.to_empty(device="cpu")
@@ -101,6 +99,20 @@ def load_lpips(network: Network, weights: Path) -> Lpips:
         state[f"{slices[int(index)]}.{kind}"] = value
     model.load_state_dict(state)
     return Lpips(model)
+
+
+def make_lpips(network: Network) -> Lpips:
+    """LPIPS with random weights: its distances mean nothing, but cost what those of `load_lpips` do.
+
+    Raises:
+        ConfigError: a package is not installed.
+    """
+    with perceptual_packages(f"LPIPS with {_TITLES[network]}"), warnings.catch_warnings():
+        # It asks torchvision in a deprecated way.
+        warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
+        import lpips
+
+        return Lpips(lpips.LPIPS(net=network, pretrained=False, pnet_rand=True, verbose=False))
 
 
 def check_lpips_weights(network: Network, path: Path) -> None:

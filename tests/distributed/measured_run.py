@@ -86,15 +86,20 @@ def measure(_rank: int, config: RunConfig, is_fused: bool) -> Measured:
                 ]
                 held = _bytes([*_tensors(), *gradients]) - _bytes(not_counted)
                 engine.step(config.optim.lr)
-        left = {tensor.untyped_storage().data_ptr() for tensor in _tensors()}
+        left = addresses()
     stager = Stager(None, topology.device)
     model = {f"model.{name}": value for name, value in engine.model_values().items()}
     stager.prepare(model | engine.optimizer_values())
-    return Measured(storages=storages, held=held, peak=_peak(profiler, left), host_copy=stager.num_bytes)
+    return Measured(storages=storages, held=held, peak=allocated_peak(profiler, left), host_copy=stager.num_bytes)
 
 
-def _peak(profiler: profile, left: set[int]) -> int:
-    """The most bytes alive during step 1, from the allocator's events.
+def addresses() -> set[int]:
+    """Where the storages of all tensors are that Python holds."""
+    return {tensor.untyped_storage().data_ptr() for tensor in _tensors()}
+
+
+def allocated_peak(profiler: profile, left: set[int]) -> int:
+    """The most bytes alive during what is recorded as `step 1`, from the allocator's events.
 
     Releases by gloo's threads are not reported. Their reference can be the last one only right after a collective, when
     this thread has let go already: a block without a reported release that is not in use at the end (`left`, addresses)

@@ -94,13 +94,20 @@ def test_stage_starts_its_entry_point_with_its_settings(slurm, stage):
     assert "run.start_from" not in train
 
 
-def test_imagenet_has_a_recipe_and_no_later_stage(slurm):
-    _, _, calls = slurm("cluster/imagenet.sbatch", "run.steps=3", OUTCOME="0", **JOB)
-    assert "|--|pipelines/imagenet.py|imagenet_b_4x|" in calls[-1] and calls[-1].endswith("|run.steps=3|")
-    _, _, calls = slurm("cluster/imagenet.sbatch", OUTCOME="0", CONFIG="imagenet_h_1x", **JOB)
-    assert "|--|pipelines/imagenet.py|imagenet_h_1x|" in calls[-1]
-    code, printed, calls = slurm("cluster/imagenet.sbatch", CHAIN="1")
-    assert code == 2 and calls == [] and "no stage follows imagenet: submit it without CHAIN=1" in printed
+@pytest.mark.parametrize(
+    ("recipe", "entry_point", "default", "other"),
+    [
+        ("imagenet", "imagenet.py", "imagenet_b_4x", "imagenet_h_1x"),
+        ("tokenizer", "train_tokenizer.py", "ae_d16c32", "ae_d32c128_gan"),
+    ],
+)
+def test_what_is_no_stage_has_a_recipe_and_no_later_stage(slurm, recipe, entry_point, default, other):
+    _, _, calls = slurm(f"cluster/{recipe}.sbatch", "run.steps=3", OUTCOME="0", **JOB)
+    assert f"|--|pipelines/{entry_point}|{default}|" in calls[-1] and calls[-1].endswith("|run.steps=3|")
+    _, _, calls = slurm(f"cluster/{recipe}.sbatch", OUTCOME="0", CONFIG=other, **JOB)
+    assert f"|--|pipelines/{entry_point}|{other}|" in calls[-1]
+    code, printed, calls = slurm(f"cluster/{recipe}.sbatch", CHAIN="1")
+    assert code == 2 and calls == [] and f"no stage follows {recipe}: submit it without CHAIN=1" in printed
 
 
 def test_container_takes_the_place_of_the_environment(slurm):

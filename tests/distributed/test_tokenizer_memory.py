@@ -1,0 +1,98 @@
+"""The memory estimate of a tokenizer run against what its ranks allocate."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from bitdance_scale.config.load import load_config
+from bitdance_scale.config.schema import ParallelSection
+from bitdance_scale.config.tokenizer_schema import TokenizerConfig
+from bitdance_scale.parallel.replicated import fullest_share
+from bitdance_scale.parallel.topology import make_topology, start_process_group
+from bitdance_scale.train import tokenizer_networks
+from bitdance_scale.train.tokenizer_memory import (
+    TokenizerMemory,
+    estimate_tokenizer_memory_here,
+    trained_sizes,
+)
+from bitdance_scale.train.tokenizer_networks import TokenizerNetworks
+from bitdance_scale.train.tokenizer_objective import Crops
+from bitdance_scale.vision.perceptual import make_lpips
+from tests.distributed.measured_run import addresses, allocated_peak
+from tests.distributed.spawn import run_ranks
+
+RELATIVE_BOUND = 0.03
+SMALL = [
+    "autoencoder.channels=64", "autoencoder.channel_mult=[1, 1, 2, 2]", "data.sizes_px=[[64, 64]]",
+    "data.images_px=16384", "adversarial.channels=16", "optim.average_decay=0.99", "adversarial.start_step=0",
+]  # fmt: skip
+
+
+def small(*settings: str) -> TokenizerConfig:
+    return load_config("ae_small_d16c32", [*SMALL, *settings], TokenizerConfig)
+
+
+def estimate(_rank: int, config: TokenizerConfig, world_size: int, rank: int, is_cuda: bool) -> TokenizerMemory:
+    return estimate_tokenizer_memory_here(config, world_size, rank, is_cuda=is_cuda)
+
+
+def measure(rank: int, config: TokenizerConfig, world_size: int) -> tuple[int, int]:
+    """(elements whose moments the rank keeps, bytes at the fullest moment of the second step)."""
+    start_process_group(timeout_s=120)
+    make_topology(ParallelSection())
+    height, width = config.data.sizes_px[0]
+    num_images = config.data.images_px // (height * width)
+    slots = range(rank, num_images, world_size)
+    loaded = mock.patch.object(tokenizer_networks, "load_lpips", lambda network, _weights: make_lpips(network))
+    with loaded, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        networks = TokenizerNetworks(config, torch.device("cpu"))
+        for step in range(2):
+            with record_function(f"step {step}"):
+                take_step(networks, Crops(torch.rand(len(slots), 3, height, width), slots, num_images), step)
+        left = addresses()
+    values = networks.optimizer_values()
+    moments = [value for name, value in values.items() if name.startswith(("exp_avg.encoder", "exp_avg.decoder"))]
+    num_kept = sum(piece.tensor.numel() for value in moments for piece in value.pieces)
+    return num_kept, allocated_peak(profiler, left)
+
+
+def take_step(networks: TokenizerNetworks, crops: Crops, step: int) -> None:
+    outputs = networks.reconstruct(crops, step)
+    networks.backward(crops, outputs, step)
+    networks.clip(1.0)
+    networks.step(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "settings"),
+    [
+        (1, ("parallel.recompute=none",)),
+        pytest.param(1, ("parallel.recompute=blocks",), marks=pytest.mark.large),
+        pytest.param(1, ("parallel.recompute=blocks", "adversarial.weight=0"), marks=pytest.mark.large),
+        pytest.param(1, ("run.dtype=float32",), marks=pytest.mark.large),
+        pytest.param(1, ("reconstruction.lpips_weight=1", "reconstruction.lpips_weights=x"), marks=pytest.mark.large),
+        (2, ("parallel.recompute=blocks",)),
+    ],
+)
+def test_estimate_is_what_ranks_allocate(world_size, settings):
+    config = small(*settings)
+    measured = run_ranks(world_size, measure, config, world_size, timeout_s=280)
+    kept = [num_kept for num_kept, _ in measured]
+    sizes = trained_sizes(config)
+    assert sum(kept) == sum(sizes) and fullest_share(sizes, world_size) == kept.index(max(kept))
+    for rank, (_, peak) in enumerate(measured):
+        (found,) = run_ranks(1, estimate, config, world_size, rank, False, timeout_s=280)
+        assert found.peak.total == pytest.approx(peak, rel=RELATIVE_BOUND), f"rank {rank}"
+        # If weights alone decided the comparison, it would say nothing about activations.
+        assert found.peak.activations > 0.25 * peak
+
+
+def test_a_group_norm_is_in_float32_on_cuda():
+    config = small("adversarial.weight=0")
+    on_cpu, on_cuda = (run_ranks(1, estimate, config, 1, 0, is_cuda)[0] for is_cuda in (False, True))
+    # Of every normalised value a block keeps 4 + 4 + 2 bytes instead of 2 + 2 + 2.
+    assert 1.4 < on_cuda.peak.activations / on_cpu.peak.activations < 10 / 6
