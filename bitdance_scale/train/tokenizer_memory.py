@@ -27,8 +27,9 @@ from bitdance_scale.parallel.memory_table import GIB, fits_in, in_columns
 from bitdance_scale.parallel.replicated import AVERAGE, fullest_share
 from bitdance_scale.parallel.storage_log import StorageLog
 from bitdance_scale.train import tokenizer_networks
-from bitdance_scale.train.tokenizer_networks import DISCRIMINATOR, TokenizerNetworks
+from bitdance_scale.train.tokenizer_networks import TokenizerNetworks
 from bitdance_scale.train.tokenizer_objective import Crops
+from bitdance_scale.train.tokenizer_start import DISCRIMINATOR
 from bitdance_scale.vision.autoencoder import Autoencoder
 from bitdance_scale.vision.perceptual import Lpips, Network, make_lpips
 
