@@ -180,7 +180,8 @@ def test_a_qwen3_is_imported_with_one(weights, tmp_path):
     packed = tokenizer.encode([image])[0]
     assert torch.equal(tokenizer.decode(packed, (8, 8)), tokenizer.decode(packed, (8, 8)))
     overrides = ["vision.gan_decoder=true", f"vision.weights={weights}", "vision.num_bits=16", "vision.channels=32"]
-    config = load_config("demo", [*overrides, "vision.channel_mult=[1,2,1]", "vision.num_res_blocks=2"])
+    overrides += ["vision.norm_groups=32", "vision.channel_mult=[1,2,1]", "vision.num_res_blocks=2"]
+    config = load_config("demo", overrides)
     check(config, 1)
     assert vision_digest(config.vision) == vision_digest(section)
 
