@@ -3,7 +3,7 @@
     python tools/photograph_shards.py data/photographs
 
 scikit-image and matplotlib ship some twenty photographs in their wheels; nothing is downloaded. OUT/train holds tiles of
-sixteen of them, OUT/held_out tiles of four others, so that no held-out tile comes from a photograph that is trained on.
+sixteen of them, OUT/held_out tiles of four others, so that no held-out tile shows what is trained on.
 Tiles do not overlap and are PNGs in RGB; almost even ones, such as the black around the retina, are left out. The two
 largest photographs are halved first, or a third of all tiles would be theirs. Equal versions of the packages give equal
 shards.
@@ -69,7 +69,9 @@ def read_photograph(name: str, place: str) -> np.ndarray:
     try:
         path = importlib.resources.files(package) / folder / name
     except ModuleNotFoundError as error:
-        raise DataError(f"{package}: not installed, and {name} is its; install the packages of constraints.txt") from error
+        raise DataError(
+            f"{package}: not installed, and {name} is its; install the packages of constraints.txt"
+        ) from error
     if not path.is_file():
         raise DataError(f"{path}: not in the installed {package}; install the version of constraints.txt")
     with path.open("rb") as file, Image.open(file) as image:

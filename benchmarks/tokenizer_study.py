@@ -1,0 +1,190 @@
+"""Small tokenizers of photographs, trained alike but for one setting and measured on photographs that were held out.
+
+    python tools/photograph_shards.py data/photographs
+    PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/tokenizer_study.py [--only bits_32 bits_256] [--seeds 1 2]
+
+Every variant is `bitdance train docs/results/tokenizer/photographs.toml` with the overrides below, of as many steps as
+the others. A variant that is finished is not trained again, so the same command goes on after a stop. Then the weights
+are read back and measured. Written to OUT: metrics.json; runs/NAME.toml, the configuration of each run with every
+setting; runs/NAME.evaluation.jsonl; and bits.webp, adversarial.webp and second_stage.webp, held-out photographs over
+their reconstructions. The table is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bitdance_scale.config.load import load_config
+from bitdance_scale.config.tokenizer_schema import TokenizerConfig
+from bitdance_scale.data.crop_stream import centre_crops
+from bitdance_scale.data.index.build import build_index
+from bitdance_scale.data.index.index import default_index_dir
+from bitdance_scale.data.storage.shards import expand_shards
+from bitdance_scale.observe.metrics import EVALUATION_FILE
+from bitdance_scale.train.config_file import CONFIG_FILE
+from bitdance_scale.train.tokenizer_evaluation import evaluate, psnr_db
+from bitdance_scale.train.tokenizer_report import load_autoencoder
+from bitdance_scale.vision.weights import WEIGHTS_NAME
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "tokenizer"
+BASE = RESULTS / "photographs.toml"
+STARTED_FROM = "bits_256"
+"""Whose encoder the second stage keeps."""
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "bits_32": (),
+    "bits_128": ("autoencoder.num_bits=128",),
+    "bits_256": ("autoencoder.num_bits=256",),
+    "entropy_0": ("quantiser.entropy_weight=0",),
+    "published_quantiser": (
+        "quantiser.temperature=0.01",
+        "quantiser.entropy_weight=0.1",
+        "quantiser.commit_weight=0.25",
+    ),
+    "published_entropy_0": (
+        "quantiser.temperature=0.01",
+        "quantiser.entropy_weight=0",
+        "quantiser.commit_weight=0.25",
+    ),
+    "adversarial": (
+        "autoencoder.num_bits=256",
+        "adversarial.weight=0.1",
+        "adversarial.start_step=100",
+        "adversarial.channels=32",
+    ),
+    "second_stage": (
+        "autoencoder.num_bits=256",
+        "autoencoder.gan_decoder=true",
+        "run.trains=decoder",
+        "adversarial.weight=0.1",
+        "adversarial.channels=32",
+    ),
+}
+PICTURES = {
+    "bits": ("bits_32", "bits_128", "bits_256"),
+    "adversarial": ("bits_256", "adversarial"),
+    "second_stage": ("bits_256", "second_stage"),
+}
+"""Name of a picture -> whose reconstructions it shows, below the originals."""
+PICTURED = (2, 17, 30, 40, 48, 60, 70, 80)
+"""Held-out photographs that the pictures show."""
+
+
+def train(name: str, seed: int) -> TokenizerConfig:
+    """Trains a variant to its end, unless its weights are there; its configuration."""
+    run = f"{name}_seed{seed}"
+    root = load_config(BASE, schema=TokenizerConfig).run.root
+    overrides = [f"run.name={run}", f"run.seed={seed}", f"run.output={root}/{run}/weights", *VARIANTS[name]]
+    if name == "second_stage":
+        overrides.append(f"run.start_from={root}/{STARTED_FROM}_seed{seed}/weights")
+    config = load_config(BASE, overrides, schema=TokenizerConfig)
+    if not (Path(config.run.output) / WEIGHTS_NAME).is_file():
+        command = [sys.executable, "-m", "bitdance_scale.cli", "train", str(BASE), "--nproc", "1", *overrides]
+        begun_s = time.monotonic()
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        print(f"{run}: trained in {time.monotonic() - begun_s:.0f} s", flush=True)
+    return config
+
+
+def sharpness(images: np.ndarray) -> np.ndarray:
+    """float64 [n], mean absolute difference of neighbouring pixels of uint8 images [n, H, W, 3], in grey levels."""
+    pixels = images.astype(np.float64)
+    axes = (np.abs(np.diff(pixels, axis=axis)).mean(axis=(1, 2, 3)) for axis in (1, 2))
+    return 0.5 * sum(axes)
+
+
+def measure(config: TokenizerConfig, images: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+    """What is recorded of a run's weights, and uint8 [n, H, W, 3], what they make of the images.
+
+    Args:
+        config: of the run, which is finished.
+        images: uint8 [n, H, W, 3], held out.
+    """
+    found = evaluate(load_autoencoder(config.run.output), images, config.num_groups, torch.device("cpu"))
+    quality = psnr_db(found.decoded, images)
+    balance = np.clip(found.bit_balance, 1e-12, 1 - 1e-12)
+    bit_entropies = -(balance * np.log2(balance) + (1 - balance) * np.log2(1 - balance))
+    relative = sharpness(found.decoded).mean() / sharpness(images).mean()
+    return {
+        "psnr_db": round(float(quality.mean()), 3),
+        "psnr_standard_error_db": round(float(quality.std(ddof=1) / np.sqrt(len(quality))), 3),
+        "sharpness_over_originals": round(float(relative), 3),
+        "code_entropy_bits": round(found.code_entropy_bits, 3),
+        "code_share": round(found.code_share, 4),
+        "bit_entropy": round(float(bit_entropies.mean()), 4),
+        "constant_bits_share": round(float((np.minimum(balance, 1 - balance) < 0.01).mean()), 4),
+    }, found.decoded
+
+
+def held_out(config: TokenizerConfig) -> np.ndarray:
+    """uint8 [n, H, W, 3], the held-out photographs of the first size of a configuration."""
+    shards = expand_shards(config.evaluate.shards)
+    index = build_index(shards, default_index_dir(shards))
+    return centre_crops(index, config.evaluate.sizes_px[0], config.evaluate.num_images)
+
+
+def picture(rows: Sequence[np.ndarray]) -> Image.Image:
+    """Rows of images uint8 [n, H, W, 3], one below the other."""
+    return Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in rows]))
+
+
+def table(metrics: dict[str, dict[str, Any]], names: Iterable[str]) -> str:
+    """Markdown, a row for each run."""
+    columns = {
+        "PSNR (dB)": lambda run: f"{run['psnr_db']:.2f} +- {run['psnr_standard_error_db']:.2f}",
+        "sharpness": lambda run: f"{run['sharpness_over_originals']:.2f}",
+        "code entropy (of 8 bits)": lambda run: f"{run['code_entropy_bits']:.2f}",
+        "entropy of a bit": lambda run: f"{run['bit_entropy']:.2f}",
+        "constant bits": lambda run: f"{run['constant_bits_share']:.0%}",
+    }
+    lines = [f"| run | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(cell(metrics[name]) for cell in columns.values())} |" for name in names]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all variants")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="seeds of weights, data order and noise")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="default: docs/results/tokenizer")
+    options = parser.parse_args()
+    metrics_file, runs = options.out / "metrics.json", options.out / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    metrics = json.loads(metrics_file.read_text(encoding="utf-8")) if metrics_file.is_file() else {}
+    images = held_out(load_config(BASE, schema=TokenizerConfig))
+    decoded: dict[str, np.ndarray] = {}
+    for seed in options.seeds:
+        for name in options.only:
+            config = train(name, seed)
+            run = config.run.name
+            metrics[run], decoded[run] = measure(config, images)
+            folder = Path(config.run.root) / run
+            shutil.copyfile(folder / CONFIG_FILE, runs / f"{run}.toml")
+            shutil.copyfile(folder / EVALUATION_FILE, runs / f"{run}.{EVALUATION_FILE}")
+            metrics_file.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+            print(json.dumps({run: metrics[run]}), flush=True)
+    pictured = [number for number in PICTURED if number < len(images)]
+    for name, shown in PICTURES.items():
+        sources = [f"{variant}_seed{options.seeds[0]}" for variant in shown]
+        if all(source in decoded for source in sources):
+            rows = [images[pictured], *(decoded[source][pictured] for source in sources)]
+            picture(rows).save(options.out / f"{name}.webp", quality=90, method=6)
+    print(f"\n{table(metrics, sorted(metrics))}")
+
+
+if __name__ == "__main__":
+    main()
