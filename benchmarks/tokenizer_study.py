@@ -1,13 +1,13 @@
 """Small tokenizers of photographs, trained alike but for one setting and measured on photographs that were held out.
 
     python tools/photograph_shards.py data/photographs
-    PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/tokenizer_study.py [--only bits_32 bits_256] [--seeds 1 2]
+    PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/tokenizer_study.py [--only plain entropy_0] [--seeds 1 2]
 
-Every variant is `bitdance train docs/results/tokenizer/photographs.toml` with the overrides below, of as many steps as
-the others. A variant that is finished is not trained again, so the same command goes on after a stop. Then the weights
-are read back and measured. Written to OUT: metrics.json; runs/NAME.toml, the configuration of each run with every
-setting; runs/NAME.evaluation.jsonl; and bits.webp, adversarial.webp and second_stage.webp, held-out photographs over
-their reconstructions. The table is printed.
+Every variant is `bitdance train docs/results/tokenizer/base.toml` with the overrides below, of as many steps as the
+others. A variant that is finished is not trained again, so the same command goes on after a stop. Then the weights are
+read back and measured. Written to OUT: metrics.json; runs/NAME.toml, the configuration of each run with every setting;
+runs/NAME.evaluation.jsonl; and bits.webp and adversarial.webp, held-out photographs over their reconstructions. The
+table is printed.
 """
 
 from __future__ import annotations
@@ -40,47 +40,35 @@ from bitdance_scale.train.tokenizer_report import load_autoencoder
 from bitdance_scale.vision.weights import WEIGHTS_NAME
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "tokenizer"
-BASE = RESULTS / "photographs.toml"
-STARTED_FROM = "bits_256"
+BASE = RESULTS / "base.toml"
+STARTED_FROM = "plain"
 """Whose encoder the second stage keeps."""
 
+DOWN_32 = (
+    "autoencoder.channel_mult=[1, 4, 8, 8, 8, 8]",
+    "data.sizes_px=[[64, 64]]",
+    "data.images_px=16384",
+    "evaluate.sizes_px=[[64, 64]]",
+)
+PUBLISHED_QUANTISER = ("quantiser.temperature=0.01", "quantiser.entropy_weight=0.1", "quantiser.commit_weight=0.25")
+
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "bits_32": (),
-    "bits_128": ("autoencoder.num_bits=128",),
-    "bits_256": ("autoencoder.num_bits=256",),
+    "down_32_bits_32": DOWN_32,
+    "down_32_bits_128": (*DOWN_32, "autoencoder.num_bits=128"),
+    "down_32_bits_256": (*DOWN_32, "autoencoder.num_bits=256"),
+    "plain": (),
     "entropy_0": ("quantiser.entropy_weight=0",),
-    "published_quantiser": (
-        "quantiser.temperature=0.01",
-        "quantiser.entropy_weight=0.1",
-        "quantiser.commit_weight=0.25",
-    ),
-    "published_entropy_0": (
-        "quantiser.temperature=0.01",
-        "quantiser.entropy_weight=0",
-        "quantiser.commit_weight=0.25",
-    ),
-    "adversarial": (
-        "autoencoder.num_bits=256",
-        "adversarial.weight=0.1",
-        "adversarial.start_step=100",
-        "adversarial.channels=32",
-    ),
-    "second_stage": (
-        "autoencoder.num_bits=256",
-        "autoencoder.gan_decoder=true",
-        "run.trains=decoder",
-        "adversarial.weight=0.1",
-        "adversarial.channels=32",
-    ),
+    "published_quantiser": PUBLISHED_QUANTISER,
+    "published_entropy_0": ("quantiser.temperature=0.01", "quantiser.entropy_weight=0", "quantiser.commit_weight=0.25"),
+    "adversarial": ("adversarial.weight=0.1", "adversarial.start_step=100"),
+    "second_stage": ("autoencoder.gan_decoder=true", "run.trains=decoder", "adversarial.weight=0.1"),
 }
 PICTURES = {
-    "bits": ("bits_32", "bits_128", "bits_256"),
-    "adversarial": ("bits_256", "adversarial"),
-    "second_stage": ("bits_256", "second_stage"),
+    "bits": ("down_32_bits_32", "down_32_bits_128", "down_32_bits_256"),
+    "adversarial": ("plain", "adversarial", "second_stage"),
 }
 """Name of a picture -> whose reconstructions it shows, below the originals."""
-PICTURED = (2, 17, 30, 40, 48, 60, 70, 80)
-"""Held-out photographs that the pictures show."""
+NUM_PICTURED = 10
 
 
 def train(name: str, seed: int) -> TokenizerConfig:
@@ -137,8 +125,11 @@ def held_out(config: TokenizerConfig) -> np.ndarray:
 
 
 def picture(rows: Sequence[np.ndarray]) -> Image.Image:
-    """Rows of images uint8 [n, H, W, 3], one below the other."""
-    return Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in rows]))
+    """Some images of every row, uint8 [n, H, W, 3], the same ones below each other, enlarged to 96 px."""
+    places = np.linspace(0, len(rows[0]) - 1, NUM_PICTURED).astype(int)
+    joined = Image.fromarray(np.concatenate([np.concatenate(list(row[places]), axis=1) for row in rows]))
+    scale = 96 / rows[0].shape[1]
+    return joined.resize((round(joined.width * scale), round(joined.height * scale)), Image.Resampling.NEAREST)
 
 
 def table(metrics: dict[str, dict[str, Any]], names: Iterable[str]) -> str:
@@ -165,23 +156,22 @@ def main() -> None:
     metrics_file, runs = options.out / "metrics.json", options.out / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     metrics = json.loads(metrics_file.read_text(encoding="utf-8")) if metrics_file.is_file() else {}
-    images = held_out(load_config(BASE, schema=TokenizerConfig))
-    decoded: dict[str, np.ndarray] = {}
+    seen: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for seed in options.seeds:
         for name in options.only:
             config = train(name, seed)
-            run = config.run.name
-            metrics[run], decoded[run] = measure(config, images)
+            run, images = config.run.name, held_out(config)
+            metrics[run], decoded = measure(config, images)
+            seen[run] = images, decoded
             folder = Path(config.run.root) / run
             shutil.copyfile(folder / CONFIG_FILE, runs / f"{run}.toml")
             shutil.copyfile(folder / EVALUATION_FILE, runs / f"{run}.{EVALUATION_FILE}")
             metrics_file.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
             print(json.dumps({run: metrics[run]}), flush=True)
-    pictured = [number for number in PICTURED if number < len(images)]
-    for name, shown in PICTURES.items():
-        sources = [f"{variant}_seed{options.seeds[0]}" for variant in shown]
-        if all(source in decoded for source in sources):
-            rows = [images[pictured], *(decoded[source][pictured] for source in sources)]
+    for name, variants in PICTURES.items():
+        shown = [seen[run] for variant in variants if (run := f"{variant}_seed{options.seeds[0]}") in seen]
+        if len(shown) == len(variants):
+            rows = [shown[0][0], *(decoded for _, decoded in shown)]
             picture(rows).save(options.out / f"{name}.webp", quality=90, method=6)
     print(f"\n{table(metrics, sorted(metrics))}")
 

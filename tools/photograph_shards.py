@@ -2,11 +2,10 @@
 
     python tools/photograph_shards.py data/photographs
 
-scikit-image and matplotlib ship some twenty photographs in their wheels; nothing is downloaded. OUT/train holds tiles of
-sixteen of them, OUT/held_out tiles of four others, so that no held-out tile shows what is trained on.
-Tiles do not overlap and are PNGs in RGB; almost even ones, such as the black around the retina, are left out. The two
-largest photographs are halved first, or a third of all tiles would be theirs. Equal versions of the packages give equal
-shards.
+scikit-image and matplotlib ship some twenty photographs in their wheels; nothing is downloaded. OUT/train holds tiles
+of sixteen of them, OUT/held_out tiles of four others. Tiles do not overlap and are PNGs in RGB; almost even ones, such
+as the black around the retina, are left out. The two largest photographs are halved first, or half of all tiles would
+be theirs. Equal versions of the packages give equal shards.
 """
 
 from __future__ import annotations
