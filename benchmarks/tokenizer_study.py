@@ -63,6 +63,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "adversarial": ("adversarial.weight=0.1", "adversarial.start_step=100"),
     "second_stage": ("autoencoder.gan_decoder=true", "run.trains=decoder", "adversarial.weight=0.1"),
 }
+REFERENCES = {"down_32_bits_128": "down_32_bits_32", "down_32_bits_256": "down_32_bits_32"} | {
+    name: "plain" for name in list(VARIANTS)[4:]
+}
+"""Variant -> the one that it is compared with, image by image."""
 PICTURES = {
     "bits": ("down_32_bits_32", "down_32_bits_128", "down_32_bits_256"),
     "adversarial": ("plain", "adversarial", "second_stage"),
@@ -117,6 +121,15 @@ def measure(config: TokenizerConfig, images: np.ndarray) -> tuple[dict[str, Any]
     }, found.decoded
 
 
+def compare(decoded: np.ndarray, reference: np.ndarray, images: np.ndarray) -> dict[str, float]:
+    """How much higher the PSNR of images [n, H, W, 3] is than that of a reference: a paired difference in dB."""
+    difference = psnr_db(decoded, images) - psnr_db(reference, images)
+    return {
+        "psnr_over_reference_db": round(float(difference.mean()), 3),
+        "psnr_over_reference_standard_error_db": round(float(difference.std(ddof=1) / np.sqrt(len(difference))), 3),
+    }
+
+
 def held_out(config: TokenizerConfig) -> np.ndarray:
     """uint8 [n, H, W, 3], the held-out photographs of the first size of a configuration."""
     shards = expand_shards(config.evaluate.shards)
@@ -136,6 +149,7 @@ def table(metrics: dict[str, dict[str, Any]], names: Iterable[str]) -> str:
     """Markdown, a row for each run."""
     columns = {
         "PSNR (dB)": lambda run: f"{run['psnr_db']:.2f} +- {run['psnr_standard_error_db']:.2f}",
+        "over reference (dB)": _over_reference,
         "sharpness": lambda run: f"{run['sharpness_over_originals']:.2f}",
         "code entropy (of 8 bits)": lambda run: f"{run['code_entropy_bits']:.2f}",
         "entropy of a bit": lambda run: f"{run['bit_entropy']:.2f}",
@@ -144,6 +158,12 @@ def table(metrics: dict[str, dict[str, Any]], names: Iterable[str]) -> str:
     lines = [f"| run | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(cell(metrics[name]) for cell in columns.values())} |" for name in names]
     return "\n".join(lines)
+
+
+def _over_reference(run: dict[str, Any]) -> str:
+    if "psnr_over_reference_db" not in run:
+        return ""
+    return f"{run['psnr_over_reference_db']:+.2f} +- {run['psnr_over_reference_standard_error_db']:.2f}"
 
 
 def main() -> None:
@@ -163,6 +183,9 @@ def main() -> None:
             run, images = config.run.name, held_out(config)
             metrics[run], decoded = measure(config, images)
             seen[run] = images, decoded
+            reference = f"{REFERENCES.get(name)}_seed{seed}"
+            if reference in seen:
+                metrics[run] |= compare(decoded, seen[reference][1], images)
             folder = Path(config.run.root) / run
             shutil.copyfile(folder / CONFIG_FILE, runs / f"{run}.toml")
             shutil.copyfile(folder / EVALUATION_FILE, runs / f"{run}.{EVALUATION_FILE}")
