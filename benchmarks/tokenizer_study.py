@@ -33,11 +33,11 @@ from bitdance_scale.data.crop_stream import centre_crops
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import default_index_dir
 from bitdance_scale.data.storage.shards import expand_shards
+from bitdance_scale.evaluation.pixels import psnr_db
 from bitdance_scale.observe.metrics import EVALUATION_FILE
 from bitdance_scale.train.config_file import CONFIG_FILE
-from bitdance_scale.train.tokenizer_evaluation import evaluate, psnr_db
-from bitdance_scale.train.tokenizer_report import load_autoencoder
-from bitdance_scale.vision.weights import WEIGHTS_NAME
+from bitdance_scale.train.tokenizer_evaluation import evaluate
+from bitdance_scale.vision.weights import WEIGHTS_NAME, load_autoencoder
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "tokenizer"
 BASE = RESULTS / "base.toml"
