@@ -25,7 +25,7 @@ from bitdance_scale.vision.perceptual import make_lpips
 from tests.distributed.measured_run import addresses, allocated_peak
 from tests.distributed.spawn import run_ranks
 
-RELATIVE_BOUND = 0.03
+RELATIVE_BOUND = 0.01
 # Columns and reordered weights within a convolution of the CPU: scratch space, which no log of tensors sees.
 CONVOLUTIONS = ("aten::_slow_conv2d", "aten::mkldnn_convolution", "aten::convolution_backward")
 SMALL = [
