@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_leaves
 
 # The maker of a storage is the innermost frame in one of these packages.
 _MAKERS = ("bitdance_scale", "megatron", "deepspeed")
-# DeepSpeed's replacement for `torch.nn.functional.linear` under ZeRO-3; what it makes are activations of its caller.
-_TRANSPARENT = ("/deepspeed/runtime/zero/linear.py",)
+# DeepSpeed's replacement for `torch.nn.functional.linear` under ZeRO-3, and this project's for fake tensors;
+# what they make are activations of their caller.
+_TRANSPARENT = ("/deepspeed/runtime/zero/linear.py", "/bitdance_scale/parallel/fake_ranks.py")
 _OPTIMIZER = "/torch/optim/"
 _AUTOGRAD = "/torch/autograd/graph.py"
 

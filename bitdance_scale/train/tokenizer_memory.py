@@ -230,9 +230,13 @@ def remark(config: TokenizerConfig, memory: TokenizerMemory) -> str:
     hours = config.run.steps * step_flops / (ASSUMED_UTILISATION * GPU_FLOPS) / 3600
     return (
         f"{memory.num_images} images of {height} x {width} px on the fullest rank; at most "
-        f"{memory.building_peak / GIB:.1f} GiB while the networks are built. {flops.training / 1e9:,.0f} GFLOP per "
-        f"image in training ({flops.forward / 1e9:,.0f} the forward pass of the autoencoder, {flops.lpips / 1e9:,.0f} "
-        f"LPIPS, {flops.adversarial / 1e9:,.0f} the discriminator), {step_flops / 1e15:,.2f} PFLOP per step; "
-        f"{config.run.steps:,} steps are {hours:,.0f} GPU-hours on {GPU} at {ASSUMED_UTILISATION:.0%} of its peak "
-        "(assumed)."
+        f"{memory.building_peak / GIB:.1f} GiB while the networks are built. {_rounded(flops.training / 1e9)} GFLOP "
+        f"per image in training ({_rounded(flops.forward / 1e9)} the autoencoder's forward pass, "
+        f"{_rounded(flops.lpips / 1e9)} LPIPS, {_rounded(flops.adversarial / 1e9)} the discriminator), "
+        f"{step_flops / 1e15:.3g} PFLOP per step; {config.run.steps:,} steps are {_rounded(hours)} GPU-hours on "
+        f"{GPU} at {ASSUMED_UTILISATION:.0%} of its peak (assumed)."
     )
+
+
+def _rounded(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"

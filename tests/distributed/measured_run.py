@@ -6,6 +6,7 @@ import dataclasses
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._C._profiler import _EventType
@@ -98,20 +99,26 @@ def addresses() -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in _tensors()}
 
 
-def allocated_peak(profiler: profile, left: set[int]) -> int:
+def allocated_peak(profiler: profile, left: set[int], scratch_of: tuple[str, ...] = ()) -> int:
     """The most bytes alive during what is recorded as `step 1`, from the allocator's events.
 
     Releases by gloo's threads are not reported. Their reference can be the last one only right after a collective, when
     this thread has let go already: a block without a reported release that is not in use at the end (`left`, addresses)
     counts as released at once. Otherwise such blocks would pile up.
+
+    What an operation of `scratch_of` (beginnings of names) takes and gives back before it ends is not counted.
     """
     events = list(_flatten(profiler.profiler.kineto_results.experimental_event_tree()))
     begin = next(event.start_time_ns for event in events if event.name == "step 1")
-    changes = sorted(
-        (event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size)
-        for event in events
-        if event.tag == _EventType.Allocation
+    allocations = sorted(
+        (event for event in events if event.tag == _EventType.Allocation), key=lambda event: event.start_time_ns
     )
+    scratch = _scratch(allocations, scratch_of) if scratch_of else set()
+    changes = [
+        (event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size)
+        for number, event in enumerate(allocations)
+        if number not in scratch
+    ]
     # Going backwards, the next event reported about an address: True if it is a release.
     is_released_next: dict[int, bool] = dict.fromkeys(left, True)
     counted = []
@@ -124,6 +131,24 @@ def allocated_peak(profiler: profile, left: set[int]) -> int:
         live += size
         peak = max(peak, live) if time_ns >= begin else 0
     return peak
+
+
+def _scratch(allocations: Sequence[Any], scratch_of: tuple[str, ...]) -> set[int]:
+    """Numbers of the events in which an operation of `scratch_of` takes what it gives back itself, and of those."""
+    taken: dict[int, tuple[int, object]] = {}
+    found: set[int] = set()
+    for number, event in enumerate(allocations):
+        operation = event.parent
+        while operation is not None and not operation.name.startswith(scratch_of):
+            operation = operation.parent
+        key = None if operation is None else operation.id
+        if event.extra_fields.alloc_size > 0:
+            taken[event.extra_fields.ptr] = (number, key)
+        else:
+            begun, owner = taken.pop(event.extra_fields.ptr, (-1, None))
+            if key is not None and owner == key:
+                found |= {begun, number}
+    return found
 
 
 def _flatten(nodes: Sequence[object]) -> Iterator[object]:

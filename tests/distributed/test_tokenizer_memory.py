@@ -25,7 +25,9 @@ from bitdance_scale.vision.perceptual import make_lpips
 from tests.distributed.measured_run import addresses, allocated_peak
 from tests.distributed.spawn import run_ranks
 
-RELATIVE_BOUND = 0.03
+RELATIVE_BOUND = 0.01
+# Columns and reordered weights within a convolution of the CPU: scratch space, which no log of tensors sees.
+CONVOLUTIONS = ("aten::_slow_conv2d", "aten::mkldnn_convolution", "aten::convolution_backward")
 SMALL = [
     "autoencoder.channels=64", "autoencoder.channel_mult=[1, 1, 2, 2]", "data.sizes_px=[[64, 64]]",
     "data.images_px=16384", "adversarial.channels=16", "optim.average_decay=0.99", "adversarial.start_step=0",
@@ -57,7 +59,7 @@ def measure(rank: int, config: TokenizerConfig, world_size: int) -> tuple[int, i
     values = networks.optimizer_values()
     moments = [value for name, value in values.items() if name.startswith(("exp_avg.encoder", "exp_avg.decoder"))]
     num_kept = sum(piece.tensor.numel() for value in moments for piece in value.pieces)
-    return num_kept, allocated_peak(profiler, left)
+    return num_kept, allocated_peak(profiler, left, scratch_of=CONVOLUTIONS)
 
 
 def take_step(networks: TokenizerNetworks, crops: Crops, step: int) -> None:
