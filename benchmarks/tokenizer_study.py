@@ -29,7 +29,7 @@ from PIL import Image
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig
-from bitdance_scale.data.crop_stream import centre_crops
+from bitdance_scale.data.held_out import centre_crops
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import default_index_dir
 from bitdance_scale.data.storage.shards import expand_shards

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from bitdance_scale.cli.command import CommandParser, positive, run_command
 from bitdance_scale.cli.launch import add_rank_arguments, find_replicas, launch
 from bitdance_scale.config.schema import ParallelSection
+from bitdance_scale.config.tokenizer_schema import SSIM_PX
 from bitdance_scale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,7 +80,6 @@ def _measuring(options: argparse.Namespace) -> Measuring:
     from bitdance_scale.data.held_out import HeldOutSize
     from bitdance_scale.evaluation.inception import check_inception_weights
     from bitdance_scale.evaluation.pairs import NUM_COLUMNS
-    from bitdance_scale.evaluation.pixels import SSIM_WINDOW_PX
     from bitdance_scale.train.tokenizer_measurement import Measuring
     from bitdance_scale.vision.perceptual import LPIPS_MIN_PX, Network, check_lpips_weights
     from bitdance_scale.vision.weights import find_autoencoder
@@ -92,7 +92,7 @@ def _measuring(options: argparse.Namespace) -> Measuring:
     if options.inception is not None:
         check_inception_weights(options.inception)
     downsampling = 2 ** (len(sizes["channel_mult"]) - 1)
-    min_px = max([SSIM_WINDOW_PX, *(LPIPS_MIN_PX[network] for network in lpips)])
+    min_px = max([SSIM_PX, *(LPIPS_MIN_PX[network] for network in lpips)])
     asked = dict.fromkeys(options.sizes)
     for size in asked:
         if size != _ORIGINAL and (size % downsampling or size < max(min_px, 2 * downsampling)):
@@ -104,7 +104,7 @@ def _measuring(options: argparse.Namespace) -> Measuring:
     return Measuring(
         weights=options.folder,
         shards=options.shards,
-        sizes=[HeldOutSize(None if size == _ORIGINAL else size, downsampling, min_px) for size in asked],
+        sizes=[HeldOutSize(None if size == _ORIGINAL else (size, size), downsampling, min_px) for size in asked],
         num_images=options.images,
         lpips=lpips,
         inception=options.inception,

@@ -3,7 +3,8 @@
     bitdance plot RUN [RUN ...] --out FILE [--one-after-another]
 
 RUN is a run folder, such as runs/demo. Several are drawn over each other, a colour each; with --one-after-another they
-are stages, each beginning where the one before it ended.
+are stages, each beginning where the one before it ended. The run of a tokenizer has a page of its own kind and is drawn
+alone.
 """
 
 from __future__ import annotations
@@ -29,8 +30,17 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 
 def _run(options: argparse.Namespace) -> int:
     from bitdance_scale.observe.overview import overview, read_run
+    from bitdance_scale.observe.tokenizer_overview import is_tokenizer_run, read_tokenizer_run, tokenizer_overview
 
+    tokenizers = [folder for folder in options.runs if is_tokenizer_run(folder)]
+    if tokenizers and len(options.runs) > 1:
+        raise ConfigError(f"{tokenizers[0]}: is the run of a tokenizer, which is drawn alone; name it by itself")
     try:
+        if tokenizers:
+            tokenizer = read_tokenizer_run(tokenizers[0])
+            write_bytes(options.out, tokenizer_overview(tokenizer))
+            print(f"{tokenizer.name}: {tokenizer.summary()}")
+            return EXIT_COMPLETE
         runs = [read_run(folder) for folder in options.runs]
     except FileNotFoundError as error:
         raise ConfigError(f"{error.filename} does not exist; name folders of runs, such as runs/demo") from error

@@ -8,13 +8,18 @@ from bitdance_scale.config.optim_rules import average_faults, fall_faults, floor
 from bitdance_scale.config.ranges import FolderName, demand
 from bitdance_scale.config.schema import MIN_SPIKE_WINDOW, SCHEDULES, SPIKE_ACTIONS, WEIGHTS
 from bitdance_scale.config.storage_rules import credential_faults, upload_faults
-from bitdance_scale.config.tokenizer_schema import OUTPUT_DTYPES, RECOMPUTED, TRAINED_PARTS, TokenizerConfig
+from bitdance_scale.config.tokenizer_schema import (
+    OUTPUT_DTYPES,
+    RECOMPUTED,
+    SSIM_PX,
+    TRAINED_PARTS,
+    VGG_PX,
+    TokenizerConfig,
+)
 from bitdance_scale.errors import ConfigError
 
 _FINE_PX = 3
 """Least side of what the last two convolutions of the discriminator see: each takes a pixel off."""
-LPIPS_PX = 16
-"""Least side of an image that VGG-16 still has something of in its last layers."""
 
 
 def check_tokenizer(config: TokenizerConfig, world_size: int) -> None:
@@ -198,11 +203,14 @@ def _size_faults(config: TokenizerConfig, world_size: int) -> Iterator[str]:
                 f"data.images_px = {config.data.images_px}: a step of {height} x {width} px has {num_images} images, "
                 f"fewer than the {world_size} ranks; use {height * width * world_size} or more, or fewer ranks"
             )
+    for height, width in config.evaluate.sizes_px:
+        if 0 < min(height, width) < SSIM_PX:
+            yield f"evaluate.sizes_px: {height} x {width} px: SSIM needs {SSIM_PX} px a side; use larger crops"
     if config.reconstruction.lpips_weight:
         for height, width in config.data.sizes_px:
-            if 0 < min(height, width) < LPIPS_PX:
+            if 0 < min(height, width) < VGG_PX:
                 yield (
-                    f"data.sizes_px: {height} x {width} px: LPIPS needs sides of {LPIPS_PX} px or more; use larger "
+                    f"data.sizes_px: {height} x {width} px: LPIPS needs sides of {VGG_PX} px or more; use larger "
                     "crops, or reconstruction.lpips_weight = 0"
                 )
     if config.adversarial.weight and config.adversarial.num_layers >= 1:

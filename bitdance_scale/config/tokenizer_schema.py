@@ -11,6 +11,10 @@ from bitdance_scale.config.setting import setting
 TRAINED_PARTS = ("all", "decoder")
 OUTPUT_DTYPES = ("float32", "bfloat16", "float16")
 RECOMPUTED = ("none", "blocks")
+SSIM_PX = 7
+"""Side of the windows of SSIM: no image may have a shorter one."""
+VGG_PX = 16
+"""Shortest side of an image that VGG-16, and with it LPIPS, still has something of in its last layers."""
 GROUP_BITS = 8
 """Bits of a group of the entropy loss where `quantiser.num_groups` does not say otherwise."""
 

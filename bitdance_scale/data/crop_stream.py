@@ -157,23 +157,3 @@ def large_enough(index: Index, crop_px: tuple[int, int]) -> np.ndarray:
             f"of {crop_px[0]} x {crop_px[1]} px. Remove this size or add larger images."
         )
     return samples
-
-
-def centre_crops(index: Index, crop_px: tuple[int, int], num_images: int) -> np.ndarray:
-    """uint8 [n, height, width, 3], centre crops of the first `num_images` images that are large enough, or of all.
-
-    Raises:
-        DataError: no image is large enough, or one of them cannot be read.
-    """
-    reader = ShardReader()
-    crops = []
-    for sample in large_enough(index, crop_px)[:num_images].tolist():
-        try:
-            crops.append(decode_image(reader.image(index, sample), index.size_px(sample), crop_px))
-        except SampleError as error:
-            raise DataError(
-                f"{index.shard_path(sample)}: sample {index.name(sample)}: {error}. Held-out images must be readable: "
-                "repair the shard or remove it."
-            ) from error
-    reader.close()
-    return np.stack(crops)

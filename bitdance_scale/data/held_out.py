@@ -5,6 +5,7 @@ Which images are in a batch does not depend on the number of ranks, so that what
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,20 +28,20 @@ class HeldOutSize:
     """One size at which images are looked at.
 
     Attributes:
-        crop_px: side of a square centre crop, of the image scaled to cover it and never enlarged; None: the whole
+        crop_px: (height, width) of a centre crop, of the image scaled to cover it and never enlarged; None: the whole
             image, not scaled, cut to sides that `multiple` divides.
         multiple: what divides the sides.
         min_px: shortest side that is allowed.
     """
 
-    crop_px: int | None
-    multiple: int
-    min_px: int
+    crop_px: tuple[int, int] | None
+    multiple: int = 1
+    min_px: int = 1
 
     @property
     def name(self) -> str:
         """As tables call it."""
-        return "original" if self.crop_px is None else f"{self.crop_px} x {self.crop_px}"
+        return "original" if self.crop_px is None else f"{self.crop_px[0]} x {self.crop_px[1]}"
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,13 @@ class HeldOutImages:
         self._index, self.size = index, size
         stored = index.sizes_px(slice(None))
         crop = size.crop_px
-        sizes = stored // size.multiple * size.multiple if crop is None else np.full_like(stored, crop)
+        sizes = stored // size.multiple * size.multiple if crop is None else np.broadcast_to(crop, stored.shape)
         fits = (sizes >= size.min_px).all(axis=1) & (stored >= sizes).all(axis=1)
         # Statistics over the cells of an image need two of them.
         fits &= sizes.prod(axis=1) >= 2 * size.multiple**2
         self.samples = np.flatnonzero(fits)[:num_images]
         if not len(self.samples):
-            needed = f"has sides of {size.min_px} px" if crop is None else f"covers a crop of {crop} x {crop} px"
+            needed = f"has sides of {size.min_px} px" if crop is None else f"covers a crop of {size.name} px"
             height, width = stored.max(axis=0).tolist()
             raise DataError(
                 f"{index.shards[0].path} (first of {len(index.shards)} shards): none of {len(index)} images {needed}; "
@@ -117,7 +118,7 @@ class HeldOutImages:
     def _read(self, reader: ShardReader, sample: int) -> np.ndarray:
         data, stored_px = reader.image(self._index, sample), self._index.size_px(sample)
         if self.size.crop_px is not None:
-            return decode_image(data, stored_px, (self.size.crop_px, self.size.crop_px))
+            return decode_image(data, stored_px, self.size.crop_px)
         upright_px = read_size_px(data)
         pixels = decode_image(data, stored_px, upright_px)
         height, width = (side // self.size.multiple * self.size.multiple for side in upright_px)
@@ -138,6 +139,16 @@ class HeldOutImages:
             by_shape.setdefault(image.shape, []).append((sample, image))
         for found in by_shape.values():
             yield HeldOutBatch(tuple(sample for sample, _ in found), np.stack([image for _, image in found]))
+
+
+def centre_crops(index: Index, crop_px: tuple[int, int], num_images: int) -> np.ndarray:
+    """uint8 [n, height, width, 3], centre crops of the first `num_images` images that are large enough, or of all.
+
+    Raises:
+        DataError: no image is large enough, or one of them cannot be read.
+    """
+    images = HeldOutImages(index, HeldOutSize(crop_px), num_images, math.prod(crop_px))
+    return np.concatenate([batch.images for batch in images.batches(0, 1)])
 
 
 def _equal_batches(samples: np.ndarray, sizes: np.ndarray, batch_px: int) -> list[np.ndarray]:

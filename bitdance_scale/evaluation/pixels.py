@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-SSIM_WINDOW_PX = 7
-"""Side of the windows of SSIM; no image may have a shorter side."""
+from bitdance_scale.config.tokenizer_schema import SSIM_PX
+
 _MAX_PSNR_DB = 100.0
 
 
@@ -33,7 +33,7 @@ def ssim(decoded: np.ndarray, images: np.ndarray) -> np.ndarray:
     from skimage.metrics import structural_similarity
 
     values = [
-        structural_similarity(*pair, data_range=255, channel_axis=-1, win_size=SSIM_WINDOW_PX, gaussian_weights=False)
+        structural_similarity(*pair, data_range=255, channel_axis=-1, win_size=SSIM_PX, gaussian_weights=False)
         for pair in zip(images, decoded, strict=True)
     ]
     return np.array(values, dtype=np.float64)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from bitdance_scale.config.schema import VisionSection
 from bitdance_scale.config.tokenizer_schema import AdversarialSection, AutoencoderSection, TokenizerConfig
 from bitdance_scale.observe.cost import TRAINING_OVER_FORWARD, encode_flops
+from bitdance_scale.vision.discriminator import KERNEL_SIDE, MAX_WIDENING
 
 _VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Channels of VGG-16's 3 x 3 convolutions; between the groups the sides are halved, rounded down."""
-_KERNEL = 4 * 4
-_MAX_WIDENING = 8
+_KERNEL = KERNEL_SIDE**2
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _adversarial_flops(section: AdversarialSection, size_px: tuple[int, int]) ->
             height, width = height // 2, width // 2
         else:
             height, width = height - 1, width - 1
-        out_channels = section.channels * min(2**layer, _MAX_WIDENING)
+        out_channels = section.channels * min(2**layer, MAX_WIDENING)
         weights += height * width * _KERNEL * channels * out_channels
         channels = out_channels
     weights += (height - 1) * (width - 1) * _KERNEL * channels

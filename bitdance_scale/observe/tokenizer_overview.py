@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE
+from bitdance_scale.observe.overview import CONFIG_FILE
 from bitdance_scale.observe.panel import (
     TITLE_PAD,
     draw_line,
@@ -30,6 +32,8 @@ from bitdance_scale.observe.panel import (
     smooth,
 )
 
+PICTURES_FOLDER = "reconstructions"
+"""Of the pictures of a run, `step_NNNNNNNN.png`."""
 DPI = 110
 NUM_COLUMNS = 4
 PANEL_INCHES = (4.3, 3.2)
@@ -61,11 +65,13 @@ class TokenizerRun:
         name: name of the run.
         metrics: logged steps, oldest first, each step once.
         evaluations: held-out evaluations, likewise.
+        picture: its newest picture of originals over reconstructions; None: there is none yet.
     """
 
     name: str
     metrics: Sequence[Mapping[str, Any]]
     evaluations: Sequence[Mapping[str, Any]]
+    picture: Path | None = None
 
     def summary(self) -> str:
         """How far the run is, and how well it reconstructs."""
@@ -90,16 +96,19 @@ def read_tokenizer_run(run_folder: Path) -> TokenizerRun:
         run_folder.resolve().name,
         _records(run_folder / METRICS_FILE),
         _records(evaluations) if evaluations.exists() else [],
+        max((run_folder / PICTURES_FOLDER).glob("step_*.png"), default=None),
     )
 
 
-def tokenizer_overview(run: TokenizerRun, reconstructions: Image.Image | None = None) -> bytes:
-    """The page of a run as a PNG.
+def is_tokenizer_run(run_folder: Path) -> bool:
+    """Whether a run folder is of a tokenizer's training."""
+    config = run_folder / CONFIG_FILE
+    return config.is_file() and "autoencoder" in tomllib.loads(config.read_text(encoding="utf-8"))
 
-    Args:
-        run: what its folder holds.
-        reconstructions: originals over reconstructions, which are put below the plots; None: there are none yet.
-    """
+
+def tokenizer_overview(run: TokenizerRun) -> bytes:
+    """The page of a run as a PNG; its newest picture of reconstructions is below the plots."""
+    reconstructions = Image.open(run.picture) if run.picture is not None else None
     panels = [panel for panel in PANELS if any(_series(run.metrics, key).any() for key in panel[1])]
     held_out = [panel for panel in HELD_OUT if any(panel[1] in record for record in run.evaluations)]
     num_rows = -(-(len(panels) + len(held_out)) // NUM_COLUMNS)

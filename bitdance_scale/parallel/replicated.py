@@ -105,14 +105,14 @@ class ReplicatedNetwork:
         self.num_updates = 0
 
     def __call__(self, *inputs: torch.Tensor | None) -> Any:
-        """What the module returns, under the hooks that reduce its gradients."""
-        # Cleared here already: kept until the backward pass they would stand beside all activations.
-        self._clear()
+        """What the module returns, under the hooks that reduce its gradients; the last ones are cleared."""
+        # Here and not before the backward pass: they would stand beside all activations.
+        for parameter in self._trained:
+            parameter.grad = None
         return self._forward(*inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Clears the gradients, and adds up those of the ranks' parts of a loss."""
-        self._clear()
+        """Gradients of the sum of the ranks' parts of a loss, of a forward pass just made."""
         # The ranks' gradients are averaged, which is undone here.
         (loss * self.num_ranks).backward()
 
@@ -165,10 +165,6 @@ class ReplicatedNetwork:
         for parameter in self._owned:
             self._moments(parameter)
             self._adam.state[parameter]["step"].fill_(num_updates)
-
-    def _clear(self) -> None:
-        for parameter in self._trained:
-            parameter.grad = None
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self._root.named_parameters():

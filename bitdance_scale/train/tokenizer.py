@@ -20,13 +20,15 @@ import torch.distributed as dist
 from bitdance_scale.checkpoint.run_checkpoint import load_tensors, read_state_of
 from bitdance_scale.config.schema import ParallelSection
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig
-from bitdance_scale.data.crop_stream import CropStream, centre_crops
+from bitdance_scale.data.crop_stream import CropStream
+from bitdance_scale.data.held_out import centre_crops
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import default_index_dir
 from bitdance_scale.data.storage.shards import expand_shards
 from bitdance_scale.errors import CheckpointError, ConfigError
-from bitdance_scale.observe.cost import memory_bytes
+from bitdance_scale.observe.cost import memory_bytes, peak_flops, utilisation
 from bitdance_scale.observe.metrics import append_evaluation
+from bitdance_scale.observe.tokenizer_cost import tokenizer_flops
 from bitdance_scale.parallel.agreement import all_ranks, first_rank_numbers, on_first_rank
 from bitdance_scale.parallel.partition import ShardedValue
 from bitdance_scale.parallel.topology import Topology
@@ -111,7 +113,9 @@ class TokenizerJob(Job):
         self._crops: Iterator[np.ndarray] = iter(())
         self._images = np.empty((0, 0, 0, 3), dtype=np.uint8)
         self._num_images_of_step = 0
-        self._begun_s, self._num_steps, self._num_images, self._wait_s = time.monotonic(), 0, 0, 0.0
+        self._peak = peak_flops(topology.device_name, config.run.dtype)
+        self._begun_s, self._num_steps, self._num_images = time.monotonic(), 0, 0
+        self._wait_s, self._flops = 0.0, 0
 
     @property
     def step(self) -> int:
@@ -249,6 +253,7 @@ class TokenizerJob(Job):
             step_s=elapsed_s / num_steps,
             data_wait_s=wait_s / num_steps,
             images_per_s=self._num_images / elapsed_s,
+            mfu=utilisation(self._flops, elapsed_s, self.topology.world_size, self._peak),
             memory_bytes=int(memory),
             skipped_samples=state.skipped_samples,
             skipped_steps=state.skipped_steps,
@@ -339,7 +344,8 @@ class TokenizerJob(Job):
 
     def _restart(self) -> None:
         """Begins a new interval between logged steps."""
-        self._begun_s, self._num_steps, self._num_images, self._wait_s = time.monotonic(), 0, 0, 0.0
+        self._begun_s, self._num_steps, self._num_images = time.monotonic(), 0, 0
+        self._wait_s, self._flops = 0.0, 0
 
     def _count(self, is_skipped: bool) -> None:
         num_planned = self.config.data.images_px // math.prod(self._images.shape[1:3])
@@ -353,6 +359,10 @@ class TokenizerJob(Job):
         )
         self._num_steps += 1
         self._num_images += num_images
+        height, width = self._images.shape[1:3]
+        flops = tokenizer_flops(self.config, (height, width))
+        is_judged = DISCRIMINATOR in self._grad_norms
+        self._flops += num_images * (flops.training if is_judged else flops.training - flops.adversarial)
 
     def _data_digest(self) -> str:
         data = self.config.data

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from bitdance_scale.config.tokenizer_schema import GROUP_BITS
 from bitdance_scale.data.held_out import HeldOutBatch, HeldOutImages, HeldOutSize
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.errors import TrainingError
@@ -33,7 +34,6 @@ from bitdance_scale.vision.bits import pack_bits
 from bitdance_scale.vision.perceptual import Lpips, Network, load_lpips
 from bitdance_scale.vision.weights import load_autoencoder
 
-GROUP_BITS = 8
 NUM_CODES = 1 << GROUP_BITS
 _NUM_TIMED = 32
 

@@ -11,13 +11,11 @@ import numpy as np
 
 from bitdance_scale.atomic_files import write_bytes
 from bitdance_scale.evaluation.pairs import Pairs, draw_pairs
+from bitdance_scale.train.run_observer import OVERVIEW_FILE
 from bitdance_scale.train.run_sinks import RunSinks
 from bitdance_scale.train.tokenizer_evaluation import Reconstruction
 
 logger = logging.getLogger(__name__)
-
-OVERVIEW_FILE = "overview.png"
-FOLDER = "reconstructions"
 
 
 def show_run(
@@ -39,7 +37,7 @@ def show_run(
         sinks: where pictures are shown.
     """
     # matplotlib takes a second to import, and only the rank that draws needs it.
-    from bitdance_scale.observe.tokenizer_overview import read_tokenizer_run, tokenizer_overview
+    from bitdance_scale.observe.tokenizer_overview import PICTURES_FOLDER, read_tokenizer_run, tokenizer_overview
 
     rows = [
         Pairs(
@@ -50,14 +48,13 @@ def show_run(
         )
         for (height, width), originals in images.items()
     ]
-    picture, path = draw_pairs(rows), run_folder / FOLDER / f"step_{step:08d}.png"
+    picture, path = draw_pairs(rows), run_folder / PICTURES_FOLDER / f"step_{step:08d}.png"
     try:
         content = io.BytesIO()
         picture.save(content, format="png")
         write_bytes(path, content.getvalue())
         sinks.log_picture(step, "reconstructions", path)
-        run = read_tokenizer_run(run_folder)
-        write_bytes(run_folder / OVERVIEW_FILE, tokenizer_overview(run, picture))
+        write_bytes(run_folder / OVERVIEW_FILE, tokenizer_overview(read_tokenizer_run(run_folder)))
         sinks.log_picture(step, "overview", run_folder / OVERVIEW_FILE)
     except Exception:  # A picture must not end a run.
         logger.warning("the pictures of step %d could not be made", step, exc_info=True)

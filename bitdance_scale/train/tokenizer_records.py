@@ -53,6 +53,7 @@ class TokenizerMetrics(StepRecord):
         step_s: seconds per step, a mean since the last logged step.
         data_wait_s: seconds of it in which the slowest rank waited for its images.
         images_per_s: images per second of all ranks together.
+        mfu: model FLOPs utilisation in 0..1 (`observe/tokenizer_cost.py`); None where the device's peak is unknown.
         memory_bytes: highest memory in use on any rank so far.
         skipped_samples: images since the start of the run that could not be read and were left out.
         skipped_steps: steps since the start of the run whose gradient was not finite and changed nothing.
@@ -82,6 +83,7 @@ class TokenizerMetrics(StepRecord):
     hinge: float = 0.0
     lecam: float = 0.0
     discriminator_grad_norm: float = 0.0
+    mfu: float | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ KINDS = RecordKinds(
         "spikes": "optim/spikes",
         "step_s": "speed/step_s",
         "images_per_s": "speed/images_per_s",
+        "mfu": "speed/mfu",
         "memory_bytes": "speed/memory_gib",
         "data_wait_s": "data/wait_s",
         "skipped_samples": "data/skipped_samples",

@@ -208,7 +208,7 @@ def draw(results: Sequence[SizeResult]) -> Image.Image:
     return draw_pairs(
         [
             Pairs(
-                f"{result.size.crop_px} px",
+                f"{result.size.name} px",
                 f"{result.means['psnr_db']:.1f} dB",
                 [shown.original for shown in result.first],
                 [shown.decoded for shown in result.first],

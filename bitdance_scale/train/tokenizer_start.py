@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME, MODEL_PREFIX, TENSORS_DIR
 from bitdance_scale.checkpoint.step_names import CHECKPOINTS_DIR, step_of
 from bitdance_scale.checkpoint.tensor_index import read_index
 from bitdance_scale.config.tokenizer_schema import AutoencoderSection, TokenizerConfig
 from bitdance_scale.errors import CheckpointError, ConfigError
-from bitdance_scale.vision.autoencoder import Autoencoder, published_sizes
+from bitdance_scale.vision.autoencoder import Autoencoder
 from bitdance_scale.vision.perceptual import check_lpips_weights
-from bitdance_scale.vision.weights import WEIGHTS_NAME, check_weights, config_beside, load_weights
-from bitdance_scale.weight_files import PICKLED_SUFFIXES, read_json, refuse
+from bitdance_scale.vision.weights import find_autoencoder
+from bitdance_scale.weight_files import PICKLED_SUFFIXES, refuse
 
 NOISE_ENTRY = "decoder.conv_in.weight"
 DISCRIMINATOR = "discriminator"
@@ -56,16 +57,13 @@ def check_start(where: Path, section: AutoencoderSection) -> tuple[Path, dict[st
         ConfigError: there is no such file, or it is of a network of other sizes.
         CheckpointError: it is damaged.
     """
-    weights = where / WEIGHTS_NAME if where.is_dir() else where
     named = f"run.start_from = {str(where)!r}"
-    if not weights.is_file() or weights.suffix in PICKLED_SUFFIXES:
-        found = f"no {WEIGHTS_NAME} and no weights file" if not weights.is_file() else "a file of torch.save"
-        raise ConfigError(
-            f"{named}: {found}; name a published tokenizer as safetensors, or make one of a file of torch.save with "
-            "`bitdance import FILE OUT`"
-        )
-    config = config_beside(weights)
-    sizes = published_sizes(read_json(config), str(config))
+    if where.suffix in PICKLED_SUFFIXES and where.is_file():
+        raise ConfigError(f"{named}: a file of torch.save; make safetensors of it with `bitdance import FILE OUT`")
+    try:
+        weights, sizes = find_autoencoder(where)
+    except ConfigError as error:
+        raise ConfigError(f"{named}: {error}") from error
     problems = [
         f"autoencoder.{name} = {_plain(getattr(section, name))}, the file's is {_plain(sizes[name])}"
         for name in _COMPARED
@@ -77,8 +75,6 @@ def check_start(where: Path, section: AutoencoderSection) -> tuple[Path, dict[st
         raise ConfigError(
             f"{named}: {'; '.join(problems)}. A run starts from a tokenizer of its own sizes: set these to the file's"
         )
-    with torch.device("meta"):
-        check_weights(weights, Autoencoder(**sizes).state_dict())
     return weights, sizes
 
 
@@ -98,9 +94,7 @@ def load_start(autoencoder: Autoencoder, where: Path, section: AutoencoderSectio
         CheckpointError: it is damaged, or holds NaN or infinity.
     """
     weights, sizes = check_start(where, section)
-    with torch.device("meta"):
-        wanted = Autoencoder(**sizes).state_dict()
-    state = load_weights(weights, wanted)
+    state = load_file(weights)
     odd = [f"{name} holds NaN or infinity" for name, value in state.items() if not value.isfinite().all()]
     refuse(weights, odd, "Name other weights in run.start_from")
     if section.gan_decoder and not sizes["gan_decoder"]:

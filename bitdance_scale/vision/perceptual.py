@@ -18,13 +18,14 @@ from typing import Literal
 import torch
 from torch import nn
 
+from bitdance_scale.config.tokenizer_schema import VGG_PX
 from bitdance_scale.errors import CheckpointError, ConfigError
 from bitdance_scale.pickled_weights import StateFile
 from bitdance_scale.torchvision_operators import declare_operators
 
 Network = Literal["alex", "vgg"]
 
-LPIPS_MIN_PX: Mapping[Network, int] = {"alex": 31, "vgg": 16}
+LPIPS_MIN_PX: Mapping[Network, int] = {"alex": 31, "vgg": VGG_PX}
 """Shortest side of an image that a network can take: of a shorter one its last layers would have nothing left."""
 
 _PACKAGES = ("torchvision", "lpips", "torch_fidelity")

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitdance_scale.data.crop_stream import CropStream, centre_crops, large_enough
+from bitdance_scale.data.crop_stream import CropStream, large_enough
+from bitdance_scale.data.held_out import centre_crops
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.errors import DataError

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bitdance_scale.data.crop_stream import centre_crops
-from bitdance_scale.data.held_out import HeldOutImages, HeldOutSize
+from bitdance_scale.data.held_out import HeldOutImages, HeldOutSize, centre_crops
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.errors import DataError
 
@@ -59,18 +58,21 @@ def test_original_images_are_not_scaled_but_cut(index, pictures):
         assert all(np.array_equal(found[sample], image) for sample, image in by_sample(images, num_ranks).items())
 
 
-def test_crops_are_those_of_the_trainer(index):
-    images = HeldOutImages(index, HeldOutSize(32, 8, 16), 3, batch_px=1 << 18)
+def test_crops_are_of_the_images_that_cover_them(index, pictures):
+    images = HeldOutImages(index, HeldOutSize((32, 32), 8, 16), 3, batch_px=1 << 18)
     assert images.samples.tolist() == [0, 2, 4]
     # Only those before the last one that was taken count as left out.
     assert images.left_out.tolist() == [1, 3]
     (batch,) = images.batches(0, 1)
     assert np.array_equal(batch.images, centre_crops(index, (32, 32), 3))
+    # The only one that is as large as the crop is not scaled.
+    assert np.array_equal(batch.images[2], pictures[4])
+    assert np.array_equal(centre_crops(index, (24, 64), 9), pictures[1][None])
 
 
 def test_no_image_fits(index):
     message = "none of 6 images covers a crop of 64 x 64 px; the largest sides are 40 x 64 px"
     with pytest.raises(DataError, match=message):
-        HeldOutImages(index, HeldOutSize(64, 8, 16), None, 1)
+        HeldOutImages(index, HeldOutSize((64, 64), 8, 16), None, 1)
     with pytest.raises(DataError, match="none of 6 images has sides of 48 px"):
         HeldOutImages(index, HeldOutSize(None, 16, 48), None, 1)

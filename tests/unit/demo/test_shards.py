@@ -98,7 +98,7 @@ def test_arguments_out_of_range_are_refused(tmp_path: Path, num_images: int, per
 
 
 def test_the_loader_reads_the_shards(tmp_path: Path):
-    from bitdance_scale.data.crop_stream import centre_crops
+    from bitdance_scale.data.held_out import centre_crops
     from bitdance_scale.data.index.build import build_index
     from bitdance_scale.data.storage.shards import expand_shards
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from bitdance_scale.config.tokenizer_rules import LPIPS_PX
 from bitdance_scale.sequence.noise import Purpose, generator
 from bitdance_scale.train.tokenizer_objective import (
     LOSSES,
@@ -21,7 +20,7 @@ from bitdance_scale.train.tokenizer_objective import (
 )
 from bitdance_scale.vision.autoencoder import Autoencoder
 from bitdance_scale.vision.discriminator import PatchDiscriminator
-from bitdance_scale.vision.perceptual import LPIPS_MIN_PX, load_lpips
+from bitdance_scale.vision.perceptual import load_lpips
 from tests.small_tokenizer import ADVERSARY, small_config
 from tests.unit.vision.test_perceptual import features, random_state
 
@@ -153,7 +152,3 @@ def test_outputs_are_float32_under_autocast_and_flips_reach_the_decoder_alone():
     frozen(pixels, None, None)[2].sum().backward()
     assert all(value.grad is None for value in autoencoder.encoder.parameters())
     assert all(value.grad is not None for value in autoencoder.decoder.parameters())
-
-
-def test_the_rules_know_the_least_side_of_lpips():
-    assert LPIPS_MIN_PX["vgg"] == LPIPS_PX

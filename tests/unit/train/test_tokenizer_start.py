@@ -89,7 +89,7 @@ def test_a_decoder_with_noise_is_no_start_of_one_without(tmp_path: Path):
 
 
 def test_files_that_are_no_weights_are_named(published: Path, tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"run.start_from = .*nowhere'.*bitdance import FILE OUT"):
+    with pytest.raises(ConfigError, match=r"run.start_from = .*nowhere': .*no such file; name a folder with ae.saf"):
         load_start(network(SECTION), tmp_path / "nowhere", SECTION)
     torch.save(network(SECTION).state_dict(), tmp_path / "ae.pth")
     with pytest.raises(ConfigError, match=r"ae.pth': a file of torch.save; .*`bitdance import FILE OUT`"):
@@ -134,7 +134,7 @@ def bad_files(folder: Path) -> None:
          "Name the state dict of torchvision's VGG-16, such as vgg16-397923af.pth, or set reconstruction.lpips_w"),
         (["reconstruction.lpips_weight=1.0", "reconstruction.lpips_weights={}/other.pth"],
          "holds no tensor named features.N.weight"),
-        (["run.start_from={}/gone"], "run.start_from = '{}/gone': no ae.safetensors and no weights file"),
+        (["run.start_from={}/gone"], "run.start_from = '{0}/gone': {0}/gone: no such file; name a folder with ae."),
         (["run.start_from={}", "autoencoder.num_bits=32"], "autoencoder.num_bits = 32, the file's is 16"),
     ],
 )  # fmt: skip
