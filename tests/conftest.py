@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from hypothesis import settings
 
-from bitdance_scale.torchvision_operators import declare_operators
-
-# Some tests import transformers before anything that does this.
-declare_operators()
-
 # No deadline: on shared cores the first example of a test may take any time. The same examples in every run, so that a
 # failure is found again.
 settings.register_profile("reproducible", deadline=None, derandomize=True)

@@ -55,7 +55,7 @@ def stream_overrides(folder: Path, **options: Any) -> list[str]:
         f"data.shards=['pipe:cat {shards}/00000.tar', '{shards}/00001.tar']",
         "data.mode=stream",
         "data.stream_buffer=8",
-        "data.max_pack_tokens=1408",
+        "data.max_pack_tokens=512",
     ]
 
 

@@ -34,7 +34,7 @@ def _measure(rank: int, weights: Path, shards: Path):
     from bitdance_scale.train.shared_index import image_index
 
     tokenizer_measurement.NUM_FEATURES = NUM_FEATURES
-    sizes = [HeldOutSize(16, 2, 7), HeldOutSize(None, 2, 7)]
+    sizes = [HeldOutSize((16, 16), 2, 7), HeldOutSize(None, 2, 7)]
     measuring = tokenizer_measurement.Measuring(weights, [str(shards)], sizes, num_shown=2)
     torch.set_num_threads(1)
     tokenizer_measurement.BATCH_PX = 2 * 16 * 16

@@ -47,7 +47,9 @@ head_dim = 16
 [vision]
 weights = "asset:demo_4x/ae.safetensors"
 num_bits = 16
+channels = 32
 channel_mult = [1, 1, 2]
+norm_groups = 32
 [classes]
 num_classes = 3
 num_tokens = 4
