@@ -1,13 +1,14 @@
-"""Small tokenizers of photographs, trained alike but for one setting and measured on photographs that were held out.
+"""Small tokenizers, trained alike but for one setting and measured on images that were held out.
 
     python tools/photograph_shards.py data/photographs
+    bitdance demo-data data/tokenizer data/tokenizer_held_out
     PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/tokenizer_study.py [--only plain entropy_0] [--seeds 1 2]
 
 Every variant is `bitdance train docs/results/tokenizer/base.toml` with the overrides below, of as many steps as the
 others. A variant that is finished is not trained again, so the same command goes on after a stop. Then the weights are
 read back and measured. Written to OUT: metrics.json; runs/NAME.toml, the configuration of each run with every setting;
-runs/NAME.evaluation.jsonl; and bits.webp and adversarial.webp, held-out photographs over their reconstructions. The
-table is printed.
+runs/NAME.evaluation.jsonl; and bits.webp, scenes.webp and adversarial.webp, held-out images over their reconstructions.
+The table is printed.
 """
 
 from __future__ import annotations
@@ -50,12 +51,17 @@ DOWN_32 = (
     "data.images_px=16384",
     "evaluate.sizes_px=[[64, 64]]",
 )
+# The scenes that the demo is trained on: `bitdance demo-data data/tokenizer data/tokenizer_held_out` draws them.
+SCENES = ("data.shards=['data/tokenizer']", "evaluate.shards=['data/tokenizer_held_out']")
 PUBLISHED_QUANTISER = ("quantiser.temperature=0.01", "quantiser.entropy_weight=0.1", "quantiser.commit_weight=0.25")
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "down_32_bits_32": DOWN_32,
     "down_32_bits_128": (*DOWN_32, "autoencoder.num_bits=128"),
     "down_32_bits_256": (*DOWN_32, "autoencoder.num_bits=256"),
+    "scenes_bits_32": (*DOWN_32, *SCENES),
+    "scenes_bits_128": (*DOWN_32, *SCENES, "autoencoder.num_bits=128"),
+    "scenes_bits_256": (*DOWN_32, *SCENES, "autoencoder.num_bits=256"),
     "plain": (),
     "entropy_0": ("quantiser.entropy_weight=0",),
     "published_quantiser": PUBLISHED_QUANTISER,
@@ -66,6 +72,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 REFERENCES = {
     "down_32_bits_128": "down_32_bits_32",
     "down_32_bits_256": "down_32_bits_32",
+    "scenes_bits_128": "scenes_bits_32",
+    "scenes_bits_256": "scenes_bits_32",
     "entropy_0": "plain",
     "published_quantiser": "plain",
     "published_entropy_0": "published_quantiser",
@@ -75,6 +83,7 @@ REFERENCES = {
 """Variant -> the one that it is compared with, image by image."""
 PICTURES = {
     "bits": ("down_32_bits_32", "down_32_bits_128", "down_32_bits_256"),
+    "scenes": ("scenes_bits_32", "scenes_bits_128", "scenes_bits_256"),
     "adversarial": ("plain", "adversarial", "second_stage"),
 }
 """Name of a picture -> whose reconstructions it shows, below the originals."""
@@ -137,7 +146,7 @@ def compare(decoded: np.ndarray, reference: np.ndarray, images: np.ndarray) -> d
 
 
 def held_out(config: TokenizerConfig) -> np.ndarray:
-    """uint8 [n, H, W, 3], the held-out photographs of the first size of a configuration."""
+    """uint8 [n, H, W, 3], the held-out images of the first size of a configuration."""
     shards = expand_shards(config.evaluate.shards)
     index = build_index(shards, default_index_dir(shards))
     return centre_crops(index, config.evaluate.sizes_px[0], config.evaluate.num_images)

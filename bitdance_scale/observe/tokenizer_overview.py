@@ -38,6 +38,8 @@ DPI = 110
 NUM_COLUMNS = 4
 PANEL_INCHES = (4.3, 3.2)
 PICTURE_INCHES = 7.0
+HEAD_INCHES, FOOT_INCHES = 0.95, 0.4
+MARGINS = {"left": 0.035, "right": 0.99, "wspace": 0.2, "hspace": 0.35}
 BLUE, FAINT = "#1f6fb4", 0.3
 SERIES_COLOURS = "viridis"
 
@@ -47,7 +49,7 @@ PANELS: Sequence[tuple[str, tuple[str, ...]]] = (
     ("LPIPS and adversarial loss", ("lpips", "adversarial")),
     ("Entropy (nats): token, codebook", ("entropy_token", "entropy_codebook")),
     ("Discriminator: hinge, LeCam", ("hinge", "lecam")),
-    ("Gradient norm: autoencoder, discriminator", ("grad_norm", "discriminator_grad_norm")),
+    ("Gradient norms", ("grad_norm", "discriminator_grad_norm")),
     ("Images per second", ("images_per_s",)),
 )
 HELD_OUT: Sequence[tuple[str, str]] = (
@@ -112,18 +114,20 @@ def tokenizer_overview(run: TokenizerRun) -> bytes:
     panels = [panel for panel in PANELS if any(_series(run.metrics, key).any() for key in panel[1])]
     held_out = [panel for panel in HELD_OUT if any(panel[1] in record for record in run.evaluations)]
     num_rows = -(-(len(panels) + len(held_out)) // NUM_COLUMNS)
-    width, height = NUM_COLUMNS * PANEL_INCHES[0], num_rows * PANEL_INCHES[1]
-    heights = [height] if reconstructions is None else [height, PICTURE_INCHES]
-    figure = Figure(figsize=(width, sum(heights) + 0.6), layout="constrained")
-    figure.suptitle(f"{run.name}: {run.summary()}", x=0.01, ha="left", fontweight="bold")
-    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
-    plots = grid[0].subgridspec(num_rows, NUM_COLUMNS)
+    plots_inches, picture_inches = num_rows * PANEL_INCHES[1], 0.0 if reconstructions is None else PICTURE_INCHES
+    height = HEAD_INCHES + plots_inches + picture_inches
+    figure = Figure(figsize=(NUM_COLUMNS * PANEL_INCHES[0], height))
+    figure.suptitle(f"{run.name}: {run.summary()}", x=0.01, y=1 - 0.15 / height, ha="left", va="top", fontweight="bold")
+    # Fixed margins: to find them, matplotlib would draw the page once more.
+    plots = figure.add_gridspec(
+        num_rows, NUM_COLUMNS, top=1 - HEAD_INCHES / height, bottom=(picture_inches + FOOT_INCHES) / height, **MARGINS
+    )
     for number, (title, keys) in enumerate(panels):
         _draw_steps(figure.add_subplot(plots[divmod(number, NUM_COLUMNS)]), title, run.metrics, keys)
     for number, (title, key) in enumerate(held_out, start=len(panels)):
         _draw_held_out(figure.add_subplot(plots[divmod(number, NUM_COLUMNS)]), title, run.evaluations, key)
     if reconstructions is not None:
-        axes = figure.add_subplot(grid[1])
+        axes = figure.add_axes((0.01, 0.0, 0.98, (picture_inches - HEAD_INCHES) / height), anchor="NW")
         axes.imshow(np.asarray(reconstructions), interpolation="lanczos")
         axes.set_axis_off()
         axes.set_title("Held-out images over their reconstructions", loc="left", fontweight="bold")

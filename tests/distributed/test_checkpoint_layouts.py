@@ -31,8 +31,8 @@ LAYOUTS: list[tuple[int, dict[str, object]]] = [
     (4, {"tensor": 1, "pipeline": 2, "zero_stage": 1}),
     (4, {"tensor": 2, "pipeline": 2, "zero_stage": 1, "sequence_parallel": True, "pipeline_split": (3, 1)}),
 ]
-# Numbers of the layouts that are compared, each with every other.
-SAVED_LAYOUTS = {"float32": range(len(LAYOUTS)), "bfloat16": (1, 4, 7)}
+# Numbers of the layouts that are compared, each with every other; bfloat16 in `make test-large`.
+SAVED_LAYOUTS = {"float32": (0, 1, 2, 3, 4, 6, 8), "bfloat16": (1, 4, 5, 7)}
 NUM_STEPS = 2
 # float32: sums in another order, as between layouts without a checkpoint. bfloat16: the activations of the
 # next loss are rounded at 2^-8 in other places; the loss averages over some hundred targets.

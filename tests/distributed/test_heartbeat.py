@@ -11,7 +11,7 @@ import pytest
 
 from tests.distributed.spawn import run_ranks
 
-TIMEOUT_S = 2.0
+TIMEOUT_S = 4.0
 LONG_TIMEOUT_S = 40.0
 NUM_RANKS = 2
 HANG_STEP = 3

@@ -44,6 +44,7 @@ class Layout:
         parallel: settings of `parallel`.
         is_tied, num_kv_heads, num_layers: of the model; tensor parallelism over four ranks needs four key/value heads.
         attention: form of the mask; one process always computes with the dense one.
+        is_large: in `make test-large`; every part of it is in other layouts, too.
     """
 
     num_ranks: int
@@ -53,6 +54,7 @@ class Layout:
     num_kv_heads: int = 2
     num_layers: int = 4
     attention: str = "dense"
+    is_large: bool = False
 
     def config(self, dtype: str = "float32") -> RunConfig:
         config = toy_config(**self.parallel)
@@ -94,17 +96,17 @@ LAYOUTS = [
     Layout(2, 4, {"zero_stage": 2}),
     Layout(4, 1, {"zero_stage": 2, "recompute": "full"}),
     Layout(2, 2, {"zero_stage": 3}),
-    Layout(4, 2, {"zero_stage": 3, "recompute": "full"}),
+    Layout(4, 2, {"zero_stage": 3, "recompute": "full"}, is_large=True),
     Layout(2, 4, _tp()),
     Layout(2, 4, _tp(**SP)),
     Layout(2, 2, _tp(**SP, recompute="selective")),
     Layout(2, 2, _tp(**SP, recompute="full")),
     Layout(4, 4, {"tensor": 4} | SP, num_kv_heads=4),
-    Layout(4, 2, _tp()),
+    Layout(4, 2, _tp(), is_large=True),
     Layout(4, 2, _tp(**SP)),
     Layout(4, 2, _tp(**SP, zero_stage=2, recompute="selective")),
     Layout(4, 2, _tp(**SP, zero_stage=3)),
-    Layout(4, 2, _tp(zero_stage=3, recompute="full")),
+    Layout(4, 2, _tp(zero_stage=3, recompute="full"), is_large=True),
     Layout(2, 4, _pp(pipeline_split="even")),
     Layout(2, 4, _pp(pipeline_split=(1, 3))),
     Layout(4, 2, _pp(pipeline_split=(3, 1), recompute="full")),
@@ -164,7 +166,11 @@ def _run(layout: Layout) -> list[RankRecord]:
     return run_ranks(layout.num_ranks, train, layout.config(), layout.num_micro, NUM_STEPS, True, timeout_s=240)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def _params(layouts: list[Layout]) -> list[object]:
+    return [pytest.param(item, id=str(item), marks=[pytest.mark.large] if item.is_large else []) for item in layouts]
+
+
+@pytest.mark.parametrize("layout", _params(LAYOUTS))
 def test_layout_equals_one_process(layout: Layout) -> None:
     assert not list(_refusals(layout))
     records = _run(layout)
@@ -198,13 +204,14 @@ def test_tied_embeddings_train_one_weight() -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    [
-        Layout(4, 4, _pp(**_tp(**SP, recompute="full")), is_tied=True),
-        Layout(4, 2, _pp()),
-        Layout(2, 2, {"zero_stage": 2}),
-        Layout(4, 2, _tp(**SP, zero_stage=3)),
-    ],
-    ids=str,
+    _params(
+        [
+            Layout(4, 4, _pp(**_tp(**SP, recompute="full")), is_tied=True),
+            Layout(4, 2, _pp(), is_large=True),
+            Layout(2, 2, {"zero_stage": 2}),
+            Layout(4, 2, _tp(**SP, zero_stage=3), is_large=True),
+        ]
+    ),
 )
 def test_bfloat16_layouts_agree(layout: Layout) -> None:
     """Under bfloat16 the layouts agree to its rounding, with gradients accumulated in float32."""

@@ -18,7 +18,10 @@ LAYOUTS = [
     pytest.param(2, {"zero_stage": 2}, "bfloat16", False, marks=pytest.mark.large),
     pytest.param(2, {"zero_stage": 3}, "bfloat16", False, marks=pytest.mark.large),
     pytest.param(2, {"pipeline": 2}, "bfloat16", False, marks=pytest.mark.large),
-    (4, {"tensor": 2, "sequence_parallel": True, "recompute": "full"}, "bfloat16", False),
+    pytest.param(
+        4, {"tensor": 2, "sequence_parallel": True, "recompute": "full"}, "bfloat16", False, marks=pytest.mark.large
+    ),
+    (2, {"tensor": 2, "sequence_parallel": True, "recompute": "full"}, "bfloat16", False),
 ]
 
 

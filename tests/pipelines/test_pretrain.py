@@ -71,13 +71,13 @@ def finished(shards, held_out, tmp_path_factory) -> tuple[Path, list[str], str]:
         TORCHRUN,
         shards,
         root,
-        run__steps=40,
+        run__steps=20,
         data__global_batch=10,
         optim__warmup_steps=5,
         sample__num_steps=5,
-        checkpoint__every_steps=20,
+        checkpoint__every_steps=10,
         evaluate__shards=f"['{held_out}']",
-        evaluate__every_steps=20,
+        evaluate__every_steps=10,
     )
     result = _run(command)
     assert result.returncode == 0, result.stderr[-4000:]
@@ -86,7 +86,7 @@ def finished(shards, held_out, tmp_path_factory) -> tuple[Path, list[str], str]:
 
 def test_run_learns(finished):
     losses = [point.loss_vision for point in read_metrics(finished[0] / METRICS_FILE)]
-    assert len(losses) == 40
+    assert len(losses) == 20
     # A step's loss scatters by some 10 % with the flow times it draws, a mean over ten steps by 3 %. An untrained head
     # predicts 0 for every bit; learning only which bits are mostly set brings about a quarter.
     assert statistics.mean(losses[-10:]) < 0.85 * statistics.mean(losses[:3])
@@ -94,7 +94,7 @@ def test_run_learns(finished):
 
 def test_held_out_losses_fall(finished):
     lines = [json.loads(line) for line in (finished[0] / EVALUATION_FILE).read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 20, 40]
+    assert [line["step"] for line in lines] == [0, 10, 20]
     # The untrained head predicts 0 for every bit: the loss of a block is then known but for its clamp near t = 1.
     assert lines[0]["vision"] > lines[1]["vision"] > lines[2]["vision"] and lines[0]["text"] > lines[2]["text"]
     assert {*lines[0]["vision_by_resolution"]} == {"32", "64", "128"} and len(lines[0]["vision_by_time"]) == 5
@@ -105,19 +105,19 @@ def test_held_out_losses_fall(finished):
 def test_run_leaves_everything(finished):
     folder, _, printed = finished
     assert "overview" in printed and "images/s" in printed
-    for name in ("overview.png", "samples/step_000040.png"):
+    for name in ("overview.png", "samples/step_000020.png"):
         assert np.asarray(Image.open(folder / name).convert("RGB")).std() > 5, f"{name} is blank"
-    assert (folder / "checkpoints" / "latest").read_text().strip() == "step_00000040"
+    assert (folder / "checkpoints" / "latest").read_text().strip() == "step_00000020"
     assert list((folder / "wandb").glob("offline-run-*"))
     assert (folder / "config.toml").exists() and (folder / "log.txt").exists()
     last = read_metrics(folder / METRICS_FILE)[-1]
-    # 2:7:1 of 40 batches of ten, exactly.
-    assert last.images_by_resolution == {32: 80, 64: 280, 128: 40} and last.images == 400
+    # 2:7:1 of 20 batches of ten, exactly.
+    assert last.images_by_resolution == {32: 40, 64: 140, 128: 20} and last.images == 200
     assert last.skipped_samples == 0 and last.tokens > 0 and 0 <= last.padding_share < 1
 
 
 def test_complete_run_says_so_and_makes_what_is_missing(finished):
-    grid, evaluations = finished[0] / "samples" / "step_000040.png", finished[0] / EVALUATION_FILE
+    grid, evaluations = finished[0] / "samples" / "step_000020.png", finished[0] / EVALUATION_FILE
     drawn, evaluated = np.asarray(Image.open(grid)), evaluations.read_text()
     # As if killed between the last checkpoint and what follows it.
     grid.unlink()
@@ -126,7 +126,7 @@ def test_complete_run_says_so_and_makes_what_is_missing(finished):
     assert result.returncode == 0
     np.testing.assert_array_equal(np.asarray(Image.open(grid)), drawn)
     assert evaluations.read_text() == evaluated
-    assert "is complete at step 40" in result.stdout and "run.steps=80" in result.stdout
+    assert "is complete at step 20" in result.stdout and "run.steps=40" in result.stdout
 
 
 def test_stopped_run_saves_and_goes_on(shards, tmp_path):
@@ -169,10 +169,10 @@ def test_stopped_run_saves_and_goes_on(shards, tmp_path):
     ],
 )
 def test_checkpoint_of_another_model_is_refused(finished, override, kind, message):
-    result = _run([*finished[1], override])
+    result = _run([sys.executable, *finished[1][len(TORCHRUN) :], override])
     assert result.returncode != 0
     assert kind in result.stderr and message in result.stderr
-    assert (finished[0] / "checkpoints" / "latest").read_text().strip() == "step_00000040"
+    assert (finished[0] / "checkpoints" / "latest").read_text().strip() == "step_00000020"
 
 
 def test_a_run_starts_from_the_published_weights_of_another(finished, shards, tmp_path):
@@ -191,13 +191,14 @@ def test_a_run_starts_from_the_published_weights_of_another(finished, shards, tm
         "vision__weights": tmp_path / "imported" / "ae.safetensors",
     }
     losses = []
-    for number, start in enumerate(({"run__start_from": finished[0]}, imported, {})):
+    for number, start in enumerate(({"run__start_from": finished[0]}, imported)):
         result = _run(_command([sys.executable], shards, tmp_path / str(number), **settings, **start))
         assert result.returncode == 0, result.stderr[-4000:]
-        assert ("started from the weights of" in result.stdout) is bool(start)
+        assert "started from the weights of" in result.stdout
         losses.append([point.loss for point in read_metrics(tmp_path / str(number) / "demo" / METRICS_FILE)])
     assert losses[0] == losses[1]
-    assert losses[0][0] < 0.85 * losses[2][0], "the weights are not those of the run before"
+    from_scratch = read_metrics(finished[0] / METRICS_FILE)[0].loss
+    assert losses[0][0] < 0.85 * from_scratch, "the weights are not those of the run before"
 
 
 @pytest.mark.parametrize(
