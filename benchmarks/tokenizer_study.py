@@ -4,11 +4,10 @@
     bitdance demo-data data/tokenizer data/tokenizer_held_out
     PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/tokenizer_study.py [--only plain entropy_0] [--seeds 1 2]
 
-Every variant is `bitdance train docs/results/tokenizer/base.toml` with the overrides below, of as many steps as the
-others. A variant that is finished is not trained again, so the same command goes on after a stop. Then the weights are
-read back and measured. Written to OUT: metrics.json; runs/NAME.toml, the configuration of each run with every setting;
-runs/NAME.evaluation.jsonl; and bits.webp, scenes.webp and adversarial.webp, held-out images over their reconstructions.
-The table is printed.
+Every variant is `bitdance train docs/results/tokenizer/base.toml` with the overrides below. A variant that is finished
+is not trained again, so the same command goes on after a stop. Then the weights are read back and measured. Written to
+OUT: metrics.json; runs/NAME.toml, the configuration of each run with every setting; runs/NAME.evaluation.jsonl; and
+bits.webp, scenes.webp and adversarial.webp, held-out images over their reconstructions. The table is printed.
 """
 
 from __future__ import annotations
@@ -51,22 +50,22 @@ DOWN_32 = (
     "data.images_px=16384",
     "evaluate.sizes_px=[[64, 64]]",
 )
-# The scenes that the demo is trained on: `bitdance demo-data data/tokenizer data/tokenizer_held_out` draws them.
-SCENES = ("data.shards=['data/tokenizer']", "evaluate.shards=['data/tokenizer_held_out']")
+# `bitdance demo-data data/tokenizer data/tokenizer_held_out` draws them.
+SCENES = (*DOWN_32, "data.shards=['data/tokenizer']", "evaluate.shards=['data/tokenizer_held_out']")
 PUBLISHED_QUANTISER = ("quantiser.temperature=0.01", "quantiser.entropy_weight=0.1", "quantiser.commit_weight=0.25")
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "down_32_bits_32": DOWN_32,
     "down_32_bits_128": (*DOWN_32, "autoencoder.num_bits=128"),
     "down_32_bits_256": (*DOWN_32, "autoencoder.num_bits=256"),
-    "scenes_bits_32": (*DOWN_32, *SCENES),
-    "scenes_bits_128": (*DOWN_32, *SCENES, "autoencoder.num_bits=128"),
-    "scenes_bits_256": (*DOWN_32, *SCENES, "autoencoder.num_bits=256"),
+    "scenes_bits_32": SCENES,
+    "scenes_bits_128": (*SCENES, "autoencoder.num_bits=128"),
+    "scenes_bits_256": (*SCENES, "autoencoder.num_bits=256"),
     "plain": (),
     "entropy_0": ("quantiser.entropy_weight=0",),
     "published_quantiser": PUBLISHED_QUANTISER,
     "published_entropy_0": ("quantiser.temperature=0.01", "quantiser.entropy_weight=0", "quantiser.commit_weight=0.25"),
-    "adversarial": ("adversarial.weight=0.1", "adversarial.start_step=100"),
+    "adversarial": ("adversarial.weight=0.1", "adversarial.start_step=500"),
     "second_stage": ("autoencoder.gan_decoder=true", "run.trains=decoder", "adversarial.weight=0.1"),
 }
 REFERENCES = {
