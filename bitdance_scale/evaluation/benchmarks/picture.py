@@ -97,7 +97,9 @@ def grid_side(benchmark: str, num_images: int) -> int:
     """
     side = math.isqrt(num_images)
     if num_images < 1 or side * side != num_images:
-        raise ConfigError(f"images per prompt = {num_images}: {benchmark} wants a square grid of them; choose 1, 4 or 9")
+        raise ConfigError(
+            f"images per prompt = {num_images}: {benchmark} wants a square grid of them; choose 1, 4 or 9"
+        )
     return side
 
 

@@ -5,6 +5,7 @@ Checked against A113N-W3I/TIIF-Bench: README.md, "Generate Images & Directory Or
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -57,7 +58,7 @@ class Tiif(Benchmark):
 
         An id is the type, the length and the number of the line from 0, as "action+2d/short_description/0".
         """
-        paths: list[Path | None] = [path]
+        paths: Sequence[Path | None] = [path]
         if path is not None and path.is_dir():
             paths = sorted(found for found in path.iterdir() if found.suffix == ".jsonl")
             if not paths:
