@@ -52,8 +52,8 @@ def read_prompts(benchmark: Benchmark, path: Path | None) -> list[Prompt]:
         if owner is None or owner.name == benchmark.name:
             raise
         raise ConfigError(
-            f"{path}: holds the prompts of {owner.name}, not of {benchmark.name}; name {benchmark.prompt_file or 'none'}, "
-            f"or draw {owner.name}"
+            f"{path}: holds the prompts of {owner.name}, not of {benchmark.name}; name "
+            f"{benchmark.prompt_file or 'no file'}, or draw {owner.name}"
         ) from error
 
 

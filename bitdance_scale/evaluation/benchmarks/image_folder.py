@@ -32,8 +32,8 @@ class FolderState:
     Attributes:
         root: the folder.
         complete: prompts whose files are all there.
-        to_draw: for each other prompt, by its id, the numbers of the images to draw; none where the images are there and
-            only a file that is made of them is missing.
+        to_draw: for each other prompt, by its id, the numbers of the images to draw; none where they are all there and
+            only a file that is made of them is missing, which `ImageFolder.finish_prompt` makes.
         damaged: files that are cut short or no pictures, and what is wrong; they count as missing.
         foreign: pictures of another size, another prompt, another model or none, and which.
     """
@@ -58,8 +58,8 @@ class FolderState:
         if self.foreign:
             listed = [f"{path} {reason}" for path, reason in self.foreign.items()]
             raise ConfigError(
-                f"{self.root}: holds pictures that are not of this drawing: {first_few(listed)}. Move them elsewhere, or "
-                "name another folder"
+                f"{self.root}: holds pictures that are not of this drawing: {first_few(listed)}. Move them elsewhere, "
+                "or name another folder"
             )
 
     def require_complete(self) -> None:
@@ -96,7 +96,7 @@ class ImageFolder:
         self._root, self._layout, self._prompts, self._size_px = root, layout, prompts, size_px
 
     def state(self) -> FolderState:
-        """What the folder holds. Pictures are measured, not decoded; it may be called by one process for all.
+        """What the folder holds. Pictures are measured, not decoded; one process may ask for all.
 
         Raises:
             ConfigError: there is no such folder.
@@ -121,8 +121,7 @@ class ImageFolder:
             if has_records and all(picture.path in good for picture in pictures):
                 complete.append(prompt)
             else:
-                needed = self._needed(images, pictures, good)
-                to_draw[prompt.id] = needed
+                to_draw[prompt.id] = _needed(images, pictures, good)
         if self._layout.array is not None:
             known.add(self._layout.array)
         for path in sorted(found - known):
@@ -138,11 +137,10 @@ class ImageFolder:
         Raises:
             ValueError: the image has another type or size.
         """
-        self._check(image)
-        picture = self._layout.image(prompt, k)
-        # A part that a crash of the machine has cut short is found, and drawn again.
-        picture.write(self._root, [image], is_durable=picture.path.parts[0] != PARTS)
-        if all((self._root / self._layout.image(prompt, other).path).is_file() for other in range(prompt.num_images)):
+        self._check([image])
+        self._write_single(self._layout.image(prompt, k), image)
+        singles = [self._layout.image(prompt, other) for other in range(prompt.num_images)]
+        if all(single.is_there(self._root, image.shape[:2]) for single in singles):
             self.finish_prompt(prompt)
 
     def write(self, prompt: Prompt, images: Sequence[np.ndarray]) -> None:
@@ -153,14 +151,12 @@ class ImageFolder:
         """
         if len(images) != prompt.num_images:
             raise ValueError(f"prompt {prompt.id}: {len(images)} images, expected {prompt.num_images}")
-        for image in images:
-            self._check(image)
-        for path, record in self._layout.records(prompt).items():
-            # ASCII, as scorers read it in whatever encoding their locale has.
-            write_text(self._root / path, json.dumps(dict(record)) + "\n")
-        singles = iter(images)
-        for picture in self._layout.pictures(prompt):
-            picture.write(self._root, images if picture.side > 1 or _is_grid(picture, prompt) else [next(singles)])
+        self._check(images)
+        lasting = self._layout.pictures(prompt)
+        for k, image in enumerate(images):
+            if self._layout.image(prompt, k) in lasting:
+                self._write_single(self._layout.image(prompt, k), image)
+        self._assemble(prompt, images)
 
     def finish_prompt(self, prompt: Prompt) -> None:
         """Makes what the scorer reads of the images of a prompt, which are all there; parts are removed.
@@ -169,33 +165,29 @@ class ImageFolder:
             ConfigError: an image cannot be read.
         """
         singles = [self._layout.image(prompt, k) for k in range(prompt.num_images)]
-        lasting = {picture.path for picture in self._layout.pictures(prompt)}
-        images = [picture.read(self._root)[0] for picture in singles]
-        for path, record in self._layout.records(prompt).items():
-            write_text(self._root / path, json.dumps(dict(record)) + "\n")
-        for picture in self._layout.pictures(prompt):
-            if picture not in singles:
-                picture.write(self._root, images)
-        for picture in singles:
-            if picture.path not in lasting:
-                (self._root / picture.path).unlink()
+        self._assemble(prompt, [single.read(self._root)[0] for single in singles])
+        lasting = self._layout.pictures(prompt)
+        for single in singles:
+            if single not in lasting:
+                (self._root / single.path).unlink()
 
     def finish(self) -> None:
         """Makes the one array of all images, where the benchmark has one, and removes the folder of parts.
 
-        Called by one process when every prompt is complete; an image at a time is in memory.
+        Called by one process; the images of one prompt at a time are in memory.
 
         Raises:
-            ConfigError: an image is missing or cannot be read.
+            ConfigError: the folder is not complete, or an image cannot be read.
         """
+        state = self.state()
+        state.require_complete()
         array = self._layout.array
-        if array is not None and not (self._root / array).exists():
-            self.state().require_complete()
-            size_px = self._size_px or self._images(self._prompts[0])[0].shape[:2]
+        if array is not None and (str(array) in state.damaged or not (self._root / array).exists()):
+            height, width = self._images(self._prompts[0])[0].shape[:2]
             number = sum(prompt.num_images for prompt in self._prompts)
             with replacing(self._root / array) as aside:
                 parts = (np.stack(self._images(prompt)) for prompt in self._prompts)
-                write_npz(aside, (number, *size_px, 3), parts)
+                write_npz(aside, (number, height, width, 3), parts)
         shutil.rmtree(self._root / PARTS, ignore_errors=True)
 
     def read(self, prompt: Prompt) -> list[np.ndarray]:
@@ -205,15 +197,15 @@ class ImageFolder:
             ConfigError: a file is missing, cannot be read, or has another number or size of images.
         """
         array = self._layout.array
-        if array is not None and (self._root / array).exists():
-            images = self._of_array(prompt)
-        else:
-            images = self._images(prompt)
-        if len(images) != prompt.num_images or any(image.shape != images[0].shape for image in images):
-            sizes = ", ".join(sorted({describe_px(image.shape) for image in images}))
+        has_array = array is not None and (self._root / array).exists()
+        images = self._of_array(prompt) if has_array else self._images(prompt)
+        sizes = {image.shape[:2] for image in images}
+        if len(images) != prompt.num_images or len(sizes) != 1 or (self._size_px and sizes != {self._size_px}):
+            expected = "one size" if self._size_px is None else describe_px(self._size_px)
             raise ConfigError(
-                f"{self._root}: prompt {prompt.id} has {len(images)} images of {sizes}, expected {prompt.num_images} of "
-                "one size; remove its files and draw it again"
+                f"{self._root}: prompt {prompt.id} has {len(images)} images of "
+                f"{', '.join(map(describe_px, sorted(sizes)))}, expected {prompt.num_images} of {expected}; remove its "
+                "files and draw it again"
             )
         return images
 
@@ -288,24 +280,33 @@ class ImageFolder:
                 has_all = False
         return has_all
 
-    def _needed(
-        self, images: Sequence[Picture], pictures: Sequence[Picture], good: set[PurePosixPath]
-    ) -> tuple[int, ...]:
-        """The images to draw. Nothing where the picture of them all is good."""
-        lasting = {picture.path for picture in pictures}
-        if not any(image.path in lasting for image in images) and lasting <= good:
-            return ()
-        return tuple(k for k, image in enumerate(images) if image.path not in good)
+    def _check(self, images: Sequence[np.ndarray]) -> None:
+        expected = (*(self._size_px or images[0].shape[:2]), 3)
+        for image in images:
+            if image.dtype != np.uint8 or image.shape != expected:
+                raise ValueError(f"an image of {image.dtype} {list(image.shape)}, expected uint8 {list(expected)}")
 
-    def _check(self, image: np.ndarray) -> None:
-        expected = self._size_px or image.shape[:2]
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape != (*expected, 3):
-            raise ValueError(f"an image of {image.dtype} {list(image.shape)}, expected uint8 {[*expected, 3]}")
+    def _write_single(self, single: Picture, image: np.ndarray) -> None:
+        # A part that a crash of the machine has cut short is found, and drawn again.
+        single.write(self._root, [image], is_durable=single.path.parts[0] != PARTS)
+
+    def _assemble(self, prompt: Prompt, images: Sequence[np.ndarray]) -> None:
+        """Writes what is made of the images of a prompt."""
+        for path, record in self._layout.records(prompt).items():
+            # ASCII, as scorers read it in whatever encoding their locale has.
+            write_text(self._root / path, json.dumps(dict(record)) + "\n")
+        singles = [self._layout.image(prompt, k) for k in range(prompt.num_images)]
+        for picture in self._layout.pictures(prompt):
+            if picture not in singles:
+                picture.write(self._root, images)
 
 
-def _is_grid(picture: Picture, prompt: Prompt) -> bool:
-    """Whether a picture of side 1 shows all images: that of a prompt with one image."""
-    return picture.side == 1 and prompt.num_images == 1
+def _needed(images: Sequence[Picture], pictures: Sequence[Picture], good: set[PurePosixPath]) -> tuple[int, ...]:
+    """The images to draw; none where the picture that is made of them is good."""
+    made = [picture for picture in pictures if picture not in images]
+    if len(made) == len(pictures) and all(picture.path in good for picture in made):
+        return ()
+    return tuple(k for k, image in enumerate(images) if image.path not in good)
 
 
 def _lacks(numbers: Sequence[int]) -> str:
@@ -313,7 +314,10 @@ def _lacks(numbers: Sequence[int]) -> str:
 
 
 def _files(root: Path) -> Iterator[PurePosixPath]:
-    """Files below a folder, without those that are being written."""
+    """Files below a folder, without those that a stopped process was writing.
+
+    Some scorers would take those for pictures; they are gone when the drawing is complete, as it writes them anew.
+    """
     for folder, _, names in os.walk(root):
         below = Path(folder).relative_to(root)
         yield from (PurePosixPath(below / name) for name in names if not name.endswith(WRITING))

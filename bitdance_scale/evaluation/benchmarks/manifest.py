@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bitdance_scale.atomic_files import write_text
+from bitdance_scale.atomic_files import WRITING, write_text
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.evaluation.benchmarks import layout
 from bitdance_scale.evaluation.benchmarks.benchmark import Benchmark
@@ -71,7 +71,7 @@ def begin_drawing(root: Path, drawing: Drawing) -> None:
     if (root / DRAWING_NAME).is_file():
         check_drawing(root, drawing)
         return
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+    if root.exists() and (not root.is_dir() or any(not path.name.endswith(WRITING) for path in root.iterdir())):
         raise ConfigError(f"{root}: exists and holds no drawing ({DRAWING_NAME} is missing); name a new folder")
     write_text(root / DRAWING_NAME, json.dumps(asdict(drawing), indent=2) + "\n")
 

@@ -8,6 +8,7 @@ prompt with more than one match; and the generating script text2image.py, which 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 from bitdance_scale.errors import ConfigError
@@ -102,7 +103,7 @@ class OneIG(Benchmark):
 def _check_beginnings(path: Path, prompts: list[Prompt]) -> None:
     """The scorer takes every file whose name begins with the id, and scores nothing where there are two."""
     ids = sorted(prompt.id for prompt in prompts)
-    for first, second in zip(ids, ids[1:], strict=False):
+    for first, second in pairwise(ids):
         if second != first and second.startswith(first):
             raise ConfigError(
                 f"{path}: id {second!r} begins with the id {first!r}, and the benchmark's scorer would take the "

@@ -72,6 +72,13 @@ class Picture:
             for left in range(0, pixels.shape[1], width)
         ]
 
+    def is_there(self, root: Path, image_px: tuple[int, int]) -> bool:
+        """Whether the file is there, whole and of images of this size."""
+        try:
+            return self.measure(root) == self.size_px(image_px)
+        except FileNotFoundError:
+            return False
+
     def measure(self, root: Path) -> tuple[int, int] | str:
         """(height, width) of the file, without decoding it; or what is wrong with it.
 

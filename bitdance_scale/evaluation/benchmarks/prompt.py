@@ -81,8 +81,8 @@ def check_model_name(benchmark: str, value: str) -> str:
     """
     if not _MODEL_NAME.fullmatch(value):
         raise ConfigError(
-            f"model = {value!r}: {benchmark} has a folder of this name, so it must be letters, digits, '_', '.', '+' and "
-            "'-' alone and not begin with '.'; choose another name"
+            f"model = {value!r}: {benchmark} has a folder of this name, so it must be letters, digits, '_', '.', '+' "
+            "and '-' alone and not begin with '.'; choose another name"
         )
     return value
 
