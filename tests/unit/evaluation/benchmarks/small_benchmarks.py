@@ -33,7 +33,9 @@ ONEIG = {
         'Anime_Stylization,000,"4boys, ""nuns""\r\nand a hat",T,short,\r\n'
         "Portrait,000,A man.,NP,short,\r\nPortrait,001,A woman.,NP,short,\r\n"
     ),
-    "zh": "category,id,prompt_cn,class\r\nAnime_Stylization,000,4男孩，修女,\r\nMultilingualism,000,一个红色的帽子,\r\n",
+    "zh": (
+        "category,id,prompt_cn,class\r\nAnime_Stylization,000,4男孩与修女,\r\nMultilingualism,000,一个红色的帽子,\r\n"
+    ),
 }
 TIIF = {
     "action+2d": [

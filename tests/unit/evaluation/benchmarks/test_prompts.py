@@ -31,7 +31,7 @@ DATA = (
     ("dpg", "dpg_prompts.json", 1065),
     ("oneig-en", "OneIG-Bench.csv", 1120),
     ("oneig-zh", "OneIG-Bench-ZH.csv", 1320),
-    ("tiif", "tiif_testmini_prompts", 2 * 285),
+    ("tiif", "tiif_testmini_prompts", 2 * 277),
 )
 
 
