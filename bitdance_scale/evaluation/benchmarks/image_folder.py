@@ -93,7 +93,8 @@ class ImageFolder:
     def __init__(
         self, root: Path, layout: Layout, prompts: Sequence[Prompt], size_px: tuple[int, int] | None = None
     ) -> None:
-        self._root, self._layout, self._prompts, self._size_px = root, layout, prompts, size_px
+        self._root, self._layout, self._prompts = root, layout, prompts
+        self._size_px = None if size_px is None else (size_px[0], size_px[1])
 
     def state(self) -> FolderState:
         """What the folder holds. Pictures are measured, not decoded; one process may ask for all.
@@ -116,7 +117,8 @@ class ImageFolder:
             if has_array:
                 complete.append(prompt)
                 continue
-            good = {item.path for item in {*images, *pictures} if self._is_good(item, found, damaged, foreign)}
+            either = dict.fromkeys((*images, *pictures))
+            good = {picture.path for picture in either if self._is_good(picture, found, damaged, foreign)}
             has_records = self._has_records(prompt, found, foreign)
             if has_records and all(picture.path in good for picture in pictures):
                 complete.append(prompt)
@@ -172,7 +174,7 @@ class ImageFolder:
                 (self._root / single.path).unlink()
 
     def finish(self) -> None:
-        """Makes the one array of all images, where the benchmark has one, and removes the folder of parts.
+        """Makes what a stopped process left to be made of images, and the one array of them all; parts are removed.
 
         Called by one process; the images of one prompt at a time are in memory.
 
@@ -180,6 +182,12 @@ class ImageFolder:
             ConfigError: the folder is not complete, or an image cannot be read.
         """
         state = self.state()
+        unmade = [prompt for prompt in self._prompts if state.to_draw.get(prompt.id) == ()]
+        if unmade:
+            state.refuse_foreign()
+            for prompt in unmade:
+                self.finish_prompt(prompt)
+            state = self.state()
         state.require_complete()
         array = self._layout.array
         if array is not None and (str(array) in state.damaged or not (self._root / array).exists()):

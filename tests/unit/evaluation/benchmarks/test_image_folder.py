@@ -139,7 +139,7 @@ def test_a_missing_grid_is_made_of_the_images(tmp_path: Path) -> None:
     content = grid.read_bytes()
     grid.unlink()
     assert folder.state().to_draw == {"00001": ()}
-    folder.finish_prompt(small_folder(tmp_path, "geneval")[1][1])
+    folder.finish()
     assert grid.read_bytes() == content and not folder.state().to_draw
 
 

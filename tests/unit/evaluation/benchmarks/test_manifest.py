@@ -24,7 +24,7 @@ def drawing(tmp_path: Path, name: str = "dpg") -> Drawing:
 
 def test_a_folder_goes_on_with_its_own_drawing(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    (out / "half").parent.mkdir()
+    out.mkdir()
     (out / "drawing.json.writing").write_bytes(b"")
     begin_drawing(out, drawing(tmp_path))
     (out / "0.png").write_bytes(b"")
