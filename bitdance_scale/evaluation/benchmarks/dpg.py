@@ -11,11 +11,16 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from bitdance_scale.errors import ConfigError
 from bitdance_scale.evaluation.benchmarks.benchmark import Benchmark, Settings
 from bitdance_scale.evaluation.benchmarks.layout import Layout
 from bitdance_scale.evaluation.benchmarks.picture import Picture, grid_side
 from bitdance_scale.evaluation.benchmarks.prompt import Prompt, check_name, check_prompts
 from bitdance_scale.evaluation.benchmarks.prompt_files import read_json_object, text_of
+
+
+_NO_IDS = frozenset({"tag", "type", "prompt", "short_description"})
+"""Keys of the lines of other benchmarks, one of which alone would be an object of texts."""
 
 
 class DpgLayout(Layout):
@@ -43,6 +48,8 @@ class Dpg(Benchmark):
     def read(self, path: Path | None) -> list[Prompt]:
         """The prompts of a JSON object of ids and prompts."""
         texts = read_json_object(path, self.prompt_file)
+        if not _NO_IDS.isdisjoint(texts):
+            raise ConfigError(f"{path}: has the key {min(_NO_IDS & texts.keys())!r}, no id; name {self.prompt_file}")
         prompts = []
         for key in texts:
             name = check_name(f"{path}: id", key)

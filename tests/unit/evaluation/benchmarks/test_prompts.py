@@ -137,6 +137,11 @@ def bad_line(**changes: object) -> list[object]:
         ("dpg", '{"../a": "x"}', r"id = '../a': becomes the name of a file, so it must be letters"),
         ("dpg", '{"a.b": "x"}', "id = 'a.b': becomes the name of a file"),
         ("dpg", '{"a": ["x"]}', "a = \\['x'\\], expected a text 'a'"),
+        (
+            "dpg",
+            '{"type": "text", "short_description": "x"}',
+            "has the key 'short_description', no id; name prompts.json",
+        ),
         ("oneig-en", "category,id,prompt_en\nPets,000,A cat.\n", "id '000' of 'Pets': expected a category of Anime_"),
         ("oneig-en", "category,id,prompt_en\nPortrait,000,A cat, a dog.\n", ":2: has 4 cells, the header 3"),
         (
