@@ -18,7 +18,6 @@ from bitdance_scale.evaluation.benchmarks.picture import Picture, grid_side
 from bitdance_scale.evaluation.benchmarks.prompt import Prompt, check_name, check_prompts
 from bitdance_scale.evaluation.benchmarks.prompt_files import read_json_object, text_of
 
-
 _NO_IDS = frozenset({"tag", "type", "prompt", "short_description"})
 """Keys of the lines of other benchmarks, one of which alone would be an object of texts."""
 
