@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from scene_prompts import CATEGORIES
 
 from bitdance_scale.atomic_files import write_text
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.evaluation.benchmarks.demo_scenes import CATEGORIES
 from bitdance_scale.observe.overview import RunRecord, overview, read_run
 
 MAX_PICTURE_PX = 1400

@@ -13,7 +13,6 @@ from scene_reading import SeenObject, SeenScene
 from bitdance_scale.demo.scenes import BACKGROUNDS, COLORS, NUMBERS, PLACES, RELATIONS, SHAPES
 from bitdance_scale.errors import ConfigError
 
-CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
 MAX_PLACE_ERROR = 0.16
 """Furthest from its place, as a share of the side; the places of the demo lie 0.26 apart."""
 MAX_CLUTTER = 0.5
@@ -46,7 +45,7 @@ class Asked:
     """What a caption asks for.
 
     Attributes:
-        category: one of `CATEGORIES`.
+        category: one of `demo_scenes.CATEGORIES`.
         objects: one or two objects.
         count: how many of the first object.
         place: where the first object is, one of `PLACES`; None: anywhere.

@@ -23,21 +23,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from scene_prompts import CATEGORIES, Verdict, judge, parse_caption
+from scene_prompts import Verdict, judge, parse_caption
 from scene_reading import SeenScene, read_scene
 from tqdm import tqdm
 
 from bitdance_scale.cli.command import CommandParser, run_command
-from bitdance_scale.demo.scenes import Scene, make_scene, render
+from bitdance_scale.demo.scenes import Scene, render
 from bitdance_scale.errors import ConfigError
+from bitdance_scale.evaluation.benchmarks.demo_scenes import CATEGORIES, choose_scenes
 from bitdance_scale.generate.pipeline import BitDancePipeline
 from bitdance_scale.generate.requests import parse_size
 from bitdance_scale.observe.figures import image_grid
 from bitdance_scale.train.process import EXIT_COMPLETE
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
-PROMPT_SEED = 2_000_000
-"""Seed of the scenes whose captions are asked for; data sets use small ones."""
 GRID_PER_CATEGORY = 6
 
 
@@ -50,18 +49,6 @@ class Scored:
     image: Image.Image
     seen: SeenScene
     verdict: Verdict
-
-
-def choose_scenes(per_category: int) -> list[Scene]:
-    """The first `per_category` scenes of every category, interleaved; always the same."""
-    chosen: dict[str, list[Scene]] = {category: [] for category in CATEGORIES}
-    index = 0
-    while any(len(scenes) < per_category for scenes in chosen.values()):
-        scene = make_scene(PROMPT_SEED, index)
-        if scene.category in chosen and len(chosen[scene.category]) < per_category:
-            chosen[scene.category].append(scene)
-        index += 1
-    return [scene for scenes in zip(*chosen.values(), strict=True) for scene in scenes]
 
 
 def score_pictures(scenes: Sequence[Scene], images: Iterator[Image.Image]) -> list[Scored]:

@@ -13,8 +13,6 @@ import logging
 import shutil
 import sys
 import time
-import zipfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from bitdance_scale.checkpoint.start_weights import find_checkpoint
 from bitdance_scale.config.class_map import ClassLabels
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
+from bitdance_scale.evaluation.image_array import write_npz
 from bitdance_scale.observe.figures import image_grid
 from bitdance_scale.parallel.agreement import all_ranks, any_rank, on_first_rank
 from bitdance_scale.parallel.topology import Topology
@@ -39,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 SAMPLES_NAME, RECORD_NAME, GRID_NAME = "samples.npz", "draw.json", "grid.png"
 PARTS_DIR, IMAGES_DIR = "parts", "images"
-ARRAY_NAME = "arr_0.npy"
 MAX_GRID_IMAGES, GRID_COLUMNS = 64, 8
 _WAIT_S = 14 * 24 * 3600.0
 
@@ -199,33 +197,6 @@ def _join(drawing: Drawing, batches: list[range], config: RunConfig) -> None:
         with replacing(samples) as aside:
             write_npz(aside, shape, (np.load(_part_path(drawing.out, number)) for number in range(len(batches))))
     shutil.rmtree(parts, ignore_errors=True)
-
-
-def write_npz(path: Path, shape: tuple[int, ...], parts: Iterator[np.ndarray]) -> None:
-    """Writes an `.npz` with one array `arr_0` of uint8, part by part along its first axis, not compressed.
-
-    Args:
-        path: the file.
-        shape: of the whole array.
-        parts: in order; their lengths sum up to `shape[0]`.
-
-    Raises:
-        ValueError: they do not.
-    """
-    num_rows = 0
-    with (
-        zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive,
-        archive.open(ARRAY_NAME, "w", force_zip64=True) as f,
-    ):
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(f, header)
-        for part in parts:
-            if part.dtype != np.uint8 or part.shape[1:] != shape[1:]:
-                raise ValueError(f"a part of {part.dtype} {list(part.shape)}, wanted uint8 [.., {shape[1:]}]")
-            num_rows += len(part)
-            f.write(np.ascontiguousarray(part).data)
-    if num_rows != shape[0]:
-        raise ValueError(f"{num_rows} images, wanted {shape[0]}")
 
 
 def _write_grid(drawing: Drawing, batches: list[range], config: RunConfig) -> None:

@@ -20,7 +20,7 @@ from bitdance_scale.config.load import load_config
 from bitdance_scale.config.rules import check
 from bitdance_scale.errors import ConfigError, DataError
 from bitdance_scale.observe.metrics import METRICS_FILE, read_metrics
-from bitdance_scale.train.draw_classes import Drawing, drawing_record, write_npz
+from bitdance_scale.train.draw_classes import Drawing, drawing_record
 from bitdance_scale.train.shared_index import labelled_index
 
 ROOT = Path(__file__).parents[2]
@@ -215,18 +215,6 @@ def _python(folder: Path, *arguments: str, code: int = 0) -> str:
     )
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout + result.stderr
-
-
-def test_an_archive_is_written_part_by_part(tmp_path: Path) -> None:
-    whole = np.random.default_rng(0).integers(0, 256, (7, 4, 6, 3), dtype=np.uint8)
-    write_npz(tmp_path / "a.npz", whole.shape, iter([whole[:3], whole[3:6], whole[6:]]))
-    with np.load(tmp_path / "a.npz") as archive:
-        assert list(archive) == ["arr_0"]
-        np.testing.assert_array_equal(archive["arr_0"], whole)
-    with pytest.raises(ValueError, match="6 images, wanted 7"):
-        write_npz(tmp_path / "b.npz", whole.shape, iter([whole[:6]]))
-    with pytest.raises(ValueError, match="wanted uint8"):
-        write_npz(tmp_path / "b.npz", whole.shape, iter([whole[:, :2]]))
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import score_scenes
 from PIL import Image
-from scene_prompts import CATEGORIES, Asked, Wanted, judge, parse_caption
+from scene_prompts import Asked, Wanted, judge, parse_caption
 from scene_reading import SeenObject, SeenScene, read_scene
 
 from bitdance_scale.demo.scenes import SHAPES, Scene, SceneObject, colors_on, make_scene, render
 from bitdance_scale.errors import ConfigError
+from bitdance_scale.evaluation.benchmarks.demo_scenes import CATEGORIES
 
 
 def as_jpeg(image: Image.Image) -> Image.Image:

@@ -1,0 +1,331 @@
+"""The folder of a drawing: which images are there, which are to be drawn, and what does not belong there.
+
+An image is written as soon as it is drawn, whole or not at all, so that a drawing that was stopped loses none. What the
+benchmark's scorer reads is made of the images of a prompt as soon as they are all there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from bitdance_scale.atomic_files import WRITING, replacing, write_text
+from bitdance_scale.errors import ConfigError
+from bitdance_scale.evaluation.benchmarks.layout import PARTS, Layout
+from bitdance_scale.evaluation.benchmarks.picture import SUFFIXES, Picture, describe_px
+from bitdance_scale.evaluation.benchmarks.prompt import Prompt
+from bitdance_scale.evaluation.image_array import map_npz, write_npz
+from bitdance_scale.text_files import read_utf8
+from bitdance_scale.wording import first_few
+
+
+@dataclass(frozen=True)
+class FolderState:
+    """What a folder holds of a drawing; paths are relative to it.
+
+    Attributes:
+        root: the folder.
+        complete: prompts whose files are all there.
+        to_draw: for each other prompt, by its id, the numbers of the images to draw; none where they are all there and
+            only a file that is made of them is missing, which `ImageFolder.finish_prompt` makes.
+        damaged: files that are cut short or no pictures, and what is wrong; they count as missing.
+        foreign: pictures of another size, another prompt, another model or none, and which.
+    """
+
+    root: Path
+    complete: tuple[Prompt, ...]
+    to_draw: Mapping[str, tuple[int, ...]]
+    damaged: Mapping[str, str]
+    foreign: Mapping[str, str]
+
+    @property
+    def num_to_draw(self) -> int:
+        """Images that are missing."""
+        return sum(map(len, self.to_draw.values()))
+
+    def refuse_foreign(self) -> None:
+        """Refuses a folder with pictures of something else.
+
+        Raises:
+            ConfigError: there are some; names the first ones.
+        """
+        if self.foreign:
+            listed = [f"{path} {reason}" for path, reason in self.foreign.items()]
+            raise ConfigError(
+                f"{self.root}: holds pictures that are not of this drawing: {first_few(listed)}. Move them elsewhere, "
+                "or name another folder"
+            )
+
+    def require_complete(self) -> None:
+        """Refuses a folder that cannot be scored.
+
+        Raises:
+            ConfigError: a prompt is not complete, or pictures are of something else; names the first ones.
+        """
+        self.refuse_foreign()
+        if not self.to_draw:
+            return
+        listed = [f"prompt {prompt_id} {_lacks(numbers)}" for prompt_id, numbers in self.to_draw.items()]
+        listed = [*(f"{path} {reason}" for path, reason in self.damaged.items()), *listed]
+        raise ConfigError(
+            f"{self.root}: {len(self.to_draw)} of {len(self.complete) + len(self.to_draw)} prompts are not complete: "
+            f"{first_few(listed)}. Run the drawing again with the same settings; it goes on with what is missing"
+        )
+
+
+class ImageFolder:
+    """The pictures of a drawing.
+
+    Args:
+        root: the folder.
+        layout: of the benchmark.
+        prompts: in the order of the benchmark.
+        size_px: (height, width) of an image. None: that of the first picture that is there, for folders that another
+            program has drawn.
+    """
+
+    def __init__(
+        self, root: Path, layout: Layout, prompts: Sequence[Prompt], size_px: tuple[int, int] | None = None
+    ) -> None:
+        self._root, self._layout, self._prompts = root, layout, prompts
+        self._size_px = None if size_px is None else (size_px[0], size_px[1])
+
+    def state(self) -> FolderState:
+        """What the folder holds. Pictures are measured, not decoded; one process may ask for all.
+
+        Raises:
+            ConfigError: there is no such folder.
+        """
+        if not self._root.is_dir():
+            raise ConfigError(f"{self._root}: no such folder; draw the images first")
+        found = set(_files(self._root))
+        damaged: dict[str, str] = {}
+        foreign: dict[str, str] = {}
+        complete, to_draw = [], {}
+        known: set[PurePosixPath] = set()
+        has_array = self._has_array(found, damaged, foreign)
+        for prompt in self._prompts:
+            images = [self._layout.image(prompt, k) for k in range(prompt.num_images)]
+            pictures = self._layout.pictures(prompt)
+            known |= {picture.path for picture in (*images, *pictures)}
+            if has_array:
+                complete.append(prompt)
+                continue
+            either = dict.fromkeys((*images, *pictures))
+            good = {picture.path for picture in either if self._is_good(picture, found, damaged, foreign)}
+            has_records = self._has_records(prompt, found, foreign)
+            if has_records and all(picture.path in good for picture in pictures):
+                complete.append(prompt)
+            else:
+                to_draw[prompt.id] = _needed(images, pictures, good)
+        if self._layout.array is not None:
+            known.add(self._layout.array)
+        for path in sorted(found - known):
+            if path.suffix.lower() in SUFFIXES:
+                foreign[str(path)] = self._layout.stranger(path)
+        return FolderState(self._root, tuple(complete), to_draw, damaged, foreign)
+
+    def write_image(self, prompt: Prompt, k: int, image: np.ndarray) -> None:
+        """Writes image k of a prompt, uint8 [H, W, 3], and, if it is the last one missing, what is made of them all.
+
+        Several processes may write to a folder if each has prompts of its own.
+
+        Raises:
+            ValueError: the image has another type or size.
+        """
+        self._check([image])
+        self._write_single(self._layout.image(prompt, k), image)
+        singles = [self._layout.image(prompt, other) for other in range(prompt.num_images)]
+        if all(single.is_there(self._root, image.shape[:2]) for single in singles):
+            self.finish_prompt(prompt)
+
+    def write(self, prompt: Prompt, images: Sequence[np.ndarray]) -> None:
+        """Writes all images of a prompt, uint8 [H, W, 3] each, as the scorer reads them.
+
+        Raises:
+            ValueError: there are more or fewer than the prompt has, or one has another type or size.
+        """
+        if len(images) != prompt.num_images:
+            raise ValueError(f"prompt {prompt.id}: {len(images)} images, expected {prompt.num_images}")
+        self._check(images)
+        lasting = self._layout.pictures(prompt)
+        for k, image in enumerate(images):
+            if self._layout.image(prompt, k) in lasting:
+                self._write_single(self._layout.image(prompt, k), image)
+        self._assemble(prompt, images)
+
+    def finish_prompt(self, prompt: Prompt) -> None:
+        """Makes what the scorer reads of the images of a prompt, which are all there; parts are removed.
+
+        Raises:
+            ConfigError: an image cannot be read.
+        """
+        singles = [self._layout.image(prompt, k) for k in range(prompt.num_images)]
+        self._assemble(prompt, [single.read(self._root)[0] for single in singles])
+        lasting = self._layout.pictures(prompt)
+        for single in singles:
+            if single not in lasting:
+                (self._root / single.path).unlink()
+
+    def finish(self) -> None:
+        """Makes what a stopped process left to be made of images, and the one array of them all; parts are removed.
+
+        Called by one process; the images of one prompt at a time are in memory.
+
+        Raises:
+            ConfigError: the folder is not complete, or an image cannot be read.
+        """
+        state = self.state()
+        unmade = [prompt for prompt in self._prompts if state.to_draw.get(prompt.id) == ()]
+        if unmade:
+            state.refuse_foreign()
+            for prompt in unmade:
+                self.finish_prompt(prompt)
+            state = self.state()
+        state.require_complete()
+        array = self._layout.array
+        if array is not None and (str(array) in state.damaged or not (self._root / array).exists()):
+            height, width = self._images(self._prompts[0])[0].shape[:2]
+            number = sum(prompt.num_images for prompt in self._prompts)
+            with replacing(self._root / array) as aside:
+                parts = (np.stack(self._images(prompt)) for prompt in self._prompts)
+                write_npz(aside, (number, height, width, 3), parts)
+        shutil.rmtree(self._root / PARTS, ignore_errors=True)
+
+    def read(self, prompt: Prompt) -> list[np.ndarray]:
+        """The images of a complete prompt, uint8 [H, W, 3] each; those of a grid are cut out of it.
+
+        Raises:
+            ConfigError: a file is missing, cannot be read, or has another number or size of images.
+        """
+        array = self._layout.array
+        has_array = array is not None and (self._root / array).exists()
+        images = self._of_array(prompt) if has_array else self._images(prompt)
+        sizes = {image.shape[:2] for image in images}
+        if len(images) != prompt.num_images or len(sizes) != 1 or (self._size_px and sizes != {self._size_px}):
+            expected = "one size" if self._size_px is None else describe_px(self._size_px)
+            raise ConfigError(
+                f"{self._root}: prompt {prompt.id} has {len(images)} images of "
+                f"{', '.join(map(describe_px, sorted(sizes)))}, expected {prompt.num_images} of {expected}; remove its "
+                "files and draw it again"
+            )
+        return images
+
+    def _images(self, prompt: Prompt) -> list[np.ndarray]:
+        found: list[np.ndarray] = []
+        for picture in self._layout.pictures(prompt):
+            if len(found) < prompt.num_images:
+                found += picture.read(self._root)
+        return found
+
+    def _of_array(self, prompt: Prompt) -> list[np.ndarray]:
+        assert self._layout.array is not None
+        path = self._root / self._layout.array
+        begin = 0
+        for other in self._prompts:
+            if other.id == prompt.id:
+                break
+            begin += other.num_images
+        try:
+            return [np.array(image) for image in map_npz(path)[begin : begin + prompt.num_images]]
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: {error}; remove it and draw again") from error
+
+    def _has_array(self, found: set[PurePosixPath], damaged: dict[str, str], foreign: dict[str, str]) -> bool:
+        """Whether the one array is there and whole; what is wrong with it otherwise."""
+        array = self._layout.array
+        if array is None or array not in found:
+            return False
+        try:
+            shape = map_npz(self._root / array).shape
+        except (OSError, ValueError) as error:
+            damaged[str(array)] = str(error)
+            return False
+        number = sum(prompt.num_images for prompt in self._prompts)
+        if shape[0] != number or (self._size_px is not None and tuple(shape[1:3]) != tuple(self._size_px)):
+            expected = "" if self._size_px is None else f" of {describe_px(self._size_px)}"
+            foreign[str(array)] = f"has {shape[0]} images of {describe_px(shape[1:])}, expected {number}{expected}"
+            return False
+        return True
+
+    def _is_good(
+        self, picture: Picture, found: set[PurePosixPath], damaged: dict[str, str], foreign: dict[str, str]
+    ) -> bool:
+        """Whether a picture is there, whole and of the right size; what is wrong otherwise goes into the lists."""
+        if picture.path not in found:
+            return False
+        measured = picture.measure(self._root)
+        if isinstance(measured, str):
+            damaged[str(picture.path)] = measured
+            return False
+        if self._size_px is None:
+            self._size_px = (measured[0] // picture.side, measured[1] // picture.side)
+        expected = picture.size_px(self._size_px)
+        if measured != expected:
+            foreign[str(picture.path)] = f"is {describe_px(measured)}, expected {describe_px(expected)}"
+            return False
+        return True
+
+    def _has_records(self, prompt: Prompt, found: set[PurePosixPath], foreign: dict[str, str]) -> bool:
+        """Whether the lines beside the pictures are there; those of another prompt are foreign."""
+        has_all = True
+        for path, record in self._layout.records(prompt).items():
+            if path not in found:
+                has_all = False
+                continue
+            try:
+                is_same = json.loads(read_utf8(self._root / path)) == record
+            except (OSError, ValueError):
+                is_same = False
+            if not is_same:
+                foreign[str(path)] = "holds another line than the file of prompts"
+                has_all = False
+        return has_all
+
+    def _check(self, images: Sequence[np.ndarray]) -> None:
+        expected = (*(self._size_px or images[0].shape[:2]), 3)
+        for image in images:
+            if image.dtype != np.uint8 or image.shape != expected:
+                raise ValueError(f"an image of {image.dtype} {list(image.shape)}, expected uint8 {list(expected)}")
+
+    def _write_single(self, single: Picture, image: np.ndarray) -> None:
+        # A part that a crash of the machine has cut short is found, and drawn again.
+        single.write(self._root, [image], is_durable=single.path.parts[0] != PARTS)
+
+    def _assemble(self, prompt: Prompt, images: Sequence[np.ndarray]) -> None:
+        """Writes what is made of the images of a prompt."""
+        for path, record in self._layout.records(prompt).items():
+            # ASCII, as scorers read it in whatever encoding their locale has.
+            write_text(self._root / path, json.dumps(dict(record)) + "\n")
+        singles = [self._layout.image(prompt, k) for k in range(prompt.num_images)]
+        for picture in self._layout.pictures(prompt):
+            if picture not in singles:
+                picture.write(self._root, images)
+
+
+def _needed(images: Sequence[Picture], pictures: Sequence[Picture], good: set[PurePosixPath]) -> tuple[int, ...]:
+    """The images to draw; none where the picture that is made of them is good."""
+    made = [picture for picture in pictures if picture not in images]
+    if len(made) == len(pictures) and all(picture.path in good for picture in made):
+        return ()
+    return tuple(k for k, image in enumerate(images) if image.path not in good)
+
+
+def _lacks(numbers: Sequence[int]) -> str:
+    return f"lacks image {', '.join(map(str, numbers))}" if numbers else "lacks a file that is made of its images"
+
+
+def _files(root: Path) -> Iterator[PurePosixPath]:
+    """Files below a folder, without those that a stopped process was writing.
+
+    Some scorers would take those for pictures; they are gone when the drawing is complete, as it writes them anew.
+    """
+    for folder, _, names in os.walk(root):
+        below = Path(folder).relative_to(root)
+        yield from (PurePosixPath(below / name) for name in names if not name.endswith(WRITING))
