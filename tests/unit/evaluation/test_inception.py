@@ -50,7 +50,7 @@ def weights(tmp_path_factory):
 
 
 def spatial_features(network, images):
-    """Channels 0 to 6 of the first branch of the block that TensorFlow's graph calls mixed_6, rows and columns first."""
+    """Channels 0 to 6 of the first branch of the block that TensorFlow's graph calls mixed_6, rows first."""
     from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()

@@ -1,4 +1,4 @@
-"""Scores of samples against references of every kind, with a network of few features; and files that are no reference."""
+"""Scores of samples against references of every kind, with a network of few features; files that are no reference."""
 
 from __future__ import annotations
 
