@@ -3,7 +3,10 @@
 pixels.py     PSNR and SSIM of pairs of images
 inception.py  the features that sets of images are compared by
 frechet.py    the distance of two sets of features
+clip.py       embeddings of images and texts
 page.py       tables and pictures in one HTML file
+
+distributions/ has the scores of sets of generated images: FID, sFID, Inception Score, precision, recall, CLIP score.
 
 LPIPS is in `vision/perceptual.py`, because training uses it as well.
 """

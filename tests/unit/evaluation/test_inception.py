@@ -7,10 +7,18 @@ import os
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.evaluation.frechet import FeatureStatistics, frechet_distance
-from bitdance_scale.evaluation.inception import NUM_FEATURES, check_inception_weights, load_inception
+from bitdance_scale.evaluation.inception import (
+    NUM_FEATURES,
+    NUM_LOGITS,
+    NUM_SPATIAL_FEATURES,
+    Inception,
+    check_inception_weights,
+    load_inception,
+)
 from bitdance_scale.vision.perceptual import perceptual_packages
 
 
@@ -41,6 +49,23 @@ def weights(tmp_path_factory):
     return folder / "inception.pth"
 
 
+def spatial_features(network, images):
+    """Channels 0 to 6 of the first branch of the block that TensorFlow's graph calls mixed_6, rows first."""
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    x = (interpolate_bilinear_2d_like_tensorflow1x(pixels, size=(299, 299), align_corners=False) - 128) / 128
+    for layer in (*("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3"),
+                  *("MaxPool_2", "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c")):  # fmt: skip
+        x = getattr(network, layer)(x)
+    branch = network.Mixed_6d.branch1x1
+    x = torch.nn.functional.conv2d(x, branch.conv.weight)
+    norm = branch.bn
+    scale = norm.weight / (norm.running_var + 0.001).sqrt()
+    x = (x - norm.running_mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
+    return x.clamp(min=0)[:, :7].permute(0, 2, 3, 1).reshape(len(images), -1)
+
+
 def test_features_and_rfid(weights):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -50,15 +75,28 @@ def test_features_and_rfid(weights):
     before = torch.random.get_rng_state()
     inception = load_inception(weights)
     assert torch.equal(torch.random.get_rng_state(), before)
-    features = [inception(pixels) for pixels in (images, decoded)]
+    activations = inception.activations(images)
+    features = [activations.pool, inception(decoded)]
     # The package's class reads counters, too, that its own file has.
     counters = {name: torch.tensor(0) for name in inception.network.state_dict() if name.endswith("tracked")}
     own = weights.with_name("own.pth")
     torch.save(torch.load(weights) | counters, own)
-    (expected,) = FeatureExtractorInceptionV3("inception", ["2048"], str(own))(
-        torch.from_numpy(images).permute(0, 3, 1, 2)
-    )
+    theirs = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(own))
+    expected, logits = theirs(torch.from_numpy(images).permute(0, 3, 1, 2))
     assert torch.equal(features[0], expected)
+    assert torch.equal(activations.logits, logits) and logits.shape == (3, NUM_LOGITS)
+    spatial = spatial_features(theirs, images[1:2])
+    assert torch.allclose(activations.spatial[1:2], spatial, rtol=1e-5, atol=1e-5)
+    assert activations.spatial.shape == (3, NUM_SPATIAL_FEATURES) and (spatial == 0).any() and spatial.std() > 1e-3
+    assert not torch.allclose(spatial, spatial.reshape(17 * 17, 7).T.reshape(1, -1), atol=1e-2)
+
+    # The digest is of the values, and not of the file.
+    save_file(
+        {name: value.contiguous() for name, value in torch.load(weights).items()}, own.with_suffix(".safetensors")
+    )
+    assert load_inception(own.with_suffix(".safetensors")).digest == inception.digest
+    inception.network.fc.bias[0] += 1
+    assert Inception(inception.network).digest != inception.digest
     assert features[0].shape == (3, NUM_FEATURES) and features[0].std(dim=0).max() > 1e-3
 
     # The Frechet distance in float64 by the singular values of the centred features, which is tr (C1 C2)^(1/2).
