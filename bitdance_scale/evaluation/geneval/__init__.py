@@ -5,7 +5,10 @@ summary.py       shares of correct images per tag, the score, and how certain bo
 classes.py       the classes, under the names that prompts use
 detector.py      Mask2Former: objects of an image, with boxes and masks
 mmdet_weights.py the published scorer's weights of it, in transformers' names
-colours.py       CLIP: the colour of an object
+clip.py          CLIP
+colours.py       the colour of an object by it
+pretrained.py    networks of transformers
+preprocessing.py images as the detector wants them
 scorer.py        images and prompts in, verdicts out
 
 The rules are those of the published scorer: djghosh13/geneval, evaluation/evaluate_images.py and summary_scores.py.

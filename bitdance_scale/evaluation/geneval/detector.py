@@ -24,6 +24,7 @@ from bitdance_scale.evaluation.geneval.mmdet_weights import mmdet_network
 from bitdance_scale.evaluation.geneval.preprocessing import Preprocessing
 from bitdance_scale.evaluation.geneval.pretrained import load_network
 from bitdance_scale.evaluation.geneval.rules import CONFIDENCE, Detection
+from bitdance_scale.torchvision_operators import declare_operators
 
 # mmdetection's `max_per_image`: pairs of query and class that are looked at.
 _MAX_PAIRS = 100
@@ -96,6 +97,8 @@ def load_detector(source: str, preprocessing: Preprocessing | None = None) -> De
     """
     if Path(source).is_file():
         return Detector(mmdet_network(Path(source)), preprocessing)
+    # Before transformers is imported, which takes seconds.
+    declare_operators()
     from transformers import Mask2FormerForUniversalSegmentation
 
     network = load_network(Mask2FormerForUniversalSegmentation, source, _UNUSED)

@@ -24,6 +24,7 @@ from bitdance_scale.errors import CheckpointError
 from bitdance_scale.evaluation.geneval.classes import CLASSES
 from bitdance_scale.evaluation.geneval.pretrained import check_report, reading
 from bitdance_scale.pickled_weights import check_archive, check_globals, pickled_specs, unpickle
+from bitdance_scale.torchvision_operators import declare_operators
 from bitdance_scale.weight_files import refuse
 
 _PARTS = ("backbone.", "panoptic_head.")
@@ -98,6 +99,8 @@ def mmdet_network(path: Path, config: Any = None) -> nn.Module:
     Raises:
         CheckpointError: it is damaged, needs code to be run, or is of another network.
     """
+    # Before transformers is imported, which takes seconds.
+    declare_operators()
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
     check_archive(path)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.wording import first_few
 
+_KINDS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
 
-def load_network(kind: Any, source: str, unused: str | None = None, **settings: Any) -> Any:
+
+def load_network(kind: Any, source: str, unused: str | None = None) -> Any:
     """A network on the CPU in float32, frozen.
 
     Its weights are safetensors, or what torch.save wrote, read by weights-only loading.
@@ -20,16 +26,13 @@ def load_network(kind: Any, source: str, unused: str | None = None, **settings: 
         kind: a class of transformers with `from_pretrained`.
         source: a folder or a hub name, as `from_pretrained` takes it.
         unused: pattern of tensors that may be missing because nothing is computed with them.
-        settings: of `from_pretrained`.
 
     Raises:
         CheckpointError: it cannot be had, or is of another network; names `source`.
     """
-    import torch
-
     with reading(source):
         network, report = kind.from_pretrained(
-            source, output_loading_info=True, weights_only=True, dtype=torch.float32, **settings
+            source, output_loading_info=True, weights_only=True, dtype=torch.float32
         )
     check_report(source, report, unused)
     return network.requires_grad_(False).eval()
@@ -51,6 +54,6 @@ def reading(source: str) -> Iterator[None]:
     """Turns what transformers raises for a source that cannot be had into a CheckpointError that names it."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (*_KINDS, SafetensorError, pickle.UnpicklingError) as error:
         lines = str(error).strip().splitlines()
         raise CheckpointError(f"{source}: {lines[0] if lines else type(error).__name__}") from error

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from bitdance_scale.errors import CheckpointError
-from bitdance_scale.evaluation.geneval.colours import ColourClassifier, load_colour_classifier
+from bitdance_scale.evaluation.geneval.clip import load_clip
+from bitdance_scale.evaluation.geneval.colours import ColourClassifier
 from bitdance_scale.evaluation.geneval.detector import Detector, load_detector
 from bitdance_scale.evaluation.geneval.preprocessing import Preprocessing
-from bitdance_scale.evaluation.geneval.rules import COLOURS, Detection, Verdict, check_record, judge
+from bitdance_scale.evaluation.geneval.rules import Detection, Verdict, check_record, judge
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 """Mask2Former of the published scorer's size by its authors; the published scorer's own weights are mmdetection's."""
@@ -71,7 +72,7 @@ def load_scorer(
     Args:
         folder: the images, for the message where weights cannot be had.
         detector: see `load_detector`.
-        clip: see `load_colour_classifier`.
+        clip: see `load_clip`.
         device: of both networks.
         preprocessing: of images for the detector; the default is that of the published scorer.
 
@@ -82,7 +83,7 @@ def load_scorer(
     loaded: list[Any] = []
     for what, load in (
         ("the detector", lambda: load_detector(detector, preprocessing)),
-        ("CLIP", lambda: load_colour_classifier(clip)),
+        ("CLIP", lambda: load_clip(clip)),
     ):
         try:
             loaded.append(load())
@@ -90,11 +91,9 @@ def load_scorer(
             missing.append(f"{what}: {error}")
     if missing:
         raise CheckpointError(f"GenEval cannot be scored here. {'. '.join(missing)}. {own_scorer(folder)}")
-    found, colours = loaded
+    found, embedder = loaded
     found.network.to(device)
-    colours.network.to(device)
-    assert len(COLOURS) == len(colours.directions("car"))
-    return Scorer(found, colours)
+    return Scorer(found, ColourClassifier(embedder.to(device)))
 
 
 def own_scorer(folder: Path) -> str:
