@@ -10,7 +10,6 @@ queries, and makes no boxes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -129,12 +128,7 @@ def _label_fault(labels: dict[int, str]) -> str | None:
     """Why these are not COCO's classes in their order."""
     if len(labels) != len(CLASSES):
         return f"it knows {len(labels)} classes, expected {len(CLASSES)}"
-    for index, expected in _expected_labels():
+    for index, expected in enumerate(zip(COCO_CLASSES, CLASSES, strict=True)):
         if labels[index] not in expected:
             return f"its class {index} is {labels[index]!r}, expected {expected[0]!r}"
     return None
-
-
-def _expected_labels() -> Iterator[tuple[int, Sequence[str]]]:
-    for index, names in enumerate(zip(COCO_CLASSES, CLASSES, strict=True)):
-        yield index, names

@@ -43,7 +43,7 @@ _NAMES: tuple[tuple[str, str], ...] = (
     (r"backbone\.patch_embed\.norm", rf"{_SWIN}.embeddings.norm"),
     (rf"{_BLOCK}\.norm1", rf"{_NEW_BLOCK}.layernorm_before"),
     (rf"{_BLOCK}\.norm2", rf"{_NEW_BLOCK}.layernorm_after"),
-    (rf"{_BLOCK}\.attn\.w_msa\.relative_position_bias_table", rf"{_NEW_BLOCK}.attention.self.relative_position_bias_table"),
+    (rf"{_BLOCK}\.attn\.w_msa\.(relative_position_bias_table)", rf"{_NEW_BLOCK}.attention.self.\3"),
     (rf"{_BLOCK}\.attn\.w_msa\.qkv", rf"{_NEW_BLOCK}.attention.self.{{query,key,value}}"),
     (rf"{_BLOCK}\.attn\.w_msa\.proj", rf"{_NEW_BLOCK}.attention.output.dense"),
     (rf"{_BLOCK}\.ffn\.layers\.0\.0", rf"{_NEW_BLOCK}.intermediate.dense"),
@@ -67,7 +67,7 @@ _NAMES: tuple[tuple[str, str], ...] = (
         rf"{_DECODER_LAYER}\.(?:attentions\.1|self_attn)\.attn\.in_proj_(weight|bias)",
         rf"{_QUERIES}.decoder.layers.\1.self_attn.{{q_proj,k_proj,v_proj}}.\2",
     ),
-    (rf"{_DECODER_LAYER}\.(?:attentions\.1|self_attn)\.attn\.out_proj", rf"{_QUERIES}.decoder.layers.\1.self_attn.out_proj"),
+    (rf"{_DECODER_LAYER}\.(?:attentions\.1|self_attn)\.attn\.(out_proj)", rf"{_QUERIES}.decoder.layers.\1.self_attn.\2"),
     (rf"{_DECODER_LAYER}\.norms\.0", rf"{_QUERIES}.decoder.layers.\1.cross_attn_layer_norm"),
     (rf"{_DECODER_LAYER}\.norms\.1", rf"{_QUERIES}.decoder.layers.\1.self_attn_layer_norm"),
     (rf"{_DECODER_LAYER}\.norms\.2", rf"{_QUERIES}.decoder.layers.\1.final_layer_norm"),
@@ -89,7 +89,7 @@ _UNUSED = r"\.swin\.layernorm\.(weight|bias)$|^criterion\."
 
 
 def mmdet_network(path: Path, config: Any = None) -> nn.Module:
-    """transformers' Mask2Former with weights of mmdetection, on the CPU in float32, frozen.
+    """Mask2Former of transformers with weights of mmdetection, on the CPU in float32, frozen.
 
     Args:
         path: `mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco_20220504_001756-c9d0c4f2.pth`, whose network is the

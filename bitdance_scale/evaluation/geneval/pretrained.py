@@ -31,9 +31,7 @@ def load_network(kind: Any, source: str, unused: str | None = None) -> Any:
         CheckpointError: it cannot be had, or is of another network; names `source`.
     """
     with reading(source):
-        network, report = kind.from_pretrained(
-            source, output_loading_info=True, weights_only=True, dtype=torch.float32
-        )
+        network, report = kind.from_pretrained(source, output_loading_info=True, weights_only=True, dtype=torch.float32)
     check_report(source, report, unused)
     return network.requires_grad_(False).eval()
 

@@ -64,7 +64,7 @@ def test_pixels_are_blended_and_normalised():
     # Where it shrinks, only the two nearest pixels count: here 4 and 5, of 0 to 9, at 1/2 each.
     row = np.zeros((10, 10, 3), dtype=np.uint8)
     row[4], row[5], row[3], row[6] = 100, 60, 250, 250
-    inputs = Preprocessing(2, 2, 2)(row[None].repeat(1, axis=0), torch.device("cpu"))
+    inputs = Preprocessing(2, 2, 2)(row[None], torch.device("cpu"))
     # The centres of two halves of ten are at 2 and 7.
     assert inputs[0, 0, :, 0].numpy() * std[0] + mean[0] == pytest.approx([0, 0])
     inputs = Preprocessing(1, 1, 1)(row[None], torch.device("cpu"))
@@ -84,21 +84,18 @@ def test_a_mask_becomes_a_box_and_a_confidence():
     # The border is halfway between the centres of the cells, which are 4 pixels apart.
     assert dog.box == (0, 4, 8, 12)
     assert dog.mask.dtype == bool
-    assert dog.mask.sum() == 64
-    assert dog.mask[4:12, :8].all()
-    # Along an axis that ends at both sides the four cells are (from the border) 0.5, 1.5, 2 (twice) and mirrored.
-    line = np.array([0.125, 0.375, 0.625, 0.875])
-    rows = np.concatenate([1 / 2 + line / 2, (1 / 2 + line / 2)[::-1]])
-    columns = np.concatenate([np.ones(6), 1 - np.array([0.125, 0.375])])
-    del rows, columns
-    enlarged = functional.interpolate(masks[None], (16, 16), mode="bilinear", align_corners=False)[0, 0]
-    quality = enlarged[4:12, :8].sigmoid().mean().item()
-    assert 0.6 < quality < 0.87
+    # Its logits are -2, -1.5, ..., 2 along a border: weights of 1/8, 3/8, 5/8 and 7/8 between two cells.
+    line = np.array([0.5, 1.5, 2.0, 2.0])
+    across, down = np.array([2.0] * 6 + [1.5, 0.5]), np.concatenate([line, line[::-1]])
+    # Bilinear: each is 4 w - 2 with a weight w that is a product of both axes'.
+    logits = 4 * np.outer((down + 2) / 4, (across + 2) / 4) - 2
+    quality = (1 / (1 + np.exp(-logits[logits > 0]))).mean()
+    assert dog.mask.sum() == (logits > 0).sum()
     assert dog.confidence == pytest.approx(0.8 * quality, abs=1e-6)
 
 
 def reference(classes, masks, padded, resized, size):
-    """mmdetection's `instance_postprocess` after `predict`, over all pairs at once: labels, boxes, scores, masks."""
+    """What `instance_postprocess` of mmdetection makes after `predict`, over all pairs at once: labels, boxes, scores, masks."""
     masks = functional.interpolate(masks[None], padded, mode="bilinear", align_corners=False)
     masks = masks[:, :, : resized[0], : resized[1]]
     masks = functional.interpolate(masks, size, mode="bilinear", align_corners=False)[0]
@@ -186,5 +183,7 @@ def test_folders_that_are_no_detector(mask2former_folder, tmp_path):
     (cut / "config.json").write_bytes((mask2former_folder / "config.json").read_bytes())
     del state["class_predictor.bias"]
     save_file(state, cut / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"cut: class_predictor.bias is missing; .* another network or incomplete"):
+    with pytest.raises(
+        CheckpointError, match=r"cut: class_predictor.bias is missing; .* another network or incomplete"
+    ):
         load_detector(str(cut))

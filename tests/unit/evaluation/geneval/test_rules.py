@@ -202,7 +202,7 @@ def perfect(line):
 def violations(line, found, colours):
     """What each of them makes wrong, with detections and colours that differ from the perfect ones in this alone."""
     limit = 0.9 if line["tag"] == "counting" else 0.3
-    for index, wanted in enumerate(line["include"]):
+    for wanted in line["include"]:
         name = wanted["class"]
         yield "too few", found | {name: found[name][1:]}, colours
         faint = [*found[name][1:], Detection(found[name][0].box, limit)]
