@@ -67,7 +67,10 @@ _NAMES: tuple[tuple[str, str], ...] = (
         rf"{_DECODER_LAYER}\.(?:attentions\.1|self_attn)\.attn\.in_proj_(weight|bias)",
         rf"{_QUERIES}.decoder.layers.\1.self_attn.{{q_proj,k_proj,v_proj}}.\2",
     ),
-    (rf"{_DECODER_LAYER}\.(?:attentions\.1|self_attn)\.attn\.(out_proj)", rf"{_QUERIES}.decoder.layers.\1.self_attn.\2"),
+    (
+        rf"{_DECODER_LAYER}\.(?:attentions\.1|self_attn)\.attn\.(out_proj)",
+        rf"{_QUERIES}.decoder.layers.\1.self_attn.\2",
+    ),
     (rf"{_DECODER_LAYER}\.norms\.0", rf"{_QUERIES}.decoder.layers.\1.cross_attn_layer_norm"),
     (rf"{_DECODER_LAYER}\.norms\.1", rf"{_QUERIES}.decoder.layers.\1.self_attn_layer_norm"),
     (rf"{_DECODER_LAYER}\.norms\.2", rf"{_QUERIES}.decoder.layers.\1.final_layer_norm"),

@@ -65,8 +65,8 @@ def test_a_colour_is_the_mean_of_its_three_texts():
     )
     classifier = ColourClassifier(Words())
     directions = classifier.directions("bus")
-    # "a photo of a red bus": p, r, b; the third text: p, r, o.
-    first, third = np.array([1, 0, 0, 0, 1, 1, 0]) / 3**0.5, np.array([1, 1, 0, 0, 0, 1, 0]) / 3**0.5
+    # "a photo of a red bus" has photo, of, red and bus; the third text has object, another o, and no b.
+    first, third = np.array([1, 1, 0, 0, 1, 1, 0]) / 2, np.array([1, 2, 0, 0, 0, 1, 0]) / 6**0.5
     mean = (2 * first + third) / 3
     assert directions[COLOURS.index("red")].numpy() == pytest.approx(mean / np.linalg.norm(mean), abs=1e-6)
     assert directions.norm(dim=-1).numpy() == pytest.approx(1)

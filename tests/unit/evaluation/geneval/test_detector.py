@@ -95,7 +95,7 @@ def test_a_mask_becomes_a_box_and_a_confidence():
 
 
 def reference(classes, masks, padded, resized, size):
-    """What `instance_postprocess` of mmdetection makes after `predict`, over all pairs at once: labels, boxes, scores, masks."""
+    """What `predict` of mmdetection's fusion head makes, over all pairs at once: classes, boxes, scores, masks."""
     masks = functional.interpolate(masks[None], padded, mode="bilinear", align_corners=False)
     masks = masks[:, :, : resized[0], : resized[1]]
     masks = functional.interpolate(masks, size, mode="bilinear", align_corners=False)[0]
