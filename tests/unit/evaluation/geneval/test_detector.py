@@ -61,14 +61,15 @@ def test_pixels_are_blended_and_normalised():
         pixels = made[:, :60] * std + mean
         assert np.abs(pixels - enlarged).max() < 1.01
         assert np.abs(pixels - pixels.round()).max() < 1e-4
-    # Where it shrinks, only the two nearest pixels count: here 4 and 5, of 0 to 9, at 1/2 each.
-    row = np.zeros((10, 10, 3), dtype=np.uint8)
-    row[4], row[5], row[3], row[6] = 100, 60, 250, 250
-    inputs = Preprocessing(2, 2, 2)(row[None], torch.device("cpu"))
-    # The centres of two halves of ten are at 2 and 7.
-    assert inputs[0, 0, :, 0].numpy() * std[0] + mean[0] == pytest.approx([0, 0])
-    inputs = Preprocessing(1, 1, 1)(row[None], torch.device("cpu"))
-    assert inputs[0, :, 0, 0].numpy() * std + mean == pytest.approx([80] * 3)
+    # Where it shrinks, nothing but the nearest pixels counts: of ten rows in two halves rows 2 and 7, whose centres are
+    # those of the halves; of all ten in one, rows 4 and 5 in equal parts.
+    image = np.zeros((1, 10, 10, 3), dtype=np.uint8)
+    image[0, 3:7] = np.array([250, 100, 60, 250])[:, None, None]
+    inputs = Preprocessing(2, 2, 2)(image, torch.device("cpu"))
+    # Tolerances are of float32 pixels of up to 255.
+    assert inputs[0, 0, :, 0].numpy() * std[0] + mean[0] == pytest.approx([0, 0], abs=1e-4)
+    inputs = Preprocessing(1, 1, 1)(image, torch.device("cpu"))
+    assert inputs[0, :, 0, 0].numpy() * std + mean == pytest.approx([80] * 3, abs=1e-4)
 
 
 def test_a_mask_becomes_a_box_and_a_confidence():
