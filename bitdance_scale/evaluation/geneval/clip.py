@@ -56,8 +56,8 @@ class Clip(nn.Module):
             by_length.setdefault(len(ids), []).append(index)
         rows: dict[int, torch.Tensor] = {}
         for places in by_length.values():
-            ids = torch.tensor([tokens["input_ids"][index] for index in places], device=self.device)
-            features = self.network.text_projection(self.network.text_model(input_ids=ids).pooler_output)
+            inputs = torch.tensor([tokens["input_ids"][index] for index in places], device=self.device)
+            features = self.network.text_projection(self.network.text_model(input_ids=inputs).pooler_output)
             rows.update(zip(places, functional.normalize(features, dim=-1), strict=True))
         return torch.stack([rows[index] for index in range(len(texts))])
 
@@ -74,7 +74,7 @@ def clip_input(image: np.ndarray, side_px: int) -> np.ndarray:
     left, top = (round((length - side_px) / 2) for length in size)
     resized = Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BICUBIC)
     pixels = np.asarray(resized, dtype=np.float32)[top : top + side_px, left : left + side_px] / 255
-    normalised = (pixels - np.float32(_MEAN)) / np.float32(_STD)
+    normalised = (pixels - np.array(_MEAN, dtype=np.float32)) / np.array(_STD, dtype=np.float32)
     return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)
 
 

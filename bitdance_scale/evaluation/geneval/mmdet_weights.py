@@ -28,7 +28,7 @@ from bitdance_scale.torchvision_operators import declare_operators
 from bitdance_scale.weight_files import refuse
 
 _PARTS = ("backbone.", "panoptic_head.")
-# Computed from the size of a window.
+# Whole numbers that follow from the size of a window; versions 4 of transformers read them as if they were weights.
 _INDEX = ".relative_position_index"
 _SWIN = "model.pixel_level_module.encoder"
 _PIXEL = "model.pixel_level_module.decoder"
@@ -43,7 +43,7 @@ _NAMES: tuple[tuple[str, str], ...] = (
     (r"backbone\.patch_embed\.norm", rf"{_SWIN}.embeddings.norm"),
     (rf"{_BLOCK}\.norm1", rf"{_NEW_BLOCK}.layernorm_before"),
     (rf"{_BLOCK}\.norm2", rf"{_NEW_BLOCK}.layernorm_after"),
-    (rf"{_BLOCK}\.attn\.w_msa\.(relative_position_bias_table)", rf"{_NEW_BLOCK}.attention.self.\3"),
+    (rf"{_BLOCK}\.attn\.w_msa\.(relative_position_\w+)", rf"{_NEW_BLOCK}.attention.self.\3"),
     (rf"{_BLOCK}\.attn\.w_msa\.qkv", rf"{_NEW_BLOCK}.attention.self.{{query,key,value}}"),
     (rf"{_BLOCK}\.attn\.w_msa\.proj", rf"{_NEW_BLOCK}.attention.output.dense"),
     (rf"{_BLOCK}\.ffn\.layers\.0\.0", rf"{_NEW_BLOCK}.intermediate.dense"),
@@ -112,11 +112,12 @@ def mmdet_network(path: Path, config: Any = None) -> nn.Module:
     state = content.get("state_dict") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path}: holds no state_dict, as files of mmdetection do")
-    state = {name: value for name, value in state.items() if not str(name).endswith(_INDEX)}
     state = {name: value for name, value in state.items() if str(name).startswith(_PARTS)}
+    indices = {name: state.pop(name) for name in [*state] if name.endswith(_INDEX)}
     # Raises for what is no weight.
     names = [name for name, _ in pickled_specs(path, state)]
     renamed = dict(item for name in names for item in _renamed(name, state[name].float()))
+    renamed |= {str(_new_name(name)): value for name, value in indices.items()}
     odd = [f"{name} is no tensor of Mask2Former with Swin" for name in names if not _new_name(name)]
     refuse(path, odd, "Name mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco_20220504_001756-c9d0c4f2.pth")
     config = config or Mask2FormerConfig(num_labels=len(CLASSES))

@@ -76,7 +76,12 @@ def shapes(version: int) -> dict[str, tuple[int, ...]]:
 def state_dict(version: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     state = {name: torch.randn(shape, generator=generator) for name, shape in shapes(version).items()}
-    state["backbone.stages.0.blocks.0.attn.w_msa.relative_position_index"] = torch.zeros(16, 16, dtype=torch.int64)
+    # Offsets of rows and columns between two places in a window, counted from the smallest.
+    places = torch.cartesian_prod(torch.arange(WINDOW), torch.arange(WINDOW))
+    offsets = places[:, None] - places[None] + WINDOW - 1
+    for name in [name for name in state if name.endswith("bias_table")]:
+        index = offsets[..., 0] * (2 * WINDOW - 1) + offsets[..., 1]
+        state[name.replace("bias_table", "index")] = index
     return state
 
 
