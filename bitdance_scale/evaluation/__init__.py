@@ -4,9 +4,14 @@ pixels.py     PSNR and SSIM of pairs of images
 inception.py  the features that sets of images are compared by
 frechet.py    the distance of two sets of features
 clip.py       embeddings of images and texts
+image_array.py  sets of images as one .npz
+pretrained.py   networks of transformers, whole or not at all
 page.py       tables and pictures in one HTML file
 
-distributions/ has the scores of sets of generated images: FID, sFID, Inception Score, precision, recall, CLIP score.
+benchmarks/     prompts of benchmarks, and folders of their pictures
+distributions/  scores of sets of generated images: FID, sFID, Inception Score, precision, recall, CLIP score
+geneval/        GenEval's scorer
+questions/      benchmarks that are scored by asking a model about images
 
 LPIPS is in `vision/perceptual.py`, because training uses it as well.
 """

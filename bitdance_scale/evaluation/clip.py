@@ -2,7 +2,7 @@
 
 Images are prepared here and not by transformers, whose image processors need torchvision since its version 5: the
 shorter side is resized to that of the network with Pillow's bicubic filter, the middle is cropped, and values are
-normalised, as `CLIPImageProcessorPil` does.
+normalised, as open_clip does for OpenAI's weights (mlfoundations/open_clip, src/open_clip/transform.py, constants.py).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from PIL import Image
 from torch import nn
 
 from bitdance_scale.errors import CheckpointError
+from bitdance_scale.evaluation.pretrained import check_report, reading
 from bitdance_scale.torchvision_operators import declare_operators
-from bitdance_scale.wording import first_few
 
 _MODEL_TYPE = "clip"
 # Of the red, green and blue of OpenAI's training images; CLIP models of others were trained with the same.
@@ -53,7 +53,7 @@ class Clip(nn.Module):
         Raises:
             ValueError: there is no image, or one is not uint8 [H, W, 3].
         """
-        pixels = torch.stack([self._prepare(image) for image in images]).to(self.device)
+        pixels = torch.from_numpy(np.stack([clip_input(image, self.image_px) for image in images])).to(self.device)
         found = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
         return nn.functional.normalize(found, dim=-1)
 
@@ -79,16 +79,26 @@ class Clip(nn.Module):
         """Whether a text has more tokens than the network takes, 77 of which the marks of start and end are two."""
         return len(self._tokenizer(text, truncation=False, verbose=False)["input_ids"]) > self.text_tokens
 
-    def _prepare(self, image: np.ndarray) -> torch.Tensor:
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
-            raise ValueError(f"an image is {image.dtype} {list(image.shape)}, expected uint8 [height, width, 3]")
-        side, (height, width) = self.image_px, image.shape[:2]
-        short = min(height, width)
-        size = (side * width // short, side * height // short)
-        resized = np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BICUBIC))
-        top, left = ((length - side) // 2 for length in resized.shape[:2])
-        values = torch.from_numpy(resized[top : top + side, left : left + side].copy()).float() / 255
-        return ((values - torch.tensor(_MEAN)) / torch.tensor(_STD)).permute(2, 0, 1)
+
+def clip_input(image: np.ndarray, side_px: int) -> np.ndarray:
+    """An image uint8 [H, W, 3] as CLIP wants it, float32 [3, side, side]: the middle, the shorter side made `side_px`.
+
+    Sizes and places are rounded as by torchvision's `Resize` and `CenterCrop`, the latter to even numbers, where
+    transformers rounds down.
+
+    Raises:
+        ValueError: it is no such image.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+        raise ValueError(f"an image is {image.dtype} {list(image.shape)}, expected uint8 [height, width, 3]")
+    height, width = image.shape[:2]
+    short = min(width, height)
+    size = side_px * width // short, side_px * height // short
+    left, top = (round((length - side_px) / 2) for length in size)
+    resized = Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BICUBIC)
+    pixels = np.asarray(resized, dtype=np.float32)[top : top + side_px, left : left + side_px] / 255
+    normalised = (pixels - np.array(_MEAN, dtype=np.float32)) / np.array(_STD, dtype=np.float32)
+    return np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)
 
 
 def load_clip(name: str) -> Clip:
@@ -106,22 +116,16 @@ def load_clip(name: str) -> Clip:
     from transformers import AutoTokenizer, CLIPModel, PretrainedConfig
 
     fix = f"name the folder of a CLIP model with its tokenizer, or its name on the hub such as {_EXAMPLE}"
-    try:
+    with reading(name):
         kind = PretrainedConfig.get_config_dict(name)[0].get("model_type")
-        if kind != _MODEL_TYPE:
-            raise CheckpointError(f"{name}: is a model of type {kind!r}, expected {_MODEL_TYPE!r}; {fix}")
+    if kind != _MODEL_TYPE:
+        raise CheckpointError(f"{name}: is a model of type {kind!r}, expected {_MODEL_TYPE!r}; {fix}")
+    with reading(name):
         model, report = CLIPModel.from_pretrained(
             name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        # The library raises what it happens on in a damaged file, and some of it is of no type but this one.
-        raise CheckpointError(f"{name}: cannot be read as CLIP ({type(error).__name__}: {error}); {fix}") from error
-    missing = [*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])]
-    if missing:
-        raise CheckpointError(f"{name}: its weights are not all there ({first_few(sorted(missing))}); {fix}")
+    check_report(name, report)
     wanted = model.config.text_config.vocab_size
     if len(tokenizer) != wanted:
         raise CheckpointError(f"{name}: its tokenizer has {len(tokenizer)} entries and its network {wanted}; {fix}")

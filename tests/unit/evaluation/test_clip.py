@@ -125,13 +125,13 @@ def test_folders_that_are_no_clip(folder, tmp_path):
     save_file(
         {k: v for k, v in state.items() if "visual_projection" not in k}, half / "model.safetensors", {"format": "pt"}
     )
-    with pytest.raises(CheckpointError, match=r"half: its weights are not all there \(visual_projection.weight\)"):
+    with pytest.raises(CheckpointError, match=r"half: visual_projection.weight is missing; the weights are of another"):
         load_clip(str(half))
 
     pickled = changed("pickled")
     torch.save(state, pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"pickled: cannot be read as CLIP \(OSError"):
+    with pytest.raises(CheckpointError, match=r"pickled: OSError"):
         load_clip(str(pickled))
 
     fewer = changed("fewer")
@@ -140,5 +140,5 @@ def test_folders_that_are_no_clip(folder, tmp_path):
     (fewer / "vocab.json").write_text(json.dumps(shorter), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"fewer: its tokenizer has 53 entries and its network 54"):
         load_clip(str(fewer))
-    with pytest.raises(CheckpointError, match=r"cannot be read as CLIP"):
+    with pytest.raises(CheckpointError, match=r"OSError|ValueError"):
         load_clip(str(tmp_path / "missing"))
