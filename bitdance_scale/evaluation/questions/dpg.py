@@ -8,8 +8,8 @@ The rules were checked against `dpg_bench/compute_dpg_bench.py` of github.com/Te
 - zeroes in the order of the rows, so that a parent that is itself zeroed later has counted as answered "yes";
 - takes the scores of categories from the last image of a prompt, and before zeroing.
 
-`published` scores repeat this, for comparison with figures of others, on one process: with several, the script mixes its
-categories. `corrected` scores do none of it. An answer that is neither yes nor no counts as no in both.
+`published` scores repeat this, for comparison with figures of others, on one process: with several, the script mixes
+its categories. `corrected` scores do none of it. An answer that is neither yes nor no counts as no in both.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def read_questions(path: Path) -> DpgQuestions:
         text = decode_utf8(path.read_bytes())
     except FileNotFoundError as error:
         raise DataError(
-            f"{path}: there is no such file; name the dpg_bench.csv of github.com/TencentQQGYLab/ELLA"
+            f"{path}: there is no such file; name dpg_bench.csv of github.com/TencentQQGYLab/ELLA"
         ) from error
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error

@@ -49,8 +49,8 @@ def match_images(folder: Path, names: Collection[str], questions: str) -> dict[s
     missing = [name for name in names if name not in found]
     if missing:
         raise DataError(
-            f"{folder}: no images of {len(missing)} of the {len(names)} ids in {questions} ({first_few(missing)}); draw "
-            f"them as {missing[0]}{SUFFIXES[0]}"
+            f"{folder}: no images of {len(missing)} of the {len(names)} ids in {questions} ({first_few(missing)}); "
+            f"draw them as {missing[0]}{SUFFIXES[0]}"
         )
     unknown = sorted(found.keys() - set(names))
     if unknown:

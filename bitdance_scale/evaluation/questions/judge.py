@@ -32,7 +32,9 @@ _MAX_EXAMPLES = 20
 _SHOWN_CHARACTERS = 80
 _ONE_WORD = "Answer with one word, yes or no."
 # The word alone, or with a sentence or a reason after it. "no idea", "yes and no" and "yes/no" are neither.
-_YES_OR_NO = re.compile(r"[\W_]*(yes|no)(?=[ \t*_\"'”’)\]]*(?:$|[.,:;!\n(]|[-–—][\s\d]))", re.IGNORECASE)
+_YES_OR_NO = re.compile(
+    r"[\W_]*(yes|no)(?=[ \t*_\"'\u201d\u2019)\]]*(?:$|[.,:;!\n(]|[-\u2013\u2014][\s\d]))", re.IGNORECASE
+)
 _FIELDS = ("image", "question", "model", "protocol", "answer")
 
 Result = TypeVar("Result")

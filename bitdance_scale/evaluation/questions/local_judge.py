@@ -51,7 +51,7 @@ class _LocalJudge(Judge):
 
 
 class QuestionAnsweringJudge(_LocalJudge):
-    """ViLT (Kim et al., arXiv 2102.03334), BLIP (Li et al., arXiv 2201.12086) and their like, which give a short answer."""
+    """ViLT (Kim et al., arXiv 2102.03334), BLIP (Li et al., arXiv 2201.12086) and the like: short answers."""
 
     protocol = "transformers visual question answering, greedy, version 1"
     follows_instructions = False
@@ -169,7 +169,7 @@ def _check_kind(judge: Judge, source: str, model: Any, processor: Any) -> None:
         processor.tokenizer.padding_side = "left"
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    elif not hasattr(model, "generate") and not _ANSWERS <= {*model.config.id2label.values()}:
+    elif not hasattr(model, "generate") and not _ANSWERS.issubset(model.config.id2label.values()):
         raise JudgeError(
             f"{source}: has {len(model.config.id2label)} answers, of which yes and no are none; name a model that was "
             "trained on VQA v2"
