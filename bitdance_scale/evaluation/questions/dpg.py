@@ -114,9 +114,7 @@ def read_questions(path: Path) -> DpgQuestions:
     try:
         text = decode_utf8(path.read_bytes())
     except FileNotFoundError as error:
-        raise DataError(
-            f"{path}: there is no such file; name dpg_bench.csv of github.com/TencentQQGYLab/ELLA"
-        ) from error
+        raise DataError(f"{path}: there is no such file; name the benchmark's dpg_bench.csv") from error
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
     reader = csv.DictReader(io.StringIO(text, newline=""))

@@ -66,7 +66,8 @@ class QuestionAnsweringJudge(_LocalJudge):
             padding=True,
             truncation=True,
             max_length=_max_tokens(self._model.config, tokenizer),
-        ).to(self._model.device, self._model.dtype)
+        )
+        inputs = _moved(inputs, self._model)
         if not hasattr(self._model, "generate"):
             best = self._model(**inputs).logits.argmax(-1)
             return [self._model.config.id2label[number] for number in best.tolist()]
@@ -83,21 +84,24 @@ class ChatJudge(_LocalJudge):
 
     def _answers(self, batch: list[Asked]) -> list[str]:
         chats = [
-            [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
-            for image, question in batch
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+            for _, question in batch
         ]
-        inputs = self._processor.apply_chat_template(
-            chats,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
+        texts = self._processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+        # Most templates begin with the token that the tokenizer would begin with.
+        beginning = self._processor.tokenizer.bos_token
+        inputs = self._processor(
+            images=[[image] for image, _ in batch],
+            text=texts,
+            padding=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(self._model.device, self._model.dtype)
+            add_special_tokens=not (beginning and texts[0].startswith(beginning)),
+        )
+        inputs = _moved(inputs, self._model)
         tokens = self._model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=_MAX_NEW_TOKENS)
         answers = tokens[:, inputs["input_ids"].shape[1] :]
-        texts: list[str] = self._processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        said: list[str] = self._processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [text.strip() for text in said]
 
 
 def load_judge(
@@ -154,8 +158,8 @@ def _load_processor(transformers: Any, source: str) -> Any:
     except ImportError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ConfigError(
-            f"{source}: its processor needs a package that is not installed ({lines[0] if lines else error}); most need "
-            "`pip install torchvision`, built for the torch that is installed"
+            f"{source}: its processor needs a package that is not installed ({lines[0] if lines else error}); most "
+            "need `pip install torchvision`, built for the torch that is installed"
         ) from error
 
 
@@ -180,3 +184,9 @@ def _max_tokens(config: Any, tokenizer: Any) -> int:
     """The longest question that a network takes."""
     text = getattr(config, "text_config", config)
     return int(min(getattr(text, "max_position_embeddings", tokenizer.model_max_length), tokenizer.model_max_length))
+
+
+def _moved(inputs: Any, model: Any) -> dict[str, Any]:
+    """Inputs on the model's device, and those that are no indices in its dtype."""
+    moved = {name: value.to(model.device) for name, value in inputs.items()}
+    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in moved.items()}

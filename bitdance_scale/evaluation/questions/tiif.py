@@ -195,8 +195,8 @@ def find_images(root: Path, model: str, items: Sequence[TiifItem]) -> dict[tuple
         raise DataError(f"{root}: {len(missing)} images are missing ({first_few(missing)}); draw them first")
     if unknown:
         raise DataError(
-            f"{root}: {len(unknown)} images have no questions ({first_few(unknown)}); the index of an image is the line "
-            "of its questions, from 0"
+            f"{root}: {len(unknown)} images have no questions ({first_few(unknown)}); the index of an image is the "
+            "line of its questions, from 0"
         )
     return found
 

@@ -124,7 +124,9 @@ def test_published_scores_lack_the_first_row(tmp_path):
     assert corrected_scores(questions, answers).score == 50
     assert published_scores(questions, answers).score == 100
     # An item of this row alone has no score at all.
-    questions = read_questions(write(tmp_path, ("a", 1, "0", "entity - whole (x)"), ("b", 1, "0", "entity - whole (y)")))
+    questions = read_questions(
+        write(tmp_path, ("a", 1, "0", "entity - whole (x)"), ("b", 1, "0", "entity - whole (y)"))
+    )
     answers = {"a": [{1: True}], "b": [{1: False}]}
     published = published_scores(questions, answers)
     assert (published.score, published.left_out) == (0, ("a",))
@@ -164,7 +166,9 @@ def test_published_scores_have_the_last_rows_of_an_item_in_two_places(tmp_path):
 
 def test_unequal_dependencies_that_lead_back_are_refused(tmp_path):
     rows = [("a", 1, "0", "e (x)"), ("a", 2, "3", "e (y)"), ("a", 3, "2", "e (z)")]
-    with pytest.raises(DataError, match=r"propositions 2, 3 of item a \(from line \d+\) depend on themselves in a cycle"):
+    with pytest.raises(
+        DataError, match=r"propositions 2, 3 of item a \(from line \d+\) depend on themselves in a cycle"
+    ):
         read_questions(write(tmp_path, *rows))
     with pytest.raises(DataError, match="propositions 1 of item a .* depend on themselves"):
         read_questions(write(tmp_path, ("a", 1, "1", "e (x)")))
@@ -173,7 +177,10 @@ def test_unequal_dependencies_that_lead_back_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("row", "match"),
     [
-        (("a", 2, "7", "e (x)"), r"line \d+ depends on proposition 7, which item a does not have; its propositions are 1, 2"),
+        (
+            ("a", 2, "7", "e (x)"),
+            r"line \d+ depends on proposition 7, which item a does not have; its propositions are 1, 2",
+        ),
         (("a", 1, "0", "e (x)"), r"lines \d+ and \d+ both are proposition 1 of item a"),
         (("a", "one", "0", "e (x)"), r"line \d+ has proposition_id 'one' and dependency '0', expected a number"),
         (("a", 2, "1;2", "e (x)"), r"line \d+ has proposition_id '2' and dependency '1;2'"),
@@ -187,7 +194,9 @@ def test_rows_against_the_rules(tmp_path, row, match):
 
 def test_other_files_are_refused(tmp_path):
     path = write(tmp_path, columns=("category", "id", "prompt"))
-    with pytest.raises(DataError, match="has no column item_id, text.*but category, id, prompt; name the dpg_bench.csv"):
+    with pytest.raises(
+        DataError, match="has no column item_id, text.*but category, id, prompt; name the dpg_bench.csv"
+    ):
         read_questions(path)
     path.write_text("", encoding="utf-8")
     with pytest.raises(DataError, match="has no column item_id"):
@@ -224,7 +233,11 @@ def test_a_benchmark_from_files_to_scores(tmp_path):
     images = match_images(folder, list(questions.prompts), str(questions.source))
     report = measure_dpg(questions, images, judge, max_unclear_share=0.1)
     assert len(judge.heard) == 4 * 5
-    assert (report.unclear.asked, report.unclear.number, report.unclear.examples) == (20, 1, ["'first 1?' -> 'perhaps'"])
+    assert (report.unclear.asked, report.unclear.number, report.unclear.examples) == (
+        20,
+        1,
+        ["'first 1?' -> 'perhaps'"],
+    )
     assert report.answers["first"][3] == {1: None}
     assert report.corrected.prompts == {"first": 75, "shark": pytest.approx(62.5)}
     assert report.corrected.score == pytest.approx(68.75)

@@ -140,7 +140,7 @@ def test_what_passes_is_tried_again(server):
     started = time.monotonic()
     assert judge_at(server).answer([image()] * 7, questions) == ["no"] * 7
     assert time.monotonic() - started < 10
-    counts = {question: 0 for question in questions}
+    counts = dict.fromkeys(questions, 0)
     for request in server.requests:
         counts[request["messages"][0]["content"][0]["text"]] += 1
     assert counts == {**dict.fromkeys(questions, 3), "slow": 2}

@@ -56,7 +56,9 @@ def test_too_many_unclear_answers_are_an_error_with_share_and_examples():
     unclear = Unclear(judge.model, max_share=0.05)
     said = ask_yes_no(judge, [(image(0), f"q{n}") for n in range(10)], unclear)
     assert said == [False] * 3 + [None] + [False] * 6
-    with pytest.raises(JudgeError, match=r"a-judge: answered 1 of 10 questions \(10.0%\).*at most 5.0%.*'q3' -> 'a dog'"):
+    with pytest.raises(
+        JudgeError, match=r"a-judge: answered 1 of 10 questions \(10.0%\).*at most 5.0%.*'q3' -> 'a dog'"
+    ):
         unclear.check()
     unclear.max_share = 0.1
     unclear.check()
@@ -78,7 +80,11 @@ def test_kept_answers_are_not_asked_again(tmp_path):
         assert kept.num_asked == 3
     with KeptAnswers(judge, path) as kept:
         # One of a new question amid known ones.
-        assert kept.answer([*images, image(1), images[0]], [*questions, "d", "a"]) == [*first, "1 d \u00e9\ud83d", first[0]]
+        assert kept.answer([*images, image(1), images[0]], [*questions, "d", "a"]) == [
+            *first,
+            "1 d \u00e9\ud83d",
+            first[0],
+        ]
         assert kept.num_asked == 1
     assert len(judge.heard) == 4
     record = json.loads(path.read_text("utf-8", "surrogatepass").splitlines()[0])
