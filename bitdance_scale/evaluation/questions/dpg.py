@@ -122,7 +122,7 @@ def read_questions(path: Path) -> DpgQuestions:
     missing = [name for name in _COLUMNS if name not in columns]
     if missing:
         raise DataError(
-            f"{path}: has no column {', '.join(missing)}, but {', '.join(columns) or 'nothing'}; name the dpg_bench.csv "
+            f"{path}: has no column {', '.join(missing)}, but {', '.join(columns) or 'nothing'}; name dpg_bench.csv "
             "of DPG-Bench"
         )
     rows: list[tuple[str, Proposition]] = []
@@ -161,7 +161,7 @@ def _read_row(row: Mapping[str, str | None], path: Path, line: int) -> tuple[str
 
 
 def _parents_first(item: str, propositions: Sequence[Proposition], path: Path) -> tuple[Proposition, ...]:
-    """The propositions of an item in an order in which parents come before what depends on them.
+    """The propositions of an item, in the order of rows but with parents before what depends on them.
 
     Raises:
         DataError: ids come twice, parents are unknown, or propositions depend on themselves.
@@ -183,14 +183,16 @@ def _parents_first(item: str, propositions: Sequence[Proposition], path: Path) -
             )
     ordered: dict[int, Proposition] = {}
     while len(ordered) < len(by_number):
-        ready = [p for p in propositions if p.number not in ordered and all(q in ordered for q in p.parents)]
-        if not ready:
+        num_before = len(ordered)
+        for proposition in propositions:
+            if all(parent in ordered for parent in proposition.parents):
+                ordered.setdefault(proposition.number, proposition)
+        if len(ordered) == num_before:
             left = [p for p in propositions if p.number not in ordered]
             raise DataError(
                 f"{path}: propositions {', '.join(str(p.number) for p in left)} of item {item} (from line "
                 f"{left[0].line}) depend on themselves in a cycle; no dependency may lead back"
             )
-        ordered |= {proposition.number: proposition for proposition in ready}
     return tuple(ordered.values())
 
 

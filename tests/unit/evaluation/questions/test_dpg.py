@@ -195,7 +195,7 @@ def test_rows_against_the_rules(tmp_path, row, match):
 def test_other_files_are_refused(tmp_path):
     path = write(tmp_path, columns=("category", "id", "prompt"))
     with pytest.raises(
-        DataError, match="has no column item_id, text.*but category, id, prompt; name the dpg_bench.csv"
+        DataError, match="has no column item_id, text.*but category, id, prompt; name dpg_bench.csv of DPG-Bench"
     ):
         read_questions(path)
     path.write_text("", encoding="utf-8")

@@ -76,7 +76,7 @@ def test_lines_against_the_rules(tmp_path, content, match):
 def test_folders_against_the_rules(tmp_path):
     with pytest.raises(DataError, match="has no .jsonl files"):
         read_questions(tmp_path)
-    with pytest.raises(DataError, match="style2_eval_prompts.jsonl: has the type style, as .*style_eval_prompts"):
+    with pytest.raises(DataError, match="style_eval_prompts.jsonl: has the type style, as .*style2_eval_prompts"):
         read_questions(write(tmp_path, style=line(), style2=line()))
 
 
