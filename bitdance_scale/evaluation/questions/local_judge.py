@@ -19,6 +19,8 @@ from bitdance_scale.torchvision_operators import declare_operators
 from bitdance_scale.wording import first_few
 
 _MAX_NEW_TOKENS = 512
+# Of networks for question answering, which were trained on answers of a word or two.
+_MAX_SHORT_TOKENS = 10
 _ANSWERS = frozenset({"yes", "no"})
 
 
@@ -71,7 +73,7 @@ class QuestionAnsweringJudge(_LocalJudge):
         if not hasattr(self._model, "generate"):
             best = self._model(**inputs).logits.argmax(-1)
             return [self._model.config.id2label[number] for number in best.tolist()]
-        tokens = self._model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=_MAX_NEW_TOKENS)
+        tokens = self._model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=_MAX_SHORT_TOKENS)
         texts: list[str] = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
 

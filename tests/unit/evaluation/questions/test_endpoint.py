@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import threading
-import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -19,7 +18,8 @@ from bitdance_scale.evaluation.questions.endpoint import EndpointJudge, Patience
 from bitdance_scale.evaluation.questions.judge import JudgeError, KeptAnswers
 
 KEY = "sk-very-secret-0123456789"
-QUICK = Patience(timeout_s=0.5, num_tries=4, first_wait_s=0.01)
+# Servers answer late where cores are busy.
+QUICK = Patience(timeout_s=60, num_tries=4, first_wait_s=0.01)
 
 
 class Server(ThreadingHTTPServer):
@@ -121,8 +121,6 @@ def test_what_is_sent(server, monkeypatch):
 
 def test_what_passes_is_tried_again(server):
     def behave(count, question):
-        if question == "slow" and count == 1:
-            time.sleep(0.7)
         if count > 2:
             return "no"
         return {
@@ -132,18 +130,33 @@ def test_what_passes_is_tried_again(server):
             "gone": None,
             "nonsense": (200, "<html>busy</html>"),
             "other": (200, '{"choices": []}'),
-            "slow": "no",
         }[question]
 
     server.behave = behave
-    questions = ["429", "500", "503", "gone", "nonsense", "other", "slow"]
-    started = time.monotonic()
-    assert judge_at(server).answer([image()] * 7, questions) == ["no"] * 7
-    assert time.monotonic() - started < 10
+    questions = ["429", "500", "503", "gone", "nonsense", "other"]
+    assert judge_at(server).answer([image()] * 6, questions) == ["no"] * 6
     counts = dict.fromkeys(questions, 0)
     for request in server.requests:
         counts[request["messages"][0]["content"][0]["text"]] += 1
-    assert counts == {**dict.fromkeys(questions, 3), "slow": 2}
+    assert counts == dict.fromkeys(questions, 3)
+
+
+def test_a_silent_server_is_tried_again(server):
+    goes_on = threading.Event()
+
+    def behave(count, question):
+        if count == 1:
+            goes_on.wait(60)
+            return None
+        return "no"
+
+    server.behave = behave
+    patience = Patience(timeout_s=0.3, num_tries=50, first_wait_s=0.01)
+    try:
+        assert judge_at(server, patience=patience).answer([image()], ["a"]) == ["no"]
+    finally:
+        goes_on.set()
+    assert len(server.requests) >= 2
 
 
 def test_what_stays_is_an_error_after_so_many_tries(server):
@@ -159,13 +172,15 @@ def test_what_stays_is_an_error_after_so_many_tries(server):
 
 def test_requests_under_way_are_bounded(server):
     def behave(count, question):
-        time.sleep(0.03)
+        # Three must be there at once, or it never ends.
+        together.wait(60)
         return question
 
+    together = threading.Barrier(3)
     server.behave = behave
     questions = [str(number) for number in range(12)]
     assert judge_at(server, max_in_flight=3).answer([image()] * 12, questions) == questions
-    assert 2 <= server.most_under_way <= 3
+    assert server.most_under_way == 3
 
 
 def test_a_run_that_ends_goes_on_and_a_finished_one_asks_nothing(server, tmp_path):
@@ -195,7 +210,7 @@ def test_a_refused_key_is_an_error_without_the_key(server, monkeypatch, tmp_path
     for question in refusals:
         with (
             pytest.raises(JudgeError) as error,
-            KeptAnswers(judge_at(server, monkeypatch, patience=Patience(1, 1)), path) as kept,
+            KeptAnswers(judge_at(server, monkeypatch, patience=Patience(60, 1)), path) as kept,
         ):
             kept.answer([image()], [question])
         messages.append(f"{error.value} {error.value.__cause__}")

@@ -97,9 +97,14 @@ def test_a_network_that_writes_its_answer(tmp_path):
     size = {"height": 32, "width": 32}
     BlipProcessor(BlipImageProcessor(size=size), tokenizer(tmp_path)).save_pretrained(tmp_path)
     judge = load_judge(str(tmp_path), CPU, batch_size=2)
-    # It ends at once but for the word with the largest bias.
-    said = judge.answer(images(3), ["is it red?", "is it a cat?", "is it?"])
-    assert len(said) == 3 and all(isinstance(word, str) for word in said)
+    # The word with the largest bias, again and again; nothing where that is the end.
+    predictions = judge._model.text_decoder.cls.predictions
+    for number, starts_with in ((7, "red red"), (3, "")):
+        with torch.no_grad():
+            for bias in (predictions.bias, predictions.decoder.bias):
+                bias.copy_(1000 * torch.nn.functional.one_hot(torch.tensor(number), len(WORDS)))
+        said = judge.answer(images(3), ["is it red?", "is it a cat?", "is it?"])
+        assert len(said) == 3 and all(text.startswith(starts_with) and bool(text) == bool(starts_with) for text in said)
 
 
 def test_a_package_that_a_processor_lacks_is_named(vilt, monkeypatch):

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,9 +19,8 @@ from bitdance_scale.evaluation.questions.tiif import (
     read_questions,
     scores_of,
 )
+from tests.benchmark_data import benchmark_data
 from tests.unit.evaluation.questions.saying import Saying
-
-PUBLISHED = Path(__file__).parents[5] / "shared" / "benchmark_data" / "tiif_testmini_eval_prompts"
 
 
 def line(dimension="style", questions=("Is it?",), answers=("yes",), **changes) -> str:
@@ -186,9 +183,8 @@ def test_images_and_items_must_match(small):
         find_images(root, "theirs", items)
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published questions are not at hand")
 def test_the_published_questions_are_read():
-    items = read_questions(PUBLISHED)
+    items = read_questions(benchmark_data("tiif_testmini_eval_prompts"))
     assert (len(items), sum(len(item.questions) for item in items)) == (277, 1446)
     assert {item.dimension for item in items} == {*DIMENSIONS}
     assert sum(wanted is False for item in items for wanted in item.expected) == 34
