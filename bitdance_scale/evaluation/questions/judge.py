@@ -284,12 +284,13 @@ def _read_answers(path: Path) -> tuple[dict[tuple[str, ...], str], bool]:
         except ValueError:
             continue
         values = [record.get(name) for name in _FIELDS] if isinstance(record, dict) else []
-        if not values or not all(isinstance(value, str) for value in values):
+        texts = [value for value in values if isinstance(value, str)]
+        if len(texts) < len(_FIELDS):
             raise JudgeError(
                 f"{path}: line {number} is no answer of a judge, whose fields are {', '.join(_FIELDS)}; name another "
                 "file, or one that does not exist yet"
             )
-        answers[tuple(values[:-1])] = values[-1]
+        answers[tuple(texts[:-1])] = texts[-1]
     if not answers and len(lines) > 2:
         raise JudgeError(f"{path}: holds no answers of a judge; name another file, or one that does not exist yet")
     return answers, bool(lines[-1])

@@ -104,6 +104,8 @@ def test_a_network_that_writes_its_answer(tmp_path):
             for bias in (predictions.bias, predictions.decoder.bias):
                 bias.copy_(1000 * torch.nn.functional.one_hot(torch.tensor(number), len(WORDS)))
         said = judge.answer(images(3), ["is it red?", "is it a cat?", "is it?"])
+        # Published tokenizers leave out the token that answers begin with.
+        said = [text.removeprefix("[DEC]").strip() for text in said]
         assert len(said) == 3 and all(text.startswith(starts_with) and bool(text) == bool(starts_with) for text in said)
 
 
