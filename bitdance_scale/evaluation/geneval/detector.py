@@ -21,8 +21,8 @@ from bitdance_scale.errors import CheckpointError
 from bitdance_scale.evaluation.geneval.classes import CLASSES, COCO_CLASSES
 from bitdance_scale.evaluation.geneval.mmdet_weights import mmdet_network
 from bitdance_scale.evaluation.geneval.preprocessing import Preprocessing
-from bitdance_scale.evaluation.pretrained import load_network
 from bitdance_scale.evaluation.geneval.rules import CONFIDENCE, Detection
+from bitdance_scale.evaluation.pretrained import load_network
 from bitdance_scale.torchvision_operators import declare_operators
 
 # mmdetection's `max_per_image`: pairs of query and class that are looked at.
