@@ -1,6 +1,6 @@
 """Judges that transformers loads: networks for visual question answering, and chat models that see images.
 
-With `sequence/tokens.py` and `generate/` this is a home of transformers. Answers are greedy.
+Answers are greedy.
 """
 
 from __future__ import annotations
