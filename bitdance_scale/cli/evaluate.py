@@ -1,0 +1,16 @@
+"""Benchmarks of trained models: `bitdance evaluate draw`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from bitdance_scale.cli.command import Command, run_group
+
+COMMANDS: Mapping[str, Command] = {
+    "draw": Command("draw the images of a benchmark, as its own scorer reads them", "evaluate_draw"),
+}
+
+
+def main(arguments: Sequence[str] | None, prog: str | None) -> int:
+    """The group; returns the exit code."""
+    return run_group(COMMANDS, arguments or [], prog or "evaluate", "Benchmarks of trained models.")

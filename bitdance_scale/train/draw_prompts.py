@@ -1,0 +1,228 @@
+"""Draws the prompts of a benchmark, shared out over the ranks of a job, into the folder that its scorer reads.
+
+Which images are drawn together depends on the prompts and the size of batches alone, and an image has a seed of its
+own. So the bytes of a drawing do not depend on the number of replicas, on their order, nor on how often it was stopped:
+a batch of which an image is missing is drawn again whole, and only what is missing is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitdance_scale.config.schema import ParallelSection
+from bitdance_scale.errors import TrainingError
+from bitdance_scale.evaluation.benchmarks.benchmark import Benchmark
+from bitdance_scale.evaluation.benchmarks.image_folder import ImageFolder
+from bitdance_scale.evaluation.benchmarks.manifest import Drawing, begin_drawing
+from bitdance_scale.evaluation.benchmarks.prompt import Prompt, image_seed
+from bitdance_scale.parallel.agreement import all_ranks, any_rank, on_first_rank
+from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopRequest
+from bitdance_scale.train.prompt_models import PromptModel
+from bitdance_scale.train.run import joined_ranks
+from bitdance_scale.train.run_lock import RunLock
+
+logger = logging.getLogger(__name__)
+
+_WAIT_S = 14 * 24 * 3600.0
+_BEAT_S = 5.0
+_LOG_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class PromptDrawing:
+    """What is drawn.
+
+    Attributes:
+        out: the folder.
+        benchmark: lays it out.
+        prompts: of the benchmark.
+        model_name: what the model is called in paths.
+        drawing: all that decides the images, as `drawing.json` has it.
+        batch_size: images that a replica draws together.
+    """
+
+    out: Path
+    benchmark: Benchmark
+    prompts: Sequence[Prompt]
+    model_name: str
+    drawing: Drawing
+    batch_size: int
+
+
+Place = tuple[int, int]
+"""An image: (number of its prompt, its number among those of the prompt)."""
+
+
+def shares(prompts: Sequence[Prompt], batch_size: int) -> list[list[list[Place]]]:
+    """All images in order, as shares that a replica draws one after another, each of batches of images.
+
+    A share has whole prompts, because the pictures of a prompt may be one file: as many as fill a batch, or one prompt
+    of more images in several batches.
+    """
+    found: list[list[list[Place]]] = []
+    for number, prompt in enumerate(prompts):
+        places = [(number, k) for k in range(prompt.num_images)]
+        if found and len(found[-1]) == 1 and len(found[-1][0]) + len(places) <= batch_size:
+            found[-1][0].extend(places)
+        else:
+            found.append([places[start : start + batch_size] for start in range(0, len(places), batch_size)])
+    return found
+
+
+def run_draw_prompts(drawing: PromptDrawing, parallel: ParallelSection, load: Callable[[Topology], PromptModel]) -> int:
+    """Draws what is missing of a drawing; the replicas of this job share out the batches.
+
+    Args:
+        drawing: what is drawn.
+        parallel: layout of a replica.
+        load: the model on a rank; called only if something is missing.
+
+    Returns:
+        The exit code (`process.py`).
+
+    Raises:
+        BitDanceError: on all ranks, what the user can mend.
+    """
+    # There is no run folder for a log file.
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    with joined_ranks(parallel, timeout_s=_WAIT_S) as topology, StopRequest() as stop, contextlib.ExitStack() as opened:
+        # Refused before a lock is written into what may be somebody's folder.
+        on_first_rank(lambda: begin_drawing(drawing.out, drawing.drawing))
+        with all_ranks():
+            if topology.rank == 0:
+                opened.enter_context(_held(RunLock(drawing.out)))
+        layout = drawing.benchmark.layout(drawing.model_name)
+        folder = ImageFolder(drawing.out, layout, drawing.prompts, drawing.drawing.size_px)
+        missing = on_first_rank(lambda: _missing(drawing, folder))
+        if missing:
+            with all_ranks():
+                model = load(topology)
+            if not _draw(drawing, folder, model, missing, topology, stop):
+                logger.warning("stopped on request; run again to draw the rest")
+                return EXIT_REQUEUE
+        with all_ranks():
+            if topology.rank == 0:
+                folder.finish()
+                logger.info("%s: all images of %d prompts are there", drawing.out, len(drawing.prompts))
+    return EXIT_COMPLETE
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Images that are drawn together.
+
+    Attributes:
+        places: the images.
+        missing: those of them that are written.
+    """
+
+    places: Sequence[Place]
+    missing: frozenset[Place]
+
+
+def _missing(drawing: PromptDrawing, folder: ImageFolder) -> list[list[_Batch]]:
+    """The batches of every share of which an image is missing; shares without one are left out."""
+    state = folder.state()
+    state.refuse_foreign()
+    lacking = {prompt_id: frozenset(numbers) for prompt_id, numbers in state.to_draw.items()}
+    found = []
+    for share in shares(drawing.prompts, drawing.batch_size):
+        batches = [
+            _Batch(places, frozenset((n, k) for n, k in places if k in lacking.get(drawing.prompts[n].id, ())))
+            for places in share
+        ]
+        if any(batch.missing for batch in batches):
+            found.append([batch for batch in batches if batch.missing])
+    return found
+
+
+def _draw(
+    drawing: PromptDrawing,
+    folder: ImageFolder,
+    model: PromptModel,
+    missing: Sequence[Sequence[_Batch]],
+    topology: Topology,
+    stop: StopRequest,
+) -> bool:
+    """Draws the missing batches; returns False when a request to stop came first."""
+    progress = _Progress(sum(len(batch.missing) for share in missing for batch in share))
+    for start in range(0, len(missing), topology.data_size):
+        turn = missing[start : start + topology.data_size]
+        for number in range(max(map(len, turn))):
+            if any_rank(stop.is_requested):
+                return False
+            batches = [share[number] if number < len(share) else None for share in turn]
+            mine = batches[topology.data_rank] if topology.data_rank < len(batches) else None
+            if mine is not None:
+                _draw_batch(drawing, folder, model, mine)
+            progress.add(sum(len(batch.missing) for batch in batches if batch is not None))
+            if topology.rank == 0:
+                progress.log()
+    return not any_rank(stop.is_requested)
+
+
+def _draw_batch(drawing: PromptDrawing, folder: ImageFolder, model: PromptModel, batch: _Batch) -> None:
+    prompts = drawing.prompts
+    texts = [prompts[number].text for number, _ in batch.places]
+    seeds = [image_seed(drawing.drawing.seed, prompts[number].id, k) for number, k in batch.places]
+    images = model.draw(texts, seeds)
+    if images is None:
+        return
+    for (number, k), image in zip(batch.places, images, strict=True):
+        if (number, k) in batch.missing:
+            folder.write_image(prompts[number], k, image)
+
+
+class _Progress:
+    """Images drawn by all replicas, with their rate and what it means for the rest."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done = total, 0
+        self._begun_s = self._logged_s = time.monotonic()
+
+    def add(self, number: int) -> None:
+        self._done += number
+
+    def log(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._logged_s < _LOG_EVERY_S and self._done < self._total:
+            return
+        self._logged_s = now_s
+        rate = self._done / max(now_s - self._begun_s, 1e-9)
+        logger.info(
+            "%d of %d images, %.3g images/s, ETA %s",
+            self._done, self._total, rate, datetime.timedelta(seconds=round((self._total - self._done) / rate)),
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _held(lock: RunLock) -> Iterator[None]:
+    """Holds a lock, which must be touched every few seconds; a thread does."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(_BEAT_S):
+            try:
+                lock.beat()
+            except TrainingError as error:
+                # Images are written whole, so that two drawings of one folder waste time and do no harm.
+                logger.warning("%s", error)
+                return
+
+    thread = threading.Thread(target=beat, name="lock", daemon=True)
+    with lock:
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()

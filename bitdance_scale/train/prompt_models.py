@@ -1,0 +1,196 @@
+"""Trained networks that draw prompts: a published folder, whole on every rank, or a checkpoint under any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from bitdance_scale.checkpoint.integrity import MANIFEST_NAME, file_digest, read_manifest, text_digest
+from bitdance_scale.checkpoint.start_weights import find_checkpoint
+from bitdance_scale.config.rules import check
+from bitdance_scale.config.schema import ParallelSection, RunConfig
+from bitdance_scale.generate.image_sizes import check_size
+from bitdance_scale.generate.pipeline import BitDancePipeline
+from bitdance_scale.generate.published_model import read_sections
+from bitdance_scale.generate.sampler import FlowSolver
+from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.train.sampling import draw_batch, sample_grid
+from bitdance_scale.train.still_run import load_still_run
+
+
+@dataclass(frozen=True)
+class Solving:
+    """How an image is drawn.
+
+    Attributes:
+        size_px: (height, width).
+        steps: solver steps per block.
+        guidance: classifier-free guidance scale; 1 for none.
+        sampler: euler_maruyama or euler.
+    """
+
+    size_px: tuple[int, int]
+    steps: int
+    guidance: float
+    sampler: str
+
+
+class PromptModel(Protocol):
+    """Draws images of prompts on the ranks of one replica."""
+
+    def draw(self, texts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray] | None:
+        """Images of texts, drawn together; a call of all ranks of the replica.
+
+        Args:
+            texts: a prompt for each image.
+            seeds: of each image, 0 .. 2^63 - 1.
+
+        Returns:
+            uint8 [H, W, 3] each on the first rank of the replica, None on its others.
+        """
+        ...
+
+
+class PublishedPrompts:
+    """A published folder; every rank has all of it and is a replica of its own.
+
+    Args:
+        folder: as `bitdance export` or the release writes it.
+        solving: how images are drawn.
+        dtype: of weights and activations.
+        topology: the ranks.
+
+    Raises:
+        BitDanceError: the folder is missing, damaged or no published model.
+    """
+
+    def __init__(self, folder: Path, solving: Solving, dtype: torch.dtype, topology: Topology) -> None:
+        self._solving = solving
+        self._pipeline = BitDancePipeline.from_pretrained(folder, dtype, topology.device)
+
+    def draw(self, texts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
+        """As in `PromptModel`."""
+        height, width = self._solving.size_px
+        images = self._pipeline(
+            list(texts),
+            height,
+            width,
+            num_inference_steps=self._solving.steps,
+            guidance_scale=self._solving.guidance,
+            sampler=self._solving.sampler,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        ).images
+        return [np.asarray(image) for image in images]
+
+
+class RunPrompts:
+    """A checkpoint of a run, or an import, under the layout of its configuration.
+
+    Args:
+        config: of the run, checked; its `sample` says how images are drawn.
+        checkpoint: where the weights are.
+        topology: the ranks.
+
+    Raises:
+        BitDanceError: on all ranks: the checkpoint does not fit, or has not the weights that are to draw.
+    """
+
+    def __init__(self, config: RunConfig, checkpoint: Path, topology: Topology) -> None:
+        self._config, self._topology = config, topology
+        self._run = load_still_run(config, checkpoint, config.sample.weights, topology)
+
+    def draw(self, texts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray] | None:
+        """As in `PromptModel`."""
+        prompts = [self._run.condition.prompt_ids(text) for text in texts]
+        bits = draw_batch(self._run.model, self._config, self._run.condition, prompts, list(seeds), self._topology)
+        if not self._topology.is_reader:
+            return None
+        return [self._run.vision.decode(rows, sample_grid(self._config)).numpy() for rows in bits]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A trained network that is not loaded yet.
+
+    Attributes:
+        digest: tells its weights from others.
+        dtype: in which it draws.
+        parallel: layout of a replica.
+        load: the network on a rank of it; a collective.
+    """
+
+    digest: str
+    dtype: str
+    parallel: ParallelSection
+    load: Callable[[Topology], PromptModel]
+
+
+def published_source(folder: Path, solving: Solving, dtype: str | None) -> ModelSource:
+    """A published folder.
+
+    Args:
+        folder: as `bitdance export` or the release writes it.
+        solving: how images are drawn.
+        dtype: of weights and activations; None: bfloat16 on CUDA, float32 elsewhere.
+
+    Raises:
+        BitDanceError: it is no published model, or images cannot be drawn so.
+    """
+    FlowSolver(solving.steps, solving.guidance, solving.sampler)
+    check_size(*solving.size_px, read_sections(folder).vision)
+    name = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    return ModelSource(
+        _folder_digest(folder),
+        name,
+        ParallelSection(),
+        lambda topology: PublishedPrompts(folder, solving, getattr(torch, name), topology),
+    )
+
+
+def run_source(config: RunConfig, where: Path, solving: Solving, weights: str) -> ModelSource:
+    """A run, a checkpoint or an import.
+
+    Args:
+        config: of the run; `parallel` is the layout of a replica.
+        where: the weights.
+        solving: how images are drawn; their seeds are streams of seed 0.
+        weights: trained or averaged.
+
+    Raises:
+        BitDanceError: there is no checkpoint, or images cannot be drawn so.
+    """
+    sample = replace(
+        config.sample,
+        size_px=solving.size_px,
+        num_steps=solving.steps,
+        guidance=solving.guidance,
+        sampler=solving.sampler,
+        seed=0,
+        weights=weights,
+    )
+    config = replace(config, sample=sample)
+    # The rules of the number of ranks are of training: there is no batch to share out.
+    check(config, None)
+    checkpoint = find_checkpoint(where)
+    manifest = checkpoint / MANIFEST_NAME
+    return ModelSource(
+        # Two checkpoints share it only if all their files are equal.
+        read_manifest(manifest.read_bytes(), str(manifest)).sha256,
+        config.run.dtype,
+        config.parallel,
+        lambda topology: RunPrompts(config, checkpoint, topology),
+    )
+
+
+def _folder_digest(folder: Path) -> str:
+    """SHA-256 over the files that decide the images of a published folder: configurations, weights, tokenizer."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix in _DECIDING)
+    return text_digest("\n".join(f"{name} {file_digest(folder / name)}" for name in names))
+
+
+_DECIDING = frozenset({".safetensors", ".json", ".txt", ".model"})
