@@ -258,7 +258,7 @@ def _load_with_other_settings(rank: int, folder: Path, zero_stage: int) -> None:
         save(number)
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
+@pytest.mark.parametrize("zero_stage", [1, pytest.param(3, marks=pytest.mark.large)])
 def test_averages_begin_and_end_with_a_resume_and_decay_groups_may_change(tmp_path, zero_stage):
     run_ranks(2, _load_with_other_settings, tmp_path, zero_stage)
     stored = [StoredTensors(tmp_path / str(number) / step_name(1) / TENSORS_DIR) for number in range(4)]

@@ -21,7 +21,8 @@ LAYOUTS = [
     pytest.param(
         4, {"tensor": 2, "sequence_parallel": True, "recompute": "full"}, "bfloat16", False, marks=pytest.mark.large
     ),
-    (2, {"tensor": 2, "sequence_parallel": True, "recompute": "full"}, "bfloat16", False),
+    # The others are in bfloat16, which these processors compute slowly.
+    (2, {"tensor": 2, "sequence_parallel": True, "recompute": "full"}, "float32", False),
 ]
 
 

@@ -26,11 +26,11 @@ from tests.released import class_file_content, write_published
 # Four heads, so that four tensor-parallel ranks can share them.
 HEAD = HeadSection(width=128, num_blocks=2, num_adaln=1, head_dim=32)
 # (ranks, settings of `parallel`, whether the embedding is tied).
-LAYOUTS: list[tuple[int, dict[str, object], bool]] = [
+LAYOUTS = [
     (4, {"tensor": 4, "sequence_parallel": True}, False),
     (2, {"pipeline": 2}, True),
     (3, {"zero_stage": 3}, False),
-    (4, {"tensor": 2, "pipeline": 2}, False),
+    pytest.param(4, {"tensor": 2, "pipeline": 2}, False, marks=pytest.mark.large),
 ]
 
 

@@ -113,6 +113,7 @@ def numbers(metrics: list[StepMetrics]) -> list[tuple[object, ...]]:
     return [(point.step, point.loss, point.grad_norm, point.images, point.tokens) for point in metrics]
 
 
+@pytest.mark.large
 def test_a_run_goes_on_and_another_starts_from_s3_with_the_same_numbers(server, tmp_path) -> None:
     material = small_demo(tmp_path, num_steps=4, save_every=2)
     remote = f"s3://{BUCKET}/demo"

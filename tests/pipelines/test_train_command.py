@@ -62,6 +62,7 @@ def test_two_machines_make_one_run(run):
     assert [point.step for point in metrics] == [1, 2]
 
 
+@pytest.mark.large
 @pytest.mark.timeout(540)
 def test_a_refusal_of_the_ranks_is_the_last_thing_on_both_screens(run):
     folder, overrides = run
