@@ -87,7 +87,7 @@ class EndpointJudge(Judge):
         self._patience = Patience() if patience is None else patience
         self._system = system
         self._data_url = Remembered(_data_url)
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._send = urllib.request.build_opener(_NoRedirect).open
 
     def stream(self, asked: Iterable[Asked]) -> Iterator[tuple[int, str]]:
         """As `Judge.stream`; at most `max_in_flight` questions are under way.
@@ -140,7 +140,7 @@ class EndpointJudge(Judge):
         for try_number in range(1, self._patience.num_tries + 1):
             longer_s = 0.0
             try:
-                with self._opener.open(request, timeout=self._patience.timeout_s) as response:
+                with self._send(request, timeout=self._patience.timeout_s) as response:
                     return _text_of(response.read(_MAX_ANSWER_BYTES))
             except urllib.error.HTTPError as error:
                 with error:

@@ -94,7 +94,7 @@ def test_clip_of_transformers(clip_folder):
     tokens = clip._tokenizer(texts, padding=True, return_tensors="pt")
     assert len(set(tokens["attention_mask"].sum(dim=1).tolist())) > 1
     with torch.no_grad():
-        expected = clip.network(pixel_values=pixels, **tokens)
+        expected = clip.model(pixel_values=pixels, **tokens)
     assert torch.allclose(clip.embed_texts(texts), expected.text_embeds, atol=1e-5)
     assert torch.allclose(clip.embed_images(images), expected.image_embeds, atol=1e-5)
     assert torch.allclose(clip.embed_images(images[1:]), expected.image_embeds[1:], atol=1e-5)
