@@ -324,7 +324,7 @@ def _lacks(numbers: Sequence[int]) -> str:
 def _files(root: Path) -> Iterator[PurePosixPath]:
     """Files below a folder, without those that a stopped process was writing.
 
-    Some scorers would take those for pictures; they are gone when the drawing is complete, as it writes them anew.
+    A stopped process may leave some; the next one writes over them.
     """
     for folder, _, names in os.walk(root):
         below = Path(folder).relative_to(root)

@@ -93,7 +93,7 @@ def check_drawing(root: Path, drawing: Drawing) -> None:
     listed = [f"{name} is {_shown(found.get(name))} there, {_shown(wanted.get(name))} here" for name in differing]
     raise ConfigError(
         f"{root}: holds another drawing ({DRAWING_NAME}): {first_few(listed)}. Name another folder, draw with what is "
-        "written there, or remove the folder to draw anew"
+        "written there, or remove the folder to start over"
     )
 
 
@@ -109,9 +109,9 @@ def read_drawing(root: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError(f"{root}: holds no drawing ({DRAWING_NAME} is missing); name the folder of one") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); restore it, or remove the folder to draw anew") from error
+        raise ConfigError(f"{path}: cannot be read ({error}); restore it, or remove the folder to start over") from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{path}: is {type(found).__name__}, expected an object; restore it, or draw anew")
+        raise ConfigError(f"{path}: is {type(found).__name__}, expected an object; restore it, or remove the folder to start over")
     return found
 
 
