@@ -109,9 +109,13 @@ def read_drawing(root: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError(f"{root}: holds no drawing ({DRAWING_NAME} is missing); name the folder of one") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); restore it, or remove the folder to start over") from error
+        raise ConfigError(
+            f"{path}: cannot be read ({error}); restore it, or remove the folder to start over"
+        ) from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{path}: is {type(found).__name__}, expected an object; restore it, or remove the folder to start over")
+        raise ConfigError(
+            f"{path}: is {type(found).__name__}, expected an object; restore it, or remove the folder to start over"
+        )
     return found
 
 
