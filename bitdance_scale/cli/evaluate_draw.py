@@ -121,22 +121,26 @@ def _draw(
     else:
         source = run_source(config, options.model, solving, options.weights)
         model["weights"] = options.weights
-    drawing = Drawing.of(
-        benchmark,
-        prompts,
-        model=model | {"sha256": source.digest},
-        size_px=solving.size_px,
-        settings={
-            "steps": solving.steps,
-            "guidance": solving.guidance,
-            "sampler": solving.sampler,
-            "dtype": source.dtype,
-            # Which images are computed together changes their last bits.
-            "batch_size": options.batch_size,
-        },
-        seed=options.seed,
-    )
-    found = PromptDrawing(options.out, benchmark, prompts, name, drawing, options.batch_size)
+    settings = {
+        "steps": solving.steps,
+        "guidance": solving.guidance,
+        "sampler": solving.sampler,
+        "dtype": source.dtype,
+        # Which images are computed together changes their last bits.
+        "batch_size": options.batch_size,
+    }
+
+    def describe() -> Drawing:
+        return Drawing.of(
+            benchmark,
+            prompts,
+            model=model | {"sha256": source.digest()},
+            size_px=solving.size_px,
+            settings=settings,
+            seed=options.seed,
+        )
+
+    found = PromptDrawing(options.out, benchmark, prompts, name, describe, options.batch_size)
     return run_draw_prompts(found, source.parallel, source.load)
 
 

@@ -46,7 +46,7 @@ class PromptDrawing:
         benchmark: lays it out.
         prompts: of the benchmark.
         model_name: what the model is called in paths.
-        drawing: all that decides the images, as `drawing.json` has it.
+        describe: all that decides the images, as `drawing.json` has it; called by the first rank.
         batch_size: images that a replica draws together.
     """
 
@@ -54,7 +54,7 @@ class PromptDrawing:
     benchmark: Benchmark
     prompts: Sequence[Prompt]
     model_name: str
-    drawing: Drawing
+    describe: Callable[[], Drawing]
     batch_size: int
 
 
@@ -96,17 +96,17 @@ def run_draw_prompts(drawing: PromptDrawing, parallel: ParallelSection, load: Ca
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     with joined_ranks(parallel, timeout_s=_WAIT_S) as topology, StopRequest() as stop, contextlib.ExitStack() as opened:
         # Refused before a lock is written into what may be somebody's folder.
-        on_first_rank(lambda: begin_drawing(drawing.out, drawing.drawing))
+        record = on_first_rank(lambda: _begin(drawing))
         with all_ranks():
             if topology.rank == 0:
                 opened.enter_context(_held(RunLock(drawing.out)))
         layout = drawing.benchmark.layout(drawing.model_name)
-        folder = ImageFolder(drawing.out, layout, drawing.prompts, drawing.drawing.size_px)
+        folder = ImageFolder(drawing.out, layout, drawing.prompts, record.size_px)
         missing = on_first_rank(lambda: _missing(drawing, folder))
         if missing:
             with all_ranks():
                 model = load(topology)
-            if not _draw(drawing, folder, model, missing, topology, stop):
+            if not _draw(drawing, record.seed, folder, model, missing, topology, stop):
                 logger.warning("stopped on request; run again to draw the rest")
                 return EXIT_REQUEUE
         with all_ranks():
@@ -114,6 +114,12 @@ def run_draw_prompts(drawing: PromptDrawing, parallel: ParallelSection, load: Ca
                 folder.finish()
                 logger.info("%s: all images of %d prompts are there", drawing.out, len(drawing.prompts))
     return EXIT_COMPLETE
+
+
+def _begin(drawing: PromptDrawing) -> Drawing:
+    record = drawing.describe()
+    begin_drawing(drawing.out, record)
+    return record
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,7 @@ def _missing(drawing: PromptDrawing, folder: ImageFolder) -> list[list[_Batch]]:
 
 def _draw(
     drawing: PromptDrawing,
+    seed: int,
     folder: ImageFolder,
     model: PromptModel,
     missing: Sequence[Sequence[_Batch]],
@@ -163,17 +170,16 @@ def _draw(
             batches = [share[number] if number < len(share) else None for share in turn]
             mine = batches[topology.data_rank] if topology.data_rank < len(batches) else None
             if mine is not None:
-                _draw_batch(drawing, folder, model, mine)
+                _draw_batch(drawing.prompts, seed, folder, model, mine)
             progress.add(sum(len(batch.missing) for batch in batches if batch is not None))
             if topology.rank == 0:
                 progress.log()
     return not any_rank(stop.is_requested)
 
 
-def _draw_batch(drawing: PromptDrawing, folder: ImageFolder, model: PromptModel, batch: _Batch) -> None:
-    prompts = drawing.prompts
+def _draw_batch(prompts: Sequence[Prompt], seed: int, folder: ImageFolder, model: PromptModel, batch: _Batch) -> None:
     texts = [prompts[number].text for number, _ in batch.places]
-    seeds = [image_seed(drawing.drawing.seed, prompts[number].id, k) for number, k in batch.places]
+    seeds = [image_seed(seed, prompts[number].id, k) for number, k in batch.places]
     images = model.draw(texts, seeds)
     if images is None:
         return

@@ -118,13 +118,13 @@ class ModelSource:
     """A trained network that is not loaded yet.
 
     Attributes:
-        digest: tells its weights from others.
+        digest: tells its weights from others; reads all of a published folder, so the first rank alone calls it.
         dtype: in which it draws.
         parallel: layout of a replica.
         load: the network on a rank of it; a collective.
     """
 
-    digest: str
+    digest: Callable[[], str]
     dtype: str
     parallel: ParallelSection
     load: Callable[[Topology], PromptModel]
@@ -145,7 +145,7 @@ def published_source(folder: Path, solving: Solving, dtype: str | None) -> Model
     check_size(*solving.size_px, read_sections(folder).vision)
     name = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     return ModelSource(
-        _folder_digest(folder),
+        lambda: _folder_digest(folder),
         name,
         ParallelSection(),
         lambda topology: PublishedPrompts(folder, solving, getattr(torch, name), topology),
@@ -180,7 +180,7 @@ def run_source(config: RunConfig, where: Path, solving: Solving, weights: str) -
     manifest = checkpoint / MANIFEST_NAME
     return ModelSource(
         # Two checkpoints share it only if all their files are equal.
-        read_manifest(manifest.read_bytes(), str(manifest)).sha256,
+        lambda: read_manifest(manifest.read_bytes(), str(manifest)).sha256,
         config.run.dtype,
         config.parallel,
         lambda topology: RunPrompts(config, checkpoint, topology),

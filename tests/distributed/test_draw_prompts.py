@@ -57,7 +57,7 @@ def _draw(rank: int, benchmark: str, prompts: Path, out: Path, dies_after: int |
         draw_prompts._draw_batch = stopping
     model = Drawn(dies_after if rank == 0 else None)
     return run_draw_prompts(
-        PromptDrawing(out, found, read, "small", drawing, BATCH_SIZE), ParallelSection(), lambda topology: model
+        PromptDrawing(out, found, read, "small", lambda: drawing, BATCH_SIZE), ParallelSection(), lambda topology: model
     )
 
 
