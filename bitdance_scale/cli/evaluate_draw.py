@@ -65,7 +65,13 @@ def _run(options: argparse.Namespace) -> int:
     name = options.name or options.model.resolve().name
     # A name that cannot be in a path is refused here.
     benchmark.layout(name)
-    config = None if _is_published(options.model) else _config(options)
+    config = None
+    if not _is_published(options.model):
+        from bitdance_scale.checkpoint.start_weights import find_checkpoint
+
+        # Found once: the run may write a newer checkpoint while the ranks start.
+        options.model, options.name = find_checkpoint(options.model), name
+        config = _config(options)
     parallel = ParallelSection() if config is None else config.parallel
     _, starting = find_replicas(options, parallel)
     if starting is not None:
@@ -84,11 +90,10 @@ def _is_published(model: Path) -> bool:
 def _config(options: argparse.Namespace) -> RunConfig:
     """The configuration of a checkpoint, with the overrides."""
     from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME
-    from bitdance_scale.checkpoint.start_weights import find_checkpoint
     from bitdance_scale.config.load import load_config
     from bitdance_scale.config.rules import check
 
-    config = load_config(find_checkpoint(options.model) / CONFIG_NAME, options.overrides)
+    config = load_config(options.model / CONFIG_NAME, options.overrides)
     # The rules of the number of ranks are of training: there is no batch to share out.
     check(config, None)
     return config
