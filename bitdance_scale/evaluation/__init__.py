@@ -9,6 +9,7 @@ pretrained.py   networks of transformers, whole or not at all
 page.py       tables and pictures in one HTML file
 
 benchmarks/     prompts of benchmarks, and folders of their pictures
+metrics/        scores of drawings in one form, with intervals, in files, compared
 distributions/  scores of sets of generated images: FID, sFID, Inception Score, precision, recall, CLIP score
 geneval/        GenEval's scorer
 questions/      benchmarks that are scored by asking a model about images

@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+
+from bitdance_scale.evaluation.metrics.estimate import differences, estimates
+from bitdance_scale.evaluation.metrics.image_score import ImageScore
+from bitdance_scale.evaluation.metrics.metric import OVERALL, as_parts, mean_of
+
+
+def images_of(values, category="a", first=0, num_images=1):
+    return [
+        ImageScore(f"{category}{first + index:05d}", k, category, float(value), {category: (float(value), 1.0)})
+        for index, value in enumerate(values)
+        for k in range(num_images)
+    ]
+
+
+def test_the_overall_value_is_the_mean_of_the_named_parts():
+    images = images_of([1, 0, 0, 0], "a") + images_of([1, 1], "b") + images_of([0], "c")
+    found = estimates(images, mean_of(("a", "b", "absent")))
+    assert {name: one.value for name, one in found.items()} == pytest.approx({OVERALL: 0.625, "a": 0.25, "b": 1, "c": 0})
+    # A category without spread has none in its interval, because categories are resampled apart.
+    assert (found["b"].low, found["b"].high) == (1, 1)
+    with pytest.raises(ValueError, match="no images"):
+        estimates([], mean_of(("a",)))
+
+
+def test_a_part_is_a_sum_over_its_weight():
+    images = [
+        ImageScore("0", 0, "", 0.5, {OVERALL: (1, 2), "rare": (3, 4)}),
+        ImageScore("1", 0, "", 1.0, {OVERALL: (6, 6)}),
+    ]
+    found = estimates(images, as_parts)
+    assert found[OVERALL].value == pytest.approx(7 / 8)
+    assert (found["rare"].value, found["rare"].low, found["rare"].high) == (0.75, 0.75, 0.75)
+
+
+def test_intervals_are_those_of_prompts():
+    right = np.random.default_rng(5).random(100) < 0.6
+    # All four images of a prompt are alike, so that there are 100 observations and not 400.
+    found = estimates(images_of(right, num_images=4), mean_of(("a",)))[OVERALL]
+    share = right.mean()
+    # The normal approximation of a binomial; the bootstrap's quantiles of 2000 are within a hundredth of it.
+    half = 1.96 * np.sqrt(share * (1 - share) / 100)
+    assert (found.value, found.low, found.high) == pytest.approx((share, share - half, share + half), abs=0.015)
+
+
+def test_a_difference_is_paired():
+    rng = np.random.default_rng(7)
+    hard = rng.random(400)
+    before, after = images_of(hard), images_of(hard + 0.05 + 0.01 * rng.standard_normal(400))
+    found = differences(before, after, mean_of(("a",)))[OVERALL]
+    assert found.estimate.value == pytest.approx(0.05, abs=0.003)
+    # Far narrower than the spread of the prompts, 1.96 * sqrt(1 / 12 / 400) = 0.028.
+    assert found.estimate.high - found.estimate.low < 0.004
+    assert found.is_clear
+    assert found.num_better + found.num_worse == found.num_prompts == 400
+    assert found.num_better == (np.array([i.value for i in after]) > hard).sum()
+    reverse = differences(after, before, mean_of(("a",)))[OVERALL]
+    assert (reverse.estimate.low, reverse.estimate.high) == pytest.approx((-found.estimate.high, -found.estimate.low))
+
+
+def test_a_difference_is_of_the_shared_prompts():
+    found = differences(images_of([1, 1, 0]), images_of([0, 1, 1], first=1), mean_of(("a",)))[OVERALL]
+    assert (found.num_prompts, found.num_better, found.num_worse) == (2, 1, 1)
+    assert not found.is_clear
+    with pytest.raises(ValueError, match="no images"):
+        differences(images_of([1]), images_of([1], first=1), mean_of(("a",)))
