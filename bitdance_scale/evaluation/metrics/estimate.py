@@ -6,7 +6,7 @@ prompt are alike. A difference is resampled with the same prompts on both sides,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np

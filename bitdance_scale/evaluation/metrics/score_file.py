@@ -25,16 +25,22 @@ class Scores:
 
     Attributes:
         metric: name of the metric.
+        benchmark: name of the benchmark whose layout the folder has; empty for a folder of images of no benchmark.
+        model: name of the model in the folder's paths.
         drawing: content of the folder's `drawing.json` at the time; empty for pictures of another program.
         scorer: what was used, and whatever else changes the values: names of networks, digests, settings.
+        prompts: texts of all prompts by id, in the benchmark's order.
         images: of every image; empty for metrics of whole sets, such as FID.
         figures: further values that are no sums over images, by name; a set's own values are here.
         notes: what is to be known when the values are compared with others.
     """
 
     metric: str
+    benchmark: str
+    model: str
     drawing: Mapping[str, Any]
     scorer: Mapping[str, Any]
+    prompts: Mapping[str, str] = field(repr=False)
     images: tuple[ImageScore, ...] = field(repr=False)
     figures: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -17,7 +17,9 @@ def images_of(values, category="a", first=0, num_images=1):
 def test_the_overall_value_is_the_mean_of_the_named_parts():
     images = images_of([1, 0, 0, 0], "a") + images_of([1, 1], "b") + images_of([0], "c")
     found = estimates(images, mean_of(("a", "b", "absent")))
-    assert {name: one.value for name, one in found.items()} == pytest.approx({OVERALL: 0.625, "a": 0.25, "b": 1, "c": 0})
+    assert {name: one.value for name, one in found.items()} == pytest.approx(
+        {OVERALL: 0.625, "a": 0.25, "b": 1, "c": 0}
+    )
     # A category without spread has none in its interval, because categories are resampled apart.
     assert (found["b"].low, found["b"].high) == (1, 1)
     with pytest.raises(ValueError, match="no images"):

@@ -8,8 +8,11 @@ from bitdance_scale.evaluation.metrics.score_file import Scores, find_scores, re
 
 SCORES = Scores(
     "geneval",
+    "geneval",
+    "one",
     {"benchmark": "geneval", "seed": 0},
     {"detector": "somewhere"},
+    {"00001": "a photo of a bench"},
     (ImageScore("00001", 2, "colors", 1.0, {"colors": (1.0, 1.0)}, "all there: \u00e4"),),
     {"images": 0.5},
     ("a note",),
