@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo-data pretrain recipe lint test test-newest test-slurm test-large img2dataset test-guide drills docs clean
+.PHONY: help setup demo-data pretrain recipe lint test test-newest test-slurm test-large img2dataset test-guide drills gpu-check gpu-wheels docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -110,6 +110,20 @@ test-guide: setup $(IMG2DATASET_STAMP)  ## the commands of docs/from_nothing_to_
 
 drills: setup  ## let everything go wrong that a run promises to survive (an hour); ARGS= goes to tests/faults/drills.py
 	PYTHONPATH=. $(BIN)/python -m tests.faults.drills $(ARGS)
+
+# PYTHON= an environment with CUDA that lies elsewhere.
+GPU_OUT ?= runs/gpu_check
+gpu-check: $(if $(PYTHON),,setup)  ## what one GPU can tell in 13 minutes; GPU_OUT= folder, ARGS= goes to benchmarks/gpu_check.py
+	$(or $(PYTHON),$(BIN)/python) benchmarks/gpu_check.py --out $(GPU_OUT) $(ARGS)
+
+# DeepSpeed is published as source; without its compiled operators the wheel fits every Python.
+GPU_PYTHON ?= 3.12
+gpu-wheels: setup  ## dist/gpu: wheels for a machine with CUDA, PyTorch and no network; GPU_PYTHON= its version
+	rm -rf dist/gpu
+	DS_BUILD_OPS=0 $(PIP) wheel --wheel-dir dist/gpu --no-deps --no-build-isolation --constraint constraints.txt deepspeed
+	$(PIP) download --dest dist/gpu --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --implementation cp \
+		$(foreach glibc,28 27 24 17,--platform manylinux_2_$(glibc)_x86_64) --platform manylinux2014_x86_64 \
+		--constraint constraints.txt $$(grep -vE '^(#|deepspeed)' benchmarks/gpu_wheels.txt)
 
 docs: setup  ## regenerate docs/config.md and docs/rules.md
 	$(BIN)/python tools/write_config_docs.py

@@ -10,6 +10,8 @@ A slice of the 14B model at full width on one GPU, eager and compiled (as many l
 The packs are those of `data/plan/synthetic_packs.py`: the configured mix with captions as long as allowed, the same for
 every layout. Rank 0 prints one line of JSON: the median step time, tokens per second, model FLOPs utilisation
 (`observe/cost.py`), peak memory, and the processor time in seconds that each rank's main thread spends in a step.
+More is measured in steps of its own after these: `--trace` writes what ran when on rank 0, `--count-syncs` counts how
+often a step waits for the device (CUDA), and `--estimate` adds what `parallel/memory_estimate.py` says of rank 0.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import json
 import os
 import statistics
 import time
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -30,14 +34,14 @@ from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.plan.synthetic_packs import typical_packs
 from bitdance_scale.model.inputs import PackInputs, make_inputs
 from bitdance_scale.observe.cost import PackCounts, count_pack, memory_bytes, peak_flops, step_flops, utilisation
-from bitdance_scale.parallel.topology import make_topology, start_process_group
+from bitdance_scale.parallel.topology import Topology, make_topology, start_process_group
 from bitdance_scale.sequence.noise import pack_noise
+from bitdance_scale.sequence.pack import Pack
 
 
-def measure(
-    config: RunConfig, vocab_size: int, packs_per_step: int, num_steps: int, is_compiled: bool
-) -> dict[str, object]:
-    """Trains `num_steps` steps after one to warm up; every layout trains on the same packs."""
+def measure(config: RunConfig, options: argparse.Namespace) -> dict[str, object]:
+    """Trains `--steps` steps after one to warm up; every layout trains on the same packs."""
+    vocab_size, packs_per_step = options.vocab, options.packs
     start_process_group(timeout_s=600)
     topology = make_topology(config.parallel)
     # Imported after the engines know the device.
@@ -52,7 +56,7 @@ def measure(
             f"data.global_batch"
         )
     engine = build_engine(config, vocab_size, topology)
-    if is_compiled:
+    if options.compile:
         for stage in engine.stages:
             for layer in stage.decoder.layers:
                 layer.compile(dynamic=True)
@@ -60,12 +64,17 @@ def measure(
         make_inputs(pack, pack_noise(pack, config.vision.num_bits, 0, 0), config, topology.device)
         for pack in packs[topology.data_rank :: topology.data_size]
     ]
-    elapsed, busy = [], []
-    for _ in range(num_steps + 1):
-        _synchronise(topology.device)
-        begun, begun_busy = time.monotonic(), time.thread_time()
+
+    def step() -> float:
         losses, _ = train_step(engine, batch, config.loss, 1e-5, topology)
         _synchronise(topology.device)
+        return losses.total
+
+    elapsed, busy = [], []
+    for _ in range(options.steps + 1):
+        _synchronise(topology.device)
+        begun, begun_busy = time.monotonic(), time.thread_time()
+        loss = step()
         elapsed.append(time.monotonic() - begun)
         busy.append(time.thread_time() - begun_busy)
     all_busy: list[float | None] = [None] * topology.world_size
@@ -74,6 +83,9 @@ def measure(
     step_s = statistics.median(elapsed[1:])
     name = torch.cuda.get_device_name() if topology.device.type == "cuda" else "cpu"
     flops = step_flops(config, vocab_size, counts).training
+    # Before what else is measured takes memory.
+    used = memory_bytes(topology.device)
+    more = _look_closer(options, config, packs[topology.data_rank :: topology.data_size], step, topology)
     return {
         "device": name,
         "step_s": step_s,
@@ -81,10 +93,57 @@ def measure(
         "tokens_per_s": counts.num_positions / step_s,
         "mfu": utilisation(flops, step_s, topology.world_size, peak_flops(name, config.run.dtype)),
         "training_flops": flops,
-        "memory_bytes": memory_bytes(topology.device),
+        "memory_bytes": used,
         "busy_s": all_busy,
-        "loss": losses.total,
+        "loss": loss,
+        **more,
     }
+
+
+def _look_closer(
+    options: argparse.Namespace,
+    config: RunConfig,
+    packs: Sequence[Pack],
+    step: Callable[[], float],
+    topology: Topology,
+) -> dict[str, object]:
+    """What the options ask for besides the times; all ranks make the same steps."""
+    found: dict[str, object] = {}
+    is_cuda = topology.device.type == "cuda"
+    if options.count_syncs:
+        found["syncs"] = _count_syncs(step) if is_cuda else None
+    if options.trace is not None:
+        kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if is_cuda else [])]
+        with torch.profiler.profile(activities=kinds) as profile:
+            step()
+        if topology.rank == 0:
+            options.trace.parent.mkdir(parents=True, exist_ok=True)
+            profile.export_chrome_trace(str(options.trace))
+            events = [event for event in profile.events() if str(event.device_type).endswith("CUDA")]
+            found["kernels"] = len(events) if is_cuda else None
+    if options.estimate and topology.rank == 0:
+        from bitdance_scale.parallel.memory_estimate import estimate_memory_here, in_own_process
+
+        estimate = in_own_process(estimate_memory_here, config, options.vocab, topology.world_size, 0, packs, is_cuda)
+        found["estimated_bytes"] = max(estimate.peak.total, estimate.building_peak) - estimate.peak.tokenizer
+    return found
+
+
+def _count_syncs(step: Callable[[], float]) -> dict[str, int]:
+    """How often a step waits for the device, by the line that does."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    places: dict[str, int] = {}
+    for warning in caught:
+        if "synchroniz" in str(warning.message):
+            place = f"{Path(warning.filename).name}:{warning.lineno}"
+            places[place] = places.get(place, 0) + 1
+    return places
 
 
 def _synchronise(device: torch.device) -> None:
@@ -101,12 +160,15 @@ def main() -> None:
     parser.add_argument("--packs", type=int, default=4, help="packs of a step, over all replicas")
     parser.add_argument("--steps", type=int, default=5, help="steps timed")
     parser.add_argument("--compile", action="store_true", help="compile every backbone layer")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="trace of one step, .json or .json.gz")
+    parser.add_argument("--count-syncs", action="store_true", help="waits for the device in one step")
+    parser.add_argument("--estimate", action="store_true", help="estimated memory, too")
     options = parser.parse_args()
     config = load_config(options.config, options.overrides)
     check(config, int(os.environ["WORLD_SIZE"]))
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    result = measure(config, options.vocab, options.packs, options.steps, options.compile)
+    result = measure(config, options)
     if dist.get_rank() == 0:
         print(json.dumps(result), flush=True)
     dist.destroy_process_group()
