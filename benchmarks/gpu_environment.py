@@ -34,7 +34,9 @@ def first_line(*command: str) -> str | None:
     """That a program says; None if it is not there or fails."""
     if shutil.which(command[0]) is None:
         return None
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    done = subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False, timeout=30
+    )
     return (done.stdout.splitlines() or [""])[0] if done.returncode == 0 else None
 
 
