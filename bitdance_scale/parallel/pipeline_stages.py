@@ -193,8 +193,8 @@ class Stage(nn.Module):
             text = self.text_loss_sum(hidden_SD[inputs.text_positions], inputs.text_targets)
         else:
             text = torch.zeros_like(vision)
-        weights = vision.new_tensor([float(inputs.num_vision_targets > 0), float(inputs.num_text_targets > 0)])
-        sums = torch.stack([vision, text]) * weights
+        # Numbers of the host, which are not copied: that would wait for the device.
+        sums = torch.stack([vision * (inputs.num_vision_targets > 0), text * (inputs.num_text_targets > 0)])
         return sums if losses_M is None else torch.cat([sums, losses_M])
 
     def text_loss_sum(self, hidden_TD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:

@@ -95,6 +95,11 @@ class StorageLog(TorchDispatchMode):
             self._integers[result.untyped_storage()._cdata] = literal
         return result
 
+    def remember(self, tensor: torch.Tensor, values: Any) -> None:
+        """Takes the values of an integer tensor, a number or a nested sequence, which the program may read back."""
+        if tensor.dtype == torch.int64:
+            self._integers[tensor.untyped_storage()._cdata] = [int(value) for value in tree_leaves(values)]
+
     @property
     def position(self) -> int:
         """Number of events so far; a stretch of the log lies between two positions."""

@@ -1,0 +1,81 @@
+"""Whether ranks call the same collectives in the same order: what shows on two cores where a large job would hang."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from tests.fake_cuda.recording import Collective
+
+_MESSAGES = frozenset(("send", "recv_"))
+
+
+def disagreements(calls: Mapping[int, Sequence[Collective]]) -> list[str]:
+    """What ranks do differently, as sentences; none where all agree.
+
+    In every group, all of its ranks that were walked must call the same operations on tensors of the same shapes and
+    dtype in the same order. What one rank sends to another, that one must receive, in the same order.
+
+    Args:
+        calls: of every rank that was walked, in order.
+    """
+    found = []
+    for ranks, by_rank in sorted(_by_group(calls).items()):
+        first, *others = sorted(by_rank)
+        for other in others:
+            place, mine, theirs = _first_difference(by_rank[first], by_rank[other])
+            if place is not None:
+                found.append(
+                    f"group {_shown(ranks)}: call {place} is {mine} on rank {first} and {theirs} on rank {other}"
+                )
+    for (source, target), (sent, received) in sorted(_messages(calls).items()):
+        place, mine, theirs = _first_difference(sent, received)
+        if place is not None:
+            found.append(f"message {place} from rank {source} to rank {target}: sent is {mine}, received {theirs}")
+    return found
+
+
+def _by_group(calls: Mapping[int, Sequence[Collective]]) -> dict[tuple[int, ...], dict[int, list[str]]]:
+    """Group -> rank -> its calls there; of ranks that were walked, those without a call have an empty list."""
+    groups: dict[tuple[int, ...], dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for rank, made in calls.items():
+        for call in made:
+            if call.name not in _MESSAGES:
+                groups[call.ranks][rank].append(_described(call))
+    for ranks, by_rank in groups.items():
+        for rank in calls:
+            if rank in ranks:
+                by_rank[rank] += []
+    return groups
+
+
+def _messages(calls: Mapping[int, Sequence[Collective]]) -> dict[tuple[int, int], tuple[list[str], list[str]]]:
+    """(sender, receiver) -> what the one sends and the other receives, where both were walked."""
+    found: dict[tuple[int, int], tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+    for rank, made in calls.items():
+        for call in made:
+            if call.name in _MESSAGES and call.peer in calls:
+                ends = (rank, call.peer) if call.name == "send" else (call.peer, rank)
+                found[ends][call.name != "send"].append(f"{_shapes(call)} {call.dtype}")
+    return found
+
+
+def _first_difference(first: Sequence[str], second: Sequence[str]) -> tuple[int | None, str, str]:
+    for place in range(max(len(first), len(second))):
+        mine, theirs = (calls[place] if place < len(calls) else "missing" for calls in (first, second))
+        if mine != theirs:
+            return place, mine, theirs
+    return None, "", ""
+
+
+def _described(call: Collective) -> str:
+    source = f" from {call.peer}" if call.peer >= 0 else ""
+    return f"{call.name}{source} of {_shapes(call)} {call.dtype} ({call.phase})"
+
+
+def _shapes(call: Collective) -> str:
+    return ", ".join(str(list(shape)) for shape in call.shapes)
+
+
+def _shown(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks)) if len(ranks) <= 8 else f"{ranks[0]}, {ranks[1]}, ..., {ranks[-1]}"
