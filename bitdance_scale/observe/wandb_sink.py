@@ -8,10 +8,12 @@ from __future__ import annotations
 import logging
 import netrc
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
+
+from PIL import Image
 
 from bitdance_scale.config.schema import ObserveSection
 from bitdance_scale.errors import ConfigError
@@ -109,6 +111,21 @@ class WandbSink:
         import wandb
 
         self._run.log({name: wandb.Image(str(path), caption=caption)}, step=step)
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Adds a table under `name`.
+
+        Args:
+            name: of the table.
+            columns: their names.
+            rows: a cell for each column: text, a number, a truth value, a picture or None.
+        """
+        if self._run is None:
+            return
+        import wandb
+
+        data = [[wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows]
+        self._run.log({name: wandb.Table(columns=list(columns), data=data)})
 
     def finish(self) -> None:
         """Waits until everything is written or uploaded, and closes the run."""

@@ -82,8 +82,8 @@ def check_drawing(root: Path, drawing: Drawing) -> None:
     Raises:
         ConfigError: something differs, and what, or `drawing.json` cannot be read.
     """
-    found = _flat(read_drawing(root))
-    wanted = _flat(json.loads(json.dumps(asdict(drawing))))
+    found = flat_values(read_drawing(root))
+    wanted = flat_values(json.loads(json.dumps(asdict(drawing))))
     differing = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
     if not differing:
         return
@@ -119,11 +119,11 @@ def read_drawing(root: Path) -> dict[str, Any]:
     return found
 
 
-def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+def flat_values(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     """Nested values by dotted names."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+        found |= flat_values(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
     return found
 
 
