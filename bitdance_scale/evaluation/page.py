@@ -16,8 +16,9 @@ MAX_SHOWN_PX = 512
 DIFFERENCE_FACTOR = 4
 _STYLE = """
 body { font: 14px sans-serif; margin: 2em; color: #1e1e1e }
-table { border-collapse: collapse; margin: 1em 0 }
+table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto; white-space: nowrap }
 td, th { border: 1px solid #ccc; padding: 3px 8px; text-align: right }
+td:first-child, th:first-child { text-align: left }
 .row { display: flex; flex-wrap: wrap; gap: 6px; margin: 2px 0 14px }
 .row img { min-width: 128px; max-width: 32%; image-rendering: pixelated; align-self: start }
 .row figure { margin: 0; width: 200px; font-size: 12px; overflow-wrap: anywhere }
@@ -75,6 +76,11 @@ def folded(summary: str, parts: Sequence[str], *, is_open: bool = False) -> str:
 def row(parts: Sequence[str]) -> str:
     """Parts side by side, as far as there is room."""
     return f'<div class="row">{"".join(parts)}</div>'
+
+
+def column(parts: Sequence[str]) -> str:
+    """Parts below each other, as one part of a row."""
+    return f"<div>{''.join(parts)}</div>"
 
 
 def captioned(content: bytes, media_type: str, caption: str) -> str:

@@ -63,12 +63,14 @@ class Result:
         folder: the drawing.
         scores: as they were read.
         values: by category, the overall value first; none where images have no values of their own.
+        figures: values without intervals, in the metric's scale.
         worst: prompts of the lowest value, lowest first.
     """
 
     folder: ScoredFolder
     scores: Scores = field(repr=False)
     values: Mapping[str, Value]
+    figures: Mapping[str, float]
     worst: tuple[PromptScore, ...]
 
 
@@ -127,7 +129,7 @@ class Section:
     @property
     def figures(self) -> list[str]:
         """Names of all values without intervals."""
-        return list(dict.fromkeys(name for result in self.results.values() for name in result.scores.figures))
+        return list(dict.fromkeys(name for result in self.results.values() for name in result.figures))
 
 
 def compare(folders: Sequence[ScoredFolder], baseline: str, num_shown: int) -> list[Section]:
@@ -175,8 +177,9 @@ def prompt_scores(scores: Scores) -> list[PromptScore]:
 
 def _result(folder: ScoredFolder, metric: Metric, num_shown: int) -> Result:
     scores = folder.scores[metric.name]
+    figures = {name: metric.scale * value for name, value in scores.figures.items()}
     if not scores.images:
-        return Result(folder, scores, {}, ())
+        return Result(folder, scores, {}, figures, ())
     try:
         found = estimates(scores.images, metric.combine)
     except LookupError as error:
@@ -192,7 +195,7 @@ def _result(folder: ScoredFolder, metric: Metric, num_shown: int) -> Result:
     having = Counter(name for prompt in prompts for name in {name for image in prompt.images for name in image.parts})
     values = {name: Value(_scaled(one, metric.scale), having.get(name, len(prompts))) for name, one in found.items()}
     worst = _lowest(prompts, lambda prompt: prompt.value, lambda prompt: prompt.category, num_shown)
-    return Result(folder, scores, values, tuple(worst))
+    return Result(folder, scores, values, figures, tuple(worst))
 
 
 def _pair(first: Result, second: Result, metric: Metric, num_shown: int) -> Pair:

@@ -34,11 +34,10 @@ _MAX_NAME = 32
 _MIN_LOG_RATIO = 4.0
 
 
-def draw_categories(title: str, values: Mapping[str, Mapping[str, Estimate]]) -> bytes:
+def draw_categories(values: Mapping[str, Mapping[str, Estimate]]) -> bytes:
     """A row per category with a point and an interval for each model, as PNG.
 
     Args:
-        title: above the picture.
         values: by model, then by category; the overall value is set apart.
     """
     models = list(values)
@@ -46,7 +45,7 @@ def draw_categories(title: str, values: Mapping[str, Mapping[str, Estimate]]) ->
     shown = categories[:MAX_CATEGORIES]
     height = _ROW_INCHES * len(shown) * (len(models) + 1.2)
     legend_inches = _LEGEND_INCHES * _num_rows(models) if len(models) > 1 else 0.0
-    figure = _figure(_WIDTH_INCHES, height + legend_inches + 1.1)
+    figure = _figure(_WIDTH_INCHES, height + legend_inches + 0.8)
     axes = figure.subplots()
     for number, model in enumerate(models):
         offset = ((number + 0.5) / len(models) - 0.5) * len(models) / (len(models) + 1.2)
@@ -65,14 +64,13 @@ def draw_categories(title: str, values: Mapping[str, Mapping[str, Estimate]]) ->
     left_out = len(categories) - len(shown)
     more = f"; {left_out} more categories are in the table" if left_out else ""
     axes.set_xlabel(f"value, and the interval of 95 % over prompts{more}")
-    return _saved(figure, title, [axes], models if len(models) > 1 else [])
+    return _saved(figure, [axes], models if len(models) > 1 else [])
 
 
-def draw_sweep(title: str, setting: str, panels: Mapping[str, Sequence[Curve]]) -> bytes:
+def draw_sweep(setting: str, panels: Mapping[str, Sequence[Curve]]) -> bytes:
     """A panel per value over a setting, with intervals where there are some, as PNG.
 
     Args:
-        title: above the picture.
         setting: what the horizontal axis is called.
         panels: by name of the value, its curves; those of the same label have the same colour in all panels.
     """
@@ -81,7 +79,7 @@ def draw_sweep(title: str, setting: str, panels: Mapping[str, Sequence[Curve]]) 
     num_rows = math.ceil(len(panels) / num_columns)
     legend_inches = _LEGEND_INCHES * _num_rows(labels)
     width = max(_PANEL_INCHES[0] * num_columns, 5.4)
-    figure = _figure(width, _PANEL_INCHES[1] * num_rows + legend_inches + 0.4)
+    figure = _figure(width, _PANEL_INCHES[1] * num_rows + legend_inches + 0.1)
     grid = figure.subplots(num_rows, num_columns, squeeze=False)
     for axes, (name, curves) in zip(grid.flat, panels.items(), strict=False):
         for curve in curves:
@@ -93,7 +91,7 @@ def draw_sweep(title: str, setting: str, panels: Mapping[str, Sequence[Curve]]) 
         axes.grid(alpha=0.3)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
-    return _saved(figure, title, list(grid.flat), labels)
+    return _saved(figure, list(grid.flat), labels)
 
 
 def is_logarithmic(positions: Sequence[float]) -> bool:
@@ -141,7 +139,7 @@ def _errors(
 
 def _style(number: int) -> tuple[str, str]:
     """Colour and marker of a model or line by its number."""
-    return _COLOURS[number % len(_COLOURS)], _MARKERS[number // len(_COLOURS) % len(_MARKERS)]
+    return _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
 
 
 def _set_positions(axes: Axes, positions: Sequence[float]) -> None:
@@ -170,11 +168,10 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _saved(figure: Figure, title: str, panels: Sequence[Axes], labels: Sequence[str]) -> bytes:
+def _saved(figure: Figure, panels: Sequence[Axes], labels: Sequence[str]) -> bytes:
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9)
-    figure.suptitle(_plain(title), x=0.01, ha="left", fontsize=11)
     if labels:
         styles = [_style(number) for number in range(len(labels))]
         figure.legend(

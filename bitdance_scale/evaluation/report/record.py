@@ -53,7 +53,7 @@ def value_rows(sections: Sequence[Section]) -> list[list[Any]]:
                 estimate = value.estimate
                 numbers = [estimate.value, estimate.low, estimate.high, value.num_prompts]
                 rows.append([*where, category, model, *numbers])
-            rows += [[*where, name, model, value, None, None, None] for name, value in result.scores.figures.items()]
+            rows += [[*where, name, model, value, None, None, None] for name, value in result.figures.items()]
     return rows
 
 
@@ -107,7 +107,7 @@ def _result(result: Result) -> dict[str, Any]:
             name: _estimate(value.estimate) | {"num_prompts": value.num_prompts}
             for name, value in result.values.items()
         },
-        "figures": dict(result.scores.figures),
+        "figures": dict(result.figures),
         "num_images": len(result.scores.images),
         "scorer": dict(result.scores.scorer),
         "notes": list(result.scores.notes),

@@ -9,7 +9,7 @@ from bitdance_scale.evaluation import page
 from bitdance_scale.evaluation.benchmarks.manifest import DRAWING_NAME, flat_values
 from bitdance_scale.evaluation.metrics.estimate import Estimate
 from bitdance_scale.evaluation.metrics.metric import OVERALL, Metric
-from bitdance_scale.evaluation.report.comparison import Pair, PromptScore, Result, Section
+from bitdance_scale.evaluation.report.comparison import Contrast, Pair, PromptScore, Result, Section
 from bitdance_scale.evaluation.report.figures import draw_categories, draw_sweep
 from bitdance_scale.evaluation.report.scored_folder import ScoredFolder
 from bitdance_scale.evaluation.report.settings import (
@@ -26,6 +26,8 @@ from bitdance_scale.wording import file_size
 _NO_BENCHMARK = "images of no benchmark"
 _MAX_SHOWN_IMAGES = 8
 """Of a prompt, on the page."""
+_MAX_OPEN = 3
+"""Drawings of a section whose pictures are shown without a click."""
 
 
 def report_page(
@@ -125,19 +127,23 @@ def _values(section: Section) -> Iterator[str]:
             for model, result in section.results.items()
             if result.values
         }
-        yield page.figure(draw_categories(_title(section), values), f"{_title(section)} by category, as in the table")
+        yield page.figure(draw_categories(values), f"{_title(section)} by category, as in the table")
     if section.figures:
         header = ["without intervals", *models]
         rows = [
-            [name, *(_figure_text(result, name) for result in section.results.values())] for name in section.figures
+            [name, *(_figure_text(result, name, section.metric) for result in section.results.values())]
+            for name in section.figures
         ]
         yield page.Table(header, rows).html()
     yield from _differences(section)
     yield from _scorers(section)
 
 
-def _figure_text(result: Result, name: str) -> str:
-    return f"{result.scores.figures[name]:.6g}" if name in result.scores.figures else ""
+def _figure_text(result: Result, name: str, metric: Metric) -> str:
+    if name not in result.figures:
+        return ""
+    value = result.figures[name]
+    return f"{value:.2f}" if metric.scale != 1 or abs(value) > 1 else f"{value:.4f}"
 
 
 def _differences(section: Section) -> Iterator[str]:
@@ -158,7 +164,8 @@ def _differences(section: Section) -> Iterator[str]:
         for pair in section.pairs
         if pair.reasons
     ]
-    if unpaired:
+    # Sets have no values of images that could be paired.
+    if unpaired and section.categories:
         yield page.listing(unpaired)
 
 
@@ -175,18 +182,18 @@ def _scorers(section: Section) -> Iterator[str]:
     settings = split_settings(list(scorers.values()))
     lines = []
     if settings.equal:
-        lines.append(
-            "Scored with " + "; ".join(f"{key} {setting_text(key, one)}" for key, one in settings.equal.items())
-        )
+        told = ", ".join(f"{key} = {setting_text(key, one)}" for key, one in settings.equal.items())
+        lines.append(f"Scored with {told}.")
     for name, scorer in scorers.items():
         if settings.differing:
-            told = "; ".join(f"{key} {setting_text(key, scorer.get(key))}" for key in settings.differing)
-            lines.append(f"{name} was scored with {told}: values of other scorers do not compare.")
+            told = ", ".join(f"{key} = {setting_text(key, scorer.get(key))}" for key in settings.differing)
+            lines.append(f"{name} was scored with {told}: values of different scorers do not compare.")
     notes: dict[str, list[str]] = {}
     for name, result in section.results.items():
         for note in result.scores.notes:
             notes.setdefault(note, []).append(name)
-    lines += [f"{', '.join(names)}: {note}" for note, names in notes.items()]
+    for note, names in notes.items():
+        lines.append(note if len(names) == len(scorers) else f"{', '.join(names)}: {note}")
     if lines:
         yield page.listing(lines)
 
@@ -195,9 +202,8 @@ def _sweep(sweep: Sweep, sections: Sequence[Section]) -> Iterator[str]:
     panels = panels_of(sweep, sections)
     if not panels:
         return
-    title = f"Over {setting_title(sweep.setting)}"
-    yield page.heading(title, 3)
-    yield page.figure(draw_sweep(title, setting_title(sweep.setting), panels), f"values over {sweep.setting}")
+    yield page.heading(f"Over {setting_title(sweep.setting)}", 3)
+    yield page.figure(draw_sweep(setting_title(sweep.setting), panels), f"values over {sweep.setting}")
     shown = [f"{line.label}: {', '.join(folder.name for _, folder in line.points)}" for line in sweep.lines]
     yield page.listing(shown)
 
@@ -206,22 +212,27 @@ def _pictures(section: Section, thumbnails: Thumbnails) -> Iterator[str]:
     """Prompts to look at: the worst of each drawing, and those in which drawings differ most."""
     if any(result.worst for result in section.results.values()):
         yield page.heading(f"{_title(section)}: pictures", 3)
+    is_open = len(section.results) <= _MAX_OPEN
     for name, result in section.results.items():
         if result.worst:
             parts = [_prompt(result, prompt, thumbnails) for prompt in result.worst]
-            yield page.folded(f"{name}: the {len(parts)} prompts of the lowest values", parts, is_open=True)
+            yield page.folded(f"{name}: the {len(parts)} prompts of the lowest values", parts, is_open=is_open)
     for pair in section.pairs:
         if pair.contrasts:
-            parts = []
-            for contrast in pair.contrasts:
-                parts.append(page.heading(f"{contrast.difference:+.3g}: {contrast.model.text}", 4))
-                for name, prompt in ((pair.baseline, contrast.baseline), (pair.model, contrast.model)):
-                    caption = f"{name}: {prompt.value:.3g}"
-                    parts.append(page.paragraph(caption) + _images(section.results[name], prompt, thumbnails))
-            summary = (
-                f"{pair.model} minus {pair.baseline}: the {len(pair.contrasts)} prompts of the largest differences"
-            )
-            yield page.folded(summary, parts, is_open=True)
+            parts = [_contrast(section, pair, contrast, thumbnails) for contrast in pair.contrasts]
+            summary = f"{pair.model} minus {pair.baseline}: the {len(parts)} prompts of the largest differences"
+            yield page.folded(summary, parts, is_open=is_open)
+
+
+def _contrast(section: Section, pair: Pair, contrast: Contrast, thumbnails: Thumbnails) -> str:
+    """A prompt in the baseline and in another drawing, side by side."""
+    sides = [
+        page.column([page.paragraph(f"{name}: {prompt.value:.3g}"), _images(section.results[name], prompt, thumbnails)])
+        for name, prompt in ((pair.baseline, contrast.baseline), (pair.model, contrast.model))
+    ]
+    prompt = contrast.model
+    caption = f"{contrast.difference:+.3g}: {prompt.text} ({prompt.category}, {prompt.prompt_id})"
+    return page.paragraph(caption) + page.row(sides)
 
 
 def _prompt(result: Result, prompt: PromptScore, thumbnails: Thumbnails) -> str:
@@ -259,5 +270,7 @@ def _digits(metric: Metric) -> int:
 
 def estimate_text(estimate: Estimate, digits: int, sign: str = "") -> str:
     """A value with its interval, as "0.86 [0.84, 0.88]"."""
-    value, low, high = (format(number, f"{sign}.{digits}f") for number in (estimate.value, estimate.low, estimate.high))
+    # Adding 0 makes -0.0 positive.
+    numbers = (round(number, digits) + 0.0 for number in (estimate.value, estimate.low, estimate.high))
+    value, low, high = (format(number, f"{sign}.{digits}f") for number in numbers)
     return f"{value} [{low}, {high}]"

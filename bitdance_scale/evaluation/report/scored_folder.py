@@ -88,14 +88,15 @@ def _read_folder(name: str, root: Path, metrics: Sequence[str]) -> ScoredFolder:
     paths = find_scores(root)
     if not paths:
         raise ConfigError(
-            f"{root}: holds no scores ({SCORES_DIR}/*.json); `{_SCORE}` makes them, and `{_SCORE} --help` says how"
+            f"{root}: holds no scores ({SCORES_DIR}/*.json); `{_SCORE} {root}` makes them, with the options that "
+            f"`{_SCORE} --help` shows"
         )
     scores = {path.stem: _checked(path) for path in paths if not metrics or path.stem in metrics}
     if not scores:
         there = ", ".join(path.stem for path in paths)
         raise ConfigError(
-            f"{root}: has scores of {there}, and none of {', '.join(metrics)}; make them with `{_SCORE}`, or name "
-            "others with --metric"
+            f"{root}: has scores of {there}, and none of {', '.join(metrics)}; make them with "
+            f"`{_SCORE} {root}`, or name others with --metric"
         )
     benchmarks = sorted({one.benchmark for one in scores.values()})
     if len(benchmarks) > 1:
@@ -120,7 +121,7 @@ def _refuse_stale(root: Path, scores: Mapping[str, Scores], has_manifest: bool) 
             listed = [f"{key} was {scored.get(key)!r} and is {wanted.get(key)!r}" for key in differing]
             raise ConfigError(
                 f"{root}: the scores of {metric} are of another drawing than the one there: {first_few(listed)}; score "
-                f"it again with `{_SCORE}`, or leave the metric out with --metric"
+                f"it again with `{_SCORE} {root}`, or leave the metric out with --metric"
             )
 
 
@@ -136,13 +137,16 @@ def _checked(path: Path) -> Scores:
             find_benchmark(scores.benchmark)
     except ConfigError as error:
         raise DataError(f"{path}: {error}; it was written by another version of this program: {again}") from error
+    for field_name in ("drawing", "scorer", "prompts", "figures"):
+        if not isinstance(getattr(scores, field_name), dict):
+            raise DataError(f"{path}: {field_name} is no object; {again}")
     for image in scores.images:
         numbers = [image.value, *(number for pair in image.parts.values() for number in pair)]
         if image.prompt_id not in scores.prompts:
             raise DataError(
                 f"{path}: scores an image of prompt {image.prompt_id!r}, which is not among its prompts; {again}"
             )
-        if not all(_is_number(number) for number in numbers):
+        if not all(_is_number(number) for number in [image.k, *numbers]):
             raise DataError(
                 f"{path}: image {image.k} of prompt {image.prompt_id} has a value that is no number; {again}"
             )

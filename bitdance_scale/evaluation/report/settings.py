@@ -57,9 +57,9 @@ def setting_text(name: str, value: Any) -> str:
         return UNKNOWN
     if name.endswith("sha256"):
         return str(value)[:_DIGEST_CHARACTERS]
-    if name == "size_px":
+    if name == "size_px" and isinstance(value, list | tuple):
         return " x ".join(map(str, value))
-    if name == BLOCK_TOKENS:
+    if name == BLOCK_TOKENS and isinstance(value, int):
         return f"{value} (p = {math.isqrt(value)})"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]}..."

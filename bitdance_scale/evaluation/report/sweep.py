@@ -95,27 +95,29 @@ def find_sweeps(folders: Sequence[ScoredFolder]) -> list[Sweep]:
 
 
 def panels_of(sweep: Sweep, sections: Sequence[Section]) -> dict[str, list[Curve]]:
-    """The values to draw of a sweep: the overall value of every metric, and all values without intervals."""
+    """The values to draw of a sweep: the overall value of a metric, or those of whole sets where it has none."""
     panels: dict[str, list[Curve]] = {}
     for section in sections:
         for line in sweep.lines:
-            points = [
-                (position, section.results[folder.name])
-                for position, folder in line.points
-                if folder.name in section.results
-            ]
             found: dict[str, list[tuple[float, Estimate | float]]] = {}
-            for position, result in points:
-                if OVERALL in result.values:
-                    title = section.metric.title
-                    found.setdefault(title, []).append((position, result.values[OVERALL].estimate))
-                for name, value in result.scores.figures.items():
-                    found.setdefault(f"{section.metric.name}: {name}", []).append((position, value))
-            for title, values in found.items():
-                if len({position for position, _ in values}) > 1:
-                    curve = Curve(line.label, *zip(*values, strict=True))
+            for position, folder in line.points:
+                for title, value in _quoted(section, folder.name).items():
+                    found.setdefault(title, []).append((position, value))
+            for title, points in found.items():
+                if len({position for position, _ in points}) > 1:
+                    curve = Curve(line.label, *zip(*points, strict=True))
                     panels.setdefault(title, []).append(curve)
     return panels
+
+
+def _quoted(section: Section, name: str) -> Mapping[str, Estimate | float]:
+    """The values of a drawing that are quoted, by what they are called."""
+    result = section.results.get(name)
+    if result is None:
+        return {}
+    if result.values:
+        return {section.metric.title: result.values[OVERALL].estimate}
+    return result.figures
 
 
 def _is_axis(key: str, value: object) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from bitdance_scale.errors import ConfigError
 from bitdance_scale.evaluation.benchmarks.catalogue import find_benchmark
 from bitdance_scale.evaluation.benchmarks.image_folder import ImageFolder
 from bitdance_scale.evaluation.benchmarks.prompt import Prompt
@@ -81,6 +82,8 @@ def read_images(folder: ScoredFolder, scores: Scores, prompt: PromptScore) -> li
     Raises:
         ConfigError: the folder is of no benchmark, so that its files are not known, or a file is gone or damaged.
     """
+    if not folder.benchmark:
+        raise ConfigError(f"{folder.root}: holds images of no benchmark, and which is of which prompt is not known")
     benchmark = find_benchmark(folder.benchmark)
     default = max(image.k for image in scores.images) + 1
     num_images = folder.drawing.get("images_per_prompt", default)
@@ -88,6 +91,11 @@ def read_images(folder: ScoredFolder, scores: Scores, prompt: PromptScore) -> li
     layout = dataclasses.replace(benchmark, num_images=num_images).layout(scores.model)
     (wanted,) = (one for one in prompts if one.id == prompt.prompt_id)
     images = ImageFolder(folder.root, layout, prompts).read(wanted)
+    if prompt.images[-1].k >= len(images):
+        raise ConfigError(
+            f"{folder.root}: image {prompt.images[-1].k} of prompt {prompt.prompt_id} was scored, and there are "
+            f"{len(images)}; draw again what is missing"
+        )
     return [images[image.k] for image in prompt.images]
 
 

@@ -92,9 +92,12 @@ def scenes_scores(root: Path, images: tuple[ImageScore, ...], **changes: Any) ->
     return dataclasses.replace(scores, **changes)
 
 
-def score(root: Path, share: float = 0.5, seed: int = 1, **changes: Any) -> Path:
+def score(
+    root: Path, share: float = 0.5, seed: int = 1, images: tuple[ImageScore, ...] | None = None, **changes: Any
+) -> Path:
     """Writes scores of `scenes`; returns the folder."""
-    write_scores(root, scenes_scores(root, image_scores(share, seed), **changes))
+    found = image_scores(share, seed) if images is None else images
+    write_scores(root, scenes_scores(root, found, **changes))
     return root
 
 
