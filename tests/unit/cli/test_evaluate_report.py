@@ -11,7 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from bitdance_scale.cli.evaluate_report import main
 from bitdance_scale.evaluation.metrics.catalogue import find_metric
@@ -20,6 +22,7 @@ from bitdance_scale.evaluation.report import record
 from bitdance_scale.evaluation.report.thumbnails import Thumbnails
 from tests.unit.evaluation.report.scored_drawings import (
     image_scores,
+    picture,
     scene_prompts,
     score,
     score_clip,
@@ -272,7 +275,16 @@ def test_tables_are_logged_offline_without_a_network(drawings, tmp_path):
     assert len(worst["data"]) == 18 * 3 and all(len(results[name]["worst"]) == 18 for name in ("sft", "distilled"))
     by_prompt = {(row[1], row[2], row[3]): row for row in worst["data"]}
     # A picture that is gone leaves its cell empty.
-    assert by_prompt["scenes", "sft", "00000"][-1] is None
-    picture = by_prompt["scenes", "distilled", "00000"][-1]
-    assert picture["_type"] == "image-file" and (picture["width"], picture["height"]) == (64, 32)
-    assert (folder / "files" / picture["path"]).is_file()
+    assert by_prompt["scenes", "sft", "00000"][-1] is None and by_prompt["scenes", "distilled", "00000"][-1] == "Image"
+    (uploads,) = (
+        {entry.path: Path(entry.local_path) for entry in one.artifact.manifest.contents}
+        for one in read_run(run)
+        if one.WhichOneof("record_type") == "artifact" and "worst" in one.artifact.name
+    )
+    assert all(path.is_relative_to(folder) and path.is_file() for path in uploads.values())
+    (table,) = (path for name, path in uploads.items() if name.endswith(".table.json"))
+    rows = {(row[1], row[2], row[3]): row for row in json.loads(table.read_text())["data"]}
+    cell = rows["scenes", "distilled", "00000"][-1]
+    assert (cell["width"], cell["height"]) == (64, 32)
+    with Image.open(uploads[cell["path"]]) as sheet:
+        assert np.array_equal(np.asarray(sheet)[:, :32], picture(0))
