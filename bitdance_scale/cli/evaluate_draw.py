@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bitdance_scale.cli.command import CommandParser, positive, run_command
 from bitdance_scale.cli.launch import add_rank_arguments, find_replicas, launch
@@ -120,12 +120,14 @@ def _draw(
     from bitdance_scale.train.prompt_models import published_source, run_source
 
     solving = _solving(options, benchmark)
-    model = {"name": name}
+    model: dict[str, Any] = {"name": name}
     if config is None:
         source = published_source(options.model, solving, options.dtype)
     else:
         source = run_source(config, options.model, solving, options.weights)
         model["weights"] = options.weights
+    # It follows from the weights, and tells readers what they compare: Table 10 is of 16 and 64.
+    model["block_tokens"] = source.block_tokens
     settings = {
         "steps": solving.steps,
         "guidance": solving.guidance,

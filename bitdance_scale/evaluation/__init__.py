@@ -10,6 +10,7 @@ page.py       tables and pictures in one HTML file
 
 benchmarks/     prompts of benchmarks, and folders of their pictures
 metrics/        scores of drawings in one form, with intervals, in files, compared
+report/         drawings compared by their scores, on one page
 distributions/  scores of sets of generated images: FID, sFID, Inception Score, precision, recall, CLIP score
 geneval/        GenEval's scorer
 questions/      benchmarks that are scored by asking a model about images

@@ -119,12 +119,14 @@ class ModelSource:
 
     Attributes:
         digest: tells its weights from others; reads all of a published folder, so the first rank alone calls it.
+        block_tokens: tokens that it draws at once, p^2.
         dtype: in which it draws.
         parallel: layout of a replica.
         load: the network on a rank of it; a collective.
     """
 
     digest: Callable[[], str]
+    block_tokens: int
     dtype: str
     parallel: ParallelSection
     load: Callable[[Topology], PromptModel]
@@ -142,10 +144,12 @@ def published_source(folder: Path, solving: Solving, dtype: str | None) -> Model
         BitDanceError: it is no published model, or images cannot be drawn so.
     """
     FlowSolver(solving.steps, solving.guidance, solving.sampler)
-    check_size(*solving.size_px, read_sections(folder).vision)
+    vision = read_sections(folder).vision
+    check_size(*solving.size_px, vision)
     name = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     return ModelSource(
         lambda: _folder_digest(folder),
+        vision.block_tokens,
         name,
         ParallelSection(),
         lambda topology: PublishedPrompts(folder, solving, getattr(torch, name), topology),
@@ -181,6 +185,7 @@ def run_source(config: RunConfig, where: Path, solving: Solving, weights: str) -
     return ModelSource(
         # Two checkpoints share it only if all their files are equal.
         lambda: read_manifest(manifest.read_bytes(), str(manifest)).sha256,
+        config.vision.block_tokens,
         config.run.dtype,
         config.parallel,
         lambda topology: RunPrompts(config, checkpoint, topology),
