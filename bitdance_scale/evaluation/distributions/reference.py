@@ -124,7 +124,7 @@ def check_reference(path: Path) -> dict[str, ArraySpec]:
     specs = read_arrays_header(path)
     if IMAGES_KEY in specs:
         NpzImages(path)
-    elif _POOL[0] not in specs:
+    elif not holds_statistics(specs):
         raise DataError(
             f"{path}: holds {', '.join(specs) or 'nothing'}, and neither images ({IMAGES_KEY}) nor statistics "
             f"({', '.join((*_POOL, *_SPATIAL))}); name ADM's reference, a folder of images, or a file saved here"
@@ -144,6 +144,11 @@ def check_reference(path: Path) -> dict[str, ArraySpec]:
     if is_ours:
         _check_ours(path, specs)
     return specs
+
+
+def holds_statistics(specs: Mapping[str, ArraySpec]) -> bool:
+    """Whether a file with these arrays holds statistics, or images alone, of which they are yet to be made."""
+    return _POOL[0] in specs
 
 
 def _check_ours(path: Path, specs: Mapping[str, ArraySpec]) -> None:
@@ -173,7 +178,7 @@ def read_reference(path: Path, inception: Inception, keeps_rows: bool = True) ->
     """
     specs = check_reference(path)
     source = str(path)
-    if _POOL[0] not in specs:
+    if not holds_statistics(specs):
         images = FolderImages(path) if path.is_dir() else NpzImages(path)
         return make_reference(collect(images, inception, keeps_rows), source)
     if _NETWORK in specs:
