@@ -107,6 +107,7 @@ class EndpointJudge(Judge):
                             found = next(questions, None)
                         except BitDanceError as raised:
                             error = raised
+                            stop.set()
                             break
                         if found is None:
                             break

@@ -26,7 +26,7 @@ _PAIRS = ('""', "\u201c\u201d", "\u201e\u201c\u201d", "\u00ab\u00bb", "\u300c\u3
 _APOSTROPHES = ("''", "\u2018\u2019")
 _QUOTED = re.compile(
     "|".join(
-        [f"{pair[0]}([^{pair[1:]}]+)[{pair[1:]}]" for pair in _PAIRS]
+        [f"{pair[0]}([^{pair[1:]}]*)[{pair[1:]}]" for pair in _PAIRS]
         + [rf"(?<!\w){pair[0]}(?=\S)([^\n]+?)(?<=\S){pair[1]}(?!\w)" for pair in _APOSTROPHES]
     )
 )
@@ -74,8 +74,9 @@ def compare(expected: Sequence[str], read: Sequence[str]) -> TextAccuracy:
 
 
 def quoted_texts(prompt: str) -> list[str]:
-    """The texts that a prompt puts in quotes, in their order."""
-    return [next(text for text in match.groups() if text is not None).strip() for match in _QUOTED.finditer(prompt)]
+    """The texts that a prompt puts in quotes, in their order; empty ones are left out."""
+    texts = ("".join(filter(None, match.groups())).strip() for match in _QUOTED.finditer(prompt))
+    return [text for text in texts if text]
 
 
 def words_of(text: str) -> list[str]:
