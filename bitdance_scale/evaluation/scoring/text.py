@@ -49,7 +49,9 @@ class TextScoring(Scoring):
 
     def load(self, device: torch.device) -> None:
         """Loads the reader, which runs on the CPU."""
-        self.reader = TextReader()
+        import torch
+
+        self.reader = TextReader(torch.get_num_threads())
 
     def score(self) -> Scores:
         """The scores, with the share of images that show exactly the wanted text as a figure."""
