@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bitdance_scale.errors import ConfigError, DataError
 from bitdance_scale.evaluation.metrics.score_file import SCORES_DIR
 from bitdance_scale.evaluation.questions.endpoint import EndpointJudge
-from bitdance_scale.evaluation.questions.judge import Judge, KeptAnswers, Unclear
+from bitdance_scale.evaluation.questions.judge import Judge, KeptAnswers, Unclear, check_answers
 from bitdance_scale.evaluation.scoring.scoring import MissingChoiceError, Scoring
 from bitdance_scale.wording import first_few
 
@@ -40,7 +40,13 @@ class AskingScoring(Scoring):
         if not choices.questions.exists():
             raise DataError(f"--questions {choices.questions}: does not exist; name {self.published}")
         self.read_questions(choices.questions)
+        check_answers(self._answers)
         self._choose_judge()
+
+    @property
+    def _answers(self) -> Path:
+        """Where answers are kept."""
+        return self.choices.answers or self.drawn.root / SCORES_DIR / ANSWERS_NAME
 
     @property
     @abstractmethod
@@ -63,8 +69,7 @@ class AskingScoring(Scoring):
     def asking(self) -> Iterator[tuple[Judge, Unclear]]:
         """The judge, whose answers are kept, and the count of its answers."""
         assert self.judge is not None
-        path = self.choices.answers or self.drawn.root / SCORES_DIR / ANSWERS_NAME
-        with KeptAnswers(self.judge, path) as judge:
+        with KeptAnswers(self.judge, self._answers) as judge:
             yield judge, Unclear(judge.model, self.choices.max_unclear)
 
     def scorer(self) -> dict[str, Any]:

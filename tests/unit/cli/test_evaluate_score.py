@@ -295,6 +295,12 @@ def test_clip_score(tmp_path, clip, capsys):
     assert set(values) == {OVERALL, *(prompt.category for prompt in drawn)}
     assert "CLIP score of ours: 3 prompts, 12 images" in capsys.readouterr().out
 
+    # The same folder as another program might have drawn it.
+    (root / "drawing.json").unlink()
+    assert score(*arguments, "--benchmark", "dpg", "--name", "theirs") == EXIT_COMPLETE
+    theirs, others = values_of(root, "clip-score")
+    assert (others, theirs.model, theirs.drawing) == (values, "theirs", {})
+
 
 @pytest.fixture
 def few_features(monkeypatch):

@@ -138,6 +138,8 @@ def test_questions_and_judges(tmp_path, refused, monkeypatch):
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     asked = [*arguments, "--endpoint", url, "--judge-model", "m"]
     assert "NO_SUCH_KEY is not set or empty" in refused(*asked, "--key-variable", "NO_SUCH_KEY")
+    (root / "notes.jsonl").write_text('{"a": 1}\n', encoding="utf-8")
+    assert "notes.jsonl: line 1 is no answer of a judge" in refused(*asked, "--answers", root / "notes.jsonl")
     assert "--max-unclear 7.0: must be a share" in refused(*asked, "--max-unclear", 7)
     assert "--device nothing: cannot be used" in refused(*asked, "--device", "nothing")
 
