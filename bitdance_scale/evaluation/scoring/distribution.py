@@ -71,7 +71,11 @@ class DistributionScoring(Scoring):
         choices = self.choices
         assert choices.reference is not None
         # First, as it is refused where it was made with other weights.
-        reference = read_reference(choices.reference, self.inception)
+        reference = read_reference(
+            choices.reference,
+            self.inception,
+            watch=lambda batches, total: self.drawn.watched(batches, total, "reference"),
+        )
         if choices.save_reference is not None:
             save_reference(choices.save_reference, reference)
         samples = collect(self.drawn.batches(self.metric.title, self.batch_size), self.inception)

@@ -98,13 +98,30 @@ class Drawn:
         Raises:
             BitDanceError: as `stream`.
         """
-        progress = Progress(self.num_images, what)
-        for batch in self._unwatched_batches(what, batch_size):
+        if self.images is not None:
+            return self.watched(self.images.batches(batch_size), self.num_images, what)
+        if self.array is not None:
+            return self.watched(self._in_turns(self.array, batch_size), self.num_images, what)
+        batches = in_batches(self.stream(what), batch_size)
+        return (np.stack([image for _, _, image in batch]) for batch in batches)
+
+    def watched(self, batches: Iterable[np.ndarray], total: int, what: str) -> Iterator[np.ndarray]:
+        """The same batches, with progress in the log, until a stop is asked for.
+
+        Args:
+            batches: uint8 [n, H, W, 3] each.
+            total: images in all of them.
+            what: names the work in the log.
+
+        Raises:
+            ScoringStopped: a stop was asked for.
+        """
+        progress = Progress(total, what)
+        for batch in batches:
             self.refuse_if_stopped()
             yield batch
-            if self.images is not None or self.array is not None:
-                progress.add(len(batch))
-                progress.log()
+            progress.add(len(batch))
+            progress.log()
 
     @property
     def array(self) -> Path | None:
@@ -114,17 +131,11 @@ class Drawn:
         array = self.benchmark.layout(self.model).array
         return None if array is None or not (self.root / array).is_file() else self.root / array
 
-    def _unwatched_batches(self, what: str, batch_size: int) -> Iterator[np.ndarray]:
-        if self.images is not None:
-            yield from self.images.batches(batch_size)
-        elif self.array is not None:
-            every = map_npz(self.array)
-            places = np.arange(len(every)).reshape(len(self.prompts), -1).T.ravel()
-            for start in range(0, len(places), batch_size):
-                yield every[places[start : start + batch_size]]
-        else:
-            for batch in in_batches(self.stream(what), batch_size):
-                yield np.stack([image for _, _, image in batch])
+    def _in_turns(self, array: Path, batch_size: int) -> Iterator[np.ndarray]:
+        every = map_npz(array)
+        places = np.arange(len(every)).reshape(len(self.prompts), -1).T.ravel()
+        for start in range(0, len(places), batch_size):
+            yield every[places[start : start + batch_size]]
 
     def refuse_if_stopped(self) -> None:
         """Ends the scoring if a stop was asked for.

@@ -154,7 +154,8 @@ def with_way_out(action: Callable[[], None], way_out: Callable[[], str]) -> None
         action()
     except (CheckpointError, JudgeError, MissingChoiceError) as error:
         extra = way_out()
-        raise type(error)(f"{error}. {extra}" if extra else str(error)) from error
+        kind = ConfigError if isinstance(error, MissingChoiceError) else type(error)
+        raise kind(f"{error}. {extra}" if extra else str(error)) from error
 
 
 class MissingChoiceError(ConfigError):

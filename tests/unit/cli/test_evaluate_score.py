@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 
@@ -315,12 +316,14 @@ def noise(number, seed):
     return np.random.default_rng(seed).integers(0, 256, (number, 4, 4, 3), dtype=np.uint8)
 
 
-def test_distribution(tmp_path, few_features, capsys):
+def test_distribution(tmp_path, few_features, capsys, caplog):
     real, drawn = noise(30, 0), noise(6, 1)
     np.savez(tmp_path / "real.npz", real)
     root, _, prompts = draw(tmp_path, "imagenet", lambda prompt, k: drawn[3 * int(prompt.text) + k], size_px=(4, 4))
     arguments = (root, "--inception", "w.pth", "--reference", tmp_path / "real.npz", "--batch-size", 4)
+    caplog.set_level(logging.INFO)
     assert score(*arguments, "--save-reference", tmp_path / "saved.npz") == EXIT_COMPLETE
+    assert "reference: 30 of 30 images, " in caplog.text and "recall: 6 of 6 images, " in caplog.text
     found = read_scores(root / "scores/distribution.json")
     network = SmallNetwork()
     against = make_reference(collect([real], network), "real")

@@ -118,7 +118,7 @@ def test_questions_and_judges(tmp_path, refused, monkeypatch):
     arguments = [root, "--prompts", prompts]
     own = f"bash dpg_bench/dist_eval.sh {root} 16"
     message = refused(*arguments)
-    assert "--questions: DPG-Bench is scored by its published questions; name dpg_bench.csv" in message
+    assert "ConfigError: --questions: DPG-Bench is scored by its published questions; name dpg_bench.csv" in message
     assert own in message
     assert "none.csv: does not exist" in refused(*arguments, "--questions", tmp_path / "none.csv")
     assert "dpg.prompts: has no column item_id" in refused(*arguments, "--questions", prompts)
