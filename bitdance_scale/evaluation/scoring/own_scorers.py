@@ -31,8 +31,8 @@ def own_scorer(benchmark: str, folder: Path, model: str, size_px: tuple[int, int
             ),
         ),
         "dpg": (
-            "https://github.com/TencentQQGYLab/ELLA, which needs mPLUG-large from ModelScope and a GPU",
-            f"PROCESSES=1 bash dpg_bench/dist_eval.sh {path} {size_px[0]}",
+            "https://github.com/TencentQQGYLab/ELLA, which needs mPLUG-large from ModelScope and GPUs (PROCESSES=, 8)",
+            f"bash dpg_bench/dist_eval.sh {path} {size_px[0]}",
         ),
         "tiif": (
             "https://github.com/A113N-W3I/TIIF-Bench",

@@ -256,6 +256,19 @@ def test_text(tmp_path, monkeypatch, capsys):
     assert found.images[2].reason == "wanted: A / B C; read: nothing"
 
 
+def test_text_of_oneig_is_of_its_category(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "TextReader", Reader)
+    monkeypatch.setattr(text, "check_packages", lambda: None)
+    prompts = tmp_path / "OneIG-Bench.csv"
+    rows = ["category,id,prompt_en", 'Portrait,000,"a ""nun"""', 'Text_Rendering,000,"says ""A/B"""']
+    prompts.write_text("\n".join(rows), encoding="utf-8")
+    root, _, _ = draw(tmp_path, "oneig-en", lambda prompt, k: plain(0), prompts)
+    assert score(root, "--prompts", prompts, "--metric", "text") == EXIT_COMPLETE
+    found, values = values_of(root, "text")
+    assert [(image.prompt_id, image.k) for image in found.images] == [("text/000", k) for k in range(4)]
+    assert values == {OVERALL: 1, "Text_Rendering": 1} and found.notes == ()
+
+
 def test_text_is_read_offline(tmp_path):
     pytest.importorskip("rapidocr")
     pytest.importorskip("onnxruntime")
