@@ -58,12 +58,15 @@ class AskingScoring(Scoring):
         """Reads the questions and refuses those that do not fit the prompts."""
 
     def load(self, device: torch.device) -> None:
-        """Loads a local judge."""
+        """Loads a local judge, on CUDA in bfloat16, as judges are published."""
         if self.judge is None:
+            import torch
+
             from bitdance_scale.evaluation.questions.local_judge import load_judge
 
             assert self.choices.judge is not None
-            self.judge = load_judge(self.choices.judge, device, batch_size=self.batch_size)
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+            self.judge = load_judge(self.choices.judge, device, dtype, self.batch_size)
 
     @contextlib.contextmanager
     def asking(self) -> Iterator[tuple[Judge, Unclear]]:

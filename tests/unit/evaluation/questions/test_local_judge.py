@@ -27,6 +27,9 @@ def vilt(tmp_path_factory):
 def test_a_classifier_of_answers(vilt):
     judge = load_judge(str(vilt), CPU, batch_size=2)
     assert (judge.model, judge.follows_instructions) == (str(vilt), False)
+    assert judge.protocol == "transformers visual question answering, greedy, version 1, float32"
+    half = load_judge(str(vilt), CPU, torch.bfloat16)
+    assert half.protocol.endswith(", bfloat16") and len(half.answer(images(1), ["is it red?"])) == 1
     shown, questions = images(3), ["is it red?", "is it a cat?", "is it a " + "red " * 40]
     said = judge.answer(shown, questions)
     assert {*said} <= {"yes", "no", "a dog"}
