@@ -27,7 +27,7 @@ COMMANDS: Mapping[str, Command] = {
     "plot": Command("draw the page of a run, or of several", "plot_run"),
     "check": Command("check a configuration against all rules", "check"),
     "config": Command("print a configuration, explain a setting, list what is shipped", "config"),
-    "evaluate": Command("draw the images of a benchmark, compare scores", "evaluate"),
+    "evaluate": Command("draw the images of a benchmark, score and compare them", "evaluate"),
     "tokenizer": Command("train or evaluate a visual tokenizer", "tokenizer"),
     "demo-data": Command("draw the images of the demo", "demo_data"),
 }

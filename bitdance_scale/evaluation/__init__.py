@@ -7,9 +7,11 @@ clip.py       embeddings of images and texts
 image_array.py  sets of images as one .npz
 pretrained.py   networks of transformers, whole or not at all
 page.py       tables and pictures in one HTML file
+progress.py   how far a long work on images is, in the log
 
 benchmarks/     prompts of benchmarks, and folders of their pictures
 metrics/        scores of drawings in one form, with intervals, in files, compared
+scoring/        folders of drawings to such scores, a module per metric
 report/         drawings compared by their scores, on one page
 distributions/  scores of sets of generated images: FID, sFID, Inception Score, precision, recall, CLIP score
 geneval/        GenEval's scorer

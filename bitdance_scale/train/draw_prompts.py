@@ -8,11 +8,9 @@ a batch of which an image is missing is drawn again whole, and only what is miss
 from __future__ import annotations
 
 import contextlib
-import datetime
 import logging
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from bitdance_scale.evaluation.benchmarks.benchmark import Benchmark
 from bitdance_scale.evaluation.benchmarks.image_folder import ImageFolder
 from bitdance_scale.evaluation.benchmarks.manifest import Drawing, begin_drawing
 from bitdance_scale.evaluation.benchmarks.prompt import Prompt, image_seed
+from bitdance_scale.evaluation.progress import Progress
 from bitdance_scale.parallel.agreement import all_ranks, any_rank, on_first_rank
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopRequest
@@ -34,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 _WAIT_S = 14 * 24 * 3600.0
 _BEAT_S = 5.0
-_LOG_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -161,7 +159,7 @@ def _draw(
     stop: StopRequest,
 ) -> bool:
     """Draws the missing batches; returns False when a request to stop came first."""
-    progress = _Progress(sum(len(batch.missing) for share in missing for batch in share))
+    progress = Progress(sum(len(batch.missing) for share in missing for batch in share))
     for start in range(0, len(missing), topology.data_size):
         turn = missing[start : start + topology.data_size]
         for number in range(max(map(len, turn))):
@@ -186,28 +184,6 @@ def _draw_batch(prompts: Sequence[Prompt], seed: int, folder: ImageFolder, model
     for (number, k), image in zip(batch.places, images, strict=True):
         if (number, k) in batch.missing:
             folder.write_image(prompts[number], k, image)
-
-
-class _Progress:
-    """Images drawn by all replicas, with their rate and what it means for the rest."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
-        self._begun_s = self._logged_s = time.monotonic()
-
-    def add(self, number: int) -> None:
-        self._done += number
-
-    def log(self) -> None:
-        now_s = time.monotonic()
-        if now_s - self._logged_s < _LOG_EVERY_S and self._done < self._total:
-            return
-        self._logged_s = now_s
-        rate = self._done / max(now_s - self._begun_s, 1e-9)
-        logger.info(
-            "%d of %d images, %.3g images/s, ETA %s",
-            self._done, self._total, rate, datetime.timedelta(seconds=round((self._total - self._done) / rate)),
-        )  # fmt: skip
 
 
 @contextlib.contextmanager

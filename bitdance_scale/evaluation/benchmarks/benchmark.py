@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from bitdance_scale.evaluation.benchmarks.layout import Layout
 from bitdance_scale.evaluation.benchmarks.prompt import Prompt
@@ -70,3 +71,12 @@ class Benchmark(ABC):
         Raises:
             ConfigError: it cannot be read or is no file of this benchmark; names the line and what is wrong with it.
         """
+
+    def as_drawn(self, num_images: int, num_prompts: int) -> Self:
+        """The benchmark of a drawing.
+
+        Args:
+            num_images: images of each prompt.
+            num_prompts: prompts; it counts where a benchmark makes its prompts itself.
+        """
+        return replace(self, num_images=num_images)

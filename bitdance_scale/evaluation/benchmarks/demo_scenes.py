@@ -5,8 +5,9 @@ No data set of the demo holds them. Their pictures can be judged without a netwo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Self
 
 from bitdance_scale.demo.scenes import CATEGORY_SHARES, Scene, make_scene
 from bitdance_scale.errors import ConfigError
@@ -68,3 +69,7 @@ class DemoScenes(Benchmark):
             Prompt(f"{number:05d}", scene.caption, scene.category, self.num_images, scene.record())
             for number, scene in enumerate(choose_scenes(self.per_category))
         ]
+
+    def as_drawn(self, num_images: int, num_prompts: int) -> Self:
+        """The benchmark of a drawing, which has as many prompts of each category."""
+        return replace(self, num_images=num_images, per_category=num_prompts // len(CATEGORIES))

@@ -18,8 +18,7 @@ from bitdance_scale.evaluation.benchmarks.layout import SeparatePictures
 from bitdance_scale.evaluation.benchmarks.picture import Picture, grid_side
 from bitdance_scale.evaluation.benchmarks.prompt import Prompt, check_prompts
 from bitdance_scale.evaluation.benchmarks.prompt_files import read_json_lines, text_of
-
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+from bitdance_scale.evaluation.geneval.rules import TAGS
 
 
 class GenEvalLayout(SeparatePictures):

@@ -6,8 +6,9 @@ at 256 px. `bitdance draw` draws them with a class-conditional run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from bitdance_scale.config.class_map import read_class_map
 from bitdance_scale.errors import ConfigError
@@ -49,3 +50,7 @@ class ImageNet(Benchmark):
             Prompt(f"{number:05d}", str(number), name, self.num_images, {"label": number, "name": name})
             for number, name in enumerate(names)
         ]
+
+    def as_drawn(self, num_images: int, num_prompts: int) -> Self:
+        """The benchmark of a drawing, which has a prompt of each class."""
+        return replace(self, num_images=num_images, num_classes=num_prompts)

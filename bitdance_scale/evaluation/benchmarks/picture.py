@@ -58,7 +58,7 @@ class Picture:
         try:
             with Image.open(path) as opened:
                 pixels = np.asarray(opened.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ConfigError(f"{path}: cannot be read as a picture ({error}); remove it and draw it again") from error
         if any(length % self.side for length in pixels.shape[:2]):
             raise ConfigError(
@@ -91,7 +91,7 @@ class Picture:
                 width, height = opened.size
         except FileNotFoundError:
             raise
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return f"is no picture ({error})"
         return (height, width) if _has_its_end(path) else "is cut short"
 

@@ -46,5 +46,5 @@ def mean_of(names: Sequence[str]) -> Combine:
 
 
 def as_parts(parts: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """The values are the parts, of which one is the overall value."""
-    return {OVERALL: parts[OVERALL], **parts}
+    """The values are the parts, of which one is the overall value; the others follow in the order of their names."""
+    return {OVERALL: parts[OVERALL], **{name: parts[name] for name in sorted(parts)}}
