@@ -8,7 +8,8 @@ import torch
 from bitdance_scale.generate.block_decode import decode_blocks, lay_out
 from bitdance_scale.generate.pipeline import BitDancePipeline
 from bitdance_scale.generate.published_model import load_published
-from bitdance_scale.generate.qwen3_blocks import CapturedCall, Qwen3Blocks
+from bitdance_scale.generate.qwen3_blocks import Qwen3Blocks
+from bitdance_scale.generate.qwen3_memory import CapturedCall
 from bitdance_scale.generate.sampler import FlowSolver, GeneratorNoise
 from tests.released import write_published
 
