@@ -65,8 +65,7 @@ class Literal:
         for top in range(0, height, BLOCK_SIDE):
             for left in range(0, width, BLOCK_SIDE):
                 for y in range(top, top + BLOCK_SIDE):
-                    for x in range(left, left + BLOCK_SIDE):
-                        rows.append(self._project(bits[:, y, x]) + place(y, x))
+                    rows += [self._project(bits[:, y, x]) + place(y, x) for x in range(left, left + BLOCK_SIDE)]
         return torch.stack(rows)
 
     def _project(self, bits: torch.Tensor) -> torch.Tensor:

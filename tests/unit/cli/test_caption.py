@@ -10,8 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from bitdance_scale.checkpoint.class_source import open_class_source
+from bitdance_scale.checkpoint.import_release import import_release
+from bitdance_scale.checkpoint.pickled_files import PickledFile
+from bitdance_scale.checkpoint.release_source import open_source
+from bitdance_scale.checkpoint.start_weights import find_checkpoint
 from bitdance_scale.cli.caption import main
-from tests.released import edit_config, write_published
+from tests.released import class_file_content, edit_config, write_published
 
 FAST = ["--size", "32x48", "--size", "32x32", "--max-tokens", "5", "--device", "cpu"]
 
@@ -116,12 +121,19 @@ def test_what_cannot_be_described_is_named(folder, pictures, tmp_path, capsys):
     assert (tmp_path / "out").read_text(encoding="utf-8") == "mine"
 
 
-def test_other_models_are_told_what_they_are(pictures, tmp_path, capsys):
+def test_other_models_are_told_what_they_are(folder, pictures, tmp_path, capsys):
     def refusal(model: Path) -> str:
         capsys.readouterr()
         assert run(model, pictures, *FAST) == 2
         return capsys.readouterr().err
 
+    run_folder = tmp_path / "run"
+    import_release(open_source(folder, None), run_folder)
+    for model in (run_folder, find_checkpoint(run_folder)):
+        assert f"export it first: `bitdance export {model} PUBLISHED`" in refusal(model)
+    torch.save({"model": class_file_content()}, tmp_path / "classes.pt")
+    import_release(open_class_source(PickledFile(tmp_path / "classes.pt")), tmp_path / "class_run")
+    assert "is a run of a class-conditional network, which has no words" in refusal(tmp_path / "class_run")
     assert "absent: no such folder" in refusal(tmp_path / "absent")
     assert "pictures: is neither a published BitDance folder nor a run" in refusal(pictures)
     for name in ("BitDance_B_4x.pt", "classes/model_config.json"):
