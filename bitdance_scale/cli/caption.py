@@ -82,7 +82,8 @@ def _run(options: argparse.Namespace) -> int:
     if not choice.is_greedy:
         settings |= {"top_p": choice.top_p, "temperature": choice.temperature, "seed": options.seed}
     with contextlib.ExitStack() as opened:
-        bar = opened.enter_context(tqdm(total=len(requests), unit="image", disable=None))
+        # Captions on the screen are progress enough.
+        bar = opened.enter_context(tqdm(total=len(requests), unit="image", disable=None if options.out else True))
         lines = opened.enter_context(options.out.open("w", encoding="utf-8")) if options.out else None
         said = describe_images(
             pipeline, requests, choice, options.seed, options.max_tokens, options.batch_size, bar.update

@@ -30,6 +30,7 @@ from bitdance_scale.sequence.tokens import load_text_tokenizer
 from bitdance_scale.train.process import EXIT_REFUSED
 from tests.released import (
     HEAD,
+    as_a_run,
     edit_config,
     qwen_like,
     read_json,
@@ -135,19 +136,6 @@ class TestRoundTrip:
         assert torch.equal(found[name], whole(imported, f"head.{name}").bfloat16())
 
 
-def as_a_run(imported: Path, copy: Path, steps: int) -> Path:
-    """An import made to look like the checkpoint at step 0 of a run of so many steps."""
-    run = shutil.copytree(imported, copy)
-    folder = find_checkpoint(run)
-    config = (folder / "config.toml").read_text()
-    assert config.count("[run]\n") == 1
-    section = f'[run]\nname = "sft_small"\nstage = "sft"\nsteps = {steps}\n'
-    (folder / "config.toml").write_text(config.replace("[run]\n", section))
-    (folder / "manifest.json").unlink()
-    write_manifest(folder)
-    return run
-
-
 class TestUnfinishedRun:
     def test_it_is_said_and_kept_in_the_report(self, imported, tmp_path, capsys):
         run = as_a_run(imported, tmp_path / "run", steps=20)
@@ -168,40 +156,6 @@ class TestUnfinishedRun:
         assert convert_to_hf.main([str(imported), str(tmp_path / "out")]) == 0
         assert "warning" not in capsys.readouterr().err
         assert read_json(tmp_path / "out" / "conversion_report.json")["run"] is None
-
-
-class TestContextImages:
-    """How they were laid in training goes along, as a caption is asked for with the same sequence."""
-
-    def exported(self, run: Path, out: Path) -> dict[str, object]:
-        export_release(open_checkpoint(run), out)
-        return {key: value for key, value in read_json(out / "config.json").items() if key == "bitdance_context"}
-
-    def test_the_release_does_not_say_it_and_means_plain(self, imported, tmp_path):
-        assert open_checkpoint(imported).network.vision.context == "plain"
-        assert self.exported(imported, tmp_path / "out") == {}
-
-    def test_queries_are_said_and_kept(self, copy, tmp_path):
-        edit_config(copy, bitdance_context="queries")
-        import_release(open_source(copy, None), tmp_path / "run")
-        assert open_checkpoint(tmp_path / "run").network.vision.context == "queries"
-        assert self.exported(tmp_path / "run", tmp_path / "out") == {"bitdance_context": "queries"}
-
-    def test_a_run_of_an_earlier_version_had_queries(self, imported, tmp_path):
-        def without_context(run: Path) -> Path:
-            config = find_checkpoint(run) / "config.toml"
-            lines = config.read_text().splitlines(keepends=True)
-            assert 'context = "plain"\n' in lines
-            config.write_text("".join(line for line in lines if not line.startswith("context = ")))
-            (config.parent / "manifest.json").unlink()
-            write_manifest(config.parent)
-            return run
-
-        run = without_context(as_a_run(imported, tmp_path / "run", steps=0))
-        assert self.exported(run, tmp_path / "of_run") == {"bitdance_context": "queries"}
-        # An import has described nothing, and is of a release.
-        earlier_import = without_context(shutil.copytree(imported, tmp_path / "earlier_import"))
-        assert self.exported(earlier_import, tmp_path / "of_import") == {}
 
 
 class TestAveragedWeights:
