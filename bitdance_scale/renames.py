@@ -1,4 +1,4 @@
-"""Names that version 0.2 changed. Old configurations are refused with the new name; old runs are read."""
+"""What earlier versions had otherwise. Old configurations are refused with the new name; old runs are read."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ RENAMED_SETTINGS = {
     "run.log_every_steps": "observe.log_every_steps",
 }
 """Setting of version 0.1 -> its name today."""
+
+EARLIER_VALUES: Mapping[str, Any] = {"vision.context": "queries"}
+"""Setting that earlier versions did not have -> what they did, where today's default is another."""
 
 RENAMED_FIELDS = {
     "images_by_class": "images_by_resolution",

@@ -12,6 +12,7 @@ from bitdance_scale.cli.command import Command, run_group
 COMMANDS: Mapping[str, Command] = {
     "train": Command("train a model or a tokenizer on this machine, or on several", "train"),
     "sample": Command("draw images of prompts with a published model", "sample"),
+    "caption": Command("describe images with a published model", "caption"),
     "draw": Command("draw images of every class with a class-conditional run", "draw_classes"),
     "import": Command(
         "make a checkpoint of released weights: of BitDance, or of a Qwen3 to pretrain", "import_release"

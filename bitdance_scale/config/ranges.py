@@ -156,6 +156,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "vision.norm_groups": _COUNT,
     "vision.block_side": _COUNT,
     "vision.order": Choice(("block", "raster")),
+    "vision.context": Choice(("plain", "queries")),
     "vision.flip_max": _PROBABILITY,
     "text.kind": Choice(("huggingface", "sentencepiece")),
     "text.max_caption_tokens": _COUNT,

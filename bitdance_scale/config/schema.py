@@ -202,6 +202,12 @@ class VisionSection:
         doc="Order of vision tokens: block (block by block, the release) or raster (row by row, and the next p * p of "
         "them are a block; the ablation of Table 14, which cannot be exported).",
     )
+    context: str = setting(
+        "plain",
+        doc="How an image that is only the context of a caption is laid (`data.image_to_text_share`): plain (no query "
+        "tokens, and every position sees those before it, as in the release's inference) or queries (as an image to "
+        "draw, as versions up to 0.2 trained it).",
+    )
     flip_max: float = setting(
         0.1,
         doc="Input bits of images to draw are flipped with probability flip_max * u, u ~ U(0, 1) per element.",

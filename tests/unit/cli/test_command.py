@@ -53,7 +53,7 @@ def test_help_imports_nothing_heavy():
     ("arguments", "message"),
     [
         (["trian"], "bitdance: there is no command 'trian'; did you mean train?"),
-        (["quite", "another"], "the commands are train, sample, draw, import"),
+        (["quite", "another"], "the commands are train, sample, caption, draw, import"),
         (["config", "explane"], "bitdance config: there is no command 'explane'; did you mean explain?"),
         (["train"], "bitdance train: the following arguments are required: CONFIG;"),
         (["train", "demo", "--bogus"], "unrecognized arguments: --bogus"),

@@ -52,7 +52,12 @@ def roles(samples: list[Sample], num_positions: int) -> list[tuple[int, str, int
     listed: list[tuple[int, str, int]] = []
     for number, sample in enumerate(samples):
         names = ["text"] * len(sample.before_ids) + ["vision_start", "res_h"]
-        names += ["query"] * BLOCK_TOKENS + ["vision"] * (sample.grid[0] * sample.grid[1])
+        num_vision = sample.grid[0] * sample.grid[1]
+        if sample.predicts_image:
+            names += ["query"] * BLOCK_TOKENS + ["vision"] * num_vision
+        else:
+            # An image that is only context has no queries, and its positions see the past alone.
+            names += ["res_w"] + ["context"] * num_vision
         names += ["vision_end"] + ["text"] * len(sample.after_ids)
         counts: dict[str, int] = {}
         for name in names:
