@@ -1,4 +1,4 @@
-"""What earlier versions had otherwise. Old configurations are refused with the new name; old runs are read."""
+"""What earlier versions had otherwise. Old settings and commands are refused with the new name; old runs are read."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ RENAMED_FIELDS = {
     "faults": "sample_errors",
 }
 """Field of `metrics.jsonl`, `evaluation.jsonl` and `train_state.json` of version 0.1 -> its name today."""
+
+RENAMED_COMMANDS = {"draw": "evaluate draw imagenet RUN --out DIR"}
+"""Command that is no longer there -> the one in its place."""
 
 
 def with_new_names(values: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:

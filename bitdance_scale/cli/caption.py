@@ -121,10 +121,10 @@ def _check_options(options: argparse.Namespace) -> None:
 
 def _refuse_model(folder: Path) -> NoReturn:
     """Says what something is that is no published text-to-image folder, and what to do with it."""
-    from bitdance_scale.checkpoint.export_class import SIZES_NAME
     from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME
     from bitdance_scale.checkpoint.start_weights import find_checkpoint
     from bitdance_scale.config.load import load_network
+    from bitdance_scale.config.published_class import SIZES_NAME
     from bitdance_scale.errors import CheckpointError
 
     if not folder.exists():

@@ -1,19 +1,22 @@
-"""Trained networks that draw prompts: a published folder, whole on every rank, or a checkpoint under any layout."""
+"""Trained networks that draw prompts: a published folder, whole on every rank, or a checkpoint under any layout.
+
+A prompt is text, or the number of a class.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from bitdance_scale.checkpoint.integrity import MANIFEST_NAME, file_digest, read_manifest, text_digest
-from bitdance_scale.checkpoint.start_weights import find_checkpoint
-from bitdance_scale.config.rules import check
 from bitdance_scale.config.schema import ParallelSection, RunConfig
+from bitdance_scale.errors import ConfigError
+from bitdance_scale.evaluation.benchmarks.solving import Solving
 from bitdance_scale.generate.image_sizes import check_size
 from bitdance_scale.generate.pipeline import BitDancePipeline
 from bitdance_scale.generate.published_model import read_sections
@@ -21,23 +24,6 @@ from bitdance_scale.generate.sampler import FlowSolver
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.train.sampling import draw_batch, sample_grid
 from bitdance_scale.train.still_run import load_still_run
-
-
-@dataclass(frozen=True)
-class Solving:
-    """How an image is drawn.
-
-    Attributes:
-        size_px: (height, width).
-        steps: solver steps per block.
-        guidance: classifier-free guidance scale; 1 for none.
-        sampler: euler_maruyama or euler.
-    """
-
-    size_px: tuple[int, int]
-    steps: int
-    guidance: float
-    sampler: str
 
 
 class PromptModel(Protocol):
@@ -120,14 +106,14 @@ class ModelSource:
     Attributes:
         digest: tells its weights from others; reads all of a published folder, so the first rank alone calls it.
         block_tokens: tokens that it draws at once, p^2.
-        dtype: in which it draws.
+        settings: what else of it decides an image, as `drawing.json` has it: the dtype in which it draws, for one.
         parallel: layout of a replica.
         load: the network on a rank of it; a collective.
     """
 
     digest: Callable[[], str]
     block_tokens: int
-    dtype: str
+    settings: Mapping[str, Any]
     parallel: ParallelSection
     load: Callable[[Topology], PromptModel]
 
@@ -144,49 +130,36 @@ def published_source(folder: Path, solving: Solving, dtype: str | None) -> Model
         BitDanceError: it is no published model, or images cannot be drawn so.
     """
     FlowSolver(solving.steps, solving.guidance, solving.sampler)
+    if solving.guidance_growth != "constant":
+        raise ConfigError(
+            f"--guidance-growth {solving.guidance_growth}: a published folder draws with the same guidance at every "
+            "block; leave it out"
+        )
     vision = read_sections(folder).vision
     check_size(*solving.size_px, vision)
     name = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     return ModelSource(
         lambda: _folder_digest(folder),
         vision.block_tokens,
-        name,
+        {"dtype": name},
         ParallelSection(),
         lambda topology: PublishedPrompts(folder, solving, getattr(torch, name), topology),
     )
 
 
-def run_source(config: RunConfig, where: Path, solving: Solving, weights: str) -> ModelSource:
-    """A run, a checkpoint or an import.
+def run_source(config: RunConfig, checkpoint: Path) -> ModelSource:
+    """A checkpoint of a run, or of an import.
 
     Args:
-        config: of the run; `parallel` is the layout of a replica.
-        where: the weights.
-        solving: how images are drawn; their seeds are streams of seed 0.
-        weights: trained or averaged.
-
-    Raises:
-        BitDanceError: there is no checkpoint, or images cannot be drawn so.
+        config: from `drawing_config`; `sample` says how images are drawn, `parallel` is the layout of a replica.
+        checkpoint: the weights.
     """
-    sample = replace(
-        config.sample,
-        size_px=solving.size_px,
-        num_steps=solving.steps,
-        guidance=solving.guidance,
-        sampler=solving.sampler,
-        seed=0,
-        weights=weights,
-    )
-    config = replace(config, sample=sample)
-    # The rules of the number of ranks are of training: there is no batch to share out.
-    check(config, None)
-    checkpoint = find_checkpoint(where)
     manifest = checkpoint / MANIFEST_NAME
     return ModelSource(
         # Two checkpoints share it only if all their files are equal.
         lambda: read_manifest(manifest.read_bytes(), str(manifest)).sha256,
         config.vision.block_tokens,
-        config.run.dtype,
+        {"dtype": config.run.dtype, "time_shift": config.head.time_shift},
         config.parallel,
         lambda topology: RunPrompts(config, checkpoint, topology),
     )

@@ -88,8 +88,8 @@ class Drawn:
     def batches(self, what: str, batch_size: int) -> Iterator[np.ndarray]:
         """All images as uint8 [n, H, W, 3], without their prompts; progress goes to the log.
 
-        Images of one array come in turns, the first of every prompt and then the second: so all parts of the Inception
-        Score hold all classes, as in published sets, whose order is mixed.
+        Those of one array come as they lie in it, in rounds: all parts of the Inception Score hold all classes, as in
+        published sets, whose order is mixed.
 
         Args:
             what: names the work in the log.
@@ -101,7 +101,7 @@ class Drawn:
         if self.images is not None:
             return self.watched(self.images.batches(batch_size), self.num_images, what)
         if self.array is not None:
-            return self.watched(self._in_turns(self.array, batch_size), self.num_images, what)
+            return self.watched(_parts(self.array, batch_size), self.num_images, what)
         batches = in_batches(self.stream(what), batch_size)
         return (np.stack([image for _, _, image in batch]) for batch in batches)
 
@@ -131,12 +131,6 @@ class Drawn:
         array = self.benchmark.layout(self.model).array
         return None if array is None or not (self.root / array).is_file() else self.root / array
 
-    def _in_turns(self, array: Path, batch_size: int) -> Iterator[np.ndarray]:
-        every = map_npz(array)
-        places = np.arange(len(every)).reshape(len(self.prompts), -1).T.ravel()
-        for start in range(0, len(places), batch_size):
-            yield every[places[start : start + batch_size]]
-
     def refuse_if_stopped(self) -> None:
         """Ends the scoring if a stop was asked for.
 
@@ -145,6 +139,12 @@ class Drawn:
         """
         if self.is_stopped():
             raise ScoringStopped("stopped on request; run again, and what a judge has answered is not asked again")
+
+
+def _parts(array: Path, batch_size: int) -> Iterator[np.ndarray]:
+    every = map_npz(array)
+    for start in range(0, len(every), batch_size):
+        yield every[start : start + batch_size]
 
 
 def in_batches(
