@@ -8,10 +8,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from scene_reading import SeenObject, SeenScene
-
 from bitdance_scale.demo.scenes import BACKGROUNDS, COLORS, NUMBERS, PLACES, RELATIONS, SHAPES
 from bitdance_scale.errors import ConfigError
+from bitdance_scale.evaluation.scenes.reading import SeenObject, SeenScene
 
 MAX_PLACE_ERROR = 0.16
 """Furthest from its place, as a share of the side; the places of the demo lie 0.26 apart."""
