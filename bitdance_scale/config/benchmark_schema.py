@@ -53,7 +53,7 @@ class RunBenchmark:
     prompts: str = setting("", doc="The benchmark's published file (or folder) of prompts; those of the demo have none.")
     num_prompts: int = setting(
         48,
-        doc="How many of its prompts: the same ones in every run, spread evenly over the categories. 0: all.",
+        doc="At most so many of its prompts: the same ones in every run, spread evenly over the categories. 0: all.",
     )
     num_images: int = setting(1, doc="Images of each prompt.")
     batch_size: int = setting(

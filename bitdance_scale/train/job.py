@@ -87,6 +87,7 @@ class Schedule:
         save: checkpoints.
         evaluate: evaluation on held-out data.
         draw: pictures.
+        benchmarks: each of the benchmarks that are scored.
     """
 
     num_steps: int
@@ -94,6 +95,7 @@ class Schedule:
     save: int
     evaluate: int
     draw: int
+    benchmarks: tuple[int, ...] = ()
 
 
 class Job(abc.ABC):
@@ -183,9 +185,13 @@ class Job(abc.ABC):
     def draw(self) -> None:
         """Draws pictures with the model as it is."""
 
+    def score(self, number: int) -> None:
+        """Draws and scores a benchmark of the schedule, by its number there."""
+        raise NotImplementedError(f"{type(self).__name__} schedules benchmark {number} and cannot score it")
+
     @abc.abstractmethod
     def pause(self) -> None:
-        """Leaves out of the speeds what happened since the last step: a checkpoint, an evaluation, pictures."""
+        """Leaves out of the speeds what happened since the last step: a checkpoint, an evaluation, pictures, scores."""
 
     @abc.abstractmethod
     def state(self) -> Any:

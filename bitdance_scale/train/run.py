@@ -156,6 +156,10 @@ def _train_steps(job: Job, stop: StopRequest) -> bool:
         if job.is_due(schedule.draw):
             with phase(Phase.DRAWING):
                 job.draw()
+        for number, every_steps in enumerate(schedule.benchmarks):
+            if job.is_due(every_steps):
+                with phase(Phase.EVALUATING):
+                    job.score(number)
         job.pause()
     local_errors.raise_on_all_ranks()
     return True

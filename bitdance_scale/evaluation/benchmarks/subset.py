@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from bitdance_scale.errors import ConfigError
 from bitdance_scale.evaluation.benchmarks.prompt import Prompt
 
 
@@ -17,15 +16,10 @@ def choose_prompts(prompts: Sequence[Prompt], num_prompts: int) -> list[Prompt]:
 
     Args:
         prompts: of a benchmark.
-        num_prompts: how many; 0: all.
-
-    Raises:
-        ConfigError: there are not as many.
+        num_prompts: how many, or all where there are not as many; 0: all.
     """
     if num_prompts == 0:
         return list(prompts)
-    if num_prompts > len(prompts):
-        raise ConfigError(f"the benchmark has {len(prompts):,} prompts; choose at most as many, or 0 for all")
     ranks: dict[str, int] = {}
     by_category: dict[str, int] = {}
     for prompt in sorted(prompts, key=lambda prompt: hashlib.blake2b(prompt.id.encode(), digest_size=8).digest()):
