@@ -356,7 +356,11 @@ def _draw_scores(axes: Axes, tracks: Sequence[_Track], series: str) -> None:
         curves += [values, low, high]
         if len(tracks) == 1 and len(values):
             last_value(axes, format(values[-1], ".3g"))
-    show_range(axes, curves)
+    if any(curve.min(initial=np.inf) == 0 for curve in curves):
+        # A share that has not left zero yet.
+        show_from_zero(axes, 0.05)
+    else:
+        show_range(axes, curves)
 
 
 def _training(
