@@ -92,6 +92,10 @@ class ClipScorer:
     def __init__(self, clip: Clip) -> None:
         self._clip, self.networks = clip, (clip,)
 
+    def num_cut(self, texts: Sequence[str]) -> int:
+        """How many texts have more tokens than the network reads."""
+        return sum(map(self._clip.is_cut, texts))
+
     def __call__(self, images: Sequence[DrawnImage]) -> list[ImageScore]:
         """Scores of 0 to 100, in order."""
         cosines = clip_cosines(self._clip, [image.pixels for image in images], [image.prompt.text for image in images])

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from bitdance_scale.config.benchmark_rules import run_benchmarks
 from bitdance_scale.config.benchmark_schema import CLASSES, RUN_METRICS, RunBenchmark
-from bitdance_scale.config.class_map import ClassLabels
-from bitdance_scale.config.schema import ClassesSection, RunConfig
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.demo.scenes import class_names
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.evaluation.benchmarks.catalogue import find_benchmark, read_prompts
 from bitdance_scale.evaluation.benchmarks.prompt import Prompt
@@ -33,7 +33,7 @@ def check_run_benchmarks(config: RunConfig) -> None:
     """Looks at the files that the benchmarks of a run name, whose rules have been checked.
 
     Raises:
-        ConfigError: prompts cannot be read, networks are missing, or classes are not the demo's; lists all faults.
+        ConfigError: prompts cannot be read, networks are missing, or there are other classes than the demo's; lists all faults.
     """
     faults = [fault for where, section in run_benchmarks(config) for fault in _faults(where, section, config)]
     if faults:
@@ -54,20 +54,9 @@ def _faults(where: str, section: RunBenchmark, config: RunConfig) -> Iterator[st
         read_run_benchmark(section)
     except ConfigError as error:
         yield f"{where}: {error}"
-        return
-    if section.benchmark == CLASSES:
-        yield from _class_faults(where, section, config.classes)
-
-
-def _class_faults(where: str, section: RunBenchmark, classes: ClassesSection) -> Iterator[str]:
-    """The classes of the run must be the demo's, by number."""
-    prompts = read_run_benchmark(dataclasses.replace(section, num_prompts=0))
-    if classes.num_classes == len(prompts):
-        labels = ClassLabels(classes)
-        if [labels.number(prompt.text) for prompt in prompts] == list(range(len(prompts))):
-            return
-    named = f" and classes.map = {classes.map!r}" if classes.map else ""
-    yield (
-        f"{where}.benchmark = {CLASSES!r}: is of the demo's {len(prompts)} classes by number, and this run has "
-        f"classes.num_classes = {classes.num_classes}{named}; set evaluate.benchmarks=[]"
-    )
+    num_classes, num_demo_classes = config.classes.num_classes, len(class_names())
+    if section.benchmark == CLASSES and num_classes != num_demo_classes:
+        yield (
+            f"{where}.benchmark = {CLASSES!r}: is of the demo's {num_demo_classes} classes, and this run has "
+            f"classes.num_classes = {num_classes}; set evaluate.benchmarks=[]"
+        )

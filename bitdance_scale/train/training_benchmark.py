@@ -8,6 +8,7 @@ scores its own images on its first rank, and the first rank of all gets the scor
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -23,7 +24,7 @@ from bitdance_scale.evaluation.metrics.catalogue import find_metric
 from bitdance_scale.evaluation.metrics.estimate import estimates
 from bitdance_scale.evaluation.metrics.image_score import ImageScore
 from bitdance_scale.evaluation.metrics.picture_scorer import DrawnImage, PictureScorer, on_device
-from bitdance_scale.evaluation.picture_scorers import ScorerNetworks, load_picture_scorer
+from bitdance_scale.evaluation.picture_scorers import ClipScorer, ScorerNetworks, load_picture_scorer
 from bitdance_scale.evaluation.run_benchmarks import read_run_benchmark
 from bitdance_scale.observe.benchmark_scores import BenchmarkScores
 from bitdance_scale.parallel.agreement import all_ranks
@@ -33,6 +34,8 @@ from bitdance_scale.phases import Phase, phase
 from bitdance_scale.sequence.condition import Condition
 from bitdance_scale.train.sampling import draw_batch, sample_grid
 from bitdance_scale.vision.tokenizer import VisionTokenizer
+
+logger = logging.getLogger(__name__)
 
 NUM_SHOWN = 12
 """Most pictures that are shown of a score; the same ones every time."""
@@ -119,6 +122,8 @@ class TrainingBenchmark:
                     metric: load_picture_scorer(metric, networks, detector=section.detector, clip=section.clip)
                     for metric in section.metrics
                 }
+        if topology.rank == 0:
+            _warn_of_cut(section, prompts, scorers)
         return cls(section, config, prompts, scorers, condition, vision, topology)
 
     def run(
@@ -223,6 +228,17 @@ def load_benchmarks(
         TrainingBenchmark.load(section, config, networks, condition, vision, topology)
         for section in config.evaluate.benchmarks
     ]
+
+
+def _warn_of_cut(section: RunBenchmark, prompts: Sequence[Prompt], scorers: Mapping[str, PictureScorer]) -> None:
+    texts = [prompt.text for prompt in prompts]
+    for metric, scorer in scorers.items():
+        num_cut = scorer.num_cut(texts) if isinstance(scorer, ClipScorer) else 0
+        if num_cut:
+            logger.warning(
+                "%s: %d of %d prompts are longer than CLIP reads, so %s is of their beginnings",
+                section.shown_name, num_cut, len(texts), metric,
+            )  # fmt: skip
 
 
 def _sample_section(section: RunBenchmark, config: RunConfig) -> SampleSection:
