@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,6 +188,10 @@ class Job(abc.ABC):
     def score(self, number: int) -> None:
         """Draws and scores a benchmark of the schedule, by its number there."""
         raise NotImplementedError(f"{type(self).__name__} schedules benchmark {number} and cannot score it")
+
+    def lacking_scores(self) -> Sequence[int]:
+        """Benchmarks that are due after this step and have no score of it: the run ended before. The same on all ranks."""
+        return ()
 
     @abc.abstractmethod
     def pause(self) -> None:

@@ -106,6 +106,10 @@ def train(job: Job, stop: StopRequest) -> bool:
                 with phase(Phase.EVALUATING):
                     job.evaluate()
                 job.pause()
+            for number in job.lacking_scores():
+                with phase(Phase.EVALUATING):
+                    job.score(number)
+                job.pause()
             is_complete = _train_steps(job, stop)
             job.settle()
         except BitDanceError:

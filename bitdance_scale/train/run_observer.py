@@ -98,8 +98,14 @@ class RunObserver(RunSinks):
         )
         self._last_step = metrics.step
 
-    def evaluation(self, evaluation: Evaluation, images: int) -> None:
-        """Records the losses on held-out images everywhere; `images`: those trained on so far."""
+    def evaluation(self, evaluation: Evaluation, images: int, *, draws_page: bool = True) -> None:
+        """Records the losses on held-out images everywhere.
+
+        Args:
+            evaluation: the losses.
+            images: those trained on so far.
+            draws_page: whether the page of plots is drawn, because nothing else of this step will be on it.
+        """
         if not self.is_active:
             return
         self.write_evaluation(evaluation, images)
@@ -114,7 +120,8 @@ class RunObserver(RunSinks):
             f", text {evaluation.text:.4f}" if self._has_text else "",
         )
         self._last_step = evaluation.step
-        self._draw_overview()
+        if draws_page:
+            self._draw_overview()
 
     def samples(self, step: int, images: Sequence[np.ndarray]) -> None:
         """Writes the grid of a step's pictures, uint8 [H, W, 3] each, one per prompt."""
@@ -122,8 +129,8 @@ class RunObserver(RunSinks):
             with self.faults.tolerated(f"samples of step {step}"):
                 self.log_picture(step, "samples", write_samples(self.run_folder, step, images, self._prompts))
 
-    def benchmark(self, result: BenchmarkResult, images: int) -> None:
-        """Records the scores of a benchmark everywhere; `images`: those trained on so far."""
+    def benchmark(self, result: BenchmarkResult, images: int, *, draws_page: bool = True) -> None:
+        """Records the scores of a benchmark everywhere; arguments as in `evaluation`."""
         if not self.is_active:
             return
         for scores in result.scores:
@@ -134,7 +141,8 @@ class RunObserver(RunSinks):
         with self.faults.tolerated(f"pictures of {first.benchmark} of step {first.step}"):
             name = f"benchmark/{first.benchmark}".replace("-", "_")
             self.log_picture(first.step, name, write_scored(self.run_folder, result))
-        self._draw_overview()
+        if draws_page:
+            self._draw_overview()
 
     def _draw_overview(self) -> None:
         try:

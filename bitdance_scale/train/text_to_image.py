@@ -212,7 +212,7 @@ class TextToImageJob(Job):
         evaluation = self._evaluate()
         with self.local_errors.kept():
             if evaluation is not None and self._observer is not None:
-                self._observer.evaluation(evaluation, self.progress.images)
+                self._observer.evaluation(evaluation, self.progress.images, draws_page=not self._due_scores())
 
     def draw(self) -> None:
         """Draws the configured prompts."""
@@ -226,7 +226,29 @@ class TextToImageJob(Job):
         result = self._score(number, self.local_errors.kept)
         with self.local_errors.kept():
             if result is not None and self._observer is not None:
-                self._observer.benchmark(result, self.progress.images)
+                self._observer.benchmark(
+                    result, self.progress.images, draws_page=number == max(self._due_scores(), default=number)
+                )
+
+    def lacking_scores(self) -> list[int]:
+        """Benchmarks that are due after this step and have no score of it, in one of their metrics."""
+
+        def lacking() -> list[int]:
+            lines = read_scores_of_run(self.run_folder)
+            there = {(line.benchmark, line.metric) for line in lines if line.step == self.step}
+            sections = self.config.evaluate.benchmarks
+            return [
+                number
+                for number in self._due_scores()
+                if any((sections[number].shown_name, metric) not in there for metric in sections[number].metrics)
+            ]
+
+        return on_first_rank(lacking)
+
+    def _due_scores(self) -> list[int]:
+        """Numbers of the benchmarks that are scored after this step; none before the first."""
+        due = [number for number, every_steps in enumerate(self.schedule.benchmarks) if self.is_due(every_steps)]
+        return due if self.step else []
 
     def pause(self) -> None:
         """Leaves out of the speeds what happened since the last step."""
@@ -262,9 +284,8 @@ class TextToImageJob(Job):
 
     def complete(self) -> None:
         """Makes the losses on held-out images, pictures and scores of the last step, if they are not there."""
-        lacks_evaluation, lacks_samples, lacking_scores = on_first_rank(
-            lambda: (self._lacks_evaluation(), self._lacks_samples(), self._lacking_scores())
-        )
+        lacks_evaluation, lacks_samples = on_first_rank(lambda: (self._lacks_evaluation(), self._lacks_samples()))
+        lacking_scores = self.lacking_scores()
         evaluation = self._evaluate() if lacks_evaluation else None
         pictures = self._draw_samples() if lacks_samples else []
         results = [self._score(number, all_ranks) for number in lacking_scores]
@@ -289,16 +310,6 @@ class TextToImageJob(Job):
 
     def _lacks_samples(self) -> bool:
         return self.schedule.draw > 0 and not samples_path(self.run_folder, self.step).exists()
-
-    def _lacking_scores(self) -> list[int]:
-        """Numbers of the benchmarks that have no score of this step, in one of their metrics."""
-        there = {(line.benchmark, line.metric) for line in read_scores_of_run(self.run_folder) if line.step == self.step}
-        sections = self.config.evaluate.benchmarks
-        return [
-            number
-            for number, section in enumerate(sections)
-            if any((section.shown_name, metric) not in there for metric in section.metrics)
-        ]
 
     def _evaluate(self) -> Evaluation | None:
         if self._evaluator is None:

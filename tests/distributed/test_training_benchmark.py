@@ -120,7 +120,7 @@ def test_every_image_is_scored_and_some_are_shown(one_process):
     assert len({image.pixels.tobytes() for image in first.shown}) == 5, "a seed for every image"
 
 
-def test_training_goes_on_as_without_benchmarks(one_process):
+def test_training_goes_on_as_without_benchmarks_bit_by_bit(one_process):
     ((_, losses, _, _),) = run_ranks(1, _run, {}, 2, False)
     assert losses == one_process[1]
 

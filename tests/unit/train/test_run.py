@@ -104,6 +104,13 @@ def test_each_benchmark_is_scored_when_it_is_due_and_after_the_last_step() -> No
     ]  # fmt: skip
 
 
+def test_a_resumed_run_first_makes_the_scores_that_it_ended_before() -> None:
+    job = RecordedJob(step=4)
+    job.benchmarks, job.lacking_scores = (9, 4), lambda: [1]
+    assert train(job, StopRequest())
+    assert job.events[:2] == ["open", "score 1 4"] and job.events.count("score 1 6") == 1
+
+
 def test_a_resumed_run_does_not_evaluate_first() -> None:
     job = RecordedJob(step=4)
     assert train(job, StopRequest())
