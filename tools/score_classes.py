@@ -3,10 +3,10 @@
     python tools/score_classes.py a=drawn/a b=drawn/b --out scores.json
 
 A drawing is what `bitdance draw` wrote, of the 24 classes of data/demo_classes. Accuracy: the share of pictures that
-`bitdance_scale/evaluation/scenes` reads as one shape, of the right kind and colour. Frechet distance: between Gaussians fitted to
-the features of drawn and of real pictures; the features are those of a small network that is trained here to tell the
-classes apart, always with the same seed. For comparison, the real held-out pictures are scored too, as they are and
-after the vision tokenizer, which is the best that a model of its bits can reach.
+`bitdance_scale/evaluation/scenes` reads as one shape, of the right kind and colour. Frechet distance: between Gaussians
+fitted to the features of drawn and of real pictures; the features are those of a small network that is trained here to
+tell the classes apart, always with the same seed. For comparison, the real held-out pictures are scored too, as they
+are and after the vision tokenizer, which is the best that a model of its bits can reach.
 """
 
 from __future__ import annotations

@@ -116,5 +116,6 @@ def _sizes_have_two_sides(config: RunConfig) -> Iterator[str]:
     for where, benchmark in run_benchmarks(config):
         if any(benchmark.size_px) and not all(benchmark.size_px):
             yield (
-                f"{where}.size_px = {list(benchmark.size_px)}: must be two sides in pixels, or [0, 0] for sample.size_px"
+                f"{where}.size_px = {list(benchmark.size_px)}: must be two sides in pixels, or [0, 0] for "
+                "sample.size_px"
             )

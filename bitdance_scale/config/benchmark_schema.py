@@ -50,7 +50,9 @@ class RunBenchmark:
         "", doc="Its name in metrics and files; empty: that of the benchmark. No two have the same one."
     )
     every_steps: int = setting(1000, doc="Steps between two scores; there is one at the end as well.")
-    prompts: str = setting("", doc="The benchmark's published file (or folder) of prompts; those of the demo have none.")
+    prompts: str = setting(
+        "", doc="The benchmark's published file (or folder) of prompts; those of the demo have none."
+    )
     num_prompts: int = setting(
         48,
         doc="At most so many of its prompts: the same ones in every run, spread evenly over the categories. 0: all.",

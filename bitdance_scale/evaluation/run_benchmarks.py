@@ -1,4 +1,4 @@
-"""The benchmarks that a run draws and scores while it trains: their prompts, and whether all that they need is there."""
+"""The benchmarks that a run draws and scores while it trains: prompts, and whether all that they need is there."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_run_benchmarks(config: RunConfig) -> None:
     """Looks at the files that the benchmarks of a run name, whose rules have been checked.
 
     Raises:
-        ConfigError: prompts cannot be read, networks are missing, or there are other classes than the demo's; lists all faults.
+        ConfigError: prompts cannot be read, networks are missing, or classes are not the demo's; lists all faults.
     """
     faults = [fault for where, section in run_benchmarks(config) for fault in _faults(where, section, config)]
     if faults:

@@ -298,9 +298,7 @@ def append_record(path: Path, record: StepRecord) -> None:
     """
     lines = read_records(path, type(record)) if path.exists() else []
     kept = [
-        line
-        for line in lines
-        if line.step < record.step or (line.step == record.step and line.series != record.series)
+        line for line in lines if line.step < record.step or (line.step == record.step and line.series != record.series)
     ]
     _rewrite(path, [*kept, record])
 

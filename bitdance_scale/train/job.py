@@ -190,7 +190,7 @@ class Job(abc.ABC):
         raise NotImplementedError(f"{type(self).__name__} schedules benchmark {number} and cannot score it")
 
     def lacking_scores(self) -> Sequence[int]:
-        """Benchmarks that are due after this step and have no score of it: the run ended before. The same on all ranks."""
+        """Benchmarks that are due after this step and have no score of it, as the run ended before; a collective."""
         return ()
 
     @abc.abstractmethod

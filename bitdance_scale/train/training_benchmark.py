@@ -1,7 +1,7 @@
 """A benchmark drawn and scored with the model as it is, on the ranks that train it.
 
-All images are dealt in batches that depend on the prompts and `batch_size` alone, and an image has a seed of its own, as
-in `draw_prompts.py`: replicas, their number and their order do not matter. The replicas draw at the same time, each
+All images are dealt in batches that depend on the prompts and `batch_size` alone, and an image has a seed of its own,
+as in `draw_prompts.py`: replicas, their number and their order do not matter. The replicas draw at the same time, each
 scores its own images on its first rank, and the first rank of all gets the scores.
 """
 
@@ -161,7 +161,7 @@ class TrainingBenchmark:
         for start in range(0, len(self._batches), topology.data_size):
             number = start + topology.data_rank
             is_mine = number < len(self._batches)
-            # Every replica draws as often, some a batch that is another's, because ZeRO-3 gathers weights at every call.
+            # Every replica draws as often, some another's batch, because ZeRO-3 gathers weights at every call.
             number = number if is_mine else start
             batch = self._batches[number]
             ids = self._ids[number * size : number * size + len(batch)]

@@ -7,7 +7,8 @@ layout.py        which files show the images of a prompt
 picture.py       one picture file: writing, checking, reading
 image_folder.py  a folder of a drawing: what is done, what is missing, what does not belong there
 manifest.py      `drawing.json`, which says what a folder was drawn with
-geneval.py, dpg.py, oneig.py, tiif.py, imagenet.py, demo_scenes.py  one benchmark each
+subset.py        a fixed part of the prompts
+geneval.py, dpg.py, oneig.py, tiif.py, imagenet.py, demo_scenes.py, demo_classes.py  one benchmark each
 
 Facts of a benchmark were checked against its published scripts; each file names them. docs/benchmarks_of_quality.md
 has the table.

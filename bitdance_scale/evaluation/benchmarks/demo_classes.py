@@ -19,7 +19,9 @@ class DemoClasses(Benchmark):
     num_images: int = 1
     name = "demo-classes"
     prompt_file = ""
-    settings = Settings((32, 32), 20, 2.0, "those that the demo's results were drawn with: docs/results/class_conditional")
+    settings = Settings(
+        (32, 32), 20, 2.0, "those that the demo's results were drawn with: docs/results/class_conditional"
+    )
 
     def layout(self, model: str) -> DemoScenesLayout:
         """The layout, in which no model is named."""

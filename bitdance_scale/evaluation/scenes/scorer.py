@@ -62,7 +62,7 @@ class ClassScorer:
         color, shape = name.split()
         seen = read_scene(Image.fromarray(image.pixels))
         value = float(class_of(seen) == name)
-        parts = {part: (value, 1.0) for part in (OVERALL, color, shape)}
+        parts = dict.fromkeys((OVERALL, color, shape), (value, 1.0))
         return ImageScore(image.prompt.id, image.k, image.prompt.category, value, parts, describe(seen))
 
 

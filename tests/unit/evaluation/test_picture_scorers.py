@@ -21,9 +21,8 @@ from tests.unit.evaluation.geneval.small_networks import save_clip, save_mask2fo
 
 
 def drawn(number: int, k: int = 0) -> DrawnImage:
-    record = {
-        "tag": "colors", "include": [{"class": "bench", "count": 1, "color": "red"}], "prompt": "a photo of a red bench",
-    }  # fmt: skip
+    wanted = {"class": "bench", "count": 1, "color": "red"}
+    record = {"tag": "colors", "include": [wanted], "prompt": "a photo of a red bench"}
     pixels = np.random.default_rng([number, k]).integers(0, 256, (40, 56, 3), dtype=np.uint8)
     return DrawnImage(Prompt(f"{number:05d}", record["prompt"], "colors", 2, record), k, pixels)
 

@@ -60,7 +60,8 @@ sink.log(Evaluation(1, 0.5, {256: 0.4, 512: 0.6}, (0.3, 0.7), 9.0), EVALUATION_P
 sink.log_image(1, "samples", folder / "grid.png", "black")
 sink.log(dataclasses.replace(point, step=2, loss_vision=1.6, mfu=0.25), STEP_PANELS)
 sink.log(Evaluation(3, 0.8, {256: 0.7, 512: 0.9}, (0.6, 1.0), 9.0), EVALUATION_PANELS, images=24)
-scores = BenchmarkScores(3, "demo-scenes", "clip-score", {"overall": 24.0}, {"overall": 20.0}, {"overall": 28.0}, 8, 1.5)
+low, high = {"overall": 20.0}, {"overall": 28.0}
+scores = BenchmarkScores(3, "demo-scenes", "clip-score", {"overall": 24.0}, low, high, 8, 1.5)
 sink.log(scores, benchmark_panels(scores), images=24)
 sink.finish()
 print(sink.mode)
