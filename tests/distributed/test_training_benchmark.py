@@ -17,6 +17,7 @@ from bitdance_scale.evaluation.metrics.picture_scorer import DrawnImage
 from tests.distributed.layout_run import make_engine, step_inputs
 from tests.distributed.spawn import run_ranks
 from tests.distributed.toy import TOKENS, toy_config
+from tests.unit.evaluation.geneval.small_networks import save_clip
 
 # Seven images in batches of 3: an odd number of batches, the last of which is short.
 PROMPTS = [Prompt(f"p{number}", f"text {number}", "ab"[number % 2], 1 + number % 2, {}) for number in range(5)]
@@ -148,3 +149,31 @@ def test_a_scorer_that_fails_on_one_replica_leaves_no_rank_waiting():
     found = run_ranks(2, _run, {"zero_stage": 3}, 1, True, 1)
     assert [results for results, *_ in found] == [[None, None], [None, None]]
     assert [has_error for *_, has_error in found] == [False, True]
+
+
+def _load(rank: int, clip: str) -> tuple[list[str], str]:
+    """(metrics that this rank scores, the error) of a benchmark that is read as a run does."""
+    from bitdance_scale.errors import CheckpointError
+    from bitdance_scale.evaluation.picture_scorers import ScorerNetworks
+    from bitdance_scale.parallel.topology import make_topology, start_process_group
+    from bitdance_scale.train.training_benchmark import TrainingBenchmark
+
+    start_process_group(timeout_s=100)
+    config = toy_config(tensor=2)
+    topology = make_topology(config.parallel)
+    section = dataclasses.replace(SECTION, metrics=("scenes", "clip-score"), num_prompts=6, clip=clip)
+    state = torch.random.get_rng_state()
+    try:
+        found = TrainingBenchmark.load(section, config, ScorerNetworks(), Words(), Bits(), topology)
+    except CheckpointError as error:
+        return [], str(error)
+    assert torch.equal(state, torch.random.get_rng_state())
+    return list(found._scorers), ""
+
+
+def test_the_first_rank_of_a_replica_reads_the_networks_and_all_hear_of_a_fault(tmp_path):
+    save_clip(tmp_path / "clip")
+    assert run_ranks(2, _load, str(tmp_path / "clip")) == [(["scenes", "clip-score"], ""), ([], "")]
+    (tmp_path / "clip" / "model.safetensors").write_bytes(b"cut short")
+    first, second = run_ranks(2, _load, str(tmp_path / "clip"))
+    assert first == second and first[0] == [] and str(tmp_path / "clip") in first[1]
