@@ -3,10 +3,10 @@
     python tools/score_classes.py a=drawn/a b=drawn/b --out scores.json
 
 A drawing is what `bitdance evaluate draw imagenet` wrote, of the 24 classes of data/demo_classes. Accuracy: the share
-of pictures that `tools/scene_reading.py` reads as one shape, of the right kind and colour. Frechet distance: between
-Gaussians fitted to the features of drawn and of real pictures; the features are those of a small network that is
-trained here to tell the classes apart, always with the same seed. For comparison, the real held-out pictures are scored
-too, as they are and after the vision tokenizer, which is the best that a model of its bits can reach.
+of pictures that `bitdance_scale/evaluation/scenes` reads as one shape, of the right kind and colour. Frechet distance:
+between Gaussians fitted to the features of drawn and of real pictures; the features are those of a small network that
+is trained here to tell the classes apart, always with the same seed. For comparison, the real held-out pictures are
+scored too, as they are and after the vision tokenizer, which is the best that a model of its bits can reach.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from bitdance_scale.config.load import load_config
 from bitdance_scale.demo.scenes import class_names
 from bitdance_scale.errors import BitDanceError, DataError
 from bitdance_scale.evaluation.image_array import map_npz, read_labels
+from bitdance_scale.evaluation.scenes.reading import read_scene
+from bitdance_scale.evaluation.scenes.scorer import class_of
 from bitdance_scale.vision.tokenizer import VisionTokenizer
-from tools.scene_reading import read_scene
 
 NUM_FEATURES = 64
 EPOCHS, BATCH, RATE = 4, 64, 2e-3
@@ -113,12 +114,7 @@ def frechet(first: np.ndarray, second: np.ndarray) -> float:
 def read_classes(images: np.ndarray) -> np.ndarray:
     """int64 [N], the class that each picture shows; -1 where it shows no single shape of one of the classes."""
     numbers = {name: number for number, name in enumerate(class_names())}
-    found = []
-    for image in images:
-        seen = read_scene(Image.fromarray(image)).objects
-        name = f"{seen[0].color} {seen[0].shape}" if len(seen) == 1 else ""
-        found.append(numbers.get(name, -1))
-    return np.array(found)
+    return np.array([numbers.get(class_of(read_scene(Image.fromarray(image))), -1) for image in images])
 
 
 def score(images: np.ndarray, labels: np.ndarray, network: FeatureNetwork, real: np.ndarray) -> dict[str, Any]:

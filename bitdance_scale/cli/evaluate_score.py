@@ -15,6 +15,8 @@ metric is the benchmark's own unless --metric names others:
     tiif          TIIF-Bench: a judge's answers on short and long prompts
     text          words that prompts put in quotes, read in the images (extra ocr)
     clip-score    how well images fit their prompts
+    scenes        the demo's scenes, read by image analysis
+    classes       the demo's classes, in the same way
     distribution  FID, sFID, Inception Score, precision and recall against a reference
 
 What is missing is said before an image is scored. Answers of a judge are kept, so that a scoring that was stopped goes

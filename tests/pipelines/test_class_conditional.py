@@ -71,6 +71,7 @@ num_steps = 16
 guidance = 2.0
 [evaluate]
 shards = []
+benchmarks = []
 """
 
 

@@ -1,6 +1,6 @@
 """Captions of the demo's scenes in GenEval's six categories, for models that were trained on such scenes.
 
-No data set of the demo holds them. Their pictures can be judged without a network, as `tools/score_scenes.py` does.
+No data set of the demo holds them. Their pictures are judged without a network (`evaluation/scenes`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class DemoScenes(Benchmark):
     per_category: int = 50
     name = "demo-scenes"
     prompt_file = ""
-    settings = Settings((64, 64), 25, 3.0, "those that the demo's results were drawn with: tools/score_scenes.py")
+    settings = Settings((64, 64), 25, 3.0, "those that the demo's results were drawn with: docs/stages.md")
 
     def layout(self, model: str) -> DemoScenesLayout:
         """The layout, in which no model is named."""

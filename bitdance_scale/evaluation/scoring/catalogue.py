@@ -14,6 +14,7 @@ from bitdance_scale.evaluation.scoring.dpg import DpgScoring
 from bitdance_scale.evaluation.scoring.drawn import Drawn
 from bitdance_scale.evaluation.scoring.geneval import GenEvalScoring
 from bitdance_scale.evaluation.scoring.own_scorers import own_scorer
+from bitdance_scale.evaluation.scoring.scenes import ClassScoring, SceneScoring
 from bitdance_scale.evaluation.scoring.scoring import Scoring
 from bitdance_scale.evaluation.scoring.text import TextScoring
 from bitdance_scale.evaluation.scoring.tiif import TiifScoring
@@ -25,6 +26,8 @@ SCORINGS: Sequence[type[Scoring]] = (
     TextScoring,
     ClipScoring,
     DistributionScoring,
+    SceneScoring,
+    ClassScoring,
 )
 
 

@@ -18,6 +18,7 @@ from bitdance_scale.evaluation.benchmarks.manifest import DRAWING_NAME, read_dra
 from bitdance_scale.evaluation.benchmarks.prompt import Prompt, prompts_digest
 from bitdance_scale.evaluation.distributions.image_sets import FolderImages, NpzImages, open_images
 from bitdance_scale.evaluation.image_array import map_npz
+from bitdance_scale.evaluation.metrics.picture_scorer import DrawnImage
 from bitdance_scale.evaluation.progress import Progress
 
 _SHOWN_DIGITS = 12
@@ -103,7 +104,7 @@ class Drawn:
         if self.array is not None:
             return self.watched(_parts(self.array, batch_size), self.num_images, what)
         batches = in_batches(self.stream(what), batch_size)
-        return (np.stack([image for _, _, image in batch]) for batch in batches)
+        return (np.stack([image.pixels for image in batch]) for batch in batches)
 
     def watched(self, batches: Iterable[np.ndarray], total: int, what: str) -> Iterator[np.ndarray]:
         """The same batches, with progress in the log, until a stop is asked for.
@@ -147,14 +148,12 @@ def _parts(array: Path, batch_size: int) -> Iterator[np.ndarray]:
         yield every[start : start + batch_size]
 
 
-def in_batches(
-    prompts: Iterable[tuple[Prompt, Sequence[np.ndarray]]], batch_size: int
-) -> Iterator[list[tuple[Prompt, int, np.ndarray]]]:
-    """Batches of (prompt, number of the image among those of the prompt, image); the last one may be smaller."""
-    batch: list[tuple[Prompt, int, np.ndarray]] = []
+def in_batches(prompts: Iterable[tuple[Prompt, Sequence[np.ndarray]]], batch_size: int) -> Iterator[list[DrawnImage]]:
+    """The images of prompts in batches, of which the last one may be smaller."""
+    batch: list[DrawnImage] = []
     for prompt, images in prompts:
         for k, image in enumerate(images):
-            batch.append((prompt, k, image))
+            batch.append(DrawnImage(prompt, k, image))
             if len(batch) == batch_size:
                 yield batch
                 batch = []

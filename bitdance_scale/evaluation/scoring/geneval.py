@@ -45,10 +45,11 @@ class GenEvalScoring(Scoring):
         layout = benchmark.layout(self.drawn.model)
         images, lines = [], []
         for batch in in_batches(self.drawn.stream(self.metric.title), self.batch_size):
-            verdicts = self.scorer([image for _, _, image in batch], [prompt.record for prompt, _, _ in batch])
-            for (prompt, k, _), verdict in zip(batch, verdicts, strict=True):
-                images.append(image_score(prompt.id, k, prompt.record, verdict))
-                lines.append(result_line(str(root / layout.image(prompt, k).path), prompt.record, verdict))
+            verdicts = self.scorer([image.pixels for image in batch], [image.prompt.record for image in batch])
+            for image, verdict in zip(batch, verdicts, strict=True):
+                prompt = image.prompt
+                images.append(image_score(prompt.id, image.k, prompt.record, verdict))
+                lines.append(result_line(str(root / layout.image(prompt, image.k).path), prompt.record, verdict))
         write_text(root / SCORES_DIR / RESULTS_NAME, "".join(json.dumps(line) + "\n" for line in lines))
         missing = missing_tags(images)
         notes = [f"no prompts of {', '.join(missing)}: the score is not that of published tables"] if missing else []

@@ -40,6 +40,7 @@ LAID_OUT = {
     ],
     "imagenet": ["samples.npz"],
     "demo-scenes": [f"{number:05d}.png" for number in range(6)],
+    "demo-classes": [f"{number:05d}.png" for number in range(24)],
 }
 
 

@@ -75,6 +75,7 @@ def test_small_files_are_read(tmp_path: Path, name: str) -> None:
             ],
             "imagenet": ["00000", "00001"],
             "demo-scenes": [f"{number:05d}" for number in range(6)],
+            "demo-classes": [f"{number:05d}" for number in range(24)],
         }[name]
     )
 
