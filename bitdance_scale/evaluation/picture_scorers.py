@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from bitdance_scale.evaluation.clip import Clip
     from bitdance_scale.evaluation.geneval.detector import Detector
 
-COSINE = "cosine"
-"""Part of the metric `clip-score`: the raw cosine."""
-
 
 class ScorerNetworks:
     """Networks of scorers on the CPU, each of which is read once.
@@ -102,7 +99,7 @@ class ClipScorer:
         scores = []
         for image, cosine in zip(images, cosines.tolist(), strict=True):
             value, category = 100 * max(cosine, 0.0), image.prompt.category
-            parts = {OVERALL: (value, 1.0), COSINE: (cosine, 1.0), **({category: (value, 1.0)} if category else {})}
+            parts = {OVERALL: (value, 1.0), category: (value, 1.0)}
             scores.append(ImageScore(image.prompt.id, image.k, category, value, parts))
         return scores
 
