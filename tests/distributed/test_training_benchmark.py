@@ -126,6 +126,12 @@ def test_training_goes_on_as_without_benchmarks_bit_by_bit(one_process):
     assert losses == one_process[1]
 
 
+@pytest.mark.large
+def test_training_goes_on_bit_by_bit_under_zero_3():
+    with_scores, without = (run_ranks(2, _run, {"zero_stage": 3}, 1, scores) for scores in (True, False))
+    assert [losses for _, losses, *_ in with_scores] == [losses for _, losses, *_ in without]
+
+
 @pytest.mark.parametrize(("num_ranks", "parallel"), LAYOUTS, ids=str)
 def test_every_layout_gives_the_same_scores_and_pictures(one_process, num_ranks, parallel):
     found = run_ranks(num_ranks, _run, parallel, _num_micro(num_ranks, parallel), True)
