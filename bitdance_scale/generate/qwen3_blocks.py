@@ -115,7 +115,12 @@ class Qwen3Blocks:
         return self._read(self._memory, rows_BPD, positions_BP, slots_P, mask_B11T)
 
     def _read(
-        self, memory: KeyValueMemory, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, mask: torch.Tensor
+        self,
+        memory: KeyValueMemory,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        mask: torch.Tensor,
     ) -> torch.Tensor:
         memory.place(slots, mask.shape[-1])
         # By position, without token ids: transformers 5.24 renamed the argument that takes the memory.

@@ -1,7 +1,7 @@
 """The backbone of all families: Megatron-core's TransformerBlock, with our core attention and norm.
 
-Only two submodules of the layer are ours. `BlockCausalAttention` takes the mask of a pack, and in block-by-block
-decoding a memory of keys and values. `RMSNorm` sums its weight gradient over tensor-parallel ranks where each rank sees only its
+Only two submodules of the layer are ours. `BlockCausalAttention` takes the mask of a pack, and in block-by-block decoding
+a memory of keys and values. `RMSNorm` sums its weight gradient over tensor-parallel ranks where each rank sees only its
 own heads or positions. Everything else (fused query/key/value, SwiGLU, rotary application, residuals) is
 Megatron-core's. Recomputation is torch's checkpointing, around our core attention or around the whole layer.
 

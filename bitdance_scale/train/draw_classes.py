@@ -26,12 +26,13 @@ from bitdance_scale.config.class_map import ClassLabels
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.evaluation.image_array import write_npz
+from bitdance_scale.generate.out_of_memory import refused_batch_size
 from bitdance_scale.observe.figures import image_grid
 from bitdance_scale.parallel.agreement import all_ranks, any_rank, on_first_rank
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopRequest
 from bitdance_scale.train.run import joined_ranks
-from bitdance_scale.train.sampling import draw_batch, sample_grid
+from bitdance_scale.train.sampling import BatchDrawer, sample_grid
 from bitdance_scale.train.still_run import load_still_run
 
 logger = logging.getLogger(__name__)
@@ -77,15 +78,16 @@ class Drawer:
     def __init__(self, config: RunConfig, drawing: Drawing, checkpoint: Path, topology: Topology) -> None:
         self._config, self._drawing, self._topology = config, drawing, topology
         self._run = load_still_run(config, checkpoint, config.sample.weights, topology)
+        self._drawer = BatchDrawer(self._run.model, config, self._run.condition, topology)
 
     def draw(self, numbers: range) -> np.ndarray | None:
         """Images by number: uint8 [N, H, W, 3] on the first rank of the replica, None on its others."""
-        config, condition = self._config, self._run.condition
+        condition = self._run.condition
         prompts = [condition.prompt_ids(str(number // self._drawing.per_class)) for number in numbers]
-        bits = draw_batch(self._run.model, config, condition, prompts, list(numbers), self._topology)
+        bits = self._drawer.draw(prompts, numbers)
         if not self._topology.is_reader:
             return None
-        return np.stack([self._run.vision.decode(rows, sample_grid(config)).numpy() for rows in bits])
+        return np.stack([self._run.vision.decode(rows, sample_grid(self._config)).numpy() for rows in bits])
 
 
 def run_draw(config: RunConfig, drawing: Drawing) -> int:
@@ -135,7 +137,8 @@ def _draw_parts(
             continue
         begun_s = time.perf_counter()
         number = mine[turn]
-        images = drawer.draw(batches[number])
+        with refused_batch_size(drawing.batch_size, " and another --out"):
+            images = drawer.draw(batches[number])
         if images is None:
             continue
         if drawing.has_pictures:

@@ -23,6 +23,7 @@ from bitdance_scale.evaluation.benchmarks.benchmark import Benchmark
 from bitdance_scale.evaluation.benchmarks.image_folder import ImageFolder
 from bitdance_scale.evaluation.benchmarks.manifest import Drawing, begin_drawing
 from bitdance_scale.evaluation.benchmarks.prompt import Prompt, image_seed
+from bitdance_scale.generate.out_of_memory import refused_batch_size
 from bitdance_scale.parallel.agreement import all_ranks, any_rank, on_first_rank
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopRequest
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 _WAIT_S = 14 * 24 * 3600.0
 _BEAT_S = 5.0
 _LOG_EVERY_S = 10.0
+_ANOTHER_OUT = " and another --out: a drawing is of one size of batches, which its images depend on by rounding"
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,8 @@ def _draw(
             batches = [share[number] if number < len(share) else None for share in turn]
             mine = batches[topology.data_rank] if topology.data_rank < len(batches) else None
             if mine is not None:
-                _draw_batch(drawing.prompts, seed, folder, model, mine)
+                with refused_batch_size(drawing.batch_size, _ANOTHER_OUT):
+                    _draw_batch(drawing.prompts, seed, folder, model, mine)
             progress.add(sum(len(batch.missing) for batch in batches if batch is not None))
             if topology.rank == 0:
                 progress.log()
