@@ -1,8 +1,8 @@
 """The backbone of all families: Megatron-core's TransformerBlock, with our core attention and norm.
 
-Only two submodules of the layer are ours. `BlockCausalAttention` takes the mask of a pack, and in block-by-block decoding
-a memory of keys and values. `RMSNorm` sums its weight gradient over tensor-parallel ranks where each rank sees only its
-own heads or positions. Everything else (fused query/key/value, SwiGLU, rotary application, residuals) is
+Only two submodules of the layer are ours. `BlockCausalAttention` takes the mask of a pack, and in block-by-block
+decoding a memory of keys and values. `RMSNorm` sums its weight gradient over tensor-parallel ranks where each rank sees
+only its own heads or positions. Everything else (fused query/key/value, SwiGLU, rotary application, residuals) is
 Megatron-core's. Recomputation is torch's checkpointing, around our core attention or around the whole layer.
 
 Shape suffixes: S positions, B batch, N query heads, G key/value heads, K head size, D hidden size, of this rank.

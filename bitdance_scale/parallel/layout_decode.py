@@ -38,6 +38,7 @@ class StageDecoder:
         self._solver = configured_solver(config)
         self._sampler: BlockSampler | None = None
         self._memory: KeyValueMemory | None = None
+        self._embedded: list[torch.Tensor] = []
         self._hidden: torch.Tensor | None = None
 
     @property
@@ -56,13 +57,13 @@ class StageDecoder:
 
     def __exit__(self, *_: object) -> None:
         use_memory(self._backbones, None)
+        self._embedded = []
         self._contexts.close()
 
     def start(self, layout: DecodeLayout) -> None:
         """Reads the prefixes [B, L]."""
         self._layout = layout
-        self._num_read = 0
-        self._embedded: list[torch.Tensor] = []
+        self._num_read, self._embedded = 0, []
         if self._last.is_last and self._sampler is None:
             self._sampler = block_sampler(
                 self._last.head, self._solver, self._topology.device, self._config.vision.latents

@@ -154,6 +154,7 @@ def _places(rank: int, config) -> tuple[list[set[int]], list[int | None], bool]:
             images.append(decode_blocks(decoder, layout, noise))
         shapes.append(decoder._memory.shape)
     attention = [layer.self_attention.core_attention for stage in engine.stages for layer in stage.decoder.layers]
+    places.append(set())
     with StageDecoder(engine, config, topology) as fresh:
         noise = ImageNoise(3, [0], shape, topology.device)
         is_same = torch.equal(

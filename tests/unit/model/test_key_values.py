@@ -62,7 +62,7 @@ def test_its_bytes_are_known_before_it_is_made():
 def test_the_14b_model_at_1024_px():
     """The number in docs/generation.md: eight images under guidance, 64 x 64 cells in blocks of 64."""
     section = ModelSection(**PRESETS["qwen3-14b"]["model"])
-    # A prompt of 128 tokens; vision start, two sizes, 64 queries and all blocks but the last.
+    # A prompt of 128 tokens; vision start, two sizes, 63 queries and all blocks but the last.
     num_positions = 128 + 3 + 63 + 64 * 64 - 64
     num_bytes = key_value_bytes(section, 16, num_positions, torch.bfloat16)
     assert num_bytes == 2 * 40 * 8 * 128 * 2 * 16 * 4352 == 11_408_506_880
