@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from transformers import Qwen3Model
 
-from bitdance_scale.generate.block_decode import DecodeLayout, Draw
+from bitdance_scale.generate.block_decode import DecodeLayout, Draw, SeenKeys
 from bitdance_scale.generate.qwen3_memory import Qwen3Reader
 from bitdance_scale.generate.sampler import FlowSolver, HeadSteps, sample_block
 from bitdance_scale.model.diffusion_head import DiffusionHead
@@ -50,16 +50,11 @@ class Qwen3Blocks:
     def start(self, layout: DecodeLayout) -> None:
         """Reads the prefixes [B, L]."""
         self._layout, reader = layout, self._reader
-        # The last block is never read.
-        num_read_in_all = layout.position_ids.shape[1] - layout.block_tokens
-        reader.start(layout.num_sequences, max(num_read_in_all, layout.prefix_length))
-        # int64 [B], the first position of each sequence.
-        self._first_B = (layout.document_ids < 0).sum(1)
-        self._num_read = layout.prefix_length
+        reader.start(layout.num_sequences, layout.num_read)
+        self._seen = SeenKeys(layout, reader.capacity, reader.dtype)
+        self._num_read = length = layout.prefix_length
         rows_BLD = reader.backbone.embed_tokens(layout.prefix_ids)
-        slots_L = torch.arange(self._num_read, device=reader.device)
-        mask = reader.additive(layout.mask(0, self._num_read))
-        hidden = reader.read(rows_BLD, layout.position_ids[:, : self._num_read], slots_L, mask)
+        hidden = reader.read(rows_BLD, layout.position_ids[:, :length], reader.slots[:length], self._seen.prefix())
         self._hidden_BPD = hidden[:, -layout.block_tokens :]
 
     def extend(self, bits: torch.Tensor, cells: torch.Tensor) -> None:
@@ -71,9 +66,8 @@ class Qwen3Blocks:
             bits,
             cells,
             self._layout.position_ids[:, start:stop],
-            torch.arange(start, stop, device=self._reader.device),
-            # Everything except the padding on the left and the slots that are not written yet.
-            self._reader.later_mask(self._first_B, stop),
+            self._reader.slots[start:stop],
+            self._seen.block(start, stop, self._reader.num_seen(stop)),
         )
 
     def draw_block(self, cells: torch.Tensor, draw: Draw) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import Qwen3Model
 
+from bitdance_scale.generate.block_decode import additive
 from bitdance_scale.generate.caption_decode import ContextLayout
 from bitdance_scale.generate.qwen3_memory import Qwen3Reader
 from bitdance_scale.model.projector import Projector
@@ -36,8 +37,8 @@ class Qwen3Captions:
         reader.start(num_sequences, length + max_tokens)
         rows_BLD = reader.backbone.embed_tokens(layout.token_ids)
         rows_BLD[layout.vision_rows, layout.vision_positions] = reader.embed_bits(bits, layout.vision_cells)
-        slots_L = torch.arange(length, device=reader.device)
-        hidden_BLD = reader.read(rows_BLD, layout.position_ids, slots_L, reader.additive(layout.mask()))
+        mask = additive(layout.mask(), reader.dtype)
+        hidden_BLD = reader.read(rows_BLD, layout.position_ids, reader.slots[:length], mask)
         self._first_B, self._num_read = layout.first, length
         return functional.linear(hidden_BLD[:, -1], self._output_VD)
 
@@ -48,7 +49,7 @@ class Qwen3Captions:
             self._read_token,
             tokens,
             (slot - self._first_B)[:, None],
-            torch.tensor([slot], device=self._reader.device),
+            self._reader.slots[slot : slot + 1],
             self._reader.later_mask(self._first_B, self._num_read),
         )
 

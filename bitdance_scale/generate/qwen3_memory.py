@@ -1,9 +1,7 @@
 """Reading with transformers' Qwen3 on one device: its key/value memory, its attention, and steps of fixed shape.
 
-Keys and values are in memory of fixed size: new keys are written to numbered slots, and attention sees a number of
-slots from the first. All queries of a block of vision tokens see the same keys, so the query heads that share a
-key/value head are stacked along the queries and no key is repeated. transformers' own functions repeat keys under a
-mask, five times in the 14B model.
+Keys and values are in memory of fixed size (`model/key_values.py`), and no key is repeated
+(`model/attention.attend_grouped`). transformers' own functions repeat keys under a mask, five times in the 14B model.
 
 A step of fixed shape is recorded once as a graph on CUDA; elsewhere it is a plain call.
 
@@ -16,18 +14,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.nn import functional
-from transformers import Qwen3Config, Qwen3Model
+from transformers import Qwen3Model
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import AttentionInterface
 
+from bitdance_scale.generate.block_decode import additive
+from bitdance_scale.model.attention import attend_grouped
+from bitdance_scale.model.key_values import KeyValueMemory
 from bitdance_scale.model.positions import sincos_2d
 from bitdance_scale.model.projector import Projector
 
 BLOCK_ATTENTION = "bitdance_blocks"
 """Name under which transformers finds `attend_blocks`."""
-CAPACITY_MULTIPLE = 256
-"""Slots are allocated in multiples of this, so that prompts of similar length share the memory and its graphs."""
 SEEN_MULTIPLE = 1024
 """Under a graph, attention runs over a multiple of this many slots: one graph each, and little wasted computation."""
 NUM_WARM_UPS = 2
@@ -45,13 +43,14 @@ class Qwen3Reader:
     Attributes:
         backbone: as given.
         device, dtype: of its weights.
+        slots: int64 [capacity], the numbers of all slots; after `start`.
     """
 
     def __init__(self, backbone: Qwen3Model, projector: Projector, use_graphs: bool | None = None) -> None:
         self.backbone, self._projector = backbone, projector
         self.device, self.dtype = backbone.device, backbone.dtype
         self._use_graphs = self.device.type == "cuda" if use_graphs is None else use_graphs
-        self._memory: KeyValues | None = None
+        self._memory: KeyValueMemory | None = None
         self._captured: dict[tuple[object, ...], CapturedCall] = {}
 
     def start(self, num_sequences: int, num_positions: int) -> None:
@@ -60,11 +59,26 @@ class Qwen3Reader:
         The memory, and the graphs that point into it, are kept while the batch has the same shape.
         """
         self.backbone.set_attn_implementation(BLOCK_ATTENTION)
-        shape = (num_sequences, -(-num_positions // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE)
-        if self._memory is None or shape != self._memory.shape:
+        if self._memory is None or not self._memory.fits(num_sequences, num_positions):
             # The old memory is freed before the new one is made.
             self._captured, self._memory = {}, None
-            self._memory = KeyValues(self.backbone.config, *shape, self.dtype, self.device)
+            config = self.backbone.config
+            self._memory = KeyValueMemory(
+                config.num_hidden_layers,
+                num_sequences,
+                num_positions,
+                config.num_key_value_heads,
+                config.head_dim,
+                self.dtype,
+                self.device,
+            )
+            self.slots = torch.arange(self.capacity, device=self.device)
+
+    @property
+    def capacity(self) -> int:
+        """Slots per sequence; after `start`."""
+        assert self._memory is not None, "`start` comes first"
+        return self._memory.shape[1]
 
     def read(
         self, rows_BSD: torch.Tensor, positions_BS: torch.Tensor, slots_S: torch.Tensor, mask: torch.Tensor
@@ -75,12 +89,12 @@ class Qwen3Reader:
             rows_BSD: embedded.
             positions_BS: int64, rotary positions.
             slots_S: int64.
-            mask: [B, 1, S or 1, T], as `additive` gives it; the first T slots are seen.
+            mask: [B, 1, S or 1, T], added to the scores; the first T slots are seen.
         """
         assert self._memory is not None, "`start` comes first"
         self._memory.place(slots_S, mask.shape[-1])
         # By position, without token ids: transformers 5.24 renamed the argument that takes the memory.
-        output = self.backbone(None, {"full_attention": mask}, positions_BS, self._memory, rows_BSD)
+        output = self.backbone(None, {"full_attention": mask}, positions_BS, Qwen3Cache(self._memory), rows_BSD)
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
 
@@ -95,13 +109,8 @@ class Qwen3Reader:
 
     def later_mask(self, first_B: torch.Tensor, num_read: int) -> torch.Tensor:
         """The mask [B, 1, 1, T] of rows that see all slots before `num_read`, but the padding before `first_B`."""
-        slots_T = torch.arange(self._num_seen(num_read), device=self.device)
-        first_B111 = first_B[:, None, None, None]
-        return self.additive((slots_T >= first_B111) & (slots_T < num_read))
-
-    def additive(self, is_seen: torch.Tensor) -> torch.Tensor:
-        """0 where a key is seen and minus infinity elsewhere, in the dtype of the scores."""
-        return torch.zeros(is_seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~is_seen, -torch.inf)
+        slots_T, first_B111 = self.slots[: self.num_seen(num_read)], first_B[:, None, None, None]
+        return additive((slots_T >= first_B111) & (slots_T < num_read), self.dtype)
 
     def run(self, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
         """Calls a function, on CUDA under a graph made for inputs of these shapes."""
@@ -112,49 +121,23 @@ class Qwen3Reader:
             self._captured[key] = CapturedCall(function, *inputs)
         return self._captured[key](*inputs)
 
-    def _num_seen(self, num_read: int) -> int:
-        """Slots that attention runs over."""
-        assert self._memory is not None, "`start` comes first"
-        _, capacity = self._memory.shape
-        return min(capacity, -(-num_read // SEEN_MULTIPLE) * SEEN_MULTIPLE) if self._use_graphs else num_read
+    def num_seen(self, num_read: int) -> int:
+        """Slots that attention runs over where so many positions were read."""
+        return min(self.capacity, -(-num_read // SEEN_MULTIPLE) * SEEN_MULTIPLE) if self._use_graphs else num_read
 
 
-class KeyValues(Cache):
-    """Keys and values of all layers in tensors that stay in place, as a captured graph needs them.
+class Qwen3Cache(Cache):
+    """A key/value memory as transformers takes it."""
 
-    Args:
-        config: of the Qwen3.
-        num_sequences: B.
-        capacity: slots per sequence.
-        dtype: of the keys and values.
-        device: of the keys and values.
-
-    Attributes:
-        shape: (num_sequences, capacity).
-    """
-
-    def __init__(
-        self, config: Qwen3Config, num_sequences: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, memory: KeyValueMemory) -> None:
         super().__init__(layers=[])
-        self.shape = (num_sequences, capacity)
-        shape = (2, num_sequences, config.num_key_value_heads, capacity, config.head_dim)
-        # Zeros: a slot that was never written is masked, but 0 times NaN would be NaN.
-        self._layers_2BGTK = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self._slots_S, self._num_seen = torch.zeros(0, dtype=torch.long), 0
-
-    def place(self, slots_S: torch.Tensor, num_seen: int) -> None:
-        """Sets where the next keys go, int64 [S], and how many slots, from the first, their queries see."""
-        self._slots_S, self._num_seen = slots_S, num_seen
+        self._memory = memory
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes the new keys and values [B, G, S, K] of a layer; returns those seen, [B, G, num_seen, K]."""
-        keys_BGTK, values_BGTK = self._layers_2BGTK[layer_idx]
-        keys_BGTK.index_copy_(2, self._slots_S, key_states)
-        values_BGTK.index_copy_(2, self._slots_S, value_states)
-        return keys_BGTK[:, :, : self._num_seen], values_BGTK[:, :, : self._num_seen]
+        return self._memory.update(layer_idx, key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """0: positions are always given, so transformers needs no count."""
@@ -170,23 +153,13 @@ def attend_blocks(
     scaling: float | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers; its mask [B, 1, S or 1, T] is added to the scores.
+    """`attend_grouped` as an attention function of transformers.
 
     Returns:
         [B, S, N, K], and None for the weights.
     """
-    num_sequences, num_heads, length, size = query_BNSK.shape
-    num_groups = key_BGTK.shape[1]
-    if attention_mask.shape[2] > 1:
-        attention_mask = attention_mask.repeat(1, 1, num_heads // num_groups, 1)
-    mixed = functional.scaled_dot_product_attention(
-        query_BNSK.reshape(num_sequences, num_groups, -1, size),
-        key_BGTK,
-        value_BGTK,
-        attn_mask=attention_mask,
-        scale=scaling,
-    )
-    return mixed.reshape(num_sequences, num_heads, length, -1).transpose(1, 2).contiguous(), None
+    mixed_BNSK = attend_grouped(query_BNSK, key_BGTK, value_BGTK, attention_mask, scaling)
+    return mixed_BNSK.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(BLOCK_ATTENTION, attend_blocks)

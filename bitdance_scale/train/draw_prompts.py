@@ -25,6 +25,7 @@ from bitdance_scale.evaluation.benchmarks.layout import Layout
 from bitdance_scale.evaluation.benchmarks.manifest import Drawing, begin_drawing
 from bitdance_scale.evaluation.benchmarks.prompt import Place, Prompt, image_seed, rounds
 from bitdance_scale.evaluation.progress import Progress
+from bitdance_scale.generate.out_of_memory import refused_batch_size
 from bitdance_scale.generate.requests import MAX_GRID_COLUMNS, MAX_GRID_IMAGES
 from bitdance_scale.observe.figures import image_grid
 from bitdance_scale.parallel.agreement import all_ranks, any_rank, on_first_rank
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _WAIT_S = 14 * 24 * 3600.0
 _BEAT_S = 5.0
+_ANOTHER_OUT = " and another --out: a drawing is of one size of batches, which its images depend on by rounding"
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,8 @@ def _draw(
             batches = [share[number] if number < len(share) else None for share in turn]
             mine = batches[topology.data_rank] if topology.data_rank < len(batches) else None
             if mine is not None:
-                _draw_batch(drawing.prompts, seed, folder, model, mine)
+                with refused_batch_size(drawing.batch_size, _ANOTHER_OUT):
+                    _draw_batch(drawing.prompts, seed, folder, model, mine)
             progress.add(sum(len(batch.missing) for batch in batches if batch is not None))
             if topology.rank == 0:
                 progress.log()

@@ -22,7 +22,7 @@ from bitdance_scale.generate.pipeline import BitDancePipeline
 from bitdance_scale.generate.published_model import read_sections
 from bitdance_scale.generate.sampler import FlowSolver
 from bitdance_scale.parallel.topology import Topology
-from bitdance_scale.train.sampling import draw_batch, sample_grid
+from bitdance_scale.train.sampling import BatchDrawer, sample_grid
 from bitdance_scale.train.still_run import load_still_run
 
 
@@ -89,11 +89,12 @@ class RunPrompts:
     def __init__(self, config: RunConfig, checkpoint: Path, topology: Topology) -> None:
         self._config, self._topology = config, topology
         self._run = load_still_run(config, checkpoint, config.sample.weights, topology)
+        self._drawer = BatchDrawer(self._run.model, config, self._run.condition, topology)
 
     def draw(self, texts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray] | None:
         """As in `PromptModel`."""
         prompts = [self._run.condition.prompt_ids(text) for text in texts]
-        bits = draw_batch(self._run.model, self._config, self._run.condition, prompts, list(seeds), self._topology)
+        bits = self._drawer.draw(prompts, seeds)
         if not self._topology.is_reader:
             return None
         return [self._run.vision.decode(rows, sample_grid(self._config)).numpy() for rows in bits]

@@ -32,7 +32,7 @@ from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.parallel.zero import ZeroEngine
 from bitdance_scale.phases import Phase, phase
 from bitdance_scale.sequence.condition import Condition
-from bitdance_scale.train.sampling import draw_batch, sample_grid
+from bitdance_scale.train.sampling import BatchDrawer, sample_grid
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
 logger = logging.getLogger(__name__)
@@ -158,6 +158,7 @@ class TrainingBenchmark:
         """The images of this replica on its first rank; nothing on the others."""
         topology, size = self._topology, self.section.batch_size
         drawn: list[DrawnImage] = []
+        drawer = BatchDrawer(engine, self._config, self._condition, topology)
         for start in range(0, len(self._batches), topology.data_size):
             number = start + topology.data_rank
             is_mine = number < len(self._batches)
@@ -168,7 +169,7 @@ class TrainingBenchmark:
             seeds = [image_seed(self.section.seed, prompt.id, k) for prompt, k in batch]
             # A phase of its own: a batch is progress, and may take as long as a whole phase.
             with phase(Phase.DRAWING):
-                bits = draw_batch(engine, self._config, self._condition, ids, seeds, topology)
+                bits = drawer.draw(ids, seeds)
                 if is_mine and topology.is_reader:
                     drawn += [
                         DrawnImage(prompt, k, self._vision.decode(rows, sample_grid(self._config)).numpy())
