@@ -92,6 +92,7 @@ def run_study(study: Study, options: argparse.Namespace) -> list[dict[str, objec
     for seed in options.seeds:
         for number, (name, overrides) in enumerate(study.variants.items()):
             common = [f"run.steps={options.steps}", f"run.seed={seed}", f"evaluate.every_steps={options.steps}"]
+            common += ["evaluate.benchmarks=[]"]
             if options.teacher is not None:
                 common += [f"run.start_from={options.teacher}"]
             folder = options.root / f"{options.study}_{number}_seed{seed}"

@@ -29,7 +29,7 @@ from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.sequence.condition import Condition, load_condition
 from bitdance_scale.sequence.layout import pack_samples
 from bitdance_scale.train.run import joined_ranks
-from bitdance_scale.train.sampling import draw_batch, sample_grid
+from bitdance_scale.train.sampling import BatchDrawer, sample_grid
 
 BLOCKS = ("1x", "4x", "16x")
 # The speed does not depend on how many there are, the memory does.
@@ -73,7 +73,7 @@ def measure(network: Network, batch: int, number: int, topology: Topology) -> tu
     prompts = [network.condition.prompt_ids(str(image % NUM_CLASSES)) for image in numbers]
     wait()
     clock, processor = time.perf_counter(), time.process_time()
-    draw_batch(network.model, network.config, network.condition, prompts, numbers, topology)
+    BatchDrawer(network.model, network.config, network.condition, topology).draw(prompts, numbers)
     wait()
     return (time.perf_counter() - clock) / batch, (time.process_time() - processor) / batch
 

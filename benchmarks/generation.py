@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from literal_generation import draw_literally
 from packs import machine
-from transformers import AutoModel
+from transformers import AutoModel, Qwen3Model
 
 from bitdance_scale.config.presets import PRESETS
 from bitdance_scale.config.schema import HeadSection, ModelSection, VisionSection
@@ -103,23 +103,34 @@ def random_model(name: str, block_side: int, dtype: torch.dtype, device: torch.d
             HeadSection(**PRESETS[name]["head"]),
             SMALL_VISION if name == "demo" else {},
         )
-    with torch.device(device):
-        config = qwen3_config(section, VOCAB_SIZE)
-        backbone = AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa").eval().requires_grad_(False)
-        vision = VisionSection(weights="", block_side=block_side, **vision_sizes)
-        head = DiffusionHead(head_section, section.hidden_size, vision.num_bits, block_side**2, PlainLinears()).to(
-            dtype
-        )
-        projector = Projector(vision.num_bits, section.hidden_size, PlainLinears()).to(dtype)
+    vision = VisionSection(weights="", block_side=block_side, **vision_sizes)
+    backbone, projector, head = random_networks(section, head_section, vision, VOCAB_SIZE, dtype, device)
     sizes = {key: getattr(vision, key) for key in ("num_bits", "channels", "channel_mult", "num_res_blocks")}
     with tempfile.TemporaryDirectory() as folder:
         save_weights(folder, Autoencoder(**sizes).state_dict(), published_config(**sizes))
         vision = VisionSection(weights=f"{folder}/{WEIGHTS_NAME}", block_side=block_side, **vision_sizes)
         tokenizer = VisionTokenizer(vision, device, dtype=dtype)
     tokens = ImageTokens(1, 2, resolution=tuple(range(10, 266)), queries=tuple(range(300, 299 + block_side**2)))
-    for module in (head, projector):
-        module.eval().requires_grad_(False)
     return PublishedModel(backbone, projector, head, tokenizer, SimpleNamespace(image_tokens=tokens))
+
+
+def random_networks(
+    section: ModelSection,
+    head_section: HeadSection,
+    vision: VisionSection,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Qwen3Model, Projector, DiffusionHead]:
+    """The networks of a published model with random weights."""
+    with torch.device(device):
+        config = qwen3_config(section, vocab_size)
+        backbone = AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        head = DiffusionHead(head_section, section.hidden_size, vision.num_bits, vision.block_tokens, PlainLinears())
+        projector = Projector(vision.num_bits, section.hidden_size, PlainLinears())
+    for module in (backbone, projector.to(dtype), head.to(dtype)):
+        module.eval().requires_grad_(False)
+    return backbone, projector, head
 
 
 def waiter(device: torch.device) -> Callable[[], None]:

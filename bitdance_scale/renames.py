@@ -1,4 +1,4 @@
-"""Names that version 0.2 changed. Old configurations are refused with the new name; old runs are read."""
+"""What earlier versions had otherwise. Old settings and commands are refused with the new name; old runs are read."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ RENAMED_SETTINGS = {
 }
 """Setting of version 0.1 -> its name today."""
 
+EARLIER_VALUES: Mapping[str, Any] = {"vision.context": "queries"}
+"""Setting that earlier versions did not have -> what they did, where today's default is another."""
+
 RENAMED_FIELDS = {
     "images_by_class": "images_by_resolution",
     "vision_by_class": "vision_by_resolution",
@@ -20,6 +23,9 @@ RENAMED_FIELDS = {
     "faults": "sample_errors",
 }
 """Field of `metrics.jsonl`, `evaluation.jsonl` and `train_state.json` of version 0.1 -> its name today."""
+
+RENAMED_COMMANDS = {"draw": "evaluate draw imagenet RUN --out DIR"}
+"""Command that is no longer there -> the one in its place."""
 
 
 def with_new_names(values: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:

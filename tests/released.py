@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AddedToken, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from bitdance_scale.checkpoint.integrity import write_manifest
+from bitdance_scale.checkpoint.start_weights import find_checkpoint
 from bitdance_scale.config.published_backbone import MODEL_CONFIG_NAME
 from bitdance_scale.config.published_head import HEAD_CONFIG_NAME, published_head
 from bitdance_scale.config.schema import HeadSection, VisionSection
@@ -171,6 +174,19 @@ def edit_config(folder: Path, name: str = MODEL_CONFIG_NAME, **changes: object) 
     """Changes keys of a JSON file of a folder; None removes one."""
     content = read_json(folder / name) | changes
     (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def as_a_run(imported: Path, copy: Path, steps: int) -> Path:
+    """An import made to look like the checkpoint at step 0 of a run of so many steps."""
+    run = shutil.copytree(imported, copy)
+    folder = find_checkpoint(run)
+    config = (folder / "config.toml").read_text()
+    assert config.count("[run]\n") == 1
+    section = f'[run]\nname = "sft_small"\nstage = "sft"\nsteps = {steps}\n'
+    (folder / "config.toml").write_text(config.replace("[run]\n", section))
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+    return run
 
 
 def _backbone(vocab_size: int, is_tied: bool, seed: int) -> Qwen3ForCausalLM:

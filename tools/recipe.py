@@ -131,7 +131,8 @@ class Recipe:
         """A run of one step of warm-up, for a model that has learned nothing."""
         config = self.configs[0]
         folder = Path(config.run.root) / f"{config.run.name}_untrained"
-        keep = ["run.steps=1", f"run.name={folder.name}", "optim.lr=1e-9", "evaluate.shards=[]", "sample.every_steps=0"]
+        keep = ["run.steps=1", f"run.name={folder.name}", "optim.lr=1e-9", "sample.every_steps=0"]
+        keep += ["evaluate.shards=[]", "evaluate.benchmarks=[]"]
         self.train(0, keep)
         return folder
 

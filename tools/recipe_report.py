@@ -116,7 +116,7 @@ def _stage_row(stage: StageReport, run: RunRecord) -> dict[str, object]:
 def _score_row(score: ScoredModel) -> dict[str, object]:
     summary = score.summary()
     shares = {category.replace("_", " "): summary["correct"][category] for category in CATEGORIES}
-    ends = {"overall": summary["overall"], "exact": summary["overall_exact"], "pictures": summary["num_pictures"]}
+    ends = {"overall": summary["overall"], "exact": summary["exact"], "pictures": summary["num_pictures"]}
     return {"model": score.stage, "drawn": score.name.replace("_", " ")} | shares | ends
 
 

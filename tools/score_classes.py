@@ -2,11 +2,11 @@
 
     python tools/score_classes.py a=drawn/a b=drawn/b --out scores.json
 
-A drawing is what `bitdance draw` wrote, of the 24 classes of data/demo_classes. Accuracy: the share of pictures that
-`tools/scene_reading.py` reads as one shape, of the right kind and colour. Frechet distance: between Gaussians fitted to
-the features of drawn and of real pictures; the features are those of a small network that is trained here to tell the
-classes apart, always with the same seed. For comparison, the real held-out pictures are scored too, as they are and
-after the vision tokenizer, which is the best that a model of its bits can reach.
+A drawing is what `bitdance evaluate draw imagenet` wrote, of the 24 classes of data/demo_classes. Accuracy: the share
+of pictures that `bitdance_scale/evaluation/scenes` reads as one shape, of the right kind and colour. Frechet distance:
+between Gaussians fitted to the features of drawn and of real pictures; the features are those of a small network that
+is trained here to tell the classes apart, always with the same seed. For comparison, the real held-out pictures are
+scored too, as they are and after the vision tokenizer, which is the best that a model of its bits can reach.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from torch.nn import functional
 from bitdance_scale.config.load import load_config
 from bitdance_scale.demo.scenes import class_names
 from bitdance_scale.errors import BitDanceError, DataError
+from bitdance_scale.evaluation.image_array import map_npz, read_labels
+from bitdance_scale.evaluation.scenes.reading import read_scene
+from bitdance_scale.evaluation.scenes.scorer import class_of
 from bitdance_scale.vision.tokenizer import VisionTokenizer
-from tools.scene_reading import read_scene
 
 NUM_FEATURES = 64
 EPOCHS, BATCH, RATE = 4, 64, 2e-3
@@ -112,12 +114,7 @@ def frechet(first: np.ndarray, second: np.ndarray) -> float:
 def read_classes(images: np.ndarray) -> np.ndarray:
     """int64 [N], the class that each picture shows; -1 where it shows no single shape of one of the classes."""
     numbers = {name: number for number, name in enumerate(class_names())}
-    found = []
-    for image in images:
-        seen = read_scene(Image.fromarray(image)).objects
-        name = f"{seen[0].color} {seen[0].shape}" if len(seen) == 1 else ""
-        found.append(numbers.get(name, -1))
-    return np.array(found)
+    return np.array([numbers.get(class_of(read_scene(Image.fromarray(image))), -1) for image in images])
 
 
 def score(images: np.ndarray, labels: np.ndarray, network: FeatureNetwork, real: np.ndarray) -> dict[str, Any]:
@@ -184,13 +181,16 @@ def _scores(options: argparse.Namespace) -> dict[str, Any]:
     }
     for drawing in options.drawings:
         name, equals, folder = drawing.partition("=")
-        record, samples = Path(folder) / "draw.json", Path(folder) / "samples.npz"
-        if not (equals and record.is_file() and samples.is_file()):
-            raise DataError(f"{drawing}: must be NAME=FOLDER, a folder that `bitdance draw` has finished")
-        per_class = json.loads(record.read_text(encoding="utf-8"))["per_class"]
-        with np.load(samples) as archive:
-            drawn = archive["arr_0"]
-        scores[name] = score(drawn, np.arange(len(drawn)) // per_class, network, real)
+        samples = Path(folder) / "samples.npz"
+        if not (equals and samples.is_file()):
+            raise DataError(
+                f"{drawing}: must be NAME=FOLDER, a folder that `bitdance evaluate draw imagenet` has finished"
+            )
+        try:
+            drawn, labels = np.array(map_npz(samples)), read_labels(samples)
+        except ValueError as error:
+            raise DataError(f"{samples}: {error}; draw it again with `bitdance evaluate draw imagenet`") from error
+        scores[name] = score(drawn, labels, network, real)
     return scores
 
 

@@ -1,20 +1,19 @@
-"""Draws GenEval's six categories with a model of demo scenes, reads the pictures and says how often they are right.
+"""Draws some demo scenes of GenEval's six categories with a published model and says how often they are right.
 
     python tools/score_scenes.py PUBLISHED --out scores --size 64x64 --per-category 50
     python tools/score_scenes.py --real --out scores               # the scorer on drawn scenes
     python tools/score_scenes.py PUBLISHED --real --out scores     # on scenes through the tokenizer: a model's limit
 
-Prompts are captions of scenes that no demo data set holds. Written are OUT/score.json (shares right by category),
-OUT/pictures.jsonl (prompt, seed, verdict and what was seen, per picture), OUT/grid.png and, unless --no-pictures, the
-pictures. The overall score is the mean of the categories, as in GenEval (arXiv 2310.11513).
+Prompts are those of the benchmark `demo-scenes`, the scorer is `bitdance_scale/evaluation/scenes`. Written are
+OUT/score.json (shares right by category), OUT/pictures.jsonl (prompt, score and what was seen, per picture),
+OUT/grid.png and, unless --no-pictures, the pictures. The overall score is the mean of the categories, as in GenEval
+(arXiv 2310.11513), with a bootstrap interval over prompts.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,14 +22,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from scene_prompts import Verdict, judge, parse_caption
-from scene_reading import SeenScene, read_scene
 from tqdm import tqdm
 
 from bitdance_scale.cli.command import CommandParser, run_command
 from bitdance_scale.demo.scenes import Scene, render
 from bitdance_scale.errors import ConfigError
-from bitdance_scale.evaluation.benchmarks.demo_scenes import CATEGORIES, choose_scenes
+from bitdance_scale.evaluation.benchmarks.demo_scenes import CATEGORIES, DemoScenes, choose_scenes
+from bitdance_scale.evaluation.benchmarks.prompt import Prompt
+from bitdance_scale.evaluation.metrics.catalogue import SCENES
+from bitdance_scale.evaluation.metrics.estimate import estimates
+from bitdance_scale.evaluation.metrics.image_score import ImageScore
+from bitdance_scale.evaluation.metrics.metric import OVERALL
+from bitdance_scale.evaluation.metrics.picture_scorer import DrawnImage
+from bitdance_scale.evaluation.scenes.scorer import BACKGROUND, EXACT, SceneScorer
 from bitdance_scale.generate.pipeline import BitDancePipeline
 from bitdance_scale.generate.requests import parse_size
 from bitdance_scale.observe.figures import image_grid
@@ -42,42 +46,33 @@ GRID_PER_CATEGORY = 6
 
 @dataclass(frozen=True)
 class Scored:
-    """One picture: its scene (of which the model was given the caption), what is seen in it, and the verdict."""
+    """One picture, its prompt and its score."""
 
-    scene: Scene
-    category: str
+    prompt: Prompt
     image: Image.Image
-    seen: SeenScene
-    verdict: Verdict
+    score: ImageScore
 
 
-def score_pictures(scenes: Sequence[Scene], images: Iterator[Image.Image]) -> list[Scored]:
-    """Reads one picture per scene and judges it by the scene's caption."""
-    scored = []
-    for scene, image in zip(scenes, images, strict=True):
-        asked, seen = parse_caption(scene.caption), read_scene(image)
-        scored.append(Scored(scene, asked.category, image, seen, judge(asked, seen)))
+def score_pictures(prompts: Sequence[Prompt], images: Iterator[Image.Image]) -> list[Scored]:
+    """Reads one picture per prompt and judges it by the prompt."""
+    scorer, scored = SceneScorer(), []
+    for prompt, image in zip(prompts, images, strict=True):
+        (score,) = scorer([DrawnImage(prompt, 0, np.asarray(image.convert("RGB")))])
+        scored.append(Scored(prompt, image, score))
     return scored
 
 
 def summarize(scored: Sequence[Scored]) -> dict[str, object]:
-    """Shares of right pictures: `overall`, and `correct` and `exact` by category (see `Verdict`); `num_pictures`."""
-    correct, exact = {}, {}
-    for category in dict.fromkeys(item.category for item in scored):
-        verdicts = [item.verdict for item in scored if item.category == category]
-        correct[category] = round(float(np.mean([verdict.is_correct for verdict in verdicts])), 4)
-        exact[category] = round(float(np.mean([verdict.is_exact for verdict in verdicts])), 4)
-    grounds = [item.verdict.is_background_right for item in scored]
-    asked = [right for right in grounds if right is not None]
+    """Shares of right pictures: `overall` with its interval, and by category; and what else the metric has."""
+    found = estimates([item.score for item in scored], SCENES.combine)
+    overall = found[OVERALL]
     return {
-        "overall": round(float(np.mean(list(correct.values()))), 4),
-        "overall_exact": round(float(np.mean(list(exact.values()))), 4),
-        "correct": correct,
-        "exact": exact,
-        "background": round(float(np.mean(asked)), 4) if asked else None,
+        "overall": round(overall.value, 4),
+        "interval": [round(overall.low, 4), round(overall.high, 4)],
+        "correct": {category: round(found[category].value, 4) for category in CATEGORIES if category in found},
+        "exact": round(found[EXACT].value, 4),
+        "background": round(found[BACKGROUND].value, 4) if BACKGROUND in found else None,
         "num_pictures": len(scored),
-        # Of a share measured on n independent pictures, 95 %.
-        "error": round(1.96 * math.sqrt(0.25 / len(scored)), 4),
     }
 
 
@@ -126,31 +121,33 @@ def write_results(out: Path, scored: Sequence[Scored], settings: dict[str, objec
         for number, item in enumerate(scored):
             line = {
                 "number": number,
-                "prompt": item.scene.caption,
-                "category": item.category,
-                "verdict": dataclasses.asdict(item.verdict),
-                "seen": dataclasses.asdict(item.seen),
+                "prompt": item.prompt.text,
+                "category": item.score.category,
+                "score": item.score.value,
+                "reason": item.score.reason,
             }
             record.write(json.dumps(line) + "\n")
             if keeps_pictures:
                 item.image.save(out / f"{number:05d}.png")
     shown = [item for category in CATEGORIES for item in _first(scored, category)]
-    captions = [("" if item.verdict.is_correct else "WRONG: ") + item.scene.caption for item in shown]
+    captions = [("" if item.score.value else "WRONG: ") + item.prompt.text for item in shown]
     image_grid([np.asarray(item.image) for item in shown], captions, out / "grid.png", GRID_PER_CATEGORY)
 
 
 def _first(scored: Sequence[Scored], category: str) -> list[Scored]:
-    return [item for item in scored if item.category == category][:GRID_PER_CATEGORY]
+    return [item for item in scored if item.score.category == category][:GRID_PER_CATEGORY]
 
 
 def format_summary(summary: dict[str, object]) -> str:
     """The summary as lines of text."""
-    lines = [
-        f"{category:18s} {share:.3f}   nothing else in the picture {summary['exact'][category]:.3f}"
-        for category, share in summary["correct"].items()
-    ]
-    overall = f"{'overall':18s} {summary['overall']:.3f}   nothing else in the picture {summary['overall_exact']:.3f}"
-    return "\n".join([*lines, f"{overall}   ({summary['num_pictures']} pictures, +- {summary['error']:.3f})"])
+    low, high = summary["interval"]
+    return "\n".join(
+        [
+            *(f"{category:18s} {share:.3f}" for category, share in summary["correct"].items()),
+            f"{'overall':18s} {summary['overall']:.3f}   ({low:.3f} to {high:.3f}; {summary['num_pictures']} pictures)",
+            f"{'nothing else':18s} {summary['exact']:.3f}",
+        ]
+    )
 
 
 def _images(arguments: argparse.Namespace, scenes: Sequence[Scene]) -> Iterator[Image.Image]:
@@ -180,7 +177,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise ConfigError(f"--out {arguments.out}: is there already; name a new folder")
     scenes = choose_scenes(arguments.per_category)
-    scored = score_pictures(scenes, _images(arguments, scenes))
+    prompts = DemoScenes(per_category=arguments.per_category).read(None)
+    scored = score_pictures(prompts, _images(arguments, scenes))
     names = ("size", "per_category") if arguments.real else ("size", "per_category", "steps", "guidance", "seed")
     settings = {name: getattr(arguments, name) for name in names} | {"real": arguments.real}
     write_results(arguments.out, scored, settings, arguments.pictures)

@@ -29,14 +29,12 @@ from bitdance_scale.checkpoint.pickled_files import PickledFile
 from bitdance_scale.checkpoint.published_files import TensorFileWriter, file_digests, row_chunks
 from bitdance_scale.checkpoint.published_names import PUBLISHED_QUERIES, Part, PublishedTensor
 from bitdance_scale.checkpoint.tensor_storage import opened
-from bitdance_scale.config.published_class import published_class_config
+from bitdance_scale.config.published_class import PICKLE_NAME, SIZES_NAME, WEIGHTS_NAME, published_class_config
 from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
 from bitdance_scale.weight_files import TensorSpec
 
 if TYPE_CHECKING:
     from bitdance_scale.checkpoint.export_release import Export
-
-WEIGHTS_NAME, PICKLE_NAME, SIZES_NAME = "model.safetensors", "model.pt", "model_config.json"
 
 
 def write_class_files(export: Export, folder: Path, on_bytes: OnBytes) -> dict[str, dict[str, str]]:

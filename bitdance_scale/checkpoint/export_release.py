@@ -46,6 +46,7 @@ from bitdance_scale.checkpoint.run_checkpoint import (
     TENSORS_DIR,
     TrainState,
     check_vision,
+    earlier_context,
     has_averages,
     read_run_section,
     read_state,
@@ -202,6 +203,7 @@ def open_checkpoint(
     config_path = path / CONFIG_NAME
     overrides = [f"text.path={json.dumps(str(tokenizer))}"] if tokenizer else []
     overrides += [f"vision.weights={json.dumps(str(autoencoder))}"] if autoencoder else []
+    overrides += [f"vision.context={context}"] if (context := earlier_context(path)) else []
     network = load_network(config_path, overrides)
     condition = _checked_condition(path, network, state)
     with torch.device("meta"):
@@ -353,7 +355,7 @@ def _model_config(export: Export, tokenizer: TextTokenizer) -> dict[str, Any]:
     dtype = export.dtypes[export.weights][Part.BACKBONE]
     inert = {"eos_token_id": int(tokenizer.turn_end_ids[0])} | export.state.release.get("model", {})
     model, vocab_size = export.network.model, tokenizer.vocab_size
-    return published_model(model, vocab_size, dtype_name(dtype), inert)
+    return published_model(model, vocab_size, dtype_name(dtype), inert, export.network.vision.context)
 
 
 def _write_part(export: Export, part: Part, folder: Path, on_bytes: OnBytes) -> dict[str, str]:

@@ -25,6 +25,7 @@ from bitdance_scale.checkpoint.published_names import (
 from bitdance_scale.config.published_backbone import (
     MODEL_CONFIG_NAME,
     inert_model_settings,
+    read_context,
     read_model,
     unknown_model_keys,
 )
@@ -165,7 +166,12 @@ def open_source(folder: Path, new_parts: NewParts | None) -> Source:
     network = NetworkConfig(
         model=model,
         head=head,
-        vision=VisionSection(weights=str(weights), block_side=block_side, **autoencoder.sizes),
+        vision=VisionSection(
+            weights=str(weights),
+            block_side=block_side,
+            context=read_context(config),
+            **autoencoder.sizes,
+        ),
         text=TextSection(kind="huggingface", path=str(folder)),
     )
     tokenizer = load_text_tokenizer(network.text, block_side**2)

@@ -31,7 +31,7 @@ from bitdance_scale.checkpoint.tensor_index import TensorIndex, read_index
 from bitdance_scale.errors import CheckpointError, DamagedCheckpointError, DiskFullError
 from bitdance_scale.parallel.agreement import on_first_rank
 from bitdance_scale.parallel.partition import ShardedValue
-from bitdance_scale.renames import RENAMED_FIELDS, with_new_names
+from bitdance_scale.renames import EARLIER_VALUES, RENAMED_FIELDS, with_new_names
 
 TENSORS_DIR = "tensors"
 CONFIG_NAME = "config.toml"
@@ -227,6 +227,14 @@ def read_run_section(path: Path) -> dict[str, Any]:
     """The [run] section of a checkpoint's configuration; that of an import has no steps, name or stage."""
     run: dict[str, Any] = tomllib.loads((path / CONFIG_NAME).read_text(encoding="utf-8")).get("run", {})
     return run
+
+
+def earlier_context(path: Path) -> str | None:
+    """`vision.context` of a run of a version that did not have it; None: the configuration says it, or is no run's."""
+    tables = tomllib.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+    if "steps" not in tables.get("run", {}) or "context" in tables.get("vision", {}):
+        return None
+    return str(EARLIER_VALUES["vision.context"])
 
 
 def read_state(path: Path, tensor_files: Collection[str] | None = None) -> TrainState:

@@ -33,6 +33,7 @@ from bitdance_scale.checkpoint.step_names import CHECKPOINTS_DIR, LATEST_NAME
 from bitdance_scale.checkpoint.tensor_index import TensorIndex, read_index
 from bitdance_scale.checkpoint.tensor_storage import StoredTensors
 from bitdance_scale.config.published_backbone import MODEL_CONFIG_NAME
+from bitdance_scale.config.published_class import PICKLE_NAME, SIZES_NAME
 from bitdance_scale.config.schema import NetworkConfig
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.model.initial import named_generator
@@ -249,10 +250,12 @@ def _find(where: Path) -> Path | None:
         return where
     if _checkpoints(where).is_dir():
         return None
-    is_folder = (where / MODEL_CONFIG_NAME).is_file()
-    if is_folder or (where.suffix in PICKLED_SUFFIXES and where.is_file()):
-        what = "a Hugging Face folder" if is_folder else "a published file"
-        fix = f"it is {what}: import it first with `bitdance import {where} OUT`"
+    if (where / MODEL_CONFIG_NAME).is_file():
+        fix = f"it is a Hugging Face folder: import it first with `bitdance import {where} OUT`"
+    elif (where / SIZES_NAME).is_file():
+        fix = f"it is an export: import its {PICKLE_NAME} first with `bitdance import {where / PICKLE_NAME} OUT`"
+    elif where.suffix in PICKLED_SUFFIXES and where.is_file():
+        fix = f"it is a published file: import it first with `bitdance import {where} OUT`"
     else:
         fix = "name a run folder, an imported release or one checkpoint of them (checkpoints/step_...)"
     raise CheckpointError(f"{where}: no checkpoint is there; {fix}")

@@ -103,7 +103,13 @@ def run_command(
     return run_process(lambda: action(parser.parse(arguments)))
 
 
-def run_group(commands: Mapping[str, Command], arguments: Sequence[str], prog: str, about: str) -> int:
+def run_group(
+    commands: Mapping[str, Command],
+    arguments: Sequence[str],
+    prog: str,
+    about: str,
+    renamed: Mapping[str, str] | None = None,
+) -> int:
     """Runs the subcommand that the first argument names; returns the exit code.
 
     Args:
@@ -111,6 +117,7 @@ def run_group(commands: Mapping[str, Command], arguments: Sequence[str], prog: s
         arguments: of the command line.
         prog: how the group is called.
         about: what `--help` says above the list.
+        renamed: name that is no subcommand any more -> what is called in its place.
     """
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if name in commands:
@@ -121,10 +128,12 @@ def run_group(commands: Mapping[str, Command], arguments: Sequence[str], prog: s
     if not name:
         print(_group_help(commands, prog, about), file=sys.stderr)
         return EXIT_REFUSED
-    return run_process(lambda: _refuse(name, commands, prog))
+    return run_process(lambda: _refuse(name, commands, prog, renamed or {}))
 
 
-def _refuse(name: str, commands: Mapping[str, Command], prog: str) -> NoReturn:
+def _refuse(name: str, commands: Mapping[str, Command], prog: str, renamed: Mapping[str, str]) -> NoReturn:
+    if name in renamed:
+        raise ConfigError(f"{prog}: there is no command {name!r} any more; it is `{prog} {renamed[name]}`")
     nearest = difflib.get_close_matches(name, commands, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"the commands are {', '.join(commands)}"
     raise ConfigError(f"{prog}: there is no command {name!r}; {hint}")

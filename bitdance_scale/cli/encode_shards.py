@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bitdance_scale.cli.command import CommandParser, run_command
-from bitdance_scale.cli.launch import add_rank_arguments, find_replicas, launch
+from bitdance_scale.cli.launch import add_rank_arguments, find_replicas, launch, rank_arguments
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.named_files import check_named_files
 from bitdance_scale.config.rules import check
@@ -42,8 +42,7 @@ def _run(options: argparse.Namespace) -> int:
     # All ranks encode, whatever the layout of the run.
     _, starting = find_replicas(options, ParallelSection())
     if starting is not None:
-        command = [options.config, *options.overrides, f"--out={options.out}", f"--verify={options.verify}"]
-        return launch(starting, "bitdance_scale.cli.encode_shards", command)
+        return launch(starting, "bitdance_scale.cli.encode_shards", rank_arguments(options, ("config", "overrides")))
     # Imported late: torch takes seconds, and a refused configuration should not wait for it.
     from bitdance_scale.train.encode_bits import run_encode
 

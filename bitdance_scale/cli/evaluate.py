@@ -1,4 +1,4 @@
-"""Benchmarks of trained models: `bitdance evaluate draw`."""
+"""Benchmarks of trained models: `bitdance evaluate draw`, `score` and `report`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from bitdance_scale.cli.command import Command, run_group
 
 COMMANDS: Mapping[str, Command] = {
     "draw": Command("draw the images of a benchmark, as its own scorer reads them", "evaluate_draw"),
+    "score": Command("score the images of a benchmark, or a set of images", "evaluate_score"),
+    "report": Command("compare drawings by their scores, on one page", "evaluate_report"),
 }
 
 

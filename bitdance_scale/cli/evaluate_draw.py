@@ -2,39 +2,51 @@
 
     bitdance evaluate draw geneval FOLDER --prompts evaluation_metadata_long.jsonl --out drawn --nproc 8
     bitdance evaluate draw dpg runs/sft --prompts prompts.json --out drawn parallel.tensor=2 --nproc 8
+    bitdance evaluate draw imagenet runs/imagenet_b_4x --out drawn --nproc 8    # 50 images of each class
 
-MODEL is a published folder, or a run, a checkpoint or an import. Defaults are the settings of the published scores. The
-ranks share out the prompts, and a drawing that was stopped, or killed, goes on with the images that are missing and
-ends with the same bytes. docs/benchmarks_of_quality.md has the benchmarks.
+MODEL is a published folder, or a run, a checkpoint or an import; `imagenet` wants a class-conditional one of these
+three. Defaults are the settings of the published scores, and of `imagenet` those of the model's own [sample]. The ranks
+share out the images, and a drawing that was stopped, or killed, goes on with the images that are missing and ends with
+the same bytes. docs/benchmarks_of_quality.md has the benchmarks.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bitdance_scale.cli.command import CommandParser, positive, run_command
-from bitdance_scale.cli.launch import add_rank_arguments, find_replicas, launch
+from bitdance_scale.cli.launch import add_rank_arguments, find_replicas, launch, rank_arguments
 from bitdance_scale.config.ranges import CONSTRAINTS, Choice
 from bitdance_scale.config.schema import ParallelSection, RunConfig
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.evaluation.benchmarks.benchmark import Benchmark
 from bitdance_scale.evaluation.benchmarks.catalogue import BENCHMARKS, find_benchmark, read_prompts
 from bitdance_scale.evaluation.benchmarks.prompt import Prompt
+from bitdance_scale.evaluation.benchmarks.solving import Asked, Solving, choose_solving, drawing_config
 
 if TYPE_CHECKING:
-    from bitdance_scale.train.prompt_models import Solving
+    from bitdance_scale.evaluation.benchmarks.manifest import Drawing
 
 _MAX_SEED = 2**31
 _DTYPES = ("bfloat16", "float32")
+_OPTIONS = {
+    "sample.size_px": "--size",
+    "sample.num_steps": "--steps",
+    "sample.guidance": "--guidance",
+    "sample.guidance_growth": "--guidance-growth",
+    "sample.sampler": "--sampler",
+    "sample.seed": "--seed",
+    "sample.weights": "--weights",
+}
+"""Setting of a run that an option stands for."""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """The command line, of the command that starts the ranks and of every rank; returns the exit code."""
-    samplers = CONSTRAINTS["sample.sampler"]
-    assert isinstance(samplers, Choice)
     parser = CommandParser(prog, __doc__)
     names = [benchmark.name for benchmark in BENCHMARKS]
     parser.add_argument("benchmark", metavar="BENCHMARK", help=", ".join(names))
@@ -45,94 +57,155 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="the benchmark's published file of prompts")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--name", metavar="NAME", help="of the model, in paths (default: MODEL's last part)")
+    parser.add_argument("--config", metavar="CONFIG", help="configuration that gives an import the settings of a run")
+    parser.add_argument(
+        "--images-per-prompt", type=positive, metavar="N", help="or of each class (default: the benchmark's)"
+    )
     parser.add_argument("--size", metavar="HxW", help="in pixels (default: the benchmark's)")
     parser.add_argument("--steps", type=positive, help="sampling steps per block (default: the benchmark's)")
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 for none (default: the benchmark's)")
-    parser.add_argument("--sampler", choices=samplers.values, default=samplers.values[0], help="default: %(default)s")
+    for name in ("guidance_growth", "sampler", "weights"):
+        choice = CONSTRAINTS[f"sample.{name}"]
+        assert isinstance(choice, Choice)
+        parser.add_argument(f"--{name.replace('_', '-')}", choices=choice.values, help="(default: the benchmark's)")
     parser.add_argument("--seed", type=int, default=0, help="of all images (default: 0)")
-    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="drawn together (default: 8)")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="drawn together (default: 8; imagenet: 64)")
     parser.add_argument("--dtype", choices=_DTYPES, help="of a published folder: bfloat16 on CUDA, float32 elsewhere")
-    parser.add_argument("--weights", choices=("trained", "averaged"), default="trained", help="of a run")
+    parser.add_argument("--images", action="store_true", help="of imagenet: write every image as a PNG, too")
     add_rank_arguments(parser)
     return run_command(parser, arguments, _run)
 
 
 def _run(options: argparse.Namespace) -> int:
+    options.name = options.name or options.model.resolve().name
+    benchmark = _benchmark(options)
+    # A wrong file of texts is named before the model is looked at; classes are the model's.
+    prompts = read_prompts(benchmark, options.prompts) if benchmark.condition == "text" else []
+    config = None
+    if not _is_published(options):
+        config = _config(options)
+    _check_condition(options.model, benchmark, config)
+    if not prompts:
+        assert config is not None, "no published folder has classes"
+        from bitdance_scale.config.class_map import ClassLabels
+
+        benchmark = benchmark.of_model(config.classes.num_classes, ClassLabels(config.classes).names)
+        prompts = read_prompts(benchmark, options.prompts)
+    solving = _solving(options, benchmark, config)
+    if config is not None:
+        options.weights = options.weights or benchmark.settings.weights or config.sample.weights
+        config = drawing_config(config, solving, options.weights)
+    _, starting = find_replicas(options, ParallelSection() if config is None else config.parallel)
+    if starting is not None:
+        command = rank_arguments(options, ("benchmark", "model", "overrides"))
+        return launch(starting, "bitdance_scale.cli.evaluate_draw", command)
+    return _draw(options, benchmark, prompts, solving, config)
+
+
+def _benchmark(options: argparse.Namespace) -> Benchmark:
+    """The benchmark, with as many images as are asked for."""
     benchmark = find_benchmark(options.benchmark)
+    if options.images_per_prompt is not None:
+        benchmark = dataclasses.replace(benchmark, num_images=options.images_per_prompt)
     if not 0 <= options.seed < _MAX_SEED:
         raise ConfigError(f"--seed {options.seed}: must be from 0 to 2^31 - 1")
-    prompts = read_prompts(benchmark, options.prompts)
-    name = options.name or options.model.resolve().name
-    # A name that cannot be in a path is refused here.
-    benchmark.layout(name)
-    config = None
-    if not _is_published(options.model):
-        from bitdance_scale.checkpoint.start_weights import find_checkpoint
-
-        # Found once: the run may write a newer checkpoint while the ranks start.
-        options.model, options.name = find_checkpoint(options.model), name
-        config = _config(options)
-    parallel = ParallelSection() if config is None else config.parallel
-    _, starting = find_replicas(options, parallel)
-    if starting is not None:
-        return launch(starting, "bitdance_scale.cli.evaluate_draw", _command(options))
-    return _draw(options, benchmark, prompts, name, config)
+    # A name that cannot be in a path is refused here, and a number of images that does not fit.
+    layout = benchmark.layout(options.name)
+    if options.images and layout.array is None:
+        raise ConfigError(f"--images: {benchmark.name} has its images as files anyway; leave it out")
+    for override in options.overrides:
+        setting, _, value = override.partition("=")
+        if setting.strip() in _OPTIONS:
+            raise ConfigError(
+                f"{override}: images of a benchmark are drawn as the options say; write "
+                f"{_OPTIONS[setting.strip()]} {value.strip()} instead"
+            )
+    return benchmark
 
 
-def _is_published(model: Path) -> bool:
+def _is_published(options: argparse.Namespace) -> bool:
     from bitdance_scale.config.published_head import HEAD_CONFIG_NAME
 
+    model = options.model
     if not model.exists():
         raise ConfigError(f"MODEL {model}: no such folder; name a published folder, a run or a checkpoint")
-    return (model / HEAD_CONFIG_NAME).is_file()
+    is_published = (model / HEAD_CONFIG_NAME).is_file()
+    unused = {"config": options.config, "weights": options.weights} if is_published else {"dtype": options.dtype}
+    for name, value in unused.items():
+        if value is not None:
+            fix = "leave it out" if is_published else f"write run.dtype={value} instead"
+            what = "is a published folder, which has one of its own" if is_published else "is no published folder"
+            raise ConfigError(f"--{name} {value}: {model} {what}; {fix}")
+    return is_published
 
 
 def _config(options: argparse.Namespace) -> RunConfig:
-    """The configuration of a checkpoint, with the overrides."""
-    from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME
-    from bitdance_scale.config.load import load_config
-    from bitdance_scale.config.rules import check
+    """The configuration of a run or an import; the model becomes the checkpoint that is there now."""
+    # Imported late: torch takes seconds, and a refused option should not wait for it.
+    from bitdance_scale.checkpoint.start_weights import find_checkpoint
+    from bitdance_scale.checkpoint.stored_config import stored_config
 
-    config = load_config(options.model / CONFIG_NAME, options.overrides)
-    # The rules of the number of ranks are of training: there is no batch to share out.
-    check(config, None)
-    return config
+    # Found once: the run may write a newer checkpoint while the ranks start.
+    options.model = find_checkpoint(options.model)
+    return stored_config(options.model, options.overrides, options.config)
 
 
-def _solving(options: argparse.Namespace, benchmark: Benchmark) -> Solving:
-    from bitdance_scale.generate.requests import parse_size
-    from bitdance_scale.train.prompt_models import Solving
+def _check_condition(model: Path, benchmark: Benchmark, config: RunConfig | None) -> None:
+    """Refuses a model that does not draw from what the benchmark has: texts or classes."""
+    condition = "text" if config is None else config.model.parts.condition
+    if condition == benchmark.condition:
+        return
+    fitting = [other.name for other in BENCHMARKS if other.condition == condition]
+    if condition == "text":
+        raise ConfigError(
+            f"MODEL {model}: draws from text, and {benchmark.name} has classes; name a class-conditional run, or draw "
+            f"{', '.join(fitting)} with this model"
+        )
+    raise ConfigError(
+        f"MODEL {model}: draws from classes (model.family = 'class_conditional'), and {benchmark.name} has prompts in "
+        f"words; name a text-to-image model, or draw {', '.join(fitting)} with this one"
+    )
 
-    settings = benchmark.settings
-    guidance = settings.guidance if options.guidance is None else options.guidance
-    if guidance is None:
-        raise ConfigError(f"--guidance: {benchmark.name} has none of its own, as it depends on the model; name it")
-    size_px = settings.size_px if options.size is None else parse_size(options.size)
-    return Solving(size_px, options.steps or settings.steps, guidance, options.sampler)
+
+def _solving(options: argparse.Namespace, benchmark: Benchmark, config: RunConfig | None) -> Solving:
+    size_px = None
+    if options.size is not None:
+        from bitdance_scale.generate.requests import parse_size
+
+        size_px = parse_size(options.size)
+    asked = Asked(size_px, options.steps, options.guidance, options.sampler, options.guidance_growth)
+    return choose_solving(asked, benchmark.settings, None if config is None else config.sample)
 
 
 def _draw(
-    options: argparse.Namespace, benchmark: Benchmark, prompts: list[Prompt], name: str, config: RunConfig | None
+    options: argparse.Namespace,
+    benchmark: Benchmark,
+    prompts: list[Prompt],
+    solving: Solving,
+    config: RunConfig | None,
 ) -> int:
     # Imported late: torch takes seconds, and a refused option should not wait for it.
     from bitdance_scale.evaluation.benchmarks.manifest import Drawing
     from bitdance_scale.train.draw_prompts import PromptDrawing, run_draw_prompts
     from bitdance_scale.train.prompt_models import published_source, run_source
 
-    solving = _solving(options, benchmark)
-    model = {"name": name}
+    model: dict[str, Any] = {"name": options.name}
     if config is None:
         source = published_source(options.model, solving, options.dtype)
     else:
-        source = run_source(config, options.model, solving, options.weights)
+        source = run_source(config, options.model)
         model["weights"] = options.weights
+    # It follows from the weights, and tells readers what they compare: Table 10 is of 16 and 64.
+    model["block_tokens"] = source.block_tokens
+    batch_size = options.batch_size or benchmark.settings.batch_size
     settings = {
         "steps": solving.steps,
         "guidance": solving.guidance,
+        "guidance_growth": solving.guidance_growth,
         "sampler": solving.sampler,
-        "dtype": source.dtype,
+        **source.settings,
         # Which images are computed together changes their last bits.
-        "batch_size": options.batch_size,
+        "batch_size": batch_size,
     }
 
     def describe() -> Drawing:
@@ -145,19 +218,17 @@ def _draw(
             seed=options.seed,
         )
 
-    found = PromptDrawing(options.out, benchmark, prompts, name, describe, options.batch_size)
-    return run_draw_prompts(found, source.parallel, source.load)
-
-
-def _command(options: argparse.Namespace) -> list[str]:
-    """The command line of a rank."""
-    command = [options.benchmark, str(options.model), *options.overrides]
-    names = ("prompts", "out", "name", "size", "steps", "guidance", "sampler", "seed", "batch_size", "dtype", "weights")
-    for name in names:
-        value = getattr(options, name)
-        if value is not None:
-            command.append(f"--{name.replace('_', '-')}={value}")
-    return command
+    drawing = PromptDrawing(
+        options.out,
+        benchmark,
+        prompts,
+        options.name,
+        describe,
+        batch_size,
+        has_copies=options.images,
+        doubt=benchmark.doubt(prompts, solving.guidance),
+    )
+    return run_draw_prompts(drawing, source.parallel, source.load)
 
 
 if __name__ == "__main__":

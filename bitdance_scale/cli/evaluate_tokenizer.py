@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitdance_scale.cli.command import CommandParser, positive, run_command
-from bitdance_scale.cli.launch import add_rank_arguments, find_replicas, launch
+from bitdance_scale.cli.launch import add_rank_arguments, find_replicas, launch, rank_arguments
 from bitdance_scale.config.schema import ParallelSection
 from bitdance_scale.config.tokenizer_schema import SSIM_PX
 from bitdance_scale.errors import ConfigError
@@ -68,7 +68,7 @@ def _run(options: argparse.Namespace) -> int:
     measuring = _measuring(options)
     _, starting = find_replicas(options, ParallelSection())
     if starting is not None:
-        return launch(starting, "bitdance_scale.cli.evaluate_tokenizer", _command(options))
+        return launch(starting, "bitdance_scale.cli.evaluate_tokenizer", rank_arguments(options, ("folder", "shards")))
     # Imported late: a refused option should not wait for Megatron.
     from bitdance_scale.train.measure_tokenizer import run_measuring
 
@@ -112,16 +112,6 @@ def _measuring(options: argparse.Namespace) -> Measuring:
         out=options.out,
         picture=options.picture,
     )
-
-
-def _command(options: argparse.Namespace) -> list[str]:
-    """The command line of a rank."""
-    command = [str(options.folder), *options.shards, "--sizes", *map(str, options.sizes), f"--shown={options.shown}"]
-    for name in ("images", "lpips_alex", "lpips_vgg", "inception", "out", "picture"):
-        value = getattr(options, name)
-        if value is not None:
-            command.append(f"--{name.replace('_', '-')}={value}")
-    return command
 
 
 if __name__ == "__main__":

@@ -61,6 +61,9 @@ class Ranks:
         return self.num_processes * self.num_nodes
 
 
+_RANK_OPTIONS = ("nproc", "nnodes", "node_rank", "rdzv_endpoint")
+
+
 def add_rank_arguments(parser: CommandParser) -> None:
     """Adds the options that say where the ranks run."""
     group = parser.add_argument_group("ranks")
@@ -133,6 +136,33 @@ def find_replicas(options: argparse.Namespace, section: ParallelSection) -> tupl
             "multiple, or set parallel.tensor=1 parallel.pipeline=1"
         )
     return num_ranks, starting
+
+
+def rank_arguments(options: argparse.Namespace, positional: Sequence[str]) -> list[str]:
+    """The command line of a rank: what this process was asked for, but for where the ranks run.
+
+    Args:
+        options: of the command; each is called as its flag is.
+        positional: names of its positional arguments, in order.
+    """
+    arguments: list[str] = []
+    for name in positional:
+        arguments += _texts(getattr(options, name))
+    for name, value in vars(options).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in (*positional, *_RANK_OPTIONS) or value is None or value is False:
+            continue
+        if value is True:
+            arguments.append(flag)
+        elif isinstance(value, list):
+            arguments += [flag, *_texts(value)]
+        else:
+            arguments.append(f"{flag}={value}")
+    return arguments
+
+
+def _texts(value: object) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
 def _count_gpus() -> int:

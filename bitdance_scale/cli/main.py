@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 
 import bitdance_scale
 from bitdance_scale.cli.command import Command, run_group
+from bitdance_scale.renames import RENAMED_COMMANDS
 
 COMMANDS: Mapping[str, Command] = {
     "train": Command("train a model or a tokenizer on this machine, or on several", "train"),
     "sample": Command("draw images of prompts with a published model", "sample"),
-    "draw": Command("draw images of every class with a class-conditional run", "draw_classes"),
+    "caption": Command("describe images with a published model", "caption"),
     "import": Command(
         "make a checkpoint of released weights: of BitDance, or of a Qwen3 to pretrain", "import_release"
     ),
@@ -27,7 +28,7 @@ COMMANDS: Mapping[str, Command] = {
     "plot": Command("draw the page of a run, or of several", "plot_run"),
     "check": Command("check a configuration against all rules", "check"),
     "config": Command("print a configuration, explain a setting, list what is shipped", "config"),
-    "evaluate": Command("draw the images of a benchmark, as its own scorer reads them", "evaluate"),
+    "evaluate": Command("draw the images of a benchmark, score and compare them", "evaluate"),
     "tokenizer": Command("train or evaluate a visual tokenizer", "tokenizer"),
     "demo-data": Command("draw the images of the demo", "demo_data"),
 }
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bitdance_scale {bitdance_scale.__version__}")
         return 0
     try:
-        return run_group(COMMANDS, arguments, "bitdance", ABOUT)
+        return run_group(COMMANDS, arguments, "bitdance", ABOUT, RENAMED_COMMANDS)
     except BrokenPipeError:
         # The reader of the output, such as `head`, has seen enough. Python would complain again when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -83,6 +83,11 @@ def check_files(config: AnyConfig) -> None:
     check_shipped_sets(shards_of(config))
     if isinstance(config, RunConfig):
         check_named_files(config)
+        if config.evaluate.benchmarks:
+            # Imported late: numpy, Pillow and scipy take a second, and most runs have no benchmark.
+            from bitdance_scale.evaluation.run_benchmarks import check_run_benchmarks
+
+            check_run_benchmarks(config)
     elif is_first_process():
         # Half a gigabyte of VGG's weights is not read by every rank, which will find the same.
         from bitdance_scale.train.tokenizer_start import check_start_files

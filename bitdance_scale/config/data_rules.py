@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from bitdance_scale.config.benchmark_rules import drawn_sizes
 from bitdance_scale.config.rule import RuleSet, multiples_around, nearest_multiples
 from bitdance_scale.config.schema import S3_SCHEME, RunConfig
 
@@ -198,23 +199,24 @@ def _blocks_tile_buckets(config: RunConfig) -> Iterator[str]:
         yield from _untiled(where, size_px, config)
 
 
-@RULES.rule("sample.size_px", "vision.channel_mult", "vision.block_side")
+@RULES.rule("sample.size_px", "evaluate.benchmarks", "vision.channel_mult", "vision.block_side")
 def _blocks_tile_samples(config: RunConfig) -> Iterator[str]:
-    """Both sides of `sample.size_px` are multiples of the downsampling factor x `vision.block_side`.
+    """Both sides of drawn images are multiples of the downsampling factor x `vision.block_side`.
 
-    Sampled images are cut into blocks as the trained ones are.
+    They are cut into blocks as the trained ones are.
     """
-    yield from _untiled("sample.size_px", config.sample.size_px, config)
+    for where, size_px in drawn_sizes(config):
+        yield from _untiled(where, size_px, config)
 
 
-@RULES.rule("data.resolutions", "sample.size_px", "vision.channel_mult")
+@RULES.rule("data.resolutions", "sample.size_px", "evaluate.benchmarks", "vision.channel_mult")
 def _sides_have_resolution_tokens(config: RunConfig) -> Iterator[str]:
     """No image is longer than 256 latent cells along a side.
 
     The resolution tokens are `<|res_1|>` .. `<|res_256|>` (published release).
     """
     limit_px = NUM_RESOLUTION_TOKENS * config.vision.downsample
-    for where, size_px in [*_buckets(config), ("sample.size_px", config.sample.size_px)]:
+    for where, size_px in [*_buckets(config), *drawn_sizes(config)]:
         if max(size_px) > limit_px:
             yield (
                 f"{where} = {list(size_px)}: a side must be at most {limit_px} px, {NUM_RESOLUTION_TOKENS} cells of "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from bitdance_scale.config.benchmark_rules import drawn_sizes
 from bitdance_scale.config.class_map import ClassLabels
 from bitdance_scale.config.rule import RuleSet, nearest_multiples
 from bitdance_scale.config.schema import RunConfig
@@ -45,7 +46,9 @@ def _classes_are_for_their_family(config: RunConfig) -> Iterator[str]:
         )
 
 
-@RULES.rule("model.family", "classes.grid", "data.resolutions", "sample.size_px", "vision.channel_mult")
+@RULES.rule(
+    "model.family", "classes.grid", "data.resolutions", "sample.size_px", "evaluate.benchmarks", "vision.channel_mult"
+)
 def _images_fill_the_grid(config: RunConfig) -> Iterator[str]:
     """Every image of a class-conditional network has `classes.grid` latent cells.
 
@@ -60,7 +63,7 @@ def _images_fill_the_grid(config: RunConfig) -> Iterator[str]:
         for index, resolution in enumerate(config.data.resolutions)
         for number, size_px in enumerate(resolution.buckets_px)
     ]
-    for where, size_px in [*sizes, ("sample.size_px", config.sample.size_px)]:
+    for where, size_px in [*sizes, *drawn_sizes(config)]:
         if size_px != wanted:
             yield (
                 f"{where} = {list(size_px)}: must be {list(wanted)}, classes.grid = {list(grid)} cells of {downsample} "

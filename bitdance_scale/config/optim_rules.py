@@ -42,13 +42,15 @@ def _something_falls(config: RunConfig) -> Iterator[str]:
         )
 
 
-@RULES.rule("optim.average_decay", "evaluate.weights", "sample.weights")
+@RULES.rule("optim.average_decay", "evaluate.weights", "evaluate.benchmarks", "sample.weights")
 def _averages_exist(config: RunConfig) -> Iterator[str]:
-    """`evaluate.weights` and `sample.weights` are averaged only where weights are averaged.
+    """The `weights` of evaluations, benchmarks and samples are averaged only where weights are averaged.
 
     Without `optim.average_decay` there are no averaged weights.
     """
     chosen = {"evaluate.weights": config.evaluate.weights, "sample.weights": config.sample.weights}
+    for index, benchmark in enumerate(config.evaluate.benchmarks):
+        chosen[f"evaluate.benchmarks[{index}].weights"] = benchmark.weights
     yield from average_faults(config.optim.average_decay, chosen)
 
 

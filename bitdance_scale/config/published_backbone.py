@@ -17,10 +17,13 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from bitdance_scale.config.ranges import CONSTRAINTS
 from bitdance_scale.config.schema import ModelSection
 from bitdance_scale.errors import CheckpointError
 
 MODEL_CONFIG_NAME = "config.json"
+CONTEXT_KEY = "bitdance_context"
+"""Says how context images were laid (`vision.context`), where it is not as in the release, whose folders lack it."""
 ARCHITECTURE = "Qwen3ForCausalLM"
 FULL_ATTENTION = "full_attention"
 
@@ -71,6 +74,7 @@ MODEL_KEYS: Mapping[str, Use] = {
     **dict.fromkeys(("architectures", "model_type", "rms_norm_eps", "tie_word_embeddings"), Use.READ),
     **dict.fromkeys(("initializer_range", "rope_theta", *_ROPE_OBJECTS), Use.READ),
     **dict.fromkeys(("layer_types", "max_window_layers", "sliding_window", "use_sliding_window"), Use.READ),
+    CONTEXT_KEY: Use.READ,
     **dict.fromkeys(FIXED_VALUES, Use.FIXED),
     **dict.fromkeys(_INERT, Use.HARMLESS),
     **dict.fromkeys(
@@ -130,7 +134,14 @@ def read_model(config: Mapping[str, Any], where: str) -> ModelSection:
     )
 
 
-def published_model(section: ModelSection, vocab_size: int, dtype: str, inert: Mapping[str, Any]) -> dict[str, Any]:
+def read_context(config: Mapping[str, Any]) -> str:
+    """How the model of a `config.json` that `read_model` has checked reads context images, as `vision.context`."""
+    return str(config.get(CONTEXT_KEY, "plain"))
+
+
+def published_model(
+    section: ModelSection, vocab_size: int, dtype: str, inert: Mapping[str, Any], context: str = "plain"
+) -> dict[str, Any]:
     """The `config.json` of a backbone, for transformers 4.57 and 5 alike.
 
     Args:
@@ -138,34 +149,40 @@ def published_model(section: ModelSection, vocab_size: int, dtype: str, inert: M
         vocab_size: rows of the embedding.
         dtype: name of the dtype of its tensors.
         inert: values of the keys without influence, from `inert_model_settings`.
+        context: `vision.context`; the release's way is not written.
     """
-    return {key: inert.get(key, default) for key, default in _INERT.items()} | {
-        "architectures": [ARCHITECTURE],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "dtype": dtype,
-        "head_dim": section.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": section.hidden_size,
-        "initializer_range": section.init_std,
-        "intermediate_size": section.ffn_size,
-        "layer_types": [FULL_ATTENTION] * section.num_layers,
-        "max_window_layers": section.num_layers,
-        "model_type": "qwen3",
-        "num_attention_heads": section.num_heads,
-        "num_hidden_layers": section.num_layers,
-        "num_key_value_heads": section.num_kv_heads,
-        "rms_norm_eps": section.norm_eps,
-        "rope_parameters": {"rope_theta": section.rope_base, "rope_type": "default"},
-        "rope_scaling": None,
-        "rope_theta": section.rope_base,
-        "sliding_window": None,
-        "tie_word_embeddings": section.tie_embeddings,
-        "torch_dtype": dtype,
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": vocab_size,
-    }
+    said = {} if context == "plain" else {CONTEXT_KEY: context}
+    return (
+        said
+        | {key: inert.get(key, default) for key, default in _INERT.items()}
+        | {
+            "architectures": [ARCHITECTURE],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "dtype": dtype,
+            "head_dim": section.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": section.hidden_size,
+            "initializer_range": section.init_std,
+            "intermediate_size": section.ffn_size,
+            "layer_types": [FULL_ATTENTION] * section.num_layers,
+            "max_window_layers": section.num_layers,
+            "model_type": "qwen3",
+            "num_attention_heads": section.num_heads,
+            "num_hidden_layers": section.num_layers,
+            "num_key_value_heads": section.num_kv_heads,
+            "rms_norm_eps": section.norm_eps,
+            "rope_parameters": {"rope_theta": section.rope_base, "rope_type": "default"},
+            "rope_scaling": None,
+            "rope_theta": section.rope_base,
+            "sliding_window": None,
+            "tie_word_embeddings": section.tie_embeddings,
+            "torch_dtype": dtype,
+            "use_cache": True,
+            "use_sliding_window": False,
+            "vocab_size": vocab_size,
+        }
+    )
 
 
 def inert_model_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,6 +218,9 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"initializer_range = {config['initializer_range']!r}: must be a number"
     if not isinstance(config.get("tie_word_embeddings"), bool):
         yield f"tie_word_embeddings = {config.get('tie_word_embeddings')!r}: must be true or false"
+    context, contexts = read_context(config), CONSTRAINTS["vision.context"]
+    if context not in contexts:
+        yield f"{CONTEXT_KEY} = {context!r}: must be {contexts}; export the folder again"
     for key, wanted in FIXED_VALUES.items():
         value = config.get(key)
         if value not in (None, {}, wanted):

@@ -12,16 +12,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bitdance_scale.config.coerce import Coercion
+from bitdance_scale.config.load import load_network
 from bitdance_scale.config.presets import PRESETS
 from bitdance_scale.config.schema import ClassesSection, HeadSection, ModelSection, NetworkConfig, VisionSection
+from bitdance_scale.config.shipped import shipped_configs
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.wording import first_few
 
 CLASS_HEAD_DIM = 64
 """Channels of an attention head, in the backbone and in the diffusion head."""
 CLASS_MLP_RATIO = 1.5
+WEIGHTS_NAME, PICKLE_NAME, SIZES_NAME = "model.safetensors", "model.pt", "model_config.json"
+"""Files of an export: weights, the same as the release has them, sizes."""
 _DRAWS = 4
 _FAMILY = "class_conditional"
+_RECIPES = "imagenet_"
 # What the released files do not say and other programs could not know.
 _BEYOND_RELEASE = (("model", "head_dim", CLASS_HEAD_DIM), ("head", "head_dim", CLASS_HEAD_DIM))
 
@@ -91,6 +96,12 @@ def described(network: NetworkConfig) -> str:
         f"{sizes} vision.block_side={network.vision.block_side} classes.num_classes={network.classes.num_classes} "
         f"vision.num_bits={network.vision.num_bits}"
     )
+
+
+def published_recipe(network: NetworkConfig) -> str | None:
+    """The shipped configuration with the sizes, blocks, classes and bits of a published network; None if none has."""
+    names = [name for name in shipped_configs() if name.startswith(_RECIPES)]
+    return next((name for name in names if described(load_network(name)) == described(network)), None)
 
 
 def published_class_config(network: NetworkConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from bitdance_scale.config.benchmark_schema import RUN_BENCHMARKS, RUN_METRICS
 from bitdance_scale.config.families import FAMILIES
 from bitdance_scale.config.schema import MIN_SPIKE_WINDOW, SCHEDULES, SPIKE_ACTIONS, WEIGHTS, RunConfig
 from bitdance_scale.config.training_stages import NEW_QUERIES, STAGES
@@ -156,6 +157,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "vision.norm_groups": _COUNT,
     "vision.block_side": _COUNT,
     "vision.order": Choice(("block", "raster")),
+    "vision.context": Choice(("plain", "queries")),
     "vision.flip_max": _PROBABILITY,
     "text.kind": Choice(("huggingface", "sentencepiece")),
     "text.max_caption_tokens": _COUNT,
@@ -239,6 +241,18 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "evaluate.images": _COUNT,
     "evaluate.seed": _SEED,
     "evaluate.weights": Choice(WEIGHTS),
+    "evaluate.benchmarks[].benchmark": Choice(RUN_BENCHMARKS),
+    "evaluate.benchmarks[].metrics": NonEmpty(),
+    "evaluate.benchmarks[].metrics[]": Choice(tuple(RUN_METRICS)),
+    "evaluate.benchmarks[].every_steps": _COUNT,
+    "evaluate.benchmarks[].num_prompts": _NOT_NEGATIVE,
+    "evaluate.benchmarks[].num_images": _COUNT,
+    "evaluate.benchmarks[].batch_size": _COUNT,
+    "evaluate.benchmarks[].size_px[]": _NOT_NEGATIVE,
+    "evaluate.benchmarks[].num_steps": _NOT_NEGATIVE,
+    "evaluate.benchmarks[].guidance": _NOT_NEGATIVE,
+    "evaluate.benchmarks[].seed": _SEED,
+    "evaluate.benchmarks[].weights": Choice(WEIGHTS),
     "sample.every_steps": _NOT_NEGATIVE,
     "sample.prompts[]": NonEmpty(),
     "sample.size_px[]": _COUNT,

@@ -16,6 +16,7 @@ from typing import Any
 from bitdance_scale.config.coerce import toml_value
 from bitdance_scale.config.kinds import AnyConfig
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.renames import EARLIER_VALUES
 
 
 class Effect(enum.Enum):
@@ -101,6 +102,8 @@ EFFECTS: Mapping[str, Effect] = _SHARED | {
     "vision.gan_decoder": _FIXED,
     "vision.block_side": _FIXED,
     "vision.order": _FIXED,
+    # Free where no image is the context of a caption.
+    "vision.context": _FIXED,
     "vision.flip_max": _TOLD,
     "text.kind": _BY_CONTENT,
     "text.path": _BY_CONTENT,
@@ -193,8 +196,8 @@ def effect_of(setting: str, effects: Mapping[str, Effect]) -> Effect:
 def changes(old_text: str, config: AnyConfig) -> list[Change]:
     """Settings whose values differ between a checkpoint's configuration and the one that is to go on with it.
 
-    A setting that the checkpoint's version did not have had the value of today's default. A section that it lacks as a
-    whole says nothing: an imported release has no run.
+    A setting that the checkpoint's version did not have had the value of today's default, or of `EARLIER_VALUES`. A
+    section that it lacks as a whole says nothing: an imported release has no run.
 
     Args:
         old_text: configuration of the checkpoint, as TOML.
@@ -210,12 +213,14 @@ def changes(old_text: str, config: AnyConfig) -> list[Change]:
     old = dict(_leaves(tables))
     found = []
     for setting, value, default in settings(config):
-        before = old.get(setting, default)
+        before = old.get(setting, EARLIER_VALUES.get(setting, default))
         if setting.partition(".")[0] not in tables or before is dataclasses.MISSING or before == value:
             continue
         effect = effect_of(setting, effects)
         if setting == "run.steps" and _rate_depends_on_steps(tables, config):
             effect = Effect.TOLD
+        if setting == "vision.context" and not _describes_images(tables):
+            effect = Effect.FREE
         found.append(Change(setting, before, value, effect))
     return found
 
@@ -259,6 +264,11 @@ def _shown(value: Any) -> str:
     else:
         text = toml_value(value)
     return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."
+
+
+def _describes_images(old: Mapping[str, Any]) -> bool:
+    """Whether images have been the context of captions so far."""
+    return bool(old.get("data", {}).get("image_to_text_share", 0))
 
 
 def _rate_depends_on_steps(old: Mapping[str, Any], config: AnyConfig) -> bool:

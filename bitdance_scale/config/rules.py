@@ -7,6 +7,7 @@ rules that span settings, one function each.
 from __future__ import annotations
 
 from bitdance_scale.config import (
+    benchmark_rules,
     data_rules,
     family_rules,
     model_rules,
@@ -27,6 +28,7 @@ RULES: tuple[Rule, ...] = (
     *data_rules.RULES,
     *storage_rules.RULES,
     *optim_rules.RULES,
+    *benchmark_rules.RULES,
     *training_stages.RULES,
 )
 

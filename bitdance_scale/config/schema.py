@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from bitdance_scale.config.benchmark_schema import RunBenchmark
 from bitdance_scale.config.data_schema import DataSection
 from bitdance_scale.config.families import FAMILIES, Family
 from bitdance_scale.config.setting import setting
@@ -202,6 +203,12 @@ class VisionSection:
         doc="Order of vision tokens: block (block by block, the release) or raster (row by row, and the next p * p of "
         "them are a block; the ablation of Table 14, which cannot be exported).",
     )
+    context: str = setting(
+        "plain",
+        doc="How an image that is only the context of a caption is laid (`data.image_to_text_share`): plain (no query "
+        "tokens, and every position sees those before it, as in the release's inference) or queries (as an image to "
+        "draw, as versions up to 0.2 trained it).",
+    )
     flip_max: float = setting(
         0.1,
         doc="Input bits of images to draw are flipped with probability flip_max * u, u ~ U(0, 1) per element.",
@@ -382,7 +389,7 @@ class CheckpointSection:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSection:
-    """Losses on held-out images, always the same ones with the same noise and flow times."""
+    """Losses on held-out images, always the same ones with the same noise and flow times; and scores of pictures."""
 
     shards: tuple[str, ...] = setting(
         (), doc="Held-out WebDataset tars, as `data.shards`; empty: no evaluation.", example='["data/demo_held_out"]'
@@ -393,6 +400,11 @@ class EvaluateSection:
     images: int = setting(256, doc="Images, mixed over the resolutions as in training.")
     seed: int = setting(0, doc="Seed of which images, of noise and of flow times.")
     weights: str = setting("trained", doc="Weights that are evaluated: trained or averaged (`optim.average_decay`).")
+    benchmarks: tuple[RunBenchmark, ...] = setting(
+        (),
+        doc="Benchmarks that are drawn and scored on the training ranks.",
+        example='[{ benchmark = "demo-scenes", metrics = ["scenes"] }]',
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,9 +41,7 @@ class SampleBuilder:
     def lengths(self, samples: list[Sample]) -> np.ndarray:
         """int64 [n], positions that each sample takes in a pack."""
         tokens = self._condition.image_tokens
-        return np.array(
-            [num_positions(len(s.before_ids), len(s.after_ids), s.grid, tokens) for s in samples], dtype=np.int64
-        )
+        return np.array([num_positions(sample, tokens) for sample in samples], dtype=np.int64)
 
     def _sample(self, batch: PlannedBatch, place: int, caption: str) -> Sample:
         key = int(batch.samples[place])

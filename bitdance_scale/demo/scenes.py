@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -408,6 +407,9 @@ def _outline(shape: str) -> list[tuple[float, float]]:
 @cache
 def _font(size_px: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans Bold, which matplotlib ships, so that words look alike on every machine."""
+    # Only words need it, and it takes half a second.
+    import matplotlib
+
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"), size_px)
 
 

@@ -16,10 +16,15 @@ MAX_SHOWN_PX = 512
 DIFFERENCE_FACTOR = 4
 _STYLE = """
 body { font: 14px sans-serif; margin: 2em; color: #1e1e1e }
-table { border-collapse: collapse; margin: 1em 0 }
+table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto; white-space: nowrap }
 td, th { border: 1px solid #ccc; padding: 3px 8px; text-align: right }
+td:first-child, th:first-child { text-align: left }
 .row { display: flex; flex-wrap: wrap; gap: 6px; margin: 2px 0 14px }
 .row img { min-width: 128px; max-width: 32%; image-rendering: pixelated; align-self: start }
+.row figure { margin: 0; width: 200px; font-size: 12px; overflow-wrap: anywhere }
+.row figure img { min-width: 128px; max-width: 100% }
+.figure { max-width: 100% }
+summary { cursor: pointer; font-weight: bold; margin: 8px 0 }
 """
 
 
@@ -47,14 +52,46 @@ class Table:
         return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
-def heading(text: str) -> str:
-    """A heading."""
-    return f"<h2>{html.escape(text)}</h2>"
+def heading(text: str, level: int = 2) -> str:
+    """A heading; the title of the page is of level 1."""
+    return f"<h{level}>{html.escape(text)}</h{level}>"
 
 
 def paragraph(text: str) -> str:
     """A paragraph."""
     return f"<p>{html.escape(text)}</p>"
+
+
+def listing(texts: Sequence[str]) -> str:
+    """A list of texts."""
+    return f"<ul>{''.join(f'<li>{html.escape(text)}</li>' for text in texts)}</ul>"
+
+
+def folded(summary: str, parts: Sequence[str], *, is_open: bool = False) -> str:
+    """Parts that are shown or hidden by a click on their summary."""
+    state = " open" if is_open else ""
+    return f"<details{state}><summary>{html.escape(summary)}</summary>{''.join(parts)}</details>"
+
+
+def row(parts: Sequence[str]) -> str:
+    """Parts side by side, as far as there is room."""
+    return f'<div class="row">{"".join(parts)}</div>'
+
+
+def column(parts: Sequence[str]) -> str:
+    """Parts below each other, as one part of a row."""
+    return f"<div>{''.join(parts)}</div>"
+
+
+def captioned(content: bytes, media_type: str, caption: str) -> str:
+    """A small picture, given as a file, with a text below it; for `row`."""
+    shown = _embedded(content, media_type)
+    return f"<figure>{shown}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def figure(content: bytes, description: str) -> str:
+    """A drawing of values, given as PNG, with what it shows for those who cannot see it."""
+    return _embedded(content, "image/png", f' class="figure" alt="{html.escape(description)}"')
 
 
 def comparison(caption: str, image: np.ndarray, other: np.ndarray) -> str:
@@ -68,7 +105,7 @@ def comparison(caption: str, image: np.ndarray, other: np.ndarray) -> str:
     image, other = (_middle(pixels) for pixels in (image, other))
     difference = 128 + DIFFERENCE_FACTOR * (other.astype(np.int16) - image)
     pictures = (image, other, difference.clip(0, 255).astype(np.uint8))
-    return f'<div>{html.escape(caption)}</div><div class="row">{"".join(map(_picture, pictures))}</div>'
+    return f"<div>{html.escape(caption)}</div>{row(list(map(_picture, pictures)))}"
 
 
 def histogram(values: np.ndarray, unit: str, num_bins: int = 24) -> str:
@@ -103,4 +140,8 @@ def _middle(pixels: np.ndarray) -> np.ndarray:
 def _picture(pixels: np.ndarray) -> str:
     content = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(content, format="PNG")
-    return f'<img src="data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}">'
+    return _embedded(content.getvalue(), "image/png")
+
+
+def _embedded(content: bytes, media_type: str, attributes: str = "") -> str:
+    return f'<img{attributes} src="data:{media_type};base64,{base64.b64encode(content).decode()}">'

@@ -1,4 +1,4 @@
-"""Images from a trained model."""
+"""Images, and captions of images, from a trained model."""
 
 from bitdance_scale.torchvision_operators import declare_operators
 

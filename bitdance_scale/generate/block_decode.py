@@ -4,7 +4,7 @@ Prompts of different length are padded on the left, so that all images of a batc
 time. With guidance, the unconditional prompts are the second half of the batch and share the bits of the first half.
 
 Shape suffixes: B sequences, I images (B / 2 under guidance), L prefix positions, S positions, P vision tokens per
-block, C bits, D hidden size, K draws.
+block, T key slots, C bits, D hidden size, K draws.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class DecodeLayout:
         block_ids: int64 [S], attention groups, the same for every sequence.
         cells: int64 [h * w, 2], (row, column) of the vision tokens.
         block_tokens: P.
+        is_causal: whether positions of one block see only those before them.
     """
 
     prefix_ids: torch.Tensor
@@ -39,6 +40,7 @@ class DecodeLayout:
     block_ids: torch.Tensor
     cells: torch.Tensor
     block_tokens: int
+    is_causal: bool
 
     @property
     def num_sequences(self) -> int:
@@ -55,10 +57,54 @@ class DecodeLayout:
         """Blocks per image."""
         return len(self.cells) // self.block_tokens
 
+    @property
+    def num_read(self) -> int:
+        """Positions of every sequence that are read in all: not the last block, which predicts nothing."""
+        return max(self.position_ids.shape[1] - self.block_tokens, self.prefix_length)
+
     def mask(self, start: int, stop: int) -> torch.Tensor:
         """Who positions start..stop-1 see among 0..stop-1: bool [B, 1, stop - start, stop]."""
-        rows = [visible(document[:stop], self.block_ids[:stop], stop - start) for document in self.document_ids]
-        return torch.stack(rows)[:, None]
+        return visible(self.document_ids[:, :stop], self.block_ids[:stop], stop - start)[:, None]
+
+
+class SeenKeys:
+    """The masks of the reads of a batch, added to the scores: 0 where a key is seen and minus infinity elsewhere.
+
+    All positions of a block of vision tokens see the same keys: what was read, without the padding. Their masks are
+    views of one row, in which a block is uncovered when it is read. (Under a causal mask they differ, and are made.)
+
+    Args:
+        layout: the batch.
+        capacity: T, slots of its key/value memory.
+        dtype: of the scores.
+    """
+
+    def __init__(self, layout: DecodeLayout, capacity: int, dtype: torch.dtype) -> None:
+        self._layout, self._dtype = layout, dtype
+        length = layout.prefix_length
+        shape = (layout.num_sequences, 1, 1, capacity)
+        self._row_B11T = torch.full(shape, -torch.inf, dtype=dtype, device=layout.document_ids.device)
+        self._row_B11T[:, 0, 0, :length] = additive(layout.document_ids[:, :length] >= 0, dtype)
+
+    def prefix(self) -> torch.Tensor:
+        """Who the prefixes see, [B, 1, L, L]."""
+        return additive(self._layout.mask(0, self._layout.prefix_length), self._dtype)
+
+    def block(self, start: int, stop: int, num_slots: int) -> torch.Tensor:
+        """Who positions start..stop-1, a block that is read, see among the first slots: [B, 1, 1 or P, num_slots].
+
+        The blocks before it have been read.
+        """
+        if self._layout.is_causal:
+            assert num_slots == stop, "under a causal mask, attention runs over what was read"
+            return additive(self._layout.mask(start, stop), self._dtype)
+        self._row_B11T[..., start:stop] = 0
+        return self._row_B11T[..., :num_slots]
+
+
+def additive(is_seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A bool mask as what is added to the scores: 0 where a key is seen and minus infinity elsewhere."""
+    return torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device).masked_fill_(~is_seen, -torch.inf)
 
 
 def lay_out(
@@ -85,6 +131,7 @@ def lay_out(
         block_ids=torch.from_numpy(block_ids).to(device),
         cells=torch.from_numpy(vision_cells(grid, tokens)).to(device).long(),
         block_tokens=size,
+        is_causal=tokens.is_causal,
     )
 
 

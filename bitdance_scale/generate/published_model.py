@@ -1,4 +1,4 @@
-"""A published folder as the parts of a pipeline: backbone, projector, head, autoencoder and tokenizer.
+"""A published folder as the parts of a pipeline, of one that draws or of one that describes.
 
 Only safetensors and JSON are read; no code of the folder is run. Names and shapes of all tensors are compared with the
 configuration files before anything large is loaded: transformers itself would fill missing weights with random numbers.
@@ -7,6 +7,7 @@ configuration files before anything large is loaded: transformers itself would f
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 from transformers.utils import logging
 
-from bitdance_scale.config.published_backbone import MODEL_CONFIG_NAME, read_model
+from bitdance_scale.config.published_backbone import MODEL_CONFIG_NAME, read_context, read_model
 from bitdance_scale.config.published_head import HEAD_CONFIG_NAME, read_head
 from bitdance_scale.config.schema import HeadSection, ModelSection, TextSection, VisionSection
 from bitdance_scale.errors import CheckpointError
@@ -43,6 +44,7 @@ from bitdance_scale.weight_files import (
 MAX_PROMPT_TOKENS = 1 << 20
 """Prompts are not cut, unlike the captions of training."""
 _FIX = "download or export the folder again"
+_OUTPUT_NAME = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,25 @@ class PublishedModel:
 
 
 @dataclass(frozen=True)
+class PublishedDescriber:
+    """The parts of a published model that describe images, on one device.
+
+    Attributes:
+        backbone: Qwen3 without its output projection.
+        output: [V, D], its output projection; of tied weights the embedding itself.
+        projector: from bits to hidden states of the backbone.
+        vision: the autoencoder in float32, as in training.
+        text: the tokenizer with its added tokens.
+    """
+
+    backbone: Qwen3Model
+    output: torch.Tensor
+    projector: Projector
+    vision: VisionTokenizer
+    text: TextTokenizer
+
+
+@dataclass(frozen=True)
 class PublishedSections:
     """What the configuration files of a published folder say.
 
@@ -72,7 +93,7 @@ class PublishedSections:
         model: the backbone.
         vocab_size: rows of its embedding.
         head: the diffusion head.
-        vision: the autoencoder and the block side.
+        vision: the autoencoder, the block side, and how context images are laid.
     """
 
     model: ModelSection
@@ -96,7 +117,9 @@ def read_sections(folder: str | Path) -> PublishedSections:
     sizes = published_sizes(read_json(vision_path), str(vision_path))
     head_config, where = read_json(folder / HEAD_CONFIG_NAME), str(folder / HEAD_CONFIG_NAME)
     head, block_side = read_head(head_config, where, model.hidden_size, sizes["num_bits"])
-    vision = VisionSection(weights=str(folder / VISION_WEIGHTS_NAME), block_side=block_side, **sizes)
+    vision = VisionSection(
+        weights=str(folder / VISION_WEIGHTS_NAME), block_side=block_side, context=read_context(config), **sizes
+    )
     return PublishedSections(model, config["vocab_size"], head, vision)
 
 
@@ -112,21 +135,69 @@ def load_published(folder: str | Path, dtype: torch.dtype, device: torch.device)
         CheckpointError: a file is missing, damaged or does not fit the others; names file and tensor.
         ConfigError: the folder holds no usable tokenizer.
     """
-    folder, sections = Path(folder), read_sections(folder)
-    block_tokens = sections.vision.block_tokens
-    text = load_text_tokenizer(TextSection(path=str(folder), max_caption_tokens=MAX_PROMPT_TOKENS), block_tokens)
+    opened = _open(Path(folder))
+    backbone = _load_backbone(opened.folder, opened.config, dtype, device)
+    _fill(opened.head, opened.folder / HEAD_WEIGHTS_NAME, dtype, device)
+    _fill(opened.projector, opened.folder / PROJECTOR_WEIGHTS_NAME, dtype, device)
+    vision = VisionTokenizer(opened.vision, device, dtype=dtype)
+    return PublishedModel(backbone, opened.projector, opened.head, vision, opened.text)
+
+
+def load_describer(
+    folder: str | Path, dtype: torch.dtype, device: torch.device, context: str | None = None
+) -> PublishedDescriber:
+    """Loads what describes images of a published folder: all but its diffusion head.
+
+    Args:
+        folder: as `bitdance export` or the release writes it.
+        dtype: of weights and activations of backbone and projector.
+        device: where they are put.
+        context: how context images are laid (`vision.context`); None: as the folder says.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or does not fit the others; names file and tensor.
+        ConfigError: the folder holds no usable tokenizer.
+    """
+    opened = _open(Path(folder), context)
+    backbone = _load_backbone(opened.folder, opened.config, dtype, device)
+    if opened.config.tie_word_embeddings:
+        output = backbone.embed_tokens.weight
+    else:
+        output = _read_tensor(opened.folder, _OUTPUT_NAME).to(device=device, dtype=dtype)
+    _fill(opened.projector, opened.folder / PROJECTOR_WEIGHTS_NAME, dtype, device)
+    return PublishedDescriber(backbone, output, opened.projector, VisionTokenizer(opened.vision, device), opened.text)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A folder of which all headers fit its configuration; head and projector are on the meta device."""
+
+    folder: Path
+    config: Qwen3Config
+    vision: VisionSection
+    head: DiffusionHead
+    projector: Projector
+    text: TextTokenizer
+
+
+def _open(folder: Path, context: str | None = None) -> _Opened:
+    """Compares names and shapes of all tensors with the configuration files, before anything large is loaded."""
+    sections = read_sections(folder)
+    vision = dataclasses.replace(sections.vision, context=context or sections.vision.context)
+    section = TextSection(path=str(folder), max_caption_tokens=MAX_PROMPT_TOKENS)
+    text = load_text_tokenizer(section, vision.block_tokens, has_context_queries=vision.context == "queries")
     if text.vocab_size > sections.vocab_size:
         raise CheckpointError(
-            f"{folder}: the tokenizer with its resolution and {block_tokens - 1} query tokens has {text.vocab_size} "
-            f"entries, {MODEL_CONFIG_NAME} gives the embedding {sections.vocab_size} rows, which are too few; {_FIX}"
+            f"{folder}: the tokenizer with its resolution and {vision.block_tokens - 1} query tokens has "
+            f"{text.vocab_size} entries, {MODEL_CONFIG_NAME} gives the embedding {sections.vocab_size} rows, which are "
+            f"too few; {_FIX}"
         )
     with torch.device("meta"):
-        num_bits, hidden_size = sections.vision.num_bits, sections.model.hidden_size
-        head = DiffusionHead(sections.head, hidden_size, num_bits, block_tokens, PlainLinears())
+        num_bits, hidden_size = vision.num_bits, sections.model.hidden_size
+        head = DiffusionHead(sections.head, hidden_size, num_bits, vision.block_tokens, PlainLinears())
         projector = Projector(num_bits, hidden_size, PlainLinears())
-        autoencoder = make_autoencoder(sections.vision)
+        autoencoder = make_autoencoder(vision)
     config = qwen3_config(sections.model, sections.vocab_size)
-    # All headers before anything large is loaded.
     _check_backbone(folder, config)
     for name, module in (
         (HEAD_WEIGHTS_NAME, head),
@@ -134,11 +205,7 @@ def load_published(folder: str | Path, dtype: torch.dtype, device: torch.device)
         (VISION_WEIGHTS_NAME, autoencoder),
     ):
         _check(folder / name, read_single_header(folder / name), module.state_dict())
-    backbone = _load_backbone(folder, config, dtype, device)
-    _fill(head, folder / HEAD_WEIGHTS_NAME, dtype, device)
-    _fill(projector, folder / PROJECTOR_WEIGHTS_NAME, dtype, device)
-    vision = VisionTokenizer(sections.vision, device, dtype=dtype)
-    return PublishedModel(backbone, projector, head, vision, text)
+    return _Opened(folder, config, vision, head, projector, text)
 
 
 def qwen3_config(section: ModelSection, vocab_size: int) -> Qwen3Config:
@@ -167,9 +234,9 @@ def _check_backbone(folder: Path, config: Qwen3Config) -> None:
         wanted = Qwen3ForCausalLM(config).state_dict()
     headers = read_folder_headers(folder, BACKBONE_WEIGHTS_NAME)
     found = {name: spec for header in headers.values() for name, spec in header.items()}
-    if config.tie_word_embeddings and "lm_head.weight" not in found:
+    if config.tie_word_embeddings and _OUTPUT_NAME not in found:
         # A tied projection is stored once, as the embedding; some versions of the library store it twice.
-        del wanted["lm_head.weight"]
+        del wanted[_OUTPUT_NAME]
     _check(folder / BACKBONE_WEIGHTS_NAME, found, wanted)
 
 
@@ -196,6 +263,14 @@ def _errors_only() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _read_tensor(folder: Path, name: str) -> torch.Tensor:
+    """A tensor of the backbone's checked files."""
+    headers = read_folder_headers(folder, BACKBONE_WEIGHTS_NAME)
+    path = next(path for path, header in headers.items() if name in header)
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 def _fill(module: nn.Module, path: Path, dtype: torch.dtype, device: torch.device) -> None:

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from bitdance_scale.errors import ConfigError
+from bitdance_scale.generate.out_of_memory import refused_batch_size
 from bitdance_scale.generate.pipeline import BitDancePipeline
 from bitdance_scale.observe.figures import image_grid
 from bitdance_scale.text_files import read_utf8
@@ -109,6 +110,9 @@ def draw_requests(
         sampler: name of the solver.
         batch_size: images drawn together.
         record: what the line of every image says beside its request and these settings.
+
+    Raises:
+        ConfigError: the device has too little memory for `batch_size` images.
     """
     vision = pipeline.model.vision.section
     block_px = (vision.downsample * vision.block_side) ** 2
@@ -118,16 +122,17 @@ def draw_requests(
     with tqdm(total=total, unit="block") as bar, (out / REQUESTS_NAME).open("w", encoding="utf-8") as lines:
         for batch in batches(requests, batch_size):
             begun_s = time.perf_counter()
-            images = pipeline(
-                [request.prompt for request in batch],
-                batch[0].height,
-                batch[0].width,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                sampler=sampler,
-                generator=[torch.Generator().manual_seed(request.seed) for request in batch],
-                on_block=partial(bar.update, len(batch)),
-            ).images
+            with refused_batch_size(batch_size):
+                images = pipeline(
+                    [request.prompt for request in batch],
+                    batch[0].height,
+                    batch[0].width,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    sampler=sampler,
+                    generator=[torch.Generator().manual_seed(request.seed) for request in batch],
+                    on_block=partial(bar.update, len(batch)),
+                ).images
             seconds = (time.perf_counter() - begun_s) / len(batch)
             for request, image in zip(batch, images, strict=True):
                 image.save(out / request.file)

@@ -58,6 +58,37 @@ def attend(
     return rearrange(mixed_BNSK, "b n s k -> s b n k")
 
 
+def attend_grouped(
+    query_BNSK: torch.Tensor,
+    key_BGTK: torch.Tensor,
+    value_BGTK: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """`attend` for decoding: no key is repeated.
+
+    The queries of a block see the same keys, so the query heads that share a key/value head are stacked along the
+    queries.
+
+    Args:
+        query_BNSK: the queries of the new positions.
+        key_BGTK: the keys seen; G divides N.
+        value_BGTK: their values.
+        mask: [B, 1, S or 1, T], added to the scores; 1 where all queries see the same.
+        scale: of the scores; None: 1 / sqrt(K).
+
+    Returns:
+        [B, N, S, K] in the dtype of the query.
+    """
+    num_sequences, num_heads, _, size = query_BNSK.shape
+    num_groups = key_BGTK.shape[1]
+    if mask.shape[2] > 1:
+        mask = mask.repeat(1, 1, num_heads // num_groups, 1)
+    stacked = query_BNSK.reshape(num_sequences, num_groups, -1, size)
+    mixed = functional.scaled_dot_product_attention(stacked, key_BGTK, value_BGTK, attn_mask=mask, scale=scale)
+    return mixed.reshape(query_BNSK.shape)
+
+
 class PackMask(Protocol):
     """The mask of a pack in one of its forms."""
 

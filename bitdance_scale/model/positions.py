@@ -13,17 +13,17 @@ SINCOS_BASE = 10000.0
 CELL_ROTARY_BASE = 10000.0
 
 
-def sincos_2d(cells_V2: torch.Tensor, hidden_size: int) -> torch.Tensor:
+def sincos_2d(cells: torch.Tensor, hidden_size: int) -> torch.Tensor:
     """The 2-D sine-cosine embedding of latent cells: [column embedding, row embedding] (published release).
 
     Each axis takes D / 2 channels, half sines then half cosines of coordinate / 10000^(i / (D / 4)).
 
     Args:
-        cells_V2: int [V, 2], (row, column) of each cell.
+        cells: int [.., 2], (row, column) of each cell.
         hidden_size: D, a multiple of 4.
 
     Returns:
-        float32 [V, D].
+        float32 [.., D].
 
     Raises:
         ConfigError: D is not a multiple of 4.
@@ -32,9 +32,9 @@ def sincos_2d(cells_V2: torch.Tensor, hidden_size: int) -> torch.Tensor:
         raise ConfigError(f"model.hidden_size = {hidden_size}: must be a multiple of 4 for the 2-D positions")
     # float64 up to the sine: at coordinate 256 a float32 angle would be off by 1e-5.
     quarter = hidden_size // 4
-    exponents = torch.arange(quarter, dtype=torch.float64, device=cells_V2.device) / quarter
-    angles = cells_V2.double()[:, :, None] * SINCOS_BASE**-exponents
-    row_angles, column_angles = angles.unbind(1)
+    exponents = torch.arange(quarter, dtype=torch.float64, device=cells.device) / quarter
+    angles = cells.double()[..., None] * SINCOS_BASE**-exponents
+    row_angles, column_angles = angles.unbind(-2)
     table = [column_angles.sin(), column_angles.cos(), row_angles.sin(), row_angles.cos()]
     return torch.cat(table, dim=-1).float()
 

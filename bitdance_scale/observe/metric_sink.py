@@ -53,6 +53,7 @@ SUMMARIES = {
     "progress": "last",
     "loss": "last",
     "evaluate": "min",
+    "benchmark": "max",
     "optim": "last",
     "speed": "last",
     "data": "last",
@@ -67,7 +68,8 @@ class MetricSink(Protocol):
 
         Args:
             record: what is known of the step.
-            panels: field or property of the record -> name of the metric, as in `STEP_PANELS`.
+            panels: field or property of the record -> name of the metric, as in `STEP_PANELS`; what has an empty
+                name is not shown.
             images: images seen so far, where the record has no such field.
         """
 
@@ -79,7 +81,7 @@ class MetricSink(Protocol):
 
 
 def panel_values(record: StepRecord, panels: Mapping[str, str]) -> dict[str, float]:
-    """The values of a record by their names in W&B; None, an unknown value, is left out.
+    """The values of a record by their names in W&B; None, an unknown value, is left out, and so is an empty name.
 
     Raises:
         ValueError: `panels` lacks a field of the record, which would be dropped silently.
@@ -95,6 +97,6 @@ def panel_values(record: StepRecord, panels: Mapping[str, str]) -> dict[str, flo
         elif isinstance(value, tuple):
             # Parts have numbers: W&B reads the dot of a flow time as a path and then ignores the metric's definition.
             values |= {name.format(f"{part}_of_{len(value)}"): number for part, number in enumerate(value, start=1)}
-        elif value is not None:
+        elif name and value is not None:
             values[name] = value / GIB if key == "memory_bytes" else value
     return values

@@ -45,6 +45,11 @@ class StepRecord:
 
     step: int
 
+    @property
+    def series(self) -> str:
+        """What tells records of one step in one file apart; empty where there is one of a step."""
+        return ""
+
     def to_json(self) -> str:
         """One line of strict JSON, without the line end."""
         return json.dumps(_encoded(dataclasses.asdict(self)), allow_nan=False)
@@ -245,11 +250,12 @@ class MetricsWriter(Generic[Record]):
 
 
 class EvaluationWriter:
-    """Writes evaluations to `evaluation.jsonl`; one that could not be written waits for the next.
+    """Writes evaluations to `evaluation.jsonl`, or scores to a file like it; one that could not be written waits.
 
     Args:
         run_folder: folder of the run.
         kind: class of the lines.
+        file: name of the file.
 
     Attributes:
         waiting: evaluations that could not be written yet, oldest first.
@@ -258,11 +264,11 @@ class EvaluationWriter:
         DataError: the existing file is damaged before its last line.
     """
 
-    def __init__(self, run_folder: Path, kind: type[StepRecord]) -> None:
-        self._run_folder = run_folder
+    def __init__(self, run_folder: Path, kind: type[StepRecord], file: str = EVALUATION_FILE) -> None:
+        self._path = run_folder / file
         self.waiting: list[StepRecord] = []
-        if (path := run_folder / EVALUATION_FILE).exists():
-            read_records(path, kind)
+        if self._path.exists():
+            read_records(self._path, kind)
 
     def write(self, evaluation: StepRecord) -> None:
         """Adds an evaluation, after those that wait.
@@ -276,15 +282,25 @@ class EvaluationWriter:
     def flush(self) -> None:
         """Writes the evaluations that wait; the errors of `write`."""
         while self.waiting:
-            append_evaluation(self._run_folder, self.waiting[0])
+            append_record(self._path, self.waiting[0])
             self.waiting.pop(0)
 
 
 def append_evaluation(run_folder: Path, evaluation: StepRecord) -> None:
-    """Adds a line to `evaluation.jsonl`; lines of this step or later ones, of work that was lost, are dropped."""
-    path = run_folder / EVALUATION_FILE
-    lines = read_records(path, type(evaluation)) if path.exists() else []
-    _rewrite(path, [*(line for line in lines if line.step < evaluation.step), evaluation])
+    """`append_record` to `evaluation.jsonl`."""
+    append_record(run_folder / EVALUATION_FILE, evaluation)
+
+
+def append_record(path: Path, record: StepRecord) -> None:
+    """Adds a line to a file; lines of later steps, and of the same series and step, were of work that was lost.
+
+    These are dropped.
+    """
+    lines = read_records(path, type(record)) if path.exists() else []
+    kept = [
+        line for line in lines if line.step < record.step or (line.step == record.step and line.series != record.series)
+    ]
+    _rewrite(path, [*kept, record])
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:

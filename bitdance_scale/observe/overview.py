@@ -19,6 +19,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from bitdance_scale.observe.benchmark_scores import OVERALL, BenchmarkScores, read_scores_of_run
 from bitdance_scale.observe.metrics import (
     EVALUATION_FILE,
     METRICS_FILE,
@@ -45,8 +46,10 @@ from bitdance_scale.observe.panel import (
 
 CONFIG_FILE = "config.toml"
 GIB = 2**30
-SIZE_INCHES, DPI = (17, 10.5), 120
-MARGINS = {"left": 0.042, "right": 0.992, "bottom": 0.052, "wspace": 0.24, "hspace": 0.32}
+WIDTH_INCHES, ROW_INCHES, DPI = 17, 3.5, 120
+NUM_COLUMNS, NUM_ROWS = 4, 3
+MARGINS = {"left": 0.042, "right": 0.992, "wspace": 0.24, "hspace": 0.32}
+BOTTOM_INCHES = 0.55
 HEADER_LINE_INCHES = 0.25
 BLUE, GREEN, ORANGE, RED = "#1f6fb4", "#2f8f4e", "#d9722b", "#c22f2f"
 # Of runs drawn over each other; the series of a run differ in lightness.
@@ -70,12 +73,14 @@ class RunRecord:
         metrics: logged steps, oldest first, each step once.
         evaluations: losses on held-out images, likewise.
         clip_norm: gradient norm above which steps are clipped; None if it is unknown or steps are not clipped.
+        scores: of benchmarks, each series oldest first.
     """
 
     name: str
     metrics: Sequence[StepMetrics]
     evaluations: Sequence[Evaluation]
     clip_norm: float | None = None
+    scores: Sequence[BenchmarkScores] = ()
 
     @property
     def num_steps(self) -> int:
@@ -115,6 +120,7 @@ def read_run(run_folder: Path) -> RunRecord:
         metrics=_each_once(read_metrics(run_folder / METRICS_FILE)),
         evaluations=_each_once(read_evaluations(evaluations)) if evaluations.exists() else [],
         clip_norm=clip_norm,
+        scores=read_scores_of_run(run_folder),
     )
 
 
@@ -122,7 +128,8 @@ def overview(runs: Sequence[RunRecord], *, one_after_another: bool = False) -> b
     """Draws the page of some runs and returns the PNG.
 
     In the panels of training, the faint line shows the logged steps and the strong line their mean over neighbours.
-    Panels of a single run name its last values. The start of a long run may lie above the panels of losses.
+    Panels of a single run name its last values. The start of a long run may lie above the panels of losses. Runs with
+    scores of benchmarks have a fourth row, with a panel for each metric.
 
     Args:
         runs: at least one, from `read_run`.
@@ -137,22 +144,32 @@ def overview(runs: Sequence[RunRecord], *, one_after_another: bool = False) -> b
         _Track(run, offset, number, RUN_COLOURS[number % len(RUN_COLOURS)] if is_overlaid else None)
         for number, (run, offset) in enumerate(zip(runs, offsets, strict=True))
     ]
-    figure = Figure(figsize=SIZE_INCHES, dpi=DPI)
+    series = list(dict.fromkeys(line.series for run in runs for line in run.scores))
+    num_rows = NUM_ROWS + math.ceil(len(series) / NUM_COLUMNS)
+    height_inches = num_rows * ROW_INCHES
+    figure = Figure(figsize=(WIDTH_INCHES, height_inches), dpi=DPI)
     FigureCanvasAgg(figure)
     header_inches = _head(figure, tracks, one_after_another)
     # Fixed margins: to find them, matplotlib would draw the page twice more.
-    figure.subplots_adjust(top=1 - (header_inches + 0.5) / SIZE_INCHES[1], **MARGINS)
-    panels = figure.subplots(3, 4, sharex=True)
+    top, bottom = 1 - (header_inches + 0.5) / height_inches, BOTTOM_INCHES / height_inches
+    figure.subplots_adjust(top=top, bottom=bottom, **MARGINS)
+    panels = figure.subplots(num_rows, NUM_COLUMNS, sharex=True)
     _draw_losses(panels[0], tracks)
     _draw_optimiser(panels[1, 0], panels[1, 1], tracks)
     _draw_speed(panels[1, 2], panels[1, 3], panels[2, 0], tracks)
     _draw_resources(panels[2, 1], panels[2, 2], panels[2, 3], tracks)
-    for axes in panels.flat:
+    score_panels = panels[NUM_ROWS:].ravel()
+    for axes, name in zip(score_panels, series, strict=False):
+        _draw_scores(axes, tracks, name)
+    for axes in score_panels[len(series) :]:
+        axes.remove()
+    panels = panels.ravel()[: NUM_ROWS * NUM_COLUMNS + len(series)]
+    for axes in panels:
         finish(axes, offsets[1:] if one_after_another else [])
-    for axes in panels[-1]:
+    for axes in panels[-NUM_COLUMNS:]:
         axes.set_xlabel("optimiser step")
     if len(runs) == 1 and runs[0].num_steps == 0:
-        panels[0, 0].set_xlim(0, 1)
+        panels[0].set_xlim(0, 1)
     page = io.BytesIO()
     figure.savefig(page, format="png")
     return page.getvalue()
@@ -323,6 +340,29 @@ def _draw_resources(wait: Axes, memory: Axes, resolutions: Axes, tracks: Sequenc
         note(resolutions, "none yet")
 
 
+def _draw_scores(axes: Axes, tracks: Sequence[_Track], series: str) -> None:
+    """Draws the overall value of a metric over its interval."""
+    axes.set_title(series.replace("/", ": "), loc="left", pad=TITLE_PAD)
+    axes.set_ylabel("score")
+    curves = []
+    for track in tracks:
+        lines = _each_once([line for line in track.run.scores if line.series == series])
+        steps, values = track.curve(lines, lambda line: line.values[OVERALL])
+        _, low = track.curve(lines, lambda line: line.low[OVERALL])
+        _, high = track.curve(lines, lambda line: line.high[OVERALL])
+        colour = track.hue or BLUE
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(steps, values, color=colour, marker="o" if len(steps) <= MAX_MARKED else "", linewidth=1.8)
+        curves += [values, low, high]
+        if len(tracks) == 1 and len(values):
+            last_value(axes, format(values[-1], ".3g"))
+    if any(curve.min(initial=np.inf) == 0 for curve in curves):
+        # A share that has not left zero yet.
+        show_from_zero(axes, 0.05)
+    else:
+        show_range(axes, curves)
+
+
 def _training(
     axes: Axes,
     tracks: Sequence[_Track],
@@ -412,7 +452,7 @@ def _head(figure: Figure, tracks: Sequence[_Track], one_after_another: bool) -> 
         return 0.15 + HEADER_LINE_INCHES * math.ceil(len(tracks) / num_columns)
     if one_after_another:
         names = [f"from step {track.offset:,} on, {name}" for track, name in zip(tracks, names, strict=True)]
-    top = 1 - 0.1 / SIZE_INCHES[1]
+    top = 1 - 0.1 / figure.get_figheight()
     figure.suptitle("\n".join(names), fontsize=14 if len(names) == 1 else 11, y=top, va="top")
     return 0.15 + HEADER_LINE_INCHES * len(names)
 

@@ -5,13 +5,16 @@ wandb takes seconds to import, so the constructor imports it: only the rank that
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import netrc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
+
+from PIL import Image
 
 from bitdance_scale.config.schema import ObserveSection
 from bitdance_scale.errors import ConfigError
@@ -110,6 +113,23 @@ class WandbSink:
 
         self._run.log({name: wandb.Image(str(path), caption=caption)}, step=step)
 
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Adds a table under `name`; its pictures are kept in the run's folder until they are uploaded.
+
+        Args:
+            name: of the table.
+            columns: their names.
+            rows: a cell for each column: text, a number, a truth value, a picture or None.
+        """
+        if self._run is None:
+            return
+        import wandb
+
+        data = [[wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows]
+        # wandb copies what it has to upload into a folder of the user's, which another machine may not have.
+        with _environment("WANDB_DATA_DIR", str(Path(self._run.dir).parent)):
+            self._run.log({name: wandb.Table(columns=list(columns), data=data)})
+
     def finish(self) -> None:
         """Waits until everything is written or uploaded, and closes the run."""
         if self._run is not None:
@@ -137,6 +157,19 @@ class WandbSink:
         for name, summary in self._summaries.items():
             run.define_metric(f"{name}/*", step_metric=STEP, summary=summary)
         return run
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Sets a variable of the environment for a while, if the user has not set it."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def choose_mode(setting: str, wandb_settings: wandb.Settings) -> Mode:

@@ -1,8 +1,8 @@
 """The backbone of all families: Megatron-core's TransformerBlock, with our core attention and norm.
 
-Only two submodules of the layer are ours. `BlockCausalAttention` takes the mask of a pack and can cache keys and values
-for block-by-block decoding. `RMSNorm` sums its weight gradient over tensor-parallel ranks where each rank sees only its
-own heads or positions. Everything else (fused query/key/value, SwiGLU, rotary application, residuals) is
+Only two submodules of the layer are ours. `BlockCausalAttention` takes the mask of a pack, and in block-by-block
+decoding a memory of keys and values. `RMSNorm` sums its weight gradient over tensor-parallel ranks where each rank sees
+only its own heads or positions. Everything else (fused query/key/value, SwiGLU, rotary application, residuals) is
 Megatron-core's. Recomputation is torch's checkpointing, around our core attention or around the whole layer.
 
 Shape suffixes: S positions, B batch, N query heads, G key/value heads, K head size, D hidden size, of this rank.
@@ -11,10 +11,11 @@ Shape suffixes: S positions, B batch, N query heads, G key/value heads, K head s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, copy_to_tensor_model_parallel_region
@@ -29,7 +30,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.model.attention import PackMask, attend
+from bitdance_scale.model.attention import PackMask, attend, attend_grouped
+from bitdance_scale.model.key_values import KeyValueMemory
 from bitdance_scale.parallel.stage_split import stage_split
 from bitdance_scale.parallel.tensor_linears import without_sequence_parallel
 from bitdance_scale.parallel.topology import Topology
@@ -61,7 +63,7 @@ class RMSNorm(nn.Module):
 
 
 class BlockCausalAttention(nn.Module):
-    """Core attention under the mask of a pack, with an optional key/value cache for decoding."""
+    """Core attention under the mask of a pack, or in decoding over a key/value memory."""
 
     def __init__(
         self,
@@ -75,13 +77,12 @@ class BlockCausalAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.recomputes = False
-        self._uses_cache = False
-        self._cache: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._memory: KeyValueMemory | None = None
+        self._memory_layer = 0
 
-    def use_cache(self, is_on: bool) -> None:
-        """Starts with an empty key/value cache (True), or drops the cache (False)."""
-        self._uses_cache = is_on
-        self._cache = None
+    def use_memory(self, memory: KeyValueMemory | None, layer: int) -> None:
+        """Writes keys and values to a layer of a memory from now on, and attends over it; None: no longer."""
+        self._memory, self._memory_layer = memory, layer
 
     def forward(
         self,
@@ -95,22 +96,23 @@ class BlockCausalAttention(nn.Module):
     ) -> torch.Tensor:
         """Attends; returns [S, B, N * K].
 
-        `attention_mask` is the mask of a pack. In decoding it is bool, broadcastable to [B, 1, S, T], and True where a
-        query sees a key; T counts the cached keys too.
+        `attention_mask` is the mask of a pack. In decoding it is a tensor: with a memory as in `attend_grouped`, where
+        T counts the keys that were read before; without as in `attend`.
         """
         if not isinstance(attention_mask, torch.Tensor):
-            assert not self._uses_cache, "decoding masks are dense"
+            assert self._memory is None, "decoding masks are dense"
             if self.recomputes and torch.is_grad_enabled():
                 mixed = recompute(attention_mask.attend, query_SBNK, key_SBGK, value_SBGK)
             else:
                 mixed = attention_mask.attend(query_SBNK, key_SBGK, value_SBGK)
             return mixed.flatten(2)
-        if self._uses_cache:
-            if self._cache is not None:
-                key_SBGK = torch.cat([self._cache[0], key_SBGK])
-                value_SBGK = torch.cat([self._cache[1], value_SBGK])
-            self._cache = (key_SBGK, value_SBGK)
-        return attend(query_SBNK, key_SBGK, value_SBGK, attention_mask).flatten(2)
+        if self._memory is None:
+            return attend(query_SBNK, key_SBGK, value_SBGK, attention_mask).flatten(2)
+        query_BNSK, key_BGSK, value_BGSK = (
+            rearrange(heads, "s b n k -> b n s k") for heads in (query_SBNK, key_SBGK, value_SBGK)
+        )
+        key_BGTK, value_BGTK = self._memory.update(self._memory_layer, key_BGSK, value_BGSK)
+        return rearrange(attend_grouped(query_BNSK, key_BGTK, value_BGTK, attention_mask), "b n s k -> s b (n k)")
 
 
 class RecomputedLayer(TransformerLayer):
@@ -268,7 +270,8 @@ def whole_sequences(module: nn.Module) -> Iterator[None]:
             part.sequence_parallel = True
 
 
-def use_cache(backbone: TransformerBlock, is_on: bool) -> None:
-    """Switches the key/value cache of every layer, for block-by-block decoding."""
-    for layer in backbone.layers:
-        layer.self_attention.core_attention.use_cache(is_on)
+def use_memory(backbones: Sequence[TransformerBlock], memory: KeyValueMemory | None) -> None:
+    """Gives the layers of a rank, one after the other, a memory of their keys and values; None takes it away."""
+    layers = [layer for backbone in backbones for layer in backbone.layers]
+    for number, layer in enumerate(layers):
+        layer.self_attention.core_attention.use_memory(memory, number)

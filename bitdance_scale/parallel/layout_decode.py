@@ -12,12 +12,14 @@ import contextlib
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.transformer_block import TransformerBlock
 
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.generate.block_decode import DecodeLayout, Draw
-from bitdance_scale.generate.sampler import block_sampler, configured_solver
+from bitdance_scale.generate.block_decode import DecodeLayout, Draw, SeenKeys
+from bitdance_scale.generate.sampler import BlockSampler, block_sampler, configured_solver
+from bitdance_scale.model.key_values import KeyValueMemory
 from bitdance_scale.model.positions import cell_rotary, rotary_frequencies
-from bitdance_scale.parallel.backbone import use_cache, whole_sequences
+from bitdance_scale.parallel.backbone import use_memory, whole_sequences
 from bitdance_scale.parallel.still_model import StageHolder
 from bitdance_scale.parallel.topology import Topology
 
@@ -25,14 +27,18 @@ from bitdance_scale.parallel.topology import Topology
 class StageDecoder:
     """A `BlockModel` (`generate/block_decode.py`) over the stages of a pipeline rank.
 
-    With `sample.use_cache` every layer caches its keys and values and only new positions are computed; without it the
-    whole sequence is computed again for every block.
+    With `sample.use_cache` the keys and values of every layer are kept and only new positions are computed; without it
+    the whole sequence is computed again for every block. It is entered for every batch, and what batches have in common
+    stays: the memory of keys and values for batches of one shape, and the head's sampler. The weights must not change.
     """
 
     def __init__(self, model: StageHolder, config: RunConfig, topology: Topology) -> None:
         self._model, self._config, self._topology = model, config, topology
         self._first, self._last = model.stages[0], model.stages[-1]
         self._solver = configured_solver(config)
+        self._sampler: BlockSampler | None = None
+        self._memory: KeyValueMemory | None = None
+        self._embedded: list[torch.Tensor] = []
         self._hidden: torch.Tensor | None = None
 
     @property
@@ -47,23 +53,27 @@ class StageDecoder:
         self._contexts.enter_context(torch.no_grad())
         for stage in self._model.stages:
             self._contexts.enter_context(whole_sequences(stage))
-            use_cache(stage.decoder, self._config.sample.use_cache)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for stage in self._model.stages:
-            use_cache(stage.decoder, False)
+        use_memory(self._backbones, None)
+        self._embedded = []
         self._contexts.close()
 
     def start(self, layout: DecodeLayout) -> None:
         """Reads the prefixes [B, L]."""
         self._layout = layout
-        self._num_read = 0
-        self._embedded: list[torch.Tensor] = []
-        if self._last.is_last:
+        self._num_read, self._embedded = 0, []
+        if self._last.is_last and self._sampler is None:
             self._sampler = block_sampler(
                 self._last.head, self._solver, self._topology.device, self._config.vision.latents
             )
+        if self._config.sample.use_cache:
+            memory = self._make_memory(layout)
+            use_memory(self._backbones, memory)
+            _, capacity = memory.shape
+            self._slots_T = torch.arange(capacity, device=self._topology.device)
+            self._seen = SeenKeys(layout, capacity, self._first.config.params_dtype)
         rows = self._first.enter(self._first.embed_tokens(layout.prefix_ids)) if self._first.is_first else None
         self._read(rows, layout.prefix_length)
 
@@ -71,18 +81,16 @@ class StageDecoder:
         """Reads a block, bits [I, P, C] at cells [P, 2]; under guidance both halves of the batch read it."""
         rows = None
         if self._first.is_first:
-            repeated = bits.repeat(self._layout.num_sequences // len(bits), 1, 1)
-            all_cells = cells.repeat(len(repeated), 1)
-            rows = self._first.embed_bits(repeated.flatten(0, 1), all_cells)
-            rows = self._first.enter(rows.view(*repeated.shape[:2], -1).transpose(0, 1))
+            rows_PID = self._first.enter(self._first.embed_bits(bits, cells).transpose(0, 1))
+            rows = rows_PID.repeat(1, self._layout.num_sequences // len(bits), 1)
         self._read(rows, len(cells))
 
     def draw_block(self, cells: torch.Tensor, draw: Draw) -> torch.Tensor:
         """Draws the next block of every image on the last stage and broadcasts it; float32 [I, P, C]."""
         if self._last.is_last:
-            assert self._hidden is not None, "start() comes first"
-            hidden_BPD = self._hidden.transpose(0, 1)
-            condition_BPD = self._last.conditions(hidden_BPD, cells.expand(len(hidden_BPD), -1, -1))
+            assert self._hidden is not None and self._sampler is not None, "start() comes first"
+            # In order: a product with rows that lie apart would be computed sequence by sequence.
+            condition_BPD = self._last.conditions(self._hidden.transpose(0, 1).contiguous(), cells)
             block = (self._num_read - self._layout.prefix_length) // self._layout.block_tokens
             bits = self._sampler.draw(condition_BPD, draw(), self._solver.guidance_at(block, self._layout.num_blocks))
         else:
@@ -95,25 +103,52 @@ class StageDecoder:
 
     def _read(self, rows: torch.Tensor | None, num_rows: int) -> None:
         """Runs the stages over new rows [S, B, D] (first stage) and keeps the last P hidden states (last stage)."""
-        layout = self._layout
         start, stop = self._num_read, self._num_read + num_rows
         self._num_read = stop
-        if not self._config.sample.use_cache:
+        if self._memory is not None:
+            self._memory.place(self._slots_T[start:stop], stop)
+            mask = self._seen.block(start, stop, stop) if start else self._seen.prefix()
+        else:
             if rows is not None:
                 self._embedded.append(rows)
                 rows = torch.cat(self._embedded)
             start = 0
+            mask = self._layout.mask(start, stop)
         rotary = self._rotary(start, stop)
-        mask = layout.mask(start, stop)
         for stage in self._model.stages:
             if not stage.is_first:
                 rows = self._receive(stop - start)
                 stage.set_input_tensor(rows)
-            hidden = stage.decoder(rows, attention_mask=mask, rotary_pos_emb=rotary)
+            # In order, as above.
+            hidden = stage.decoder(
+                None if rows is None else rows.contiguous(), attention_mask=mask, rotary_pos_emb=rotary
+            )
             if stage.is_last:
-                self._hidden = hidden[-layout.block_tokens :]
+                self._hidden = hidden[-self._layout.block_tokens :]
             else:
                 dist.send(hidden.contiguous(), self._neighbour(+1), group=self._topology.pipeline_group)
+
+    @property
+    def _backbones(self) -> list[TransformerBlock]:
+        return [stage.decoder for stage in self._model.stages]
+
+    def _make_memory(self, layout: DecodeLayout) -> KeyValueMemory:
+        """Keeps the memory while batches have the same shape."""
+        shape = (layout.num_sequences, layout.num_read)
+        if self._memory is None or not self._memory.fits(*shape):
+            # The old memory is freed before the new one is made.
+            use_memory(self._backbones, None)
+            self._memory = None
+            model = self._config.model
+            self._memory = KeyValueMemory(
+                sum(len(backbone.layers) for backbone in self._backbones),
+                *shape,
+                model.num_kv_heads // self._topology.tensor_size,
+                model.head_dim,
+                self._first.config.params_dtype,
+                self._topology.device,
+            )
+        return self._memory
 
     def _rotary(self, start: int, stop: int) -> torch.Tensor:
         """Angles of positions start..stop-1 of every sequence, float32 [S, B or 1, 1, K]."""

@@ -167,18 +167,20 @@ class Stage(nn.Module):
         """Embeds text and special tokens [B, S] into [S, B, D]."""
         return self.embedding(token_ids).transpose(0, 1)
 
-    def embed_bits(self, bits_VC: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-        """Projects bits [V, C] to [V, D]; some families add the 2-D positions of their `cells` [V, 2]."""
+    def embed_bits(self, bits: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+        """Projects bits [.., V, C] to [.., V, D]; some families add the 2-D positions of their `cells` [V, 2]."""
         dtype = self.config.params_dtype
-        vision_VD = self.projector(bits_VC.to(dtype))
-        return vision_VD + sincos_2d(cells, self.hidden_size).to(dtype) if self.parts.adds_cells_at_input else vision_VD
+        vision = self.projector(bits.to(dtype))
+        return vision + sincos_2d(cells, self.hidden_size).to(dtype) if self.parts.adds_cells_at_input else vision
 
     def conditions(self, hidden_MPD: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-        """Adds to predicting hidden states [M, P, D] the positions of the cells [M, P, 2] that they predict."""
+        """Adds to predicting hidden states [M, P, D] the positions of the cells that they predict.
+
+        The cells are [M, P, 2], or [P, 2] where they are the same for all.
+        """
         if self.parts.head_cells == "learned":
             return hidden_MPD + self.head_positions(raster_index(cells, self.grid, self.order_side))
-        positions = sincos_2d(cells.flatten(0, 1), self.hidden_size).view(hidden_MPD.shape)
-        return hidden_MPD + positions.to(hidden_MPD.dtype)
+        return hidden_MPD + sincos_2d(cells, self.hidden_size).to(hidden_MPD.dtype)
 
     def losses(self, hidden_SD: torch.Tensor, inputs: PackInputs) -> torch.Tensor:
         """The head's loss summed over vision targets and the cross-entropy summed over text targets, float32 [2].

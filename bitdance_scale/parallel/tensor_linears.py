@@ -37,7 +37,7 @@ class ColumnLinear(ColumnParallelLinear):
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
         """[.., in_size] -> [.., out_size / tensor ranks], or [.., out_size] if gathered."""
-        return super().forward(input_)[0]
+        return _plain(self, input_) if _is_whole(self) else super().forward(input_)[0]
 
 
 class RowLinear(RowParallelLinear):
@@ -56,7 +56,18 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
         """[.., in_size / tensor ranks] -> [.., out_size]."""
-        return super().forward(input_)[0]
+        return _plain(self, input_) if _is_whole(self) else super().forward(input_)[0]
+
+
+def _is_whole(linear: ColumnLinear | RowLinear) -> bool:
+    """Whether nothing is exchanged, neither now nor in a backward pass."""
+    return linear.config.tensor_model_parallel_size == 1 and not torch.is_grad_enabled()
+
+
+def _plain(linear: ColumnLinear | RowLinear, input_: torch.Tensor) -> torch.Tensor:
+    """What Megatron-core's layer computes on one rank, bit for bit, without its copy of the output for the bias."""
+    output = torch.matmul(input_, linear.weight.t())
+    return output if linear.bias is None else output.add_(linear.bias)
 
 
 def without_sequence_parallel(megatron: TransformerConfig) -> TransformerConfig:

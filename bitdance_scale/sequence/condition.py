@@ -122,5 +122,5 @@ def load_condition(config: RunConfig | NetworkConfig, block_tokens: int | None =
     size = config.vision.block_tokens if block_tokens is None else block_tokens
     is_causal, is_raster = config.model.mask == "causal", config.vision.order == "raster"
     if config.model.parts.has_text:
-        return load_text_tokenizer(config.text, size, is_causal, is_raster)
+        return load_text_tokenizer(config.text, size, is_causal, is_raster, config.vision.context == "queries")
     return ClassCondition(config.classes, size, is_causal, is_raster)

@@ -9,6 +9,13 @@ predicts nothing (Sec. 3.3). A block is an attention group, and so are `<|res_w|
 position is a group by itself. `sequence/visibility.py` says who sees whom. In the ablations of Table 14, every position
 is a group by itself (`is_causal`), or vision tokens follow row by row, and the next P are a block (`is_raster`).
 
+An image that is only the context of a caption predicts nothing. It is laid as the release's inference lays it, without
+queries and with every position a group by itself (docs/generation.md has the reasons):
+
+    {before} <|vision_start|> <|res_h|> <|res_w|> {vision tokens} <|vision_end|> {after}
+
+With `has_context_queries` it is laid as an image to draw is, as earlier versions trained it.
+
 A class-conditional sample (Sec. 4.2) has the tokens of its class as `before`, of which the last takes the place of
 `<|res_w|>`, and ends before its last block, which predicts nothing and which nothing sees:
 
@@ -53,8 +60,12 @@ class SequenceTokens(Protocol):
         """Whether the last block of an image is in the sequence."""
         ...
 
-    def prefix_ids(self, grid: tuple[int, int]) -> np.ndarray:
+    def prefix_ids(self, grid: tuple[int, int], *, is_context: bool = False) -> np.ndarray:
         """int64, the tokens between the text or class and an image of `grid` (height, width) cells."""
+        ...
+
+    def has_blocks(self, *, is_context: bool) -> bool:
+        """Whether an image has queries and is seen block by block; else every position is a group by itself."""
         ...
 
     def end_ids(self) -> np.ndarray:
@@ -72,6 +83,7 @@ class ImageTokens:
         queries: ids of `<|query_1|>` .. `<|query_{P-1}|>`.
         is_causal: whether positions of a block see only those before them.
         is_raster: whether vision tokens follow row by row, and not block by block.
+        has_context_queries: whether an image that is only context is laid as an image to draw.
     """
 
     vision_start: int
@@ -80,6 +92,7 @@ class ImageTokens:
     queries: tuple[int, ...]
     is_causal: bool = False
     is_raster: bool = False
+    has_context_queries: bool = False
 
     @property
     def block_tokens(self) -> int:
@@ -91,8 +104,16 @@ class ImageTokens:
         """The last block is in the sequence, because text may follow it."""
         return True
 
-    def prefix_ids(self, grid: tuple[int, int]) -> np.ndarray:
-        """int64 [P + 2], `<|vision_start|> <|res_h|> <|res_w|> <|query_1|> .. <|query_{P-1}|>`.
+    def has_blocks(self, *, is_context: bool) -> bool:
+        """Whether an image has queries: an image to draw has, one that is only context by `has_context_queries`."""
+        return self.has_context_queries or not is_context
+
+    def prefix_ids(self, grid: tuple[int, int], *, is_context: bool = False) -> np.ndarray:
+        """int64 [P + 2], `<|vision_start|> <|res_h|> <|res_w|> <|query_1|> .. <|query_{P-1}|>`; or the first three.
+
+        Args:
+            grid: (height, width) of the image in cells.
+            is_context: whether the image is only the context of a caption.
 
         Raises:
             ValueError: there is no resolution token for a side of the grid.
@@ -102,7 +123,8 @@ class ImageTokens:
         if not (0 < height <= limit and 0 < width <= limit):
             raise ValueError(f"grid {grid}: sides must be within 1..{limit}, one resolution token each")
         resolution = (self.resolution[height - 1], self.resolution[width - 1])
-        return np.array([self.vision_start, *resolution, *self.queries], dtype=np.int64)
+        queries = self.queries if self.has_blocks(is_context=is_context) else ()
+        return np.array([self.vision_start, *resolution, *queries], dtype=np.int64)
 
     def end_ids(self) -> np.ndarray:
         """int64 [1], `<|vision_end|>`."""
@@ -145,7 +167,12 @@ class ClassTokens:
         assert 0 <= label <= self.num_classes, f"class {label} of {self.num_classes}"
         return label * self.num_tokens + np.arange(self.num_tokens, dtype=np.int64)
 
-    def prefix_ids(self, grid: tuple[int, int]) -> np.ndarray:
+    def has_blocks(self, *, is_context: bool) -> bool:
+        """Always: a class has no words, so no image is the context of any."""
+        assert not is_context, "class-conditional networks describe no image"
+        return True
+
+    def prefix_ids(self, grid: tuple[int, int], *, is_context: bool = False) -> np.ndarray:
         """int64 [P - 1], the queries."""
         return (self.num_classes + 1) * self.num_tokens + np.arange(self.block_tokens - 1, dtype=np.int64)
 
@@ -154,10 +181,10 @@ class ClassTokens:
         return np.zeros(0, dtype=np.int64)
 
 
-def num_positions(num_before: int, num_after: int, grid: tuple[int, int], tokens: SequenceTokens) -> int:
-    """Positions of a sample with that many tokens before and after an image of `grid` (height, width) cells."""
-    around = len(tokens.prefix_ids(grid)) + len(tokens.end_ids())
-    return num_before + around + num_read(grid, tokens) + num_after
+def num_positions(sample: Sample, tokens: SequenceTokens) -> int:
+    """Positions that a sample takes in a pack."""
+    around = len(tokens.prefix_ids(sample.grid, is_context=not sample.predicts_image)) + len(tokens.end_ids())
+    return len(sample.before_ids) + around + num_read(sample.grid, tokens) + len(sample.after_ids)
 
 
 def num_read(grid: tuple[int, int], tokens: SequenceTokens) -> int:
@@ -234,19 +261,23 @@ class _Rows:
 
 def _append_sample(rows: _Rows, document: int, sample: Sample, tokens: SequenceTokens) -> None:
     """Adds one sample, a sequence in the module's docstring."""
-    size = tokens.block_tokens
-    prefix, end = tokens.prefix_ids(sample.grid), tokens.end_ids()
+    is_context = not sample.predicts_image
+    prefix, end = tokens.prefix_ids(sample.grid, is_context=is_context), tokens.end_ids()
     num_before, num_vision, num_after = len(sample.before_ids), sample.grid[0] * sample.grid[1], len(sample.after_ids)
     num_input = num_read(sample.grid, tokens)
     vision_start = num_before + len(prefix)
-    queries_start = vision_start - size
     after_start = vision_start + num_input + len(end)
     length = after_start + num_after
 
     token_ids = np.concatenate([sample.before_ids, prefix, np.zeros(num_input, dtype=np.int64), end, sample.after_ids])
 
     # The P positions before a block predict it: token i of the image is predicted at queries_start + i.
-    predicted = np.arange(num_vision if sample.predicts_image else 0, dtype=np.int64)
+    queries_start = vision_start - tokens.block_tokens
+    predicted = np.arange(0 if is_context else num_vision, dtype=np.int64)
+    if tokens.has_blocks(is_context=is_context):
+        block_ids = attention_groups(queries_start, num_input, len(end) + num_after, tokens)
+    else:
+        block_ids = np.arange(length, dtype=np.int32)
     text_indices = np.concatenate(
         [
             np.arange(sample.first_target_before, num_before, dtype=np.int64),
@@ -258,7 +289,7 @@ def _append_sample(rows: _Rows, document: int, sample: Sample, tokens: SequenceT
         token_ids=token_ids,
         position_ids=np.arange(length, dtype=np.int64),
         document_ids=np.full(length, document, dtype=np.int32),
-        block_ids=attention_groups(queries_start, num_input, len(end) + num_after, tokens),
+        block_ids=block_ids,
         vision_positions=start + vision_start + np.arange(num_input, dtype=np.int64),
         vision_inputs=vision_before + np.arange(num_input, dtype=np.int64),
         vision_cells=vision_cells(sample.grid, tokens),

@@ -127,6 +127,25 @@ class TextTokenizer(abc.ABC):
             predicts_image=True,
         )
 
+    def caption_entries(self) -> np.ndarray:
+        """Bool [vocab_size], entries that a reply in words is made of: no markup but `<|im_end|>`, which ends it."""
+        tokens, markup = self.image_tokens, [int(self.user_turn_ids[0])]
+        is_word = np.ones(self.vocab_size, dtype=bool)
+        is_word[[*markup, tokens.vision_start, tokens.vision_end, *tokens.resolution, *tokens.queries]] = False
+        return is_word
+
+    def describing_prompt(self, key: int, grid: tuple[int, int]) -> Sample:
+        """A describing sample up to where its caption begins; arguments as `describing_sample`."""
+        return Sample(
+            key=key,
+            grid=grid,
+            before_ids=self.user_turn_ids,
+            after_ids=self.reply_ids,
+            first_target_before=len(self.user_turn_ids),
+            first_target_after=len(self.reply_ids),
+            predicts_image=False,
+        )
+
     def describing_sample(self, key: int, caption: str, grid: tuple[int, int]) -> Sample:
         """The sample that teaches a caption from its image: the image in the user's turn, the caption as the reply.
 
@@ -139,19 +158,16 @@ class TextTokenizer(abc.ABC):
             grid: (height, width) of the image in latent cells.
         """
         caption_ids = self.encode(caption)[: self.max_caption_tokens]
-        return Sample(
-            key=key,
-            grid=grid,
-            before_ids=self.user_turn_ids,
-            after_ids=np.concatenate([self.reply_ids, caption_ids, self.turn_end_ids]),
-            first_target_before=len(self.user_turn_ids),
-            first_target_after=len(self.reply_ids),
-            predicts_image=False,
-        )
+        prompt = self.describing_prompt(key, grid)
+        return dataclasses.replace(prompt, after_ids=np.concatenate([prompt.after_ids, caption_ids, self.turn_end_ids]))
 
 
 def load_text_tokenizer(
-    section: TextSection, block_tokens: int, is_causal: bool = False, is_raster: bool = False
+    section: TextSection,
+    block_tokens: int,
+    is_causal: bool = False,
+    is_raster: bool = False,
+    has_context_queries: bool = False,
 ) -> TextTokenizer:
     """Loads the tokenizer of a run and adds the resolution and query tokens.
 
@@ -160,6 +176,7 @@ def load_text_tokenizer(
         block_tokens: P, vision tokens per block; P - 1 query tokens are added.
         is_causal: whether positions of one block see only those before them (`ImageTokens`).
         is_raster: whether vision tokens follow row by row (`ImageTokens`).
+        has_context_queries: whether an image that is only context is laid as an image to draw (`ImageTokens`).
 
     Raises:
         ConfigError: there is no such file or folder, it holds no tokenizer of that kind, or the tokenizer lacks what
@@ -171,7 +188,9 @@ def load_text_tokenizer(
     for fault in tokenizer_faults(section):
         raise ConfigError(fault)
     tokenizer = load[section.kind](section, block_tokens)
-    tokenizer.image_tokens = dataclasses.replace(tokenizer.image_tokens, is_causal=is_causal, is_raster=is_raster)
+    tokenizer.image_tokens = dataclasses.replace(
+        tokenizer.image_tokens, is_causal=is_causal, is_raster=is_raster, has_context_queries=has_context_queries
+    )
     if "\n" not in tokenizer.decode(tokenizer.encode("user\n")):
         raise ConfigError(
             f"text.path = {section.path!r}: this tokenizer loses line breaks, which the chat markup needs; train a "

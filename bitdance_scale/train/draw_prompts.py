@@ -1,5 +1,7 @@
 """Draws the prompts of a benchmark, shared out over the ranks of a job, into the folder that its scorer reads.
 
+Prompts are texts or classes, as the model wants them.
+
 Which images are drawn together depends on the prompts and the size of batches alone, and an image has a seed of its
 own. So the bytes of a drawing do not depend on the number of replicas, on their order, nor on how often it was stopped:
 a batch of which an image is missing is drawn again whole, and only what is missing is written.
@@ -8,11 +10,9 @@ a batch of which an image is missing is drawn again whole, and only what is miss
 from __future__ import annotations
 
 import contextlib
-import datetime
 import logging
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,13 @@ from bitdance_scale.config.schema import ParallelSection
 from bitdance_scale.errors import TrainingError
 from bitdance_scale.evaluation.benchmarks.benchmark import Benchmark
 from bitdance_scale.evaluation.benchmarks.image_folder import ImageFolder
+from bitdance_scale.evaluation.benchmarks.layout import Layout
 from bitdance_scale.evaluation.benchmarks.manifest import Drawing, begin_drawing
-from bitdance_scale.evaluation.benchmarks.prompt import Prompt, image_seed
+from bitdance_scale.evaluation.benchmarks.prompt import Place, Prompt, image_seed, rounds
+from bitdance_scale.evaluation.progress import Progress
+from bitdance_scale.generate.out_of_memory import refused_batch_size
+from bitdance_scale.generate.requests import MAX_GRID_COLUMNS, MAX_GRID_IMAGES
+from bitdance_scale.observe.figures import image_grid
 from bitdance_scale.parallel.agreement import all_ranks, any_rank, on_first_rank
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopRequest
@@ -34,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 _WAIT_S = 14 * 24 * 3600.0
 _BEAT_S = 5.0
-_LOG_EVERY_S = 10.0
+_ANOTHER_OUT = " and another --out: a drawing is of one size of batches, which its images depend on by rounding"
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class PromptDrawing:
         model_name: what the model is called in paths.
         describe: all that decides the images, as `drawing.json` has it; called by the first rank.
         batch_size: images that a replica draws together.
+        has_copies: whether images of an array are written as PNGs too.
+        doubt: what to warn of; empty if nothing.
     """
 
     out: Path
@@ -56,18 +63,22 @@ class PromptDrawing:
     model_name: str
     describe: Callable[[], Drawing]
     batch_size: int
+    has_copies: bool = False
+    doubt: str = ""
 
 
-Place = tuple[int, int]
-"""An image: (number of its prompt, its number among those of the prompt)."""
-
-
-def shares(prompts: Sequence[Prompt], batch_size: int) -> list[list[list[Place]]]:
+def shares(prompts: Sequence[Prompt], batch_size: int, *, are_whole: bool) -> list[list[list[Place]]]:
     """All images in order, as shares that a replica draws one after another, each of batches of images.
 
-    A share has whole prompts, because the pictures of a prompt may be one file: as many as fill a batch, or one prompt
-    of more images in several batches.
+    Args:
+        prompts: of the benchmark.
+        batch_size: most images of a batch.
+        are_whole: whether a share has whole prompts, because the pictures of a prompt may be one file: as many as fill
+            a batch, or one prompt of more images in several batches. Otherwise a share is one batch, in `rounds`.
     """
+    if not are_whole:
+        places = rounds(prompts)
+        return [[places[start : start + batch_size]] for start in range(0, len(places), batch_size)]
     found: list[list[list[Place]]] = []
     for number, prompt in enumerate(prompts):
         places = [(number, k) for k in range(prompt.num_images)]
@@ -100,9 +111,11 @@ def run_draw_prompts(drawing: PromptDrawing, parallel: ParallelSection, load: Ca
         with all_ranks():
             if topology.rank == 0:
                 opened.enter_context(_held(RunLock(drawing.out)))
+        if drawing.doubt and topology.rank == 0:
+            logger.warning("%s", drawing.doubt)
         layout = drawing.benchmark.layout(drawing.model_name)
         folder = ImageFolder(drawing.out, layout, drawing.prompts, record.size_px)
-        missing = on_first_rank(lambda: _missing(drawing, folder))
+        missing = on_first_rank(lambda: _missing(drawing, folder, layout))
         if missing:
             with all_ranks():
                 model = load(topology)
@@ -112,7 +125,13 @@ def run_draw_prompts(drawing: PromptDrawing, parallel: ParallelSection, load: Ca
         with all_ranks():
             if topology.rank == 0:
                 folder.finish()
-                logger.info("%s: all images of %d prompts are there", drawing.out, len(drawing.prompts))
+                if layout.overview is not None:
+                    _write_overview(folder, drawing.prompts, drawing.out / layout.overview)
+        if drawing.has_copies:
+            with all_ranks():
+                folder.write_copies(topology.rank, topology.world_size)
+        if topology.rank == 0:
+            logger.info("%s: all images of %d prompts are there", drawing.out, len(drawing.prompts))
     return EXIT_COMPLETE
 
 
@@ -135,13 +154,21 @@ class _Batch:
     missing: frozenset[Place]
 
 
-def _missing(drawing: PromptDrawing, folder: ImageFolder) -> list[list[_Batch]]:
+def _write_overview(folder: ImageFolder, prompts: Sequence[Prompt], path: Path) -> None:
+    """The first image of each of the first prompts, if it is not there yet."""
+    if not path.exists():
+        shown = prompts[:MAX_GRID_IMAGES]
+        images = [folder.read(prompt)[0] for prompt in shown]
+        image_grid(images, [prompt.category for prompt in shown], path, MAX_GRID_COLUMNS)
+
+
+def _missing(drawing: PromptDrawing, folder: ImageFolder, layout: Layout) -> list[list[_Batch]]:
     """The batches of every share of which an image is missing; shares without one are left out."""
     state = folder.state()
     state.refuse_foreign()
     lacking = {prompt_id: frozenset(numbers) for prompt_id, numbers in state.to_draw.items()}
     found = []
-    for share in shares(drawing.prompts, drawing.batch_size):
+    for share in shares(drawing.prompts, drawing.batch_size, are_whole=layout.makes_files):
         batches = [
             _Batch(places, frozenset((n, k) for n, k in places if k in lacking.get(drawing.prompts[n].id, ())))
             for places in share
@@ -161,7 +188,7 @@ def _draw(
     stop: StopRequest,
 ) -> bool:
     """Draws the missing batches; returns False when a request to stop came first."""
-    progress = _Progress(sum(len(batch.missing) for share in missing for batch in share))
+    progress = Progress(sum(len(batch.missing) for share in missing for batch in share))
     for start in range(0, len(missing), topology.data_size):
         turn = missing[start : start + topology.data_size]
         for number in range(max(map(len, turn))):
@@ -170,7 +197,8 @@ def _draw(
             batches = [share[number] if number < len(share) else None for share in turn]
             mine = batches[topology.data_rank] if topology.data_rank < len(batches) else None
             if mine is not None:
-                _draw_batch(drawing.prompts, seed, folder, model, mine)
+                with refused_batch_size(drawing.batch_size, _ANOTHER_OUT):
+                    _draw_batch(drawing.prompts, seed, folder, model, mine)
             progress.add(sum(len(batch.missing) for batch in batches if batch is not None))
             if topology.rank == 0:
                 progress.log()
@@ -186,28 +214,6 @@ def _draw_batch(prompts: Sequence[Prompt], seed: int, folder: ImageFolder, model
     for (number, k), image in zip(batch.places, images, strict=True):
         if (number, k) in batch.missing:
             folder.write_image(prompts[number], k, image)
-
-
-class _Progress:
-    """Images drawn by all replicas, with their rate and what it means for the rest."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
-        self._begun_s = self._logged_s = time.monotonic()
-
-    def add(self, number: int) -> None:
-        self._done += number
-
-    def log(self) -> None:
-        now_s = time.monotonic()
-        if now_s - self._logged_s < _LOG_EVERY_S and self._done < self._total:
-            return
-        self._logged_s = now_s
-        rate = self._done / max(now_s - self._begun_s, 1e-9)
-        logger.info(
-            "%d of %d images, %.3g images/s, ETA %s",
-            self._done, self._total, rate, datetime.timedelta(seconds=round((self._total - self._done) / rate)),
-        )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +87,7 @@ class Schedule:
         save: checkpoints.
         evaluate: evaluation on held-out data.
         draw: pictures.
+        benchmarks: each of the benchmarks that are scored.
     """
 
     num_steps: int
@@ -94,6 +95,7 @@ class Schedule:
     save: int
     evaluate: int
     draw: int
+    benchmarks: tuple[int, ...] = ()
 
 
 class Job(abc.ABC):
@@ -183,9 +185,17 @@ class Job(abc.ABC):
     def draw(self) -> None:
         """Draws pictures with the model as it is."""
 
+    def score(self, number: int) -> None:
+        """Draws and scores a benchmark of the schedule, by its number there."""
+        raise NotImplementedError(f"{type(self).__name__} schedules benchmark {number} and cannot score it")
+
+    def lacking_scores(self) -> Sequence[int]:
+        """Benchmarks that are due after this step and have no score of it, as the run ended before; a collective."""
+        return ()
+
     @abc.abstractmethod
     def pause(self) -> None:
-        """Leaves out of the speeds what happened since the last step: a checkpoint, an evaluation, pictures."""
+        """Leaves out of the speeds what happened since the last step: a checkpoint, an evaluation, pictures, scores."""
 
     @abc.abstractmethod
     def state(self) -> Any:

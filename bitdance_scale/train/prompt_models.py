@@ -1,43 +1,29 @@
-"""Trained networks that draw prompts: a published folder, whole on every rank, or a checkpoint under any layout."""
+"""Trained networks that draw prompts: a published folder, whole on every rank, or a checkpoint under any layout.
+
+A prompt is text, or the number of a class.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from bitdance_scale.checkpoint.integrity import MANIFEST_NAME, file_digest, read_manifest, text_digest
-from bitdance_scale.checkpoint.start_weights import find_checkpoint
-from bitdance_scale.config.rules import check
 from bitdance_scale.config.schema import ParallelSection, RunConfig
+from bitdance_scale.errors import ConfigError
+from bitdance_scale.evaluation.benchmarks.solving import Solving
 from bitdance_scale.generate.image_sizes import check_size
 from bitdance_scale.generate.pipeline import BitDancePipeline
 from bitdance_scale.generate.published_model import read_sections
 from bitdance_scale.generate.sampler import FlowSolver
 from bitdance_scale.parallel.topology import Topology
-from bitdance_scale.train.sampling import draw_batch, sample_grid
+from bitdance_scale.train.sampling import BatchDrawer, sample_grid
 from bitdance_scale.train.still_run import load_still_run
-
-
-@dataclass(frozen=True)
-class Solving:
-    """How an image is drawn.
-
-    Attributes:
-        size_px: (height, width).
-        steps: solver steps per block.
-        guidance: classifier-free guidance scale; 1 for none.
-        sampler: euler_maruyama or euler.
-    """
-
-    size_px: tuple[int, int]
-    steps: int
-    guidance: float
-    sampler: str
 
 
 class PromptModel(Protocol):
@@ -103,11 +89,12 @@ class RunPrompts:
     def __init__(self, config: RunConfig, checkpoint: Path, topology: Topology) -> None:
         self._config, self._topology = config, topology
         self._run = load_still_run(config, checkpoint, config.sample.weights, topology)
+        self._drawer = BatchDrawer(self._run.model, config, self._run.condition, topology)
 
     def draw(self, texts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray] | None:
         """As in `PromptModel`."""
         prompts = [self._run.condition.prompt_ids(text) for text in texts]
-        bits = draw_batch(self._run.model, self._config, self._run.condition, prompts, list(seeds), self._topology)
+        bits = self._drawer.draw(prompts, seeds)
         if not self._topology.is_reader:
             return None
         return [self._run.vision.decode(rows, sample_grid(self._config)).numpy() for rows in bits]
@@ -119,13 +106,15 @@ class ModelSource:
 
     Attributes:
         digest: tells its weights from others; reads all of a published folder, so the first rank alone calls it.
-        dtype: in which it draws.
+        block_tokens: tokens that it draws at once, p^2.
+        settings: what else of it decides an image, as `drawing.json` has it: the dtype in which it draws, for one.
         parallel: layout of a replica.
         load: the network on a rank of it; a collective.
     """
 
     digest: Callable[[], str]
-    dtype: str
+    block_tokens: int
+    settings: Mapping[str, Any]
     parallel: ParallelSection
     load: Callable[[Topology], PromptModel]
 
@@ -142,46 +131,36 @@ def published_source(folder: Path, solving: Solving, dtype: str | None) -> Model
         BitDanceError: it is no published model, or images cannot be drawn so.
     """
     FlowSolver(solving.steps, solving.guidance, solving.sampler)
-    check_size(*solving.size_px, read_sections(folder).vision)
+    if solving.guidance_growth != "constant":
+        raise ConfigError(
+            f"--guidance-growth {solving.guidance_growth}: a published folder draws with the same guidance at every "
+            "block; leave it out"
+        )
+    vision = read_sections(folder).vision
+    check_size(*solving.size_px, vision)
     name = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     return ModelSource(
         lambda: _folder_digest(folder),
-        name,
+        vision.block_tokens,
+        {"dtype": name},
         ParallelSection(),
         lambda topology: PublishedPrompts(folder, solving, getattr(torch, name), topology),
     )
 
 
-def run_source(config: RunConfig, where: Path, solving: Solving, weights: str) -> ModelSource:
-    """A run, a checkpoint or an import.
+def run_source(config: RunConfig, checkpoint: Path) -> ModelSource:
+    """A checkpoint of a run, or of an import.
 
     Args:
-        config: of the run; `parallel` is the layout of a replica.
-        where: the weights.
-        solving: how images are drawn; their seeds are streams of seed 0.
-        weights: trained or averaged.
-
-    Raises:
-        BitDanceError: there is no checkpoint, or images cannot be drawn so.
+        config: from `drawing_config`; `sample` says how images are drawn, `parallel` is the layout of a replica.
+        checkpoint: the weights.
     """
-    sample = replace(
-        config.sample,
-        size_px=solving.size_px,
-        num_steps=solving.steps,
-        guidance=solving.guidance,
-        sampler=solving.sampler,
-        seed=0,
-        weights=weights,
-    )
-    config = replace(config, sample=sample)
-    # The rules of the number of ranks are of training: there is no batch to share out.
-    check(config, None)
-    checkpoint = find_checkpoint(where)
     manifest = checkpoint / MANIFEST_NAME
     return ModelSource(
         # Two checkpoints share it only if all their files are equal.
         lambda: read_manifest(manifest.read_bytes(), str(manifest)).sha256,
-        config.run.dtype,
+        config.vision.block_tokens,
+        {"dtype": config.run.dtype, "time_shift": config.head.time_shift},
         config.parallel,
         lambda topology: RunPrompts(config, checkpoint, topology),
     )

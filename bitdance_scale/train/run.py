@@ -106,6 +106,10 @@ def train(job: Job, stop: StopRequest) -> bool:
                 with phase(Phase.EVALUATING):
                     job.evaluate()
                 job.pause()
+            for number in job.lacking_scores():
+                with phase(Phase.EVALUATING):
+                    job.score(number)
+                job.pause()
             is_complete = _train_steps(job, stop)
             job.settle()
         except BitDanceError:
@@ -156,6 +160,10 @@ def _train_steps(job: Job, stop: StopRequest) -> bool:
         if job.is_due(schedule.draw):
             with phase(Phase.DRAWING):
                 job.draw()
+        for number, every_steps in enumerate(schedule.benchmarks):
+            if job.is_due(every_steps):
+                with phase(Phase.EVALUATING):
+                    job.score(number)
         job.pause()
     local_errors.raise_on_all_ranks()
     return True

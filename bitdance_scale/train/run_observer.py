@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from bitdance_scale.atomic_files import is_storage_fault, write_bytes
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.plan.filters import FilterCount, describe
 from bitdance_scale.data.plan.plan import StreamUse
+from bitdance_scale.observe.benchmark_scores import BENCHMARKS_FILE, read_scores_of_run
 from bitdance_scale.observe.console import loss_table
 from bitdance_scale.observe.cost import count_parameters, peak_flops, step_flops
 from bitdance_scale.observe.figures import image_grid
@@ -20,15 +22,20 @@ from bitdance_scale.observe.metrics import (
     METRICS_FILE,
     Evaluation,
     StepMetrics,
+    append_record,
     read_metrics,
 )
 from bitdance_scale.parallel.stage_split import stage_split, typical_counts
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.train.run_sinks import RecordKinds, RunSinks
 
+if TYPE_CHECKING:
+    from bitdance_scale.train.training_benchmark import BenchmarkResult
+
 logger = logging.getLogger(__name__)
 
 OVERVIEW_FILE = "overview.png"
+BENCHMARKS_DIR = "benchmarks"
 GRID_COLUMNS = 4
 # Utilisation at which the length of a run is estimated beforehand; what it really is, `mfu` says.
 TYPICAL_MFU = 0.4
@@ -91,8 +98,14 @@ class RunObserver(RunSinks):
         )
         self._last_step = metrics.step
 
-    def evaluation(self, evaluation: Evaluation, images: int) -> None:
-        """Records the losses on held-out images everywhere; `images`: those trained on so far."""
+    def evaluation(self, evaluation: Evaluation, images: int, *, draws_page: bool = True) -> None:
+        """Records the losses on held-out images everywhere.
+
+        Args:
+            evaluation: the losses.
+            images: those trained on so far.
+            draws_page: whether the page of plots is drawn, because nothing else of this step will be on it.
+        """
         if not self.is_active:
             return
         self.write_evaluation(evaluation, images)
@@ -107,13 +120,29 @@ class RunObserver(RunSinks):
             f", text {evaluation.text:.4f}" if self._has_text else "",
         )
         self._last_step = evaluation.step
-        self._draw_overview()
+        if draws_page:
+            self._draw_overview()
 
     def samples(self, step: int, images: Sequence[np.ndarray]) -> None:
         """Writes the grid of a step's pictures, uint8 [H, W, 3] each, one per prompt."""
         if self.is_active:
             with self.faults.tolerated(f"samples of step {step}"):
                 self.log_picture(step, "samples", write_samples(self.run_folder, step, images, self._prompts))
+
+    def benchmark(self, result: BenchmarkResult, images: int, *, draws_page: bool = True) -> None:
+        """Records the scores of a benchmark everywhere; arguments as in `evaluation`."""
+        if not self.is_active:
+            return
+        for scores in result.scores:
+            self.write_scores(scores, images)
+            logger.info("%s", scores.summary())
+            self._last_step = scores.step
+        first = result.scores[0]
+        with self.faults.tolerated(f"pictures of {first.benchmark} of step {first.step}"):
+            name = f"benchmark/{first.benchmark}".replace("-", "_")
+            self.log_picture(first.step, name, write_scored(self.run_folder, result))
+        if draws_page:
+            self._draw_overview()
 
     def _draw_overview(self) -> None:
         try:
@@ -169,16 +198,34 @@ def write_samples(run_folder: Path, step: int, images: Sequence[np.ndarray], pro
     return path
 
 
+def write_scored(run_folder: Path, result: BenchmarkResult) -> Path:
+    """Writes the grid of a benchmark's pictures that are shown, each under its prompt and what the scorer found."""
+    first = result.scores[0]
+    path = run_folder / BENCHMARKS_DIR / first.benchmark / f"step_{first.step:06d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image_grid([image.pixels for image in result.shown], [image.caption for image in result.shown], path, GRID_COLUMNS)
+    return path
+
+
+def write_result(run_folder: Path, result: BenchmarkResult) -> None:
+    """Writes the scores of a benchmark, and their grid, into the run folder."""
+    for scores in result.scores:
+        append_record(run_folder / BENCHMARKS_FILE, scores)
+    write_scored(run_folder, result)
+
+
 def show_result(run_folder: Path) -> str:
     """The loss table of a run, and the places of everything written."""
     metrics = read_metrics(run_folder / METRICS_FILE)
     grids = sorted((run_folder / "samples").glob("step_*.png"))
+    scores = {line.series: line for line in read_scores_of_run(run_folder)}
     places = [f"overview     {run_folder / OVERVIEW_FILE}", f"metrics      {run_folder / METRICS_FILE}"]
     places += [f"samples      {grids[-1]}"] if grids else []
     places += [f"checkpoints  {run_folder / 'checkpoints'}"]
     places += [f"W&B          {run_folder / 'wandb'}"] if (run_folder / "wandb").exists() else []
+    places += [f"benchmarks   {run_folder / BENCHMARKS_FILE}"] if scores else []
     table = loss_table(metrics) if metrics else "no metrics were written"
-    return "\n".join([table, "", *places])
+    return "\n".join([table, *(line.summary() for line in scores.values()), "", *places])
 
 
 def _summary(config: RunConfig, topology: Topology, vocab_size: int, resumed_step: int) -> str:

@@ -1,6 +1,6 @@
 """Where a run writes what it records, the same for every job.
 
-The places are metrics.jsonl, evaluation.jsonl, W&B, TensorBoard and the console.
+The places are metrics.jsonl, evaluation.jsonl, benchmarks.jsonl, W&B, TensorBoard and the console.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from bitdance_scale.atomic_files import write_text
 from bitdance_scale.config.schema import ObserveSection
+from bitdance_scale.observe.benchmark_scores import BENCHMARKS_FILE, BenchmarkScores, benchmark_panels
 from bitdance_scale.observe.console import ConsoleProgress
 from bitdance_scale.observe.metric_sink import MetricSink
 from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE, EvaluationWriter, MetricsWriter, StepRecord
@@ -67,7 +68,7 @@ class RunSinks:
         kinds: what the job records.
 
     Raises:
-        DataError: on all ranks: metrics.jsonl or evaluation.jsonl is damaged before its last line.
+        DataError: on all ranks: metrics.jsonl or another file of lines is damaged before its last line.
         ConfigError: on all ranks: a sink is configured that cannot be used.
     """
 
@@ -92,7 +93,8 @@ class RunSinks:
     def _open(self, section: ObserveSection, config: Any, num_steps: int, resumed_step: int) -> None:
         kinds, folder = self._kinds, self.run_folder
         self._writer = MetricsWriter(folder, resumed_step, kinds.step)
-        self._evaluations = EvaluationWriter(folder, kinds.evaluation)
+        self._writers = {EVALUATION_FILE: EvaluationWriter(folder, kinds.evaluation)}
+        self._writers[BENCHMARKS_FILE] = EvaluationWriter(folder, BenchmarkScores, BENCHMARKS_FILE)
         run_id = _run_id(folder, self.faults)
         self._sinks: dict[str, MetricSink] = {
             "W&B": WandbSink(section, folder, dataclasses.asdict(config), run_id, summaries=kinds.summaries)
@@ -113,11 +115,12 @@ class RunSinks:
             self._console.close()
         with self.faults.tolerated(METRICS_FILE):
             self._writer.close()
-        with self.faults.tolerated(EVALUATION_FILE):
-            self._evaluations.flush()
-        num_lost = len(self._writer.waiting) + len(self._evaluations.waiting)
-        if num_lost:
-            logger.warning("%d lines of %s and %s are lost", num_lost, METRICS_FILE, EVALUATION_FILE)
+        self._flush()
+        waiting = {METRICS_FILE: len(self._writer.waiting)}
+        waiting |= {file: len(writer.waiting) for file, writer in self._writers.items()}
+        lost = [file for file, num_lines in waiting.items() if num_lines]
+        if lost:
+            logger.warning("%d lines of %s are lost", sum(waiting.values()), " and ".join(lost))
         self.close()
         for name, sink in self._sinks.items():
             with self.faults.tolerated(name):
@@ -141,8 +144,7 @@ class RunSinks:
             return
         with self.faults.tolerated(METRICS_FILE):
             self._writer.write(record)
-        with self.faults.tolerated(EVALUATION_FILE):
-            self._evaluations.flush()
+        self._flush()
         for name, sink in self._sinks.items():
             with self.faults.tolerated(name):
                 sink.log(record, self._kinds.step_panels)
@@ -155,11 +157,24 @@ class RunSinks:
         """Records an evaluation everywhere but on the console; `images`: those trained on so far."""
         if not self.is_active:
             return
-        with self.faults.tolerated(EVALUATION_FILE):
-            self._evaluations.write(record)
+        self._write(EVALUATION_FILE, record, self._kinds.evaluation_panels, images)
+
+    def write_scores(self, scores: BenchmarkScores, images: int) -> None:
+        """Records the scores of a benchmark everywhere but on the console; `images`: those trained on so far."""
+        if self.is_active:
+            self._write(BENCHMARKS_FILE, scores, benchmark_panels(scores), images)
+
+    def _write(self, file: str, record: StepRecord, panels: Mapping[str, str], images: int) -> None:
+        with self.faults.tolerated(file):
+            self._writers[file].write(record)
         for name, sink in self._sinks.items():
             with self.faults.tolerated(name):
-                sink.log(record, self._kinds.evaluation_panels, images)
+                sink.log(record, panels, images)
+
+    def _flush(self) -> None:
+        for file, writer in self._writers.items():
+            with self.faults.tolerated(file):
+                writer.flush()
 
     def log_picture(self, step: int, name: str, path: Path) -> None:
         """Hands a picture file to the sinks."""

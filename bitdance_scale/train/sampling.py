@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -38,9 +39,10 @@ def draw_samples(
     # Every replica draws as many, some of them twice, because ZeRO-3 gathers weights at every call.
     numbers = [(topology.data_rank + topology.data_size * index) % len(prompts) for index in range(per_replica)]
     mine: dict[int, np.ndarray] = {}
+    drawer = BatchDrawer(engine, config, condition, topology)
     for start in range(0, per_replica, MAX_BATCH):
         batch = numbers[start : start + MAX_BATCH]
-        bits = draw_batch(engine, config, condition, [prompts[number] for number in batch], batch, topology)
+        bits = drawer.draw([prompts[number] for number in batch], batch)
         mine |= dict(zip(batch, pack_codes(bits.cpu().numpy(), config.vision.latents), strict=True))
     drawn: list[dict[int, np.ndarray]] = [{} for _ in range(topology.data_size)]
     dist.all_gather_object(drawn, mine, group=topology.data_group)
@@ -56,33 +58,38 @@ def sample_grid(config: RunConfig) -> tuple[int, int]:
     return height // config.vision.downsample, width // config.vision.downsample
 
 
-@torch.no_grad()
-def draw_batch(
-    model: StageHolder,
-    config: RunConfig,
-    condition: Condition,
-    prompts: list[np.ndarray],
-    numbers: list[int],
-    topology: Topology,
-) -> torch.Tensor:
-    """Draws images together on one replica, whose ranks all call it.
+class BatchDrawer:
+    """Draws batches of images on one replica, whose ranks all call it.
+
+    The memory of keys and values stays between batches of one shape; it goes with the drawer.
 
     Args:
-        model: its stages.
+        model: its stages; their weights must not change.
         config: `sample` says how to draw.
         condition: for the unconditional prompt.
-        prompts: int64 token ids of each image.
-        numbers: the noise stream of each.
         topology: the ranks.
-
-    Returns:
-        Bits or continuous latents, float32 [I, h * w, C], on all ranks of the replica.
     """
-    solver = configured_solver(config)
-    if solver.is_guided:
-        prompts = prompts + [condition.unconditional_ids()] * len(prompts)
-    layout = lay_out(prompts, sample_grid(config), condition.image_tokens, topology.device)
-    shape = (num_draws(config), config.vision.block_tokens, config.vision.num_bits)
-    noise = ImageNoise(config.sample.seed, numbers, shape, topology.device)
-    with StageDecoder(model, config, topology) as decoder:
-        return decode_blocks(decoder, layout, noise)
+
+    def __init__(self, model: StageHolder, config: RunConfig, condition: Condition, topology: Topology) -> None:
+        self._config, self._condition, self._topology = config, condition, topology
+        self._decoder = StageDecoder(model, config, topology)
+
+    def draw(self, prompts: Sequence[np.ndarray], numbers: Sequence[int]) -> torch.Tensor:
+        """Draws images together.
+
+        Args:
+            prompts: int64 token ids of each image.
+            numbers: the noise stream of each.
+
+        Returns:
+            Bits or continuous latents, float32 [I, h * w, C], on all ranks of the replica.
+        """
+        config, condition, device = self._config, self._condition, self._topology.device
+        rows = list(prompts)
+        if configured_solver(config).is_guided:
+            rows += [condition.unconditional_ids()] * len(rows)
+        layout = lay_out(rows, sample_grid(config), condition.image_tokens, device)
+        shape = (num_draws(config), config.vision.block_tokens, config.vision.num_bits)
+        noise = ImageNoise(config.sample.seed, numbers, shape, device)
+        with self._decoder as decoder:
+            return decode_blocks(decoder, layout, noise)

@@ -1,10 +1,13 @@
-"""Training of the networks that draw images, of either family: steps, evaluation, pictures; the rest is `run.py`'s."""
+"""Training of the networks that draw images, of either family: steps, evaluation, pictures, scores.
+
+The rest is `run.py`'s.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from bitdance_scale.checkpoint.run_checkpoint import TrainState, load_checkpoint
 from bitdance_scale.checkpoint.start_weights import find_checkpoint, load_start_weights
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.inputs import PackInputs, make_inputs
+from bitdance_scale.observe.benchmark_scores import read_scores_of_run
 from bitdance_scale.observe.metrics import EVALUATION_FILE, Evaluation, append_evaluation, read_evaluations
 from bitdance_scale.parallel.agreement import all_ranks, first_rank_numbers, on_first_rank
 from bitdance_scale.parallel.build import build_engine
@@ -34,13 +38,21 @@ from bitdance_scale.train.learning_rate import learning_rate
 from bitdance_scale.train.process import tolerant_output
 from bitdance_scale.train.progress import Progress, StepMeter, progress_fields
 from bitdance_scale.train.run import run_job
-from bitdance_scale.train.run_observer import RunObserver, draw_overview, samples_path, show_result, write_samples
+from bitdance_scale.train.run_observer import (
+    RunObserver,
+    draw_overview,
+    samples_path,
+    show_result,
+    write_result,
+    write_samples,
+)
 from bitdance_scale.train.sampling import draw_samples
 from bitdance_scale.train.shared_index import labelled_index
 from bitdance_scale.train.start_checks import Start, check_resume, check_start
 from bitdance_scale.train.step_faults import StepFaults, compute_again, index_names, read_trace
 from bitdance_scale.train.step_feed import ReadyStep, StepFeed, StepReader
 from bitdance_scale.train.step_guards import Spike
+from bitdance_scale.train.training_benchmark import BenchmarkResult, load_benchmarks
 from bitdance_scale.vision.tokenizer import VisionTokenizer, vision_digest
 
 logger = logging.getLogger(__name__)
@@ -93,6 +105,7 @@ class TextToImageJob(Job):
         self._evaluator = (
             Evaluator.read(config, self._condition, self._vision, topology) if config.evaluate.shards else None
         )
+        self._benchmarks = load_benchmarks(config, self._condition, self._vision, topology)
         self._engine = build_engine(config, self._condition.vocab_size, topology)
         self._loader_state: dict[str, Any] | None = None
         self.progress = Progress()
@@ -125,6 +138,7 @@ class TextToImageJob(Job):
             save=config.checkpoint.every_steps,
             evaluate=config.evaluate.every_steps if self._evaluator else 0,
             draw=config.sample.every_steps if config.sample.prompts else 0,
+            benchmarks=tuple(benchmark.every_steps for benchmark in config.evaluate.benchmarks),
         )
 
     @contextlib.contextmanager
@@ -198,7 +212,7 @@ class TextToImageJob(Job):
         evaluation = self._evaluate()
         with self.local_errors.kept():
             if evaluation is not None and self._observer is not None:
-                self._observer.evaluation(evaluation, self.progress.images)
+                self._observer.evaluation(evaluation, self.progress.images, draws_page=not self._due_scores())
 
     def draw(self) -> None:
         """Draws the configured prompts."""
@@ -206,6 +220,35 @@ class TextToImageJob(Job):
         with self.local_errors.kept():
             if self._observer is not None:
                 self._observer.samples(self.progress.step, pictures)
+
+    def score(self, number: int) -> None:
+        """Draws and scores one of the benchmarks."""
+        result = self._score(number, self.local_errors.kept)
+        with self.local_errors.kept():
+            if result is not None and self._observer is not None:
+                self._observer.benchmark(
+                    result, self.progress.images, draws_page=number == max(self._due_scores(), default=number)
+                )
+
+    def lacking_scores(self) -> list[int]:
+        """Benchmarks that are due after this step and have no score of it, in one of their metrics."""
+
+        def lacking() -> list[int]:
+            lines = read_scores_of_run(self.run_folder)
+            there = {(line.benchmark, line.metric) for line in lines if line.step == self.step}
+            sections = self.config.evaluate.benchmarks
+            return [
+                number
+                for number in self._due_scores()
+                if any((sections[number].shown_name, metric) not in there for metric in sections[number].metrics)
+            ]
+
+        return on_first_rank(lacking)
+
+    def _due_scores(self) -> list[int]:
+        """Numbers of the benchmarks that are scored after this step; none before the first."""
+        due = [number for number, every_steps in enumerate(self.schedule.benchmarks) if self.is_due(every_steps)]
+        return due if self.step else []
 
     def pause(self) -> None:
         """Leaves out of the speeds what happened since the last step."""
@@ -240,16 +283,21 @@ class TextToImageJob(Job):
                 print("\n" + show_result(self.run_folder), flush=True)
 
     def complete(self) -> None:
-        """Makes the losses on held-out images and the pictures of the last step, if they are not there."""
+        """Makes the losses on held-out images, pictures and scores of the last step, if they are not there."""
         lacks_evaluation, lacks_samples = on_first_rank(lambda: (self._lacks_evaluation(), self._lacks_samples()))
+        lacking_scores = self.lacking_scores()
         evaluation = self._evaluate() if lacks_evaluation else None
         pictures = self._draw_samples() if lacks_samples else []
+        results = [self._score(number, all_ranks) for number in lacking_scores]
         with all_ranks():
-            if self.topology.rank == 0 and (lacks_evaluation or lacks_samples):
+            if self.topology.rank == 0 and (lacks_evaluation or lacks_samples or lacking_scores):
                 if evaluation is not None:
                     append_evaluation(self.run_folder, evaluation)
                 if lacks_samples:
                     write_samples(self.run_folder, self.step, pictures, self.config.sample.prompts)
+                for result in results:
+                    if result is not None:
+                        write_result(self.run_folder, result)
                 draw_overview(self.run_folder)
                 self.finish()
 
@@ -268,6 +316,13 @@ class TextToImageJob(Job):
             return None
         with self._engine.weights_of(self.config.evaluate.weights):
             return self._evaluator.evaluate(self._engine, self.progress.step)
+
+    def _score(
+        self, number: int, alone: Callable[[], contextlib.AbstractContextManager[None]]
+    ) -> BenchmarkResult | None:
+        benchmark = self._benchmarks[number]
+        with self._engine.weights_of(benchmark.section.weights):
+            return benchmark.run(self._engine, self.progress.step, alone)
 
     def _draw_samples(self) -> list[np.ndarray]:
         """The configured prompts; uint8 [H, W, 3] each on rank 0, nothing elsewhere."""

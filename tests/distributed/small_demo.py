@@ -26,5 +26,6 @@ def small_demo(folder: Path, *, num_steps: int, save_every: int) -> list[str]:
         f"checkpoint.every_steps={save_every}",
         "sample.every_steps=0",
         "evaluate.shards=[]",
+        "evaluate.benchmarks=[]",
         "observe.wandb_mode=disabled",
     ]

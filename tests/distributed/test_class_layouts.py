@@ -192,7 +192,7 @@ def _train_and_draw(rank: int, config: RunConfig) -> tuple[list[float], torch.Te
     """Losses of three steps on the same packs, and two images drawn after that."""
     engine, topology = make_engine(config)
     from bitdance_scale.parallel.step import train_step
-    from bitdance_scale.train.sampling import draw_batch
+    from bitdance_scale.train.sampling import BatchDrawer
 
     losses = []
     for _ in range(3):
@@ -200,7 +200,7 @@ def _train_and_draw(rank: int, config: RunConfig) -> tuple[list[float], torch.Te
         losses.append(train_step(engine, batch, config.loss, 1e-2, topology)[0].vision)
     condition = load_condition(config)
     prompts = [condition.prompt_ids(str(label)) for label in range(2)]
-    return losses, draw_batch(engine, config, condition, prompts, [0, 1], topology)
+    return losses, BatchDrawer(engine, config, condition, topology).draw(prompts, [0, 1])
 
 
 def test_continuous_latents_are_learned_and_drawn_across_a_pipeline():

@@ -124,3 +124,51 @@ def test_decoding_equals_the_teacher_forced_pack(is_causal):
     whole, decoded = run_ranks(1, _teacher_forced, _config(use_cache=True), is_causal)[0]
     # float32 rounding: the same products in batches of another size.
     torch.testing.assert_close(decoded, whole, rtol=1e-5, atol=1e-5)
+
+
+def _places(rank: int, config) -> tuple[list[set[int]], list[int | None], bool]:
+    """(where the keys of every layer were in each of three batches, the memory's shape, whether it is still in use)."""
+    engine, topology = make_engine(config)
+    from bitdance_scale.generate.block_decode import decode_blocks, lay_out
+    from bitdance_scale.generate.sampler import ImageNoise
+    from bitdance_scale.model.key_values import KeyValueMemory
+    from bitdance_scale.parallel.layout_decode import StageDecoder
+
+    places: list[set[int]] = []
+    update = KeyValueMemory.update
+
+    def watched(memory: KeyValueMemory, *arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = update(memory, *arguments)
+        places[-1] |= {keys.data_ptr(), values.data_ptr()}
+        return keys, values
+
+    KeyValueMemory.update = watched
+    decoder = StageDecoder(engine, config, topology)
+    shape = (config.sample.num_steps + 1, config.vision.block_tokens, config.vision.num_bits)
+    images, shapes = [], []
+    for prompts in (PROMPTS, PROMPTS[::-1], PROMPTS[:2]):
+        places.append(set())
+        layout = lay_out(prompts, GRID, TOKENS, topology.device)
+        noise = ImageNoise(3, [0, 1][: len(prompts) // 2], shape, topology.device)
+        with decoder:
+            images.append(decode_blocks(decoder, layout, noise))
+        shapes.append(decoder._memory.shape)
+    attention = [layer.self_attention.core_attention for stage in engine.stages for layer in stage.decoder.layers]
+    places.append(set())
+    with StageDecoder(engine, config, topology) as fresh:
+        noise = ImageNoise(3, [0], shape, topology.device)
+        is_same = torch.equal(
+            decode_blocks(fresh, lay_out(PROMPTS[:2], GRID, TOKENS, topology.device), noise), images[-1]
+        )
+    return places, shapes, is_same and not any(part._memory for part in attention)
+
+
+@pytest.mark.parametrize("parallel", [{}, {"pipeline": 2}], ids=str)
+def test_keys_and_values_stay_in_place_from_batch_to_batch(parallel):
+    num_ranks = parallel.get("pipeline", 1)
+    for places, shapes, is_clean in run_ranks(num_ranks, _places, _config(True, **parallel)):
+        # Two places for every layer of the rank, in every block of both batches of one shape.
+        assert len(places[0]) == 8 // num_ranks and places[0] == places[1]
+        assert shapes == [(4, 256), (4, 256), (2, 256)] and len(places[2]) == 8 // num_ranks
+        # Nothing of an earlier batch is left in a later one, nor in the layers.
+        assert is_clean

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +38,16 @@ class Drawn:
         return images
 
 
-def _draw(rank: int, benchmark: str, prompts: Path, out: Path, dies_after: int | None, asks_to_stop: bool) -> int:
+def _draw(
+    rank: int, benchmark: str, prompts: Path | None, out: Path, dies_after: int | None, asks_to_stop: bool
+) -> int:
     from bitdance_scale.config.schema import ParallelSection
     from bitdance_scale.evaluation.benchmarks.catalogue import find_benchmark, read_prompts
     from bitdance_scale.evaluation.benchmarks.manifest import Drawing
     from bitdance_scale.train import draw_prompts
     from bitdance_scale.train.draw_prompts import PromptDrawing, run_draw_prompts
 
-    found = find_benchmark(benchmark)
+    found = replace(find_benchmark(benchmark).of_model(NUM_PROMPTS, ()), num_images=4)
     read = read_prompts(found, prompts)
     drawing = Drawing.of(found, read, model={"name": "small"}, size_px=SIZE_PX, settings={}, seed=3)
     if asks_to_stop:
@@ -65,8 +68,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.fixture(params=["dpg", pytest.param("geneval", marks=pytest.mark.large)])
-def benchmark(request, tmp_path) -> tuple[str, Path]:
+@pytest.fixture(params=["dpg", "imagenet", pytest.param("geneval", marks=pytest.mark.large)])
+def benchmark(request, tmp_path) -> tuple[str, Path | None]:
+    """Prompts of four images each: one file for all of them, in one array, or a file each."""
+    if request.param == "imagenet":
+        return request.param, None
     if request.param == "dpg":
         path = tmp_path / "prompts.json"
         path.write_text(json.dumps({f"item{number}": f"prompt {number}" for number in range(NUM_PROMPTS)}))
@@ -81,7 +87,8 @@ def benchmark(request, tmp_path) -> tuple[str, Path]:
 def test_killed_and_stopped_drawings_end_with_the_same_bytes(benchmark, tmp_path):
     assert run_ranks(1, _draw, *benchmark, tmp_path / "alone", None, False) == [0]
     expected = contents(tmp_path / "alone")
-    assert len([name for name in expected if name.endswith(".png")]) >= NUM_PROMPTS
+    pictures = {"samples.npz", "grid.png"} if benchmark[0] == "imagenet" else {n for n in expected if n[-4:] == ".png"}
+    assert pictures <= expected.keys() and len(pictures) >= (2 if benchmark[0] == "imagenet" else NUM_PROMPTS)
     out = tmp_path / "broken"
     # Three replicas, one of which dies in its second turn: what was drawn stays.
     with pytest.raises(AssertionError, match="exit code 9"):

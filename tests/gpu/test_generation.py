@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from bitdance_scale.generate.block_decode import decode_blocks, lay_out
+from bitdance_scale.generate.caption_decode import TokenChoice, decode_captions, lay_out_contexts
 from bitdance_scale.generate.pipeline import BitDancePipeline
-from bitdance_scale.generate.published_model import load_published
-from bitdance_scale.generate.qwen3_blocks import CapturedCall, Qwen3Blocks
+from bitdance_scale.generate.published_model import load_describer, load_published
+from bitdance_scale.generate.qwen3_blocks import Qwen3Blocks
+from bitdance_scale.generate.qwen3_captions import Qwen3Captions
+from bitdance_scale.generate.qwen3_memory import CapturedCall
 from bitdance_scale.generate.sampler import FlowSolver, GeneratorNoise
 from tests.released import write_published
 
@@ -90,3 +93,20 @@ def test_the_default_on_cuda_is_bfloat16(folder):
         for _ in range(2)
     )
     assert (first == second).all()
+
+
+@pytest.mark.parametrize("choice", [TokenChoice(), TokenChoice(0.9, 1.5)])
+def test_graphs_write_the_captions_of_plain_calls(folder, choice):
+    device = torch.device("cuda")
+    model = load_describer(folder, torch.float32, device)
+    samples = [model.text.describing_prompt(0, grid) for grid in ((8, 12), (4, 8))]
+    layout = lay_out_contexts(samples, model.text.image_tokens, device)
+    bits = torch.randn(8 * 12 + 4 * 8, 16, generator=torch.Generator().manual_seed(0)).sign().to(device)
+    is_choice = torch.from_numpy(model.text.caption_entries()).to(device)
+    found = []
+    for use_graphs in (True, True, False):
+        captions = Qwen3Captions(model.backbone, model.output, model.projector, use_graphs)
+        generators = [torch.Generator().manual_seed(n) for n in (1, 2)]
+        end = int(model.text.turn_end_ids[0])
+        found.append(decode_captions(captions, layout, bits, choice, generators, is_choice, end, max_tokens=20))
+    assert found[0] == found[1] == found[2]

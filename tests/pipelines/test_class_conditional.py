@@ -15,12 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bitdance_scale.checkpoint.start_weights import find_checkpoint
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.rules import check
 from bitdance_scale.errors import ConfigError, DataError
 from bitdance_scale.observe.metrics import METRICS_FILE, read_metrics
-from bitdance_scale.train.draw_classes import Drawing, drawing_record
 from bitdance_scale.train.shared_index import labelled_index
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +71,7 @@ num_steps = 16
 guidance = 2.0
 [evaluate]
 shards = []
+benchmarks = []
 """
 
 
@@ -136,55 +135,60 @@ def test_classes_are_drawn_in_their_colours(trained: Trained) -> None:
 
 
 def test_every_class_is_drawn_and_what_is_there_stays(trained: Trained) -> None:
-    """Five images of each class in batches of four, on two replicas, of which the second batch is there already."""
+    """Five images of each class in batches of four on two replicas, and then again those that are missing."""
     out = trained.folder / "drawn"
-    options = _drawing(trained, out)
-    refused = _python(trained.folder, *DRAW, *options, f"--from={trained.folder}/runs/none", code=2)
-    assert "runs/none: no checkpoint is there" in refused and not out.exists()
-    _begin(out, trained, options)
-    _python(trained.folder, *PAIR, str(ROOT / "tools/draw_classes.py"), *options)
-    images = _images(out)
-    assert images.shape == (15, 32, 32, 3) and images.dtype == np.uint8 and not images[4:8].any()
-    labels = images.mean(axis=(1, 2)).argmax(axis=1)
-    drawn = [*range(4), *range(8, 15)]
-    assert (labels == np.repeat([0, 1, 2], 5))[drawn].mean() > 0.8
-    np.testing.assert_array_equal(np.asarray(Image.open(out / "images/000014.png")), images[14])
-    assert sorted(path.name for path in out.iterdir()) == ["draw.json", "grid.png", "images", "samples.npz"]
+    options = [*_drawing(trained, out), "parallel.tensor=1"]
+    _python(trained.folder, *PAIR, *DRAW, *options, "--images")
+    images, labels = _read(out)
+    assert images.shape == (15, 32, 32, 3) and images.dtype == np.uint8
+    np.testing.assert_array_equal(labels, [0, 1, 2] * 5)
+    assert (images.mean(axis=(1, 2)).argmax(axis=1) == labels).mean() > 0.8
+    np.testing.assert_array_equal(np.asarray(Image.open(out / "images/00002/0004.png")), images[14])
+    assert sorted(path.name for path in out.iterdir()) == ["drawing.json", "grid.png", "images", "samples.npz"]
+    record = json.loads((out / "drawing.json").read_text())
+    wanted = {"steps": 16, "guidance": 2.0, "guidance_growth": "linear", "batch_size": 4}
+    assert record["settings"].items() >= wanted.items() and record["size_px"] == [32, 32]
+
+    # Stopped before the end: one image is black, one is missing; the batch of the missing one is drawn again.
+    content = (out / "samples.npz").read_bytes()
+    (out / "samples.npz").unlink()
+    for row in set(range(15)) - {7}:
+        part = out / f"parts/{row % 3:05d}/{row // 3:04d}.npy"
+        part.parent.mkdir(parents=True, exist_ok=True)
+        np.save(part, images[row] if row != 4 else np.zeros_like(images[4]))
+    _python(trained.folder, *DRAW, *options, "--nproc=1")
+    again, _ = _read(out)
+    assert not again[4].any() and not (out / "parts").exists()
+    again[4] = images[4]
+    np.testing.assert_array_equal(again, images)
+    assert len((out / "samples.npz").read_bytes()) == len(content)
 
 
 @pytest.mark.large
 def test_a_drawing_is_the_same_whoever_draws_it(trained: Trained) -> None:
     two, one = trained.folder / "two", trained.folder / "one"
-    _python(trained.folder, *PAIR, str(ROOT / "tools/draw_classes.py"), *_drawing(trained, two), "parallel.pipeline=2")
-    _python(trained.folder, *DRAW, *_drawing(trained, one))
+    staged = ["parallel.tensor=1", "parallel.pipeline=2"]
+    _python(trained.folder, *PAIR, *DRAW, *_drawing(trained, two), *staged)
+    alone = [*DRAW, *_drawing(trained, one), "parallel.tensor=1", "--nproc=1"]
+    _python(trained.folder, *alone)
     # Sums of other shapes may flip a bit that the head is not sure of.
-    assert (_images(two) == _images(one)).mean() > 0.95
-    refused = _python(trained.folder, *DRAW, *_drawing(trained, one), "sample.seed=9", code=2)
-    assert 'one: holds another drawing, of sample = {"' in refused and "name another folder" in refused
+    assert (_read(two)[0] == _read(one)[0]).mean() > 0.95
+    refused = _python(trained.folder, *alone, "--seed=9", code=2)
+    assert "one: holds another drawing (drawing.json): seed is 0 there, 9 here. Name another folder" in refused
 
 
-DRAW = ["-m", "bitdance_scale.cli.draw_classes"]
+DRAW = ["-m", "bitdance_scale.cli.evaluate_draw"]
 
 
 def _drawing(trained: Trained, out: Path) -> list[str]:
-    options = [trained.config, f"--out={out}", "--per-class=5", "--batch-size=4", "--images", *trained.settings]
-    return [*options, "sample.guidance_growth=linear"]
+    run = str(trained.folder / "runs/colours")
+    return ["imagenet", run, f"--out={out}", "--images-per-prompt=5", "--batch-size=4", "--guidance-growth=linear"]
 
 
-def _begin(out: Path, trained: Trained, options: list[str]) -> None:
-    """A drawing that was stopped after its second batch, which is black."""
-    config = load_config(trained.config, [option for option in options[1:] if not option.startswith("--")])
-    checkpoint = find_checkpoint(trained.folder / "runs/colours")
-    drawing = Drawing(out, str(checkpoint), per_class=5, batch_size=4, has_pictures=True)
-    (out / "parts").mkdir(parents=True)
-    (out / "draw.json").write_text(json.dumps(drawing_record(config, drawing, checkpoint)))
-    np.save(out / "parts/000001.npy", np.zeros((4, 32, 32, 3), np.uint8))
-
-
-def _images(out: Path) -> np.ndarray:
+def _read(out: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(images uint8 [N, H, W, 3], their classes int64 [N])."""
     with np.load(out / "samples.npz") as archive:
-        images: np.ndarray = archive["arr_0"]
-    return images
+        return archive["arr_0"], archive["arr_1"]
 
 
 @pytest.mark.large

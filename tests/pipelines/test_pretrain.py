@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from bitdance_scale.cli.stage import main
+from bitdance_scale.observe.benchmark_scores import BENCHMARKS_FILE, read_scores_of_run
 from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE, read_metrics
 from bitdance_scale.train.process import EXIT_REFUSED, EXIT_REQUEUE
 
@@ -23,6 +25,9 @@ ROOT = Path(__file__).parents[2]
 DEMO = "demo"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 TIMEOUT_S = 280
+SCORED = (
+    '[{{benchmark="demo-scenes", metrics=["scenes"], num_prompts=6, num_steps=2, size_px=[32, 32], every_steps={}}}]'
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +40,7 @@ def shards(tmp_path_factory) -> Path:
 
 
 def _command(launcher: list[str], shards: Path, root: Path, **settings: object) -> list[str]:
-    settings = {"evaluate__shards": "[]"} | settings
+    settings = {"evaluate__shards": "[]", "evaluate__benchmarks": "[]"} | settings
     overrides = [f"{name.replace('__', '.')}={value}" for name, value in settings.items()]
     return [*launcher, "pipelines/pretrain.py", DEMO, f"data.shards=['{shards}']", f"run.root='{root}'", *overrides]
 
@@ -78,6 +83,7 @@ def finished(shards, held_out, tmp_path_factory) -> tuple[Path, list[str], str]:
         checkpoint__every_steps=10,
         evaluate__shards=f"['{held_out}']",
         evaluate__every_steps=10,
+        evaluate__benchmarks=SCORED.format(10),
     )
     result = _run(command)
     assert result.returncode == 0, result.stderr[-4000:]
@@ -102,6 +108,18 @@ def test_held_out_losses_fall(finished):
     assert max(lines[0]["vision_by_time"]) == lines[0]["vision_by_time"][-1]
 
 
+def test_pictures_are_scored_while_the_run_trains(finished):
+    folder, _, printed = finished
+    lines = read_scores_of_run(folder)
+    assert [(line.step, line.series, line.num_images) for line in lines] == [
+        (10, "demo-scenes/scenes", 6), (20, "demo-scenes/scenes", 6),
+    ]  # fmt: skip
+    assert all(0 <= line.values["overall"] <= 1 and line.values.keys() == line.low.keys() for line in lines)
+    grids = [folder / "benchmarks" / "demo-scenes" / f"step_{step:06d}.png" for step in (10, 20)]
+    assert all(np.asarray(Image.open(grid).convert("RGB")).std() > 5 for grid in grids)
+    assert "demo-scenes after step 20: scenes" in printed
+
+
 def test_run_leaves_everything(finished):
     folder, _, printed = finished
     assert "overview" in printed and "images/s" in printed
@@ -119,13 +137,20 @@ def test_run_leaves_everything(finished):
 def test_complete_run_says_so_and_makes_what_is_missing(finished):
     grid, evaluations = finished[0] / "samples" / "step_000020.png", finished[0] / EVALUATION_FILE
     drawn, evaluated = np.asarray(Image.open(grid)), evaluations.read_text()
+    scores = finished[0] / BENCHMARKS_FILE
+    scored = read_scores_of_run(finished[0])
     # As if killed between the last checkpoint and what follows it.
     grid.unlink()
+    scores.write_text("".join(scores.read_text().splitlines(keepends=True)[:-1]))
     evaluations.write_text("".join(evaluated.splitlines(keepends=True)[:-1]))
     result = _run(finished[1])
     assert result.returncode == 0
     np.testing.assert_array_equal(np.asarray(Image.open(grid)), drawn)
     assert evaluations.read_text() == evaluated
+    again = read_scores_of_run(finished[0])
+    assert [dataclasses.replace(line, drawn_s=0) for line in again] == [
+        dataclasses.replace(line, drawn_s=0) for line in scored
+    ]
     assert "is complete at step 20" in result.stdout and "run.steps=40" in result.stdout
 
 
@@ -138,6 +163,7 @@ def test_stopped_run_saves_and_goes_on(shards, tmp_path):
         data__global_batch=10,
         sample__every_steps=0,
         observe__wandb_mode="disabled",
+        evaluate__benchmarks=SCORED.format(1),
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -159,6 +185,8 @@ def test_stopped_run_saves_and_goes_on(shards, tmp_path):
     assert again.returncode == 0, again.stderr[-4000:]
     assert "resumed from" in again.stdout
     assert [point.step for point in read_metrics(metrics)] == [1, 2, 3, 4, 5, 6]
+    # That of the step after which it stopped is made when it goes on.
+    assert [line.step for line in read_scores_of_run(tmp_path / "demo")] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,7 @@ def typical_packs(config: RunConfig, num_replicas: int) -> list[Pack]:
     """
     samples, tokens = _samples(config), placeholder_tokens(config)
     token_bytes = code_bytes(config.vision.num_bits, config.vision.latents)
-    lengths = np.array(
-        [num_positions(len(sample.before_ids), len(sample.after_ids), sample.grid, tokens) for sample in samples]
-    )
+    lengths = np.array([num_positions(sample, tokens) for sample in samples])
     cost_model = CostModel.of_model(config.model)
     ranks = partition_batch(
         lengths,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar, Self
 
 from bitdance_scale.evaluation.benchmarks.layout import Layout
 from bitdance_scale.evaluation.benchmarks.prompt import Prompt
@@ -12,19 +14,27 @@ from bitdance_scale.evaluation.benchmarks.prompt import Prompt
 
 @dataclass(frozen=True)
 class Settings:
-    """How the published scores were drawn.
+    """How the published scores were drawn; None: as the model's own configuration says in `[sample]`.
 
     Attributes:
         size_px: (height, width).
         steps: solver steps per block.
-        guidance: classifier-free guidance scale; None: it depends on the model.
+        guidance: classifier-free guidance scale.
         source: where this is published, or that it is assumed.
+        sampler: euler_maruyama or euler.
+        guidance_growth: constant, or linear over the blocks of an image.
+        weights: of a run: trained or averaged.
+        batch_size: images that are drawn together unless something else is asked for.
     """
 
-    size_px: tuple[int, int]
-    steps: int
+    size_px: tuple[int, int] | None
+    steps: int | None
     guidance: float | None
     source: str
+    sampler: str | None = "euler_maruyama"
+    guidance_growth: str | None = "constant"
+    weights: str | None = "trained"
+    batch_size: int = 8
 
 
 @dataclass(frozen=True)
@@ -33,9 +43,11 @@ class Benchmark(ABC):
 
     Attributes:
         num_images: images of each prompt; the published number by default.
+        condition: what its images are drawn from, as `Family.condition`: text or class.
     """
 
     num_images: int
+    condition: ClassVar[str] = "text"
 
     @property
     @abstractmethod
@@ -51,6 +63,19 @@ class Benchmark(ABC):
     @abstractmethod
     def settings(self) -> Settings:
         """How the published scores were drawn."""
+
+    def of_model(self, num_classes: int, class_names: Sequence[str]) -> Benchmark:
+        """The benchmark as it is for a model with these classes; one of texts is the same for all.
+
+        Args:
+            num_classes: of the model; 0 if it has none.
+            class_names: in order of their numbers; empty if they have none.
+        """
+        return self
+
+    def doubt(self, prompts: Sequence[Prompt], guidance: float) -> str:
+        """What to warn of before prompts are drawn with a guidance; empty if nothing."""
+        return ""
 
     @abstractmethod
     def layout(self, model: str) -> Layout:
@@ -70,3 +95,12 @@ class Benchmark(ABC):
         Raises:
             ConfigError: it cannot be read or is no file of this benchmark; names the line and what is wrong with it.
         """
+
+    def as_drawn(self, num_images: int, num_prompts: int) -> Self:
+        """The benchmark of a drawing.
+
+        Args:
+            num_images: images of each prompt.
+            num_prompts: prompts; it counts where a benchmark makes its prompts itself.
+        """
+        return replace(self, num_images=num_images)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.evaluation.benchmarks.benchmark import Benchmark
+from bitdance_scale.evaluation.benchmarks.demo_classes import DemoClasses
 from bitdance_scale.evaluation.benchmarks.demo_scenes import DemoScenes
 from bitdance_scale.evaluation.benchmarks.dpg import Dpg
 from bitdance_scale.evaluation.benchmarks.geneval import GenEval
@@ -23,6 +24,7 @@ BENCHMARKS: Sequence[Benchmark] = (
     Tiif(),
     ImageNet(),
     DemoScenes(),
+    DemoClasses(),
 )
 _OF_FILES = BENCHMARKS[:5]
 

@@ -1,12 +1,13 @@
 """Captions of the demo's scenes in GenEval's six categories, for models that were trained on such scenes.
 
-No data set of the demo holds them. Their pictures can be judged without a network, as `tools/score_scenes.py` does.
+No data set of the demo holds them. Their pictures are judged without a network (`evaluation/scenes`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Self
 
 from bitdance_scale.demo.scenes import CATEGORY_SHARES, Scene, make_scene
 from bitdance_scale.errors import ConfigError
@@ -52,7 +53,7 @@ class DemoScenes(Benchmark):
     per_category: int = 50
     name = "demo-scenes"
     prompt_file = ""
-    settings = Settings((64, 64), 25, 3.0, "those that the demo's results were drawn with: tools/score_scenes.py")
+    settings = Settings((64, 64), 25, 3.0, "those that the demo's results were drawn with: docs/stages.md")
 
     def layout(self, model: str) -> DemoScenesLayout:
         """The layout, in which no model is named."""
@@ -68,3 +69,7 @@ class DemoScenes(Benchmark):
             Prompt(f"{number:05d}", scene.caption, scene.category, self.num_images, scene.record())
             for number, scene in enumerate(choose_scenes(self.per_category))
         ]
+
+    def as_drawn(self, num_images: int, num_prompts: int) -> Self:
+        """The benchmark of a drawing, which has as many prompts of each category."""
+        return replace(self, num_images=num_images, per_category=num_prompts // len(CATEGORIES))

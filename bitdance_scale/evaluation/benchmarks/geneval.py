@@ -7,7 +7,7 @@ and scripts/eval/eval_bitdance_14b_16x.sh.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,12 +18,16 @@ from bitdance_scale.evaluation.benchmarks.layout import SeparatePictures
 from bitdance_scale.evaluation.benchmarks.picture import Picture, grid_side
 from bitdance_scale.evaluation.benchmarks.prompt import Prompt, check_prompts
 from bitdance_scale.evaluation.benchmarks.prompt_files import read_json_lines, text_of
+from bitdance_scale.evaluation.geneval.rules import TAGS
 
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+_SHORT_BEGINNING = "a photo of "
+"""Of every published short prompt (prompts/create_prompts.py); none of the long ones begins so."""
 
 
 class GenEvalLayout(SeparatePictures):
     """`{line:05d}/samples/{k:04d}.png`, `{line:05d}/grid.png` and the prompt's line as `{line:05d}/metadata.jsonl`."""
+
+    makes_files = True
 
     def separate(self, prompt: Prompt, k: int) -> PurePosixPath:
         """The file of image k."""
@@ -47,6 +51,17 @@ class GenEval(Benchmark):
     name = "geneval"
     prompt_file = "evaluation_metadata.jsonl of GenEval, or the long form of it"
     settings = Settings((1024, 1024), 50, 13.0, "published, for the long prompts: BitDance's scripts/eval")
+
+    def doubt(self, prompts: Sequence[Prompt], guidance: float) -> str:
+        """The guidance of the published score is for the long prompts."""
+        num_short = sum(prompt.text.startswith(_SHORT_BEGINNING) for prompt in prompts)
+        if guidance != self.settings.guidance or 2 * num_short <= len(prompts):
+            return ""
+        return (
+            f"guidance = {guidance}: {num_short} of {len(prompts)} prompts have GenEval's short form "
+            f"({prompts[0].text!r}), and this guidance is published for the long prompts; name the long form with "
+            "--prompts, or another guidance with --guidance (the default of the release is 7.5)"
+        )
 
     def layout(self, model: str) -> GenEvalLayout:
         """The layout, in which no model is named."""

@@ -15,12 +15,12 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from bitdance_scale.atomic_files import WRITING, replacing, write_text
+from bitdance_scale.atomic_files import WRITING, write_text
 from bitdance_scale.errors import ConfigError
+from bitdance_scale.evaluation.benchmarks.array_file import ArrayFile
 from bitdance_scale.evaluation.benchmarks.layout import PARTS, Layout
 from bitdance_scale.evaluation.benchmarks.picture import SUFFIXES, Picture, describe_px
 from bitdance_scale.evaluation.benchmarks.prompt import Prompt
-from bitdance_scale.evaluation.image_array import map_npz, write_npz
 from bitdance_scale.text_files import read_utf8
 from bitdance_scale.wording import first_few
 
@@ -95,6 +95,7 @@ class ImageFolder:
     ) -> None:
         self._root, self._layout, self._prompts = root, layout, prompts
         self._size_px = None if size_px is None else (size_px[0], size_px[1])
+        self._array = None if layout.array is None else ArrayFile(root / layout.array, prompts)
 
     def state(self) -> FolderState:
         """What the folder holds. Pictures are measured, not decoded; one process may ask for all.
@@ -113,7 +114,8 @@ class ImageFolder:
         for prompt in self._prompts:
             images = [self._layout.image(prompt, k) for k in range(prompt.num_images)]
             pictures = self._layout.pictures(prompt)
-            known |= {picture.path for picture in (*images, *pictures)}
+            copies = [copy for k in range(prompt.num_images) if (copy := self._layout.copy(prompt, k)) is not None]
+            known |= {picture.path for picture in (*images, *pictures, *copies)}
             if has_array:
                 complete.append(prompt)
                 continue
@@ -124,8 +126,7 @@ class ImageFolder:
                 complete.append(prompt)
             else:
                 to_draw[prompt.id] = _needed(images, pictures, good)
-        if self._layout.array is not None:
-            known.add(self._layout.array)
+        known |= {path for path in (self._layout.array, self._layout.overview) if path is not None}
         for path in sorted(found - known):
             if path.suffix.lower() in SUFFIXES:
                 foreign[str(path)] = self._layout.stranger(path)
@@ -134,13 +135,16 @@ class ImageFolder:
     def write_image(self, prompt: Prompt, k: int, image: np.ndarray) -> None:
         """Writes image k of a prompt, uint8 [H, W, 3], and, if it is the last one missing, what is made of them all.
 
-        Several processes may write to a folder if each has prompts of its own.
+        Several processes may write to a folder if each has images of its own, and prompts of its own where files are
+        made of their images (`Layout.makes_files`).
 
         Raises:
             ValueError: the image has another type or size.
         """
         self._check([image])
         self._write_single(self._layout.image(prompt, k), image)
+        if not self._layout.makes_files:
+            return
         singles = [self._layout.image(prompt, other) for other in range(prompt.num_images)]
         if all(single.is_there(self._root, image.shape[:2]) for single in singles):
             self.finish_prompt(prompt)
@@ -189,14 +193,23 @@ class ImageFolder:
                 self.finish_prompt(prompt)
             state = self.state()
         state.require_complete()
-        array = self._layout.array
-        if array is not None and (str(array) in state.damaged or not (self._root / array).exists()):
-            height, width = self._images(self._prompts[0])[0].shape[:2]
-            number = sum(prompt.num_images for prompt in self._prompts)
-            with replacing(self._root / array) as aside:
-                parts = (np.stack(self._images(prompt)) for prompt in self._prompts)
-                write_npz(aside, (number, height, width, 3), parts)
+        if self._array is not None and (str(self._layout.array) in state.damaged or not self._array.path.exists()):
+            self._array.write(self._single)
         shutil.rmtree(self._root / PARTS, ignore_errors=True)
+
+    def write_copies(self, process: int = 0, num_processes: int = 1) -> None:
+        """Writes every image of a finished array as a file too, where it is not there.
+
+        Args:
+            process: number of this process among those that share out the images.
+            num_processes: how many they are.
+        """
+        if self._array is None:
+            return
+        for prompt, k, image in self._array.images(process, num_processes):
+            copy = self._layout.copy(prompt, k)
+            if copy is not None and not copy.is_there(self._root, image.shape[:2]):
+                copy.write(self._root, [image], is_durable=False)
 
     def read(self, prompt: Prompt) -> list[np.ndarray]:
         """The images of a complete prompt, uint8 [H, W, 3] each; those of a grid are cut out of it.
@@ -204,9 +217,8 @@ class ImageFolder:
         Raises:
             ConfigError: a file is missing, cannot be read, or has another number or size of images.
         """
-        array = self._layout.array
-        has_array = array is not None and (self._root / array).exists()
-        images = self._of_array(prompt) if has_array else self._images(prompt)
+        array = self._array
+        images = self._images(prompt) if array is None or not array.path.exists() else array.read(prompt)
         sizes = {image.shape[:2] for image in images}
         if len(images) != prompt.num_images or len(sizes) != 1 or (self._size_px and sizes != {self._size_px}):
             expected = "one size" if self._size_px is None else describe_px(self._size_px)
@@ -224,35 +236,22 @@ class ImageFolder:
                 found += picture.read(self._root)
         return found
 
-    def _of_array(self, prompt: Prompt) -> list[np.ndarray]:
-        assert self._layout.array is not None
-        path = self._root / self._layout.array
-        begin = 0
-        for other in self._prompts:
-            if other.id == prompt.id:
-                break
-            begin += other.num_images
-        try:
-            return [np.array(image) for image in map_npz(path)[begin : begin + prompt.num_images]]
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: {error}; remove it and draw again") from error
+    def _single(self, prompt: Prompt, k: int) -> np.ndarray:
+        return self._layout.image(prompt, k).read(self._root)[0]
 
     def _has_array(self, found: set[PurePosixPath], damaged: dict[str, str], foreign: dict[str, str]) -> bool:
         """Whether the one array is there and whole; what is wrong with it otherwise."""
-        array = self._layout.array
-        if array is None or array not in found:
+        if self._array is None or self._layout.array not in found:
             return False
+        name = str(self._layout.array)
         try:
-            shape = map_npz(self._root / array).shape
+            reason = self._array.stranger(self._size_px)
         except (OSError, ValueError) as error:
-            damaged[str(array)] = str(error)
+            damaged[name] = str(error)
             return False
-        number = sum(prompt.num_images for prompt in self._prompts)
-        if shape[0] != number or (self._size_px is not None and tuple(shape[1:3]) != tuple(self._size_px)):
-            expected = "" if self._size_px is None else f" of {describe_px(self._size_px)}"
-            foreign[str(array)] = f"has {shape[0]} images of {describe_px(shape[1:])}, expected {number}{expected}"
-            return False
-        return True
+        if reason:
+            foreign[name] = reason
+        return not reason
 
     def _is_good(
         self, picture: Picture, found: set[PurePosixPath], damaged: dict[str, str], foreign: dict[str, str]

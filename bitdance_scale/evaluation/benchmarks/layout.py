@@ -21,10 +21,14 @@ class Layout(ABC):
     """Where pictures lie; paths are relative to the folder of a drawing.
 
     Attributes:
-        array: the one file that all images become, if they do.
+        array: the one file that all images become, if they do; in the order of `rounds`.
+        overview: a picture of some images, for people, if there is one.
+        makes_files: whether a file is made of the images of a prompt, so that one process must draw them all.
     """
 
     array: PurePosixPath | None = None
+    overview: PurePosixPath | None = None
+    makes_files = True
 
     @abstractmethod
     def pictures(self, prompt: Prompt) -> list[Picture]:
@@ -32,7 +36,11 @@ class Layout(ABC):
 
     def image(self, prompt: Prompt, k: int) -> Picture:
         """Where image k of a prompt is written as soon as it is drawn."""
-        return Picture(PurePosixPath(PARTS, prompt.id, f"{k:04d}.png"))
+        return Picture(PurePosixPath(PARTS, prompt.id, f"{k:04d}.npy"))
+
+    def copy(self, prompt: Prompt, k: int) -> Picture | None:
+        """Where image k of a prompt is written once more for who asks for it; None: it has a file anyway."""
+        return None
 
     def records(self, prompt: Prompt) -> Mapping[PurePosixPath, Mapping[str, Any]]:
         """Files of one line of JSON that the scorer reads beside the pictures."""
@@ -45,6 +53,8 @@ class Layout(ABC):
 
 class SeparatePictures(Layout):
     """A file for every image."""
+
+    makes_files = False
 
     @abstractmethod
     def separate(self, prompt: Prompt, k: int) -> PurePosixPath:
@@ -60,11 +70,14 @@ class SeparatePictures(Layout):
 
 
 class OneArray(Layout):
-    """All images in one array; until it is made, a file for each.
+    """All images of classes in one array with their labels; until it is made, a file for each.
 
     Args:
         array: the file of the array.
     """
+
+    overview = PurePosixPath("grid.png")
+    makes_files = False
 
     def __init__(self, array: str) -> None:
         self.array = PurePosixPath(array)
@@ -72,6 +85,10 @@ class OneArray(Layout):
     def pictures(self, prompt: Prompt) -> list[Picture]:
         """The files that the array is made from."""
         return [self.image(prompt, k) for k in range(prompt.num_images)]
+
+    def copy(self, prompt: Prompt, k: int) -> Picture:
+        """A PNG of image k."""
+        return Picture(PurePosixPath("images", prompt.id, f"{k:04d}.png"))
 
 
 def model_stranger(path: PurePosixPath, pattern: str, model: str) -> str:

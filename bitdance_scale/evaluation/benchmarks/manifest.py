@@ -18,6 +18,8 @@ from bitdance_scale.wording import first_few
 
 DRAWING_NAME = "drawing.json"
 _LONGEST_SHOWN = 60
+_TOLD_BY_WEIGHTS = "model.block_tokens"
+"""A folder that does not say it may be drawn on: the digest of the weights decides."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Drawing:
         prompts_sha256: `prompts_digest` of its prompts.
         num_prompts: how many there are.
         images_per_prompt: how many images each has.
-        model: name of the model, and what tells its weights from others.
+        model: name of the model, the tokens that it draws at once, and what tells its weights from others.
         size_px: (height, width) of an image.
         settings: how it draws: steps, guidance and whatever else changes an image.
         seed: of `image_seed`.
@@ -82,8 +84,10 @@ def check_drawing(root: Path, drawing: Drawing) -> None:
     Raises:
         ConfigError: something differs, and what, or `drawing.json` cannot be read.
     """
-    found = _flat(read_drawing(root))
-    wanted = _flat(json.loads(json.dumps(asdict(drawing))))
+    found = flat_values(read_drawing(root))
+    wanted = flat_values(json.loads(json.dumps(asdict(drawing))))
+    if _TOLD_BY_WEIGHTS not in found:
+        wanted.pop(_TOLD_BY_WEIGHTS, None)
     differing = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
     if not differing:
         return
@@ -119,11 +123,11 @@ def read_drawing(root: Path) -> dict[str, Any]:
     return found
 
 
-def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+def flat_values(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     """Nested values by dotted names."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+        found |= flat_values(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
     return found
 
 

@@ -1,4 +1,7 @@
-"""One picture file: of one image, or of several in rows without a gap, as benchmarks call a grid."""
+"""One picture file: of one image, or of several in rows without a gap, as benchmarks call a grid.
+
+An image that waits for others is a `.npy`: a PNG of 256 px takes 27 ms to write, and some models draw it in less.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ SUFFIXES = frozenset({".png", ".webp", ".jpg", ".jpeg", ".npz", ".npy"})
 """What files of images are called; other files in a folder are somebody's notes or scores."""
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _FORMATS = {".png": "PNG", ".webp": "WEBP"}
+_ARRAY = ".npy"
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,8 @@ class Picture:
     """A picture file of a folder.
 
     Attributes:
-        path: relative to the folder. `.png` is without loss; `.webp` has the quality that Pillow gives by default,
-            lossy 80, as OneIG's published script writes it.
+        path: relative to the folder. `.png` and `.npy` (the array) are without loss; `.webp` has the quality that
+            Pillow gives by default, lossy 80, as OneIG's published script writes it.
         side: images in a row, and rows.
     """
 
@@ -46,7 +50,11 @@ class Picture:
         """
         rows = [np.concatenate(images[start : start + self.side], axis=1) for start in range(0, len(images), self.side)]
         with replacing(root / self.path, is_durable=is_durable) as aside:
-            Image.fromarray(np.concatenate(rows)).save(aside, format=_FORMATS[self.path.suffix])
+            if self.path.suffix == _ARRAY:
+                with aside.open("wb") as file:
+                    np.save(file, np.concatenate(rows), allow_pickle=False)
+            else:
+                Image.fromarray(np.concatenate(rows)).save(aside, format=_FORMATS[self.path.suffix])
 
     def read(self, root: Path) -> list[np.ndarray]:
         """Its images, uint8 [H, W, 3] each, row by row.
@@ -56,9 +64,12 @@ class Picture:
         """
         path = root / self.path
         try:
-            with Image.open(path) as opened:
-                pixels = np.asarray(opened.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
+            if path.suffix == _ARRAY:
+                pixels = np.array(_map_array(path))
+            else:
+                with Image.open(path) as opened:
+                    pixels = np.asarray(opened.convert("RGB"))
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             raise ConfigError(f"{path}: cannot be read as a picture ({error}); remove it and draw it again") from error
         if any(length % self.side for length in pixels.shape[:2]):
             raise ConfigError(
@@ -87,11 +98,14 @@ class Picture:
         """
         path = root / self.path
         try:
-            with Image.open(path) as opened:
-                width, height = opened.size
+            if path.suffix == _ARRAY:
+                height, width, _ = _map_array(path).shape
+            else:
+                with Image.open(path) as opened:
+                    width, height = opened.size
         except FileNotFoundError:
             raise
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             return f"is no picture ({error})"
         return (height, width) if _has_its_end(path) else "is cut short"
 
@@ -113,6 +127,14 @@ def grid_side(benchmark: str, num_images: int) -> int:
 def describe_px(size_px: Sequence[int]) -> str:
     """A size in messages."""
     return f"{size_px[0]} x {size_px[1]} px"
+
+
+def _map_array(path: Path) -> np.ndarray:
+    """The array of a file, which must be all there."""
+    pixels: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"{pixels.dtype} {list(pixels.shape)}, expected uint8 [H, W, 3]")
+    return pixels
 
 
 def _has_its_end(path: Path) -> bool:

@@ -53,6 +53,20 @@ def image_seed(seed: int, prompt_id: str, k: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+Place = tuple[int, int]
+"""An image: (number of its prompt, its number among those of the prompt)."""
+
+
+def rounds(prompts: Sequence[Prompt]) -> list[Place]:
+    """All images, in rounds: the first image of every prompt, then the second of every prompt, and so on.
+
+    So any part of so many images that follow each other has all prompts alike, as Inception Score wants them: it is the
+    mean over parts of 5,000 samples in their order.
+    """
+    most = max((prompt.num_images for prompt in prompts), default=0)
+    return [(n, k) for k in range(most) for n, prompt in enumerate(prompts) if k < prompt.num_images]
+
+
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
     """A digest of the prompts, whatever their order and the line ends of their file: ids, texts and records."""
     rows = sorted([prompt.id, prompt.text, dict(prompt.record)] for prompt in prompts)

@@ -7,30 +7,11 @@ where no cosine is negative. It also cuts the end mark off texts of more than 77
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 
-from bitdance_scale.errors import DataError
 from bitdance_scale.evaluation.clip import Clip
-
-
-@dataclass(frozen=True)
-class ClipScore:
-    """Of a set of images.
-
-    Attributes:
-        score: mean of 100 max(cos, 0).
-        cosine: mean cosine.
-        cosines: float64 [n], of each image.
-        num_cut: prompts with more tokens than CLIP reads.
-    """
-
-    score: float
-    cosine: float
-    cosines: np.ndarray
-    num_cut: int
 
 
 def clip_cosines(clip: Clip, images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
@@ -48,19 +29,3 @@ def clip_cosines(clip: Clip, images: Sequence[np.ndarray], prompts: Sequence[str
         raise ValueError(f"{len(images)} images have {len(prompts)} prompts")
     found, wanted = clip.embed_images(images), clip.embed_texts(prompts)
     return (found.double() * wanted.double()).sum(dim=1).cpu().numpy()
-
-
-def clip_score(clip: Clip, batches: Iterable[tuple[Sequence[np.ndarray], Sequence[str]]]) -> ClipScore:
-    """The score of images that come in batches, each with its prompts; errors as `clip_cosines`.
-
-    Raises:
-        DataError: there is no image.
-    """
-    cosines, num_cut = [], 0
-    for images, prompts in batches:
-        cosines.append(clip_cosines(clip, images, prompts))
-        num_cut += sum(map(clip.is_cut, prompts))
-    values = np.concatenate(cosines) if cosines else np.zeros(0)
-    if not len(values):
-        raise DataError("there is no image to compute a CLIP score of")
-    return ClipScore(float(100 * np.maximum(values, 0).mean()), float(values.mean()), values, num_cut)

@@ -117,7 +117,11 @@ class NpzImages:
         self.file = ImageFile(shape[0], (shape[1], shape[2]))
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Batches uint8 [n, H, W, 3].
+        """As `batches`."""
+        return self.batches(self._batch_images)
+
+    def batches(self, batch_images: int) -> Iterator[np.ndarray]:
+        """Batches uint8 [n, H, W, 3] of `batch_images`; the last one may be smaller.
 
         Raises:
             DataError: the file is damaged.
@@ -127,8 +131,8 @@ class NpzImages:
         try:
             with zipfile.ZipFile(self._path) as archive, archive.open(IMAGES_KEY + _ARRAY_SUFFIX) as member:
                 _read_header(self._path, IMAGES_KEY + _ARRAY_SUFFIX, member)
-                for first in range(0, number, self._batch_images):
-                    count = min(self._batch_images, number - first)
+                for first in range(0, number, batch_images):
+                    count = min(batch_images, number - first)
                     content = bytearray(member.read(count * image_bytes))
                     if len(content) != count * image_bytes:
                         raise EOFError(f"it ends within image {first + len(content) // image_bytes}")
@@ -186,13 +190,17 @@ class FolderImages:
         self.file = ImageFile(len(self.paths), next(iter(sizes)))
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Batches uint8 [n, H, W, 3].
+        """As `batches`."""
+        return self.batches(self._batch_images)
+
+    def batches(self, batch_images: int) -> Iterator[np.ndarray]:
+        """Batches uint8 [n, H, W, 3] of `batch_images`; the last one may be smaller.
 
         Raises:
             DataError: a file is damaged.
         """
-        for first in range(0, len(self.paths), self._batch_images):
-            yield np.stack([_decode(path) for path in self.paths[first : first + self._batch_images]])
+        for first in range(0, len(self.paths), batch_images):
+            yield np.stack([_decode(path) for path in self.paths[first : first + batch_images]])
 
 
 def _kind_problem(image: Image.Image) -> str | None:

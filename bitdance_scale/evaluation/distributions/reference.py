@@ -7,7 +7,7 @@ Files saved here have the same four arrays, and the features in place of images.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +29,18 @@ from bitdance_scale.evaluation.inception import NUM_FEATURES, NUM_SPATIAL_FEATUR
 Moments = tuple[np.ndarray, np.ndarray]
 """(mean [D], covariance [D, D]), float64."""
 
+Watch = Callable[[Iterable[np.ndarray], int], Iterable[np.ndarray]]
+"""Passes on batches of images, of which there are so many in all, and may say how far it is."""
+
 _POOL, _SPATIAL = ("mu", "sigma"), ("mu_s", "sigma_s")
 # Of files saved here: the features; (number of images, height, width); and the digest of the weights.
 _ROWS, _ABOUT, _NETWORK = "rows", "about", "network"
 _NUM_FEATURES: Mapping[tuple[str, str], int] = {_POOL: NUM_FEATURES, _SPATIAL: NUM_SPATIAL_FEATURES}
 _ASYMMETRY = 1e-6
+
+
+def _unwatched(batches: Iterable[np.ndarray], total: int) -> Iterable[np.ndarray]:
+    return batches
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ def check_reference(path: Path) -> dict[str, ArraySpec]:
     specs = read_arrays_header(path)
     if IMAGES_KEY in specs:
         NpzImages(path)
-    elif _POOL[0] not in specs:
+    elif not holds_statistics(specs):
         raise DataError(
             f"{path}: holds {', '.join(specs) or 'nothing'}, and neither images ({IMAGES_KEY}) nor statistics "
             f"({', '.join((*_POOL, *_SPATIAL))}); name ADM's reference, a folder of images, or a file saved here"
@@ -146,6 +153,11 @@ def check_reference(path: Path) -> dict[str, ArraySpec]:
     return specs
 
 
+def holds_statistics(specs: Mapping[str, ArraySpec]) -> bool:
+    """Whether a file with these arrays holds statistics, or images alone, of which they are yet to be made."""
+    return _POOL[0] in specs
+
+
 def _check_ours(path: Path, specs: Mapping[str, ArraySpec]) -> None:
     about, network, rows = (specs.get(name) for name in (_ABOUT, _NETWORK, _ROWS))
     good = about is not None and about.shape == (3,) and about.dtype == np.int64
@@ -156,7 +168,7 @@ def _check_ours(path: Path, specs: Mapping[str, ArraySpec]) -> None:
         raise DataError(f"{path}: is not what was saved as a reference; make it again from its images")
 
 
-def read_reference(path: Path, inception: Inception, keeps_rows: bool = True) -> Reference:
+def read_reference(path: Path, inception: Inception, keeps_rows: bool = True, watch: Watch = _unwatched) -> Reference:
     """A reference from a folder of images, ADM's .npz, statistics, or a file saved by `save_reference`.
 
     Where a file holds statistics and images, as ADM's do, FID and sFID are of the statistics, and the images are for
@@ -166,6 +178,7 @@ def read_reference(path: Path, inception: Inception, keeps_rows: bool = True) ->
         path: the folder or file.
         inception: computes features of images.
         keeps_rows: whether precision and recall are wanted; without them images beside statistics are not looked at.
+        watch: passes on the batches of images, which may be many, and their number.
 
     Raises:
         DataError: as `check_reference`, or values are damaged, or an image is.
@@ -173,9 +186,9 @@ def read_reference(path: Path, inception: Inception, keeps_rows: bool = True) ->
     """
     specs = check_reference(path)
     source = str(path)
-    if _POOL[0] not in specs:
+    if not holds_statistics(specs):
         images = FolderImages(path) if path.is_dir() else NpzImages(path)
-        return make_reference(collect(images, inception, keeps_rows), source)
+        return make_reference(collect(watch(images, images.file.number), inception, keeps_rows), source)
     if _NETWORK in specs:
         # Before the rest is read, which may be large.
         network = str(read_arrays(path, [_NETWORK])[_NETWORK])
@@ -194,7 +207,7 @@ def read_reference(path: Path, inception: Inception, keeps_rows: bool = True) ->
     if IMAGES_KEY in specs:
         images = NpzImages(path)
         size_px = images.file.size_px
-        rows = collect(images, inception).rows() if keeps_rows else None
+        rows = collect(watch(images, images.file.number), inception).rows() if keeps_rows else None
     return Reference(source, pool, spatial, rows, None, size_px, None)
 
 

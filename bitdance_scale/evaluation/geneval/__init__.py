@@ -2,7 +2,7 @@
 
 classes.py        the classes, under the names that prompts use
 rules.py          what must be found in an image, and where
-summary.py        shares of correct images per tag, the score, and how certain both are
+summary.py        scores of images, further shares, and lines as the published scorer writes them
 preprocessing.py  images as the detector wants them
 mmdet_weights.py  the published scorer's weights of the detector, in transformers' names
 detector.py       Mask2Former: objects of an image, with boxes and masks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,6 @@ from bitdance_scale.evaluation.geneval.colours import ColourClassifier
 from bitdance_scale.evaluation.geneval.detector import Detector, load_detector
 from bitdance_scale.evaluation.geneval.preprocessing import Preprocessing
 from bitdance_scale.evaluation.geneval.rules import Detection, Verdict, check_record, judge
-
-DETECTOR = "facebook/mask2former-swin-small-coco-instance"
-"""Mask2Former of the published scorer's size by its authors; the published scorer's own weights are mmdetection's."""
-CLIP = "openai/clip-vit-large-patch14"
-"""The published scorer's CLIP, in transformers."""
 
 
 class Scorer:
@@ -61,23 +55,21 @@ class Scorer:
 
 
 def load_scorer(
-    folder: Path,
-    detector: str = DETECTOR,
-    clip: str = CLIP,
+    detector: str,
+    clip: str,
     device: torch.device | str = "cpu",
     preprocessing: Preprocessing | None = None,
 ) -> Scorer:
     """The scorer, on a device.
 
     Args:
-        folder: the images, for the message where weights cannot be had.
         detector: see `load_detector`.
         clip: see `load_clip`.
         device: of both networks.
         preprocessing: of images for the detector; the default is that of the published scorer.
 
     Raises:
-        CheckpointError: weights cannot be had; says which, and how the benchmark's own scorer is run on the folder.
+        CheckpointError: weights cannot be had; says which.
     """
     missing = []
     loaded: list[Any] = []
@@ -90,17 +82,7 @@ def load_scorer(
         except CheckpointError as error:
             missing.append(f"{what}: {error}")
     if missing:
-        raise CheckpointError(f"GenEval cannot be scored here. {'. '.join(missing)}. {own_scorer(folder)}")
+        raise CheckpointError(". ".join(missing))
     found, embedder = loaded
     found.network.to(device)
     return Scorer(found, ColourClassifier(embedder.to(device)))
-
-
-def own_scorer(folder: Path) -> str:
-    """How the benchmark's own scorer is run on a folder of images in its layout."""
-    return (
-        f"Name folders or hub names whose weights can be had, or score the images in {folder} with the benchmark's own "
-        "scorer (https://github.com/djghosh13/geneval, which needs mmdetection and a GPU), in its folder evaluation: "
-        f"python evaluate_images.py {folder.absolute()} --outfile results.jsonl --model-path DETECTOR_FOLDER && "
-        "python summary_scores.py results.jsonl"
-    )

@@ -36,15 +36,15 @@ class Metric:
 
 
 def mean_of(names: Sequence[str]) -> Combine:
-    """The overall value is the mean of the parts of these names that are there; all parts are values, too."""
+    """The overall value is the mean of the parts of these names that are there; all parts are values, these first."""
 
     def combine(parts: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        averaged = [parts[name] for name in names if name in parts]
-        return {OVERALL: np.mean(averaged, axis=0), **parts}
+        averaged = {name: parts[name] for name in names if name in parts}
+        return {OVERALL: np.mean([*averaged.values()], axis=0), **averaged, **parts}
 
     return combine
 
 
 def as_parts(parts: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """The values are the parts, of which one is the overall value."""
-    return {OVERALL: parts[OVERALL], **parts}
+    """The values are the parts, of which one is the overall value; the others follow in the order of their names."""
+    return {OVERALL: parts[OVERALL], **{name: parts[name] for name in sorted(parts)}}

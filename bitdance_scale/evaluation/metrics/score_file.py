@@ -31,7 +31,8 @@ class Scores:
         scorer: what was used, and whatever else changes the values: names of networks, digests, settings.
         prompts: texts of all prompts by id, in the benchmark's order.
         images: of every image; empty for metrics of whole sets, such as FID.
-        figures: further values that are no sums over images, by name; a set's own values are here.
+        figures: further values that are no sums over images, by name, in the metric's unit, so that its `scale` is of
+            them too; a set's own values are here.
         notes: what is to be known when the values are compared with others.
     """
 

@@ -8,30 +8,32 @@ The rules were checked against `dpg_bench/compute_dpg_bench.py` of github.com/Te
 - zeroes in the order of the rows, so that a parent that is itself zeroed later has counted as answered "yes";
 - takes the scores of categories from the last image of a prompt, and before zeroing.
 
-`published` scores repeat this, for comparison with figures of others, on one process: with several, the script mixes
-its categories. `corrected` scores do none of it. An answer that is neither yes nor no counts as no in both.
+`published_scores` repeat this, for comparison with figures of others, on one process: with several, the script mixes
+its categories. `image_scores` do none of it. An answer that is neither yes nor no counts as no in both.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from bitdance_scale.errors import DataError
-from bitdance_scale.evaluation.questions.image_folder import grid_tiles, read_rgb
-from bitdance_scale.evaluation.questions.judge import MAX_UNCLEAR_SHARE, Asked, Judge, Unclear, ask_yes_no
-from bitdance_scale.text_files import decode_utf8
+import numpy as np
 
-NUM_IMAGES = 4
-"""Images of a prompt, in a grid of 2 x 2."""
+from bitdance_scale.errors import DataError
+from bitdance_scale.evaluation.metrics.image_score import ImageScore
+from bitdance_scale.evaluation.metrics.metric import OVERALL
+from bitdance_scale.evaluation.questions.judge import Asked, Judge, Unclear, ask_yes_no
+from bitdance_scale.text_files import decode_utf8
+from bitdance_scale.wording import first_few
+
 _COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
 _NO_PARENT = 0
-Answers = Mapping[int, bool]
-"""Whether a proposition's question was answered "yes", by its number."""
+Answers = Mapping[int, bool | None]
+"""What was answered to the question of each proposition, by its number: True for "yes", None for neither yes nor no."""
 
 
 @dataclass(frozen=True)
@@ -60,49 +62,30 @@ class DpgQuestions:
     Attributes:
         source: the file.
         prompts: prompts by item id.
-        corrected: propositions by item id, as the file has them, parents before what depends on them.
+        propositions: by item id, as the file has them, parents before what depends on them.
         published: the same as the published script sees them, in its order.
     """
 
     source: Path
     prompts: Mapping[str, str]
-    corrected: Mapping[str, tuple[Proposition, ...]]
+    propositions: Mapping[str, tuple[Proposition, ...]]
     published: Mapping[str, tuple[Proposition, ...]]
 
 
 @dataclass(frozen=True)
-class DpgScores:
-    """Scores of all prompts, 0 to 100.
+class PublishedScores:
+    """Scores of all prompts as the published script computes them, 0 to 1.
 
     Attributes:
         score: mean over prompts; NaN where all were left out.
         level_1, level_2: mean over the answers of a category.
-        prompts: mean over a prompt's images, by item id.
         left_out: ids that have no score.
     """
 
     score: float
     level_1: Mapping[str, float]
     level_2: Mapping[str, float]
-    prompts: Mapping[str, float]
     left_out: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class DpgReport:
-    """Both scores of the same answers.
-
-    Attributes:
-        published: as the published script computes them.
-        corrected: without its quirks.
-        unclear: how many answers were neither yes nor no, with examples.
-        answers: what the judge said by item id, image and proposition; None for neither.
-    """
-
-    published: DpgScores
-    corrected: DpgScores
-    unclear: Unclear
-    answers: Mapping[str, Sequence[Mapping[int, bool | None]]]
 
 
 def read_questions(path: Path) -> DpgQuestions:
@@ -136,8 +119,8 @@ def read_questions(path: Path) -> DpgQuestions:
     items: dict[str, list[Proposition]] = {}
     for item, proposition in rows:
         items.setdefault(item, []).append(proposition)
-    corrected = {item: _parents_first(item, found, path) for item, found in items.items()}
-    return DpgQuestions(path, prompts, corrected, _as_the_script_reads(rows))
+    propositions = {item: _parents_first(item, found, path) for item, found in items.items()}
+    return DpgQuestions(path, prompts, propositions, _as_the_script_reads(rows))
 
 
 def _read_row(row: Mapping[str, str | None], path: Path, line: int) -> tuple[str, Proposition]:
@@ -207,77 +190,100 @@ def _as_the_script_reads(rows: Sequence[tuple[str, Proposition]]) -> dict[str, t
     return {item: tuple(found) for item, found in items.items()}
 
 
-def measure_dpg(
-    questions: DpgQuestions,
-    images: Mapping[str, Path],
-    judge: Judge,
-    max_unclear_share: float = MAX_UNCLEAR_SHARE,
-) -> DpgReport:
-    """Asks a judge about the images of all items, and scores what it says.
+def ask_dpg(
+    questions: DpgQuestions, images: Iterable[tuple[str, Sequence[np.ndarray]]], judge: Judge, unclear: Unclear
+) -> dict[str, list[Answers]]:
+    """Asks a judge about images, which are read as they are needed.
 
     Args:
         questions: the benchmark.
-        images: grids of 2 x 2 images by item id, for all items or some of them; `image_folder.match_images` finds them.
+        images: item ids, each with the images uint8 [H, W, 3] of its prompt.
         judge: who is asked.
-        max_unclear_share: share of answers that may be neither yes nor no.
+        unclear: counts the answers; its limit is checked here.
+
+    Returns:
+        The answers by item id and image.
 
     Raises:
-        DataError: an image cannot be read or is no grid; an id is unknown.
         JudgeError: the judge cannot be asked, or too many of its answers are unclear.
     """
-    unknown = [item for item in images if item not in questions.corrected]
-    if unknown:
-        raise DataError(f"{images[unknown[0]]}: {questions.source} has no questions about item {unknown[0]}")
-    unclear = Unclear(judge.model, max_unclear_share)
+    asked_of: list[tuple[str, int]] = []
 
     def asked() -> Iterator[Asked]:
-        for item, path in images.items():
-            for tile in grid_tiles(read_rgb(path), path):
-                for proposition in questions.corrected[item]:
-                    yield tile, proposition.question
+        for item, found in images:
+            asked_of.append((item, len(found)))
+            for image in found:
+                for proposition in questions.propositions[item]:
+                    yield image, proposition.question
 
     said = iter(ask_yes_no(judge, asked(), unclear))
     unclear.check()
-    answers = {
-        item: [{proposition.number: next(said) for proposition in questions.corrected[item]} for _ in range(NUM_IMAGES)]
-        for item in images
+    return {
+        item: [{proposition.number: next(said) for proposition in questions.propositions[item]} for _ in range(number)]
+        for item, number in asked_of
     }
-    is_yes = {
-        item: [{n: bool(value) for n, value in image.items()} for image in found] for item, found in answers.items()
-    }
-    return DpgReport(published_scores(questions, is_yes), corrected_scores(questions, is_yes), unclear, answers)
 
 
-def corrected_scores(questions: DpgQuestions, answers: Mapping[str, Sequence[Answers]]) -> DpgScores:
-    """Scores of answers, given by item id and image; categories over all images and after zeroing."""
-    prompts: dict[str, float] = {}
-    categories: dict[str, list[float]] = {}
+def image_scores(
+    questions: DpgQuestions, answers: Mapping[str, Sequence[Answers]], sources: Mapping[str, str]
+) -> list[ImageScore]:
+    """Scores of images after zeroing, with every category as a part.
+
+    The value of an image is its share of yes, and the overall value the mean over images. A category of level 2, such
+    as "attribute - color", is named as in the file, and one of level 1, such as "attribute", by what is before the
+    dash; their parts are means over answers. Where both have one name they are one part.
+
+    Args:
+        questions: the benchmark.
+        answers: by item id and image.
+        sources: of each item, the category whose number of prompts is kept when intervals are computed.
+    """
+    scores = []
     for item, images in answers.items():
-        propositions = questions.corrected[item]
-        zeroed = [_zeroed(propositions, found) for found in images]
-        prompts[item] = fmean(fmean(found.values()) for found in zeroed)
-        for found in zeroed:
+        propositions = questions.propositions[item]
+        for k, found in enumerate(images):
+            zeroed = _zeroed(propositions, found)
+            value = fmean(zeroed.values())
+            parts = {OVERALL: (value, 1.0)}
             for proposition in propositions:
-                categories.setdefault(proposition.category, []).append(found[proposition.number])
-    return _summary(prompts, categories, ())
+                for name in dict.fromkeys((_level_1(proposition.category), proposition.category)):
+                    yes, number = parts.get(name, (0.0, 0.0))
+                    parts[name] = (yes + zeroed[proposition.number], number + 1)
+            scores.append(ImageScore(item, k, sources[item], value, parts, _reason(propositions, found, zeroed)))
+    return scores
 
 
-def published_scores(questions: DpgQuestions, answers: Mapping[str, Sequence[Answers]]) -> DpgScores:
+def _reason(propositions: Sequence[Proposition], answers: Answers, zeroed: Mapping[int, float]) -> str:
+    """The questions that count as no, and why."""
+    words = {None: "unclear", False: "no", True: "no, as what it depends on is not there"}
+    wrong = [f"{p.question} {words[answers[p.number]]}" for p in propositions if not zeroed[p.number]]
+    return first_few(wrong)
+
+
+def published_scores(questions: DpgQuestions, answers: Mapping[str, Sequence[Answers]]) -> PublishedScores:
     """Scores of answers as the published script computes them; the head of this file says what is odd about them."""
-    prompts: dict[str, float] = {}
-    categories: dict[str, list[float]] = {}
+    prompts: list[float] = []
+    level_1: dict[str, list[float]] = {}
+    level_2: dict[str, list[float]] = {}
     left_out: list[str] = []
     for item, images in answers.items():
         propositions = questions.published.get(item, ())
         try:
-            prompts[item] = fmean(fmean(_zeroed(propositions, found).values()) for found in images)
+            prompts.append(fmean(fmean(_zeroed(propositions, found).values()) for found in images))
         except (KeyError, ValueError):
             # A parent in the row that is skipped, or no row at all.
             left_out.append(item)
             continue
         for proposition in propositions:
-            categories.setdefault(proposition.category, []).append(float(images[-1][proposition.number]))
-    return _summary(prompts, categories, tuple(left_out))
+            score = float(bool(images[-1][proposition.number]))
+            level_1.setdefault(_level_1(proposition.category), []).append(score)
+            level_2.setdefault(proposition.category, []).append(score)
+    return PublishedScores(
+        fmean(prompts) if prompts else float("nan"),
+        {name: fmean(scores) for name, scores in sorted(level_1.items())},
+        {name: fmean(scores) for name, scores in sorted(level_2.items())},
+        tuple(left_out),
+    )
 
 
 def _zeroed(propositions: Sequence[Proposition], answers: Answers) -> dict[int, float]:
@@ -286,23 +292,12 @@ def _zeroed(propositions: Sequence[Proposition], answers: Answers) -> dict[int, 
     Raises:
         KeyError: a parent is not among the propositions.
     """
-    scores = {proposition.number: float(answers[proposition.number]) for proposition in propositions}
+    scores = {proposition.number: float(bool(answers[proposition.number])) for proposition in propositions}
     for proposition in propositions:
         if any(scores[parent] == 0 for parent in proposition.parents):
             scores[proposition.number] = 0.0
     return scores
 
 
-def _summary(
-    prompts: Mapping[str, float], categories: Mapping[str, list[float]], left_out: tuple[str, ...]
-) -> DpgScores:
-    level_1: dict[str, list[float]] = {}
-    for category, scores in categories.items():
-        level_1.setdefault(category.split("-")[0].strip(), []).extend(scores)
-    return DpgScores(
-        100 * fmean(prompts.values()) if prompts else float("nan"),
-        {name: 100 * fmean(scores) for name, scores in sorted(level_1.items())},
-        {name: 100 * fmean(scores) for name, scores in sorted(categories.items())},
-        {item: 100 * score for item, score in prompts.items()},
-        left_out,
-    )
+def _level_1(category: str) -> str:
+    return category.split("-")[0].strip()

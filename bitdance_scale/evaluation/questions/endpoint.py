@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from bitdance_scale.credentials import HIDDEN, find_credentials
-from bitdance_scale.errors import ConfigError
+from bitdance_scale.errors import BitDanceError, ConfigError
 from bitdance_scale.evaluation.questions.judge import Asked, Judge, JudgeError, Remembered
 
 _MAX_WAIT_S = 60.0
@@ -92,7 +92,8 @@ class EndpointJudge(Judge):
     def stream(self, asked: Iterable[Asked]) -> Iterator[tuple[int, str]]:
         """As `Judge.stream`; at most `max_in_flight` questions are under way.
 
-        After an error nothing more is asked, but the answers that are under way are waited for.
+        After an error, of the endpoint or of what gives the questions, nothing more is asked, but the answers that are
+        under way are waited for.
         """
         questions = enumerate(asked)
         under_way: dict[concurrent.futures.Future[str], int] = {}
@@ -101,7 +102,15 @@ class EndpointJudge(Judge):
         with concurrent.futures.ThreadPoolExecutor(self._max_in_flight) as pool:
             try:
                 while True:
-                    while error is None and len(under_way) < self._max_in_flight and (found := next(questions, None)):
+                    while error is None and len(under_way) < self._max_in_flight:
+                        try:
+                            found = next(questions, None)
+                        except BitDanceError as raised:
+                            error = raised
+                            stop.set()
+                            break
+                        if found is None:
+                            break
                         place, (image, question) = found
                         body = self._request_body(self._data_url(image), question)
                         under_way[pool.submit(self._ask, body, stop)] = place

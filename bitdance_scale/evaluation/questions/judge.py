@@ -261,6 +261,16 @@ class KeptAnswers(Judge):
         self._file.flush()
 
 
+def check_answers(path: Path) -> None:
+    """Checks a file of answers, which need not be there yet.
+
+    Raises:
+        JudgeError: it is no file of answers.
+        OSError: of the file system.
+    """
+    _read_answers(path)
+
+
 def _image_hash(image: np.ndarray) -> str:
     digest = xxhash.xxh3_128(repr(image.shape).encode())
     digest.update(np.ascontiguousarray(image).data)

@@ -36,6 +36,8 @@ class _LocalJudge(Judge):
 
     def __init__(self, model_name: str, model: Any, processor: Any, batch_size: int) -> None:
         self.model, self._model, self._processor = model_name, model, processor
+        # Weights of fewer bits may answer otherwise.
+        self.protocol = f"{self.protocol}, {str(model.dtype).removeprefix('torch.')}"
         self._batch_size = batch_size
 
     @torch.no_grad()

@@ -16,16 +16,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from bitdance_scale.errors import DataError
-from bitdance_scale.evaluation.questions.image_folder import images_by_name, read_rgb
-from bitdance_scale.evaluation.questions.judge import MAX_UNCLEAR_SHARE, Asked, Judge, Unclear, ask_yes_no
+from bitdance_scale.evaluation.metrics.image_score import ImageScore
+from bitdance_scale.evaluation.metrics.metric import OVERALL
+from bitdance_scale.evaluation.questions.judge import Asked, Judge, Unclear, ask_yes_no
 from bitdance_scale.text_files import read_utf8
 from bitdance_scale.wording import first_few
 
@@ -82,49 +84,27 @@ class TiifItem:
 
 
 @dataclass(frozen=True)
-class TiifScores:
-    """Scores on prompts of one length, 0 to 100.
+class TiifAnswers:
+    """What a judge said.
 
     Attributes:
-        dimensions: share of right answers.
-        groups: mean of the dimensions of each group that has any.
-        basic, advanced: mean of their dimensions; None where there are none.
-        overall: mean of the nine groups; None where one has no dimension.
-    """
-
-    dimensions: Mapping[str, float]
-    groups: Mapping[str, float]
-    basic: float | None
-    advanced: float | None
-    overall: float | None
-
-
-@dataclass(frozen=True)
-class TiifReport:
-    """Scores, and how sure the judge was.
-
-    Attributes:
-        scores: by length.
-        unclear: how many questions had an answer that was neither yes nor no, with examples. It counts as wrong.
+        answers: by prompt id; None for neither yes nor no, which counts as wrong.
         asked_singly: number of images whose answer had another number of lines than there were questions.
-        answers: what the judge said, by length, dimension and index; None for neither.
     """
 
-    scores: Mapping[str, TiifScores]
-    unclear: Unclear
+    answers: Mapping[str, Sequence[bool | None]]
     asked_singly: int
-    answers: Mapping[tuple[str, str, int], Sequence[bool | None]]
 
 
-def read_questions(folder: Path) -> list[TiifItem]:
-    """Reads the jsonl files of a folder such as `data/testmini_eval_prompts`.
+def read_questions(source: Path) -> list[TiifItem]:
+    """Reads the jsonl files of a folder such as `data/testmini_eval_prompts`, or one such file.
 
     Raises:
         DataError: there are none, or a line is against the rules; names file and line.
     """
-    paths = sorted(folder.glob("*.jsonl"))
+    paths = [source] if source.is_file() else sorted(source.glob("*.jsonl"))
     if not paths:
-        raise DataError(f"{folder}: has no .jsonl files; name the folder data/testmini_eval_prompts of TIIF-Bench")
+        raise DataError(f"{source}: has no .jsonl files; name the folder data/testmini_eval_prompts of TIIF-Bench")
     items: list[TiifItem] = []
     homes: dict[str, Path] = {}
     for path in paths:
@@ -170,35 +150,9 @@ def _read_line(line: str, index: int, where: str) -> TiifItem:
     return TiifItem(dimension, index, stripped, tuple(word == "yes" for word in expected))
 
 
-def find_images(root: Path, model: str, items: Sequence[TiifItem]) -> dict[tuple[str, str, int], Path]:
-    """Images by length, dimension and index, in the layout of the benchmark's own scorer.
-
-    Args:
-        root: holds `{dimension}/{model}/{short_description,long_description}/{index}.png`.
-        model: the folder's name of the model that drew them.
-        items: the questions.
-
-    Raises:
-        DataError: an item has no image, or an image no item.
-    """
-    found: dict[tuple[str, str, int], Path] = {}
-    missing: list[str] = []
-    unknown: list[str] = []
-    for length, dimension in product(LENGTHS, dict.fromkeys(item.dimension for item in items)):
-        folder = root / dimension / model / LENGTHS[length]
-        images = images_by_name(folder)
-        wanted = {str(item.index): item for item in items if item.dimension == dimension}
-        missing += [f"{folder.relative_to(root)}/{name}.png" for name in wanted if name not in images]
-        unknown += [str(path.relative_to(root)) for name, path in images.items() if name not in wanted]
-        found |= {(length, dimension, wanted[name].index): images[name] for name in wanted if name in images}
-    if missing:
-        raise DataError(f"{root}: {len(missing)} images are missing ({first_few(missing)}); draw them first")
-    if unknown:
-        raise DataError(
-            f"{root}: {len(unknown)} images have no questions ({first_few(unknown)}); the index of an image is the "
-            "line of its questions, from 0"
-        )
-    return found
+def items_by_prompt(items: Sequence[TiifItem]) -> dict[str, TiifItem]:
+    """The items by the ids of their prompts, of which each has a short and a long one."""
+    return {f"{item.dimension}/{folder}/{item.index}": item for folder in LENGTHS.values() for item in items}
 
 
 def answer_lines(text: str, number: int) -> list[bool] | None:
@@ -211,84 +165,106 @@ def answer_lines(text: str, number: int) -> list[bool] | None:
     return said if len(said) == number else None
 
 
-def measure_tiif(
-    items: Sequence[TiifItem],
-    images: Mapping[tuple[str, str, int], Path],
+def ask_tiif(
+    items: Mapping[str, TiifItem],
+    images: Callable[[Sequence[str]], Iterable[tuple[str, np.ndarray]]],
     judge: Judge,
+    unclear: Unclear,
     template: str = TEMPLATE,
-    max_unclear_share: float = MAX_UNCLEAR_SHARE,
-) -> TiifReport:
-    """Asks a judge about all images, and scores what it says.
+) -> TiifAnswers:
+    """Asks a judge about all images.
 
     Args:
-        items: the questions.
-        images: as `find_images`.
+        items: by prompt id.
+        images: of prompt ids, each with its image uint8 [H, W, 3], in any order; read as they are needed.
         judge: who is asked.
+        unclear: counts the answers; its limit is checked here.
         template: wording of a request, with `PLACE_OF_QUESTIONS` where the questions are put, one a line.
-        max_unclear_share: share of answers that may be neither yes nor no.
 
     Raises:
-        DataError: an image cannot be read.
         JudgeError: the judge cannot be asked, or too many of its answers are unclear.
         ValueError: the template has no place for the questions.
     """
     if PLACE_OF_QUESTIONS not in template:
         raise ValueError(f"the wording of a request has no place for its questions, {PLACE_OF_QUESTIONS}")
-    tasks = [(length, item) for length in LENGTHS for item in items]
-    paths = [images[length, item.dimension, item.index] for length, item in tasks]
-    answers: list[Sequence[bool | None] | None] = [None] * len(tasks)
-    unclear = Unclear(judge.model, max_unclear_share)
+    answers: dict[str, Sequence[bool | None]] = {}
     if judge.follows_instructions:
+        together: list[str] = []
 
-        def together() -> Iterator[Asked]:
-            for (_, item), path in zip(tasks, paths, strict=True):
-                yield read_rgb(path), template.replace(PLACE_OF_QUESTIONS, "\n".join(item.questions))
+        def all_at_once() -> Iterator[Asked]:
+            for prompt_id, image in images([*items]):
+                together.append(prompt_id)
+                yield image, template.replace(PLACE_OF_QUESTIONS, "\n".join(items[prompt_id].questions))
 
-        for place, text in judge.stream(together()):
-            answers[place] = answer_lines(text, len(tasks[place][1].questions))
-            if answers[place] is not None:
-                unclear.asked += len(tasks[place][1].questions)
-    singly = [place for place, found in enumerate(answers) if found is None]
+        for place, text in judge.stream(all_at_once()):
+            number = len(items[together[place]].questions)
+            lines = answer_lines(text, number)
+            if lines is not None:
+                answers[together[place]] = lines
+                unclear.asked += number
+    left = [prompt_id for prompt_id in items if prompt_id not in answers]
+    singly: list[str] = []
 
     def one_by_one() -> Iterator[Asked]:
-        for place in singly:
-            image = read_rgb(paths[place])
-            for question in tasks[place][1].questions:
+        for prompt_id, image in images(left):
+            singly.append(prompt_id)
+            for question in items[prompt_id].questions:
                 yield image, question
 
-    said = iter(ask_yes_no(judge, one_by_one(), unclear))
-    for place in singly:
-        answers[place] = [next(said) for _ in tasks[place][1].questions]
+    said = iter(ask_yes_no(judge, one_by_one(), unclear) if left else ())
+    answers |= {prompt_id: [next(said) for _ in items[prompt_id].questions] for prompt_id in singly}
     unclear.check()
-    by_image = {
-        (length, item.dimension, item.index): found or () for (length, item), found in zip(tasks, answers, strict=True)
-    }
-    scores = {
-        length: scores_of(items, {key[1:]: by_image[key] for key in by_image if key[0] == length}) for length in LENGTHS
-    }
-    return TiifReport(scores, unclear, len(singly) if judge.follows_instructions else 0, by_image)
+    return TiifAnswers(answers, len(left) if judge.follows_instructions else 0)
 
 
-def scores_of(items: Sequence[TiifItem], answers: Mapping[tuple[str, int], Sequence[bool | None]]) -> TiifScores:
-    """Scores of answers, given by dimension and index."""
-    is_right: dict[str, list[float]] = {}
-    for item in items:
-        said = answers[item.dimension, item.index]
-        is_right.setdefault(item.dimension, []).extend(
-            float(answer is wanted) for answer, wanted in zip(said, item.expected, strict=True)
-        )
-    dimensions = {name: 100 * fmean(is_right[name]) for name in DIMENSIONS if name in is_right}
+def image_scores(items: Mapping[str, TiifItem], answers: Mapping[str, Sequence[bool | None]]) -> list[ImageScore]:
+    """Scores of images: the share of right answers, which is a part such as "short: action+2d".
 
-    def mean_of(names: Sequence[str]) -> float | None:
-        found = [dimensions[name] for name in names if name in dimensions]
-        return fmean(found) if found else None
+    Args:
+        items: by prompt id.
+        answers: by prompt id.
+    """
+    lengths = {folder: length for length, folder in LENGTHS.items()}
+    words = {True: "yes", False: "no", None: "neither"}
+    scores = []
+    for prompt_id, said in answers.items():
+        item = items[prompt_id]
+        name = f"{lengths[prompt_id.split('/')[1]]}: {item.dimension}"
+        asked = list(zip(item.questions, said, item.expected, strict=True))
+        wrong = [f"{question} {words[answer]}" for question, answer, wanted in asked if answer is not wanted]
+        right = float(len(asked) - len(wrong))
+        parts = {name: (right, float(len(asked)))}
+        scores.append(ImageScore(prompt_id, 0, name, right / len(asked), parts, first_few(wrong)))
+    return scores
 
-    groups = {group: mean_of(names) for group, names in GROUPS.items()}
-    present = {group: score for group, score in groups.items() if score is not None}
-    return TiifScores(
-        dimensions,
-        present,
-        mean_of([name for names in BASIC_GROUPS.values() for name in names]),
-        mean_of([name for names in ADVANCED_GROUPS.values() for name in names]),
-        fmean(present.values()) if len(present) == len(GROUPS) else None,
-    )
+
+def combine(parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The values of the metric from the shares of right answers per length and dimension.
+
+    For short and for long prompts, with the length and a colon before each name: "overall", the mean of the groups;
+    "basic" and "advanced", the mean of their dimensions; the groups, each the mean of its dimensions; the dimensions.
+    What has no dimension at all is left out. The value that the metric is quoted by is the mean of the overall values
+    of short and long prompts, since published tables have both and no one number.
+    """
+    values: dict[str, np.ndarray] = {}
+    for length in LENGTHS:
+        found = {name: parts[key] for name in DIMENSIONS if (key := f"{length}: {name}") in parts}
+        groups = _means(found, GROUPS)
+        halves = {"basic": BASIC_GROUPS, "advanced": ADVANCED_GROUPS}
+        of_halves = {half: [name for names in group.values() for name in names] for half, group in halves.items()}
+        means = _means(groups, {OVERALL: [*groups]}) | _means(found, of_halves) | groups | found
+        values |= {f"{length}: {name}": value for name, value in means.items()}
+    lengths = [values[key] for length in LENGTHS if (key := f"{length}: {OVERALL}") in values]
+    return {OVERALL: np.mean(lengths, axis=0), **values}
+
+
+def _means(values: Mapping[str, np.ndarray], members: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
+    """The mean of the members of each name that are there; a name without any is left out."""
+    found = {name: [values[one] for one in ones if one in values] for name, ones in members.items()}
+    return {name: np.mean(rows, axis=0) for name, rows in found.items() if rows}
+
+
+def missing_dimensions(items: Mapping[str, TiifItem]) -> list[str]:
+    """Dimensions without prompts: with any of these the scores are not comparable with published ones."""
+    found = {item.dimension for item in items.values()}
+    return [name for name in DIMENSIONS if name not in found]

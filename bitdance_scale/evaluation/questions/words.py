@@ -3,10 +3,16 @@
 Word accuracy is the share of the expected words that were read, each read word counting for one expected word, in any
 order. Words are compared after Unicode's compatibility normalisation (NFKC), without case and without the punctuation
 around them. Scripts without blanks between words, such as Chinese, count a character as a word.
+
+What a prompt asks for is what it puts in quotes: straight and curly double quotes, low ones of German, guillemets, and
+the single and double corner brackets of Chinese and Japanese; also straight and curly single quotes where they stand
+around words, so that an apostrophe is none. What is in quotes within quotes is part of the outer text. Double angle
+brackets, which mark titles in Chinese, are no quotes.
 """
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +20,16 @@ from dataclasses import dataclass
 
 # Blocks of Han, kana, Thai, Lao, Khmer and Burmese, by the first word of their characters' names.
 _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
+
+# Pairs that are what they look like, and pairs whose signs are apostrophes as well.
+_PAIRS = ('""', "\u201c\u201d", "\u201e\u201c\u201d", "\u00ab\u00bb", "\u300c\u300d", "\u300e\u300f")
+_APOSTROPHES = ("''", "\u2018\u2019")
+_QUOTED = re.compile(
+    "|".join(
+        [f"{pair[0]}([^{pair[1:]}]*)[{pair[1:]}]" for pair in _PAIRS]
+        + [rf"(?<!\w){pair[0]}(?=\S)([^\n]+?)(?<=\S){pair[1]}(?!\w)" for pair in _APOSTROPHES]
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +71,12 @@ def compare(expected: Sequence[str], read: Sequence[str]) -> TextAccuracy:
     wanted_lines, found_lines = ([" ".join(words_of(line)) for line in lines] for lines in (expected, read))
     is_exact = [line for line in wanted_lines if line] == [line for line in found_lines if line]
     return TextAccuracy(len(wanted), words_read, is_exact, edit_distance(" ".join(wanted), " ".join(found)))
+
+
+def quoted_texts(prompt: str) -> list[str]:
+    """The texts that a prompt puts in quotes, in their order; empty ones are left out."""
+    texts = ("".join(filter(None, match.groups())).strip() for match in _QUOTED.finditer(prompt))
+    return [text for text in texts if text]
 
 
 def words_of(text: str) -> list[str]:

@@ -30,6 +30,7 @@ from bitdance_scale.sequence.tokens import load_text_tokenizer
 from bitdance_scale.train.process import EXIT_REFUSED
 from tests.released import (
     HEAD,
+    as_a_run,
     edit_config,
     qwen_like,
     read_json,
@@ -133,19 +134,6 @@ class TestRoundTrip:
         assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
         name = "net.cond_embed.weight"
         assert torch.equal(found[name], whole(imported, f"head.{name}").bfloat16())
-
-
-def as_a_run(imported: Path, copy: Path, steps: int) -> Path:
-    """An import made to look like the checkpoint at step 0 of a run of so many steps."""
-    run = shutil.copytree(imported, copy)
-    folder = find_checkpoint(run)
-    config = (folder / "config.toml").read_text()
-    assert config.count("[run]\n") == 1
-    section = f'[run]\nname = "sft_small"\nstage = "sft"\nsteps = {steps}\n'
-    (folder / "config.toml").write_text(config.replace("[run]\n", section))
-    (folder / "manifest.json").unlink()
-    write_manifest(folder)
-    return run
 
 
 class TestUnfinishedRun:

@@ -53,8 +53,9 @@ def test_help_imports_nothing_heavy():
     ("arguments", "message"),
     [
         (["trian"], "bitdance: there is no command 'trian'; did you mean train?"),
-        (["quite", "another"], "the commands are train, sample, draw, import"),
+        (["quite", "another"], "the commands are train, sample, caption, import"),
         (["config", "explane"], "bitdance config: there is no command 'explane'; did you mean explain?"),
+        (["draw", "demo"], "command 'draw' any more; it is `bitdance evaluate draw imagenet RUN --out DIR`"),
         (["train"], "bitdance train: the following arguments are required: CONFIG;"),
         (["train", "demo", "--bogus"], "unrecognized arguments: --bogus"),
         (["train", "demo", "--nproc", "0"], "argument --nproc: 0: must be a whole number, at least 1"),

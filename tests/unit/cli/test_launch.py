@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from bitdance_scale.cli import launch
+from bitdance_scale.cli.command import CommandParser
 from bitdance_scale.cli.launch import Ranks
 from bitdance_scale.errors import BitDanceError, DataError
 
@@ -117,6 +119,25 @@ def test_a_second_interrupt_kills(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 1 and not Path(f"/proc/{rank}").exists()
+
+
+def test_a_rank_is_told_what_the_command_was_told():
+    def parse(arguments: list[str]) -> argparse.Namespace:
+        parser = CommandParser("command", None)
+        parser.add_argument("folder", type=Path)
+        parser.add_argument("shards", nargs="+")
+        parser.add_argument("--sizes", nargs="+", type=int, default=[256])
+        parser.add_argument("--num-images", type=int)
+        parser.add_argument("--is-quick", action="store_true")
+        parser.add_argument("--is-slow", action="store_true")
+        launch.add_rank_arguments(parser)
+        return parser.parse(arguments)
+
+    ranks = ["--nproc=2", "--nnodes=3", "--node-rank=1", "--rdzv-endpoint=node0:29500"]
+    given = ["a", "b", "c", "--sizes", "32", "64", "--num-images=-3", "--is-quick"]
+    command = launch.rank_arguments(parse([*given, *ranks]), ("folder", "shards"))
+    assert command == given
+    assert vars(parse(command)) == vars(parse(given))
 
 
 def test_under_torchrun_the_command_is_refused(monkeypatch, capsys):

@@ -70,6 +70,7 @@ REFUSED_VALUES = {
     "rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0},
     "rope_scaling": {"type": "yarn", "factor": 4.0},
     "layer_types": ["full_attention"] * 27 + ["sliding_attention"],
+    "bitdance_context": "causal",
 }
 OTHER_FIXED_VALUES = {
     "attention_bias": True,

@@ -110,3 +110,16 @@ def test_a_release_says_nothing_of_a_run(config):
     sections = text.split("\n\n")
     kept = [part for part in sections if part.strip("[").partition("]")[0] in network]
     assert changes("[run]\nstart_from = 'x'\n" + "\n".join(kept), config) == []
+
+
+def test_context_images_of_an_earlier_version_had_queries(config_path, config):
+    """They stay so in a run that has described images, and do not matter in another."""
+    describing = load_config(config_path, ["data.image_to_text_share=0.1"])
+    for run, effect in ((config, Effect.FREE), (describing, Effect.FIXED)):
+        text = dump_toml(run)
+        earlier = "\n".join(line for line in text.splitlines() if not line.startswith("context = "))
+        assert earlier != text.strip()
+        (change,) = changes(earlier, run)
+        assert (str(change), change.effect) == ('vision.context "queries" -> "plain"', effect)
+    kept = load_config(config_path, ["data.image_to_text_share=0.1", "vision.context=queries"])
+    assert changes(earlier, kept) == []

@@ -10,9 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitdance_scale.errors import CheckpointError, DataError
+from bitdance_scale.errors import CheckpointError
+from bitdance_scale.evaluation.benchmarks.prompt import Prompt
 from bitdance_scale.evaluation.clip import load_clip
-from bitdance_scale.evaluation.distributions.clip_score import clip_score
+from bitdance_scale.evaluation.distributions.clip_score import clip_cosines
+from bitdance_scale.evaluation.metrics.picture_scorer import DrawnImage
+from bitdance_scale.evaluation.picture_scorers import COSINE, ClipScorer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -99,14 +102,14 @@ class Planes:
 
 def test_the_score_counts_opposite_images_as_0():
     images = [np.full((2, 2, 3), value, dtype=np.uint8) for value in (60, 180, 30)]
-    found = clip_score(Planes(), [(images[:2], ["0", "0"]), (images[2:], ["120"])])
-    assert found.cosines == pytest.approx([0.5, -1, 0], abs=1e-6)
-    assert found.score == pytest.approx(50 / 3, abs=1e-4) and found.cosine == pytest.approx(-0.5 / 3, abs=1e-6)
-    assert found.num_cut == 1
+    prompts = [Prompt(text, text, "", 1, {}) for text in ("0", "00", "120")]
+    scorer = ClipScorer(Planes())
+    found = scorer([DrawnImage(prompt, 0, image) for prompt, image in zip(prompts, images, strict=True)])
+    assert [score.value for score in found] == pytest.approx([50, 0, 0], abs=1e-4)
+    assert [score.parts[COSINE][0] for score in found] == pytest.approx([0.5, -1, 0], abs=1e-6)
+    assert scorer.num_cut([prompt.text for prompt in prompts]) == 1
     with pytest.raises(ValueError, match="2 images have 1 prompts"):
-        clip_score(Planes(), [(images[:2], ["0"])])
-    with pytest.raises(DataError, match="no image to compute a CLIP score of"):
-        clip_score(Planes(), [])
+        clip_cosines(Planes(), images[:2], ["0"])
 
 
 def test_folders_that_are_no_clip(folder, tmp_path):

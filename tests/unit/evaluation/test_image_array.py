@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitdance_scale.evaluation.image_array import map_npz, write_npz
+from bitdance_scale.evaluation.image_array import map_npz, read_labels, write_npz
 
 
 def test_an_archive_is_written_part_by_part(tmp_path: Path) -> None:
@@ -16,6 +16,32 @@ def test_an_archive_is_written_part_by_part(tmp_path: Path) -> None:
         write_npz(tmp_path / "b.npz", whole.shape, iter([whole[:6]]))
     with pytest.raises(ValueError, match="wanted uint8"):
         write_npz(tmp_path / "b.npz", whole.shape, iter([whole[:, :2]]))
+
+
+def test_labels_are_beside_the_images(tmp_path: Path) -> None:
+    """As ADM's sampling script saves them: numpy.savez(FILE, images, labels)."""
+    whole = np.random.default_rng(0).integers(0, 256, (4, 4, 6, 3), dtype=np.uint8)
+    labels = np.array([2, 0, 1, 2])
+    for name in "ab":
+        write_npz(tmp_path / f"{name}.npz", whole.shape, [whole[:3], whole[3:]], labels)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    np.savez(tmp_path / "adm.npz", whole, labels)
+    with np.load(tmp_path / "a.npz") as ours, np.load(tmp_path / "adm.npz") as theirs:
+        assert list(ours) == list(theirs) == ["arr_0", "arr_1"]
+        for name in theirs:
+            assert ours[name].dtype == theirs[name].dtype
+            np.testing.assert_array_equal(ours[name], theirs[name])
+    for name in ("a", "adm"):
+        np.testing.assert_array_equal(read_labels(tmp_path / f"{name}.npz"), labels)
+        np.testing.assert_array_equal(map_npz(tmp_path / f"{name}.npz"), whole)
+    with pytest.raises(ValueError, match=r"labels of float64 \[4\], wanted int64 \[4\]"):
+        write_npz(tmp_path / "c.npz", whole.shape, [whole], labels.astype(float))
+    np.savez(tmp_path / "none.npz", whole)
+    np.savez(tmp_path / "float.npz", whole, labels.astype(float))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:150])
+    for name, message in (("none", "has no labels"), ("float", "arr_1 is float64"), ("cut", "is cut short")):
+        with pytest.raises(ValueError, match=message):
+            read_labels(tmp_path / f"{name}.npz")
 
 
 def test_an_archive_is_mapped_wherever_its_array_begins(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitdance_scale.generate import qwen3_blocks
+from bitdance_scale.generate import qwen3_memory
 from bitdance_scale.generate.block_decode import DecodeLayout, decode_blocks, lay_out
 from bitdance_scale.generate.published_model import PublishedModel
 from bitdance_scale.generate.qwen3_blocks import Qwen3Blocks
@@ -54,8 +54,8 @@ def make(model: PublishedModel, use_graphs: bool) -> Qwen3Blocks:
 
 @pytest.mark.parametrize("seen_multiple", [32, 1024])
 def test_steps_of_fixed_shape_draw_the_same_bits(model, monkeypatch, seen_multiple):
-    monkeypatch.setattr(qwen3_blocks, "CapturedCall", StandInForCapture)
-    monkeypatch.setattr(qwen3_blocks, "SEEN_MULTIPLE", seen_multiple)
+    monkeypatch.setattr(qwen3_memory, "CapturedCall", StandInForCapture)
+    monkeypatch.setattr(qwen3_memory, "SEEN_MULTIPLE", seen_multiple)
     StandInForCapture.made.clear()
     plain, fixed = make(model, False), make(model, True)
     first = draw(model, fixed, 1, "a red circle", "two blue squares")

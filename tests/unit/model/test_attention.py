@@ -20,6 +20,7 @@ from bitdance_scale.model.attention import (
     FlexMask,
     _block_mask,
     attend,
+    attend_grouped,
     document_mask,
     flex_mask,
     pack_mask,
@@ -52,7 +53,12 @@ def roles(samples: list[Sample], num_positions: int) -> list[tuple[int, str, int
     listed: list[tuple[int, str, int]] = []
     for number, sample in enumerate(samples):
         names = ["text"] * len(sample.before_ids) + ["vision_start", "res_h"]
-        names += ["query"] * BLOCK_TOKENS + ["vision"] * (sample.grid[0] * sample.grid[1])
+        num_vision = sample.grid[0] * sample.grid[1]
+        if sample.predicts_image:
+            names += ["query"] * BLOCK_TOKENS + ["vision"] * num_vision
+        else:
+            # An image that is only context has no queries, and its positions see the past alone.
+            names += ["res_w"] + ["context"] * num_vision
         names += ["vision_end"] + ["text"] * len(sample.after_ids)
         counts: dict[str, int] = {}
         for name in names:
@@ -239,3 +245,20 @@ def test_form_of_the_mask(attention, head_dim, device, expected):
     if device == "cpu":
         mask = pack_mask(pack.document_ids, pack.block_ids, section, CPU)
         assert isinstance(mask, FlexMask if expected else DocumentMask)
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 6])
+@pytest.mark.parametrize("has_one_row", [True, False], ids=["row", "dense"])
+def test_stacked_query_heads_attend_as_repeated_key_heads(num_groups, has_one_row):
+    numbers = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 6, 5, 8, generator=numbers)
+    keys, values = torch.randn(2, 3, num_groups, 12, 8, generator=numbers)
+    is_seen = torch.rand(3, 1, 1 if has_one_row else 5, 12, generator=numbers) < 0.6
+    is_seen[..., -1] = True
+    additive = torch.zeros(is_seen.shape).masked_fill(~is_seen, -torch.inf)
+    found = attend_grouped(query, keys, values, additive)
+    expected = attend(*(heads.permute(2, 0, 1, 3) for heads in (query, keys, values)), is_seen)
+    # float32 rounding.
+    torch.testing.assert_close(found.permute(2, 0, 1, 3), expected, rtol=1e-6, atol=1e-6)
+    half = attend_grouped(query, keys, values, additive, scale=0.5 * 8**-0.5)
+    torch.testing.assert_close(attend_grouped(query / 2, keys, values, additive), half, rtol=1e-6, atol=1e-6)

@@ -22,6 +22,7 @@ from wandb.proto.wandb_internal_pb2 import HistoryItem, SummaryItem
 from bitdance_scale.config.schema import ObserveSection
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.observe import wandb_sink
+from bitdance_scale.observe.benchmark_scores import BenchmarkScores, benchmark_panels
 from bitdance_scale.observe.metric_sink import (
     EVALUATION_PANELS,
     IMAGES,
@@ -40,6 +41,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from bitdance_scale.config.schema import ObserveSection
+from bitdance_scale.observe.benchmark_scores import BenchmarkScores, benchmark_panels
 from bitdance_scale.observe.figures import image_grid
 from bitdance_scale.observe.metrics import Evaluation, StepMetrics
 from bitdance_scale.observe.metric_sink import EVALUATION_PANELS, STEP_PANELS
@@ -58,6 +60,9 @@ sink.log(Evaluation(1, 0.5, {256: 0.4, 512: 0.6}, (0.3, 0.7), 9.0), EVALUATION_P
 sink.log_image(1, "samples", folder / "grid.png", "black")
 sink.log(dataclasses.replace(point, step=2, loss_vision=1.6, mfu=0.25), STEP_PANELS)
 sink.log(Evaluation(3, 0.8, {256: 0.7, 512: 0.9}, (0.6, 1.0), 9.0), EVALUATION_PANELS, images=24)
+low, high = {"overall": 20.0}, {"overall": 28.0}
+scores = BenchmarkScores(3, "demo-scenes", "clip-score", {"overall": 24.0}, low, high, 8, 1.5)
+sink.log(scores, benchmark_panels(scores), images=24)
 sink.finish()
 print(sink.mode)
 """
@@ -112,11 +117,14 @@ def check_points(path: Path) -> None:
     for record in records:
         summary |= values(record.summary.update)
     named = {name: value for name, value in summary.items() if name.partition("/")[0] in SUMMARIES}
-    assert len(named) == 30 and named.pop("progress/step") == 3
+    assert len(named) == 34 and named.pop("progress/step") == 3
     # What no definition covers would be a bare number.
     for name, value in named.items():
         assert list(value) == [SUMMARIES[name.partition("/")[0]]], name
     assert summary["loss/flow"] == {"last": 1.6} and summary["evaluate/flow"] == {"min": 0.5}
+
+    assert summary["benchmark/demo_scenes/clip_score/overall"] == {"max": 24.0}
+    assert summary["benchmark/demo_scenes/clip_score/overall_low"] == {"max": 20.0}
 
     definitions = {record.metric.glob_name: record.metric.step_metric for record in records if record.metric.glob_name}
     assert definitions == {f"{section}/*": "progress/step" for section in SUMMARIES}
@@ -150,7 +158,8 @@ def test_every_field_has_a_panel(kind, panels):
 
 
 def test_every_section_has_a_summary():
-    names = [*STEP_PANELS.values(), *EVALUATION_PANELS.values()]
+    scores = BenchmarkScores(1, "demo-scenes", "clip-score", {}, {}, {}, 1, 1.0)
+    names = [*STEP_PANELS.values(), *EVALUATION_PANELS.values(), *filter(None, benchmark_panels(scores).values())]
     assert {name.partition("/")[0] for name in names} == SUMMARIES.keys()
 
 

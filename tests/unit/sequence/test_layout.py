@@ -31,7 +31,7 @@ def image_to_text(key: int, grid: tuple[int, int]) -> Sample:
 def test_sequence_of_a_text_to_image_sample():
     pack = pack_samples([text_to_image(5, (2, 4), num_text=3)], TOKENS, pack_multiple=1)
     assert pack.token_ids.tolist() == [100, 101, 102, 1, 11, 13, 50, 51, 52, *[0] * 8, 2, 7]
-    assert pack.num_positions == num_positions(3, 1, (2, 4), TOKENS)
+    assert pack.num_positions == num_positions(text_to_image(5, (2, 4), 3), TOKENS)
     assert pack.vision_positions.tolist() == list(range(9, 17))
     # `<|res_w|>` and the queries predict the first block, which predicts the second.
     assert pack.predict_positions.tolist() == [5, 6, 7, 8, 9, 10, 11, 12]
@@ -69,10 +69,36 @@ def test_image_to_text_predicts_its_caption_only():
     assert pack.token_ids[pack.text_positions].tolist() == [7, 200, 201]
 
 
+def test_a_context_image_has_no_queries_and_is_read_causally():
+    sample = image_to_text(5, (2, 4))
+    pack = pack_samples([sample], TOKENS, pack_multiple=1)
+    assert pack.token_ids.tolist() == [100, 1, 11, 13, *[0] * 8, 2, 7, 200, 201, 7]
+    assert pack.block_ids.tolist() == pack.position_ids.tolist() == list(range(17))
+    assert pack.vision_positions.tolist() == list(range(4, 12))
+    assert pack.num_positions == num_positions(sample, TOKENS)
+
+
+def test_a_context_image_with_queries_is_laid_as_one_to_draw():
+    tokens = dataclasses.replace(TOKENS, has_context_queries=True)
+    context = image_to_text(5, (2, 4))
+    pack = pack_samples([context], tokens, pack_multiple=1)
+    drawn = pack_samples([dataclasses.replace(context, predicts_image=True)], tokens, pack_multiple=1)
+    assert pack.token_ids.tolist() == [100, 1, 11, 13, 50, 51, 52, *[0] * 8, 2, 7, 200, 201, 7]
+    for name in ("token_ids", "position_ids", "block_ids", "vision_positions", "vision_cells", "text_positions"):
+        np.testing.assert_array_equal(getattr(pack, name), getattr(drawn, name))
+    assert pack.num_positions == num_positions(context, tokens)
+    # An image to draw is the same with either.
+    sample = text_to_image(5, (2, 4), num_text=3)
+    for name in ("token_ids", "block_ids"):
+        np.testing.assert_array_equal(
+            getattr(pack_samples([sample], tokens, 1), name), getattr(pack_samples([sample], TOKENS, 1), name)
+        )
+
+
 def test_second_sample_is_the_first_shifted():
     alone = pack_samples([text_to_image(5, (2, 4), num_text=3)], TOKENS, pack_multiple=1)
     both = pack_samples([image_to_text(4, (4, 2)), text_to_image(5, (2, 4), num_text=3)], TOKENS, pack_multiple=32)
-    start, num_vision = num_positions(1, 4, (4, 2), TOKENS), 8
+    start, num_vision = num_positions(image_to_text(4, (4, 2)), TOKENS), 8
     stop = start + alone.num_positions
     for name in ("token_ids", "position_ids", "block_ids"):
         np.testing.assert_array_equal(getattr(both, name)[start:stop], getattr(alone, name))
@@ -162,7 +188,7 @@ def test_sequence_of_a_class_conditional_sample():
     pack = pack_samples(samples, tokens, pack_multiple=4)
     # Tokens of class 2, then of "no class"; queries; the first of two blocks. The last block is not read.
     assert pack.token_ids.tolist() == [6, 7, 8, 33, 34, 35, *[0] * 4, 30, 31, 32, 33, 34, 35, *[0] * 4]
-    assert pack.num_positions == 2 * num_positions(3, 0, (2, 4), tokens) == 2 * (3 + 3 + 8 - 4)
+    assert pack.num_positions == 2 * num_positions(samples[0], tokens) == 2 * (3 + 3 + 8 - 4)
     assert pack.predict_positions.tolist() == [*range(2, 10), *range(12, 20)]
     assert pack.predict_tokens.tolist() == list(range(16)) and len(pack.vision_cells) == 16
     assert pack.vision_positions.tolist() == [*range(6, 10), *range(16, 20)]

@@ -188,6 +188,25 @@ def test_image_to_text_sample_targets_the_caption_and_its_end(tokenizer: TextTok
     assert pack.token_ids[pack.text_positions + 1].tolist() == pack.text_targets.tolist()
 
 
+def test_a_caption_is_asked_for_with_the_sample_that_taught_it(tokenizer: TextTokenizer) -> None:
+    prompt, sample = tokenizer.describing_prompt(7, (4, 8)), tokenizer.describing_sample(7, "a red circle", (4, 8))
+    taught = pack_samples([sample], tokenizer.image_tokens, 1)
+    asked = pack_samples([prompt], tokenizer.image_tokens, 1)
+    length = asked.num_positions
+    for name in ("token_ids", "position_ids", "block_ids"):
+        np.testing.assert_array_equal(getattr(taught, name)[:length], getattr(asked, name))
+    assert taught.text_positions[0] == length - 1 and len(asked.text_targets) == 0
+
+
+def test_captions_are_made_of_words_and_their_end(tokenizer: TextTokenizer) -> None:
+    is_word = tokenizer.caption_entries()
+    tokens = tokenizer.image_tokens
+    assert is_word.shape == (tokenizer.vocab_size,)
+    assert is_word[tokenizer.encode("a red circle")].all() and is_word[tokenizer.turn_end_ids].all()
+    left_out = {int(tokenizer.user_turn_ids[0]), tokens.vision_start, tokens.vision_end}
+    assert {*np.flatnonzero(~is_word).tolist()} == left_out | {*tokens.resolution, *tokens.queries}
+
+
 def refusal(text: TextSection) -> str:
     with pytest.raises(ConfigError) as error:
         load_text_tokenizer(text, 16)

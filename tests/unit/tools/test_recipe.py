@@ -16,6 +16,7 @@ from bitdance_scale.config.load import load_config
 from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.demo.scenes import render
 from bitdance_scale.errors import BitDanceError, ConfigError
+from bitdance_scale.evaluation.benchmarks.demo_scenes import DemoScenes, choose_scenes
 from bitdance_scale.observe.metrics import METRICS_FILE, Evaluation, StepMetrics, append_evaluation
 
 DEMO = [CONFIGS / f"{name}.toml" for name in ("demo", "ct_demo", "sft_demo", "distill_demo")]
@@ -54,9 +55,9 @@ def write_run(folder: Path, evaluates: bool) -> Path:
 
 def score(folder: Path, num_right: int) -> Path:
     """A score of 12 pictures, the last of which are of other scenes."""
-    scenes = score_scenes.choose_scenes(2)
+    scenes = choose_scenes(2)
     shown = scenes[:num_right] + scenes[:1] * (12 - num_right)
-    scored = score_scenes.score_pictures(scenes, (render(scene) for scene in shown))
+    scored = score_scenes.score_pictures(DemoScenes(per_category=2).read(None), (render(scene) for scene in shown))
     score_scenes.write_results(folder, scored, {"per_category": 2}, keeps_pictures=False)
     return folder
 

@@ -34,7 +34,8 @@ class RecordedJob(Job):
         self.guards = StepGuards(OptimSection(max_skipped_steps=1))
 
     step = property(lambda self: self._step)
-    schedule = property(lambda self: Schedule(6, log=2, save=4, evaluate=3, draw=0))
+    benchmarks: tuple[int, ...] = ()
+    schedule = property(lambda self: Schedule(6, log=2, save=4, evaluate=3, draw=0, benchmarks=self.benchmarks))
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -69,6 +70,9 @@ class RecordedJob(Job):
     def draw(self) -> None:
         self.events.append(f"draw {self._step}")
 
+    def score(self, number: int) -> None:
+        self.events.append(f"score {number} {self._step}")
+
     def pause(self) -> None:
         pass
 
@@ -89,6 +93,22 @@ def test_everything_is_done_when_it_is_due_and_after_the_last_step() -> None:
         "open", "evaluate 0", "log 2", "evaluate 3", "log 4", "save 4", "log 6", "save 6", "evaluate 6",
         "settle", "close",
     ]  # fmt: skip
+
+
+def test_each_benchmark_is_scored_when_it_is_due_and_after_the_last_step() -> None:
+    job = RecordedJob(step=1)
+    job.benchmarks = (2, 4, 9)
+    assert train(job, StopRequest())
+    assert [event for event in job.events if event.startswith(("score", "evaluate"))] == [
+        "score 0 2", "evaluate 3", "score 0 4", "score 1 4", "evaluate 6", "score 0 6", "score 1 6", "score 2 6",
+    ]  # fmt: skip
+
+
+def test_a_resumed_run_first_makes_the_scores_that_it_ended_before() -> None:
+    job = RecordedJob(step=4)
+    job.benchmarks, job.lacking_scores = (9, 4), lambda: [1]
+    assert train(job, StopRequest())
+    assert job.events[:2] == ["open", "score 1 4"] and job.events.count("score 1 6") == 1
 
 
 def test_a_resumed_run_does_not_evaluate_first() -> None:

@@ -59,7 +59,7 @@ def test_lines_that_found_no_room_until_the_end_are_counted(tmp_path, monkeypatc
         monkeypatch.setattr(metrics, "os", FullDisk())
         write(sinks, 1)
         write(sinks, 2)
-    assert "2 lines of metrics.jsonl and evaluation.jsonl are lost" in caplog.text
+    assert "2 lines of metrics.jsonl are lost" in caplog.text
 
 
 def test_every_sink_and_picture_is_tolerated(tmp_path, monkeypatch, caplog):

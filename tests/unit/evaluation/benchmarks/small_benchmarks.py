@@ -44,7 +44,7 @@ TIIF = {
     ],
     "text": [{"type": "text", "short_description": 'A sign: "A/B"', "long_description": "A long sign."}],
 }
-NAMES = ("geneval", "dpg", "oneig-en", "oneig-zh", "tiif", "imagenet", "demo-scenes")
+NAMES = ("geneval", "dpg", "oneig-en", "oneig-zh", "tiif", "imagenet", "demo-scenes", "demo-classes")
 
 
 def write_lines(path: Path, records: Sequence[Any]) -> Path:

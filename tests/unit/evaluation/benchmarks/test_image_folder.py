@@ -13,6 +13,7 @@ from bitdance_scale.errors import ConfigError
 from bitdance_scale.evaluation.benchmarks.catalogue import find_benchmark
 from bitdance_scale.evaluation.benchmarks.image_folder import ImageFolder
 from bitdance_scale.evaluation.benchmarks.imagenet import ImageNet
+from bitdance_scale.evaluation.benchmarks.prompt import rounds
 from tests.unit.evaluation.benchmarks.small_benchmarks import (
     GENEVAL,
     NAMES,
@@ -20,6 +21,7 @@ from tests.unit.evaluation.benchmarks.small_benchmarks import (
     files,
     image,
     images,
+    small,
     small_folder,
 )
 
@@ -38,6 +40,7 @@ LAID_OUT = {
     ],
     "imagenet": ["samples.npz"],
     "demo-scenes": [f"{number:05d}.png" for number in range(6)],
+    "demo-classes": [f"{number:05d}.png" for number in range(24)],
 }
 
 
@@ -88,8 +91,7 @@ def test_images_are_written_one_by_one_in_any_order(tmp_path: Path, name: str) -
     drawn(tmp_path, name)
     assert one_by_one.keys() == set(LAID_OUT[name])
     for path, content in one_by_one.items():
-        # The archive has the time of its writing in it.
-        assert path.endswith(".npz") or content == (tmp_path / "out" / path).read_bytes()
+        assert content == (tmp_path / "out" / path).read_bytes()
 
 
 def test_grids_and_lines_are_what_the_scorers_read(tmp_path: Path) -> None:
@@ -104,13 +106,74 @@ def test_grids_and_lines_are_what_the_scorers_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(grid[height:, :width], image(second, 2))
 
 
-def test_all_classes_are_one_array_in_order(tmp_path: Path) -> None:
+def test_all_classes_are_one_array_in_rounds(tmp_path: Path) -> None:
     folder, prompts = small_folder(tmp_path, "imagenet")
     for prompt in prompts[::-1]:
         folder.write(prompt, images(prompt))
     folder.finish()
     with np.load(tmp_path / "out/samples.npz") as archive:
-        np.testing.assert_array_equal(archive["arr_0"], [pixels for prompt in prompts for pixels in images(prompt)])
+        np.testing.assert_array_equal(archive["arr_1"], [0, 1, 0, 1, 0, 1])
+        np.testing.assert_array_equal(archive["arr_0"], [image(prompt, k) for k in range(3) for prompt in prompts])
+
+
+def test_every_part_of_a_round_has_all_classes_alike() -> None:
+    """Inception Score is the mean over parts of 5,000 samples in their order."""
+    prompts = ImageNet().read(None)
+    labels = [n for n, _ in rounds(prompts)]
+    assert len(labels) == 50_000
+    for start in range(0, 50_000, 5000):
+        assert sorted(labels[start : start + 5000]) == sorted([*range(1000)] * 5)
+
+
+def test_images_of_an_array_are_files_if_asked_for(tmp_path: Path) -> None:
+    folder = drawn(tmp_path, "imagenet")
+    _, prompts = small_folder(tmp_path, "imagenet")
+    copies = [f"images/{number:05d}/{k:04d}.png" for number in (0, 1) for k in range(3)]
+    folder.write_copies(0, 2)
+    assert files(tmp_path / "out") == [*copies[:3], "samples.npz"]
+    before = (tmp_path / "out" / copies[1]).stat().st_mtime_ns
+    folder.write_copies()
+    assert files(tmp_path / "out") == [*copies, "samples.npz"]
+    # Those that were there are not written again.
+    assert (tmp_path / "out" / copies[1]).stat().st_mtime_ns == before
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / copies[4])), image(prompts[1], 1))
+    assert not folder.state().foreign and folder.state().complete == tuple(prompts)
+
+
+@pytest.mark.parametrize("name", ["imagenet", "dpg"])
+def test_a_part_that_is_cut_short_is_drawn_again(tmp_path: Path, name: str) -> None:
+    folder, (prompt, *_) = small_folder(tmp_path, name)
+    folder.write_image(prompt, 1, image(prompt, 1))
+    part = tmp_path / f"out/parts/{prompt.id}/0001.npy"
+    content = part.read_bytes()
+    np.testing.assert_array_equal(np.load(part), image(prompt, 1))
+    assert 1 not in folder.state().to_draw[prompt.id]
+    np.save(tmp_path / "float.npy", np.zeros((16, 24, 3)))
+    for damaged in (content[:-1], content[:20], b"", (tmp_path / "float.npy").read_bytes()):
+        part.write_bytes(damaged)
+        state = folder.state()
+        assert 1 in state.to_draw[prompt.id] and list(state.damaged) == [f"parts/{prompt.id}/0001.npy"]
+        assert not state.foreign
+
+
+def test_an_array_in_another_order_is_refused(tmp_path: Path) -> None:
+    folder, prompts = small_folder(tmp_path, "imagenet")
+    by_class = np.stack([pixels for prompt in prompts for pixels in images(prompt)])
+    np.savez(tmp_path / "out/samples.npz", by_class, np.repeat([0, 1], 3))
+    with pytest.raises(ConfigError, match=r"samples.npz has the images of its classes \(arr_1\) in another order"):
+        folder.state().refuse_foreign()
+    np.savez(tmp_path / "out/samples.npz", by_class)
+    assert folder.state().damaged == {"samples.npz": "has no labels of its images (arr_1)"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_who_may_share_out_the_images_of_a_prompt(tmp_path: Path, name: str) -> None:
+    """Only where no file is made of them."""
+    _, (prompt, *_) = small_folder(tmp_path, name)
+    layout = small(name).layout("ours")
+    singles = [layout.image(prompt, k) for k in range(prompt.num_images)]
+    is_made = bool(layout.records(prompt)) or any(picture not in singles for picture in layout.pictures(prompt))
+    assert layout.makes_files == is_made
 
 
 @pytest.mark.parametrize(

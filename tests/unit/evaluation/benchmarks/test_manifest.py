@@ -57,6 +57,16 @@ def test_another_drawing_is_refused_by_what_differs(tmp_path: Path, changes: dic
     assert (tmp_path / "out/drawing.json").read_bytes() == before
 
 
+def test_the_tokens_at_once_are_compared_where_a_folder_says_them(tmp_path: Path) -> None:
+    first = drawing(tmp_path)
+    told = replace(first, model={**first.model, "block_tokens": 16})
+    begin_drawing(tmp_path / "silent", first)
+    check_drawing(tmp_path / "silent", told)
+    begin_drawing(tmp_path / "told", told)
+    with pytest.raises(ConfigError, match="model.block_tokens is 16 there, 64 here"):
+        check_drawing(tmp_path / "told", replace(told, model={**told.model, "block_tokens": 64}))
+
+
 def test_another_benchmark_or_other_prompts_are_refused(tmp_path: Path) -> None:
     begin_drawing(tmp_path / "out", drawing(tmp_path))
     with pytest.raises(ConfigError, match='json.: benchmark is "dpg" there, "geneval" here. Name another folder'):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from bitdance_scale.errors import ConfigError
 from bitdance_scale.evaluation.benchmarks.catalogue import BENCHMARKS, find_benchmark, read_prompts
 from bitdance_scale.evaluation.benchmarks.demo_scenes import PROMPT_SEED, DemoScenes
 from bitdance_scale.evaluation.benchmarks.imagenet import ImageNet
-from bitdance_scale.evaluation.benchmarks.prompt import image_seed, prompts_digest
+from bitdance_scale.evaluation.benchmarks.prompt import Prompt, image_seed, prompts_digest
 from tests.benchmark_data import benchmark_data
 from tests.unit.evaluation.benchmarks.small_benchmarks import (
     DPG,
@@ -74,6 +75,7 @@ def test_small_files_are_read(tmp_path: Path, name: str) -> None:
             ],
             "imagenet": ["00000", "00001"],
             "demo-scenes": [f"{number:05d}" for number in range(6)],
+            "demo-classes": [f"{number:05d}" for number in range(24)],
         }[name]
     )
 
@@ -92,8 +94,28 @@ def test_classes_have_the_names_of_their_map(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("goldfish\nshark\n", encoding="utf-8")
     prompts = small("imagenet").read(tmp_path / "classes.txt")
     assert [(prompt.text, prompt.category) for prompt in prompts] == [("0", "goldfish"), ("1", "shark")]
-    with pytest.raises(ConfigError, match="names 2 classes, expected 1000"):
+    assert ImageNet().of_model(2, ("goldfish", "shark")).read(None) == replace_images(prompts, 50)
+    numbered = small("imagenet").read(None)
+    assert [prompt.category for prompt in numbered] == ["0", "1"]
+    # Names are for people: the images are of the same classes.
+    assert prompts_digest(numbered) == prompts_digest(prompts)
+    with pytest.raises(ConfigError, match=r"classes.txt: names 2 classes, and the model has 1000; name a class map"):
         ImageNet().read(tmp_path / "classes.txt")
+
+
+def replace_images(prompts: list[Prompt], number: int) -> list[Prompt]:
+    return [replace(prompt, num_images=number) for prompt in prompts]
+
+
+def test_short_prompts_with_the_guidance_of_the_long_ones_are_doubted() -> None:
+    geneval = find_benchmark("geneval")
+    short, long = (
+        read_prompts(geneval, benchmark_data(f"geneval_evaluation_metadata{form}.jsonl")) for form in ("", "_long")
+    )
+    assert "553 of 553 prompts have GenEval's short form ('a photo of a bench')" in geneval.doubt(short, 13.0)
+    assert geneval.doubt(short, 7.5) == geneval.doubt(long, 13.0) == ""
+    # Some whose beginning was kept are still the long form.
+    assert geneval.doubt([*short[:100], *long], 13.0) == ""
 
 
 def test_line_ends_a_byte_order_mark_and_the_order_do_not_matter(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from bitdance_scale.errors import CheckpointError, DataError
-from bitdance_scale.evaluation.distributions import features, inception_score, reference
 from bitdance_scale.evaluation.distributions.features import collect
 from bitdance_scale.evaluation.distributions.image_sets import NpzImages
 from bitdance_scale.evaluation.distributions.reference import (
@@ -20,36 +19,14 @@ from bitdance_scale.evaluation.distributions.reference import (
     save_reference,
 )
 from bitdance_scale.evaluation.distributions.scores import compare
-from bitdance_scale.evaluation.inception import Activations
+from tests.unit.evaluation.distributions.small_network import POOL, SPATIAL, SmallNetwork, use_few_features
 
 CPU = torch.device("cpu")
-POOL, SPATIAL, CLASSES = 6, 5, 12
-
-
-class SmallNetwork(torch.nn.Module):
-    """Three linear layers of the pixels in place of Inception."""
-
-    def __init__(self, digest: str = "a" * 64) -> None:
-        super().__init__()
-        self.digest = digest
-        generator = torch.Generator().manual_seed(0)
-        self.weight = torch.nn.Parameter(torch.randn(48, POOL + SPATIAL + CLASSES, generator=generator))
-
-    @torch.no_grad()
-    def activations(self, images):
-        # In float64, whose rounding to float32 does not depend on the size of a batch.
-        found = (torch.from_numpy(images).double().flatten(1) / 255) @ self.weight.double()
-        return Activations(*found.float().split([POOL, SPATIAL, CLASSES], dim=1))
 
 
 @pytest.fixture(autouse=True)
 def _few_features(monkeypatch):
-    for module in (features, reference):
-        monkeypatch.setattr(module, "NUM_FEATURES", POOL)
-        monkeypatch.setattr(module, "NUM_SPATIAL_FEATURES", SPATIAL)
-    numbers = {("mu", "sigma"): POOL, ("mu_s", "sigma_s"): SPATIAL}
-    monkeypatch.setattr(reference, "_NUM_FEATURES", numbers)
-    monkeypatch.setattr(inception_score, "IMAGES_PER_PART", 20)
+    use_few_features(monkeypatch)
 
 
 def noise(number: int, seed: int, top: int = 256) -> np.ndarray:

@@ -1,14 +1,26 @@
 import json
 
-import numpy as np
 import pytest
 
-from bitdance_scale.evaluation.geneval.rules import TAGS, Detection, judge
-from bitdance_scale.evaluation.geneval.summary import result_line, summarise
+from bitdance_scale.evaluation.geneval.rules import TAGS, Detection, Verdict, judge
+from bitdance_scale.evaluation.geneval.summary import image_score, missing_tags, result_line, shares
+from bitdance_scale.evaluation.metrics.catalogue import GENEVAL
+from bitdance_scale.evaluation.metrics.estimate import estimates
+from bitdance_scale.evaluation.metrics.metric import OVERALL
 
 
 def record(tag, index):
     return {"tag": tag, "include": [{"class": "dog", "count": 1}], "prompt": f"{tag} {index}"}
+
+
+def judged(results):
+    """Scores of images of (record, is it correct), and the records by prompt id; equal records share an id."""
+    ids, numbers, images = {}, {}, []
+    for line, is_correct in results:
+        name = ids.setdefault(json.dumps(line), f"{len(ids):05d}")
+        k = numbers[name] = numbers.get(name, -1) + 1
+        images.append(image_score(name, k, line, Verdict(is_correct, () if is_correct else ("no dog",), {})))
+    return images, {name: json.loads(line) for line, name in ids.items()}
 
 
 def test_the_score_is_the_mean_over_tags():
@@ -17,56 +29,35 @@ def test_the_score_is_the_mean_over_tags():
     for number, tag in enumerate(TAGS):
         for index in range(5 + number):
             results += [(record(tag, index), index < number)] * 4
-    summary = summarise(results)
-    shares = [number / (5 + number) for number in range(6)]
-    assert list(summary.tags) == list(TAGS)
-    assert [estimate.value for estimate in summary.tags.values()] == pytest.approx(shares)
-    assert summary.score.value == pytest.approx(np.mean(shares))
-    assert summary.images.value == summary.prompts.value == pytest.approx(15 / 45)
-    assert summary.num_images == {tag: 4 * (5 + number) for number, tag in enumerate(TAGS)}
-    assert summary.num_prompts == 45
-    assert summary.missing_tags == ()
+    images, records = judged(results)
+    found = estimates(images, GENEVAL.combine)
+    expected = [number / (5 + number) for number in range(6)]
+    assert list(found) == [OVERALL, *TAGS]
+    assert [found[tag].value for tag in TAGS] == pytest.approx(expected)
+    assert found[OVERALL].value == pytest.approx(sum(expected) / 6)
+    assert shares(images, records) == pytest.approx({"images": 15 / 45, "prompts": 15 / 45})
+    assert missing_tags(images) == []
+    assert (images[0].reason, images[-1].reason) == ("no dog", "no dog") and images[20].reason == ""
 
 
 def test_a_prompt_is_correct_if_one_of_its_images_is():
     results = [(record("colors", 0), k == 2) for k in range(4)] + [(record("colors", 1), False)] * 4
     results += [(record("counting", 0), True)]
-    summary = summarise(results)
-    assert summary.prompts.value == pytest.approx(2 / 3)
-    assert summary.images.value == pytest.approx(2 / 9)
-    assert summary.score.value == pytest.approx((1 / 8 + 1) / 2)
-    assert summary.missing_tags == ("single_object", "two_object", "position", "color_attr")
-    with pytest.raises(ValueError, match="no images"):
-        summarise([])
-
-
-def test_intervals_are_those_of_prompts():
-    rng = np.random.default_rng(5)
-    right = rng.random(100) < 0.6
-    # All four images of a prompt are alike, so that there are 100 observations and not 400.
-    results = [(record("colors", index), bool(value)) for index, value in enumerate(right) for _ in range(4)]
-    summary = summarise(results)
-    share = right.mean()
-    # The normal approximation of a binomial; the bootstrap's quantiles of 2000 are within a hundredth of it.
-    half = 1.96 * np.sqrt(share * (1 - share) / 100)
-    for estimate in (summary.score, summary.tags["colors"], summary.images, summary.prompts):
-        assert estimate.value == pytest.approx(share)
-        assert (estimate.low, estimate.high) == pytest.approx((share - half, share + half), abs=0.015)
-    assert summarise(results) == summary
-
-
-def test_intervals_depend_on_the_seed_alone():
-    results = [(record(tag, index), index % 3 == 0) for tag in TAGS for index in range(97)]
-    assert summarise(results, seed=0) == summarise(results)
-    assert summarise(results, seed=1).score.value == summarise(results).score.value
-    assert summarise(results, seed=1) != summarise(results)
+    images, records = judged(results)
+    assert [(image.prompt_id, image.k) for image in images[3:6]] == [("00000", 3), ("00001", 0), ("00001", 1)]
+    assert shares(images, records) == pytest.approx({"images": 2 / 9, "prompts": 2 / 3})
+    assert estimates(images, GENEVAL.combine)[OVERALL].value == pytest.approx((1 / 8 + 1) / 2)
+    assert missing_tags(images) == ["single_object", "two_object", "position", "color_attr"]
+    # Two lines of the file with the same record are one prompt, as in the published script.
+    twice = {**records, "00001": records["00000"]}
+    assert shares(images, twice)["prompts"] == 1
 
 
 def test_intervals_resample_prompts_within_their_tag():
     # Whatever is drawn, one tag has all right and the other none: nothing is uncertain.
-    results = [(record(tag, index), tag == "colors") for tag in ("colors", "counting") for index in range(10)]
-    assert summarise(results).images == summarise(results).score
-    assert summarise(results).score.low == summarise(results).score.high == 0.5
+    images, _ = judged((record(tag, index), tag == "colors") for tag in ("colors", "counting") for index in range(10))
+    score = estimates(images, GENEVAL.combine)[OVERALL]
+    assert score.value == score.low == score.high == 0.5
 
 
 def test_lines_of_results_are_the_published_ones():

@@ -67,3 +67,10 @@ def test_a_difference_is_of_the_shared_prompts():
     assert not found.is_clear
     with pytest.raises(ValueError, match="no images"):
         differences(images_of([1]), images_of([1], first=1), mean_of(("a",)))
+
+
+def test_intervals_depend_on_the_seed_alone():
+    images = images_of([index % 3 == 0 for index in range(97)], "a") + images_of([0, 1, 1], "b")
+    first, again, other = (estimates(images, mean_of(("a", "b")), seed)[OVERALL] for seed in (0, 0, 1))
+    assert first == again == estimates(images[::-1], mean_of(("a", "b")))[OVERALL]
+    assert first.value == other.value and first != other

@@ -6,17 +6,13 @@ import math
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from bitdance_scale.errors import DataError
-from bitdance_scale.evaluation.questions.dpg import (
-    corrected_scores,
-    measure_dpg,
-    published_scores,
-    read_questions,
-)
-from bitdance_scale.evaluation.questions.image_folder import grid_tiles, match_images
-from bitdance_scale.evaluation.questions.judge import JudgeError
+from bitdance_scale.evaluation.metrics.catalogue import DPG
+from bitdance_scale.evaluation.metrics.estimate import estimates
+from bitdance_scale.evaluation.metrics.metric import OVERALL
+from bitdance_scale.evaluation.questions.dpg import ask_dpg, image_scores, published_scores, read_questions
+from bitdance_scale.evaluation.questions.judge import JudgeError, Unclear
 from tests.unit.evaluation.questions.saying import Saying
 
 COLUMNS = (
@@ -62,67 +58,81 @@ SHARK = (
 )
 
 
+def corrected(questions, answers):
+    """The values of the metric by name."""
+    images = image_scores(questions, answers, dict.fromkeys(answers, "source"))
+    return {name: found.value for name, found in estimates(images, DPG.combine).items()}
+
+
 def test_the_file_is_read(tmp_path):
     questions = read_questions(write(tmp_path, SKIPPED, *SHARK, ("vrd1", 1, " 0 ", "global - (a photo)")))
     assert questions.prompts["shark"] == "a prompt, with\nshark"
-    shark = questions.corrected["shark"]
+    shark = questions.propositions["shark"]
     assert [(p.number, p.parents, p.category, p.question) for p in shark] == [
         (1, (), "entity - whole", "shark 1?"),
         (2, (1,), "attribute - color", "shark 2?"),
         (3, (2,), "relation - spatial", "shark 3?"),
         (4, (), "attribute - size", "shark 4?"),
     ]
-    assert questions.corrected["vrd1"][0].category == "global -"
+    assert questions.propositions["vrd1"][0].category == "global -"
 
 
 def test_children_of_a_no_are_no_through_generations(tmp_path):
     questions = read_questions(write(tmp_path, SKIPPED, *SHARK))
     yes = dict.fromkeys((1, 2, 3, 4), True)
     answers = {"shark": [yes, yes | {1: False}, yes | {2: False}, dict.fromkeys(yes, False)]}
-    scores = corrected_scores(questions, answers)
-    assert scores.score == pytest.approx(100 * (4 / 4 + 1 / 4 + 2 / 4 + 0) / 4)
-    assert scores.prompts == {"shark": scores.score}
-    assert published_scores(questions, answers).score == scores.score
+    scores = corrected(questions, answers)
+    assert scores[OVERALL] == pytest.approx((4 / 4 + 1 / 4 + 2 / 4 + 0) / 4)
+    assert published_scores(questions, answers).score == scores[OVERALL]
     # Of the four images: two sharks, one blue one, one of those to the left, three wide seas.
-    assert scores.level_2 == {
-        "entity - whole": 50,
-        "attribute - color": 25,
-        "relation - spatial": 25,
-        "attribute - size": 75,
-    }
-    assert scores.level_1 == {"entity": 50, "attribute": 50, "relation": 25}
+    assert list(scores.items())[1:] == [
+        ("attribute", 0.5),
+        ("attribute - color", 0.25),
+        ("attribute - size", 0.75),
+        ("entity", 0.5),
+        ("entity - whole", 0.5),
+        ("relation", 0.25),
+        ("relation - spatial", 0.25),
+    ]
+    images = image_scores(questions, answers, {"shark": "source"})
+    assert [(image.k, image.category, image.value) for image in images] == [
+        (k, "source", value) for k, value in enumerate((1, 0.25, 0.5, 0))
+    ]
+    assert images[2].reason == "shark 2? no; shark 3? no, as what it depends on is not there"
+    assert images[0].reason == ""
 
 
 def test_two_parents(tmp_path):
     rows = [("a", 1, "0", "e (x)"), ("a", 2, "0", "e (y)"), ("a", 3, "1, 2", "r (x, y)")]
     questions = read_questions(write(tmp_path, SKIPPED, *rows))
     answers = {"a": [{1: True, 2: False, 3: True}]}
-    assert corrected_scores(questions, answers).score == pytest.approx(100 / 3)
-    assert published_scores(questions, answers).score == pytest.approx(100 / 3)
+    assert corrected(questions, answers)[OVERALL] == pytest.approx(1 / 3)
+    assert published_scores(questions, answers).score == pytest.approx(1 / 3)
 
 
 def test_prompts_count_alike(tmp_path):
     questions = read_questions(write(tmp_path, SKIPPED, *SHARK, ("b", 1, "0", "entity - whole (b)")))
     answers = {"shark": [dict.fromkeys((1, 2, 3, 4), True)], "b": [{1: False}]}
-    assert corrected_scores(questions, answers).score == 50
+    assert corrected(questions, answers)[OVERALL] == 0.5
 
 
 def test_published_categories_are_those_of_the_last_image_before_zeroing(tmp_path):
     questions = read_questions(write(tmp_path, SKIPPED, *SHARK))
     yes = dict.fromkeys((1, 2, 3, 4), True)
     answers = {"shark": [dict.fromkeys(yes, False)] * 3 + [yes | {1: False}]}
-    published, corrected = published_scores(questions, answers), corrected_scores(questions, answers)
-    assert published.score == corrected.score == pytest.approx(100 / 16)
-    assert published.level_1 == {"entity": 0, "attribute": 100, "relation": 100}
-    assert corrected.level_1 == {"entity": 0, "attribute": 100 / 8, "relation": 0}
+    published, ours = published_scores(questions, answers), corrected(questions, answers)
+    assert published.score == ours[OVERALL] == pytest.approx(1 / 16)
+    assert published.level_1 == {"entity": 0, "attribute": 1, "relation": 1}
+    assert published.level_2["attribute - color"] == 1
+    assert {name: ours[name] for name in published.level_1} == {"entity": 0, "attribute": 1 / 8, "relation": 0}
 
 
 def test_published_scores_lack_the_first_row(tmp_path):
     rows = [("a", 1, "0", "entity - whole (x)"), ("a", 2, "0", "entity - whole (y)")]
     questions = read_questions(write(tmp_path, *rows))
     answers = {"a": [{1: False, 2: True}]}
-    assert corrected_scores(questions, answers).score == 50
-    assert published_scores(questions, answers).score == 100
+    assert corrected(questions, answers)[OVERALL] == 0.5
+    assert published_scores(questions, answers).score == 1
     # An item of this row alone has no score at all.
     questions = read_questions(
         write(tmp_path, ("a", 1, "0", "entity - whole (x)"), ("b", 1, "0", "entity - whole (y)"))
@@ -130,7 +140,7 @@ def test_published_scores_lack_the_first_row(tmp_path):
     answers = {"a": [{1: True}], "b": [{1: False}]}
     published = published_scores(questions, answers)
     assert (published.score, published.left_out) == (0, ("a",))
-    assert corrected_scores(questions, answers).score == 50
+    assert corrected(questions, answers)[OVERALL] == 0.5
     alone = published_scores(questions, {"a": [{1: True}]})
     assert math.isnan(alone.score) and alone.left_out == ("a",)
 
@@ -141,10 +151,10 @@ def test_published_scores_lack_the_prompt_that_depends_on_the_first_row(tmp_path
     yes = {1: True, 2: True, 3: True}
     published = published_scores(questions, {"a": [yes], "b": [{1: False}]})
     assert (published.score, published.left_out, published.level_2) == (0, ("a",), {"e": 0})
-    assert corrected_scores(questions, {"a": [yes], "b": [{1: False}]}).score == 50
+    assert corrected(questions, {"a": [yes], "b": [{1: False}]})[OVERALL] == 0.5
     # Where an earlier parent was answered no, the missing one is not looked at.
     published = published_scores(questions, {"a": [yes | {2: False}], "b": [{1: True}]})
-    assert (published.score, published.left_out) == (50, ())
+    assert (published.score, published.left_out) == (0.5, ())
 
 
 def test_published_scores_zero_in_the_order_of_rows(tmp_path):
@@ -152,16 +162,16 @@ def test_published_scores_zero_in_the_order_of_rows(tmp_path):
     questions = read_questions(write(tmp_path, SKIPPED, *rows))
     answers = {"a": [{1: False, 2: True, 3: True}]}
     # 3 still meets the yes of 2.
-    assert published_scores(questions, answers).score == pytest.approx(100 / 3)
-    assert corrected_scores(questions, answers).score == 0
+    assert published_scores(questions, answers).score == pytest.approx(1 / 3)
+    assert corrected(questions, answers)[OVERALL] == 0
 
 
 def test_published_scores_have_the_last_rows_of_an_item_in_two_places(tmp_path):
     rows = [("a", 1, "0", "e (x)"), ("b", 1, "0", "e (y)"), ("a", 2, "0", "e (z)")]
     questions = read_questions(write(tmp_path, SKIPPED, *rows))
     answers = {"a": [{1: False, 2: True}], "b": [{1: True}]}
-    assert published_scores(questions, answers).score == 100
-    assert corrected_scores(questions, answers).score == 75
+    assert published_scores(questions, answers).score == 1
+    assert corrected(questions, answers)[OVERALL] == 0.75
 
 
 def test_unequal_dependencies_that_lead_back_are_refused(tmp_path):
@@ -210,18 +220,13 @@ def test_other_files_are_refused(tmp_path):
         read_questions(tmp_path / "none.csv")
 
 
-def draw_grid(path, values):
-    """A grid of four images of 2 x 3 pixels, each of one value."""
-    tiles = [np.full((2, 3, 3), value, np.uint8) for value in values]
-    Image.fromarray(np.vstack([np.hstack(tiles[:2]), np.hstack(tiles[2:])])).save(path)
+def shown(**values):
+    """Items with images of 2 x 3 pixels, each of one value."""
+    return [(item, [np.full((2, 3, 3), value, np.uint8) for value in found]) for item, found in values.items()]
 
 
-def test_a_benchmark_from_files_to_scores(tmp_path):
+def test_from_images_to_scores(tmp_path):
     questions = read_questions(write(tmp_path, SKIPPED, *SHARK))
-    folder = tmp_path / "images"
-    folder.mkdir()
-    draw_grid(folder / "first.png", [5, 5, 5, 6])
-    draw_grid(folder / "shark.png", [1, 2, 3, 4])
 
     def says(pixel, question):
         if question == "first 1?":
@@ -230,56 +235,25 @@ def test_a_benchmark_from_files_to_scores(tmp_path):
         return "Yes." if int(question.split()[1].rstrip("?")) <= pixel[0] else "no"
 
     judge = Saying(says)
-    images = match_images(folder, list(questions.prompts), str(questions.source))
-    report = measure_dpg(questions, images, judge, max_unclear_share=0.1)
+    unclear = Unclear("a-judge", 0.1)
+    answers = ask_dpg(questions, shown(first=[5, 5, 5, 6], shark=[1, 2, 3, 4]), judge, unclear)
     assert len(judge.heard) == 4 * 5
-    assert (report.unclear.asked, report.unclear.number, report.unclear.examples) == (
-        20,
-        1,
-        ["'first 1?' -> 'perhaps'"],
-    )
-    assert report.answers["first"][3] == {1: None}
-    assert report.corrected.prompts == {"first": 75, "shark": pytest.approx(62.5)}
-    assert report.corrected.score == pytest.approx(68.75)
-    assert report.published.score == pytest.approx(62.5) and report.published.left_out == ("first",)
-    assert report.corrected.level_2["entity - whole"] == pytest.approx(100 * 7 / 8)
-    assert report.published.level_2["entity - whole"] == 100
+    assert (unclear.asked, unclear.number, unclear.examples) == (20, 1, ["'first 1?' -> 'perhaps'"])
+    assert answers["first"][3] == {1: None}
+    scores = image_scores(questions, answers, {"first": "one", "shark": "two"})
+    assert [image.value for image in scores] == [1, 1, 1, 0, 1 / 4, 2 / 4, 3 / 4, 1]
+    assert scores[3].reason == "first 1? unclear"
+    ours, published = corrected(questions, answers), published_scores(questions, answers)
+    assert ours[OVERALL] == pytest.approx(0.6875)
+    assert published.score == pytest.approx(0.625) and published.left_out == ("first",)
+    assert ours["entity - whole"] == pytest.approx(7 / 8)
+    assert published.level_2["entity - whole"] == 1
     with pytest.raises(JudgeError, match="answered 1 of 20 questions"):
-        measure_dpg(questions, images, Saying(says), max_unclear_share=0.01)
+        images = shown(first=[5, 5, 5, 6], shark=[1, 2, 3, 4])
+        ask_dpg(questions, images, Saying(says), Unclear("a-judge", 0.01))
 
 
-def test_images_and_ids_must_match(tmp_path):
-    (tmp_path / "notes.txt").write_text("", encoding="utf-8")
-    for name in ("a.png", "b.jpg"):
-        (tmp_path / name).touch()
-    assert list(match_images(tmp_path, ["b", "a"], "q.csv")) == ["b", "a"]
-    with pytest.raises(DataError, match=r"no images of 4 of the 5 ids in q.csv \(c; d; e; and 1 more\)"):
-        match_images(tmp_path, list("acdef"), "q.csv")
-    with pytest.raises(DataError, match=r"1 images have no questions in q.csv \(b.jpg\)"):
-        match_images(tmp_path, ["a"], "q.csv")
-    (tmp_path / "a.webp").touch()
-    with pytest.raises(DataError, match=r"a.png and a.webp are both images of a"):
-        match_images(tmp_path, ["a", "b"], "q.csv")
-    with pytest.raises(DataError, match="there is no such folder"):
-        match_images(tmp_path / "none", ["a"], "q.csv")
-
-
-def test_images_that_are_none_or_no_grid(tmp_path):
-    questions = read_questions(write(tmp_path, SKIPPED, *SHARK))
-    path = tmp_path / "shark.png"
-    path.write_bytes(b"no image")
-    judge = Saying(lambda *_: "yes")
-    with pytest.raises(DataError, match="shark.png: cannot be read as an image"):
-        measure_dpg(questions, {"shark": path}, judge)
-    Image.new("RGB", (5, 4)).save(path)
-    with pytest.raises(DataError, match="shark.png: has 5 x 4 pixels, which is no grid of 2 x 2 images"):
-        measure_dpg(questions, {"shark": path}, judge)
-    with pytest.raises(DataError, match="has no questions about item whale"):
-        measure_dpg(questions, {"whale": path}, judge)
-    assert judge.heard == []
-
-
-def test_tiles_are_row_by_row(tmp_path):
-    draw_grid(tmp_path / "a.png", [1, 2, 3, 4])
-    tiles = grid_tiles(np.asarray(Image.open(tmp_path / "a.png")), tmp_path / "a.png")
-    assert [(tile.shape, set(tile.flat)) for tile in tiles] == [((2, 3, 3), {n}) for n in (1, 2, 3, 4)]
+def test_a_category_without_a_dash_is_one_part(tmp_path):
+    questions = read_questions(write(tmp_path, SKIPPED, ("a", 1, "0", "global (x)"), ("a", 2, "0", "global - (y)")))
+    (image,) = image_scores(questions, {"a": [{1: True, 2: False}]}, {"a": ""})
+    assert image.parts == {OVERALL: (0.5, 1), "global": (1, 2), "global -": (0, 1)}

@@ -6,88 +6,26 @@ import base64
 import io
 import json
 import threading
-from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from bitdance_scale.errors import ConfigError
+from bitdance_scale.errors import ConfigError, DataError
 from bitdance_scale.evaluation.questions.endpoint import EndpointJudge, Patience
 from bitdance_scale.evaluation.questions.judge import JudgeError, KeptAnswers
+from tests.unit.evaluation.questions.stub_endpoint import Server, running_server
 
 KEY = "sk-very-secret-0123456789"
 # Servers answer late where cores are busy.
 QUICK = Patience(timeout_s=60, num_tries=4, first_wait_s=0.01)
 
 
-class Server(ThreadingHTTPServer):
-    """Counts requests; `behave(request number of this question, question)` says what happens to one."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.behave: Callable[[int, str], object] = lambda count, question: "yes"
-        self.requests: list[dict] = []
-        self.headers: list[dict[str, str]] = []
-        self.under_way = self.most_under_way = 0
-        self.lock = threading.Lock()
-
-    def handle_error(self, *details: object) -> None:
-        """Clients that have gone away are part of the tests."""
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        question = body["messages"][-1]["content"][0]["text"]
-        with self.server.lock:
-            self.server.requests.append({"path": self.path, **body})
-            self.server.headers.append(dict(self.headers))
-            count = sum(other["messages"][-1]["content"][0]["text"] == question for other in self.server.requests)
-            self.server.under_way += 1
-            self.server.most_under_way = max(self.server.most_under_way, self.server.under_way)
-        try:
-            does = self.server.behave(count, question)
-        finally:
-            with self.server.lock:
-                self.server.under_way -= 1
-        if isinstance(does, tuple):
-            code, text, *headers = does
-            self.reply(code, text.encode(), dict(headers))
-        elif isinstance(does, str):
-            self.reply(200, json.dumps({"choices": [{"message": {"role": "assistant", "content": does}}]}).encode())
-        # None: the connection is closed without a word.
-
-    def reply(self, code: int, content: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(code)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *details: object) -> None:
-        """Is silent."""
-
-
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with Server() as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
+    with running_server() as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 def image(value: int = 7) -> np.ndarray:
@@ -195,6 +133,33 @@ def test_a_run_that_ends_goes_on_and_a_finished_one_asks_nothing(server, tmp_pat
             assert kept.answer([image()] * 9, questions) == [f"no, {question}" for question in questions]
             assert kept.num_asked == asked
     assert len(server.requests) == before + 4
+
+
+def test_questions_that_end_in_an_error_lose_no_answer(server, tmp_path):
+    asked = threading.Barrier(2)
+    ended = threading.Event()
+
+    def behave(count, question):
+        asked.wait(60)
+        ended.wait(60)
+        return question
+
+    def questions():
+        yield image(), "a"
+        yield image(), "b"
+        ended.set()
+        raise DataError("no third image")
+
+    server.behave = behave
+    with (
+        pytest.raises(DataError, match="no third image"),
+        KeptAnswers(judge_at(server, max_in_flight=3), tmp_path / "a.jsonl") as kept,
+    ):
+        list(kept.stream(questions()))
+    assert kept.num_asked == 2
+    with KeptAnswers(judge_at(server), tmp_path / "a.jsonl") as kept:
+        assert kept.answer([image()] * 2, ["a", "b"]) == ["a", "b"]
+    assert len(server.requests) == 2
 
 
 def test_a_refused_key_is_an_error_without_the_key(server, monkeypatch, tmp_path, capfd, caplog):

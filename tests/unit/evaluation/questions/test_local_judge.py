@@ -10,17 +10,9 @@ from bitdance_scale.errors import ConfigError
 from bitdance_scale.evaluation.questions import local_judge
 from bitdance_scale.evaluation.questions.judge import JudgeError
 from bitdance_scale.evaluation.questions.local_judge import load_judge
+from tests.unit.evaluation.questions.small_vilt import SMALL, WORDS, save_vilt, tokenizer
 
 CPU = torch.device("cpu")
-WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "is", "it", "red", "a", "cat", "?", "[DEC]", "[ENC]")
-SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-
-
-def tokenizer(folder):
-    from transformers import BertTokenizerFast
-
-    (folder / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
-    return BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=12)
 
 
 def images(number: int) -> list[np.ndarray]:
@@ -29,23 +21,15 @@ def images(number: int) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def vilt(tmp_path_factory):
-    from transformers import ViltConfig, ViltForQuestionAnswering, ViltImageProcessor, ViltProcessor
-
-    folder = tmp_path_factory.mktemp("vilt")
-    labels = {0: "yes", 1: "no", 2: "a dog"}
-    config = ViltConfig(
-        **SMALL, vocab_size=len(WORDS), image_size=32, patch_size=16, max_position_embeddings=12, id2label=labels
-    )
-    torch.manual_seed(0)
-    ViltForQuestionAnswering(config).save_pretrained(folder)
-    size = {"shortest_edge": 32}
-    ViltProcessor(ViltImageProcessor(size=size, size_divisor=16), tokenizer(folder)).save_pretrained(folder)
-    return folder
+    return save_vilt(tmp_path_factory.mktemp("vilt"))
 
 
 def test_a_classifier_of_answers(vilt):
     judge = load_judge(str(vilt), CPU, batch_size=2)
     assert (judge.model, judge.follows_instructions) == (str(vilt), False)
+    assert judge.protocol == "transformers visual question answering, greedy, version 1, float32"
+    half = load_judge(str(vilt), CPU, torch.bfloat16)
+    assert half.protocol.endswith(", bfloat16") and len(half.answer(images(1), ["is it red?"])) == 1
     shown, questions = images(3), ["is it red?", "is it a cat?", "is it a " + "red " * 40]
     said = judge.answer(shown, questions)
     assert {*said} <= {"yes", "no", "a dog"}

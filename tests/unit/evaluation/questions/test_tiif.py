@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from bitdance_scale.errors import DataError
-from bitdance_scale.evaluation.questions.judge import JudgeError
+from bitdance_scale.evaluation.metrics.catalogue import TIIF
+from bitdance_scale.evaluation.metrics.estimate import estimates
+from bitdance_scale.evaluation.metrics.metric import OVERALL
+from bitdance_scale.evaluation.questions.judge import JudgeError, Unclear
 from bitdance_scale.evaluation.questions.tiif import (
     ADVANCED_GROUPS,
     BASIC_GROUPS,
@@ -15,10 +17,11 @@ from bitdance_scale.evaluation.questions.tiif import (
     GROUPS,
     TiifItem,
     answer_lines,
-    find_images,
-    measure_tiif,
+    ask_tiif,
+    image_scores,
+    items_by_prompt,
+    missing_dimensions,
     read_questions,
-    scores_of,
 )
 from tests.benchmark_data import benchmark_data
 from tests.unit.evaluation.questions.saying import Saying
@@ -36,10 +39,8 @@ def write(folder, **files: str):
     return folder
 
 
-def draw(root, dimension, length, index, value):
-    path = root / dimension / "ours" / f"{length}_description" / f"{index}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((2, 2, 3), value, np.uint8)).save(path)
+def values_of(items, answers):
+    return {name: one.value for name, one in estimates(image_scores(items, answers), TIIF.combine).items()}
 
 
 def test_files_are_read(tmp_path):
@@ -96,42 +97,58 @@ def test_groups_are_the_published_ones():
 
 
 def test_scores_are_means_of_questions_then_dimensions_then_groups():
-    # One item of one question per dimension, answered right; but for three dimensions.
+    # One item of one question per dimension, answered right; but for three dimensions of the short prompts.
     items = [TiifItem(name, 0, ("?",), (True,)) for name in DIMENSIONS if name != "numeracy"]
-    answers = {(item.dimension, 0): [True] for item in items}
     items += [TiifItem("numeracy", 0, ("?",) * 3, (True, False, True)), TiifItem("numeracy", 1, ("?",), (False,))]
-    answers |= {("numeracy", 0): [True, False, None], ("numeracy", 1): [True]}
-    answers[("text", 0)] = answers[("shape+2d", 0)] = [False]
-    scores = scores_of(items, answers)
-    assert scores.dimensions["numeracy"] == 50
-    assert scores.groups["reasoning"] == pytest.approx(100 * 3.5 / 4)
-    assert scores.groups["attribute+relation"] == pytest.approx(100 * 7 / 8)
-    assert (scores.groups["text"], scores.groups["style"]) == (0, 100)
-    assert scores.basic == pytest.approx(100 * 11.5 / 12)
-    assert scores.advanced == pytest.approx(100 * 24 / 26)
-    assert scores.overall == pytest.approx((100 * 6 + 0 + 87.5 + 87.5) / 9)
-    some = scores_of([items[0]], answers)
-    assert (some.overall, some.advanced, list(some.groups)) == (None, None, ["attribute"])
+    by_prompt = items_by_prompt(items)
+    answers = {prompt_id: item.expected for prompt_id, item in by_prompt.items()}
+    answers |= {"numeracy/short_description/0": [True, False, None], "numeracy/short_description/1": [True]}
+    answers["text/short_description/0"] = answers["shape+2d/short_description/0"] = [False]
+    found = values_of(by_prompt, answers)
+    assert found["short: numeracy"] == 0.5
+    assert found["short: reasoning"] == pytest.approx(3.5 / 4)
+    assert found["short: attribute+relation"] == pytest.approx(7 / 8)
+    assert (found["short: text"], found["short: style"]) == (0, 1)
+    assert found["short: basic"] == pytest.approx(11.5 / 12)
+    assert found["short: advanced"] == pytest.approx(24 / 26)
+    assert found["short: overall"] == pytest.approx((6 + 0 + 0.875 + 0.875) / 9)
+    assert {value for name, value in found.items() if name.startswith("long")} == {1}
+    assert found[OVERALL] == pytest.approx((found["short: overall"] + 1) / 2)
+    assert list(found)[:5] == [OVERALL, "short: overall", "short: basic", "short: advanced", "short: attribute"]
+    assert missing_dimensions(by_prompt) == []
+
+
+def test_what_has_no_prompts_is_left_out():
+    by_prompt = items_by_prompt([TiifItem("shape+color", 0, ("A?", "B?"), (True, True))])
+    found = values_of(by_prompt, {"shape+color/long_description/0": [True, None]})
+    assert found == {OVERALL: 0.5} | dict.fromkeys(
+        [f"long: {name}" for name in ("overall", "basic", "attribute", "shape+color")], 0.5
+    )
+    (image,) = image_scores(by_prompt, {"shape+color/long_description/0": [True, None]})
+    assert (image.category, image.value, image.reason) == ("long: shape+color", 0.5, "B? neither")
+    assert missing_dimensions(by_prompt) == [name for name in DIMENSIONS if name != "shape+color"]
 
 
 @pytest.fixture
 def small(tmp_path):
-    """Two dimensions with 2 + 1 items; the images say which they are."""
+    """Two dimensions with 2 + 1 items, and a function that gives their images, which say which they are."""
     questions = write(
         tmp_path / "questions",
         style=f"{line(questions=('Is A?', 'Is B?'), answers=('yes', 'no'))}\n{line(questions=('Is C?',))}",
         text=line("text", questions=("Is D?",)),
     )
-    for base, length in ((0, "short"), (100, "long")):
-        draw(tmp_path / "images", "style", length, 0, base + 1)
-        draw(tmp_path / "images", "style", length, 1, base + 2)
-        draw(tmp_path / "images", "text", length, 0, base + 3)
-    items = read_questions(questions)
-    return items, tmp_path / "images"
+    items = items_by_prompt(read_questions(questions))
+    values = dict(zip(items, (1, 2, 3, 101, 102, 103), strict=True))
+
+    def images(ids):
+        for prompt_id in ids:
+            yield prompt_id, np.full((2, 2, 3), values[prompt_id], np.uint8)
+
+    return items, images
 
 
 def test_one_request_for_all_questions_of_an_image(small):
-    items, root = small
+    items, images = small
 
     def says(pixel, question):
         if "Answer with one word" in question:
@@ -139,49 +156,36 @@ def test_one_request_for_all_questions_of_an_image(small):
         # Two answers for the first image of the short prompts, one for that of the long ones.
         return {1: "yes, clearly\nno, not at all", 101: "yes"}.get(pixel[0], "no" if pixel[0] == 3 else "yes")
 
-    judge = Saying(says, follows_instructions=True)
-    report = measure_tiif(items, find_images(root, "ours", items), judge, max_unclear_share=0.2)
+    judge, unclear = Saying(says, follows_instructions=True), Unclear("a-judge", 0.2)
+    said = ask_tiif(items, images, judge, unclear)
     assert len(judge.heard) == 6 + 2
     assert judge.heard[0].count("Is A?\nIs B?") == 1 and "##" not in judge.heard[0]
-    assert report.answers["short", "style", 0] == [True, False]
-    assert report.answers["long", "style", 0] == [True, None]
-    assert (report.asked_singly, report.unclear.asked, report.unclear.number) == (1, 8, 1)
-    assert report.scores["short"].dimensions == {"style": 100, "text": 0}
-    assert report.scores["long"].dimensions == {"style": pytest.approx(100 * 2 / 3), "text": 100}
+    assert said.answers["style/short_description/0"] == [True, False]
+    assert said.answers["style/long_description/0"] == [True, None]
+    assert (said.asked_singly, unclear.asked, unclear.number) == (1, 8, 1)
+    found = values_of(items, said.answers)
+    assert (found["short: style"], found["short: text"]) == (1, 0)
+    assert (found["long: style"], found["long: text"]) == (pytest.approx(2 / 3), 1)
     with pytest.raises(JudgeError, match="answered 1 of 8 questions"):
-        measure_tiif(items, find_images(root, "ours", items), judge)
+        ask_tiif(items, images, judge, Unclear("a-judge", 0.05))
 
 
 def test_a_judge_of_single_questions_is_asked_them(small):
-    items, root = small
+    items, images = small
     judge = Saying(lambda pixel, question: "no" if question == "Is B?" else "yes")
-    report = measure_tiif(items, find_images(root, "ours", items), judge)
+    said = ask_tiif(items, images, judge, Unclear("a-judge"))
     assert judge.heard == ["Is A?", "Is B?", "Is C?", "Is D?"] * 2
-    assert report.asked_singly == 0
-    assert [scores.dimensions for scores in report.scores.values()] == [{"style": 100, "text": 100}] * 2
+    assert said.asked_singly == 0
+    assert {*values_of(items, said.answers).values()} == {1}
 
 
 def test_another_wording(small):
-    items, root = small
+    items, images = small
     judge = Saying(lambda *_: "yes\nyes", follows_instructions=True)
-    images = find_images(root, "ours", items[:1] + items[1:])
-    measure_tiif(items, images, judge, template="Q: ##YNQuestions## !", max_unclear_share=1)
+    ask_tiif(items, images, judge, Unclear("a-judge", 1), template="Q: ##YNQuestions## !")
     assert judge.heard[0] == "Q: Is A?\nIs B? !"
     with pytest.raises(ValueError, match="no place for its questions"):
-        measure_tiif(items, images, judge, template="Q:")
-
-
-def test_images_and_items_must_match(small):
-    items, root = small
-    (root / "style" / "ours" / "long_description" / "1.png").unlink()
-    with pytest.raises(DataError, match=r"1 images are missing \(style/ours/long_description/1.png\)"):
-        find_images(root, "ours", items)
-    draw(root, "style", "long", 1, 0)
-    draw(root, "text", "short", 7, 0)
-    with pytest.raises(DataError, match=r"1 images have no questions \(text/ours/short_description/7.png\)"):
-        find_images(root, "ours", items)
-    with pytest.raises(DataError, match="there is no such folder of images"):
-        find_images(root, "theirs", items)
+        ask_tiif(items, images, judge, Unclear("a-judge"), template="Q:")
 
 
 def test_the_published_questions_are_read():
@@ -189,3 +193,5 @@ def test_the_published_questions_are_read():
     assert (len(items), sum(len(item.questions) for item in items)) == (277, 1446)
     assert {item.dimension for item in items} == {*DIMENSIONS}
     assert sum(wanted is False for item in items for wanted in item.expected) == 34
+    one = read_questions(benchmark_data("tiif_testmini_eval_prompts") / "style_eval_prompts.jsonl")
+    assert {item.dimension for item in one} == {"style"}

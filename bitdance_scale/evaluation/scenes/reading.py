@@ -189,6 +189,7 @@ def _template(name: str) -> tuple[np.ndarray, float]:
     """(float32 [MASK_SIDE_PX, MASK_SIDE_PX] coverage in its tight bounding box, width over height of that box)."""
     drawn = shape_mask(name, (480, 480))
     tight = drawn.point(lambda value: 255 * (value > 127)).getbbox()
+    assert tight is not None, f"{name} has a shape"
     width, height = tight[2] - tight[0], tight[3] - tight[1]
     side = (MASK_SIDE_PX, MASK_SIDE_PX)
     coverage = np.asarray(drawn.crop(tight).resize(side, Image.Resampling.BOX), dtype=np.float32) / 255

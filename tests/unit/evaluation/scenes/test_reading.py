@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
-import score_scenes
 from PIL import Image
-from scene_prompts import Asked, Wanted, judge, parse_caption
-from scene_reading import SeenObject, SeenScene, read_scene
 
-from bitdance_scale.demo.scenes import SHAPES, Scene, SceneObject, colors_on, make_scene, render
-from bitdance_scale.errors import ConfigError
-from bitdance_scale.evaluation.benchmarks.demo_scenes import CATEGORIES
+from bitdance_scale.demo.scenes import SHAPES, Scene, SceneObject, class_scene, colors_on, make_scene, render
+from bitdance_scale.errors import ConfigError, DataError
+from bitdance_scale.evaluation.benchmarks.demo_classes import DemoClasses
+from bitdance_scale.evaluation.benchmarks.demo_scenes import CATEGORIES, DemoScenes, choose_scenes
+from bitdance_scale.evaluation.benchmarks.prompt import Prompt
+from bitdance_scale.evaluation.metrics.catalogue import CLASSES, SCENES
+from bitdance_scale.evaluation.metrics.estimate import estimates
+from bitdance_scale.evaluation.metrics.image_score import ImageScore
+from bitdance_scale.evaluation.metrics.metric import OVERALL
+from bitdance_scale.evaluation.metrics.picture_scorer import DrawnImage
+from bitdance_scale.evaluation.scenes.captions import Asked, Wanted, judge, parse_caption
+from bitdance_scale.evaluation.scenes.reading import SeenObject, SeenScene, read_scene
+from bitdance_scale.evaluation.scenes.scorer import BACKGROUND, EXACT, ClassScorer, SceneScorer
 
 
 def as_jpeg(image: Image.Image) -> Image.Image:
@@ -46,20 +53,42 @@ def test_every_shape_and_colour_is_read_back(shape: str, background: str) -> Non
         assert np.allclose(found.objects[0].extent, (0.5, 0.5), atol=0.12)
 
 
+def scored(prompts: Sequence[Prompt], pictures: Sequence[Image.Image], scorer=None) -> list[ImageScore]:
+    drawn = [DrawnImage(prompt, 0, np.asarray(image)) for prompt, image in zip(prompts, pictures, strict=True)]
+    return (scorer or SceneScorer())(drawn)
+
+
 def test_drawn_scenes_score_at_least_97_percent() -> None:
-    scenes = score_scenes.choose_scenes(12)
-    scored = score_scenes.score_pictures(scenes, (as_jpeg(render(scene)) for scene in scenes))
-    summary = score_scenes.summarize(scored)
-    assert summary["overall"] >= 0.97 and summary["overall_exact"] >= 0.95, summary
-    assert list(summary["correct"]) == list(CATEGORIES) and summary["num_pictures"] == 72
+    scenes = choose_scenes(12)
+    scores = scored(DemoScenes(per_category=12).read(None), [as_jpeg(render(scene)) for scene in scenes])
+    found = estimates(scores, SCENES.combine)
+    assert found[OVERALL].value >= 0.97 and found[EXACT].value >= 0.95, found
+    assert found[OVERALL].value == pytest.approx(np.mean([found[category].value for category in CATEGORIES]))
+    assert found.keys() == {OVERALL, EXACT, BACKGROUND, *CATEGORIES} and found[BACKGROUND].value > 0.9
+    assert [score.category for score in scores] == [scene.category for scene in scenes]
 
 
 def test_pictures_of_other_scenes_score_low() -> None:
     """Every picture against the caption of another scene of its category."""
-    scenes = score_scenes.choose_scenes(8)
+    scenes = choose_scenes(8)
     others = scenes[6:] + scenes[:6]
-    summary = score_scenes.summarize(score_scenes.score_pictures(scenes, (render(scene) for scene in others)))
-    assert summary["overall"] < 0.15, summary
+    scores = scored(DemoScenes(per_category=8).read(None), [render(scene) for scene in others])
+    assert estimates(scores, SCENES.combine)[OVERALL].value < 0.15
+    assert all(score.reason.startswith("seen: ") for score in scores)
+
+
+def test_pictures_are_read_as_their_classes() -> None:
+    prompts = DemoClasses().read(None)
+    pictures = [render(class_scene(7, number)) for number in range(len(prompts))]
+    found = estimates(scored(prompts, pictures, ClassScorer()), CLASSES.combine)
+    assert {name: one.value for name, one in found.items()} == dict.fromkeys(found, 1.0)
+    assert {OVERALL, "red", "heart"} < found.keys() and len(found) == 1 + 4 + 6
+    # The neighbour's picture: another shape.
+    wrong = scored(prompts, pictures[1:] + pictures[:1], ClassScorer())
+    assert [score.value for score in wrong] == [0.0] * len(prompts)
+    assert wrong[0].reason.startswith("seen: red square on ") and prompts[0].record == {"class": "red circle"}
+    with pytest.raises(DataError, match="prompt 00000: names no class of the demo"):
+        scored(DemoScenes(per_category=1).read(None)[:1], pictures[:1], ClassScorer())
 
 
 @pytest.mark.parametrize("color", [(128, 128, 128), (20, 20, 30)])
@@ -147,16 +176,3 @@ def test_a_circle_among_debris_is_not_right() -> None:
 def test_other_captions_are_refused(caption: str) -> None:
     with pytest.raises(ConfigError, match="must be of the demo's grammar"):
         parse_caption(caption)
-
-
-def test_the_tool_scores_drawn_scenes(tmp_path, monkeypatch, capsys) -> None:
-    out = tmp_path / "scores"
-    assert score_scenes.main(["--real", "--out", str(out), "--per-category", "2"]) == 0
-    assert json.loads((out / "score.json").read_text())["overall"] == 1.0
-    lines = [json.loads(line) for line in (out / "pictures.jsonl").read_text().splitlines()]
-    assert [line["number"] for line in lines] == list(range(12)) and len(list(out.glob("0*.png"))) == 12
-    assert "overall" in capsys.readouterr().out
-    assert score_scenes.main(["--real", "--out", str(out)]) == 2
-    assert "is there already" in capsys.readouterr().err
-    assert score_scenes.main(["--out", str(tmp_path / "other")]) == 2
-    assert "name a published folder" in capsys.readouterr().err

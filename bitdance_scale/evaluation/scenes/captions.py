@@ -8,10 +8,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from scene_reading import SeenObject, SeenScene
-
 from bitdance_scale.demo.scenes import BACKGROUNDS, COLORS, NUMBERS, PLACES, RELATIONS, SHAPES
 from bitdance_scale.errors import ConfigError
+from bitdance_scale.evaluation.scenes.reading import SeenObject, SeenScene
 
 MAX_PLACE_ERROR = 0.16
 """Furthest from its place, as a share of the side; the places of the demo lie 0.26 apart."""
@@ -94,9 +93,10 @@ def parse_caption(caption: str) -> Asked:
         wanted = Wanted(match[2], match[1])
         return Asked("colors" if wanted.color else "single_object", (wanted,), background=background)
     match = _WHERE.match(phrase)
-    items = [_ITEM.fullmatch(part) for part in (match[1], match[3]) if part is not None] if match else []
+    parts = [part for part in (match[1], match[3]) if part is not None] if match else []
+    items = [item for part in parts if (item := _ITEM.fullmatch(part))]
     where = match[2] if match else ""
-    if not items or None in items or len(items) != (1 if where in PLACES else 2):
+    if not items or len(items) != len(parts) or len(items) != (1 if where in PLACES else 2):
         raise ConfigError(
             f"caption {caption!r}: must be of the demo's grammar, such as 'a red circle to the left of a blue star', "
             "'three green rings' or 'a white heart at the top'"

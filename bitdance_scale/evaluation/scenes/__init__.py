@@ -1,0 +1,6 @@
+"""Pictures of the demo's scenes judged by image analysis, without any network.
+
+reading.py   which shapes of which colours are where in a picture
+captions.py  what a caption asks for, and whether a picture shows it: GenEval's six categories
+scorer.py    the scores of pictures of `demo-scenes` and of `demo-classes`
+"""

@@ -1,0 +1,82 @@
+"""Scores of pictures of the demo's scenes and classes, read by image analysis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image
+
+from bitdance_scale.errors import DataError
+from bitdance_scale.evaluation.metrics.image_score import ImageScore
+from bitdance_scale.evaluation.metrics.metric import OVERALL
+from bitdance_scale.evaluation.metrics.picture_scorer import DrawnImage
+from bitdance_scale.evaluation.scenes.captions import judge, parse_caption
+from bitdance_scale.evaluation.scenes.reading import SeenObject, SeenScene, read_scene
+
+EXACT = "exact"
+"""Part of the metric `scenes`: what was asked is there, and nothing else is."""
+BACKGROUND = "background"
+"""Part of the same: the background is the one that was asked for, of the pictures whose caption asks for one."""
+
+
+class SceneScorer:
+    """Whether pictures show what captions of the demo ask for."""
+
+    networks = ()
+
+    def __call__(self, images: Sequence[DrawnImage]) -> list[ImageScore]:
+        """Scores of 0 or 1, in order.
+
+        Raises:
+            ConfigError: a prompt is no caption of the demo's grammar.
+        """
+        return [self._score(image) for image in images]
+
+    def _score(self, image: DrawnImage) -> ImageScore:
+        asked, seen = parse_caption(image.prompt.text), read_scene(Image.fromarray(image.pixels))
+        verdict = judge(asked, seen)
+        parts = {asked.category: (float(verdict.is_correct), 1.0), EXACT: (float(verdict.is_exact), 1.0)}
+        if verdict.is_background_right is not None:
+            parts[BACKGROUND] = (float(verdict.is_background_right), 1.0)
+        value = float(verdict.is_correct)
+        return ImageScore(image.prompt.id, image.k, asked.category, value, parts, describe(seen))
+
+
+class ClassScorer:
+    """Whether pictures show one shape, that of their class; the record of a prompt has the name of its class."""
+
+    networks = ()
+
+    def __call__(self, images: Sequence[DrawnImage]) -> list[ImageScore]:
+        """Scores of 0 or 1, in order.
+
+        Raises:
+            DataError: a prompt names no class of the demo.
+        """
+        return [self._score(image) for image in images]
+
+    def _score(self, image: DrawnImage) -> ImageScore:
+        name = image.prompt.record.get("class")
+        if not isinstance(name, str) or len(name.split()) != 2:
+            raise DataError(f"prompt {image.prompt.id}: names no class of the demo, such as 'red circle'")
+        color, shape = name.split()
+        seen = read_scene(Image.fromarray(image.pixels))
+        value = float(class_of(seen) == name)
+        parts = dict.fromkeys((OVERALL, color, shape), (value, 1.0))
+        return ImageScore(image.prompt.id, image.k, image.prompt.category, value, parts, describe(seen))
+
+
+def class_of(seen: SeenScene) -> str:
+    """The colour and the shape of the only object of a picture; empty where there is none, or more than one."""
+    return _name(seen.objects[0]) if len(seen.objects) == 1 else ""
+
+
+def describe(seen: SeenScene) -> str:
+    """What a picture shows, in words."""
+    objects = ", ".join(map(_name, seen.objects)) or "nothing"
+    debris = f", {seen.clutter:.0%} clutter" if seen.clutter > 0 else ""
+    return f"seen: {objects} on {seen.background}{debris}"
+
+
+def _name(item: SeenObject) -> str:
+    return f"{item.color} {item.shape or 'blob'}"
