@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo-data pretrain recipe lint test test-newest test-slurm test-large img2dataset test-guide drills gpu-check gpu-wheels docs clean
+.PHONY: help setup demo-data pretrain recipe lint test test-newest test-slurm test-large img2dataset test-guide drills fake-cuda gpu-check gpu-wheels docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -110,6 +110,9 @@ test-guide: setup $(IMG2DATASET_STAMP)  ## the commands of docs/from_nothing_to_
 
 drills: setup  ## let everything go wrong that a run promises to survive (an hour); ARGS= goes to tests/faults/drills.py
 	PYTHONPATH=. $(BIN)/python -m tests.faults.drills $(ARGS)
+
+fake-cuda: setup  ## walk the CUDA branches as ranks of large jobs, without a GPU; needs g++; ARGS= goes to pytest
+	$(BIN)/python -m pytest tests/fake_cuda -m fake_cuda $(ARGS)
 
 # PYTHON= an environment with CUDA that lies elsewhere.
 GPU_OUT ?= runs/gpu_check

@@ -56,6 +56,8 @@ _NO_KERNEL = frozenset(
 )
 # Their results have sizes that depend on values.
 _READS_VALUES = frozenset(("nonzero", "masked_select", "unique2", "_unique2", "unique_dim"))
+# Kernels of products take operands of one dtype; fake ones take any.
+_PRODUCTS = frozenset(("mm", "bmm", "addmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention"))
 _PROJECT, _LIBRARIES = "bitdance_scale/", ("megatron/", "deepspeed/", "torch/optim")
 
 
@@ -197,6 +199,9 @@ class Recorder(TorchDispatchMode):
             return
         if "cuda" not in {tensor.device.type for tensor in (*inputs, *outputs)}:
             return
+        dtypes = {tensor.dtype for tensor in inputs if tensor.dtype.is_floating_point}
+        if name in _PRODUCTS and len(dtypes) > 1:
+            raise TypeError(f"{name} at {_place()}: operands of {', '.join(sorted(map(str, dtypes)))}")
         what = self._wait_of(name, args, kwargs, inputs)
         if what:
             self.record.waits[self._phase, what, _place()] += 1

@@ -1,30 +1,35 @@
-"""The CUDA branches of the 14B's stages, walked as ranks of a large job: devices, dtypes, waits, orders of collectives."""
+"""The CUDA branches of a 14B stage, walked as ranks of a large job: devices, dtypes, waits, orders of collectives."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.fake_cuda.agreement import disagreements
-from tests.fake_cuda.walks import STEP, walk, walk_ranks
+from tests.fake_cuda.walks import walk, walk_ranks
 
-pytestmark = pytest.mark.usefixtures("fake_cuda")
+pytestmark = [pytest.mark.fake_cuda, pytest.mark.usefixtures("fake_cuda")]
 
 SHALLOW = ("model.num_layers=2",)
 
 
-def test_a_step_of_64_gpus():
+def test_a_step_of_64_gpus_waits_for_the_device_at_its_ends_alone():
     walks = walk_ranks("pt_14b", 64, (0, 1), SHALLOW)
-    first = walks[0]
-    assert first.device == "cuda:0"
-    # One read of the counts before, and one of the losses after all micro-batches; none within.
-    waits = first.waits("micro-batches")
-    print(waits)
+    for found in walks.values():
+        assert found.device == "cuda:0"
+        # The counts of targets before, the losses after all micro-batches; none within one.
+        assert {place.split()[-1] for _, place in found.waits("micro-batches")} == {"count_targets", "_reduce_losses"}
+        assert {place.split()[-1] for _, place in found.waits("optimiser")} == {
+            "step",
+            "is_invalid_grad_norm",
+            "mask_nan_or_inf_with_val_inplace",
+            "clip_tensors_by_global_norm",
+        }
     assert disagreements({rank: found.record.collectives for rank, found in walks.items()}) == []
 
 
 @pytest.mark.parametrize(
     ("plant", "says"),
-    [("device", "Unhandled FakeTensor Device Propagation|on cpu|cuda:0, cpu"), ("dtype", "same dtype")],
+    [("device", "found at least two devices"), ("dtype", "operands of torch.bfloat16, torch.float32")],
 )
 def test_a_wrong_tensor_is_found(plant, says):
     with pytest.raises(RuntimeError, match=says):
