@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from bitdance_scale.config.data_rules import MAX_MARKUP_TOKENS, NUM_RESOLUTION_TOKENS
@@ -29,11 +31,9 @@ def typical_packs(config: RunConfig, num_replicas: int) -> list[Pack]:
     Raises:
         ConfigError: the batch cannot be divided among so many replicas.
     """
-    samples, tokens = _samples(config), placeholder_tokens(config)
+    samples, tokens = _samples(config, config.text.max_caption_tokens), placeholder_tokens(config)
     token_bytes = code_bytes(config.vision.num_bits, config.vision.latents)
-    lengths = np.array(
-        [num_positions(len(sample.before_ids), len(sample.after_ids), sample.grid, tokens) for sample in samples]
-    )
+    lengths = _lengths(samples, tokens)
     cost_model = CostModel.of_model(config.model)
     ranks = partition_batch(
         lengths,
@@ -48,6 +48,11 @@ def typical_packs(config: RunConfig, num_replicas: int) -> list[Pack]:
         pack = pack_samples([samples[place] for place in places], tokens, config.data.pack_multiple)
         packs.append(pack.with_bits(np.zeros((len(pack.vision_cells), token_bytes), dtype=np.uint8)))
     return sorted(packs, key=lambda pack: (-len(pack.text_targets), -pack.num_positions))
+
+
+def typical_lengths(config: RunConfig, num_caption_tokens: int) -> np.ndarray:
+    """int64 [B], positions of the samples of one global batch, mixed as in `typical_packs`; captions have one length."""
+    return _lengths(_samples(config, num_caption_tokens), placeholder_tokens(config))
 
 
 def placeholder_tokens(config: NetworkConfig | RunConfig) -> SequenceTokens:
@@ -76,7 +81,13 @@ def placeholder_sample(
     )
 
 
-def _samples(config: RunConfig) -> list[Sample]:
+def _lengths(samples: Sequence[Sample], tokens: SequenceTokens) -> np.ndarray:
+    return np.array(
+        [num_positions(len(sample.before_ids), len(sample.after_ids), sample.grid, tokens) for sample in samples]
+    )
+
+
+def _samples(config: RunConfig, num_caption_tokens: int) -> list[Sample]:
     resolutions = [resolution for resolution in config.data.resolutions if resolution.share > 0]
     labels = Apportionment([resolution.share for resolution in resolutions]).labels(0, config.data.global_batch)
     grids = [resolution_buckets(resolution) // config.vision.downsample for resolution in resolutions]
@@ -85,5 +96,5 @@ def _samples(config: RunConfig) -> list[Sample]:
     for key, label in enumerate(labels.tolist()):
         height, width = grids[label][num_drawn[label] % len(grids[label])].tolist()
         num_drawn[label] += 1
-        samples.append(placeholder_sample(key, (height, width), config.text.max_caption_tokens, config))
+        samples.append(placeholder_sample(key, (height, width), num_caption_tokens, config))
     return samples
