@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitdance_scale.config.load import load_config
-from bitdance_scale.config.setting import setting
 from bitdance_scale.errors import ConfigError
 
 MACHINES = Path(__file__).parent / "machines"
@@ -19,37 +18,66 @@ _GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Constant:
-    """A number and where it is from."""
+    """A number and where it is from.
 
-    value: float = setting(doc="The number, in the unit of its name.")
-    source: str = setting(doc="A data sheet, a measurement with its command, or the word assumed and why.")
+    Attributes:
+        value: in the unit that its name says.
+        source: a data sheet, a measurement with its command, or the word assumed and why.
+    """
+
+    value: float
+    source: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """A kind of GPU in a kind of node; bandwidths are of one GPU in one direction."""
+    """A kind of GPU in a kind of node; bandwidths are of one GPU in one direction.
 
-    name: str = setting(doc="What tables call it.")
-    device: str = setting(doc="A part of the name that PyTorch gives the device; `cpu` for a processor core.")
-    gpus_per_node: int = setting(doc="GPUs with the fast connection between them.")
-    memory_gib: Constant = setting(doc="Memory of a GPU, 2^30 bytes.")
-    reserved_gib: Constant = setting(doc="Of it, what CUDA, NCCL and fragmentation take, 2^30 bytes.")
-    bfloat16_flops: Constant = setting(doc="Peak of dense products in bfloat16, FLOP/s.")
-    float32_flops: Constant = setting(doc="The same in float32, FLOP/s.")
-    encoder_flops: Constant = setting(doc="Peak of the convolutions of the image encoder, FLOP/s.")
-    gemm_fraction: Constant = setting(doc="Share of the peak that large matrix products reach.")
-    attention_fraction: Constant = setting(doc="Share that attention reaches, over pairs that see each other.")
-    encoder_fraction: Constant = setting(doc="Share that the encoder reaches.")
-    memory_bytes_per_s: Constant = setting(doc="Peak of reading and writing the GPU's memory, bytes/s.")
-    memory_fraction: Constant = setting(doc="Share of it that elementwise kernels reach.")
-    node_bytes_per_s: Constant = setting(doc="Peak between GPUs of a node, bytes/s.")
-    node_fraction: Constant = setting(doc="Share of it that collectives reach.")
-    network_bytes_per_s: Constant = setting(doc="Peak between nodes, bytes/s.")
-    network_fraction: Constant = setting(doc="Share of it that collectives reach.")
-    overlap_fraction: Constant = setting(doc="Share of a collective that is hidden behind a product it runs beside.")
-    message_s: Constant = setting(doc="Fixed time of a collective or message, seconds.")
-    kernel_gap_s: Constant = setting(doc="Time of the device between two kernels that were queued, seconds.")
-    kernel_launch_s: Constant = setting(doc="Time of the host to queue a kernel, seconds.")
+    Attributes:
+        name: what tables call it.
+        device: a part of the name that PyTorch gives the device; `cpu` for a processor core.
+        gpus_per_node: GPUs with the fast connection between them.
+        memory_gib: memory of a GPU, 2^30 bytes.
+        reserved_gib: of it, what CUDA, NCCL and fragmentation take, 2^30 bytes.
+        bfloat16_flops: peak of dense products in bfloat16, FLOP/s.
+        float32_flops: the same in float32, FLOP/s.
+        encoder_flops: peak of the convolutions of the image encoder, FLOP/s.
+        gemm_fraction: share of the peak that large matrix products reach.
+        attention_fraction: share that attention reaches, over pairs that see each other.
+        encoder_fraction: share that the encoder reaches.
+        memory_bytes_per_s: peak of reading and writing the GPU's memory, bytes/s.
+        memory_fraction: share of it that elementwise kernels reach.
+        node_bytes_per_s: peak between GPUs of a node, bytes/s.
+        node_fraction: share of it that collectives reach.
+        network_bytes_per_s: peak between nodes, bytes/s.
+        network_fraction: share of it that collectives reach.
+        overlap_fraction: share of a collective that is hidden behind a product it runs beside.
+        message_s: fixed time of a collective or message, seconds.
+        kernel_gap_s: time of the device between two kernels that were queued, seconds.
+        kernel_launch_s: time of the host to queue a kernel, seconds.
+    """
+
+    name: str
+    device: str
+    gpus_per_node: int
+    memory_gib: Constant
+    reserved_gib: Constant
+    bfloat16_flops: Constant
+    float32_flops: Constant
+    encoder_flops: Constant
+    gemm_fraction: Constant
+    attention_fraction: Constant
+    encoder_fraction: Constant
+    memory_bytes_per_s: Constant
+    memory_fraction: Constant
+    node_bytes_per_s: Constant
+    node_fraction: Constant
+    network_bytes_per_s: Constant
+    network_fraction: Constant
+    overlap_fraction: Constant
+    message_s: Constant
+    kernel_gap_s: Constant
+    kernel_launch_s: Constant
 
     @property
     def usable_bytes(self) -> int:

@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitdance_scale.config.schema import NUM_MODULATIONS, NUM_TOKEN_MODULATIONS, RunConfig
-from bitdance_scale.data.plan.synthetic_packs import typical_packs
+from bitdance_scale.data.plan.synthetic_packs import fullest_typical_pack
 from bitdance_scale.parallel.memory_parts import Bytes, num_in_flight
-from bitdance_scale.planning.parameters import RankStages, layer_elements, rank_elements, table_elements
+from bitdance_scale.planning.parameters import RankStages, rank_elements, table_elements
 
 FLOAT_BYTES = 4
 # `parallel/zero.py` gives DeepSpeed's bucket no more than this.
@@ -67,14 +67,13 @@ def fullest_pack(config: RunConfig, num_replicas: int) -> FullestPack:
     Raises:
         ConfigError: the global batch cannot be divided among the replicas.
     """
-    packs = typical_packs(config, num_replicas)
-    first = packs[0]
+    first, num_packs = fullest_typical_pack(config, num_replicas)
     return FullestPack(
         num_positions=first.num_positions,
         num_vision=len(first.vision_positions),
         num_predicted=len(first.predict_positions),
         num_text_targets=len(first.text_targets),
-        num_micro_batches=len(packs),
+        num_micro_batches=num_packs,
     )
 
 
@@ -83,7 +82,7 @@ def element_bytes(config: RunConfig) -> int:
     return 2 if config.run.dtype == "bfloat16" else FLOAT_BYTES
 
 
-def local_positions(config: RunConfig, num_positions: int) -> float:
+def local_positions(config: RunConfig, num_positions: float) -> float:
     """Positions that a rank holds between the split linears."""
     parallel = config.parallel
     return num_positions / parallel.tensor if parallel.sequence_parallel else num_positions
@@ -198,13 +197,18 @@ def rank_memory(
         # The largest initial weight is drawn whole in float32, and a rank's part of it taken.
         table = table_elements(config, vocab_size)
         drawn = FLOAT_BYTES * table * (config.parallel.tensor + 1)
-    # Gradients are held whole from the start under ZeRO-1 alone.
-    started = sum(held.values()) - held["inputs"] - (held["gradients"] if zero > 1 else 0.0)
+    # Only DeepSpeed's engine for bfloat16 under ZeRO-1 holds gradients from the start.
+    started = sum(held.values()) - held["inputs"] - (0.0 if _is_bfloat16_engine(config) else held["gradients"])
     building = max(size * elements + drawn, started)
     return RankMemory(
         peak=Bytes(**{role: round(value) for role, value in peak.items()}, tokenizer=tokenizer_bytes),
         building_peak=round(building) + tokenizer_bytes,
     )
+
+
+def _is_bfloat16_engine(config: RunConfig) -> bool:
+    """Whether DeepSpeed's engine is the one for bfloat16 under ZeRO-1; float32 has the bucket of ZeRO-2."""
+    return config.parallel.zero_stage == 1 and config.run.dtype == "bfloat16"
 
 
 def _moments(
@@ -216,24 +220,27 @@ def _moments(
     of_pass = stage_activation_bytes(config, pack, stages)
     activations = of_pass * passes / parallel.virtual_stages
     whole = pack.num_positions * config.model.hidden_size * size if parallel.sequence_parallel else 0.0
-    bucket = size * min(elements, MAX_BUCKET_ELEMENTS) if parallel.zero_stage > 1 else 0.0
+    is_bfloat16_engine = _is_bfloat16_engine(config)
+    bucket = 0.0 if is_bfloat16_engine else size * min(elements, MAX_BUCKET_ELEMENTS)
     gathered = 0.0
     if parallel.zero_stage == 3:
         gathered = size * min(elements, table_elements(config, vocab_size) + ZERO3_PREFETCHED_ELEMENTS)
     engine = bucket + gathered
-    # A gradient in training dtype, and under bfloat16's ZeRO-1 its float32 copy on the way to the accumulated one.
-    copy = FLOAT_BYTES if parallel.zero_stage == 1 and config.run.dtype == "bfloat16" else 0
+    # A gradient in training dtype, and in that engine its float32 copy on the way to the accumulated one.
+    copy = FLOAT_BYTES if is_bfloat16_engine else 0
     table = table_elements(config, vocab_size)
     largest = 2 * config.model.ffn_size * config.model.hidden_size // parallel.tensor
     moments = [
         {"activations": activations + whole, "gradients": size * largest, "buffers": copy * largest + engine},
-        # Under ZeRO-1 all weights' gradients are reduced together, in training dtype.
-        {"buffers": engine if parallel.zero_stage > 1 else size * elements, "gradients": whole},
+        # That engine reduces all weights' gradients together, in training dtype.
+        {"buffers": size * elements if is_bfloat16_engine else engine, "gradients": whole},
     ]
     if stages.is_last and has_text:
         logits = logits_bytes(config, vocab_size, pack.num_text_targets)
         # ZeRO-2 makes its bucket with the first gradient.
-        moments.append({"activations": activations + logits + whole, "buffers": engine if gathered else 0.0})
+        moments.append(
+            {"activations": activations + logits + whole, "buffers": 0.0 if parallel.zero_stage == 2 else engine}
+        )
         left = pack.num_text_targets * config.model.hidden_size * size
         gradients = size * table + whole
         moments.append({"activations": activations + left, "gradients": gradients, "buffers": copy * table + engine})

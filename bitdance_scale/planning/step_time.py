@@ -20,7 +20,6 @@ from bitdance_scale.planning.moved_bytes import (
     optimiser_bytes,
 )
 from bitdance_scale.planning.parameters import RankStages, rank_elements
-from bitdance_scale.planning.rank_memory import element_bytes
 from bitdance_scale.planning.roofline import bubble_share, moved_s, products_s
 from bitdance_scale.planning.traffic import data_micro_s, data_step_s, pipeline_micro_s, tensor_micro_s
 from bitdance_scale.planning.workload import Workload

@@ -53,7 +53,7 @@ def tensor_micro_s(config: RunConfig, micro: Tokens, stages: RankStages, machine
         return number * gather_s(num_bytes, parallel.tensor, rate, machine.message_s.value)
 
     is_split = parallel.sequence_parallel
-    number = LAYER_FORWARD * (1 + repeated) + (LAYER_BACKWARD_EXPOSED if is_split else WHOLE_BACKWARD_EXPOSED)
+    number: float = LAYER_FORWARD * (1 + repeated) + (LAYER_BACKWARD_EXPOSED if is_split else WHOLE_BACKWARD_EXPOSED)
     number += exposed * (LAYER_BACKWARD_BESIDE if is_split else WHOLE_BACKWARD_BESIDE)
     whole = micro.num_positions * config.model.hidden_size * element_bytes(config)
     vectors = LAYER_VECTORS * 2 * machine.message_s.value
@@ -86,9 +86,7 @@ def head_gathers(config: RunConfig, exposed: float) -> float:
     return forward + exposed * (head.num_blocks * per_block + 2 * (modules + 1))
 
 
-def pipeline_micro_s(
-    config: RunConfig, micro: Tokens, stages: RankStages, machine: Machine, data_size: int
-) -> float:
+def pipeline_micro_s(config: RunConfig, micro: Tokens, stages: RankStages, machine: Machine, data_size: int) -> float:
     """Of one micro-batch with both neighbours, forward and backward."""
     parallel = config.parallel
     if parallel.pipeline == 1:

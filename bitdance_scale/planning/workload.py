@@ -34,14 +34,23 @@ class Workload:
     counts: PackCounts
 
 
-def typical_workload(config: RunConfig, num_replicas: int) -> Workload:
-    """The global batch with captions of typical length, as in `parallel/stage_split.py`, in the fewest packs that fit.
+def step_lengths(config: RunConfig) -> np.ndarray:
+    """int64 [B], positions of the samples of a global batch with captions of typical length."""
+    return typical_lengths(config, min(TYPICAL_CAPTION_TOKENS, config.text.max_caption_tokens))
+
+
+def typical_workload(config: RunConfig, lengths: np.ndarray, num_replicas: int) -> Workload:
+    """A global batch in the fewest packs that fit.
+
+    Args:
+        config: the run.
+        lengths: of `step_lengths`.
+        num_replicas: data-parallel ranks.
 
     Raises:
         ConfigError: the batch cannot be divided among so many replicas.
     """
     data = config.data
-    lengths = typical_lengths(config, min(TYPICAL_CAPTION_TOKENS, config.text.max_caption_tokens))
     cost_model, multiple = CostModel.of_model(config.model), config.parallel.packs_multiple
     num_packs = -(-int(lengths.sum()) // (num_replicas * data.max_pack_tokens))
     num_packs += -num_packs % multiple
