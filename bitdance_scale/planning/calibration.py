@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import os
 import socket
-import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -19,8 +19,12 @@ import torch.multiprocessing
 from torch.nn import functional
 
 from bitdance_scale.atomic_files import write_text
-from bitdance_scale.config.load import dump_toml
+from bitdance_scale.config.load import dump_toml, load_config
+from bitdance_scale.data.plan.synthetic_packs import typical_packs
+from bitdance_scale.model.attention import pack_mask
+from bitdance_scale.observe.cost import peak_flops
 from bitdance_scale.planning.machine import Constant, Machine
+from bitdance_scale.sequence.visibility import count_visible_pairs
 
 _REPEATS = 5
 _MESSAGE_TIMEOUT_S = 120
@@ -28,20 +32,27 @@ _MESSAGE_TIMEOUT_S = 120
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """Sizes of what is measured: large for a GPU, small for a core."""
+    """Sizes of what is measured: those of the 14B model for a GPU, of the layout benchmark for a core.
 
-    product: int
+    Attributes:
+        product: rows, inner and outer width.
+        moved_elements: float32 elements of a tensor.
+        image_px: side of an image.
+        message_elements: float32 elements of an all-reduce.
+    """
+
+    product: tuple[int, int, int]
     moved_elements: int
-    positions: int
     image_px: int
     message_elements: int
 
 
-_GPU = _Sizes(product=8192, moved_elements=2**27, positions=8192, image_px=512, message_elements=2**25)
-_CORE = _Sizes(product=640, moved_elements=2**19, positions=512, image_px=64, message_elements=2**19)
-_HEADS, _HEAD_DIM = 8, 128
+_GPU = _Sizes(product=(8192, 5120, 8704), moved_elements=2**27, image_px=512, message_elements=2**25)
+_CORE = _Sizes(product=(1024, 256, 768), moved_elements=2**19, image_px=64, message_elements=2**19)
 _ENCODER_CHANNELS = 128
 _KERNELS = 1000
+# Side of the matrices that are multiplied between two messages, and messages of a round.
+_BETWEEN, _NUM_MESSAGES = 512, 20
 
 
 def calibrate(base: Machine, file: Path) -> str:
@@ -60,7 +71,7 @@ def calibrate(base: Machine, file: Path) -> str:
     if device.type == "cpu":
         # What is measured is already what is reached.
         reached = Constant(value=1.0, source="the rates of this file are what was reached")
-        names = ("gemm_fraction", "attention_fraction", "encoder_fraction", "memory_fraction", "node_fraction")
+        names = ("gemm_fraction", "encoder_fraction", "memory_fraction", "node_fraction")
         changed |= dict.fromkeys(names, reached)
         changed["overlap_fraction"] = Constant(value=0.0, source="gloo's messages take the core that computes")
         changed |= {"name": "one processor core", "device": "cpu"}
@@ -75,8 +86,7 @@ def calibrate(base: Machine, file: Path) -> str:
 def measure(device: torch.device) -> dict[str, float]:
     """The constants that one device, or two processes on it, can show; by the names of `Machine`.
 
-    On a GPU the rates are given as shares of what its peaks in the base file are not: a measured peak would hide them.
-    There, `*_flops` are left out where PyTorch's peak table has them.
+    A GPU keeps the peaks of its data sheet, of which the utilisation is a share, where `observe/cost.py` knows them.
     """
     sizes = _GPU if device.type == "cuda" else _CORE
     found = _measure_core(device, sizes) if device.type == "cpu" else _measure_gpu(device, sizes)
@@ -90,7 +100,9 @@ def measure(device: torch.device) -> dict[str, float]:
 
 def _measure_core(device: torch.device, sizes: _Sizes) -> dict[str, float]:
     products = product_rate(device, torch.float32, sizes.product)
+    attention = attention_rate(device, torch.float32, "demo")
     return {
+        "attention_fraction": min(1.0, attention / products),
         "bfloat16_flops": products,
         "float32_flops": products,
         "encoder_flops": encoder_rate(device, sizes.image_px),
@@ -101,12 +113,10 @@ def _measure_core(device: torch.device, sizes: _Sizes) -> dict[str, float]:
 
 
 def _measure_gpu(device: torch.device, sizes: _Sizes) -> dict[str, float]:
-    """Rates as peaks with a fraction of 1 where no peak is needed for the utilisation, as fractions elsewhere."""
-    from bitdance_scale.observe.cost import peak_flops
-
+    """Rates with a fraction of 1, but for products and attention, which are shares of the peak."""
     name = torch.cuda.get_device_name()
     products = product_rate(device, torch.bfloat16, sizes.product)
-    attention = attention_rate(device, torch.bfloat16, sizes.positions)
+    attention = attention_rate(device, torch.bfloat16, "pt_14b")
     peak = peak_flops(name, "bfloat16")
     found = {
         "encoder_flops": encoder_rate(device, sizes.image_px),
@@ -119,35 +129,56 @@ def _measure_gpu(device: torch.device, sizes: _Sizes) -> dict[str, float]:
     if peak is None:
         peak = products
         found["bfloat16_flops"] = peak
-    return found | {"gemm_fraction": products / peak, "attention_fraction": attention / peak}
+    return found | {"gemm_fraction": min(1.0, products / peak), "attention_fraction": attention / peak}
 
 
 def seconds_of(action: Callable[[], object], device: torch.device, count: int = 1) -> float:
-    """Seconds of one call, the median of five rounds of `count` calls after one to warm up."""
+    """Seconds of one call in the fastest of five rounds of `count` calls, after one call to warm up.
+
+    On a processor they are its own seconds, which other programs disturb less than the clock's.
+    """
+    return _fastest(action, device, count, time.perf_counter if device.type == "cuda" else time.process_time)
+
+
+def _fastest(action: Callable[[], object], device: torch.device, count: int, clock: Callable[[], float]) -> float:
     action()
     rounds = []
     for _ in range(_REPEATS):
         _wait(device)
-        begun = time.perf_counter()
+        begun = clock()
         for _ in range(count):
             action()
         _wait(device)
-        rounds.append((time.perf_counter() - begun) / count)
-    return statistics.median(rounds)
+        rounds.append((clock() - begun) / count)
+    return min(rounds)
 
 
-def product_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """FLOP/s of a square product."""
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / seconds_of(lambda: left @ right, device, 3)
+def product_rate(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int]) -> float:
+    """FLOP/s of a product of so many rows, inner and outer width."""
+    rows, inner, outer = size
+    left = torch.randn(rows, inner, device=device, dtype=dtype)
+    right = torch.randn(inner, outer, device=device, dtype=dtype)
+    return 2 * rows * inner * outer / seconds_of(lambda: left @ right, device, 3)
 
 
-def attention_rate(device: torch.device, dtype: torch.dtype, num_positions: int) -> float:
-    """FLOP/s of causal attention over pairs that see each other."""
-    shape = (1, _HEADS, num_positions, _HEAD_DIM)
-    query, key, value = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
-    seconds = seconds_of(lambda: functional.scaled_dot_product_attention(query, key, value, is_causal=True), device, 3)
-    return 4 * _HEADS * _HEAD_DIM * num_positions * (num_positions + 1) / 2 / seconds
+def attention_rate(device: torch.device, dtype: torch.dtype, config_name: str) -> float:
+    """FLOP/s of the backbone's attention under the mask of a typical pack, over pairs that see each other.
+
+    Args:
+        device: where.
+        dtype: of queries, keys and values.
+        config_name: a shipped configuration, whose packs and heads are taken.
+    """
+    config = load_config(config_name)
+    model, pack = config.model, typical_packs(config, num_replicas=1)[0]
+    mask = pack_mask(pack.document_ids, pack.block_ids, model, device)
+
+    def heads(number: int) -> torch.Tensor:
+        return torch.randn(pack.num_positions, 1, number, model.head_dim, device=device, dtype=dtype)
+
+    query, key, value = heads(model.num_heads), heads(model.num_kv_heads), heads(model.num_kv_heads)
+    pairs = count_visible_pairs(pack.document_ids, pack.block_ids)
+    return 4 * model.num_heads * model.head_dim * pairs / seconds_of(lambda: mask.attend(query, key, value), device, 3)
 
 
 def encoder_rate(device: torch.device, image_px: int) -> float:
@@ -171,7 +202,10 @@ def kernel_s(device: torch.device) -> float:
 
 
 def measure_messages(device_type: str, num_elements: int) -> tuple[float, float]:
-    """(bytes/s of a rank's link, fixed seconds) of all-reduces between two processes of this machine."""
+    """(bytes/s of a rank's link, fixed seconds) of all-reduces between two processes that compute in between.
+
+    As in training: ranks come to a message at different moments, and on a processor it takes the cores that compute.
+    """
     context = torch.multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
     with socket.socket() as free:
@@ -205,8 +239,19 @@ def _exchange(rank: int, port: int, device_type: str, num_elements: int, sending
         world_size=2,
         timeout=datetime.timedelta(seconds=_MESSAGE_TIMEOUT_S),
     )
-    large, small = torch.zeros(num_elements, device=device), torch.zeros(1, device=device)
-    seconds = [seconds_of(lambda tensor=tensor: dist.all_reduce(tensor), device, 3) for tensor in (large, small)]
+    messages = torch.zeros(num_elements, device=device), torch.zeros(1, device=device)
+    matrix = torch.randn(_BETWEEN, _BETWEEN, device=device)
+
+    def work(message: torch.Tensor | None) -> None:
+        matrix @ matrix
+        if message is not None:
+            dist.all_reduce(message)
+
+    alone_s = _fastest(functools.partial(work, None), device, _NUM_MESSAGES, time.perf_counter)
+    both_s = [
+        _fastest(functools.partial(work, message), device, _NUM_MESSAGES, time.perf_counter) for message in messages
+    ]
+    seconds = [max(both - alone_s, 1e-9) for both in both_s]
     dist.barrier()
     if rank == 0:
         sending.send(seconds)

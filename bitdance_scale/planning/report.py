@@ -26,10 +26,7 @@ def stage_text(plan: StagePlan, num_shown: int) -> str:
     parts = [
         heading,
         in_columns(_rows(plan, num_shown), is_markdown=False),
-        f"GiB are those of `bitdance memory`, by formula; {plan.machine.usable_bytes / GIB:.1f} of "
-        f"{plan.machine.memory_gib.value:g} are usable. {_configured_remark(plan)}",
-        f"The first: {best.num_replicas} replicas, {best.num_micro_batches} packs each per step, "
-        f"{plan.config.run.steps:,} steps.",
+        _table_remark(plan),
         in_columns(_part_rows(best), is_markdown=False),
         f"What limits it: {limit(best)}",
         "\n".join(["What to change next:", *(f"- {line}" for line in changes(best, plan))]),
@@ -123,6 +120,15 @@ def _part_rows(item: Prediction) -> list[list[str]]:
     for name, share in shares(item).items():
         rows.append([name.replace("_", " "), f"{parts[name]:.3f}", f"{share:.1%}"])
     return rows
+
+
+def _table_remark(plan: StagePlan) -> str:
+    machine, best = plan.machine, plan.ranked[0]
+    return (
+        f"GiB are those of `bitdance memory`, by formula; {machine.usable_bytes / GIB:.1f} of "
+        f"{machine.memory_gib.value:g} are usable. {_configured_remark(plan)} The first has {best.num_replicas} "
+        f"replicas with {best.num_micro_batches} packs each per step; the stage has {plan.config.run.steps:,} steps."
+    )
 
 
 def _configured_remark(plan: StagePlan) -> str:

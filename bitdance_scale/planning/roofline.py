@@ -5,6 +5,8 @@ A rate is what the machine reaches, not its peak: bytes/s or FLOP/s. `docs/plan.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def products_s(flops: float, rate: float) -> float:
     """Seconds of matrix products.
@@ -48,6 +50,18 @@ def send_s(num_bytes: float, rate: float, message_s: float) -> float:
 def bubble_share(pipeline: int, virtual_stages: int, num_micro_batches: int) -> float:
     """Idle time of a pipeline rank over its busy time, (p - 1) / (m v) (Narayanan et al. 2021, Sec. 2.2)."""
     return (pipeline - 1) / (num_micro_batches * virtual_stages)
+
+
+def bubble_s(rank_times_s: Sequence[float], virtual_stages: int) -> float:
+    """Seconds in which the slowest rank of a pipeline waits while it fills and drains.
+
+    That is one micro-batch on every other rank. With equal ranks it is `bubble_share` of the slowest rank's busy time.
+
+    Args:
+        rank_times_s: seconds of one micro-batch, forward and backward, on every pipeline rank.
+        virtual_stages: stages of a rank.
+    """
+    return (sum(rank_times_s) - max(rank_times_s)) / virtual_stages
 
 
 def group_rate(

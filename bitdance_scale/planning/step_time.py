@@ -20,7 +20,7 @@ from bitdance_scale.planning.moved_bytes import (
     optimiser_bytes,
 )
 from bitdance_scale.planning.parameters import RankStages, rank_elements
-from bitdance_scale.planning.roofline import bubble_share, moved_s, products_s
+from bitdance_scale.planning.roofline import bubble_s, moved_s, products_s
 from bitdance_scale.planning.traffic import data_micro_s, data_step_s, pipeline_micro_s, tensor_micro_s
 from bitdance_scale.planning.workload import Workload
 
@@ -130,7 +130,7 @@ def micro_time(
         elementwise=moved_s(elementwise_bytes(config, vocab_size, micro, stages), machine.memory_rate),
         accumulation=moved_s(accumulated_bytes(config, elements), machine.memory_rate),
         tensor_traffic=tensor_micro_s(config, micro, stages, machine),
-        data_traffic=data_micro_s(config, elements, data_size, machine),
+        data_traffic=data_micro_s(config, elements, data_size, stages, machine),
     )
     kernels = micro_kernels(config, stages)
     gaps = kernels * machine.kernel_gap_s.value
@@ -188,7 +188,7 @@ def step_time(
     num_ranks = parallel.tensor * parallel.pipeline * data_size
     busy = slowest.times(num_micro)
     once = StepTime(
-        bubble=busy.total * bubble_share(parallel.pipeline, parallel.virtual_stages, num_micro),
+        bubble=bubble_s([time.total for time in times], parallel.virtual_stages),
         data_traffic=data_step_s(config, elements, data_size, machine),
         optimiser=moved_s(optimiser_bytes(config, elements, data_size), machine.memory_rate),
         encoder=encoder_s(config, workload.counts, num_ranks, machine),

@@ -17,6 +17,8 @@ LAYER_BACKWARD_EXPOSED, LAYER_BACKWARD_BESIDE = 2, 4
 WHOLE_BACKWARD_EXPOSED, WHOLE_BACKWARD_BESIDE = 0, 4
 # Sums of one vector: gradients of the norms that see a part of the positions or heads.
 LAYER_VECTORS = 4
+# Linears, which ZeRO-3 gathers one by one.
+LAYER_LINEARS, HEAD_BLOCK_LINEARS = 4, 4
 # A hop of the pipeline exchanges the shape, then the tensor, and drains the device.
 MESSAGES_PER_HOP = 3
 
@@ -105,17 +107,23 @@ def _data_rate(config: RunConfig, data_size: int, machine: Machine) -> float:
     return group_rate(data_size, stride, machine.gpus_per_node, machine.node_rate, machine.network_rate)[0]
 
 
-def data_micro_s(config: RunConfig, num_elements: float, data_size: int, machine: Machine) -> float:
+def data_micro_s(config: RunConfig, num_elements: float, data_size: int, stages: RankStages, machine: Machine) -> float:
     """Of one micro-batch between replicas, all of it exposed.
 
     ZeRO-2 all-reduces every micro-batch's gradients. ZeRO-3 gathers the weights for the forward and for the backward
-    pass and reduce-scatters the gradients.
+    pass, linear by linear, and reduce-scatters the gradients.
     """
+    if data_size == 1:
+        return 0.0
     num_bytes, rate = num_elements * element_bytes(config), _data_rate(config, data_size, machine)
     if config.parallel.zero_stage == 2:
         return sum_s(num_bytes, data_size, rate, machine.message_s.value)
     if config.parallel.zero_stage == 3:
-        return 3 * gather_s(num_bytes, data_size, rate, machine.message_s.value)
+        linears = sum(stages.num_layers) * LAYER_LINEARS
+        if stages.is_last:
+            linears += config.head.num_blocks * HEAD_BLOCK_LINEARS
+        messages = 2 * linears * machine.message_s.value
+        return messages + 3 * gather_s(num_bytes, data_size, rate, machine.message_s.value)
     return 0.0
 
 

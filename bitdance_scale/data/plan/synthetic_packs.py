@@ -54,7 +54,7 @@ def fullest_typical_pack(config: RunConfig, num_replicas: int) -> tuple[Pack, in
 
 
 def typical_lengths(config: RunConfig, num_caption_tokens: int) -> np.ndarray:
-    """int64 [B], positions of the samples of a global batch, mixed as in `typical_packs`, with captions of one length."""
+    """int64 [B], positions of the samples of a batch, mixed as in `typical_packs`; captions have one length."""
     return _lengths(_samples(config, num_caption_tokens), placeholder_tokens(config))
 
 
