@@ -43,6 +43,7 @@ class Machine:
         float32_flops: the same in float32, FLOP/s.
         encoder_flops: peak of the convolutions of the image encoder, FLOP/s.
         gemm_fraction: share of the peak that large matrix products reach.
+        gemm_halved_fraction: what is left of that share when twice the tensor-parallel ranks halve a width.
         attention_fraction: share that attention reaches, over pairs that see each other.
         encoder_fraction: share that the encoder reaches.
         memory_bytes_per_s: peak of reading and writing the GPU's memory, bytes/s.
@@ -66,6 +67,7 @@ class Machine:
     float32_flops: Constant
     encoder_flops: Constant
     gemm_fraction: Constant
+    gemm_halved_fraction: Constant
     attention_fraction: Constant
     encoder_fraction: Constant
     memory_bytes_per_s: Constant
@@ -87,6 +89,11 @@ class Machine:
     def peak_flops(self, dtype: str) -> float:
         """Peak of dense products in `bfloat16` or `float32`, FLOP/s."""
         return (self.bfloat16_flops if dtype == "bfloat16" else self.float32_flops).value
+
+    def product_rate(self, dtype: str, tensor: int) -> float:
+        """What products reach that so many tensor-parallel ranks divide, FLOP/s of one."""
+        share = self.gemm_fraction.value * self.gemm_halved_fraction.value ** math.log2(tensor)
+        return self.peak_flops(dtype) * share
 
     @property
     def node_rate(self) -> float:

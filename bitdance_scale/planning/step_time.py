@@ -125,7 +125,7 @@ def micro_time(
     attention = share * micro.flops.attention * (1 + ATTENTION_BACKWARD + attention_repeated)
     elements = rank_elements(config, vocab_size, stages)
     busy = StepTime(
-        gemm=products_s(flops / tensor, peak * machine.gemm_fraction.value),
+        gemm=products_s(flops / tensor, machine.product_rate(config.run.dtype, tensor)),
         attention=products_s(attention / tensor, peak * machine.attention_fraction.value),
         elementwise=moved_s(elementwise_bytes(config, vocab_size, micro, stages), machine.memory_rate),
         accumulation=moved_s(accumulated_bytes(config, elements), machine.memory_rate),

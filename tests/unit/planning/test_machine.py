@@ -36,7 +36,7 @@ def test_an_unknown_machine_is_refused_with_those_there_are():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("value = 0.61", "value = 1.61", r"gemm_fraction.value = 1.61: must be a finite number above 0 and at most 1"),
+        ("value = 0.65", "value = 1.61", r"gemm_fraction.value = 1.61: must be a finite number above 0 and at most 1"),
         ("value = 3.35e12", "value = 0.0", r"memory_bytes_per_s.value = 0.0: must be a finite number above 0"),
         ("value = 3.35e12", "value = nan", r"memory_bytes_per_s.value = nan"),
         ("value = 9.5", "value = 90.0", r"reserved_gib.value = 90.0: must be below memory_gib.value = 79.6"),
@@ -50,3 +50,10 @@ def test_a_faulty_file_is_refused(tmp_path: Path, old, new, message):
     file.write_text(text.replace(old, new), encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         load_machine(str(file))
+
+
+def test_divided_products_reach_less():
+    machine = load_machine("h100-80")
+    whole = machine.peak_flops("bfloat16") * machine.gemm_fraction.value
+    assert machine.product_rate("bfloat16", 1) == whole
+    assert machine.product_rate("bfloat16", 4) == pytest.approx(whole * machine.gemm_halved_fraction.value**2)

@@ -86,7 +86,7 @@ def test_a_recipe_is_the_sum_of_its_stages(plan):
 def test_a_model_that_fits_nowhere_is_refused_with_what_comes_closest():
     from bitdance_scale.planning.plan import fastest
 
-    plan = make_plan(load_config("pt_14b", ["data.global_batch=64"]), 2, H100)
+    plan = make_plan(load_config("pt_14b", ["data.global_batch=60"]), 2, H100)
     assert plan.ranked == [] and plan.too_large
     with pytest.raises(ConfigError, match="no layout of 2 x H100 80 GB is legal and fits; closest: pipeline rank"):
         fastest([plan])
@@ -99,8 +99,8 @@ def test_what_no_layout_mends_is_refused():
 
 
 def test_a_batch_that_does_not_fill_the_replicas_is_a_reason():
-    plan = make_plan(load_config("demo", ["data.global_batch=4"]), 8, H100)
+    plan = make_plan(load_config("demo", ["data.global_batch=10"]), 16, H100)
     kinds = {item.kind for item in plan.dropped}
     assert kinds >= {"illegal"}
     reasons = [item.reason for item in plan.dropped if item.parallel.tensor == item.parallel.pipeline == 1]
-    assert any("data.global_batch = 4" in reason for reason in reasons)
+    assert any("data.global_batch = 10: must be at least the 16" in reason for reason in reasons)

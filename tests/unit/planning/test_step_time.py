@@ -59,7 +59,7 @@ def test_products_are_the_flops_of_the_utilisation(pretraining):
     flops = step_flops(config, ENTRIES, workload.counts)
     padding = workload.num_positions / workload.counts.num_positions
     expected = TRAINING_OVER_FORWARD * (padding * flops.backbone + flops.head + flops.projector + flops.text)
-    rate = H100.peak_flops("bfloat16") * H100.gemm_fraction.value
+    rate = H100.product_rate("bfloat16", config.parallel.tensor)
     assert time.gemm * NUM_GPUS * rate == pytest.approx(expected, rel=1e-6)
     # Attention is computed three and a half times, and once more where it is recomputed.
     rate = H100.peak_flops("bfloat16") * H100.attention_fraction.value
