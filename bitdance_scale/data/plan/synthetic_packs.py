@@ -45,7 +45,7 @@ def fullest_typical_pack(config: RunConfig, num_replicas: int) -> tuple[Pack, in
     samples, packs = _partition(config, num_replicas)
     tokens, multiple = placeholder_tokens(config), config.data.pack_multiple
 
-    def size(places: list[int]) -> tuple[int, int]:
+    def size(places: Sequence[int]) -> tuple[int, int]:
         num_used = int(_lengths([samples[place] for place in places], tokens).sum())
         # Captions have one length, so there are as many text targets as samples.
         return len(places), num_used + -num_used % multiple
