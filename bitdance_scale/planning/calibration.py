@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import math
 import os
 import socket
 import time
@@ -52,8 +51,7 @@ _GPU = _Sizes(product=(8192, 5120, 8704), moved_elements=2**27, image_px=512, me
 _CORE = _Sizes(product=(1024, 256, 768), moved_elements=2**19, image_px=64, message_elements=2**19)
 _ENCODER_CHANNELS = 128
 _KERNELS = 1000
-# Side of the matrices that are multiplied before every message, messages of a round, and rounds.
-_BETWEEN, _NUM_MESSAGES, _MESSAGE_ROUNDS = 512, 10, 15
+_NUM_MESSAGES = 10
 
 
 def calibrate(base: Machine, file: Path) -> str:
@@ -143,16 +141,10 @@ def seconds_of(action: Callable[[], object], device: torch.device, count: int = 
     return _fastest(action, device, count, time.perf_counter if device.type == "cuda" else time.process_time)
 
 
-def _fastest(
-    action: Callable[[], object],
-    device: torch.device,
-    count: int,
-    clock: Callable[[], float],
-    repeats: int = _REPEATS,
-) -> float:
+def _fastest(action: Callable[[], object], device: torch.device, count: int, clock: Callable[[], float]) -> float:
     action()
     rounds = []
-    for _ in range(repeats):
+    for _ in range(_REPEATS):
         _wait(device)
         begun = clock()
         for _ in range(count):
@@ -222,10 +214,7 @@ def kernel_s(device: torch.device) -> float:
 
 
 def measure_messages(device_type: str, num_elements: int) -> tuple[float, float]:
-    """(bytes/s of a rank's link, fixed seconds) of all-reduces between two processes that compute in between.
-
-    As in training: ranks come to a message at different moments, and on a processor it takes the cores that compute.
-    """
+    """(bytes/s of a rank's link, fixed seconds) of all-reduces between two processes of this machine."""
     context = torch.multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
     with socket.socket() as free:
@@ -259,26 +248,14 @@ def _exchange(rank: int, port: int, device_type: str, num_elements: int, sending
         world_size=2,
         timeout=datetime.timedelta(seconds=_MESSAGE_TIMEOUT_S),
     )
-    messages = torch.zeros(num_elements, device=device), torch.zeros(1, device=device)
-    matrix = torch.randn(_BETWEEN, _BETWEEN, device=device)
-
-    def work(message: torch.Tensor | None) -> None:
-        matrix @ matrix
-        if message is not None:
-            dist.all_reduce(message)
-
-    fastest = [math.inf] * 3
-    # In turn, so that other load of the machine meets all of them.
-    for _ in range(_MESSAGE_ROUNDS):
-        for kind, message in enumerate((None, *messages)):
-            dist.barrier()
-            seconds = _fastest(functools.partial(work, message), device, _NUM_MESSAGES, time.perf_counter, repeats=1)
-            fastest[kind] = min(fastest[kind], seconds)
-    alone_s, large_s, small_s = fastest
-    seconds_each = [max(large_s - alone_s, 1e-9), max(small_s - alone_s, 1e-9)]
+    # The clock's seconds: a message is mostly waiting.
+    seconds = [
+        _fastest(functools.partial(dist.all_reduce, message), device, _NUM_MESSAGES, time.perf_counter)
+        for message in (torch.zeros(num_elements, device=device), torch.zeros(1, device=device))
+    ]
     dist.barrier()
     if rank == 0:
-        sending.send(seconds_each)
+        sending.send(seconds)
     dist.destroy_process_group()
 
 

@@ -52,14 +52,14 @@ class _LayerBytes:
 
 
 _LAYER = {
-    2: (_LayerBytes(84, 71.5, 14, 10, 96), _LayerBytes(221, 148, 0, 26, 0)),
+    2: (_LayerBytes(84, 71.5, 14, 10, 96), _LayerBytes(187, 130.5, 0, 26, 0)),
     4: (_LayerBytes(80, 97.6, 28, 20, 96), _LayerBytes(218, 146, 0, 52, 0)),
 }
 """Bytes of an element -> forward, backward."""
 # Per token, channel and byte of an element: (what every rank computes, what the ranks divide) in a block of the head.
-_HEAD_BLOCK = ((36.0, 19.5), (55.5, 63.5))
+_HEAD_BLOCK = ((36.0, 19.5), (56.0, 37.5))
 # Of the rest of the head: positions in float64, noise, modulations; forward, backward.
-_HEAD_REST = (170.0, 150.0)
+_HEAD_REST = (170.0, 65.0)
 # Bytes per logit of the cross-entropy, which is in float32: forward, backward.
 _LOGIT = (46.0, 24.0)
 
@@ -123,12 +123,12 @@ def optimiser_bytes(config: RunConfig, num_elements: float, data_size: int) -> f
 
     AdamW reads gradient, master and two moments and writes master, moments and weight (28 bytes and a weight) of the
     rank's partition; the norm reads the gradients. ZeRO-1 converts all gradients to the training dtype, averages them
-    and converts them back (26 bytes, traced), and clears them (4).
+    and converts them back (32 bytes, traced), and clears them (4).
     """
     part = num_elements / data_size
     whole = num_elements if config.parallel.zero_stage == 1 else part
     averages = 12 * part if config.optim.average_decay else 0
-    return part * (28 + element_bytes(config)) + whole * (4 + 26 + 4) + averages
+    return part * (28 + element_bytes(config)) + whole * (4 + 32 + 4) + averages
 
 
 def micro_kernels(config: RunConfig, stages: RankStages) -> float:
