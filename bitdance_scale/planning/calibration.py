@@ -72,6 +72,8 @@ def calibrate(base: Machine, file: Path) -> str:
         reached = Constant(value=1.0, source="the rates of this file are what was reached")
         names = ("gemm_fraction", "encoder_fraction", "memory_fraction", "node_fraction")
         changed |= dict.fromkeys(names, reached)
+        libraries = "assumed: the interpreter with PyTorch and the engines"
+        changed["reserved_gib"] = Constant(value=min(0.75, measured["memory_gib"] / 2), source=libraries)
         changed["overlap_fraction"] = Constant(value=0.0, source="gloo's messages take the core that computes")
         changed |= {"name": "one processor core", "device": "cpu"}
     machine = dataclasses.replace(base, **changed)
@@ -100,7 +102,9 @@ def measure(device: torch.device) -> dict[str, float]:
 def _measure_core(device: torch.device, sizes: _Sizes) -> dict[str, float]:
     products = product_rate(device, torch.float32, sizes.product)
     attention = attention_rate(device, torch.float32, "demo")
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
+        "memory_gib": memory_bytes / (os.cpu_count() or 1) / 2**30,
         "gemm_halved_fraction": halved_fraction(device, torch.float32, sizes.product),
         "attention_fraction": min(1.0, attention / products),
         "bfloat16_flops": products,
