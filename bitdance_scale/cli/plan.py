@@ -85,7 +85,7 @@ def _run(options: argparse.Namespace) -> int:
 
         draw_plan(plans[0], options.plot)
     if options.exact:
-        print(f"\n{_exact(plans[0])}")
+        print(f"\n{_exact(plans[0], options.vocab)}")
     return EXIT_COMPLETE
 
 
@@ -99,7 +99,7 @@ def _load(name: str, overrides: Sequence[str]) -> RunConfig:
     return config
 
 
-def _exact(plan: StagePlan) -> str:
+def _exact(plan: StagePlan, num_entries: int | None) -> str:
     """The memory of the first layout by `bitdance memory`, beside the formula's."""
     from bitdance_scale.parallel.memory_table import on_gpu, stage_lines
     from bitdance_scale.planning.layouts import with_layout
@@ -107,7 +107,8 @@ def _exact(plan: StagePlan) -> str:
     from bitdance_scale.sequence.condition import vocab_size
 
     best = plan.ranked[0]
-    lines = stage_lines(on_gpu(with_layout(plan.config, best.parallel)), vocab_size(plan.config), plan.num_gpus)
+    entries = num_entries or vocab_size(plan.config)
+    lines = stage_lines(on_gpu(with_layout(plan.config, best.parallel)), entries, plan.num_gpus)
     needed = max(max(line.estimate.peak.total, line.estimate.building_peak) for line in lines)
     ratio = best.memory.needed / needed
     return f"`bitdance memory` of the first: {needed / GIB:.2f} GiB; the formula gave {ratio:.4f} times as much."
