@@ -1,4 +1,4 @@
-"""How sizes and lists are written in messages."""
+"""How sizes, lists and tables are written."""
 
 from __future__ import annotations
 
@@ -26,3 +26,13 @@ def first_few(problems: Sequence[str]) -> str:
     """The first three of a list, and how many more there are, such as "a; b; c; and 7 more"."""
     num_others = len(problems) - _MAX_LISTED
     return "; ".join([*problems[:_MAX_LISTED], *([f"and {num_others} more"] if num_others > 0 else [])])
+
+
+def in_columns(rows: Sequence[Sequence[str]], is_markdown: bool) -> str:
+    """Rows of cells, the first of which is the header, as text in columns or as a Markdown table."""
+    header = rows[0]
+    if is_markdown:
+        marked = [header, ["---"] * len(header), *rows[1:]]
+        return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in marked)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

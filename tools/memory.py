@@ -41,7 +41,8 @@ TOKENIZER_END = "<!-- tools/memory.py --docs: end of the tokenizers -->"
 
 def docs_section() -> str:
     """The tables of text-to-image runs in docs/memory.md."""
-    from bitdance_scale.parallel.memory_table import QWEN3_VOCAB, on_gpu, remark, stage_lines, table
+    from bitdance_scale.parallel.memory_table import on_gpu, remark, stage_lines, table
+    from bitdance_scale.sequence.condition import QWEN3_VOCAB
 
     parts = []
     for world_size, layout in DOCS_LAYOUTS:

@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, Command] = {
     "inspect": Command("show samples of shards as training will see them", "inspect_shards"),
     "encode": Command("encode the images of a run once, for all epochs", "encode_shards"),
     "pack-length": Command("find the length of packs that wastes least", "pack_length"),
+    "plan": Command("say which layout a run should have on so many GPUs, and what it will take", "plan"),
     "memory": Command("say what a run needs in memory, rank by rank", "memory"),
     "histogram": Command("draw how the head's predictions of held-out images are distributed", "histogram"),
     "plot": Command("draw the page of a run, or of several", "plot_run"),

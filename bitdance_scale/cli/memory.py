@@ -37,7 +37,8 @@ def _run(options: argparse.Namespace) -> int:
     if isinstance(config, TokenizerConfig):
         return _run_tokenizer(options, config)
 
-    from bitdance_scale.parallel.memory_table import on_gpu, remark, stage_lines, table, vocab_size
+    from bitdance_scale.parallel.memory_table import on_gpu, remark, stage_lines, table
+    from bitdance_scale.sequence.condition import vocab_size
 
     lines = stage_lines(on_gpu(config), options.vocab or vocab_size(config), options.ranks)
     print(table(lines, options.device_gib, is_markdown=options.markdown))

@@ -35,6 +35,7 @@ TRAINING_OVER_FORWARD = 3
 # Dense (not sparse) peak of the tensor cores in FLOP/s, from the vendor's data sheets. The first name contained in
 # `torch.cuda.get_device_name()` counts. float32 is the rate without TF32, PyTorch's default.
 PEAK_FLOPS = (
+    ("B200", {"bfloat16": 2250.0e12, "float32": 75.0e12}),
     ("H200 NVL", {"bfloat16": 835.5e12, "float32": 60.0e12}),
     ("H200", {"bfloat16": 989.5e12, "float32": 67.0e12}),
     ("H100 NVL", {"bfloat16": 835.5e12, "float32": 60.0e12}),

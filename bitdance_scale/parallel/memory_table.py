@@ -10,12 +10,11 @@ import torch
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.attention import uses_flex
-from bitdance_scale.parallel.memory_estimate import Bytes, MemoryEstimate, estimate_memory
-from bitdance_scale.sequence.condition import load_condition
+from bitdance_scale.parallel.memory_estimate import MemoryEstimate, estimate_memory
+from bitdance_scale.parallel.memory_parts import Bytes
+from bitdance_scale.wording import in_columns
 
 GIB = 2**30
-# Rows of Qwen3's table with this project's special tokens, by `vision.block_side`.
-QWEN3_VOCAB = {4: 151940, 8: 151988}
 
 
 @dataclass(frozen=True)
@@ -61,16 +60,6 @@ def fits_in(needed: int, device_gib: float) -> str:
     return "yes" if needed <= device_gib * GIB else f"no, {needed / GIB:.1f}"
 
 
-def in_columns(rows: Sequence[Sequence[str]], is_markdown: bool) -> str:
-    """Rows of cells, the first of which is the header, as text in columns or as a Markdown table."""
-    header = rows[0]
-    if is_markdown:
-        marked = [header, ["---"] * len(header), *rows[1:]]
-        return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in marked)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-
 def remark(lines: Sequence[StageLine]) -> str:
     """What the table does not say, in a sentence."""
     building = ", ".join(f"{line.estimate.building_peak / GIB:.1f}" for line in lines)
@@ -93,10 +82,3 @@ def on_gpu(config: RunConfig) -> RunConfig:
     if not uses_flex(config.model, torch.device("cuda")):
         return config
     return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="flex"))
-
-
-def vocab_size(config: RunConfig) -> int:
-    """Rows of the embedding: classes, or entries of the text tokenizer; where it is not here, those of Qwen3's."""
-    if not config.model.parts.has_text or config.text.tokenizer_path.exists():
-        return load_condition(config).vocab_size
-    return QWEN3_VOCAB[config.vision.block_side]

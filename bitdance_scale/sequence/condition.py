@@ -19,6 +19,9 @@ from bitdance_scale.sequence.layout import ClassTokens, SequenceTokens
 from bitdance_scale.sequence.pack import Sample
 from bitdance_scale.sequence.tokens import load_text_tokenizer
 
+# Rows of Qwen3's table with this project's special tokens, by `vision.block_side`.
+QWEN3_VOCAB = {4: 151940, 8: 151988}
+
 
 class Condition(Protocol):
     """Makes the token ids that come before an image.
@@ -124,3 +127,10 @@ def load_condition(config: RunConfig | NetworkConfig, block_tokens: int | None =
     if config.model.parts.has_text:
         return load_text_tokenizer(config.text, size, is_causal, is_raster, config.vision.context == "queries")
     return ClassCondition(config.classes, size, is_causal, is_raster)
+
+
+def vocab_size(config: RunConfig) -> int:
+    """Rows of the embedding: classes, or entries of the text tokenizer; where it is not here, those of Qwen3's."""
+    if not config.model.parts.has_text or config.text.tokenizer_path.exists():
+        return load_condition(config).vocab_size
+    return QWEN3_VOCAB[config.vision.block_side]

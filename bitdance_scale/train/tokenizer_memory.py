@@ -23,7 +23,7 @@ from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.observe.tokenizer_cost import tokenizer_flops
 from bitdance_scale.parallel.fake_ranks import autocast_of_cuda, join_fake_job, no_memory
 from bitdance_scale.parallel.memory_estimate import in_own_process
-from bitdance_scale.parallel.memory_table import GIB, fits_in, in_columns
+from bitdance_scale.parallel.memory_table import GIB, fits_in
 from bitdance_scale.parallel.replicated import AVERAGE, fullest_share
 from bitdance_scale.parallel.storage_log import StorageLog
 from bitdance_scale.train import tokenizer_networks
@@ -32,6 +32,7 @@ from bitdance_scale.train.tokenizer_objective import Crops
 from bitdance_scale.train.tokenizer_start import DISCRIMINATOR
 from bitdance_scale.vision.autoencoder import Autoencoder
 from bitdance_scale.vision.perceptual import Lpips, Network, make_lpips
+from bitdance_scale.wording import in_columns
 
 # In the first step there are no moments yet.
 _NUM_STEPS = 2

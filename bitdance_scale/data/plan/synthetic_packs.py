@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from bitdance_scale.config.data_rules import MAX_MARKUP_TOKENS, NUM_RESOLUTION_TOKENS
@@ -29,23 +31,31 @@ def typical_packs(config: RunConfig, num_replicas: int) -> list[Pack]:
     Raises:
         ConfigError: the batch cannot be divided among so many replicas.
     """
-    samples, tokens = _samples(config), placeholder_tokens(config)
-    token_bytes = code_bytes(config.vision.num_bits, config.vision.latents)
-    lengths = np.array([num_positions(sample, tokens) for sample in samples])
-    cost_model = CostModel.of_model(config.model)
-    ranks = partition_batch(
-        lengths,
-        num_replicas,
-        config.data.max_pack_tokens,
-        cost_model,
-        config.parallel.packs_multiple,
-        config.data.pack_multiple,
-    )
-    packs = []
-    for places in ranks[0]:
-        pack = pack_samples([samples[place] for place in places], tokens, config.data.pack_multiple)
-        packs.append(pack.with_bits(np.zeros((len(pack.vision_cells), token_bytes), dtype=np.uint8)))
-    return sorted(packs, key=lambda pack: (-len(pack.text_targets), -pack.num_positions))
+    samples, packs = _partition(config, num_replicas)
+    made = [_pack(samples, places, config) for places in packs]
+    return sorted(made, key=lambda pack: (-len(pack.text_targets), -pack.num_positions))
+
+
+def fullest_typical_pack(config: RunConfig, num_replicas: int) -> tuple[Pack, int]:
+    """(the first of `typical_packs`, how many they are), without making the others.
+
+    Raises:
+        ConfigError: as `typical_packs`.
+    """
+    samples, packs = _partition(config, num_replicas)
+    tokens, multiple = placeholder_tokens(config), config.data.pack_multiple
+
+    def size(places: Sequence[int]) -> tuple[int, int]:
+        num_used = int(_lengths([samples[place] for place in places], tokens).sum())
+        # Captions have one length, so there are as many text targets as samples.
+        return len(places), num_used + -num_used % multiple
+
+    return _pack(samples, max(packs, key=size), config), len(packs)
+
+
+def typical_lengths(config: RunConfig, num_caption_tokens: int) -> np.ndarray:
+    """int64 [B], positions of the samples of a batch, mixed as in `typical_packs`; captions have one length."""
+    return _lengths(_samples(config, num_caption_tokens), placeholder_tokens(config))
 
 
 def placeholder_tokens(config: NetworkConfig | RunConfig) -> SequenceTokens:
@@ -74,7 +84,31 @@ def placeholder_sample(
     )
 
 
-def _samples(config: RunConfig) -> list[Sample]:
+def _partition(config: RunConfig, num_replicas: int) -> tuple[list[Sample], list[list[int]]]:
+    """(samples of a global batch, places of those of each pack of the first replica); captions are the longest."""
+    samples = _samples(config, config.text.max_caption_tokens)
+    ranks = partition_batch(
+        _lengths(samples, placeholder_tokens(config)),
+        num_replicas,
+        config.data.max_pack_tokens,
+        CostModel.of_model(config.model),
+        config.parallel.packs_multiple,
+        config.data.pack_multiple,
+    )
+    return samples, ranks[0]
+
+
+def _pack(samples: Sequence[Sample], places: Sequence[int], config: RunConfig) -> Pack:
+    pack = pack_samples([samples[place] for place in places], placeholder_tokens(config), config.data.pack_multiple)
+    token_bytes = code_bytes(config.vision.num_bits, config.vision.latents)
+    return pack.with_bits(np.zeros((len(pack.vision_cells), token_bytes), dtype=np.uint8))
+
+
+def _lengths(samples: Sequence[Sample], tokens: SequenceTokens) -> np.ndarray:
+    return np.array([num_positions(sample, tokens) for sample in samples])
+
+
+def _samples(config: RunConfig, num_caption_tokens: int) -> list[Sample]:
     resolutions = [resolution for resolution in config.data.resolutions if resolution.share > 0]
     labels = Apportionment([resolution.share for resolution in resolutions]).labels(0, config.data.global_batch)
     grids = [resolution_buckets(resolution) // config.vision.downsample for resolution in resolutions]
@@ -83,5 +117,5 @@ def _samples(config: RunConfig) -> list[Sample]:
     for key, label in enumerate(labels.tolist()):
         height, width = grids[label][num_drawn[label] % len(grids[label])].tolist()
         num_drawn[label] += 1
-        samples.append(placeholder_sample(key, (height, width), config.text.max_caption_tokens, config))
+        samples.append(placeholder_sample(key, (height, width), num_caption_tokens, config))
     return samples

@@ -166,6 +166,7 @@ def test_encoding_a_1024_px_image_costs_17_tflop():
         ("NVIDIA H100 80GB HBM3", 989.5e12),
         ("NVIDIA H100 PCIe", 756.5e12),
         ("NVIDIA H200", 989.5e12),
+        ("NVIDIA B200", 2250e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("cpu", None),
     ],

@@ -12,7 +12,8 @@ from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import ParallelSection
 from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.observe.cost import count_parameters
-from bitdance_scale.parallel.memory_estimate import Bytes, MemoryEstimate, estimate_memory_here, num_in_flight
+from bitdance_scale.parallel.memory_estimate import MemoryEstimate, estimate_memory_here
+from bitdance_scale.parallel.memory_parts import Bytes, num_in_flight
 from bitdance_scale.parallel.zero import MAX_BUCKET_ELEMENTS, deepspeed_config
 from tests.distributed.spawn import run_ranks
 from tests.distributed.toy import toy_config

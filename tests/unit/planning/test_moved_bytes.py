@@ -1,0 +1,129 @@
+"""Elementwise bytes and kernels against a log of every kernel that the engines run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bitdance_scale.config.load import load_config
+from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.data.plan.synthetic_packs import typical_packs
+from bitdance_scale.planning.moved_bytes import (
+    LAYER_KERNELS,
+    BothPasses,
+    accumulated_bytes,
+    head_block_bytes,
+    layer_bytes,
+)
+from bitdance_scale.planning.parameters import layer_elements
+from tests.distributed.spawn import run_ranks
+
+ENTRIES = 151940
+NUM_RANKS = 8
+BASE = ("data.global_batch=160", "model.num_layers=1", "model.attention=flex", "parallel.recompute=none")
+
+PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "attention")
+MESSAGES = ("c10d",)
+# They make a view, or tell something about a tensor.
+NO_KERNELS = (
+    "prim.", "aten.empty", "aten.detach", "aten.alias", "aten.view", "aten._unsafe_view", "aten.t.", "aten.transpose",
+    "aten.slice", "aten.expand", "aten.permute", "aten.split", "aten.chunk", "aten.select", "aten.unsqueeze",
+    "aten.squeeze", "aten.as_strided", "aten.unbind", "aten.lift_fresh", "aten._local_scalar",
+)  # fmt: skip
+
+
+class KernelLog(TorchDispatchMode):
+    """Counts kernels and the bytes of their inputs and outputs, by pass."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num: Counter[str] = Counter()
+        self.num_bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(func)
+        if name.startswith(NO_KERNELS) or any(word in name for word in MESSAGES):
+            return result
+        which = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
+        self.num[which] += 1
+        if not any(word in name for word in PRODUCTS):
+            tensors = [leaf for leaf in tree_leaves((args, kwargs or {}, result)) if isinstance(leaf, torch.Tensor)]
+            # An expanded tensor is read once.
+            sizes = (min(leaf.nbytes, leaf.untyped_storage().nbytes()) for leaf in tensors)
+            self.num_bytes[which] += sum(sizes)
+        return result
+
+
+def logged(_rank: int, config: RunConfig) -> tuple[BothPasses, BothPasses]:
+    """(kernels, bytes of elementwise ones) of one micro-batch that is not the last of its step."""
+    from bitdance_scale.parallel.fake_ranks import join_fake_job, no_memory
+    from bitdance_scale.parallel.memory_estimate import _build, _copy, _inputs
+
+    topology = join_fake_job(NUM_RANKS, 0, config.parallel)
+    pack = typical_packs(config, topology.data_size)[0]
+    inputs = _inputs(pack, config)
+    with no_memory() as log:
+        engine = _build(log, config, ENTRIES, topology, True)
+        with KernelLog() as kernels:
+            engine.backward(engine.forward(_copy(inputs, log)).sum(), is_last=False)
+    num, num_bytes = kernels.num, kernels.num_bytes
+    return BothPasses(num["forward"], num["backward"]), BothPasses(num_bytes["forward"], num_bytes["backward"])
+
+
+def difference(settings: tuple[str, ...], more: str) -> tuple[RunConfig, BothPasses, BothPasses]:
+    """(configuration, kernels, bytes) of what a setting adds."""
+    config = load_config("pt_14b", [*BASE, *settings])
+    few = run_ranks(1, logged, config, timeout_s=280)[0]
+    many = run_ranks(1, logged, load_config("pt_14b", [*BASE, *settings, more]), timeout_s=280)[0]
+    found = [
+        BothPasses(after.forward - before.forward, after.backward - before.backward)
+        for before, after in zip(few, many, strict=True)
+    ]
+    return config, found[0], found[1]
+
+
+WHOLE = ("parallel.tensor=1", "parallel.sequence_parallel=false")
+EITHER = pytest.mark.parametrize(
+    "settings",
+    [(), pytest.param(WHOLE, marks=pytest.mark.large), pytest.param(("run.dtype=float32",), marks=pytest.mark.large)],
+)
+
+
+@EITHER
+def test_a_layer_moves_what_its_kernels_read_and_write(settings):
+    config, kernels, num_bytes = difference(settings, "model.num_layers=2")
+    pack = typical_packs(config, NUM_RANKS // config.parallel.tensor)[0]
+    expected = layer_bytes(config, pack.num_positions)
+    assert num_bytes.forward == pytest.approx(expected.forward, rel=0.02)
+    # In float32 autograd keeps the first gradient without adding it to anything.
+    is_wide = config.run.dtype == "bfloat16"
+    accumulated = accumulated_bytes(config, layer_elements(config)) if is_wide else 0.0
+    assert num_bytes.backward == pytest.approx(expected.backward + accumulated, rel=0.05)
+    if is_wide:
+        assert kernels.forward == LAYER_KERNELS.forward
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("settings", [(), WHOLE])
+def test_a_block_of_the_head_moves_what_its_kernels_read_and_write(settings):
+    config, _, num_bytes = difference((*settings, "head.num_blocks=4"), "head.num_blocks=6")
+    pack = typical_packs(config, NUM_RANKS // config.parallel.tensor)[0]
+    expected = head_block_bytes(config, len(pack.predict_positions))
+    assert num_bytes.forward / 2 == pytest.approx(expected.forward, rel=0.02)
+    # Accumulated gradients of a block: 8.5 times the square of its width.
+    accumulated = accumulated_bytes(config, 8.5 * config.head.width**2 / config.parallel.tensor)
+    assert num_bytes.backward / 2 == pytest.approx(expected.backward + accumulated, rel=0.05)
+
+
+def test_a_layer_of_14b_moves_two_gigabytes():
+    # The audit's trace had 2.1 GB forward at 6,656 positions on one of four ranks; it counted fewer kernels' inputs.
+    config = load_config("pt_14b")
+    assert layer_bytes(config, 6656).forward == pytest.approx(2.1e9, rel=0.1)
