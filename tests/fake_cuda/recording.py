@@ -201,7 +201,7 @@ class Recorder(TorchDispatchMode):
             return
         dtypes = {tensor.dtype for tensor in inputs if tensor.dtype.is_floating_point}
         if name in _PRODUCTS and len(dtypes) > 1:
-            raise TypeError(f"{name} at {_place()}: operands of {', '.join(sorted(map(str, dtypes)))}")
+            raise RuntimeError(f"{name} at {_place()}: operands of {', '.join(sorted(map(str, dtypes)))}")
         what = self._wait_of(name, args, kwargs, inputs)
         if what:
             self.record.waits[self._phase, what, _place()] += 1
