@@ -1,7 +1,5 @@
 import json
-import os
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +16,8 @@ from bitdance_scale.evaluation.geneval.rules import (
     judge,
     relations,
 )
+from tests.benchmark_data import benchmark_data
 
-# Of the benchmark's home; BENCHMARK_DATA names the folder where it is elsewhere.
-PUBLISHED = Path(os.environ.get("BENCHMARK_DATA", Path(__file__).parents[5] / "shared" / "benchmark_data"))
 NOTHING = "no colour is asked for"
 
 
@@ -183,9 +180,8 @@ def test_coco_has_eighty_classes():
     ]
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the benchmark's files are not here")
 def test_the_class_names_are_the_published_ones():
-    assert (PUBLISHED / "geneval_object_names.txt").read_text().split("\n")[:80] == list(CLASSES)
+    assert benchmark_data("geneval_object_names.txt").read_text(encoding="utf-8").split("\n")[:80] == list(CLASSES)
 
 
 def perfect(line):
@@ -222,10 +218,9 @@ def violations(line, found, colours):
         yield "too many", found | {name: [*found[name], thing(5, 5)]}, colours
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the benchmark's files are not here")
 @pytest.mark.parametrize("file", ["geneval_evaluation_metadata.jsonl", "geneval_evaluation_metadata_long.jsonl"])
 def test_published_lines_are_judged_right(file):
-    lines = [json.loads(line) for line in (PUBLISHED / file).read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in benchmark_data(file).read_text(encoding="utf-8").splitlines()]
     assert len(lines) == 553
     assert {line["tag"] for line in lines} == set(TAGS)
     kinds = set()
