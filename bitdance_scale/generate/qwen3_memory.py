@@ -21,7 +21,7 @@ from transformers.modeling_utils import AttentionInterface
 from bitdance_scale.generate.block_decode import additive
 from bitdance_scale.model.attention import attend_grouped
 from bitdance_scale.model.key_values import KeyValueMemory
-from bitdance_scale.model.positions import sincos_2d
+from bitdance_scale.model.positions import axis_table, look_up_cells
 from bitdance_scale.model.projector import Projector
 
 BLOCK_ATTENTION = "bitdance_blocks"
@@ -49,6 +49,7 @@ class Qwen3Reader:
     def __init__(self, backbone: Qwen3Model, projector: Projector, use_graphs: bool | None = None) -> None:
         self.backbone, self._projector = backbone, projector
         self.device, self.dtype = backbone.device, backbone.dtype
+        self._cell_table = axis_table(backbone.config.hidden_size).to(self.device, self.dtype)
         self._use_graphs = self.device.type == "cuda" if use_graphs is None else use_graphs
         self._memory: KeyValueMemory | None = None
         self._captured: dict[tuple[object, ...], CapturedCall] = {}
@@ -105,7 +106,7 @@ class Qwen3Reader:
 
     def places(self, cells_P2: torch.Tensor) -> torch.Tensor:
         """The 2-D positions [P, D] of cells."""
-        return sincos_2d(cells_P2, self.backbone.config.hidden_size).to(self.dtype)
+        return look_up_cells(self._cell_table, cells_P2)
 
     def later_mask(self, first_B: torch.Tensor, num_read: int) -> torch.Tensor:
         """The mask [B, 1, 1, T] of rows that see all slots before `num_read`, but the padding before `first_B`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from bitdance_scale.config.data_rules import NUM_RESOLUTION_TOKENS
 from bitdance_scale.errors import ConfigError
 
 SINCOS_BASE = 10000.0
@@ -37,6 +38,21 @@ def sincos_2d(cells: torch.Tensor, hidden_size: int) -> torch.Tensor:
     row_angles, column_angles = angles.unbind(-2)
     table = [column_angles.sin(), column_angles.cos(), row_angles.sin(), row_angles.cos()]
     return torch.cat(table, dim=-1).float()
+
+
+def axis_table(hidden_size: int) -> torch.Tensor:
+    """The part of `sincos_2d` that belongs to one axis, float32 [coordinates, D / 2], for all that an image can have.
+
+    Computed anew for every pack, the positions would be a dozen kernels in float64, which GPUs for training do slowly.
+    """
+    coordinates = torch.arange(NUM_RESOLUTION_TOKENS)
+    return sincos_2d(torch.stack([coordinates, coordinates], dim=1), hidden_size)[:, : hidden_size // 2]
+
+
+def look_up_cells(table: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    """`sincos_2d` [.., D] of cells, int [.., 2], from an `axis_table` [coordinates, D / 2] in any dtype."""
+    row, column = cells.long().unbind(-1)
+    return torch.cat([table[column], table[row]], dim=-1)
 
 
 def rotary_frequencies(position_ids_S: torch.Tensor, head_dim: int, base: float) -> torch.Tensor:

@@ -32,7 +32,7 @@ from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.diffusion_head import DiffusionHead
 from bitdance_scale.model.heads import make_head
 from bitdance_scale.model.inputs import PackInputs
-from bitdance_scale.model.positions import raster_index, sincos_2d
+from bitdance_scale.model.positions import axis_table, look_up_cells, raster_index
 from bitdance_scale.model.projector import PROJECTORS
 from bitdance_scale.parallel.backbone import RMSNorm, make_backbone, recompute, transformer_config
 from bitdance_scale.parallel.stage_split import stage_layers
@@ -71,8 +71,11 @@ class Stage(nn.Module):
             ranks; the padding is kept out of the softmax.
         layers: global indices of the backbone layers held here.
         has_copied_output: whether the text projection is a copy of the embedding on another rank (`parallel/tied.py`).
+        cell_table: positions of cells along one axis, [coordinates, D / 2]; on the first and the last stage.
         trace: what watches the hidden states that enter the layers; None: nothing.
     """
+
+    cell_table: torch.Tensor
 
     def __init__(self, config: RunConfig, vocab_size: int, topology: Topology, number: int) -> None:
         super().__init__()
@@ -116,6 +119,9 @@ class Stage(nn.Module):
                 )
             if self.parts.has_text:
                 self._make_output(whole, config.model.tie_embeddings, topology)
+        embeds_cells = self.is_first and self.parts.adds_cells_at_input
+        if embeds_cells or (self.is_last and self.parts.head_cells == "sincos"):
+            self.register_buffer("cell_table", axis_table(self.hidden_size), persistent=False)
 
     def _make_output(self, megatron: TransformerConfig, is_tied: bool, topology: Topology) -> None:
         """The projection to the vocabulary."""
@@ -171,7 +177,7 @@ class Stage(nn.Module):
         """Projects bits [.., V, C] to [.., V, D]; some families add the 2-D positions of their `cells` [V, 2]."""
         dtype = self.config.params_dtype
         vision = self.projector(bits.to(dtype))
-        return vision + sincos_2d(cells, self.hidden_size).to(dtype) if self.parts.adds_cells_at_input else vision
+        return vision + look_up_cells(self.cell_table, cells) if self.parts.adds_cells_at_input else vision
 
     def conditions(self, hidden_MPD: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
         """Adds to predicting hidden states [M, P, D] the positions of the cells that they predict.
@@ -180,7 +186,7 @@ class Stage(nn.Module):
         """
         if self.parts.head_cells == "learned":
             return hidden_MPD + self.head_positions(raster_index(cells, self.grid, self.order_side))
-        return hidden_MPD + sincos_2d(cells, self.hidden_size).to(hidden_MPD.dtype)
+        return hidden_MPD + look_up_cells(self.cell_table, cells)
 
     def losses(self, hidden_SD: torch.Tensor, inputs: PackInputs) -> torch.Tensor:
         """The head's loss summed over vision targets and the cross-entropy summed over text targets, float32 [2].

@@ -242,8 +242,10 @@ def _ends_group(section: ParallelSection) -> dist.ProcessGroup | None:
 
 
 def _host_group(replica_ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    """A gloo group of this replica; every rank must take part in making every replica's group."""
-    replicas: list[tuple[int, ...]] = [()] * dist.get_world_size()
-    dist.all_gather_object(replicas, replica_ranks)
-    groups = {ranks: dist.new_group(list(ranks), backend="gloo") for ranks in sorted(set(replicas))}
-    return groups[replica_ranks]
+    """A gloo group of this replica, which its ranks make among themselves.
+
+    If all ranks took part in making the group of every replica, a start would take longer the more replicas there are.
+    """
+    group = dist.new_group(list(replica_ranks), backend="gloo", use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup), "a rank of the replica"
+    return group

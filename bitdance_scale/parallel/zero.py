@@ -303,7 +303,10 @@ class ZeroEngine:
         """
         parameters = [located.parameter for located in self.parameters.values()]
         masters = self._flat_masters()
-        weights, buffers = [parameter.data for parameter in parameters], []
+        # Tables that are computed count as weights: they stay as long.
+        weights = [parameter.data for parameter in parameters]
+        weights += [table for stage in self.stages for table in stage.buffers()]
+        buffers = []
         if self._zero_stage == 3:
             weights += [_under_zero3(parameter).ds_tensor.data for parameter in parameters]
             buffers += [bucket.buffer for bucket in self._optimizer.ipg_buckets.values()]

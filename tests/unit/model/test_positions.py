@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitdance_scale.errors import ConfigError
-from bitdance_scale.model.positions import rotary_frequencies, sincos_2d
+from bitdance_scale.model.positions import axis_table, look_up_cells, rotary_frequencies, sincos_2d
 
 
 def test_sincos_against_a_loop():
@@ -65,3 +65,11 @@ def test_rotary_products_depend_on_distance_only():
     # float32 angles up to 107 carry an error of 1e-5.
     assert product(107, 100) == pytest.approx(product(7, 0), abs=1e-3)
     assert abs(product(7, 0) - product(8, 0)) > 1e-2
+
+
+def test_a_table_of_one_axis_gives_all_cells():
+    cells = torch.tensor([[[0, 0], [3, 200]], [[255, 1], [17, 255]]], dtype=torch.int32)
+    for hidden_size in (32, 96):
+        table = axis_table(hidden_size)
+        assert table.shape == (256, hidden_size // 2)
+        assert torch.equal(look_up_cells(table, cells), sincos_2d(cells, hidden_size))
