@@ -8,7 +8,7 @@ Shape suffixes: B sequences, L positions of the longest, I vision tokens of all 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,8 +51,7 @@ class ContextLayout:
 
     def mask(self) -> torch.Tensor:
         """Who sees whom: bool [B, 1, L, L]."""
-        rows = [visible(*ids) for ids in zip(self.document_ids, self.block_ids, strict=True)]
-        return torch.stack(rows)[:, None]
+        return visible(self.document_ids, self.block_ids)[:, None]
 
 
 def lay_out_contexts(samples: Sequence[Sample], tokens: SequenceTokens, device: torch.device) -> ContextLayout:
@@ -176,7 +175,6 @@ def decode_captions(
     is_choice: torch.Tensor,
     end_id: int,
     max_tokens: int,
-    on_token: Callable[[], None] = lambda: None,
 ) -> list[CaptionTokens]:
     """Writes the captions of a batch of images.
 
@@ -189,7 +187,6 @@ def decode_captions(
         is_choice: bool [V], rows that may be chosen.
         end_id: the row that ends a caption, one of them.
         max_tokens: a caption is cut after so many tokens.
-        on_token: called after every token of the batch.
 
     Raises:
         CheckpointError: the model's numbers are not finite.
@@ -210,7 +207,6 @@ def decode_captions(
         tokens = choice.choose(logits.masked_fill(~is_choice, -torch.inf), uniforms)
         columns.append(tokens)
         is_ended |= tokens == end_id
-        on_token()
         if number == max_tokens or bool(is_ended.all()):
             break
         logits = model.extend(tokens)

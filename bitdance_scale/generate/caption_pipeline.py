@@ -6,7 +6,7 @@ caption = pipeline([pixels])[0].text
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,7 +86,6 @@ class CaptionPipeline:
         choice: TokenChoice | None = None,
         generators: Sequence[torch.Generator] = (),
         max_tokens: int = MAX_TOKENS,
-        on_token: Callable[[], None] = lambda: None,
     ) -> list[Caption]:
         """Describes all images as one batch; they may differ in size.
 
@@ -96,7 +95,6 @@ class CaptionPipeline:
             generators: on the CPU, one per image, where tokens are drawn. A caption is then the same in any batch, up
                 to rounding.
             max_tokens: a caption is cut after so many tokens.
-            on_token: called after every token of the batch.
 
         Raises:
             ConfigError: an argument is not possible; nothing has been computed then.
@@ -124,6 +122,5 @@ class CaptionPipeline:
             is_choice.to(self.device),
             int(model.text.turn_end_ids[0]),
             max_tokens,
-            on_token,
         )
         return [Caption(model.text.decode(tokens.ids), len(tokens.ids), tokens.is_ended) for tokens in found]

@@ -22,6 +22,7 @@ from bitdance_scale.evaluation.distributions.image_sets import IMAGE_SUFFIXES
 from bitdance_scale.generate.caption_decode import TokenChoice
 from bitdance_scale.generate.caption_pipeline import Caption, CaptionPipeline
 from bitdance_scale.generate.image_sizes import PUBLISHED_DOWNSAMPLE, PUBLISHED_SIZES, check_size
+from bitdance_scale.generate.out_of_memory import refused_batch_size
 from bitdance_scale.wording import first_few
 
 
@@ -152,15 +153,13 @@ def describe_images(
 
     Raises:
         DataError: an image is damaged.
+        ConfigError: the device has too little memory for `batch_size` images.
     """
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
-        captions = pipeline(
-            [request.pixels() for request in batch],
-            choice,
-            [torch.Generator().manual_seed(image_seed(seed, request.path.name, 0)) for request in batch],
-            max_tokens,
-        )
+        generators = [torch.Generator().manual_seed(image_seed(seed, request.path.name, 0)) for request in batch]
+        with refused_batch_size(batch_size):
+            captions = pipeline([request.pixels() for request in batch], choice, generators, max_tokens)
         on_batch(len(batch))
         yield from zip(batch, captions, strict=True)
 

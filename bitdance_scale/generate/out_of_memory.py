@@ -1,4 +1,4 @@
-"""What to do when a device has too little memory for the images that are drawn together."""
+"""What to do when a device has too little memory for the images of a batch."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def refused_batch_size(batch_size: int, remark: str = "") -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         if batch_size == 1:
-            fix = "draw smaller images (--size), or under more tensor-parallel ranks (parallel.tensor) with a run"
+            fix = "take smaller images (--size), or run under more tensor-parallel ranks (parallel.tensor) with a run"
         else:
             fix = f"try --batch-size {batch_size // 2}{remark}"
         raise ConfigError(
-            f"--batch-size {batch_size}: so many images drawn together need more memory than the device has; {fix}. "
+            f"--batch-size {batch_size}: so many images at a time need more memory than the device has; {fix}. "
             f"docs/generation.md says how much they take ({str(error).splitlines()[0]})"
         ) from error
 

@@ -41,9 +41,9 @@ def sincos_2d(cells: torch.Tensor, hidden_size: int) -> torch.Tensor:
 
 
 def axis_table(hidden_size: int) -> torch.Tensor:
-    """The part of `sincos_2d` that belongs to one axis, float32 [coordinates, D / 2], for all that an image can have.
+    """The part of `sincos_2d` for one axis, float32 [coordinates, D / 2], with all coordinates that an image can have.
 
-    Computed anew for every pack, the positions would be a dozen kernels in float64, which GPUs for training do slowly.
+    It is computed once. `sincos_2d` itself takes a dozen float64 kernels, which would run twice for every pack.
     """
     coordinates = torch.arange(NUM_RESOLUTION_TOKENS)
     return sincos_2d(torch.stack([coordinates, coordinates], dim=1), hidden_size)[:, : hidden_size // 2]

@@ -58,14 +58,14 @@ _LAYER = {
 """Bytes of an element -> forward, backward."""
 # Per token, channel and byte of an element: (what every rank computes, what the ranks divide) in a block of the head.
 _HEAD_BLOCK = ((36.0, 19.5), (56.0, 37.5))
-# Of the rest of the head: positions in float64, noise, modulations; forward, backward.
-_HEAD_REST = (170.0, 65.0)
+# Of the rest of the head: positions, noise, modulations; forward, backward.
+_HEAD_REST = (146.0, 65.0)
 # Bytes per logit of the cross-entropy, which is in float32: forward, backward.
 _LOGIT = (46.0, 24.0)
 
 LAYER_KERNELS = BothPasses(72, 92)
 HEAD_BLOCK_KERNELS = BothPasses(24, 62)
-REST_KERNELS = BothPasses(130, 150)
+REST_KERNELS = BothPasses(112, 150)
 """Kernels of embedding, projector, the rest of the head, and losses."""
 PARAMETERS_PER_LAYER = 8
 

@@ -29,15 +29,15 @@ def visible(document_ids: _Array, block_ids: _Array, num_queries: int | None = N
 
     Args:
         document_ids: int [.., S], numpy or torch; sample of each position, -1 for padding.
-        block_ids: int [S], of the same kind; attention group within the sample.
+        block_ids: int [.., S], of the same kind; attention group within the sample.
         num_queries: only the last `num_queries` positions are queries, as in decoding with a cache; None: all.
 
     Returns:
         bool [.., num_queries, S], True where a query (row) sees a key (column).
     """
-    first = 0 if num_queries is None else len(block_ids) - num_queries
+    first = 0 if num_queries is None else document_ids.shape[-1] - num_queries
     same_document = document_ids[..., first:, None] == document_ids[..., None, :]
-    return same_document & (block_ids[None, :] <= block_ids[first:, None])
+    return same_document & (block_ids[..., None, :] <= block_ids[..., first:, None])
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,7 @@ class TrainingBenchmark:
         scores: dict[str, list[ImageScore]] = {}
         with on_device(self._scorers.values(), self._topology.device):
             for metric, scorer in self._scorers.items():
-                # Batches are whole but for the last of all, so that cutting anew finds them again.
+                # Every batch but the very last is full, so slicing by size gives the batches that were drawn.
                 found = [scorer(drawn[start : start + size]) for start in range(0, len(drawn), size)]
                 scores[metric] = [score for part in found for score in part]
         shown = {

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from tests.fake_cuda.device import start
 from tests.fake_cuda.recording import Record
 
-STEP = ("micro-batches", "optimiser")
-"""Phases of a step that is not the first."""
 _TIMEOUT_S = 900.0
 _AT_ONCE = 2
 
@@ -32,19 +30,6 @@ class Walk:
     num_positions: int
     device: str
     record: Record
-
-    def num_kernels(self, *phases: str) -> int:
-        """Kernels in these phases."""
-        return sum(kernel.phase in phases for kernel in self.record.kernels)
-
-    def num_bytes(self, *phases: str) -> int:
-        """Bytes that the kernels of these phases read and write."""
-        return sum(kernel.num_bytes for kernel in self.record.kernels if kernel.phase in phases)
-
-    def collectives(self, *phases: str) -> Counter[tuple[str, int, str]]:
-        """(operation, ranks, dtype) -> calls in these phases."""
-        made = [call for call in self.record.collectives if call.phase in phases]
-        return Counter((call.name, len(call.ranks), call.dtype.removeprefix("torch.")) for call in made)
 
     def waits(self, *phases: str) -> Counter[tuple[str, str]]:
         """(what, place) -> waits of the host in these phases."""

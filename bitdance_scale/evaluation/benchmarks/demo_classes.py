@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from bitdance_scale.demo.scenes import class_names as class_names_of_demo
 from bitdance_scale.errors import ConfigError
-from bitdance_scale.evaluation.benchmarks.benchmark import Benchmark, Settings
-from bitdance_scale.evaluation.benchmarks.demo_scenes import DemoScenesLayout
+from bitdance_scale.evaluation.benchmarks.benchmark import Settings
+from bitdance_scale.evaluation.benchmarks.demo_scenes import DemoBenchmark
 from bitdance_scale.evaluation.benchmarks.prompt import Prompt
 
 
 @dataclass(frozen=True)
-class DemoClasses(Benchmark):
+class DemoClasses(DemoBenchmark):
     """A prompt for every class: its text is the number of the class, its category the shape."""
 
-    num_images: int = 1
     condition = "class"
     name = "demo-classes"
-    prompt_file = ""
     settings = Settings(
         (32, 32), 20, 2.0, "those that the demo's results were drawn with: docs/results/class_conditional"
     )
@@ -39,16 +36,8 @@ class DemoClasses(Benchmark):
             )
         return self
 
-    def layout(self, model: str) -> DemoScenesLayout:
-        """The layout, in which no model is named."""
-        if self.num_images < 1:
-            raise ConfigError(f"images per prompt = {self.num_images}: must be at least 1")
-        return DemoScenesLayout()
-
-    def read(self, path: Path | None) -> list[Prompt]:
+    def prompts(self) -> list[Prompt]:
         """The classes in the order of their numbers; the record has the name of the class."""
-        if path is not None:
-            raise ConfigError(f"{path}: {self.name} has the demo's classes and reads no file; name none")
         return [
             Prompt(f"{number:05d}", str(number), name.split()[1], self.num_images, {"class": name})
             for number, name in enumerate(class_names_of_demo())

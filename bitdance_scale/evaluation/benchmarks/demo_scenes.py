@@ -5,6 +5,7 @@ No data set of the demo holds them. Their pictures are judged without a network 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Self
@@ -33,7 +34,7 @@ def choose_scenes(per_category: int) -> list[Scene]:
     return [scene for scenes in zip(*chosen.values(), strict=True) for scene in scenes]
 
 
-class DemoScenesLayout(SeparatePictures):
+class NumberedPictures(SeparatePictures):
     """`{number:05d}.png`, or `{number:05d}_{k}.png` for several images of a prompt."""
 
     def separate(self, prompt: Prompt, k: int) -> PurePosixPath:
@@ -42,29 +43,43 @@ class DemoScenesLayout(SeparatePictures):
 
 
 @dataclass(frozen=True)
-class DemoScenes(Benchmark):
+class DemoBenchmark(Benchmark):
+    """A benchmark of the demo: its prompts are made here, and its pictures are numbered."""
+
+    num_images: int = 1
+    prompt_file = ""
+
+    def layout(self, model: str) -> NumberedPictures:
+        """The layout, in which no model is named."""
+        if self.num_images < 1:
+            raise ConfigError(f"images per prompt = {self.num_images}: must be at least 1")
+        return NumberedPictures()
+
+    def read(self, path: Path | None) -> list[Prompt]:
+        """The prompts, for which no file is read."""
+        if path is not None:
+            raise ConfigError(f"{path}: {self.name} draws its prompts itself and reads no file; name none")
+        return self.prompts()
+
+    @abstractmethod
+    def prompts(self) -> list[Prompt]:
+        """The prompts, in order of their numbers."""
+
+
+@dataclass(frozen=True)
+class DemoScenes(DemoBenchmark):
     """Captions of demo scenes.
 
     Attributes:
         per_category: prompts of each category.
     """
 
-    num_images: int = 1
     per_category: int = 50
     name = "demo-scenes"
-    prompt_file = ""
     settings = Settings((64, 64), 25, 3.0, "those that the demo's results were drawn with: docs/stages.md")
 
-    def layout(self, model: str) -> DemoScenesLayout:
-        """The layout, in which no model is named."""
-        if self.num_images < 1:
-            raise ConfigError(f"images per prompt = {self.num_images}: must be at least 1")
-        return DemoScenesLayout()
-
-    def read(self, path: Path | None) -> list[Prompt]:
+    def prompts(self) -> list[Prompt]:
         """The captions of `choose_scenes`; the record is the scene."""
-        if path is not None:
-            raise ConfigError(f"{path}: {self.name} draws its prompts itself and reads no file; name none")
         return [
             Prompt(f"{number:05d}", scene.caption, scene.category, self.num_images, scene.record())
             for number, scene in enumerate(choose_scenes(self.per_category))
