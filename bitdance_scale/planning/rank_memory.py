@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bitdance_scale.config.data_rules import NUM_RESOLUTION_TOKENS
 from bitdance_scale.config.schema import NUM_MODULATIONS, NUM_TOKEN_MODULATIONS, RunConfig
 from bitdance_scale.data.plan.synthetic_packs import fullest_typical_pack
 from bitdance_scale.parallel.memory_parts import Bytes, num_in_flight
@@ -165,6 +166,13 @@ def stage_activation_bytes(config: RunConfig, pack: FullestPack, stages: RankSta
     return total
 
 
+def position_elements(config: RunConfig, stages: RankStages) -> int:
+    """Elements of the table of positions of cells (`model/positions.axis_table`), which ZeRO does not divide."""
+    parts = config.model.parts
+    has_table = (stages.is_first and parts.adds_cells_at_input) or (stages.is_last and parts.head_cells == "sincos")
+    return NUM_RESOLUTION_TOKENS * config.model.hidden_size // 2 if has_table else 0
+
+
 def rank_memory(
     config: RunConfig, vocab_size: int, pack: FullestPack, data_size: int, stages: RankStages, tokenizer_bytes: int
 ) -> RankMemory:
@@ -182,7 +190,7 @@ def rank_memory(
     elements = rank_elements(config, vocab_size, stages)
     part = elements / data_size
     held = {
-        "weights": size * (part if zero == 3 else elements),
+        "weights": size * ((part if zero == 3 else elements) + position_elements(config, stages)),
         "gradients": FLOAT_BYTES * (elements if zero == 1 else part),
         "masters": FLOAT_BYTES * part,
         "moments": 2 * FLOAT_BYTES * part,

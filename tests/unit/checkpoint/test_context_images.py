@@ -5,26 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import pytest
-
 from bitdance_scale.checkpoint.export_release import export_release, open_checkpoint
 from bitdance_scale.checkpoint.import_release import import_release
 from bitdance_scale.checkpoint.integrity import write_manifest
 from bitdance_scale.checkpoint.release_source import open_source
 from bitdance_scale.checkpoint.start_weights import find_checkpoint
-from tests.released import as_a_run, edit_config, read_json, write_published
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory) -> Path:
-    return write_published(tmp_path_factory.mktemp("released") / "published")
-
-
-@pytest.fixture(scope="module")
-def imported(published, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("imported") / "run"
-    import_release(open_source(published, None), out)
-    return out
+from tests.released import as_a_run, edit_config, read_json
 
 
 def exported(run: Path, out: Path) -> dict[str, object]:

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from bitdance_scale.checkpoint.export_release import open_checkpoint
-from bitdance_scale.checkpoint.import_release import import_release
 from bitdance_scale.checkpoint.release_source import open_source
 from bitdance_scale.errors import CheckpointError
-from tests.released import write_autoencoder, write_published
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory) -> Path:
-    return write_published(tmp_path_factory.mktemp("released") / "published")
-
-
-@pytest.fixture(scope="module")
-def imported(published, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("imported") / "run"
-    import_release(open_source(published, None), out)
-    return out
+from tests.released import write_autoencoder
 
 
 def test_an_export_with_another_autoencoder_is_refused(imported, tmp_path):

@@ -36,22 +36,9 @@ from tests.released import (
     read_json,
     write_autoencoder,
     write_plain_qwen3,
-    write_published,
 )
 
 NUM_ENTRIES = len(qwen_like())
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory) -> Path:
-    return write_published(tmp_path_factory.mktemp("released") / "published")
-
-
-@pytest.fixture(scope="module")
-def imported(published, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("imported") / "run"
-    import_release(open_source(published, None), out)
-    return out
 
 
 @pytest.fixture(scope="module")
