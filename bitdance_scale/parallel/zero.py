@@ -27,6 +27,7 @@ from bitdance_scale.model.inputs import PackInputs
 from bitdance_scale.parallel.averaged_weights import AveragedWeights
 from bitdance_scale.parallel.engine_setup import no_compiler
 from bitdance_scale.parallel.parameter_names import Parameters, name_parameters
+from bitdance_scale.parallel.partial_gradients import leave_gradients_partial, sum_over_tensor_ranks
 from bitdance_scale.parallel.partition import ShardedValue, fragment_pieces, whole_pieces
 from bitdance_scale.parallel.pipeline_stages import RankStages, Stage
 from bitdance_scale.parallel.tied import TiedEmbedding
@@ -146,6 +147,8 @@ class ZeroEngine:
         self.parameters: Parameters = name_parameters(module, topology)
         self._topology = topology
         self._zero_stage = config.parallel.zero_stage
+        # ZeRO-2 and 3 take every micro-batch's gradient as soon as it exists.
+        self._partial = leave_gradients_partial(self.stages) if self._zero_stage == 1 else []
         optimizer = GuardedAdamW(
             decay_groups(self.parameters, config.optim),
             lr=config.optim.lr,
@@ -172,9 +175,12 @@ class ZeroEngine:
         return self._engine(inputs)
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
-        """Backpropagates one micro-batch; under ZeRO-1 gradients are reduced with the last one of a step."""
-        self._engine.set_gradient_accumulation_boundary(is_last)
+        """Backpropagates one micro-batch; under ZeRO-1 gradients are reduced after the last one of a step."""
+        is_reduced_here = is_last and self._zero_stage == 1
+        self._engine.set_gradient_accumulation_boundary(is_last and not is_reduced_here)
         self._engine.backward(loss, scale_wrt_gas=False)
+        if is_reduced_here:
+            self._reduce_gradients()
 
     @contextlib.contextmanager
     def external_backward(self) -> Iterator[list[Stage]]:
@@ -185,6 +191,11 @@ class ZeroEngine:
         yield self.stages
         if self.tied is not None:
             self.tied.return_gradient()
+        self._reduce_gradients()
+
+    def _reduce_gradients(self) -> None:
+        """Sums the gradients of a step over the ranks that have parts of them (ZeRO-1)."""
+        sum_over_tensor_ranks([_accumulated(parameter) for parameter in self._partial], self._topology.tensor_group)
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.allreduce_gradients()
 
@@ -400,6 +411,13 @@ class _LinkedParameter(Protocol):
     """What ZeRO-1 and 2 add to a parameter: where its fragment lies in the flat buffers; None if it is elsewhere."""
 
     _hp_mapping: Any
+
+
+def _accumulated(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The gradient of the micro-batches so far under ZeRO-1: in float32 under bfloat16, else autograd's own."""
+    gradient = getattr(parameter, "_hp_grad", parameter.grad)
+    assert gradient is not None, "every micro-batch passes through all layers"
+    return cast(torch.Tensor, gradient)
 
 
 def _under_zero3(parameter: torch.Tensor) -> _PartitionedParameter:
