@@ -209,6 +209,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "parallel.pipeline_split": Split(),
     "parallel.pipeline_split[]": _COUNT,
     "parallel.zero_stage": Choice((1, 2, 3)),
+    "parallel.reduce_dtype": Choice(("float32", "bfloat16")),
     "parallel.recompute": Choice(("none", "selective", "full")),
     "optim.lr": _POSITIVE,
     "optim.warmup_steps": _NOT_NEGATIVE,

@@ -30,6 +30,7 @@ from bitdance_scale.parallel.parameter_names import Parameters, name_parameters
 from bitdance_scale.parallel.partial_gradients import leave_gradients_partial, sum_over_tensor_ranks
 from bitdance_scale.parallel.partition import ShardedValue, fragment_pieces, whole_pieces
 from bitdance_scale.parallel.pipeline_stages import RankStages, Stage
+from bitdance_scale.parallel.scattered_gradients import ScatteredGradients
 from bitdance_scale.parallel.tied import TiedEmbedding
 from bitdance_scale.parallel.topology import Topology
 
@@ -117,6 +118,7 @@ def deepspeed_config(config: RunConfig, data_size: int, num_elements: int) -> di
             "overlap_comm": False,
             "reduce_bucket_size": min(num_elements, MAX_BUCKET_ELEMENTS),
         },
+        "communication_data_type": {"float32": "fp32", "bfloat16": "bf16"}[config.parallel.reduce_dtype],
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
@@ -166,6 +168,10 @@ class ZeroEngine:
             )
         self._optimizer = self._engine.optimizer
         self._adam = self._engine.basic_optimizer
+        self._scattered: ScatteredGradients | None = None
+        if self._zero_stage == 1 and config.run.dtype == "bfloat16":
+            reduce_dtype = getattr(torch, config.parallel.reduce_dtype)
+            self._scattered = ScatteredGradients(self._optimizer, topology, reduce_dtype)
         self._make_moments()
         decay = config.optim.average_decay
         self._averages = AveragedWeights(self._flat_masters(), decay) if decay else None
@@ -197,7 +203,10 @@ class ZeroEngine:
         """Sums the gradients of a step over the ranks that have parts of them (ZeRO-1)."""
         sum_over_tensor_ranks([_accumulated(parameter) for parameter in self._partial], self._topology.tensor_group)
         self._engine.set_gradient_accumulation_boundary(True)
-        self._engine.allreduce_gradients()
+        if self._scattered is not None:
+            self._scattered.reduce()
+        else:
+            self._engine.allreduce_gradients()
 
     def step(self, lr: float, refuses: Callable[[float], bool] | None = None) -> StepOutcome:
         """Clips and steps with learning rate `lr`, unless the gradient is not finite somewhere; clears gradients.
