@@ -269,6 +269,20 @@ class ParallelSection:
         doc="In which dtype gradients are sent and summed over the data-parallel ranks: float32, or bfloat16, with "
         "half the traffic and a rounding at every addition.",
     )
+    reduce_bucket_elements: int = setting(
+        100_000_000,
+        doc="Elements of gradients that ZeRO 2 and 3 send together, beside the backward pass of what is before them.",
+    )
+    prefetch_elements: int = setting(
+        50_000_000, doc="ZeRO 3: elements of weights that are gathered ahead of their use, beside other layers."
+    )
+    live_elements: int = setting(
+        1_000_000_000,
+        doc="ZeRO 3: elements of gathered weights up to which one is kept that is used again soon, or not yet used.",
+    )
+    persistent_elements: int = setting(
+        100_000, doc="ZeRO 3: weights of fewer elements are never divided: norms and biases."
+    )
     recompute: str = setting(
         "none",
         doc="What the backward pass computes again instead of keeping: none, selective (attention) or full (layers).",

@@ -18,11 +18,8 @@ from bitdance_scale.parallel.memory_parts import Bytes, num_in_flight
 from bitdance_scale.planning.parameters import RankStages, rank_elements, table_elements
 
 FLOAT_BYTES = 4
-# `parallel/zero.py` gives DeepSpeed's bucket no more than this.
-MAX_BUCKET_ELEMENTS = 500_000_000
-# What DeepSpeed's ZeRO-3 gathers ahead of its use, in elements, beside the table in use: its default, and one more
-# weight that crosses that line.
-ZERO3_PREFETCHED_ELEMENTS = 275_000_000
+# A weight that crosses the line up to which DeepSpeed's ZeRO-3 gathers ahead (`parallel.prefetch_elements`).
+ZERO3_CROSSING_ELEMENTS = 225_000_000
 
 
 @dataclass(frozen=True)
@@ -236,18 +233,26 @@ def _moments(
     is_bfloat16_engine = scatters_gradients(config)
     # Gradients of that engine are sent where they lie, or all together in another dtype.
     sent = size * elements if is_bfloat16_engine and reduced_bytes(config) == size else 0.0
-    bucket = 0.0 if is_bfloat16_engine else size * min(elements, MAX_BUCKET_ELEMENTS)
-    gathered = 0.0
-    if parallel.zero_stage == 3:
-        gathered = size * min(elements, table_elements(config, vocab_size) + ZERO3_PREFETCHED_ELEMENTS)
-    engine = bucket + gathered
-    # A gradient in training dtype, and in that engine its float32 copy on the way to the accumulated one.
-    copy = FLOAT_BYTES if is_bfloat16_engine else 0
+    bucket = min(elements, parallel.reduce_bucket_elements)
+    # While one is sent, ZeRO-2 fills another.
+    buckets = 0.0 if is_bfloat16_engine else size * bucket * (2 if parallel.zero_stage == 2 else 1)
     table = table_elements(config, vocab_size)
+    gathered = with_table = 0.0
+    if parallel.zero_stage == 3:
+        with_table = size * min(elements, table + parallel.prefetch_elements)
+        gathered = size * min(elements, table + parallel.prefetch_elements + ZERO3_CROSSING_ELEMENTS)
+    engine = buckets + gathered
+
+    def copied(gradient: float) -> float:
+        """Bytes of the float32 copies of a gradient: of that engine on the way to the accumulated one, else as sent."""
+        if is_bfloat16_engine:
+            return FLOAT_BYTES * gradient
+        return FLOAT_BYTES * max(gradient, bucket) if reduced_bytes(config) > size else 0.0
+
     largest = 2 * config.model.ffn_size * config.model.hidden_size // parallel.tensor
     moments = [
-        {"activations": activations + whole, "gradients": size * largest, "buffers": copy * largest + engine},
-        {"buffers": sent if is_bfloat16_engine else engine, "gradients": whole},
+        {"activations": activations + whole, "gradients": size * largest, "buffers": copied(largest) + engine},
+        {"buffers": sent if is_bfloat16_engine else engine + copied(0), "gradients": whole},
     ]
     if stages.is_last and has_text:
         logits = logits_bytes(config, vocab_size, pack.num_text_targets)
@@ -257,11 +262,12 @@ def _moments(
         )
         left = pack.num_text_targets * config.model.hidden_size * size
         gradients = size * table + whole
-        moments.append({"activations": activations + left, "gradients": gradients, "buffers": copy * table + engine})
+        buffers = copied(table) + buckets + with_table
+        moments.append({"activations": activations + left, "gradients": gradients, "buffers": buffers})
     if stages.is_first:
         others = max(0.0, activations - of_pass)
         gradients = size * table + whole
-        moments.append({"activations": others, "gradients": gradients, "buffers": copy * table + engine})
+        moments.append({"activations": others, "gradients": gradients, "buffers": copied(table) + engine})
     if parallel.recompute == "full":
         again = layer_activation_bytes(config, pack.num_positions)
         others = activations - (head_bytes(config, pack.num_predicted) if stages.is_last else 0.0)

@@ -21,7 +21,7 @@ from bitdance_scale.planning.moved_bytes import (
 )
 from bitdance_scale.planning.parameters import RankStages, rank_elements
 from bitdance_scale.planning.roofline import bubble_s, moved_s, products_s
-from bitdance_scale.planning.traffic import data_micro_s, data_step_s, pipeline_micro_s, tensor_micro_s
+from bitdance_scale.planning.traffic import data_micro_s, data_step_s, exposed_s, pipeline_micro_s, tensor_micro_s
 from bitdance_scale.planning.workload import Workload
 
 # Products of a backward pass over those of the forward pass. A flash kernel's computes the scores again.
@@ -130,8 +130,9 @@ def micro_time(
         elementwise=moved_s(elementwise_bytes(config, vocab_size, micro, stages), machine.memory_rate),
         accumulation=moved_s(accumulated_bytes(config, elements), machine.memory_rate),
         tensor_traffic=tensor_micro_s(config, micro, stages, machine),
-        data_traffic=data_micro_s(config, elements, data_size, stages, machine),
     )
+    between_replicas = data_micro_s(config, elements, data_size, stages, machine)
+    busy = dataclasses.replace(busy, data_traffic=exposed_s(config, between_replicas, busy.total, machine))
     kernels = micro_kernels(config, stages)
     gaps = kernels * machine.kernel_gap_s.value
     waits = kernels * machine.kernel_launch_s.value - busy.total

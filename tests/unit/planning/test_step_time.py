@@ -13,7 +13,7 @@ from bitdance_scale.parallel.stage_split import stage_split
 from bitdance_scale.planning.machine import Constant, Machine, load_machine
 from bitdance_scale.planning.parameters import rank_stages
 from bitdance_scale.planning.step_time import StepTime, step_time
-from bitdance_scale.planning.traffic import tensor_micro_s
+from bitdance_scale.planning.traffic import exposed_s, tensor_micro_s
 from bitdance_scale.planning.workload import Workload, step_lengths, typical_workload
 
 ENTRIES = 151940
@@ -93,11 +93,26 @@ def test_traffic_between_tensor_ranks_grows_with_them():
     assert 0 < seconds[0] < seconds[1] < seconds[2]
 
 
-def test_replicas_exchange_once_per_step_or_per_pack():
-    settings = [STORED, "parallel.tensor=4"]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_replicas_exchange_once_per_step_or_per_pack(dtype):
+    settings = [STORED, "parallel.tensor=4", f"parallel.reduce_dtype={dtype}"]
     times = [predicted(load_config("pt_14b", [*settings, f"parallel.zero_stage={stage}"]))[0] for stage in (1, 2, 3)]
     once, every_pack, weights_too = (time.data_traffic for time in times)
-    assert 10 * once < every_pack < weights_too
+    # Most of the traffic of a pack is hidden, that of a step is not.
+    assert 5 * once < min(every_pack, weights_too)
+    # An all-reduce in float32 is as much as two gathers of weights and a reduce-scatter.
+    if dtype == "bfloat16":
+        assert every_pack < weights_too
+
+
+def test_traffic_between_replicas_hides_behind_passes_that_are_long_enough():
+    config = load_config("pt_14b", ["parallel.zero_stage=2"])
+    short = exposed_s(config, traffic_s=0.1, computing_s=10.0, machine=H100)
+    assert short == pytest.approx(0.1 * (1 - H100.overlap_fraction.value))
+    # ZeRO-2 sends beside the backward pass, ZeRO-3 beside both.
+    assert exposed_s(config, traffic_s=5.0, computing_s=3.0, machine=H100) == pytest.approx(3.0)
+    config = load_config("pt_14b", ["parallel.zero_stage=3"])
+    assert exposed_s(config, traffic_s=5.0, computing_s=3.0, machine=H100) == pytest.approx(2.0)
 
 
 def test_a_pipeline_waits_and_interleaving_waits_less():
