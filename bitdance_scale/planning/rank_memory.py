@@ -199,7 +199,7 @@ def rank_memory(
         "averages": FLOAT_BYTES * part if config.optim.average_decay else 0.0,
         "inputs": input_bytes(config, pack),
     }
-    moments = _moments(config, vocab_size, pack, stages, elements)
+    moments = _moments(config, vocab_size, pack, stages, elements, part)
     fullest = max(moments, key=lambda moment: sum(moment.values()))
     peak = {role: held.get(role, 0.0) + fullest.get(role, 0.0) for role in {*held, *fullest}}
     drawn = 0.0
@@ -222,7 +222,7 @@ def scatters_gradients(config: RunConfig) -> bool:
 
 
 def _moments(
-    config: RunConfig, vocab_size: int, pack: FullestPack, stages: RankStages, elements: int
+    config: RunConfig, vocab_size: int, pack: FullestPack, stages: RankStages, elements: int, part: float
 ) -> list[dict[str, float]]:
     """The candidates for the fullest moment: what each has beside what is always held."""
     parallel, size, has_text = config.parallel, element_bytes(config), config.model.parts.has_text
@@ -231,8 +231,8 @@ def _moments(
     activations = of_pass * passes / parallel.virtual_stages
     whole = pack.num_positions * config.model.hidden_size * size if parallel.sequence_parallel else 0.0
     is_bfloat16_engine = scatters_gradients(config)
-    # Gradients of that engine are sent where they lie, or all together in another dtype.
-    sent = size * elements if is_bfloat16_engine and reduced_bytes(config) == size else 0.0
+    # Gradients of that engine are sent where they lie, or all together in another dtype, in which their sums arrive.
+    sent = size * (elements + part) if is_bfloat16_engine and reduced_bytes(config) == size else 0.0
     bucket = min(elements, parallel.reduce_bucket_elements)
     # While one is sent, ZeRO-2 fills another.
     buckets = 0.0 if is_bfloat16_engine else size * bucket * (2 if parallel.zero_stage == 2 else 1)
