@@ -155,6 +155,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "vision.channel_mult[]": _COUNT,
     "vision.num_res_blocks": _COUNT,
     "vision.norm_groups": _COUNT,
+    "vision.precision": Choice(("float32", "tf32")),
     "vision.block_side": _COUNT,
     "vision.order": Choice(("block", "raster")),
     "vision.context": Choice(("plain", "queries")),

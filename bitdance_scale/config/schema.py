@@ -197,6 +197,11 @@ class VisionSection:
     num_res_blocks: int = setting(4, doc="Residual blocks per level.")
     norm_groups: int = setting(32, doc="Groups of the group norms; 32 in all published tokenizers.")
     gan_decoder: bool = setting(False, doc="Whether the decoder also takes noise, as two of the published ones do.")
+    precision: str = setting(
+        "float32",
+        doc="How the tokenizer multiplies on CUDA: float32, or tf32 (10 bits of mantissa, several times as fast; bits "
+        "flip whose latents lie near 0).",
+    )
     block_side: int = setting(4, doc="Side p of the block of p x p vision tokens predicted together.")
     order: str = setting(
         "block",

@@ -61,25 +61,34 @@ def accumulate_gradients(
     section: LossSection,
     topology: Topology,
     trace: StepTrace | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> StepLosses:
     """Runs forward and backward over the micro-batches of this replica.
 
     Returns the losses of the global batch. The engine then holds the reduced gradients, and `trace` what it keeps of
-    every micro-batch.
+    every micro-batch. `meanwhile` is called once, when the device has work.
     """
     with tracing(engine.stages, trace):
-        sums = _run_micro_batches(engine, batch, counts, section, topology)
+        sums = _run_micro_batches(engine, batch, counts, section, topology, meanwhile)
     if trace is not None:
         trace.loss_sums = sums
     return _reduce_losses(sums, counts, section, topology)
 
 
 def _run_micro_batches(
-    engine: ZeroEngine, batch: Sequence[PackInputs], counts: TargetCounts, section: LossSection, topology: Topology
+    engine: ZeroEngine,
+    batch: Sequence[PackInputs],
+    counts: TargetCounts,
+    section: LossSection,
+    topology: Topology,
+    meanwhile: Callable[[], None],
 ) -> list[torch.Tensor]:
     """Forward and backward; returns the loss sums of every micro-batch on the last stage, [] elsewhere."""
     if topology.pipeline_size > 1:
-        return _run_pipeline(engine, batch, counts, section, topology)
+        sums = _run_pipeline(engine, batch, counts, section, topology)
+        # Within the schedule the ranks of a replica wait for each other's messages.
+        meanwhile()
+        return sums
     sums = []
     for index, inputs in enumerate(batch):
         with phase(Phase.FORWARD):
@@ -87,6 +96,8 @@ def _run_micro_batches(
         with phase(Phase.BACKWARD):
             engine.backward(_loss(loss_sums, counts, section, topology), is_last=index == len(batch) - 1)
         sums.append(loss_sums.detach())
+        if index == 0:
+            meanwhile()
     return sums
 
 
@@ -99,6 +110,7 @@ def train_step(
     *,
     trace: StepTrace | None = None,
     refuses: Callable[[StepLosses, float], bool] | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> tuple[StepLosses, StepOutcome]:
     """One optimiser step on the micro-batches of this replica.
 
@@ -110,9 +122,10 @@ def train_step(
         topology: the ranks.
         trace: keeps what every micro-batch gave on this rank.
         refuses: whether a step with these losses and this finite gradient norm must change nothing (`ZeroEngine.step`).
+        meanwhile: what the host does while the device computes; it is called on all ranks, and may be a collective.
     """
     counts = count_targets(batch, topology)
-    losses = accumulate_gradients(engine, batch, counts, section, topology, trace)
+    losses = accumulate_gradients(engine, batch, counts, section, topology, trace, meanwhile)
     with phase(Phase.OPTIMISER):
         return losses, engine.step(lr, None if refuses is None else lambda norm: refuses(losses, norm))
 

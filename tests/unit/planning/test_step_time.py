@@ -70,7 +70,7 @@ def test_the_encoder_is_shared_out_and_gone_with_stored_bits(pretraining):
     config = load_config("pt_14b")
     time, workload = predicted(config)
     flops = encode_flops(config.vision, workload.counts.num_encoded) / NUM_GPUS
-    assert time.encoder == pytest.approx(flops / (H100.encoder_flops.value * H100.encoder_fraction.value))
+    assert time.encoder == pytest.approx(flops / (H100.encoder_tf32_flops.value * H100.encoder_fraction.value))
     assert pretraining[1].encoder == 0.0
     assert time.total - time.encoder == pytest.approx(pretraining[1].total)
 
