@@ -18,10 +18,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from bitdance_scale.config.schema import LossSection
 from bitdance_scale.model.flow import combine_losses
 from bitdance_scale.model.inputs import PackInputs
+from bitdance_scale.parallel.engine import StepOutcome, TrainingEngine
 from bitdance_scale.parallel.step_trace import StepTrace, tracing
 from bitdance_scale.parallel.still_model import StageHolder
 from bitdance_scale.parallel.topology import Topology
-from bitdance_scale.parallel.zero import StepOutcome, ZeroEngine
 from bitdance_scale.phases import Phase, phase
 
 
@@ -55,7 +55,7 @@ def count_targets(batch: Sequence[PackInputs], topology: Topology) -> TargetCoun
 
 
 def accumulate_gradients(
-    engine: ZeroEngine,
+    engine: TrainingEngine,
     batch: Sequence[PackInputs],
     counts: TargetCounts,
     section: LossSection,
@@ -75,7 +75,7 @@ def accumulate_gradients(
 
 
 def _run_micro_batches(
-    engine: ZeroEngine, batch: Sequence[PackInputs], counts: TargetCounts, section: LossSection, topology: Topology
+    engine: TrainingEngine, batch: Sequence[PackInputs], counts: TargetCounts, section: LossSection, topology: Topology
 ) -> list[torch.Tensor]:
     """Forward and backward; returns the loss sums of every micro-batch on the last stage, [] elsewhere."""
     if topology.pipeline_size > 1:
@@ -91,7 +91,7 @@ def _run_micro_batches(
 
 
 def train_step(
-    engine: ZeroEngine,
+    engine: TrainingEngine,
     batch: Sequence[PackInputs],
     section: LossSection,
     lr: float,
@@ -109,7 +109,8 @@ def train_step(
         lr: learning rate of the step.
         topology: the ranks.
         trace: keeps what every micro-batch gave on this rank.
-        refuses: whether a step with these losses and this finite gradient norm must change nothing (`ZeroEngine.step`).
+        refuses: whether a step with these losses and this finite gradient norm must change nothing
+            (`TrainingEngine.step`).
     """
     counts = count_targets(batch, topology)
     losses = accumulate_gradients(engine, batch, counts, section, topology, trace)
@@ -149,7 +150,7 @@ def _loss(sums: torch.Tensor, counts: TargetCounts, section: LossSection, topolo
 
 
 def _run_pipeline(
-    engine: ZeroEngine, batch: Sequence[PackInputs], counts: TargetCounts, section: LossSection, topology: Topology
+    engine: TrainingEngine, batch: Sequence[PackInputs], counts: TargetCounts, section: LossSection, topology: Topology
 ) -> list[torch.Tensor]:
     """Runs Megatron-core's 1F1B schedule, interleaved where a rank holds several stages.
 
