@@ -52,6 +52,11 @@ def engine_of(
         topology: the ranks.
         is_fused: whether AdamW is one kernel without temporary tensors; None: only on CUDA.
     """
+    # Imported here, so that a run imports one of them.
+    if config.parallel.optimizer == "megatron":
+        from bitdance_scale.parallel.distributed_optimizer import MegatronEngine
+
+        return MegatronEngine(stages, config, topology, is_fused)
     from bitdance_scale.parallel.zero import ZeroEngine
 
     return ZeroEngine(stages, config, topology, is_fused)

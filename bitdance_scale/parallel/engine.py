@@ -2,7 +2,7 @@
 
 An engine reduces gradients over data-parallel ranks, takes the norm over the whole model, clips, refuses a step whose
 norm is not finite on any rank, and steps AdamW on float32 masters. Losses arrive as parts of a global mean
-(`parallel/step.py`), each multiplied by the data-parallel size, because engines average over it.
+(`parallel/step.py`), each multiplied by what the engine divides the sum over replicas by.
 
 What a rank keeps of a parameter is a fragment: a range of the flattened local tensor, with its float32 master and two
 moments as views into the engine's buffers. Checkpoints read and write these views, so that they know no engine.
@@ -78,7 +78,11 @@ class TrainingEngine(abc.ABC):
             (`parallel/tied.py`).
         tied: moves a tied embedding between the ends of the pipeline; None if embeddings are not tied.
         parameters: global name -> parameter and placement.
+        loss_factor: what a loss is multiplied by before it is differentiated: the number that the engine divides the
+            sum of the replicas' gradients by.
     """
+
+    loss_factor: int
 
     def __init__(self, module: RankStages, config: RunConfig, topology: Topology) -> None:
         self.stages: list[Stage] = list(module.stages)

@@ -85,7 +85,7 @@ def _run_micro_batches(
         with phase(Phase.FORWARD):
             loss_sums = engine.forward(inputs)
         with phase(Phase.BACKWARD):
-            engine.backward(_loss(loss_sums, counts, section, topology), is_last=index == len(batch) - 1)
+            engine.backward(_loss(loss_sums, counts, section, engine), is_last=index == len(batch) - 1)
         sums.append(loss_sums.detach())
     return sums
 
@@ -143,10 +143,10 @@ def forward_only(model: StageHolder, batch: Sequence[PackInputs], topology: Topo
     )
 
 
-def _loss(sums: torch.Tensor, counts: TargetCounts, section: LossSection, topology: Topology) -> torch.Tensor:
-    """This micro-batch's part of the global loss, times the replicas that the engine will average over."""
+def _loss(sums: torch.Tensor, counts: TargetCounts, section: LossSection, engine: TrainingEngine) -> torch.Tensor:
+    """This micro-batch's part of the global loss, times what the engine will divide by."""
     loss = combine_losses(sums[0], sums[1], counts.num_vision, counts.num_text, section)
-    return loss * topology.data_size
+    return loss * engine.loss_factor
 
 
 def _run_pipeline(
@@ -159,7 +159,7 @@ def _run_pipeline(
 
     def reduce_output(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # The second value is a token count, which the schedule only adds up.
-        return _loss(sums, counts, section, topology), sums.new_zeros((), dtype=torch.int), sums.detach()
+        return _loss(sums, counts, section, engine), sums.new_zeros((), dtype=torch.int), sums.detach()
 
     def forward_step(inputs: Iterator[PackInputs], stage: torch.nn.Module) -> tuple[torch.Tensor, object]:
         with phase(Phase.FORWARD):

@@ -100,6 +100,8 @@ class ZeroEngine(TrainingEngine):
 
     def __init__(self, module: RankStages, config: RunConfig, topology: Topology, is_fused: bool | None = None) -> None:
         super().__init__(module, config, topology)
+        # DeepSpeed averages gradients over the replicas.
+        self.loss_factor = topology.data_size
         self._zero_stage = config.parallel.zero_stage
         optimizer = GuardedAdamW(
             decay_groups(self.parameters, config.optim),
