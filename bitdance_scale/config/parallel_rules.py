@@ -157,6 +157,20 @@ def _pipeline_keeps_gradients_whole(config: RunConfig) -> Iterator[str]:
         )
 
 
+@RULES.rule("parallel.optimizer", "parallel.zero_stage")
+def _stages_are_of_deepspeed(config: RunConfig) -> Iterator[str]:
+    """`parallel.zero_stage` is 1 with `parallel.optimizer = "megatron"`.
+
+    Megatron-core's distributed optimiser divides what ZeRO-1 divides; it keeps gradients and weights whole.
+    """
+    parallel = config.parallel
+    if parallel.optimizer == "megatron" and parallel.zero_stage > 1:
+        yield (
+            f"parallel.zero_stage = {parallel.zero_stage}: must be 1 with parallel.optimizer = 'megatron', which "
+            "divides masters and moments alone; set parallel.zero_stage = 1 or parallel.optimizer = deepspeed"
+        )
+
+
 @RULES.rule("parallel.tensor", "model", "head.width", "head.head_dim", "head.mlp_ratio")
 def _tensor_ranks_divide_sizes(config: RunConfig) -> Iterator[str]:
     """`parallel.tensor` divides the heads and feed-forward widths of the backbone and of the diffusion head.

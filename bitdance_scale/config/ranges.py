@@ -209,6 +209,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "parallel.virtual_stages": _COUNT,
     "parallel.pipeline_split": Split(),
     "parallel.pipeline_split[]": _COUNT,
+    "parallel.optimizer": Choice(("deepspeed", "megatron")),
     "parallel.zero_stage": Choice((1, 2, 3)),
     "parallel.recompute": Choice(("none", "selective", "full")),
     "optim.lr": _POSITIVE,

@@ -268,6 +268,11 @@ class ParallelSection:
         "auto",
         doc="Backbone layers per stage: auto (the slowest stage as fast as can be, by FLOPs), even, or a list.",
     )
+    optimizer: str = setting(
+        "deepspeed",
+        doc="What divides the optimiser among the data-parallel ranks: deepspeed (ZeRO) or megatron (Megatron-core's "
+        "distributed optimiser).",
+    )
     zero_stage: int = setting(1, doc="DeepSpeed ZeRO stage over the data-parallel ranks: 1, 2 or 3.")
     recompute: str = setting(
         "none",

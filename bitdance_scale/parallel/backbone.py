@@ -35,6 +35,7 @@ from bitdance_scale.model.key_values import KeyValueMemory
 from bitdance_scale.parallel.stage_split import stage_split
 from bitdance_scale.parallel.tensor_linears import without_sequence_parallel
 from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.parallel.weight_gradients import provide_accumulation
 
 
 class RMSNorm(nn.Module):
@@ -143,6 +144,9 @@ def transformer_config(config: RunConfig, vocab_size: int, topology: Topology) -
     model, parallel = config.model, config.parallel
     dtype = getattr(torch, config.run.dtype)
     is_cuda = topology.device.type == "cuda"
+    adds_up_in_float32 = parallel.optimizer == "megatron"
+    if adds_up_in_float32:
+        provide_accumulation()
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -164,7 +168,7 @@ def transformer_config(config: RunConfig, vocab_size: int, topology: Topology) -
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=adds_up_in_float32,
         # Parameters are made on the default device and filled by `parallel/build.py`, so that their values do not
         # depend on the layout.
         use_cpu_initialization=True,

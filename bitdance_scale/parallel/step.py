@@ -18,10 +18,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from bitdance_scale.config.schema import LossSection
 from bitdance_scale.model.flow import combine_losses
 from bitdance_scale.model.inputs import PackInputs
+from bitdance_scale.parallel.engine import StepOutcome, TrainingEngine
 from bitdance_scale.parallel.step_trace import StepTrace, tracing
 from bitdance_scale.parallel.still_model import StageHolder
 from bitdance_scale.parallel.topology import Topology
-from bitdance_scale.parallel.zero import StepOutcome, ZeroEngine
 from bitdance_scale.phases import Phase, phase
 
 
@@ -55,7 +55,7 @@ def count_targets(batch: Sequence[PackInputs], topology: Topology) -> TargetCoun
 
 
 def accumulate_gradients(
-    engine: ZeroEngine,
+    engine: TrainingEngine,
     batch: Sequence[PackInputs],
     counts: TargetCounts,
     section: LossSection,
@@ -76,7 +76,7 @@ def accumulate_gradients(
 
 
 def _run_micro_batches(
-    engine: ZeroEngine,
+    engine: TrainingEngine,
     batch: Sequence[PackInputs],
     counts: TargetCounts,
     section: LossSection,
@@ -94,7 +94,7 @@ def _run_micro_batches(
         with phase(Phase.FORWARD):
             loss_sums = engine.forward(inputs)
         with phase(Phase.BACKWARD):
-            engine.backward(_loss(loss_sums, counts, section, topology), is_last=index == len(batch) - 1)
+            engine.backward(_loss(loss_sums, counts, section, engine), is_last=index == len(batch) - 1)
         sums.append(loss_sums.detach())
         if index == 0:
             meanwhile()
@@ -102,7 +102,7 @@ def _run_micro_batches(
 
 
 def train_step(
-    engine: ZeroEngine,
+    engine: TrainingEngine,
     batch: Sequence[PackInputs],
     section: LossSection,
     lr: float,
@@ -121,7 +121,8 @@ def train_step(
         lr: learning rate of the step.
         topology: the ranks.
         trace: keeps what every micro-batch gave on this rank.
-        refuses: whether a step with these losses and this finite gradient norm must change nothing (`ZeroEngine.step`).
+        refuses: whether a step with these losses and this finite gradient norm must change nothing
+            (`TrainingEngine.step`).
         meanwhile: what the host does while the device computes; it is called on all ranks, and may be a collective.
     """
     counts = count_targets(batch, topology)
@@ -155,14 +156,14 @@ def forward_only(model: StageHolder, batch: Sequence[PackInputs], topology: Topo
     )
 
 
-def _loss(sums: torch.Tensor, counts: TargetCounts, section: LossSection, topology: Topology) -> torch.Tensor:
-    """This micro-batch's part of the global loss, times the replicas that the engine will average over."""
+def _loss(sums: torch.Tensor, counts: TargetCounts, section: LossSection, engine: TrainingEngine) -> torch.Tensor:
+    """This micro-batch's part of the global loss, times what the engine will divide by."""
     loss = combine_losses(sums[0], sums[1], counts.num_vision, counts.num_text, section)
-    return loss * topology.data_size
+    return loss * engine.loss_factor
 
 
 def _run_pipeline(
-    engine: ZeroEngine, batch: Sequence[PackInputs], counts: TargetCounts, section: LossSection, topology: Topology
+    engine: TrainingEngine, batch: Sequence[PackInputs], counts: TargetCounts, section: LossSection, topology: Topology
 ) -> list[torch.Tensor]:
     """Runs Megatron-core's 1F1B schedule, interleaved where a rank holds several stages.
 
@@ -171,7 +172,7 @@ def _run_pipeline(
 
     def reduce_output(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # The second value is a token count, which the schedule only adds up.
-        return _loss(sums, counts, section, topology), sums.new_zeros((), dtype=torch.int), sums.detach()
+        return _loss(sums, counts, section, engine), sums.new_zeros((), dtype=torch.int), sums.detach()
 
     def forward_step(inputs: Iterator[PackInputs], stage: torch.nn.Module) -> tuple[torch.Tensor, object]:
         with phase(Phase.FORWARD):

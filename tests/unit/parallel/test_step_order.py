@@ -13,6 +13,8 @@ from bitdance_scale.parallel.step import TargetCounts
 
 
 class _Engine:
+    loss_factor = 1
+
     def __init__(self, events: list[str]) -> None:
         self._events = events
 
@@ -34,7 +36,7 @@ class _Engine:
 def test_the_host_does_something_else_with_work_on_the_device(monkeypatch, pipeline_size, expected):
     events: list[str] = []
     monkeypatch.setattr(step, "_run_pipeline", lambda *_: events.append("schedule") or [])
-    topology = SimpleNamespace(pipeline_size=pipeline_size, data_size=1)
+    topology = SimpleNamespace(pipeline_size=pipeline_size)
     counts = TargetCounts(1, 1)
     step._run_micro_batches(
         _Engine(events), range(3), counts, LossSection(), topology, lambda: events.append("meanwhile")
