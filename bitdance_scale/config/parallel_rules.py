@@ -171,6 +171,20 @@ def _stages_are_of_deepspeed(config: RunConfig) -> Iterator[str]:
         )
 
 
+@RULES.rule("parallel.reduce_dtype", "run.dtype")
+def _float32_gradients_stay_float32(config: RunConfig) -> Iterator[str]:
+    """`parallel.reduce_dtype` is float32 when `run.dtype` is float32.
+
+    Gradients of float32 are not rounded to be sent.
+    """
+    dtype, reduce_dtype = config.run.dtype, config.parallel.reduce_dtype
+    if dtype == "float32" and reduce_dtype != "float32":
+        yield (
+            f'parallel.reduce_dtype = "{reduce_dtype}": must be "float32" with run.dtype = "{dtype}"; '
+            'set parallel.reduce_dtype = "float32" or run.dtype = "bfloat16"'
+        )
+
+
 @RULES.rule("parallel.tensor", "model", "head.width", "head.head_dim", "head.mlp_ratio")
 def _tensor_ranks_divide_sizes(config: RunConfig) -> Iterator[str]:
     """`parallel.tensor` divides the heads and feed-forward widths of the backbone and of the diffusion head.

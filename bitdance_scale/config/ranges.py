@@ -211,6 +211,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "parallel.pipeline_split[]": _COUNT,
     "parallel.optimizer": Choice(("deepspeed", "megatron")),
     "parallel.zero_stage": Choice((1, 2, 3)),
+    "parallel.reduce_dtype": Choice(("float32", "bfloat16")),
     "parallel.recompute": Choice(("none", "selective", "full")),
     "optim.lr": _POSITIVE,
     "optim.warmup_steps": _NOT_NEGATIVE,

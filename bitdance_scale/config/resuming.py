@@ -136,6 +136,7 @@ EFFECTS: Mapping[str, Effect] = _SHARED | {
     "data.prefetch_steps": _FREE,
     "data.s3.*": _FREE,
     "parallel.*": _FREE,
+    "parallel.reduce_dtype": _TOLD,
     "loss.*": _TOLD,
     # Pictures show the run and do not change it.
     "sample.*": _FREE,

@@ -274,6 +274,11 @@ class ParallelSection:
         "distributed optimiser).",
     )
     zero_stage: int = setting(1, doc="DeepSpeed ZeRO stage over the data-parallel ranks: 1, 2 or 3.")
+    reduce_dtype: str = setting(
+        "float32",
+        doc="In which dtype gradients are sent and summed over the data-parallel ranks: float32, or bfloat16, with "
+        "half the traffic and a rounding at every addition.",
+    )
     recompute: str = setting(
         "none",
         doc="What the backward pass computes again instead of keeping: none, selective (attention) or full (layers).",

@@ -1,9 +1,10 @@
 """The backbone of all families: Megatron-core's TransformerBlock, with our core attention and norm.
 
 Only two submodules of the layer are ours. `BlockCausalAttention` takes the mask of a pack, and in block-by-block
-decoding a memory of keys and values. `RMSNorm` sums its weight gradient over tensor-parallel ranks where each rank sees
-only its own heads or positions. Everything else (fused query/key/value, SwiGLU, rotary application, residuals) is
-Megatron-core's. Recomputation is torch's checkpointing, around our core attention or around the whole layer.
+decoding a memory of keys and values. The weight gradient of `RMSNorm` is summed over tensor-parallel ranks where each
+rank sees only its own heads or positions. Everything else (fused query/key/value, SwiGLU, rotary application,
+residuals) is Megatron-core's. Recomputation is torch's checkpointing, around our core attention or around the whole
+layer.
 
 Shape suffixes: S positions, B batch, N query heads, G key/value heads, K head size, D hidden size, of this rank.
 """
@@ -44,7 +45,10 @@ class RMSNorm(nn.Module):
     Its weight is replicated, but a tensor-parallel rank may see only a part of what the norm is applied to: its own
     query or key heads (`is_per_head`), and under sequence parallelism its own positions. The gradient must then be
     summed over the ranks. It is summed inside autograd because the hooks of ZeRO-2 and 3 take a gradient as soon as it
-    exists.
+    exists, unless an optimiser takes the sum over (`parallel/partial_gradients.py`).
+
+    Attributes:
+        sums_in_backward: whether the gradient of the weight is summed over tensor-parallel ranks inside autograd.
     """
 
     def __init__(
@@ -52,12 +56,12 @@ class RMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.eps = eps
-        self.sees_a_part = is_per_head or config.sequence_parallel
+        self.sums_in_backward = config.tensor_model_parallel_size > 1 and (is_per_head or config.sequence_parallel)
         self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normalises the last axis of `hidden` [..., hidden_size]; same shape and dtype out."""
-        weight = copy_to_tensor_model_parallel_region(self.weight) if self.sees_a_part else self.weight
+        weight = copy_to_tensor_model_parallel_region(self.weight) if self.sums_in_backward else self.weight
         wide = hidden.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return weight * wide.to(hidden.dtype)

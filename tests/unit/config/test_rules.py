@@ -262,6 +262,11 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
         2,
         ["parallel.zero_stage = 3", "every micro-batch", "parallel.zero_stage = 1 or parallel.pipeline = 1"],
     ),
+    "float32 gradients rounded": (
+        ["run.dtype='float32'", "parallel.reduce_dtype='bfloat16'"],
+        1,
+        ['parallel.reduce_dtype = "bfloat16"', 'run.dtype = "float32"', 'set parallel.reduce_dtype = "float32"'],
+    ),
     "virtual stages over layers": (
         ["parallel.pipeline=3", "parallel.virtual_stages=2"],
         3,
