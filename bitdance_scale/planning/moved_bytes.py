@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.planning.parameters import RankStages
-from bitdance_scale.planning.rank_memory import element_bytes, local_positions
+from bitdance_scale.planning.rank_memory import FLOAT_BYTES, element_bytes, is_megatron_engine, local_positions
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ LAYER_KERNELS = BothPasses(72, 92)
 HEAD_BLOCK_KERNELS = BothPasses(24, 62)
 REST_KERNELS = BothPasses(112, 150)
 """Kernels of embedding, projector, the rest of the head, and losses."""
-PARAMETERS_PER_LAYER = 8
+PARAMETERS_PER_LAYER, VECTORS_PER_LAYER = 8, 4
 
 
 def layer_bytes(config: RunConfig, num_positions: float) -> BothPasses:
@@ -111,9 +111,12 @@ def accumulated_bytes(config: RunConfig, num_elements: float) -> float:
     """What accumulating the gradients of one micro-batch moves.
 
     In bfloat16 a gradient is widened to float32 (2 + 4) and added to the accumulated one (4 + 4 + 4). In float32 it is
-    added in place (4 + 4 + 4). ZeRO-2 and 3 first copy it into the bucket that is reduced.
+    added in place (4 + 4 + 4). ZeRO-2 and 3 first copy it into the bucket that is reduced. Under Megatron-core's engine
+    the product of a split linear reads and writes the accumulated gradient itself (4 + 4); no other kernel does.
     """
     size = element_bytes(config)
+    if is_megatron_engine(config):
+        return num_elements * 2 * FLOAT_BYTES
     per_element = 18 if size == 2 else 12
     return num_elements * (per_element + (2 * size if config.parallel.zero_stage > 1 else 0))
 
@@ -123,9 +126,13 @@ def optimiser_bytes(config: RunConfig, num_elements: float, data_size: int) -> f
 
     AdamW reads gradient, master and two moments and writes master, moments and weight (28 bytes and a weight) of the
     rank's partition; the norm reads the gradients. ZeRO-1 converts all gradients to the training dtype, averages them
-    and converts them back (32 bytes, traced), and clears them (4).
+    and converts them back (32 bytes, traced), and clears them (4). Under Megatron-core's engine a rank clips (4 + 4)
+    and copies (4 and a weight) its partition, and clears all gradients (4).
     """
     part = num_elements / data_size
+    if is_megatron_engine(config):
+        averages = 12 * part if config.optim.average_decay else 0
+        return part * (4 + 8 + 28 + 4 + element_bytes(config)) + num_elements * 4 + averages
     whole = num_elements if config.parallel.zero_stage == 1 else part
     averages = 12 * part if config.optim.average_decay else 0
     return part * (28 + element_bytes(config)) + whole * (4 + 32 + 4) + averages
@@ -134,8 +141,10 @@ def optimiser_bytes(config: RunConfig, num_elements: float, data_size: int) -> f
 def micro_kernels(config: RunConfig, stages: RankStages) -> float:
     """Kernels of one micro-batch on a rank."""
     repeated = int(config.parallel.recompute == "full")
-    accumulate = 2 if element_bytes(config) == 2 else 1
-    kernels = sum(stages.num_layers) * (LAYER_KERNELS.training(repeated) + accumulate * PARAMETERS_PER_LAYER)
+    accumulate = PARAMETERS_PER_LAYER * (2 if element_bytes(config) == 2 else 1)
+    if is_megatron_engine(config):
+        accumulate = VECTORS_PER_LAYER
+    kernels = sum(stages.num_layers) * (LAYER_KERNELS.training(repeated) + accumulate)
     if stages.is_last:
         kernels += config.head.num_blocks * HEAD_BLOCK_KERNELS.training(repeated) + REST_KERNELS.training(0)
     return kernels

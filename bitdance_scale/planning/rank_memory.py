@@ -205,8 +205,9 @@ def rank_memory(
         # The largest initial weight is drawn whole in float32, and a rank's part of it taken.
         table = table_elements(config, vocab_size)
         drawn = FLOAT_BYTES * table * (config.parallel.tensor + 1)
-    # Only DeepSpeed's engine for bfloat16 under ZeRO-1 holds gradients from the start.
-    started = sum(held.values()) - held["inputs"] - (0.0 if _is_bfloat16_engine(config) else held["gradients"])
+    # DeepSpeed's engine for bfloat16 under ZeRO-1 and Megatron-core's buffers hold gradients from the start.
+    holds_gradients = _is_bfloat16_engine(config) or is_megatron_engine(config)
+    started = sum(held.values()) - held["inputs"] - (0.0 if holds_gradients else held["gradients"])
     building = max(size * elements + drawn, started)
     return RankMemory(
         peak=Bytes(**{role: round(value) for role, value in peak.items()}, tokenizer=tokenizer_bytes),
@@ -214,9 +215,15 @@ def rank_memory(
     )
 
 
+def is_megatron_engine(config: RunConfig) -> bool:
+    """Whether the optimiser is Megatron-core's, not DeepSpeed's."""
+    return config.parallel.optimizer == "megatron"
+
+
 def _is_bfloat16_engine(config: RunConfig) -> bool:
     """Whether DeepSpeed's engine is the one for bfloat16 under ZeRO-1; float32 has the bucket of ZeRO-2."""
-    return config.parallel.zero_stage == 1 and config.run.dtype == "bfloat16"
+    is_zero1 = not is_megatron_engine(config) and config.parallel.zero_stage == 1
+    return is_zero1 and config.run.dtype == "bfloat16"
 
 
 def _moments(
@@ -229,7 +236,8 @@ def _moments(
     activations = of_pass * passes / parallel.virtual_stages
     whole = pack.num_positions * config.model.hidden_size * size if parallel.sequence_parallel else 0.0
     is_bfloat16_engine = _is_bfloat16_engine(config)
-    bucket = 0.0 if is_bfloat16_engine else size * min(elements, MAX_BUCKET_ELEMENTS)
+    # Megatron-core reduces gradients where they add up.
+    bucket = 0.0 if is_bfloat16_engine or is_megatron_engine(config) else size * min(elements, MAX_BUCKET_ELEMENTS)
     gathered = 0.0
     if parallel.zero_stage == 3:
         gathered = size * min(elements, table_elements(config, vocab_size) + ZERO3_PREFETCHED_ELEMENTS)
