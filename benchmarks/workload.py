@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, metavar="FILE", help="trace of one step, .json or .json.gz")
     parser.add_argument("--count-syncs", action="store_true", help="waits for the device in one step")
     parser.add_argument("--estimate", action="store_true", help="estimated memory, too")
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="where checkpoints are written and timed; removed afterwards")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="where checkpoints are timed; removed afterwards")
     options = parser.parse_args()
     config = load_config(options.config, options.overrides)
     check(config, int(os.environ["WORLD_SIZE"]))

@@ -171,6 +171,20 @@ def _stages_are_of_deepspeed(config: RunConfig) -> Iterator[str]:
         )
 
 
+@RULES.rule("parallel.optimizer", "parallel.reduce_dtype")
+def _buffers_are_reduced_as_they_are(config: RunConfig) -> Iterator[str]:
+    """`parallel.reduce_dtype` is float32 with `parallel.optimizer = "megatron"`.
+
+    Megatron-core sends its float32 buffers from where gradients add up.
+    """
+    parallel = config.parallel
+    if parallel.optimizer == "megatron" and parallel.reduce_dtype != "float32":
+        yield (
+            f"parallel.reduce_dtype = {parallel.reduce_dtype}: must be float32 with parallel.optimizer = 'megatron'; "
+            "set parallel.reduce_dtype = float32 or parallel.optimizer = deepspeed"
+        )
+
+
 @RULES.rule("parallel.reduce_dtype", "run.dtype")
 def _float32_gradients_stay_float32(config: RunConfig) -> Iterator[str]:
     """`parallel.reduce_dtype` is float32 when `run.dtype` is float32.

@@ -197,6 +197,7 @@ class MegatronEngine(TrainingEngine):
             "masters": [shard.master for shard in self._shards],
             "moments": [getattr(shard, key) for shard in self._shards for key in MOMENTS],
             "averages": [] if self._averages is None else list(self._averages.buffers),
+            "buffers": [],
         }
 
     def optimizer_step(self) -> int:

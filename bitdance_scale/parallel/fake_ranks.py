@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import nn
+from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitdance_scale.config.schema import ParallelSection
@@ -55,6 +56,7 @@ def no_memory(hidden_shape: tuple[int, int, int] = (0, 0, 0)) -> Iterator[Storag
         shape = list(hidden_shape)
         return shape if recv_previous else [0, 0, 0], shape if recv_next else [0, 0, 0]
 
+    _register_coalesced()
     log = StorageLog()
     with (
         mock.patch.object(P2PCommunicator, "_communicate_shapes", communicate_shapes),
@@ -64,6 +66,22 @@ def no_memory(hidden_shape: tuple[int, int, int] = (0, 0, 0)) -> Iterator[Storag
         log,
     ):
         yield log
+
+
+@functools.cache
+def _register_coalesced() -> torch.library.Library:
+    """Registers what PyTorch leaves out of the collectives of fake tensors: those of several tensors at once.
+
+    They write into tensors that they are given, and return what is waited for.
+    """
+
+    def answer(*_values: object, **_options: object) -> torch.ScriptObject:
+        return FakeWork().boxed()
+
+    library = torch.library.Library("c10d", "IMPL")
+    for name in ("reduce_scatter_tensor_coalesced_", "allgather_into_tensor_coalesced_"):
+        library.impl(name, answer, "Meta")
+    return library
 
 
 class Buckets(nn.Module):

@@ -100,6 +100,24 @@ def test_replicas_exchange_once_per_step_or_per_pack():
     assert 10 * once < every_pack < weights_too
 
 
+def test_another_engine_moves_less_and_sends_beside_products():
+    settings = [STORED, "parallel.tensor=4"]
+    deepspeed, megatron = (
+        predicted(load_config("pt_14b", [*settings, f"parallel.optimizer={name}"]))[0]
+        for name in ("deepspeed", "megatron")
+    )
+    # 8 bytes for 18 per parameter and micro-batch.
+    assert megatron.accumulation == pytest.approx(deepspeed.accumulation * 8 / 18)
+    assert megatron.optimiser < deepspeed.optimiser
+    assert megatron.data_traffic < deepspeed.data_traffic
+    for name in ("gemm", "attention", "elementwise", "tensor_traffic"):
+        assert getattr(megatron, name) == getattr(deepspeed, name), name
+    split = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.optimizer=megatron"]
+    # The later stages of a pipeline begin to reduce when their backward passes are over.
+    in_pipeline = predicted(load_config("pt_14b", [STORED, *split]))[0].data_traffic
+    assert in_pipeline > megatron.data_traffic
+
+
 def test_a_pipeline_waits_and_interleaving_waits_less():
     settings = [STORED, "parallel.tensor=2", "parallel.pipeline=4"]
     plain, _ = predicted(load_config("pt_14b", settings))
