@@ -81,18 +81,16 @@ def _split_has_all_layers(config: RunConfig) -> Iterator[str]:
 
 
 @RULES.rule("parallel.virtual_stages", "parallel.pipeline")
-def _interleaving_needs_three_ranks(config: RunConfig) -> Iterator[str]:
-    """`parallel.virtual_stages` is 1 when `parallel.pipeline` is below 3.
+def _interleaving_needs_a_pipeline(config: RunConfig) -> Iterator[str]:
+    """`parallel.virtual_stages` is 1 when `parallel.pipeline` is 1.
 
-    Several stages on a rank shorten the time in which a pipeline fills and drains. Megatron's interleaved schedule
-    passes activations forward and gradients backward in one exchange, and messages between two ranks match by their
-    order only, so the rank before and the rank after must be different ones.
+    Several stages on a rank shorten the time in which a pipeline fills and drains.
     """
     parallel = config.parallel
-    if parallel.virtual_stages > 1 and parallel.pipeline < 3:
+    if parallel.virtual_stages > 1 and parallel.pipeline == 1:
         yield (
-            f"parallel.virtual_stages = {parallel.virtual_stages}: must be 1 with parallel.pipeline = "
-            f"{parallel.pipeline}; set parallel.virtual_stages = 1 or parallel.pipeline = 3 or more"
+            f"parallel.virtual_stages = {parallel.virtual_stages}: must be 1 with parallel.pipeline = 1; "
+            "set parallel.virtual_stages = 1 or parallel.pipeline = 2 or more"
         )
 
 

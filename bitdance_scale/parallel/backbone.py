@@ -188,8 +188,12 @@ def transformer_config(config: RunConfig, vocab_size: int, topology: Topology) -
         variable_seq_lengths=True,
         # The model has no mixture of experts, but the default dispatcher refuses packs of unequal length.
         moe_token_dispatcher_type="alltoall",
-        # gloo has no batched point-to-point calls.
-        batch_p2p_comm=is_cuda,
+        # gloo has no batched point-to-point calls. The interleaved schedule sends beside the passes of other stages;
+        # in a batch, two ranks that are each other's previous and next could not tell their messages apart.
+        batch_p2p_comm=is_cuda and parallel.virtual_stages == 1,
+        overlap_p2p_comm=parallel.virtual_stages > 1,
+        # It would wait for the device after every message, for versions of PyTorch that are long gone.
+        batch_p2p_sync=False,
         # Losses are sums divided by global counts: the schedule must not divide by the number of micro-batches.
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=True,

@@ -26,8 +26,6 @@ WHOLE_BACKWARD_EXPOSED, WHOLE_BACKWARD_BESIDE = 0, 4
 LAYER_VECTORS = 4
 # Linears, which ZeRO-3 gathers one by one.
 LAYER_LINEARS, HEAD_BLOCK_LINEARS = 4, 4
-# A hop of the pipeline exchanges the shape, then the tensor, and drains the device.
-MESSAGES_PER_HOP = 3
 
 
 class Tokens(Protocol):
@@ -97,7 +95,7 @@ def head_gathers(config: RunConfig, exposed: float) -> float:
 
 
 def pipeline_micro_s(config: RunConfig, micro: Tokens, stages: RankStages, machine: Machine, data_size: int) -> float:
-    """Of one micro-batch with both neighbours, forward and backward."""
+    """Of one micro-batch with both neighbours, forward and backward; the interleaved schedule sends beside passes."""
     parallel = config.parallel
     if parallel.pipeline == 1:
         return 0.0
@@ -107,7 +105,8 @@ def pipeline_micro_s(config: RunConfig, micro: Tokens, stages: RankStages, machi
     num_bytes = local_positions(config, micro.num_positions) * config.model.hidden_size * element_bytes(config)
     # A message per stage and direction; with one stage per rank the ends send in one direction only.
     hops = 2 * parallel.virtual_stages
-    return hops * send_s(num_bytes, rate, MESSAGES_PER_HOP * machine.message_s.value)
+    exposed = 1.0 if parallel.virtual_stages == 1 else 1 - machine.overlap_fraction.value
+    return exposed * hops * send_s(num_bytes, rate, machine.message_s.value)
 
 
 def _data_rate(config: RunConfig, data_size: int, machine: Machine) -> float:

@@ -45,7 +45,7 @@ def _worst_error(rank: int, config: RunConfig) -> tuple[float, float, float]:
         for terms in (sums[name], sizes[name]):
             dist.all_reduce(terms, group=topology.data_group)
             # The engine averages what was multiplied by the replicas.
-            terms /= topology.data_size
+            terms.div_(topology.data_size)
         found = engine.gradient(name).double().view_as(sums[name])
         is_there = sizes[name] > 0
         errors = (found - sums[name]).abs()[is_there] / sizes[name][is_there]

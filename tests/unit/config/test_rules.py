@@ -292,10 +292,10 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
         2,
         ["parallel.pipeline_split = [1, 2]", "adds up to 3", "model.num_layers = 4"],
     ),
-    "interleaved over two ranks": (
-        ["parallel.virtual_stages=2", "parallel.pipeline=2"],
-        2,
-        ["parallel.virtual_stages = 2", "must be 1 with parallel.pipeline = 2", "parallel.pipeline = 3 or more"],
+    "interleaved on one rank": (
+        ["parallel.virtual_stages=2"],
+        1,
+        ["parallel.virtual_stages = 2", "must be 1 with parallel.pipeline = 1", "parallel.pipeline = 2 or more"],
     ),
     "interleaved with too few images": (
         ["parallel.virtual_stages=2", "parallel.pipeline=3", "model.num_layers=6"],
