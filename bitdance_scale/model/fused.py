@@ -56,16 +56,7 @@ class Formula:
             return self.function(*values)
         if isinstance(values[0], FakeTensor):
             return self.stand_in(*values)
-        marked = []
-        for value, is_of_positions in zip(values, self._is_of_positions, strict=True):
-            if isinstance(value, torch.Tensor):
-                # Detached: the compiler would compile again for a tensor that requires a gradient, and for another one
-                # of the same object that is not marked.
-                value = value.detach()
-                if is_of_positions:
-                    torch._dynamo.mark_dynamic(value, 0)
-            marked.append(value)
-        return self.compiled(*marked)
+        return self.compiled(*map(_marked, values, self._is_of_positions))
 
     @functools.cached_property
     def compiled(self) -> Callable[..., Any]:
@@ -80,6 +71,17 @@ class Formula:
         operator = torch.library.custom_op(f"bitdance::{self.name}", self.function, mutates_args=mutated)
         operator.register_fake(self.function)
         return operator
+
+
+def _marked(value: Any, is_of_positions: bool) -> Any:
+    """An argument as the compiler should see it: without a gradient, and of any number of positions."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    # The compiler would compile again for a tensor that requires a gradient.
+    value = value.detach()
+    if is_of_positions:
+        torch._dynamo.mark_dynamic(value, 0)
+    return value
 
 
 def formula(*, whole: tuple[str, ...] = (), rewritten: str = "") -> Callable[[Callable[..., Any]], Formula]:
@@ -112,15 +114,23 @@ def _root_mean_square_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: floa
 
 
 def _root_mean_square_norm_gradient(
-    hidden: torch.Tensor, weight: torch.Tensor, d_normed: torch.Tensor, eps: float
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    d_normed: torch.Tensor,
+    eps: float,
+    d_stream: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gradient of `hidden`, terms of the weight's gradient, to be summed over positions), in their dtype."""
+    """(gradient of `hidden`, terms of the weight's gradient, to be summed over positions), in their dtype.
+
+    `d_stream` is the gradient of `hidden` itself, where it goes on beside the norm.
+    """
     wide = hidden.float()
     unit, inverse = _unit(wide, eps)
     d_unit = (d_normed * weight).float()
     d_inverse = (d_unit * wide).sum(-1, keepdim=True)
     d_mean_square = -0.5 * d_inverse * inverse.pow(3)
-    d_wide = d_unit * inverse + d_mean_square / hidden.shape[-1] * (2 * wide)
+    d_wide = d_unit * inverse if d_stream is None else d_stream + d_unit * inverse
+    d_wide = d_wide + d_mean_square / hidden.shape[-1] * (2 * wide)
     return d_wide.to(hidden.dtype), d_normed * unit.to(hidden.dtype)
 
 
@@ -156,8 +166,8 @@ def carried_rms_norm_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`rms_norm_gradient` where the residual stream [R, D] goes on beside the norm and has a gradient of its own."""
     _have_equal_length(stream, d_normed, d_stream)
-    d_hidden, terms = _root_mean_square_norm_gradient(stream, weight, d_normed, eps)
-    return d_stream + d_hidden, terms.sum(0)
+    d_hidden, terms = _root_mean_square_norm_gradient(stream, weight, d_normed, eps, d_stream)
+    return d_hidden, terms.sum(0)
 
 
 def _split_heads(stacked: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,8 +1,8 @@
 """The formulas of `model/fused.py` with their gradients: what the modules of the networks call.
 
-Each operation keeps its inputs for the backward pass and nothing else, compiled or not. Where a value goes on beside the
-result of an operation, as the residual stream does beside its norm, the operation hands it on: the two gradients are
-then added in the same kernel.
+Each operation keeps its inputs for the backward pass and nothing else, compiled or not. Where a value goes on beside
+the result of an operation, as the residual stream does beside its norm, the operation hands it on: the two gradients
+are then added in the same kernel.
 
 Every function takes `is_compiled`: whether its formulas are compiled. Tensors may have any number of axes before the
 last one.

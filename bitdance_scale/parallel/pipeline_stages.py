@@ -34,7 +34,8 @@ from bitdance_scale.model.heads import make_head
 from bitdance_scale.model.inputs import PackInputs
 from bitdance_scale.model.positions import axis_table, look_up_cells, raster_index
 from bitdance_scale.model.projector import PROJECTORS
-from bitdance_scale.parallel.backbone import RMSNorm, make_backbone, recompute, transformer_config
+from bitdance_scale.parallel.backbone import RMSNorm, make_backbone, transformer_config
+from bitdance_scale.parallel.recomputing import recompute
 from bitdance_scale.parallel.stage_split import stage_layers
 from bitdance_scale.parallel.step_trace import StepTrace
 from bitdance_scale.parallel.tensor_linears import ColumnLinear, TensorParallelLinears, without_sequence_parallel
