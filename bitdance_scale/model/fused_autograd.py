@@ -195,3 +195,121 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return fused.swiglu_gradient(*ctx.saved_tensors, *gradients, is_compiled=ctx.is_compiled), None
+
+
+def modulated_norm(
+    stream: torch.Tensor,
+    affine: tuple[torch.Tensor | None, torch.Tensor | None],
+    modulation: tuple[torch.Tensor, torch.Tensor],
+    eps: float,
+    is_compiled: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the residual stream [.., D] as it is, its layer norm times 1 + scale, plus shift).
+
+    Args:
+        stream: [.., D].
+        affine: weight and bias [D] of the norm; None each: it has none.
+        modulation: scale and shift, [.., D].
+        eps: of the norm.
+        is_compiled: see above.
+    """
+    scale, shift = map(_rows, modulation)
+    total, modulated = _ModulatedNorm.apply(_rows(stream), *affine, scale, shift, eps, is_compiled)
+    return total.view(stream.shape), modulated.view(stream.shape)
+
+
+def gated_add_norm(
+    stream: torch.Tensor,
+    gate: torch.Tensor,
+    added: torch.Tensor,
+    affine: tuple[torch.Tensor | None, torch.Tensor | None],
+    modulation: tuple[torch.Tensor, torch.Tensor],
+    eps: float,
+    is_compiled: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(`gated_add`, its `modulated_norm`)."""
+    rows = map(_rows, (stream, gate, added))
+    total, modulated = _GatedAddNorm.apply(*rows, *affine, *map(_rows, modulation), eps, is_compiled)
+    return total.view(stream.shape), modulated.view(stream.shape)
+
+
+def gated_add(stream: torch.Tensor, gate: torch.Tensor, added: torch.Tensor, is_compiled: bool) -> torch.Tensor:
+    """The residual stream plus what is added times its gate; all [.., D]."""
+    total: torch.Tensor = _GatedAdd.apply(*map(_rows, (stream, gate, added)), is_compiled)
+    return total.view(stream.shape)
+
+
+class _ModulatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        stream: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        eps: float,
+        is_compiled: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(stream, weight, bias, scale)
+        ctx.settings = eps, is_compiled
+        modulated = fused.modulated_norm(stream, weight, bias, scale, shift, eps, is_compiled=is_compiled)
+        return stream.view_as(stream), modulated
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        eps, is_compiled = ctx.settings
+        d_total, d_modulated = gradients
+        d_stream, d_scale, *d_affine = fused.modulated_norm_gradient(
+            *ctx.saved_tensors, d_modulated, d_total, eps, is_compiled=is_compiled
+        )
+        if ctx.saved_tensors[1] is None:
+            d_affine = [None, None]
+        return d_stream, *d_affine, d_scale, d_modulated, None, None
+
+
+class _GatedAddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        stream: torch.Tensor,
+        gate: torch.Tensor,
+        added: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        eps: float,
+        is_compiled: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total, modulated = fused.gated_add_norm(
+            stream, gate, added, weight, bias, scale, shift, eps, is_compiled=is_compiled
+        )
+        ctx.save_for_backward(total, gate, added, weight, bias, scale)
+        ctx.settings = eps, is_compiled
+        return total, modulated
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        eps, is_compiled = ctx.settings
+        d_total, d_modulated = gradients
+        d_stream, d_gate, d_added, d_scale, *d_affine = fused.gated_add_norm_gradient(
+            *ctx.saved_tensors, d_modulated, d_total, eps, is_compiled=is_compiled
+        )
+        return d_stream, d_gate, d_added, *d_affine, d_scale, d_modulated, None, None
+
+
+class _GatedAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, stream: torch.Tensor, gate: torch.Tensor, added: torch.Tensor, is_compiled: bool
+    ) -> torch.Tensor:
+        ctx.save_for_backward(gate, added)
+        ctx.is_compiled = is_compiled
+        return fused.gated_add(stream, gate, added, is_compiled=is_compiled)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        d_factors = fused.gated_add_gradient(*ctx.saved_tensors, *gradients, is_compiled=ctx.is_compiled)
+        return *gradients, *d_factors, None

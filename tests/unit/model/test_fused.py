@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bitdance_scale.model import fused
 from bitdance_scale.model import fused_autograd as operations
 from bitdance_scale.model.positions import rotary_table
+from bitdance_scale.parallel.vocab_loss import cross_entropy
 
 EPS = 1e-6
 # bfloat16 has 8 bits: compiled, intermediate values are not rounded to it. A few roundings of sums of 37 terms.
@@ -135,6 +136,78 @@ def test_swiglu(dtype, is_compiled):
 
     (stacked,) = random((NUM_POSITIONS, 1, 2 * WIDTH), dtype=dtype)
     compare(lambda stacked: (operations.swiglu(stacked, is_compiled),), expected, [stacked], not is_compiled)
+
+
+def plain_modulated_norm(x, affine, scale, shift):
+    weight, bias = affine or (None, None)
+    return functional.layer_norm(x, (WIDTH,), weight, bias, EPS) * (1 + scale) + shift
+
+
+@EITHER
+@DTYPES
+@pytest.mark.parametrize("has_affine", [False, True])
+def test_modulated_norm_beside_its_input(has_affine, dtype, is_compiled):
+    def found(x, scale, shift, *affine):
+        return operations.modulated_norm(x, affine or (None, None), (scale, shift), EPS, is_compiled)
+
+    def expected(x, scale, shift, *affine):
+        return x * 1, plain_modulated_norm(x, affine, scale, shift)
+
+    shape = (NUM_POSITIONS, 2, WIDTH)
+    inputs = random(shape, shape, shape, *[(WIDTH,)] * (2 if has_affine else 0), dtype=dtype)
+    compare(found, expected, inputs, not is_compiled)
+
+
+@EITHER
+@DTYPES
+def test_modulated_norm_after_a_gated_addition(dtype, is_compiled):
+    def found(x, gate, added, scale, shift, *affine):
+        return operations.gated_add_norm(x, gate, added, affine, (scale, shift), EPS, is_compiled)
+
+    def expected(x, gate, added, scale, shift, *affine):
+        x = x + gate * added
+        return x, plain_modulated_norm(x, affine, scale, shift)
+
+    shape = (NUM_POSITIONS, 2, WIDTH)
+    compare(found, expected, random(*[shape] * 5, (WIDTH,), (WIDTH,), dtype=dtype), not is_compiled)
+
+
+@EITHER
+@DTYPES
+def test_gated_addition(dtype, is_compiled):
+    inputs = random(*[(NUM_POSITIONS, 2, WIDTH)] * 3, dtype=dtype)
+    compare(
+        lambda *values: (operations.gated_add(*values, is_compiled),),
+        lambda x, gate, added: (x + gate * added,),
+        inputs,
+        not is_compiled,
+    )
+
+
+@EITHER
+@DTYPES
+def test_cross_entropy_of_a_padded_table(dtype, is_compiled):
+    """On one rank; `tests/distributed/test_layouts.py` divides the vocabulary."""
+    num_entries = 45
+    targets = torch.arange(NUM_POSITIONS) + 8
+
+    def found(logits):
+        return (cross_entropy(logits * 1, targets, 0, num_entries, None, is_compiled),)
+
+    def expected(logits):
+        return (functional.cross_entropy(logits.float()[:, :num_entries], targets, reduction="none"),)
+
+    # PyTorch's soft-max is another kernel.
+    compare(found, expected, random((NUM_POSITIONS, WIDTH), dtype=dtype), False)
+
+
+def test_a_second_backward_pass_over_overwritten_logits_is_refused():
+    (logits,) = random((NUM_POSITIONS, WIDTH), dtype=torch.float32)
+    targets = torch.arange(NUM_POSITIONS)
+    loss = cross_entropy(logits.requires_grad_() * 1, targets, 0, WIDTH, None, False).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @NEEDS_COMPILER
