@@ -281,7 +281,13 @@ class ParallelSection:
     )
     recompute: str = setting(
         "none",
-        doc="What the backward pass computes again instead of keeping: none, selective (attention) or full (layers).",
+        doc="What the backward pass computes again instead of keeping: none, selective (norms, rotation and SwiGLU; "
+        "dense attention too) or full (layers).",
+    )
+    compile: bool = setting(
+        False,
+        doc="Whether the elementwise parts of the networks are compiled into a kernel each; needs a C++ compiler, on "
+        "CUDA also Triton.",
     )
 
     @property

@@ -149,6 +149,9 @@ LAYOUTS = [
         num_layers=7,
         is_large=True,
     ),
+    Layout(2, 2, {"zero_stage": 3, "recompute": "selective"}, attention="flex"),
+    Layout(2, 2, _tp(**SP, compile=True), is_large=True),
+    Layout(4, 2, _tp(**SP, compile=True, zero_stage=3, recompute="selective"), attention="flex", is_large=True),
 ]
 
 
