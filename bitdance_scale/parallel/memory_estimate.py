@@ -113,10 +113,9 @@ def estimate_memory_here(
     waiting: list[Pack] = []
     if packs is None:
         packs, waiting = _chosen(config, topology.data_size, in_flight)
-    num_positions = packs[0].num_positions // (config.parallel.tensor if config.parallel.sequence_parallel else 1)
     # Packs are small: they are made of real tensors, then copied into tensors without memory.
     made = {id(pack): _inputs(pack, config) for pack in [*packs, *waiting]}
-    with no_memory((num_positions, 1, config.model.hidden_size)) as log:
+    with no_memory() as log:
         engine = _build(log, config, vocab_size, topology, is_fused)
         building_peak = log.peak(0, log.position).total
         batch, _kept = ([_copy(made[id(pack)], log) for pack in group] for group in (packs, waiting))

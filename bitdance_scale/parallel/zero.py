@@ -26,8 +26,10 @@ from bitdance_scale.parallel.averaged_weights import AveragedWeights
 from bitdance_scale.parallel.engine import MOMENTS, Fragment, StepOutcome, TrainingEngine, decay_groups
 from bitdance_scale.parallel.engine_setup import no_compiler
 from bitdance_scale.parallel.parameter_names import Parameters
+from bitdance_scale.parallel.partial_gradients import leave_gradients_partial, sum_over_tensor_ranks
 from bitdance_scale.parallel.partition import ShardedValue, fragment_pieces, whole_pieces
 from bitdance_scale.parallel.pipeline_stages import RankStages, Stage
+from bitdance_scale.parallel.scattered_gradients import ScatteredGradients
 from bitdance_scale.parallel.topology import Topology
 
 # A shared-memory all-reduce for inference on CPUs, which every process would compile or load when it starts.
@@ -79,6 +81,7 @@ def deepspeed_config(config: RunConfig, data_size: int, num_elements: int) -> di
             "overlap_comm": False,
             "reduce_bucket_size": min(num_elements, MAX_BUCKET_ELEMENTS),
         },
+        "communication_data_type": {"float32": "fp32", "bfloat16": "bf16"}[config.parallel.reduce_dtype],
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
@@ -103,6 +106,8 @@ class ZeroEngine(TrainingEngine):
         # DeepSpeed averages gradients over the replicas.
         self.loss_factor = topology.data_size
         self._zero_stage = config.parallel.zero_stage
+        # ZeRO-2 and 3 take every micro-batch's gradient as soon as it exists.
+        self._partial = leave_gradients_partial(self.stages) if self._zero_stage == 1 else []
         optimizer = GuardedAdamW(
             decay_groups(self.parameters, config.optim),
             lr=config.optim.lr,
@@ -120,6 +125,10 @@ class ZeroEngine(TrainingEngine):
             )
         self._optimizer = self._engine.optimizer
         self._adam = self._engine.basic_optimizer
+        self._scattered: ScatteredGradients | None = None
+        if self._zero_stage == 1 and config.run.dtype == "bfloat16":
+            reduce_dtype = getattr(torch, config.parallel.reduce_dtype)
+            self._scattered = ScatteredGradients(self._optimizer, topology, reduce_dtype)
         self._make_moments()
         decay = config.optim.average_decay
         self._averages = AveragedWeights(self._flat_masters(), decay) if decay else None
@@ -129,9 +138,12 @@ class ZeroEngine(TrainingEngine):
         return self._engine(inputs)
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
-        """Backpropagates one micro-batch; under ZeRO-1 gradients are reduced with the last one of a step."""
-        self._engine.set_gradient_accumulation_boundary(is_last)
+        """Backpropagates one micro-batch; under ZeRO-1 gradients are reduced after the last one of a step."""
+        is_reduced_here = is_last and self._zero_stage == 1
+        self._engine.set_gradient_accumulation_boundary(is_last and not is_reduced_here)
         self._engine.backward(loss, scale_wrt_gas=False)
+        if is_reduced_here:
+            self._reduce_gradients()
 
     @contextlib.contextmanager
     def external_backward(self) -> Iterator[list[Stage]]:
@@ -142,8 +154,16 @@ class ZeroEngine(TrainingEngine):
         yield self.stages
         if self.tied is not None:
             self.tied.return_gradient()
+        self._reduce_gradients()
+
+    def _reduce_gradients(self) -> None:
+        """Sums the gradients of a step over the ranks that have parts of them (ZeRO-1)."""
+        sum_over_tensor_ranks([_accumulated(parameter) for parameter in self._partial], self._topology.tensor_group)
         self._engine.set_gradient_accumulation_boundary(True)
-        self._engine.allreduce_gradients()
+        if self._scattered is not None:
+            self._scattered.reduce()
+        else:
+            self._engine.allreduce_gradients()
 
     def step(self, lr: float, refuses: Callable[[float], bool] | None = None) -> StepOutcome:
         """As in `TrainingEngine`; DeepSpeed takes the norm in its own step, in which `refuses` is asked."""
@@ -307,6 +327,13 @@ class _LinkedParameter(Protocol):
     """What ZeRO-1 and 2 add to a parameter: where its fragment lies in the flat buffers; None if it is elsewhere."""
 
     _hp_mapping: Any
+
+
+def _accumulated(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The gradient of the micro-batches so far under ZeRO-1: in float32 under bfloat16, else autograd's own."""
+    gradient = getattr(parameter, "_hp_grad", parameter.grad)
+    assert gradient is not None, "every micro-batch passes through all layers"
+    return cast(torch.Tensor, gradient)
 
 
 def _under_zero3(parameter: torch.Tensor) -> _PartitionedParameter:

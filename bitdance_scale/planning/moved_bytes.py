@@ -12,7 +12,14 @@ from dataclasses import dataclass
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.planning.parameters import RankStages
-from bitdance_scale.planning.rank_memory import FLOAT_BYTES, element_bytes, is_megatron_engine, local_positions
+from bitdance_scale.planning.rank_memory import (
+    FLOAT_BYTES,
+    element_bytes,
+    is_megatron_engine,
+    local_positions,
+    reduced_bytes,
+    scatters_gradients,
+)
 
 
 @dataclass(frozen=True)
@@ -125,17 +132,20 @@ def optimiser_bytes(config: RunConfig, num_elements: float, data_size: int) -> f
     """What reducing, clipping and stepping move beside the messages, once per step.
 
     AdamW reads gradient, master and two moments and writes master, moments and weight (28 bytes and a weight) of the
-    rank's partition; the norm reads the gradients. ZeRO-1 converts all gradients to the training dtype, averages them
-    and converts them back (32 bytes, traced), and clears them (4). Under Megatron-core's engine a rank clips (4 + 4)
-    and copies (4 and a weight) its partition, and clears all gradients (4).
+    rank's partition; the norm reads the gradients, and clipping changes them. ZeRO-1 in bfloat16 averages the sums of
+    the partition and clears all gradients twice; to send them in bfloat16 it converts all of them, and the partition
+    back. In float32 it averages all gradients in a bucket and copies them back (32 bytes, traced), and clears them (4).
+    Megatron-core's engine copies a rank's new weights (4 and a weight) and clears all gradients (4).
     """
-    part = num_elements / data_size
+    part, size = num_elements / data_size, element_bytes(config)
+    moved = part * (28 + size + (12 if config.optim.average_decay else 0))
     if is_megatron_engine(config):
-        averages = 12 * part if config.optim.average_decay else 0
-        return part * (4 + 8 + 28 + 4 + element_bytes(config)) + num_elements * 4 + averages
+        return moved + part * (4 + 8 + 4) + num_elements * 4
+    if scatters_gradients(config):
+        moved += part * (4 + 8 + 8) + num_elements * 8
+        return moved + (6 * (num_elements + part) if reduced_bytes(config) == size else 0)
     whole = num_elements if config.parallel.zero_stage == 1 else part
-    averages = 12 * part if config.optim.average_decay else 0
-    return part * (28 + element_bytes(config)) + whole * (4 + 32 + 4) + averages
+    return moved + whole * (4 + 32 + 4)
 
 
 def micro_kernels(config: RunConfig, stages: RankStages) -> float:

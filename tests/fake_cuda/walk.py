@@ -109,10 +109,7 @@ def _walk(options: argparse.Namespace, recorder: Recorder) -> dict[str, object]:
         topology = fake_ranks.join_fake_job(options.world, options.rank, config.parallel)
         in_flight = memory_estimate.num_in_flight(config.parallel, topology.pipeline_rank)
         packs, _ = memory_estimate._chosen(config, topology.data_size, in_flight)
-        num_positions = packs[0].num_positions
-        if config.parallel.sequence_parallel:
-            num_positions //= config.parallel.tensor
-        with fake_ranks.no_memory((num_positions, 1, config.model.hidden_size)) as log, recorder:
+        with fake_ranks.no_memory() as log, recorder:
 
             def on_literal(tensor: torch.Tensor, values: object) -> None:
                 log.remember(tensor, values)
