@@ -39,6 +39,10 @@ def _train_both(num_ranks: int, config: RunConfig) -> list[list[RankRecord]]:
     ]
 
 
+def _layout(num_ranks: int) -> dict[str, object]:
+    return {"tensor": 2, "sequence_parallel": True} if num_ranks == 4 else {}
+
+
 def _worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     return max(
         float((found[name].double() - value.double()).norm() / value.double().norm())
@@ -49,12 +53,20 @@ def _worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(4, marks=pytest.mark.large)])
 def test_both_engines_take_the_same_steps(num_ranks: int) -> None:
     """With clipping, weight decay and exemptions from it."""
-    layout = {"tensor": 2, "sequence_parallel": True} if num_ranks == 4 else {}
-    deepspeed, megatron = _train_both(num_ranks, _config(clip_norm=0.1, **layout))
+    deepspeed, megatron = _train_both(num_ranks, _config(clip_norm=0.1, **_layout(num_ranks)))
     assert deepspeed[0].grad_norms[0] > 0.2, "the gradient is clipped"
     found, expected = assemble(megatron, "weights"), assemble(deepspeed, "weights")
     assert _worst(found, expected) < WEIGHT_BOUND
     assert megatron[0].grad_norms == pytest.approx(deepspeed[0].grad_norms, rel=1e-6)
+
+
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.large)])
+def test_in_bfloat16_both_engines_have_the_same_bits(num_ranks: int) -> None:
+    """Gradients, added up and reduced in float32, and the rounded weights after three steps."""
+    deepspeed, megatron = _train_both(num_ranks, _config("bfloat16", clip_norm=0.1, **_layout(num_ranks)))
+    for field in ("gradients", "weights"):
+        found, expected = assemble(megatron, field), assemble(deepspeed, field)
+        assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
 
 
 def _summed_in_float32(rank: int, config: RunConfig) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -126,9 +138,8 @@ def _overlapped(rank: int, config: RunConfig, bucket_elements: int) -> tuple[lis
 
 
 def test_gradients_are_reduced_in_float32_while_the_backward_pass_runs() -> None:
-    config = _config("bfloat16", optimizer="megatron")
-    # The norm is a sum over buckets, so that it rounds with them, and with it what is clipped.
-    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip_norm=0.0))
+    # The norm is added up from the parts of a rank, which are others in other buckets: without clipping it is not used.
+    config = _config("bfloat16", clip_norm=0.0, optimizer="megatron")
     small = run_ranks(2, _overlapped, config, SMALL_BUCKET)
     whole = run_ranks(2, _overlapped, config, 10**9)
     for events, num_buckets, _ in small:
@@ -141,6 +152,22 @@ def test_gradients_are_reduced_in_float32_while_the_backward_pass_runs() -> None
         torch.cat([part for _, _, masters in ranks for part in masters]).sort().values for ranks in (small, whole)
     )
     assert torch.equal(found, expected)
+
+
+def _averaged_at_once(rank: int, config: RunConfig) -> bool:
+    """Whether the averages take the place of weights that are still on their way."""
+    engine, topology = make_engine(config)
+    from bitdance_scale.parallel.step import train_step
+
+    train_step(engine, step_inputs(config, topology, 2, 0), config.loss, 1e-3, topology)
+    is_under_way = any(group.param_gather_handle is not None for group in engine._chunks[0].bucket_groups)
+    with engine.weights_of("averaged"):
+        pass
+    return is_under_way
+
+
+def test_weights_are_exchanged_beside_what_follows() -> None:
+    assert run_ranks(2, _averaged_at_once, _config(average_decay=DECAY, optimizer="megatron")) == [True, True]
 
 
 def test_averages_follow_the_weights() -> None:
