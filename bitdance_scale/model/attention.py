@@ -28,6 +28,9 @@ from bitdance_scale.sequence.visibility import TileRows, pack_bounds, pack_tiles
 
 # Positions per side of a tile; FlexAttention's kernels are tuned for this size.
 FLEX_TILE = 128
+# Inductor chooses 4 or 8 warps by dtype, head size and GPU. With 4, a thread has twice as many numbers to hold, and spills
+# kilobytes of them: forward at 64 channels and in float32, backward on Blackwell (docs/benchmarks.md).
+_NUM_WARPS = 8
 
 
 def attend(
@@ -283,7 +286,7 @@ def _mix(
         block_mask=_block_mask(size, first_key, stop_key, tiles, tile),
         enable_gqa=True,
         # Packs of less than one tile would otherwise get a kernel of their own, for decoding.
-        kernel_options={"BACKEND": "TRITON"},
+        kernel_options={"BACKEND": "TRITON", "num_warps": _NUM_WARPS},
     )
     return mixed_BNSK.permute(2, 0, 1, 3)
 

@@ -98,7 +98,7 @@ CASES: dict[str, Case] = {
         "14b": ((10, 2, 128), 4224),
         "0p6b": ((16, 8, 128), 1100),
         "imagenet_h": ((20, 20, 64), 260),
-        "small": ((4, 2, 32), 150),
+        "small": ((2, 1, 32), 150),
     }.items()
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
 }
