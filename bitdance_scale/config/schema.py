@@ -266,7 +266,13 @@ class ParallelSection:
     zero_stage: int = setting(1, doc="DeepSpeed ZeRO stage over the data-parallel ranks: 1, 2 or 3.")
     recompute: str = setting(
         "none",
-        doc="What the backward pass computes again instead of keeping: none, selective (attention) or full (layers).",
+        doc="What the backward pass computes again instead of keeping: none, selective (norms, rotation and SwiGLU; "
+        "dense attention too) or full (layers).",
+    )
+    compile: bool = setting(
+        False,
+        doc="Whether the elementwise parts of the networks are compiled into a kernel each; needs a C++ compiler, on "
+        "CUDA also Triton.",
     )
 
     @property

@@ -127,6 +127,9 @@ LAYOUTS = [
     Layout(1, 2, {"recompute": "full"}, attention="flex"),
     Layout(2, 4, _tp(**SP, recompute="selective"), attention="flex"),
     Layout(2, 4, _pp(), attention="flex"),
+    Layout(2, 2, {"zero_stage": 3, "recompute": "selective"}, attention="flex"),
+    Layout(2, 2, _tp(**SP, compile=True), is_large=True),
+    Layout(4, 2, _tp(**SP, compile=True, zero_stage=3, recompute="selective"), attention="flex", is_large=True),
 ]
 
 
