@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 from unittest import mock
 
 import numpy as np
 import torch
 
-from bitdance_scale.model import attention
+from bitdance_scale.model import attention, fused
 from tests.fake_cuda.generated_kernels import Compilation
 
 # Positions of a sample that see only what is before them, and positions per block of its image.
 _TEXT, _BLOCK = 9, 16
+# Arguments of formulas that are not in the dtype of activations.
+_FLOAT32 = frozenset(("largest", "total", "d_loss"))
 
 
 class Case(Protocol):
@@ -82,6 +85,61 @@ def _values(tensors: Mapping[str, torch.Tensor], compilation: Compilation) -> di
     return {name: compilation.memory.value(tensor) for name, tensor in tensors.items()}
 
 
+@dataclass(frozen=True)
+class FusedFormula:
+    """A formula of `model/fused.py` in bfloat16, as the 14B networks call it at 4 tensor-parallel ranks.
+
+    Attributes:
+        name: of the formula.
+    """
+
+    name: str
+
+    def run(self, length: int, compilation: Compilation) -> dict[str, torch.Tensor]:
+        """What it gives or rewrites, by number."""
+        arguments = self._arguments(length)
+        memory = compilation.memory
+        # Formulas have an operator that stands in for what is compiled, for tensors without values.
+        with compilation.mode, mock.patch.object(fused, "FakeTensor", ()):
+            placed = {name: memory.on_device(value) if isinstance(value, torch.Tensor) else value
+                      for name, value in arguments.items()}
+            results = self._results(placed, is_compiled=True)
+            return _values(results, compilation)
+
+    def expected(self, length: int) -> dict[str, torch.Tensor]:
+        """The same, operator by operator in float32."""
+        arguments = self._arguments(length)
+        for name, value in arguments.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                arguments[name] = value.float()
+        return self._results(arguments, is_compiled=False)
+
+    def _results(self, arguments: dict[str, Any], is_compiled: bool) -> dict[str, torch.Tensor]:
+        formula = fused.FORMULAS[self.name]
+        results = formula(*arguments.values(), is_compiled=is_compiled)
+        if results is None:
+            # It rewrites its first argument.
+            results = next(iter(arguments.values()))
+        return {str(number): result for number, result in enumerate(results if isinstance(results, tuple) else [results])}
+
+    def _arguments(self, length: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(length)
+        shapes = fused.example_shapes(length)[self.name]
+        arguments = {}
+        for name in inspect.signature(fused.FORMULAS[self.name].function).parameters:
+            shape = shapes[name]
+            if not isinstance(shape, tuple):
+                arguments[name] = shape
+            elif name == "targets":
+                arguments[name] = torch.randint(shapes["num_entries"], shape, generator=generator)
+            elif name in _FLOAT32:
+                # Those of logits: the largest, and a sum of exponentials.
+                arguments[name] = 4 + torch.rand(shape, generator=generator)
+            else:
+                arguments[name] = torch.randn(shape, generator=generator).bfloat16()
+        return arguments
+
+
 def _pack(length: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
     """(document_ids, block_ids) of samples of one size, a text and blocks of an image, and padding after the last."""
     positions, padding = np.arange(length), length % sample
@@ -93,6 +151,8 @@ def _pack(length: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 CASES: dict[str, Case] = {
+    **{name: FusedFormula(name) for name in fused.FORMULAS},
+} | {
     f"flex_{name}_{str(dtype).removeprefix('torch.')}": FlexAttention(*heads, dtype, sample)
     for name, (heads, sample) in {
         "14b": ((10, 2, 128), 4224),

@@ -143,9 +143,13 @@ def compilation_for(gpu: SimpleNamespace = H100, is_interpreted: bool = False) -
         def replace(place: Any, name: str, value: Any, create: bool = False) -> None:
             replaced.enter_context(mock.patch.object(place, name, value, create=create))
 
-        replaced.enter_context(
-            torch._inductor.config.patch(force_disable_caches=True, compile_threads=1, fx_graph_cache=False)
-        )
+        settings = {
+            "compile_threads": 1,
+            "force_disable_caches": True,
+            # Computes constants on the device. Without it they stand in the kernels, where they end up anyway.
+            "joint_graph_constant_folding": False,
+        }
+        replaced.enter_context(torch._inductor.config.patch(settings))
         replace(AsyncCompile, "triton", launcher)
         replace(CompiledFxGraph, "__call__", call_with_values)
         # What it asks the device interface, it would ask functions of before.
