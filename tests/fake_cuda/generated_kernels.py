@@ -7,6 +7,7 @@ the code around the kernels runs there, and the kernels themselves are left out 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -114,6 +115,7 @@ def compilation_for(gpu: SimpleNamespace = H100, is_interpreted: bool = False) -
         is_interpreted: whether kernels run, by Triton's interpreter; for it, TRITON_INTERPRET=1 must be in the
             environment before Python starts.
     """
+    assert is_interpreted == (os.environ.get("TRITON_INTERPRET") == "1"), "Triton decides when it is imported"
     with contextlib.ExitStack() as replaced:
         replaced.enter_context(cuda_device(lambda _: None, Counter(), gpu))
         # After the answers of the device: what they import looks at it.
@@ -129,6 +131,9 @@ def compilation_for(gpu: SimpleNamespace = H100, is_interpreted: bool = False) -
 
         def launcher(_: Any, name: str, source: str, device_str: str = "cuda") -> _Launcher:
             kernel = _load_triton_kernel_from_source(name, source)
+            if is_interpreted:
+                # The interpreter has no libdevice; its own functions of the same names compute the same.
+                kernel.fn.fn.__globals__["libdevice"] = triton.language.math
             compilation.kernels.append(kernel)
             return _Launcher(kernel, compilation, is_interpreted)
 
