@@ -101,8 +101,10 @@ class FusedFormula:
         memory = compilation.memory
         # Formulas have an operator that stands in for what is compiled, for tensors without values.
         with compilation.mode, mock.patch.object(fused, "FakeTensor", ()):
-            placed = {name: memory.on_device(value) if isinstance(value, torch.Tensor) else value
-                      for name, value in arguments.items()}
+            placed = {
+                name: memory.on_device(value) if isinstance(value, torch.Tensor) else value
+                for name, value in arguments.items()
+            }
             results = self._results(placed, is_compiled=True)
             return _values(results, compilation)
 
@@ -120,7 +122,9 @@ class FusedFormula:
         if results is None:
             # It rewrites its first argument.
             results = next(iter(arguments.values()))
-        return {str(number): result for number, result in enumerate(results if isinstance(results, tuple) else [results])}
+        return {
+            str(number): result for number, result in enumerate(results if isinstance(results, tuple) else [results])
+        }
 
     def _arguments(self, length: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(length)

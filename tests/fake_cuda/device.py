@@ -44,7 +44,13 @@ H100 = SimpleNamespace(
 """What an H100 says of itself."""
 B200 = SimpleNamespace(
     **vars(H100)
-    | {"name": "NVIDIA B200", "major": 10, "multi_processor_count": 148, "total_memory": 180 << 30, "L2_cache_size": 126 << 20}
+    | {
+        "name": "NVIDIA B200",
+        "major": 10,
+        "multi_processor_count": 148,
+        "total_memory": 180 << 30,
+        "L2_cache_size": 126 << 20,
+    }
 )
 """What a B200 says of itself; a block may have as much shared memory as on an H100."""
 
@@ -185,9 +191,7 @@ class _Event:
 
 
 @contextlib.contextmanager
-def cuda_device(
-    on_wait: Callable[[str], None], is_pinned: Counter[int], gpu: SimpleNamespace = H100
-) -> Iterator[None]:
+def cuda_device(on_wait: Callable[[str], None], is_pinned: Counter[int], gpu: SimpleNamespace = H100) -> Iterator[None]:
     """Within it `torch.cuda` answers as with one GPU, and tensors can be made on it under `FakeTensorMode`.
 
     Args:

@@ -96,4 +96,3 @@ def _build(kernel: Any, config: Any) -> Build:
         matrix_instructions=dict(Counter(_MATRIX_INSTRUCTION.findall(built.asm["ptx"]))),
         seconds=seconds,
     )
-
