@@ -1,4 +1,4 @@
-"""Whether a node can compile kernels: Triton builds what launches them with the node's C compiler and Python's header."""
+"""Whether a node can compile kernels: Triton builds what launches them with a C compiler and Python's header."""
 
 from __future__ import annotations
 

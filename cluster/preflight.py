@@ -3,9 +3,10 @@
     srun ... python -m cluster.preflight FOLDER --nodes NODE ... --head ADDRESS --port PORT --gpus N --procs P [limits]
 
 Each node writes a report to FOLDER, which all nodes share: its GPUs and their memory, whether it can compile kernels if
-the job's configuration does, its clock at a common moment, the bandwidth of an all-reduce over its own processes and of one with each neighbour. Nodes are measured alone and in
-pairs, never all at once: if a collective over all nodes hangs, it does not say which node is at fault. The first node
-reads the reports, writes `verdict.txt` and exits with 1 if a node is bad. Without GPUs the all-reduce runs over gloo.
+the job's configuration does, its clock at a common moment, the bandwidth of an all-reduce over its own processes and of
+one with each neighbour. Nodes are measured alone and in pairs, never all at once: if a collective over all nodes hangs,
+it does not say which node is at fault. The first node reads the reports, writes `verdict.txt` and exits with 1 if a
+node is bad. Without GPUs the all-reduce runs over gloo.
 """
 
 from __future__ import annotations

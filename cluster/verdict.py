@@ -129,8 +129,8 @@ def judge(reports: Mapping[str, Report | None], limits: Limits) -> list[Finding]
             report.node,
             f"kernels cannot be compiled: {report.compiler_fault}",
             "a C compiler (gcc, clang or $CC) and Python.h, as the configuration compiles kernels",
-            "install gcc and the headers of this Python (python3-dev) on the node, or name a compiler with CC; without: "
-            "model.attention=dense parallel.compile=false",
+            "install gcc and the headers of this Python (python3-dev) on the node, or name a compiler with CC; without "
+            "one, train with model.attention=dense parallel.compile=false",
         )
         for report in found
         if report.compiler_fault is not None

@@ -28,8 +28,8 @@ from bitdance_scale.sequence.visibility import TileRows, pack_bounds, pack_tiles
 
 # Positions per side of a tile; FlexAttention's kernels are tuned for this size.
 FLEX_TILE = 128
-# Inductor chooses 4 or 8 warps by dtype, head size and GPU. With 4, a thread has twice as many numbers to hold, and spills
-# kilobytes of them: forward at 64 channels and in float32, backward on Blackwell (docs/benchmarks.md).
+# Inductor chooses 4 or 8 warps by dtype, head size and GPU. With 4, a thread has twice as many numbers to hold, and
+# spills kilobytes of them: forward at 64 channels and in float32, backward on Blackwell (docs/benchmarks.md).
 _NUM_WARPS = 8
 
 

@@ -1,4 +1,4 @@
-"""Kernels that are compiled for CUDA, built for an H100 and a B200 that are not there, and run by Triton's interpreter."""
+"""Kernels that are compiled for CUDA: built for an H100 and a B200 that are not there, run by Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _run(what: str, cases: tuple[str, ...], gpu: str, lengths: tuple[int, ...], 
 
 
 def _builds(case: str, cases: tuple[str, ...], gpu: str, lengths: tuple[int, ...]) -> dict[str, list[Build]]:
-    """Kernel -> its builds, after the checks that are the same for all: compiled once, and launched for every length."""
+    """Kernel -> its builds, after the checks that are the same for all: one compilation, launches for every length."""
     result = _run("builds", cases, gpu, lengths)[case]
     assert result["num_graphs"] == 1
     kernels: dict[str, list[Build]] = {}
@@ -98,8 +98,8 @@ def test_formulas_are_built_once_for_all_lengths(gpu, name):
 
 @pytest.mark.parametrize(
     ("name", "bound"),
-    # float16 has 11 bits, and inputs have as many on both sides: what differs are roundings of probabilities and results.
-    # The kernels for it have the blocks of those for bfloat16, which the interpreter cannot multiply.
+    # float16 has 11 bits, and inputs have as many on both sides: roundings of probabilities and results differ. The
+    # kernels for it have the blocks of those for bfloat16, which the interpreter cannot multiply.
     [("flex_small_float32", 1e-5), ("flex_small_float16", 1e-3)],
 )
 def test_kernels_of_flex_attention_compute_attention_and_its_gradients(name, bound):
