@@ -13,7 +13,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -290,8 +290,13 @@ def _mix(
     if is_whole:
         # Lets the kernels omit their checks for a ragged end.
         torch._check(size % tile == 0)
-    mixed_BNSK = flex_attention(
-        *_heads_first(query_SBNK, key_SBGK, value_SBGK),
+    query_BNSK, key_BGSK, value_BGSK = _heads_first(query_SBNK, key_SBGK, value_SBGK)
+    # Any: its types do not know of options for the kernels alone.
+    attention: Any = flex_attention
+    mixed_BNSK: torch.Tensor = attention(
+        query_BNSK,
+        key_BGSK,
+        value_BGSK,
         block_mask=_block_mask(size, first_key, stop_key, tiles, tile),
         enable_gqa=True,
         # Packs of less than one tile would otherwise get a kernel of their own, for decoding.
