@@ -155,6 +155,34 @@ def _pipeline_keeps_gradients_whole(config: RunConfig) -> Iterator[str]:
         )
 
 
+@RULES.rule("parallel.optimizer", "parallel.zero_stage")
+def _stages_are_of_deepspeed(config: RunConfig) -> Iterator[str]:
+    """`parallel.zero_stage` is 1 with `parallel.optimizer = "megatron"`.
+
+    Megatron-core's distributed optimiser divides what ZeRO-1 divides; it keeps gradients and weights whole.
+    """
+    parallel = config.parallel
+    if parallel.optimizer == "megatron" and parallel.zero_stage > 1:
+        yield (
+            f"parallel.zero_stage = {parallel.zero_stage}: must be 1 with parallel.optimizer = 'megatron', which "
+            "divides masters and moments alone; set parallel.zero_stage = 1 or parallel.optimizer = deepspeed"
+        )
+
+
+@RULES.rule("parallel.optimizer", "parallel.reduce_dtype")
+def _buffers_are_reduced_as_they_are(config: RunConfig) -> Iterator[str]:
+    """`parallel.reduce_dtype` is float32 with `parallel.optimizer = "megatron"`.
+
+    Megatron-core sends its float32 buffers from where gradients add up.
+    """
+    parallel = config.parallel
+    if parallel.optimizer == "megatron" and parallel.reduce_dtype != "float32":
+        yield (
+            f"parallel.reduce_dtype = {parallel.reduce_dtype}: must be float32 with parallel.optimizer = 'megatron'; "
+            "set parallel.reduce_dtype = float32 or parallel.optimizer = deepspeed"
+        )
+
+
 @RULES.rule("parallel.reduce_dtype", "run.dtype")
 def _float32_gradients_stay_float32(config: RunConfig) -> Iterator[str]:
     """`parallel.reduce_dtype` is float32 when `run.dtype` is float32.

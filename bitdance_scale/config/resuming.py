@@ -100,6 +100,7 @@ EFFECTS: Mapping[str, Effect] = _SHARED | {
     "vision.num_res_blocks": _FIXED,
     "vision.norm_groups": _FIXED,
     "vision.gan_decoder": _FIXED,
+    "vision.precision": _TOLD,
     "vision.block_side": _FIXED,
     "vision.order": _FIXED,
     # Free where no image is the context of a caption.

@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitdance_scale.config.schema import ParallelSection
@@ -43,6 +44,7 @@ def no_memory() -> Iterator[StorageLog]:
     # Registers the collectives of fake tensors.
     import torch.distributed._tools.fake_collectives  # noqa: F401  (imported for the side effect)
 
+    _register_coalesced()
     log = StorageLog()
     with (
         mock.patch.object(nn.Module, "_apply", _convert),
@@ -51,6 +53,22 @@ def no_memory() -> Iterator[StorageLog]:
         log,
     ):
         yield log
+
+
+@functools.cache
+def _register_coalesced() -> torch.library.Library:
+    """Registers what PyTorch leaves out of the collectives of fake tensors: those of several tensors at once.
+
+    They write into tensors that they are given, and return what is waited for.
+    """
+
+    def answer(*_values: object, **_options: object) -> torch.ScriptObject:
+        return FakeWork().boxed()
+
+    library = torch.library.Library("c10d", "IMPL")
+    for name in ("reduce_scatter_tensor_coalesced_", "allgather_into_tensor_coalesced_"):
+        library.impl(name, answer, "Meta")
+    return library
 
 
 class Buckets(nn.Module):

@@ -12,9 +12,7 @@ moments as views into the engine's buffers. Checkpoints read and write these vie
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import deepspeed
@@ -22,38 +20,20 @@ import torch
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import safe_get_full_grad
 
-from bitdance_scale.config.schema import OptimSection, RunConfig
+from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.inputs import PackInputs
 from bitdance_scale.parallel.averaged_weights import AveragedWeights
+from bitdance_scale.parallel.engine import MOMENTS, Fragment, StepOutcome, TrainingEngine, decay_groups
 from bitdance_scale.parallel.engine_setup import no_compiler
-from bitdance_scale.parallel.parameter_names import Parameters, name_parameters
+from bitdance_scale.parallel.parameter_names import Parameters
 from bitdance_scale.parallel.partial_gradients import leave_gradients_partial, sum_over_tensor_ranks
 from bitdance_scale.parallel.partition import ShardedValue, fragment_pieces, whole_pieces
 from bitdance_scale.parallel.pipeline_stages import RankStages, Stage
 from bitdance_scale.parallel.scattered_gradients import ScatteredGradients
-from bitdance_scale.parallel.tied import TiedEmbedding
 from bitdance_scale.parallel.topology import Topology
 
 # A shared-memory all-reduce for inference on CPUs, which every process would compile or load when it starts.
 deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-AVERAGE = "average"
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """The result of an optimiser step.
-
-    Attributes:
-        grad_norm: norm of the whole model's gradient before clipping.
-        is_skipped: whether the norm was not finite, so that no rank changed anything.
-        is_refused: whether the caller refused the step, with the same effect.
-    """
-
-    grad_norm: float
-    is_skipped: bool
-    is_refused: bool = False
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -77,24 +57,6 @@ class GuardedAdamW(torch.optim.AdamW):
 
 # DeepSpeed's list of the optimisers that it was tested with holds AdamW.
 ZERO_SUPPORTED_OPTIMIZERS.append(GuardedAdamW)
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """What this rank's optimiser keeps of one parameter.
-
-    Attributes:
-        start: index of the first element in the flattened local parameter.
-        master: float32 [n], weights; a view.
-        exp_avg, exp_avg_sq: float32 [n], AdamW's moments; views.
-        average: float32 [n], the averaged weights; a view. None without averages.
-    """
-
-    start: int
-    master: torch.Tensor
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
-    average: torch.Tensor | None
 
 
 def deepspeed_config(config: RunConfig, data_size: int, num_elements: int) -> dict[str, object]:
@@ -133,7 +95,7 @@ def deepspeed_config(config: RunConfig, data_size: int, num_elements: int) -> di
     return settings
 
 
-class ZeroEngine:
+class ZeroEngine(TrainingEngine):
     """The stages of a pipeline rank under ZeRO.
 
     Args:
@@ -141,18 +103,12 @@ class ZeroEngine:
         config: the run.
         topology: the ranks.
         is_fused: whether AdamW is one kernel without temporary tensors; None: only on CUDA.
-
-    Attributes:
-        stages: the modules; the engine trains all their parameters except a copy of a tied embedding
-        (`parallel/tied.py`). tied: moves a tied embedding between the ends of the pipeline; None if embeddings are not
-        tied. parameters: global name -> parameter and placement.
     """
 
     def __init__(self, module: RankStages, config: RunConfig, topology: Topology, is_fused: bool | None = None) -> None:
-        self.stages: list[Stage] = list(module.stages)
-        self.tied = TiedEmbedding(self.stages, topology) if config.model.tie_embeddings else None
-        self.parameters: Parameters = name_parameters(module, topology)
-        self._topology = topology
+        super().__init__(module, config, topology)
+        # DeepSpeed averages gradients over the replicas.
+        self.loss_factor = topology.data_size
         self._zero_stage = config.parallel.zero_stage
         # ZeRO-2 and 3 take every micro-batch's gradient as soon as it exists.
         self._partial = leave_gradients_partial(self.stages) if self._zero_stage == 1 else []
@@ -214,13 +170,7 @@ class ZeroEngine:
             self._engine.allreduce_gradients()
 
     def step(self, lr: float, refuses: Callable[[float], bool] | None = None) -> StepOutcome:
-        """Clips and steps with learning rate `lr`, unless the gradient is not finite somewhere; clears gradients.
-
-        Args:
-            lr: learning rate of the step.
-            refuses: whether a step with this finite gradient norm must change nothing; called once, on all ranks, and
-                must give all of them the same answer.
-        """
+        """As in `TrainingEngine`; DeepSpeed takes the norm in its own step, in which `refuses` is asked."""
         for group in self._adam.param_groups:
             group["lr"] = lr
         answers: list[bool] = []
@@ -238,24 +188,6 @@ class ZeroEngine:
         if self._averages is not None and not (outcome.is_skipped or outcome.is_refused):
             self._averages.update()
         return outcome
-
-    def restart_averages(self) -> None:
-        """Begins the average again with the weights as they are, after others were loaded."""
-        if self._averages is not None:
-            self._averages.restart()
-
-    @contextlib.contextmanager
-    def weights_of(self, kind: str) -> Iterator[None]:
-        """Within it the model has its `trained` or its `averaged` weights; a collective over data-parallel ranks.
-
-        Outside of it they are the trained ones. What the optimiser holds is exchanged too, so no step is taken in it.
-        """
-        if kind == "trained":
-            yield
-            return
-        assert self._averages is not None, "`evaluate.weights` and `sample.weights` need `optim.average_decay`"
-        with self._averages.in_place_of_masters(self._refresh_weights):
-            yield
 
     def _refresh_weights(self) -> None:
         """Copies the masters into the weights, and those of all ranks to all that use them, as after a step."""
@@ -308,16 +240,6 @@ class ZeroEngine:
                 values[name] = fragment_pieces(flat, start, placement)
             else:
                 values[name] = whole_pieces(parameter.data, placement)
-        return values
-
-    def optimizer_values(self) -> dict[str, ShardedValue]:
-        """Float32 masters, moments and averages: `master.<name>`, `exp_avg.<name>` and so on, as views."""
-        values = {}
-        for name, fragment in self.fragments():
-            placement = self.parameters[name].placement
-            for key in ("master", *MOMENTS, *([AVERAGE] if self._averages is not None else [])):
-                flat = getattr(fragment, key)
-                values[f"{key}.{name}"] = fragment_pieces(flat, fragment.start, placement)
         return values
 
     def holdings(self) -> dict[str, list[torch.Tensor]]:
@@ -389,22 +311,6 @@ class ZeroEngine:
         size = partitioned.ds_tensor.ds_numel
         start = min(self._topology.data_rank * size, partitioned.ds_numel)
         return start, min(size, partitioned.ds_numel - start)
-
-
-def decay_groups(parameters: Parameters, section: OptimSection) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: those that weight decay is for, and the others; one group if there is no decay.
-
-    Args:
-        parameters: of this rank, by global name.
-        section: `weight_decay`, `decays_vectors`, `decay_exempt`.
-    """
-    groups: dict[float, list[torch.nn.Parameter]] = {}
-    for name, (parameter, placement) in parameters.items():
-        is_exempt = any(fnmatch.fnmatchcase(name, pattern) for pattern in section.decay_exempt)
-        is_vector = len(placement.global_shape) < 2 and not section.decays_vectors
-        groups.setdefault(0.0 if is_exempt or is_vector else section.weight_decay, []).append(parameter)
-    # Without a group that is empty, which DeepSpeed does not take.
-    return [{"params": members, "weight_decay": decay} for decay, members in groups.items()]
 
 
 class _Partition(Protocol):

@@ -207,8 +207,9 @@ def rank_memory(
         # The largest initial weight is drawn whole in float32, and a rank's part of it taken.
         table = table_elements(config, vocab_size)
         drawn = FLOAT_BYTES * table * (config.parallel.tensor + 1)
-    # Only DeepSpeed's engine for bfloat16 under ZeRO-1 holds gradients from the start.
-    started = sum(held.values()) - held["inputs"] - (0.0 if scatters_gradients(config) else held["gradients"])
+    # DeepSpeed's engine for bfloat16 under ZeRO-1 and Megatron-core's buffers hold gradients from the start.
+    holds_gradients = scatters_gradients(config) or is_megatron_engine(config)
+    started = sum(held.values()) - held["inputs"] - (0.0 if holds_gradients else held["gradients"])
     building = max(size * elements + drawn, started)
     return RankMemory(
         peak=Bytes(**{role: round(value) for role, value in peak.items()}, tokenizer=tokenizer_bytes),
@@ -216,9 +217,15 @@ def rank_memory(
     )
 
 
+def is_megatron_engine(config: RunConfig) -> bool:
+    """Whether the optimiser is Megatron-core's, not DeepSpeed's."""
+    return config.parallel.optimizer == "megatron"
+
+
 def scatters_gradients(config: RunConfig) -> bool:
     """Whether DeepSpeed's engine is the one for bfloat16 under ZeRO-1; float32 has the bucket of ZeRO-2."""
-    return config.parallel.zero_stage == 1 and config.run.dtype == "bfloat16"
+    is_zero1 = not is_megatron_engine(config) and config.parallel.zero_stage == 1
+    return is_zero1 and config.run.dtype == "bfloat16"
 
 
 def _moments(
@@ -231,11 +238,13 @@ def _moments(
     activations = of_pass * passes / parallel.virtual_stages
     whole = pack.num_positions * config.model.hidden_size * size if parallel.sequence_parallel else 0.0
     is_bfloat16_engine = scatters_gradients(config)
-    # Gradients of that engine are sent where they lie, or all together in another dtype, in which their sums arrive.
+    # Gradients of that engine are sent where they lie, or all together in another dtype, in which their sums arrive;
+    # those of Megatron-core's engine are sent where they lie.
     sent = size * (elements + part) if is_bfloat16_engine and reduced_bytes(config) == size else 0.0
-    bucket = min(elements, parallel.reduce_bucket_elements)
+    has_buckets = not (is_bfloat16_engine or is_megatron_engine(config))
+    bucket = min(elements, parallel.reduce_bucket_elements) if has_buckets else 0
     # While one is sent, ZeRO-2 fills another.
-    buckets = 0.0 if is_bfloat16_engine else size * bucket * (2 if parallel.zero_stage == 2 else 1)
+    buckets = size * bucket * (2 if parallel.zero_stage == 2 else 1)
     table = table_elements(config, vocab_size)
     gathered = with_table = 0.0
     if parallel.zero_stage == 3:
@@ -247,7 +256,7 @@ def _moments(
         """Bytes of the float32 copies of a gradient: of that engine on the way to the accumulated one, else as sent."""
         if is_bfloat16_engine:
             return FLOAT_BYTES * gradient
-        return FLOAT_BYTES * max(gradient, bucket) if reduced_bytes(config) > size else 0.0
+        return FLOAT_BYTES * max(gradient, bucket) if has_buckets and reduced_bytes(config) > size else 0.0
 
     largest = 2 * config.model.ffn_size * config.model.hidden_size // parallel.tensor
     moments = [

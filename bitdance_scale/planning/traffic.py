@@ -7,7 +7,14 @@ from typing import Protocol
 from bitdance_scale.config.schema import NUM_MODULATIONS, NUM_TOKEN_MODULATIONS, RunConfig
 from bitdance_scale.planning.machine import Machine
 from bitdance_scale.planning.parameters import RankStages
-from bitdance_scale.planning.rank_memory import element_bytes, local_positions, reduced_bytes, scatters_gradients
+from bitdance_scale.planning.rank_memory import (
+    FLOAT_BYTES,
+    element_bytes,
+    is_megatron_engine,
+    local_positions,
+    reduced_bytes,
+    scatters_gradients,
+)
 from bitdance_scale.planning.roofline import gather_s, group_rate, send_s, sum_s
 
 # All-gathers and reduce-scatters of [S, D] in a layer; an all-reduce counts as two. Of the backward ones, Megatron-core
@@ -147,9 +154,16 @@ def exposed_s(config: RunConfig, traffic_s: float, computing_s: float, machine: 
 def data_step_s(config: RunConfig, num_elements: float, data_size: int, machine: Machine) -> float:
     """Once per step between replicas: ZeRO-1 reduces gradients, ZeRO-1 and 2 gather the new weights.
 
-    In bfloat16 ZeRO-1 reduce-scatters them, in float32 it all-reduces them.
+    In bfloat16 ZeRO-1 reduce-scatters them, in float32 it all-reduces them. Megatron-core's engine reduce-scatters
+    float32 gradients beside the last backward pass, in a pipeline after it on all ranks but the first, and gathers the
+    weights beside the first forward pass; of what runs beside products the exposed share counts.
     """
     num_bytes, rate = num_elements * element_bytes(config), _data_rate(config, data_size, machine)
+    if is_megatron_engine(config):
+        exposed = 1 - machine.overlap_fraction.value
+        reduced = gather_s(num_elements * FLOAT_BYTES, data_size, rate, machine.message_s.value)
+        gathered = gather_s(num_bytes, data_size, rate, machine.message_s.value)
+        return reduced * (1.0 if config.parallel.pipeline > 1 else exposed) + gathered * exposed
     seconds = 0.0
     if config.parallel.zero_stage == 1:
         reduce_s = gather_s if scatters_gradients(config) else sum_s

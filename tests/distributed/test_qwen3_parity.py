@@ -58,7 +58,7 @@ def _our_weights(reference, config) -> dict[str, torch.Tensor]:
 def _hidden_states(rank: int, config) -> tuple[torch.Tensor, torch.Tensor]:
     """(ours, theirs) on the same token ids, causal."""
     engine, _ = make_engine(config)
-    from bitdance_scale.model.positions import rotary_frequencies
+    from bitdance_scale.model.positions import rotary_frequencies, rotary_table
 
     reference = _qwen3(config)
     ours = _our_weights(reference, config)
@@ -70,7 +70,8 @@ def _hidden_states(rank: int, config) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         expected = reference(input_ids=ids).last_hidden_state[0]
         mask = torch.ones(NUM_POSITIONS, NUM_POSITIONS, dtype=torch.bool).tril()[None, None]
-        rotary = rotary_frequencies(torch.arange(NUM_POSITIONS), config.model.head_dim, config.model.rope_base)
+        angles = rotary_frequencies(torch.arange(NUM_POSITIONS), config.model.head_dim, config.model.rope_base)
+        rotary = rotary_table(angles, False, torch.float32)
         rows = engine.stages[0].embed_tokens(ids)
         found = engine.stages[0].decoder(rows, attention_mask=mask, rotary_pos_emb=rotary)[:, 0]
     return found, expected

@@ -82,9 +82,8 @@ def _walk(options: argparse.Namespace, recorder: Recorder) -> dict[str, object]:
     from bitdance_scale.parallel import fake_ranks, memory_estimate
     from bitdance_scale.parallel import step as steps
     from bitdance_scale.parallel import topology as topologies
-    from bitdance_scale.parallel.build import build_stages
+    from bitdance_scale.parallel.build import build_stages, engine_of
     from bitdance_scale.parallel.step import accumulate_gradients, count_targets
-    from bitdance_scale.parallel.zero import ZeroEngine
     from bitdance_scale.sequence.noise import pack_noise
 
     config = load_config(options.config, options.overrides)
@@ -120,7 +119,7 @@ def _walk(options: argparse.Namespace, recorder: Recorder) -> dict[str, object]:
             replaced.enter_context(tensors_on_the_device(on_literal))
             with recorder.phase("build"):
                 stages = build_stages(config, options.vocab, topology)
-                engine = ZeroEngine(stages, config, topology)
+                engine = engine_of(stages, config, topology)
             with recorder.phase("inputs"):
                 batch = [
                     make_inputs(pack, pack_noise(pack, config.vision.num_bits, 0, 0), config, topology.device)
