@@ -13,9 +13,9 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -31,6 +31,7 @@ H100 = SimpleNamespace(
     multi_processor_count=132,
     total_memory=80 << 30,
     warp_size=32,
+    max_threads_per_block=1024,
     max_threads_per_multi_processor=2048,
     regs_per_multiprocessor=65536,
     shared_memory_per_block=49152,
@@ -40,7 +41,18 @@ H100 = SimpleNamespace(
     is_integrated=False,
     gcnArchName="",
 )
-"""Properties that the device says it has."""
+"""What an H100 says of itself."""
+B200 = SimpleNamespace(
+    **vars(H100)
+    | {
+        "name": "NVIDIA B200",
+        "major": 10,
+        "multi_processor_count": 148,
+        "total_memory": 180 << 30,
+        "L2_cache_size": 126 << 20,
+    }
+)
+"""What a B200 says of itself; a block may have as much shared memory as on an H100."""
 
 
 def why_not() -> str | None:
@@ -84,8 +96,16 @@ def build() -> Path:
     return library
 
 
-def start(module: str, arguments: Sequence[str], timeout_s: float) -> str:
+def start(
+    module: str, arguments: Sequence[str], timeout_s: float, variables: Mapping[str, str] = MappingProxyType({})
+) -> str:
     """Runs a module of this project in a process with the fake device; returns what it prints.
+
+    Args:
+        module: its name.
+        arguments: of its command line.
+        timeout_s: after which it is ended.
+        variables: of its environment, beside those that the device needs.
 
     Raises:
         RuntimeError: it fails, or does not end in time; with the end of its output.
@@ -95,6 +115,7 @@ def start(module: str, arguments: Sequence[str], timeout_s: float) -> str:
         "DS_ACCELERATOR": "cuda",
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
+        **variables,
     }
     try:
         done = subprocess.run(
@@ -170,12 +191,13 @@ class _Event:
 
 
 @contextlib.contextmanager
-def cuda_device(on_wait: Callable[[str], None], is_pinned: Counter[int]) -> Iterator[None]:
-    """Within it `torch.cuda` answers as with one H100, and tensors can be made on it under `FakeTensorMode`.
+def cuda_device(on_wait: Callable[[str], None], is_pinned: Counter[int], gpu: SimpleNamespace = H100) -> Iterator[None]:
+    """Within it `torch.cuda` answers as with one GPU, and tensors can be made on it under `FakeTensorMode`.
 
     Args:
         on_wait: called with the name of every call that waits for the device.
         is_pinned: gets the storages that are pinned.
+        gpu: what the GPU says of itself.
     """
     # Its tables name functions of torch.cuda, and two names must not be one function.
     import torch._dynamo
@@ -208,10 +230,10 @@ def cuda_device(on_wait: Callable[[str], None], is_pinned: Counter[int]) -> Iter
         "current_device": lambda: 0,
         "set_device": nothing,
         "device": Chosen,
-        "get_device_properties": lambda *_: H100,
-        "get_device_capability": lambda *_: (H100.major, H100.minor),
-        "get_device_name": lambda *_: H100.name,
-        "mem_get_info": lambda *_: (H100.total_memory, H100.total_memory),
+        "get_device_properties": lambda *_: gpu,
+        "get_device_capability": lambda *_: (gpu.major, gpu.minor),
+        "get_device_name": lambda *_: gpu.name,
+        "mem_get_info": lambda *_: (gpu.total_memory, gpu.total_memory),
         "memory_stats": lambda *_: {},
         "empty_cache": nothing,
         "reset_peak_memory_stats": nothing,
