@@ -269,9 +269,7 @@ class ParallelSection:
         doc="Backbone layers per stage: auto (the slowest stage as fast as can be, by FLOPs), even, or a list.",
     )
     optimizer: str = setting(
-        "deepspeed",
-        doc="What divides the optimiser among the data-parallel ranks: deepspeed (ZeRO) or megatron (Megatron-core's "
-        "distributed optimiser).",
+        "deepspeed", doc="What divides the optimiser: deepspeed (ZeRO) or megatron (Megatron-core's)."
     )
     zero_stage: int = setting(1, doc="DeepSpeed ZeRO stage over the data-parallel ranks: 1, 2 or 3.")
     reduce_dtype: str = setting(
