@@ -268,7 +268,7 @@ class ParallelSection:
         "auto", doc="Backbone layers per stage: auto (slowest stage as fast as can be, by FLOPs), even, or a list."
     )
     optimizer: str = setting(
-        "deepspeed", doc="What divides the optimiser among replicas: deepspeed (ZeRO) or megatron (Megatron-core's)."
+        "deepspeed", doc="What divides the optimiser: deepspeed (ZeRO) or megatron (Megatron-core's)."
     )
     zero_stage: int = setting(1, doc="DeepSpeed ZeRO stage over the data-parallel ranks: 1, 2 or 3.")
     reduce_dtype: str = setting(

@@ -211,6 +211,9 @@ def rank_memory(
     holds_gradients = scatters_gradients(config) or is_megatron_engine(config)
     started = sum(held.values()) - held["inputs"] - (0.0 if holds_gradients else held["gradients"])
     building = max(size * elements + drawn, started)
+    if is_megatron_engine(config):
+        # The weights of a stage are copied into its buffer, and are there twice until all of them are.
+        building = max(building, elements * (size + FLOAT_BYTES + size / config.parallel.virtual_stages))
     return RankMemory(
         peak=Bytes(**{role: round(value) for role, value in peak.items()}, tokenizer=tokenizer_bytes),
         building_peak=round(building) + tokenizer_bytes,
