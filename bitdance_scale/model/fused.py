@@ -409,9 +409,9 @@ def gated_add_norm_gradient(
 
 
 def _masked_logits(logits: torch.Tensor, num_entries: int) -> torch.Tensor:
-    """Logits [R, V] in float32, those of padding rows of the table minus infinity."""
+    """A copy of logits [R, V] in float32, those of padding rows of the table minus infinity."""
     is_entry = torch.arange(logits.shape[-1], device=logits.device) < num_entries
-    return logits.float().masked_fill(~is_entry, float("-inf"))
+    return logits.to(torch.float32, copy=True).masked_fill_(~is_entry, float("-inf"))
 
 
 @formula()
@@ -438,11 +438,11 @@ def exponential_sums(
         another rank.
     """
     _have_equal_length(logits, targets, largest)
-    shifted = _masked_logits(logits, num_entries) - largest[:, None]
+    shifted = _masked_logits(logits, num_entries).sub_(largest[:, None])
     local = targets - first_entry
     is_here = (local >= 0) & (local < logits.shape[-1])
     at_target = shifted.gather(1, torch.where(is_here, local, 0)[:, None])[:, 0]
-    return torch.stack([shifted.exp().sum(-1), torch.where(is_here, at_target, 0.0)], dim=-1)
+    return torch.stack([shifted.exp_().sum(-1), torch.where(is_here, at_target, 0.0)], dim=-1)
 
 
 @formula(rewritten="logits")
@@ -467,9 +467,10 @@ def cross_entropy_gradient(
         num_entries: likewise.
     """
     _have_equal_length(logits, targets, largest, total, d_loss)
-    shares = (_masked_logits(logits, num_entries) - largest[:, None]).exp() / total[:, None]
+    # Changed in place: uncompiled, every copy of the logits would count.
+    shares = _masked_logits(logits, num_entries).sub_(largest[:, None]).exp_().div_(total[:, None])
     is_target = torch.arange(logits.shape[-1], device=logits.device) == (targets - first_entry)[:, None]
-    logits.copy_((shares - is_target.float()) * d_loss[:, None])
+    logits.copy_(shares.sub_(is_target.float()).mul_(d_loss[:, None]))
 
 
 def example_shapes(num_positions: int) -> Mapping[str, dict[str, Any]]:
