@@ -51,8 +51,8 @@ def _check_compiler(device: torch.device) -> None:
     """Refuses to compile where the compiler of PyTorch would fail at the first step, with pages of its own."""
     # What PyTorch and Triton look for, in their order.
     variable, names = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
-    names = (os.environ.get(variable, ""), *names)
-    lacking = "" if any(name and shutil.which(name) for name in names) else f"{names[1]} (or ${variable})"
+    choices = [name for name in (os.environ.get(variable), *names) if name]
+    lacking = "" if any(map(shutil.which, choices)) else f"{names[0]} (or ${variable})"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         lacking = "Triton"
     if lacking:
