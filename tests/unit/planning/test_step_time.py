@@ -40,8 +40,8 @@ def pretraining() -> tuple[RunConfig, StepTime, Workload]:
 def test_pretraining_of_14b_on_64_h100_is_near_the_arithmetic(pretraining):
     config, time, workload = pretraining
     # An audit's arithmetic over a trace of version 0.2's kernels gave 25 packs of 587 ms, 0.38 s besides, 15.1 s and
-    # 31 %. It counted by other means, so 5 % is what its roundings allow. Of a pack, 125 ms were elementwise kernels, now
-    # fused, and attention was computed once more; 1 % are gaps between kernels that are no longer there.
+    # 31 %. It counted by other means, so 5 % is what its roundings allow. Of a pack, 125 ms were elementwise kernels,
+    # now fused, and attention was computed once more; 1 % are gaps between kernels that are no longer there.
     assert workload.num_micro_batches == 25
     fused = 25 * 0.125 - time.elementwise + time.attention / 3.5
     assert time.elementwise < 25 * 0.125 / 3
