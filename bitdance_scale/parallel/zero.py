@@ -35,9 +35,6 @@ from bitdance_scale.parallel.topology import Topology
 # A shared-memory all-reduce for inference on CPUs, which every process would compile or load when it starts.
 deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
 
-# DeepSpeed's default. Its buffer of this size exists in full, however small the model is: 2 GB in float32.
-MAX_BUCKET_ELEMENTS = 500_000_000
-
 
 class GuardedAdamW(torch.optim.AdamW):
     """AdamW that leaves out a step which it is told to refuse: weights, moments and step count stay as they are.
@@ -71,17 +68,24 @@ def deepspeed_config(config: RunConfig, data_size: int, num_elements: int) -> di
         num_elements: elements of this rank's parameters. The buffer in which gradients are reduced needs no more than
             these: the sums do not depend on which gradients are reduced together.
     """
+    parallel = config.parallel
     settings: dict[str, object] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": data_size,
         "gradient_clipping": config.optim.clip_norm,
         "zero_optimization": {
-            "stage": config.parallel.zero_stage,
-            "overlap_comm": False,
-            "reduce_bucket_size": min(num_elements, MAX_BUCKET_ELEMENTS),
+            "stage": parallel.zero_stage,
+            # ZeRO-1 reduces after the last backward pass of a step: there is nothing beside it.
+            "overlap_comm": parallel.zero_stage > 1,
+            # The buffer exists in full, however small the model is.
+            "reduce_bucket_size": min(num_elements, parallel.reduce_bucket_elements),
+            "stage3_prefetch_bucket_size": parallel.prefetch_elements,
+            "stage3_max_live_parameters": parallel.live_elements,
+            "stage3_max_reuse_distance": parallel.live_elements,
+            "stage3_param_persistence_threshold": parallel.persistent_elements,
         },
-        "communication_data_type": {"float32": "fp32", "bfloat16": "bf16"}[config.parallel.reduce_dtype],
+        "communication_data_type": {"float32": "fp32", "bfloat16": "bf16"}[parallel.reduce_dtype],
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }

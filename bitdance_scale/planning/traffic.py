@@ -24,6 +24,8 @@ LAYER_BACKWARD_EXPOSED, LAYER_BACKWARD_BESIDE = 2, 4
 WHOLE_BACKWARD_EXPOSED, WHOLE_BACKWARD_BESIDE = 0, 4
 # Sums of one vector under ZeRO-2 and 3: gradients of the norms that see a part of the positions or heads.
 LAYER_VECTORS = 4
+# Of the time of both passes.
+BACKWARD_SHARE = 2 / 3
 # Linears, which ZeRO-3 gathers one by one.
 LAYER_LINEARS, HEAD_BLOCK_LINEARS = 4, 4
 
@@ -115,7 +117,7 @@ def _data_rate(config: RunConfig, data_size: int, machine: Machine) -> float:
 
 
 def data_micro_s(config: RunConfig, num_elements: float, data_size: int, stages: RankStages, machine: Machine) -> float:
-    """Of one micro-batch between replicas, all of it exposed.
+    """Of one micro-batch between replicas, exposed or not (`exposed_s`).
 
     ZeRO-2 all-reduces every micro-batch's gradients. ZeRO-3 gathers the weights for the forward and for the backward
     pass, linear by linear, and reduce-scatters the gradients.
@@ -134,6 +136,19 @@ def data_micro_s(config: RunConfig, num_elements: float, data_size: int, stages:
         sent = 2 * num_bytes + reduced
         return messages + gather_s(sent, data_size, rate, 3 * machine.message_s.value)
     return 0.0
+
+
+def exposed_s(config: RunConfig, traffic_s: float, computing_s: float, machine: Machine) -> float:
+    """What is left of a micro-batch's traffic between replicas beside its passes.
+
+    Args:
+        config: the run.
+        traffic_s: seconds of the traffic alone.
+        computing_s: seconds of both passes. ZeRO-2 sends beside the backward pass alone.
+        machine: what it runs on.
+    """
+    beside = computing_s if config.parallel.zero_stage == 3 else BACKWARD_SHARE * computing_s
+    return traffic_s - min(machine.overlap_fraction.value * traffic_s, beside)
 
 
 def data_step_s(config: RunConfig, num_elements: float, data_size: int, machine: Machine) -> float:

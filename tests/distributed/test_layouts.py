@@ -87,6 +87,8 @@ def _pp(**more: object) -> dict[str, object]:
 
 
 SP = {"sequence_parallel": True}
+# Weights come and go all the time.
+FEW_LIVE = {"prefetch_elements": 8000, "live_elements": 20000, "persistent_elements": 100}
 MEGATRON = {"optimizer": "megatron"}
 LAYOUTS = [
     Layout(1, 8, {}),
@@ -96,7 +98,10 @@ LAYOUTS = [
     Layout(4, 2, {}),
     Layout(2, 4, {"zero_stage": 2}),
     Layout(4, 1, {"zero_stage": 2, "recompute": "full"}),
+    # Many buckets, and weights that are larger than one.
+    Layout(2, 4, {"zero_stage": 2, "reduce_bucket_elements": 5000}),
     Layout(2, 2, {"zero_stage": 3}),
+    Layout(2, 2, {"zero_stage": 3, "reduce_bucket_elements": 5000} | FEW_LIVE),
     Layout(4, 2, {"zero_stage": 3, "recompute": "full"}, is_large=True),
     Layout(2, 4, _tp()),
     Layout(2, 4, _tp(**SP)),
