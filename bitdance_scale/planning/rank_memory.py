@@ -271,7 +271,10 @@ def _moments(
         moments.append(
             {"activations": activations + logits + whole, "buffers": 0.0 if parallel.zero_stage == 2 else engine}
         )
-        left = pack.num_text_targets * config.model.hidden_size * size
+        left: float = pack.num_text_targets * config.model.hidden_size * size
+        if is_megatron_engine(config):
+            # The linear gives autograd a gradient while that of the logits is still there.
+            left += pack.num_text_targets * table / config.model.hidden_size * size
         gradients = size * table + whole
         buffers = copied(table) + buckets + with_table
         moments.append({"activations": activations + left, "gradients": gradients, "buffers": buffers})
