@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import importlib.util
+import os
+import shutil
 from collections.abc import Sequence
 
 import torch
@@ -34,8 +37,11 @@ def build_engine(config: RunConfig, vocab_size: int, topology: Topology) -> Trai
     """This rank's stages under the run's engine, ready to train; a collective of all ranks.
 
     Raises:
-        ConfigError: on every rank: a pattern of `optim.decay_exempt` names no parameter of the model.
+        ConfigError: on every rank: a pattern of `optim.decay_exempt` names no parameter of the model; or there is no
+            compiler for `parallel.compile`.
     """
+    if config.parallel.compile:
+        _check_compiler(topology.device)
     stages = build_stages(config, vocab_size, topology)
     _check_exemptions(list(name_parameters(stages, topology)), config.optim.decay_exempt)
     return engine_of(stages, config, topology)
@@ -60,6 +66,20 @@ def engine_of(
     from bitdance_scale.parallel.zero import ZeroEngine
 
     return ZeroEngine(stages, config, topology, is_fused)
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Refuses to compile where the compiler of PyTorch would fail at the first step, with pages of its own."""
+    # What PyTorch and Triton look for, in their order.
+    variable, names = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
+    choices = [name for name in (os.environ.get(variable), *names) if name]
+    lacking = "" if any(map(shutil.which, choices)) else f"{names[0]} (or ${variable})"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        lacking = "Triton"
+    if lacking:
+        raise ConfigError(
+            f"parallel.compile = true: {lacking} is not on this machine; install it, or set parallel.compile=false"
+        )
 
 
 def _check_exemptions(own_names: list[str], patterns: Sequence[str]) -> None:

@@ -95,17 +95,15 @@ def layer_activation_bytes(config: RunConfig, num_positions: int) -> float:
     """What a backbone layer keeps for its backward pass, without recomputation of the whole layer."""
     model, size, tensor = config.model, element_bytes(config), config.parallel.tensor
     query, kv = model.num_heads * model.head_dim / tensor, model.num_kv_heads * model.head_dim / tensor
-    # Two norms: the float32 copy of their input, the normalised value, and what the linears take.
-    norms = local_positions(config, num_positions) * model.hidden_size * 2 * (FLOAT_BYTES + 2 * size)
-    # Fused query, key and value; the rotated query and key with four tables of cosines and sines; the mixed values.
-    attention = num_positions * size * (query + 2 * kv + query + kv + 4 * model.head_dim + query)
-    if model.parts.has_query_key_norms:
-        attention += num_positions * (query + kv) * (FLOAT_BYTES + size)
-    if config.parallel.recompute == "none":
-        # The logarithms of the softmax's sums, twice.
-        attention += num_positions * model.num_heads / tensor * 2 * FLOAT_BYTES
-    # Gate and up stacked, SiLU and its input, their product.
-    return norms + attention + num_positions * 5 * model.ffn_size / tensor * size
+    ffn = model.ffn_size / tensor
+    # The residual stream of two norms; fused query, key and value, and the mixed values; gate and up.
+    norms = local_positions(config, num_positions) * model.hidden_size * 2
+    kept = norms + num_positions * (query + 2 * kv + query + 2 * ffn)
+    if config.parallel.recompute != "selective":
+        # What the linears and attention take: normalised streams, rotated queries and keys, products.
+        kept += norms + num_positions * (query + kv + ffn)
+    # The logarithms of the softmax's sums, twice.
+    return kept * size + num_positions * model.num_heads / tensor * 2 * FLOAT_BYTES
 
 
 def layer_input_bytes(config: RunConfig, num_positions: int) -> float:
@@ -118,8 +116,8 @@ def head_block_bytes(config: RunConfig, num_tokens: float) -> float:
     head, tensor = config.head, config.parallel.tensor
     unit = num_tokens * head.width * element_bytes(config)
     if config.model.parts.head_attends(config.vision.block_tokens):
-        return unit * (10 + (4 + 4 * head.mlp_ratio) / tensor)
-    return unit * (5 + 4 * head.mlp_ratio / tensor)
+        return unit * (6 + (4 + 3 * head.mlp_ratio) / tensor)
+    return unit * (3 + 3 * head.mlp_ratio / tensor)
 
 
 def head_bytes(config: RunConfig, num_predicted: int) -> float:
@@ -143,14 +141,15 @@ def projector_bytes(config: RunConfig, num_vision: int) -> float:
 
 
 def logits_bytes(config: RunConfig, vocab_size: int, num_text_targets: int) -> float:
-    """Two float32 copies of the logits of all text targets."""
+    """The logits of all text targets; uncompiled, beside them a float32 copy, where the targets are, and that again."""
     table = table_elements(config, vocab_size) / config.model.hidden_size
-    return 2 * FLOAT_BYTES * num_text_targets * table if config.model.parts.has_text else 0.0
+    per_logit = element_bytes(config) + (0 if config.parallel.compile else 2 * FLOAT_BYTES + 1)
+    return per_logit * num_text_targets * table if config.model.parts.has_text else 0.0
 
 
 def input_bytes(config: RunConfig, pack: FullestPack) -> float:
     """All packs of the step: rotary tables, and four float32 numbers for every bit."""
-    per_pack = pack.num_positions * FLOAT_BYTES * config.model.head_dim
+    per_pack = pack.num_positions * element_bytes(config) * config.model.head_dim
     per_pack += pack.num_vision * 4 * FLOAT_BYTES * config.vision.num_bits
     return per_pack * pack.num_micro_batches
 
@@ -164,7 +163,7 @@ def stage_activation_bytes(config: RunConfig, pack: FullestPack, stages: RankSta
         total += projector_bytes(config, pack.num_vision)
     if stages.is_last:
         norm = local_positions(config, pack.num_positions) * config.model.hidden_size
-        total += norm * (FLOAT_BYTES + 2 * size) + head_bytes(config, pack.num_predicted)
+        total += norm * 2 * size + head_bytes(config, pack.num_predicted)
     return total
 
 
@@ -272,7 +271,10 @@ def _moments(
         moments.append(
             {"activations": activations + logits + whole, "buffers": 0.0 if parallel.zero_stage == 2 else engine}
         )
-        left = pack.num_text_targets * config.model.hidden_size * size
+        left: float = pack.num_text_targets * config.model.hidden_size * size
+        if is_megatron_engine(config):
+            # The linear gives autograd a gradient while that of the logits is still there.
+            left += pack.num_text_targets * table / config.model.hidden_size * size
         gradients = size * table + whole
         buffers = copied(table) + buckets + with_table
         moments.append({"activations": activations + left, "gradients": gradients, "buffers": buffers})

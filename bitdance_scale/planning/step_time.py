@@ -113,7 +113,7 @@ def micro_time(
 ) -> StepTime:
     """Seconds of one micro-batch, forward and backward, on one pipeline rank."""
     recompute, tensor = config.parallel.recompute, config.parallel.tensor
-    repeated, attention_repeated = int(recompute == "full"), int(recompute != "none")
+    repeated = int(recompute == "full")
     peak = machine.peak_flops(config.run.dtype)
     share = sum(stages.num_layers) / config.model.num_layers
     flops = share * micro.padding * micro.flops.backbone * (1 + PRODUCTS_BACKWARD + repeated)
@@ -122,7 +122,7 @@ def micro_time(
     if stages.is_last:
         flops += micro.flops.head * (1 + PRODUCTS_BACKWARD + repeated)
         flops += micro.flops.text * (1 + PRODUCTS_BACKWARD)
-    attention = share * micro.flops.attention * (1 + ATTENTION_BACKWARD + attention_repeated)
+    attention = share * micro.flops.attention * (1 + ATTENTION_BACKWARD + repeated)
     elements = rank_elements(config, vocab_size, stages)
     busy = StepTime(
         gemm=products_s(flops / tensor, machine.product_rate(config.run.dtype, tensor)),
@@ -143,15 +143,15 @@ def micro_time(
 
 def elementwise_bytes(config: RunConfig, vocab_size: int, micro: MicroBatch, stages: RankStages) -> float:
     """Bytes that the elementwise kernels of one micro-batch move on a rank."""
-    repeated = int(config.parallel.recompute == "full")
-    moved = sum(stages.num_layers) * layer_bytes(config, micro.num_positions).training(repeated)
+    recompute = config.parallel.recompute
+    moved = sum(stages.num_layers) * layer_bytes(config, micro.num_positions).training(recompute)
     if stages.is_last:
-        moved += logits_bytes(config, vocab_size, micro.num_text_targets).training(0)
+        moved += logits_bytes(config, vocab_size, micro.num_text_targets).training("none")
         if config.head.kind == "diffusion":
             num_tokens = micro.num_predicted * config.head.diff_batch_mul
             block: BothPasses = head_block_bytes(config, num_tokens)
-            moved += config.head.num_blocks * block.training(repeated)
-            moved += head_rest_bytes(config, num_tokens).training(0)
+            moved += config.head.num_blocks * block.training(recompute)
+            moved += head_rest_bytes(config, num_tokens).training("none")
     return moved
 
 

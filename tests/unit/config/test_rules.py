@@ -35,6 +35,7 @@ UNCONSTRAINED = {
     "vision.gan_decoder",
     "text.path",
     "optim.decays_vectors",
+    "parallel.compile",
     "parallel.sequence_parallel",
     "head.time_mean",
     "data.bits_dir",
