@@ -12,6 +12,7 @@ from tests.fake_cuda.triton_runs import (
     FLEX,
     FUSED,
     GPUS,
+    NARROW,
     POSITIONS,
     RAGGED,
     TIMEOUT_S,
@@ -88,9 +89,9 @@ def test_kernels_of_flex_attention_compute_attention_and_its_gradients(name, bou
         assert max(differences.values()) < bound, differences
 
 
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", NARROW)
 def test_kernels_of_formulas_compute_them(name):
-    (differences,) = run("values", FUSED, "h100", (16,))[name]
+    (differences,) = run("values", NARROW, "h100", (32,))[name]
     # Results are rounded to bfloat16, of 8 bits, and so are some terms.
     assert differences and max(differences.values()) < 1e-2, differences
 
