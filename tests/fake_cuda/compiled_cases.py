@@ -18,7 +18,7 @@ from tests.fake_cuda.generated_kernels import Compilation
 _TEXT, _BLOCK = 9, 16
 # Channels of the networks, of a rank's SwiGLU and its two halves, and entries of the vocabulary that are divided by 16.
 _WIDE = frozenset((5120, 4352, 2 * 4352, 37985))
-# Arguments of formulas that are not in the dtype of activations.
+# One number per position, not in the dtype of activations.
 _FLOAT32 = frozenset(("largest", "total", "d_loss"))
 
 
@@ -142,7 +142,7 @@ class FusedFormula:
                 arguments[name] = shape
             elif name == "targets":
                 arguments[name] = torch.randint(shapes["num_entries"], shape, generator=generator)
-            elif name in _FLOAT32:
+            elif name in _FLOAT32 and len(shape) == 1:
                 # Those of logits: the largest, and a sum of exponentials.
                 arguments[name] = 4 + torch.rand(shape, generator=generator)
             else:
