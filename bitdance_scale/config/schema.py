@@ -197,6 +197,11 @@ class VisionSection:
     num_res_blocks: int = setting(4, doc="Residual blocks per level.")
     norm_groups: int = setting(32, doc="Groups of the group norms; 32 in all published tokenizers.")
     gan_decoder: bool = setting(False, doc="Whether the decoder also takes noise, as two of the published ones do.")
+    precision: str = setting(
+        "float32",
+        doc="How the tokenizer multiplies on CUDA: float32, or tf32 (10 bits of mantissa, several times as fast; bits "
+        "flip whose latents lie near 0).",
+    )
     block_side: int = setting(4, doc="Side p of the block of p x p vision tokens predicted together.")
     order: str = setting(
         "block",
@@ -260,10 +265,19 @@ class ParallelSection:
     pipeline: int = setting(1, doc="Pipeline-parallel ranks (Megatron's 1F1B schedule).")
     virtual_stages: int = setting(1, doc="Stages per pipeline rank; more than 1 is Megatron's interleaved schedule.")
     pipeline_split: str | tuple[int, ...] = setting(
-        "auto",
-        doc="Backbone layers per stage: auto (the slowest stage as fast as can be, by FLOPs), even, or a list.",
+        "auto", doc="Backbone layers per stage: auto (slowest stage as fast as can be, by FLOPs), even, or a list."
+    )
+    optimizer: str = setting(
+        "deepspeed", doc="What divides the optimiser: deepspeed (ZeRO) or megatron (Megatron-core's)."
     )
     zero_stage: int = setting(1, doc="DeepSpeed ZeRO stage over the data-parallel ranks: 1, 2 or 3.")
+    reduce_dtype: str = setting(
+        "float32", doc="In which dtype replicas send and sum gradients: float32, or bfloat16 (half the traffic)."
+    )
+    reduce_bucket_elements: int = setting(100_000_000, doc="ZeRO 2, 3: elements of gradients that are sent together.")
+    prefetch_elements: int = setting(50_000_000, doc="ZeRO 3: elements of weights gathered ahead, beside other layers.")
+    live_elements: int = setting(1_000_000_000, doc="ZeRO 3: elements of gathered weights that may be kept for later.")
+    persistent_elements: int = setting(100_000, doc="ZeRO 3: weights of fewer elements (norms, biases) stay whole.")
     recompute: str = setting(
         "none",
         doc="What the backward pass computes again instead of keeping: none, selective (norms, rotation and SwiGLU; "
@@ -271,8 +285,7 @@ class ParallelSection:
     )
     compile: bool = setting(
         False,
-        doc="Whether the elementwise parts of the networks are compiled into a kernel each; needs a C++ compiler, on "
-        "CUDA also Triton.",
+        doc="Whether elementwise parts are compiled into a kernel each; needs a C++ compiler, on CUDA Triton too.",
     )
 
     @property

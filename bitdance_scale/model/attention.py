@@ -293,11 +293,13 @@ def _mix(
         # Lets the kernels omit their checks for a ragged end.
         torch._check(size % tile == 0)
     # Packs of less than one tile would otherwise get a kernel of their own, for decoding.
-    options: Any = {"BACKEND": "TRITON", "num_warps": _NUM_WARPS}
+    options: dict[str, Any] = {"BACKEND": "TRITON", "num_warps": _NUM_WARPS}
     if query_SBNK.dtype == torch.float32:
         options["fwd_BLOCK_M"] = _FLOAT32_QUERIES
     query_BNSK, key_BGSK, value_BGSK = _heads_first(query_SBNK, key_SBGK, value_SBGK)
-    mixed_BNSK = flex_attention(
+    # Any: its types do not know of options for the kernels alone.
+    attention: Any = flex_attention
+    mixed_BNSK: torch.Tensor = attention(
         query_BNSK,
         key_BGSK,
         value_BGSK,

@@ -16,90 +16,14 @@ projection (N / G queries, a key and a value), K head size, H hidden channels of
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
-FORMULAS: dict[str, Formula] = {}
-"""All formulas, by name."""
-# The compiler makes a program of its own for sizes of 0 and 1.
-MIN_COMPILED_POSITIONS = 2
-
-
-class Formula:
-    """A function of tensors that is run operator by operator, or compiled once for all numbers of positions.
-
-    Args:
-        function: takes tensors, numbers and truth values; returns tensors that are no views of its arguments.
-        whole: names of its tensors whose first axis is not positions.
-        rewritten: name of the one tensor that it changes in place; empty: none.
-
-    Attributes:
-        name: of the function.
-    """
-
-    def __init__(self, function: Callable[..., Any], whole: tuple[str, ...], rewritten: str) -> None:
-        functools.update_wrapper(self, function)
-        self.name, self.function, self.whole, self._rewritten = function.__name__, function, whole, rewritten
-        names = list(inspect.signature(function).parameters)
-        assert {*whole, *([rewritten] if rewritten else ())} <= set(names), "names of arguments"
-        self._is_of_positions = [name not in whole for name in names]
-
-    def __call__(self, *values: Any, is_compiled: bool) -> Any:
-        """The function of values; the one place where formulas are called from outside of this file."""
-        if not is_compiled or len(values[0]) < MIN_COMPILED_POSITIONS:
-            return self.function(*values)
-        if isinstance(values[0], FakeTensor):
-            return self.stand_in(*values)
-        return self.compiled(*map(_marked, values, self._is_of_positions))
-
-    @functools.cached_property
-    def compiled(self) -> Callable[..., Any]:
-        """The function, compiled when it is first called: loading the compiler takes seconds."""
-        # Not dynamic: only the marked axes are.
-        return torch.compile(self.function, fullgraph=True, dynamic=False)
-
-    @functools.cached_property
-    def stand_in(self) -> Callable[..., Any]:
-        """The compiled function as tensors without memory see it: one operator, which makes nothing but its results."""
-        mutated = {self._rewritten} if self._rewritten else ()
-        operator = torch.library.custom_op(f"bitdance::{self.name}", self.function, mutates_args=mutated)
-        operator.register_fake(self.function)
-        return operator
-
-
-def _marked(value: Any, is_of_positions: bool) -> Any:
-    """An argument as the compiler should see it: without a gradient, and of any number of positions."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    # The compiler would compile again for a tensor that requires a gradient.
-    value = value.detach()
-    if is_of_positions:
-        torch._dynamo.mark_dynamic(value, 0)
-    return value
-
-
-def formula(*, whole: tuple[str, ...] = (), rewritten: str = "") -> Callable[[Callable[..., Any]], Formula]:
-    """Makes a function a `Formula` and lists it."""
-
-    def listed(function: Callable[..., Any]) -> Formula:
-        made = Formula(function, whole, rewritten)
-        FORMULAS[made.name] = made
-        return made
-
-    return listed
-
-
-def _have_equal_length(first: torch.Tensor, *others: torch.Tensor | None) -> None:
-    """Tells the compiler that tensors have as many positions; it would take them for different numbers."""
-    for other in others:
-        if other is not None:
-            torch._check(other.shape[0] == first.shape[0])
+from bitdance_scale.model.formula import FORMULAS as FORMULAS
+from bitdance_scale.model.formula import formula, have_equal_length
 
 
 def _unit(wide: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,7 +69,7 @@ def add_rms_norm(
     stream: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(the residual stream [R, D] after an addition, its `rms_norm`)."""
-    _have_equal_length(stream, added)
+    have_equal_length(stream, added)
     total = stream + added
     return total, _root_mean_square_norm(total, weight, eps)
 
@@ -155,7 +79,7 @@ def rms_norm_gradient(
     hidden: torch.Tensor, weight: torch.Tensor, d_normed: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of `rms_norm`: of `hidden` [R, D] and of the weight [D]."""
-    _have_equal_length(hidden, d_normed)
+    have_equal_length(hidden, d_normed)
     d_hidden, terms = _root_mean_square_norm_gradient(hidden, weight, d_normed, eps)
     return d_hidden, terms.sum(0)
 
@@ -165,7 +89,7 @@ def carried_rms_norm_gradient(
     stream: torch.Tensor, weight: torch.Tensor, d_normed: torch.Tensor, d_stream: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`rms_norm_gradient` where the residual stream [R, D] goes on beside the norm and has a gradient of its own."""
-    _have_equal_length(stream, d_normed, d_stream)
+    have_equal_length(stream, d_normed, d_stream)
     d_hidden, terms = _root_mean_square_norm_gradient(stream, weight, d_normed, eps, d_stream)
     return d_hidden, terms.sum(0)
 
@@ -213,7 +137,7 @@ def turn_heads(stacked: torch.Tensor, table: torch.Tensor, is_interleaved: bool)
     Returns:
         (queries [R, N, K], keys [R, G, K]).
     """
-    _have_equal_length(stacked, table)
+    have_equal_length(stacked, table)
     query, key, _ = _split_heads(stacked, table.shape[-1])
     return _turn(query, table, is_interleaved).flatten(1, 2), _turn(key, table, is_interleaved)
 
@@ -228,7 +152,7 @@ def norm_turn_heads(
     is_interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`turn_heads` after a root-mean-square norm of every query and key, with weights [K]."""
-    _have_equal_length(stacked, table)
+    have_equal_length(stacked, table)
     query, key, _ = _split_heads(stacked, table.shape[-1])
     query = _root_mean_square_norm(query, query_weight, eps)
     key = _root_mean_square_norm(key, key_weight, eps)
@@ -245,7 +169,7 @@ def turn_heads_gradient(
     table: torch.Tensor, d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor, is_interleaved: bool
 ) -> torch.Tensor:
     """Gradient [R, G, M K] of the fused projection, of those of queries [R, N, K], keys and values [R, G, K]."""
-    _have_equal_length(table, d_query, d_key, d_value)
+    have_equal_length(table, d_query, d_key, d_value)
     d_query = _turn(d_query.unflatten(1, (d_key.shape[1], -1)), table, is_interleaved, is_back=True)
     return _stack_heads(d_query, _turn(d_key, table, is_interleaved, is_back=True), d_value)
 
@@ -263,7 +187,7 @@ def norm_turn_heads_gradient(
     is_interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `norm_turn_heads` and of the values: of the fused projection and of the two weights [K]."""
-    _have_equal_length(stacked, table, d_query, d_key, d_value)
+    have_equal_length(stacked, table, d_query, d_key, d_value)
     query, key, _ = _split_heads(stacked, table.shape[-1])
     d_query = _turn(d_query.unflatten(1, (d_key.shape[1], -1)), table, is_interleaved, is_back=True)
     d_key = _turn(d_key, table, is_interleaved, is_back=True)
@@ -282,7 +206,7 @@ def swiglu(stacked: torch.Tensor) -> torch.Tensor:
 @formula()
 def swiglu_gradient(stacked: torch.Tensor, d_product: torch.Tensor) -> torch.Tensor:
     """Gradient of `swiglu`, [R, 2 H]."""
-    _have_equal_length(stacked, d_product)
+    have_equal_length(stacked, d_product)
     gate, up = stacked.chunk(2, dim=-1)
     d_gate = torch.ops.aten.silu_backward(d_product * up, gate)
     return torch.cat([d_gate, d_product * functional.silu(gate)], dim=-1)
@@ -305,7 +229,7 @@ def modulated_norm(
     eps: float,
 ) -> torch.Tensor:
     """Layer norm of [R, D], with weight and bias [D] or without, times 1 + scale [R, D], plus shift [R, D]."""
-    _have_equal_length(hidden, scale, shift)
+    have_equal_length(hidden, scale, shift)
     return _layer_norm(hidden, weight, bias, eps)[0] * (1 + scale) + shift
 
 
@@ -323,7 +247,7 @@ def modulated_norm_gradient(
 
     `d_stream` [R, D] is the gradient of what goes on beside the norm. Without a weight its gradients are empty.
     """
-    _have_equal_length(hidden, scale, d_modulated, d_stream)
+    have_equal_length(hidden, scale, d_modulated, d_stream)
     return _modulated_norm_gradient(hidden, weight, bias, scale, d_modulated, d_stream, eps)
 
 
@@ -358,7 +282,7 @@ def _modulated_norm_gradient(
 @formula()
 def gated_add(stream: torch.Tensor, gate: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
     """The residual stream plus what is added times its gate; all [R, D]."""
-    _have_equal_length(stream, gate, added)
+    have_equal_length(stream, gate, added)
     return stream + gate * added
 
 
@@ -367,7 +291,7 @@ def gated_add_gradient(
     gate: torch.Tensor, added: torch.Tensor, d_total: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of gate and addend in `gated_add`; that of the stream is `d_total`."""
-    _have_equal_length(gate, added, d_total)
+    have_equal_length(gate, added, d_total)
     return d_total * added, d_total * gate
 
 
@@ -383,7 +307,7 @@ def gated_add_norm(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(`gated_add`, its `modulated_norm`)."""
-    _have_equal_length(stream, gate, added, scale, shift)
+    have_equal_length(stream, gate, added, scale, shift)
     total = stream + gate * added
     return total, _layer_norm(total, weight, bias, eps)[0] * (1 + scale) + shift
 
@@ -401,7 +325,7 @@ def gated_add_norm_gradient(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `gated_add_norm`: of stream, gate, addend and scale [R, D], weight and bias [D]."""
-    _have_equal_length(total, gate, added, scale, d_modulated, d_stream)
+    have_equal_length(total, gate, added, scale, d_modulated, d_stream)
     d_total, d_scale, d_weight, d_bias = _modulated_norm_gradient(
         total, weight, bias, scale, d_modulated, d_stream, eps
     )
@@ -409,9 +333,9 @@ def gated_add_norm_gradient(
 
 
 def _masked_logits(logits: torch.Tensor, num_entries: int) -> torch.Tensor:
-    """Logits [R, V] in float32, those of padding rows of the table minus infinity."""
+    """A copy of logits [R, V] in float32, those of padding rows of the table minus infinity."""
     is_entry = torch.arange(logits.shape[-1], device=logits.device) < num_entries
-    return logits.float().masked_fill(~is_entry, float("-inf"))
+    return logits.to(torch.float32, copy=True).masked_fill_(~is_entry, float("-inf"))
 
 
 @formula()
@@ -437,12 +361,12 @@ def exponential_sums(
         float32 [R, 2]: the sum of exp(logit - largest), and the target's logit - largest, 0 where the target is on
         another rank.
     """
-    _have_equal_length(logits, targets, largest)
-    shifted = _masked_logits(logits, num_entries) - largest[:, None]
+    have_equal_length(logits, targets, largest)
+    shifted = _masked_logits(logits, num_entries).sub_(largest[:, None])
     local = targets - first_entry
     is_here = (local >= 0) & (local < logits.shape[-1])
     at_target = shifted.gather(1, torch.where(is_here, local, 0)[:, None])[:, 0]
-    return torch.stack([shifted.exp().sum(-1), torch.where(is_here, at_target, 0.0)], dim=-1)
+    return torch.stack([shifted.exp_().sum(-1), torch.where(is_here, at_target, 0.0)], dim=-1)
 
 
 @formula(rewritten="logits")
@@ -466,10 +390,11 @@ def cross_entropy_gradient(
         first_entry: as in `exponential_sums`.
         num_entries: likewise.
     """
-    _have_equal_length(logits, targets, largest, total, d_loss)
-    shares = (_masked_logits(logits, num_entries) - largest[:, None]).exp() / total[:, None]
+    have_equal_length(logits, targets, largest, total, d_loss)
+    # Changed in place: uncompiled, every copy of the logits would count.
+    shares = _masked_logits(logits, num_entries).sub_(largest[:, None]).exp_().div_(total[:, None])
     is_target = torch.arange(logits.shape[-1], device=logits.device) == (targets - first_entry)[:, None]
-    logits.copy_((shares - is_target.float()) * d_loss[:, None])
+    logits.copy_(shares.sub_(is_target.float()).mul_(d_loss[:, None]))
 
 
 def example_shapes(num_positions: int) -> Mapping[str, dict[str, Any]]:

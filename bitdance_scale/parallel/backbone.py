@@ -1,8 +1,8 @@
 """The backbone of all families: Megatron-core's TransformerBlock, over our own layer.
 
 Megatron-core makes the linears and names them. `parallel/layer.py` has the forward pass of a layer and its core
-attention. `RMSNorm` sums its weight gradient over tensor-parallel ranks where each rank sees only its own heads or
-positions.
+attention. The weight gradient of `RMSNorm` is summed over tensor-parallel ranks where each rank sees only its own heads
+or positions.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from bitdance_scale.parallel.layer import BlockCausalAttention, Layer, LayerConf
 from bitdance_scale.parallel.stage_split import stage_split
 from bitdance_scale.parallel.tensor_linears import without_sequence_parallel
 from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.parallel.weight_gradients import provide_accumulation
 
 
 class RMSNorm(nn.Module):
@@ -37,7 +38,10 @@ class RMSNorm(nn.Module):
     Its weight is replicated, but a tensor-parallel rank may see only a part of what the norm is applied to: its own
     query or key heads (`is_per_head`), and under sequence parallelism its own positions. The gradient must then be
     summed over the ranks. It is summed inside autograd because the hooks of ZeRO-2 and 3 take a gradient as soon as it
-    exists.
+    exists, unless an optimiser takes the sum over (`parallel/partial_gradients.py`).
+
+    Attributes:
+        sums_in_backward: whether the gradient of the weight is summed over tensor-parallel ranks inside autograd.
     """
 
     def __init__(
@@ -45,7 +49,7 @@ class RMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.eps, self.is_compiled = eps, config.is_compiled
-        self.sees_a_part = is_per_head or config.sequence_parallel
+        self.sums_in_backward = config.tensor_model_parallel_size > 1 and (is_per_head or config.sequence_parallel)
         self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -53,8 +57,8 @@ class RMSNorm(nn.Module):
         return rms_norm(hidden, self.summed_weight(), self.eps, self.is_compiled)
 
     def summed_weight(self) -> torch.Tensor:
-        """The weight, whose gradient is summed over the ranks where it must be."""
-        return copy_to_tensor_model_parallel_region(self.weight) if self.sees_a_part else self.weight
+        """The weight, whose gradient is summed over the ranks where that is done for every micro-batch."""
+        return copy_to_tensor_model_parallel_region(self.weight) if self.sums_in_backward else self.weight
 
 
 class StreamNorm(RMSNorm):
@@ -93,6 +97,9 @@ def transformer_config(config: RunConfig, vocab_size: int, topology: Topology) -
     model, parallel = config.model, config.parallel
     dtype = getattr(torch, config.run.dtype)
     is_cuda = topology.device.type == "cuda"
+    adds_up_in_float32 = parallel.optimizer == "megatron"
+    if adds_up_in_float32:
+        provide_accumulation()
     return LayerConfig(
         is_compiled=parallel.compile,
         drops_results=parallel.recompute == "selective",
@@ -116,7 +123,7 @@ def transformer_config(config: RunConfig, vocab_size: int, topology: Topology) -
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=adds_up_in_float32,
         # Parameters are made on the default device and filled by `parallel/build.py`, so that their values do not
         # depend on the layout.
         use_cpu_initialization=True,
@@ -132,8 +139,12 @@ def transformer_config(config: RunConfig, vocab_size: int, topology: Topology) -
         variable_seq_lengths=True,
         # The model has no mixture of experts, but the default dispatcher refuses packs of unequal length.
         moe_token_dispatcher_type="alltoall",
-        # gloo has no batched point-to-point calls.
-        batch_p2p_comm=is_cuda,
+        # gloo has no batched point-to-point calls. The interleaved schedule sends beside the passes of other stages;
+        # in a batch, two ranks that are each other's previous and next could not tell their messages apart.
+        batch_p2p_comm=is_cuda and parallel.virtual_stages == 1,
+        overlap_p2p_comm=parallel.virtual_stages > 1,
+        # It would wait for the device after every message, for versions of PyTorch that are long gone.
+        batch_p2p_sync=False,
         # Losses are sums divided by global counts: the schedule must not divide by the number of micro-batches.
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=True,

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import importlib.util
+import os
+import shutil
 from collections.abc import Sequence
 
 import torch
@@ -16,10 +19,10 @@ import torch.distributed as dist
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.model.initial import draw_initial
+from bitdance_scale.parallel.engine import TrainingEngine
 from bitdance_scale.parallel.parameter_names import Parameters, name_parameters
 from bitdance_scale.parallel.pipeline_stages import RankStages
 from bitdance_scale.parallel.topology import Topology
-from bitdance_scale.parallel.zero import ZeroEngine
 
 
 def build_stages(config: RunConfig, vocab_size: int, topology: Topology) -> RankStages:
@@ -30,15 +33,53 @@ def build_stages(config: RunConfig, vocab_size: int, topology: Topology) -> Rank
     return stages
 
 
-def build_engine(config: RunConfig, vocab_size: int, topology: Topology) -> ZeroEngine:
-    """This rank's stages under ZeRO, ready to train; a collective of all ranks.
+def build_engine(config: RunConfig, vocab_size: int, topology: Topology) -> TrainingEngine:
+    """This rank's stages under the run's engine, ready to train; a collective of all ranks.
 
     Raises:
-        ConfigError: on every rank: a pattern of `optim.decay_exempt` names no parameter of the model.
+        ConfigError: on every rank: a pattern of `optim.decay_exempt` names no parameter of the model; or there is no
+            compiler for `parallel.compile`.
     """
+    if config.parallel.compile:
+        _check_compiler(topology.device)
     stages = build_stages(config, vocab_size, topology)
     _check_exemptions(list(name_parameters(stages, topology)), config.optim.decay_exempt)
-    return ZeroEngine(stages, config, topology)
+    return engine_of(stages, config, topology)
+
+
+def engine_of(
+    stages: RankStages, config: RunConfig, topology: Topology, is_fused: bool | None = None
+) -> TrainingEngine:
+    """The run's engine on these stages; a collective of all ranks.
+
+    Args:
+        stages: with their initial weights.
+        config: the run.
+        topology: the ranks.
+        is_fused: whether AdamW is one kernel without temporary tensors; None: only on CUDA.
+    """
+    # Imported here, so that a run imports one of them.
+    if config.parallel.optimizer == "megatron":
+        from bitdance_scale.parallel.distributed_optimizer import MegatronEngine
+
+        return MegatronEngine(stages, config, topology, is_fused)
+    from bitdance_scale.parallel.zero import ZeroEngine
+
+    return ZeroEngine(stages, config, topology, is_fused)
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Refuses to compile where the compiler of PyTorch would fail at the first step, with pages of its own."""
+    # What PyTorch and Triton look for, in their order.
+    variable, names = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
+    choices = [name for name in (os.environ.get(variable), *names) if name]
+    lacking = "" if any(map(shutil.which, choices)) else f"{names[0]} (or ${variable})"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        lacking = "Triton"
+    if lacking:
+        raise ConfigError(
+            f"parallel.compile = true: {lacking} is not on this machine; install it, or set parallel.compile=false"
+        )
 
 
 def _check_exemptions(own_names: list[str], patterns: Sequence[str]) -> None:

@@ -53,6 +53,13 @@ class _Results:
         return tensor
 
 
+def _is_part(tensor: torch.Tensor, parameter: nn.Parameter) -> bool:
+    """Whether a tensor is a view of a parameter, which may lie in a storage with others."""
+    if tensor.untyped_storage()._cdata != parameter.untyped_storage()._cdata:
+        return False
+    return 0 <= tensor.storage_offset() - parameter.storage_offset() < parameter.numel()
+
+
 @contextlib.contextmanager
 def not_kept(
     results: Sequence[torch.Tensor], again: Callable[[], Sequence[torch.Tensor]], module: nn.Module
@@ -68,22 +75,25 @@ def not_kept(
             ones away and gathers them again.
     """
     numbers = {result.untyped_storage()._cdata: number for number, result in enumerate(results)}
-    parameters = {parameter.untyped_storage()._cdata: parameter for parameter in module.parameters()}
     held = _Results(again)
 
     def pack(tensor: torch.Tensor) -> object:
-        storage = tensor.untyped_storage()._cdata
-        if storage in numbers:
+        number = numbers.get(tensor.untyped_storage()._cdata)
+        if number is not None:
             held.keep()
-            return numbers[storage], tensor.shape, tensor.stride(), tensor.storage_offset()
-        parameter = parameters.get(storage)
-        return tensor if parameter is None or parameter.shape != tensor.shape else parameter
+            return number, tensor.shape, tensor.stride(), tensor.storage_offset()
+        for parameter in module.parameters():
+            if _is_part(tensor, parameter):
+                offset = tensor.storage_offset() - parameter.storage_offset()
+                return parameter, tensor.shape, tensor.stride(), offset
+        return tensor
 
     def unpack(packed: Any) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
-            return packed.detach()
-        number, *view = packed
-        return held.take(number).as_strided(*view)
+            return packed
+        source, size, stride, offset = packed
+        whole = held.take(source) if isinstance(source, int) else source.detach()
+        return whole.as_strided(size, stride, whole.storage_offset() + offset)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

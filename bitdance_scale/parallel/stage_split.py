@@ -101,8 +101,7 @@ def stage_costs(config: RunConfig, vocab_size: int) -> StageCosts:
     num_images, counts = typical_counts(config)
     flops = step_flops(config, vocab_size, counts)
     passes = TRAINING_OVER_FORWARD + int(config.parallel.recompute == "full")
-    attention_passes = TRAINING_OVER_FORWARD + int(config.parallel.recompute != "none")
-    layers = passes * flops.backbone + attention_passes * flops.attention
+    layers = passes * (flops.backbone + flops.attention)
     head = passes * flops.head * (1 - config.data.image_to_text_share)
     replica_ranks = config.parallel.tensor * config.parallel.pipeline
     return StageCosts(

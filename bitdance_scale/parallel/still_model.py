@@ -5,6 +5,7 @@ It holds the weights once, in the dtype of the run. Every replica holds all of t
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Protocol
 
 from bitdance_scale.config.schema import RunConfig
@@ -41,7 +42,9 @@ class StillModel:
     """
 
     def __init__(self, config: RunConfig, vocab_size: int, topology: Topology) -> None:
-        module = build_stages(config, vocab_size, topology).requires_grad_(False)
+        # Compiling would take longer than what it saves here, and need a compiler.
+        plain = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, compile=False))
+        module = build_stages(plain, vocab_size, topology).requires_grad_(False)
         self.stages: list[Stage] = list(module.stages)
         self._parameters = name_parameters(module, topology)
         self.tied = TiedEmbedding(self.stages, topology) if config.model.tie_embeddings else None

@@ -1,18 +1,26 @@
-"""Bytes that elementwise kernels read and write, and how many kernels there are, as the model computes today: eagerly.
+"""Bytes that elementwise kernels read and write, and how many kernels there are, compiled or not.
 
-The numbers per position and channel are traced, not derived: every kernel of two runs that differ by one layer was
-logged with the bytes of its inputs and outputs, at 1 and at 4 tensor-parallel ranks, in bfloat16 and float32, and the
-differences were split by width. The split reproduces the traces within 2 % (`tests/unit/planning/test_moved_bytes.py`).
-Fusing kernels changes them: then trace again.
+The numbers per position and channel are those of the formulas in `model/fused.py`: compiled, a formula reads its
+arguments and writes its results; uncompiled, each of its operators does. They reproduce the trace of two runs that
+differ by one layer, or by two blocks of the head, in which every kernel was logged with the bytes of its inputs and
+outputs (`tests/unit/planning/test_moved_bytes.py`). Changing a formula changes them: then trace again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.planning.parameters import RankStages
-from bitdance_scale.planning.rank_memory import element_bytes, local_positions
+from bitdance_scale.planning.rank_memory import (
+    FLOAT_BYTES,
+    element_bytes,
+    is_megatron_engine,
+    local_positions,
+    reduced_bytes,
+    scatters_gradients,
+)
 
 
 @dataclass(frozen=True)
@@ -22,14 +30,17 @@ class BothPasses:
     Attributes:
         forward: of one forward pass.
         backward: of one backward pass, recomputation left out.
+        again: of what selective recomputation repeats.
     """
 
     forward: float
     backward: float
+    again: float = 0.0
 
-    def training(self, num_repeated: int) -> float:
-        """Both passes, the forward one repeated so many times by recomputation."""
-        return self.forward * (1 + num_repeated) + self.backward
+    def training(self, recompute: str) -> float:
+        """Both passes, with what `parallel.recompute` repeats."""
+        repeated = {"none": 0.0, "selective": self.again, "full": self.forward}
+        return self.forward + repeated[recompute] + self.backward
 
 
 @dataclass(frozen=True)
@@ -38,36 +49,54 @@ class _LayerBytes:
 
     Attributes:
         hidden: channels of the residual stream, at the positions that a rank holds: two norms, two residuals.
-        query_key: channels of queries and keys: norms and rotation.
-        query: channels of queries: what surrounds attention.
+        query: channels of queries: norms and rotation.
+        key_value: channels of keys, of which there are as many of values.
         ffn: channels of the feed-forward: SwiGLU.
         head_dim: channels of one head: cosines and sines.
     """
 
     hidden: float
-    query_key: float
     query: float
+    key_value: float
     ffn: float
     head_dim: float
 
 
-_LAYER = {
-    2: (_LayerBytes(84, 71.5, 14, 10, 96), _LayerBytes(187, 130.5, 0, 26, 0)),
-    4: (_LayerBytes(80, 97.6, 28, 20, 96), _LayerBytes(218, 146, 0, 52, 0)),
-}
-"""Bytes of an element -> forward, backward."""
-# Per token, channel and byte of an element: (what every rank computes, what the ranks divide) in a block of the head.
-_HEAD_BLOCK = ((36.0, 19.5), (56.0, 37.5))
-# Of the rest of the head: positions, noise, modulations; forward, backward.
-_HEAD_REST = (146.0, 65.0)
-# Bytes per logit of the cross-entropy, which is in float32: forward, backward.
-_LOGIT = (46.0, 24.0)
+def _compiled_layer(size: int) -> tuple[_LayerBytes, _LayerBytes, _LayerBytes]:
+    """Forward, backward and what selective recomputation repeats, with elements of so many bytes."""
+    passes = ((9, 2, 3, 3, 1), (8, 3, 6, 5, 1), (4, 2, 3, 3, 1))
+    forward, backward, again = (_LayerBytes(*(size * number for number in numbers)) for numbers in passes)
+    return forward, backward, again
 
-LAYER_KERNELS = BothPasses(72, 92)
-HEAD_BLOCK_KERNELS = BothPasses(24, 62)
-REST_KERNELS = BothPasses(112, 150)
-"""Kernels of embedding, projector, the rest of the head, and losses."""
-PARAMETERS_PER_LAYER = 8
+
+_LAYER: Mapping[tuple[bool, int], tuple[_LayerBytes, _LayerBytes, _LayerBytes]] = {
+    (False, 2): (
+        _LayerBytes(84, 54, 54, 10, 8),
+        _LayerBytes(236, 130, 134, 30, 8),
+        _LayerBytes(72, 54, 54, 10, 8),
+    ),
+    (False, 4): (
+        _LayerBytes(80, 64, 64, 20, 16),
+        _LayerBytes(216, 140, 148, 60, 16),
+        _LayerBytes(56, 64, 64, 20, 16),
+    ),
+    (True, 2): _compiled_layer(2),
+    (True, 4): _compiled_layer(4),
+}
+"""(whether it is compiled, bytes of an element) -> forward, backward, repeated."""
+# Whether it is compiled -> forward, backward, per token, channel and byte of an element in a block of the head: (what
+# every rank computes, what the ranks divide).
+_HEAD_BLOCK = {False: ((36.0, 19.5), (64.0, 40.5)), True: ((19.0, 16.5), (41.0, 25.5))}
+# Of the rest of the head: positions, noise, modulations, the norms before and within its last layer.
+_HEAD_REST = {False: (81.0, 71.0), True: (69.0, 42.0)}
+# Bytes per logit of the cross-entropy: forward, backward.
+_LOGIT = {(False, 2): (52.0, 72.0), (False, 4): (56.0, 78.0), (True, 2): (4.0, 4.0), (True, 4): (8.0, 8.0)}
+
+LAYER_KERNELS = {False: BothPasses(55, 119, 48), True: BothPasses(10, 13, 4)}
+HEAD_BLOCK_KERNELS = {False: BothPasses(23, 66), True: BothPasses(13, 49)}
+REST_KERNELS = {False: BothPasses(122, 142), True: BothPasses(90, 101)}
+"""Kernels of embedding, projector, the rest of the head, and losses, by whether formulas are compiled."""
+PARAMETERS_PER_LAYER, VECTORS_PER_LAYER = 8, 4
 
 
 def layer_bytes(config: RunConfig, num_positions: float) -> BothPasses:
@@ -79,41 +108,44 @@ def layer_bytes(config: RunConfig, num_positions: float) -> BothPasses:
         num_positions
         * (
             hidden * per.hidden
-            + (query + kv) * per.query_key
             + query * per.query
+            + kv * per.key_value
             + model.ffn_size / tensor * per.ffn
             + model.head_dim * per.head_dim
         )
-        for per in _LAYER[element_bytes(config)]
+        for per in _LAYER[config.parallel.compile, element_bytes(config)]
     ]
     return BothPasses(*passes)
 
 
 def head_block_bytes(config: RunConfig, num_tokens: float) -> BothPasses:
     """Of one block of the diffusion head, at so many tokens and draws."""
-    unit = num_tokens * config.head.width * element_bytes(config)
-    return BothPasses(*(unit * (whole + divided / config.parallel.tensor) for whole, divided in _HEAD_BLOCK))
+    unit, compiled = num_tokens * config.head.width * element_bytes(config), config.parallel.compile
+    return BothPasses(*(unit * (whole + divided / config.parallel.tensor) for whole, divided in _HEAD_BLOCK[compiled]))
 
 
 def head_rest_bytes(config: RunConfig, num_tokens: float) -> BothPasses:
     """Of the head outside of its blocks."""
     unit = num_tokens * config.head.width * element_bytes(config)
-    return BothPasses(*(unit * per for per in _HEAD_REST))
+    return BothPasses(*(unit * per for per in _HEAD_REST[config.parallel.compile]))
 
 
 def logits_bytes(config: RunConfig, vocab_size: int, num_text_targets: float) -> BothPasses:
     """Of the cross-entropy over a rank's part of the vocabulary."""
     num_logits = num_text_targets * vocab_size / config.parallel.tensor
-    return BothPasses(*(num_logits * per for per in _LOGIT))
+    return BothPasses(*(num_logits * per for per in _LOGIT[config.parallel.compile, element_bytes(config)]))
 
 
 def accumulated_bytes(config: RunConfig, num_elements: float) -> float:
     """What accumulating the gradients of one micro-batch moves.
 
     In bfloat16 a gradient is widened to float32 (2 + 4) and added to the accumulated one (4 + 4 + 4). In float32 it is
-    added in place (4 + 4 + 4). ZeRO-2 and 3 first copy it into the bucket that is reduced.
+    added in place (4 + 4 + 4). ZeRO-2 and 3 first copy it into the bucket that is reduced. Under Megatron-core's engine
+    the product of a split linear reads and writes the accumulated gradient itself (4 + 4); no other kernel does.
     """
     size = element_bytes(config)
+    if is_megatron_engine(config):
+        return num_elements * 2 * FLOAT_BYTES
     per_element = 18 if size == 2 else 12
     return num_elements * (per_element + (2 * size if config.parallel.zero_stage > 1 else 0))
 
@@ -122,20 +154,30 @@ def optimiser_bytes(config: RunConfig, num_elements: float, data_size: int) -> f
     """What reducing, clipping and stepping move beside the messages, once per step.
 
     AdamW reads gradient, master and two moments and writes master, moments and weight (28 bytes and a weight) of the
-    rank's partition; the norm reads the gradients. ZeRO-1 converts all gradients to the training dtype, averages them
-    and converts them back (32 bytes, traced), and clears them (4).
+    rank's partition; the norm reads the gradients, and clipping changes them. ZeRO-1 in bfloat16 averages the sums of
+    the partition and clears all gradients twice; to send them in bfloat16 it converts all of them, and the partition
+    back. In float32 it averages all gradients in a bucket and copies them back (32 bytes, traced), and clears them (4).
+    Megatron-core's engine copies a rank's new weights (4 and a weight) and clears all gradients (4).
     """
-    part = num_elements / data_size
+    part, size = num_elements / data_size, element_bytes(config)
+    moved = part * (28 + size + (12 if config.optim.average_decay else 0))
+    if is_megatron_engine(config):
+        return moved + part * (4 + 8 + 4) + num_elements * 4
+    if scatters_gradients(config):
+        moved += part * (4 + 8 + 8) + num_elements * 8
+        return moved + (6 * (num_elements + part) if reduced_bytes(config) == size else 0)
     whole = num_elements if config.parallel.zero_stage == 1 else part
-    averages = 12 * part if config.optim.average_decay else 0
-    return part * (28 + element_bytes(config)) + whole * (4 + 32 + 4) + averages
+    return moved + whole * (4 + 32 + 4)
 
 
 def micro_kernels(config: RunConfig, stages: RankStages) -> float:
     """Kernels of one micro-batch on a rank."""
-    repeated = int(config.parallel.recompute == "full")
-    accumulate = 2 if element_bytes(config) == 2 else 1
-    kernels = sum(stages.num_layers) * (LAYER_KERNELS.training(repeated) + accumulate * PARAMETERS_PER_LAYER)
+    recompute, compiled = config.parallel.recompute, config.parallel.compile
+    accumulate = PARAMETERS_PER_LAYER * (2 if element_bytes(config) == 2 else 1)
+    if is_megatron_engine(config):
+        accumulate = VECTORS_PER_LAYER
+    kernels = sum(stages.num_layers) * (LAYER_KERNELS[compiled].training(recompute) + accumulate)
     if stages.is_last:
-        kernels += config.head.num_blocks * HEAD_BLOCK_KERNELS.training(repeated) + REST_KERNELS.training(0)
+        of_block = HEAD_BLOCK_KERNELS[compiled].training(recompute)
+        kernels += config.head.num_blocks * of_block + REST_KERNELS[compiled].training("none")
     return kernels

@@ -18,11 +18,8 @@ from bitdance_scale.parallel.memory_parts import Bytes, num_in_flight
 from bitdance_scale.planning.parameters import RankStages, rank_elements, table_elements
 
 FLOAT_BYTES = 4
-# `parallel/zero.py` gives DeepSpeed's bucket no more than this.
-MAX_BUCKET_ELEMENTS = 500_000_000
-# What DeepSpeed's ZeRO-3 gathers ahead of its use, in elements, beside the table in use: its default, and one more
-# weight that crosses that line.
-ZERO3_PREFETCHED_ELEMENTS = 275_000_000
+# A weight that crosses the line up to which DeepSpeed's ZeRO-3 gathers ahead (`parallel.prefetch_elements`).
+ZERO3_CROSSING_ELEMENTS = 225_000_000
 
 
 @dataclass(frozen=True)
@@ -83,6 +80,11 @@ def element_bytes(config: RunConfig) -> int:
     return 2 if config.run.dtype == "bfloat16" else FLOAT_BYTES
 
 
+def reduced_bytes(config: RunConfig) -> int:
+    """Bytes of an element of a gradient that is summed over replicas."""
+    return 2 if config.parallel.reduce_dtype == "bfloat16" else FLOAT_BYTES
+
+
 def local_positions(config: RunConfig, num_positions: float) -> float:
     """Positions that a rank holds between the split linears."""
     parallel = config.parallel
@@ -93,17 +95,15 @@ def layer_activation_bytes(config: RunConfig, num_positions: int) -> float:
     """What a backbone layer keeps for its backward pass, without recomputation of the whole layer."""
     model, size, tensor = config.model, element_bytes(config), config.parallel.tensor
     query, kv = model.num_heads * model.head_dim / tensor, model.num_kv_heads * model.head_dim / tensor
-    # Two norms: the float32 copy of their input, the normalised value, and what the linears take.
-    norms = local_positions(config, num_positions) * model.hidden_size * 2 * (FLOAT_BYTES + 2 * size)
-    # Fused query, key and value; the rotated query and key with four tables of cosines and sines; the mixed values.
-    attention = num_positions * size * (query + 2 * kv + query + kv + 4 * model.head_dim + query)
-    if model.parts.has_query_key_norms:
-        attention += num_positions * (query + kv) * (FLOAT_BYTES + size)
-    if config.parallel.recompute == "none":
-        # The logarithms of the softmax's sums, twice.
-        attention += num_positions * model.num_heads / tensor * 2 * FLOAT_BYTES
-    # Gate and up stacked, SiLU and its input, their product.
-    return norms + attention + num_positions * 5 * model.ffn_size / tensor * size
+    ffn = model.ffn_size / tensor
+    # The residual stream of two norms; fused query, key and value, and the mixed values; gate and up.
+    norms = local_positions(config, num_positions) * model.hidden_size * 2
+    kept = norms + num_positions * (query + 2 * kv + query + 2 * ffn)
+    if config.parallel.recompute != "selective":
+        # What the linears and attention take: normalised streams, rotated queries and keys, products.
+        kept += norms + num_positions * (query + kv + ffn)
+    # The logarithms of the softmax's sums, twice.
+    return kept * size + num_positions * model.num_heads / tensor * 2 * FLOAT_BYTES
 
 
 def layer_input_bytes(config: RunConfig, num_positions: int) -> float:
@@ -116,8 +116,8 @@ def head_block_bytes(config: RunConfig, num_tokens: float) -> float:
     head, tensor = config.head, config.parallel.tensor
     unit = num_tokens * head.width * element_bytes(config)
     if config.model.parts.head_attends(config.vision.block_tokens):
-        return unit * (10 + (4 + 4 * head.mlp_ratio) / tensor)
-    return unit * (5 + 4 * head.mlp_ratio / tensor)
+        return unit * (6 + (4 + 3 * head.mlp_ratio) / tensor)
+    return unit * (3 + 3 * head.mlp_ratio / tensor)
 
 
 def head_bytes(config: RunConfig, num_predicted: int) -> float:
@@ -141,14 +141,15 @@ def projector_bytes(config: RunConfig, num_vision: int) -> float:
 
 
 def logits_bytes(config: RunConfig, vocab_size: int, num_text_targets: int) -> float:
-    """Two float32 copies of the logits of all text targets."""
+    """The logits of all text targets; uncompiled, beside them a float32 copy, where the targets are, and that again."""
     table = table_elements(config, vocab_size) / config.model.hidden_size
-    return 2 * FLOAT_BYTES * num_text_targets * table if config.model.parts.has_text else 0.0
+    per_logit = element_bytes(config) + (0 if config.parallel.compile else 2 * FLOAT_BYTES + 1)
+    return per_logit * num_text_targets * table if config.model.parts.has_text else 0.0
 
 
 def input_bytes(config: RunConfig, pack: FullestPack) -> float:
     """All packs of the step: rotary tables, and four float32 numbers for every bit."""
-    per_pack = pack.num_positions * FLOAT_BYTES * config.model.head_dim
+    per_pack = pack.num_positions * element_bytes(config) * config.model.head_dim
     per_pack += pack.num_vision * 4 * FLOAT_BYTES * config.vision.num_bits
     return per_pack * pack.num_micro_batches
 
@@ -162,7 +163,7 @@ def stage_activation_bytes(config: RunConfig, pack: FullestPack, stages: RankSta
         total += projector_bytes(config, pack.num_vision)
     if stages.is_last:
         norm = local_positions(config, pack.num_positions) * config.model.hidden_size
-        total += norm * (FLOAT_BYTES + 2 * size) + head_bytes(config, pack.num_predicted)
+        total += norm * 2 * size + head_bytes(config, pack.num_predicted)
     return total
 
 
@@ -197,7 +198,7 @@ def rank_memory(
         "averages": FLOAT_BYTES * part if config.optim.average_decay else 0.0,
         "inputs": input_bytes(config, pack),
     }
-    moments = _moments(config, vocab_size, pack, stages, elements)
+    moments = _moments(config, vocab_size, pack, stages, elements, part)
     fullest = max(moments, key=lambda moment: sum(moment.values()))
     peak = {role: held.get(role, 0.0) + fullest.get(role, 0.0) for role in {*held, *fullest}}
     drawn = 0.0
@@ -205,22 +206,32 @@ def rank_memory(
         # The largest initial weight is drawn whole in float32, and a rank's part of it taken.
         table = table_elements(config, vocab_size)
         drawn = FLOAT_BYTES * table * (config.parallel.tensor + 1)
-    # Only DeepSpeed's engine for bfloat16 under ZeRO-1 holds gradients from the start.
-    started = sum(held.values()) - held["inputs"] - (0.0 if _is_bfloat16_engine(config) else held["gradients"])
+    # DeepSpeed's engine for bfloat16 under ZeRO-1 and Megatron-core's buffers hold gradients from the start.
+    holds_gradients = scatters_gradients(config) or is_megatron_engine(config)
+    started = sum(held.values()) - held["inputs"] - (0.0 if holds_gradients else held["gradients"])
     building = max(size * elements + drawn, started)
+    if is_megatron_engine(config):
+        # The weights of a stage are copied into its buffer, and are there twice until all of them are.
+        building = max(building, elements * (size + FLOAT_BYTES + size / config.parallel.virtual_stages))
     return RankMemory(
         peak=Bytes(**{role: round(value) for role, value in peak.items()}, tokenizer=tokenizer_bytes),
         building_peak=round(building) + tokenizer_bytes,
     )
 
 
-def _is_bfloat16_engine(config: RunConfig) -> bool:
+def is_megatron_engine(config: RunConfig) -> bool:
+    """Whether the optimiser is Megatron-core's, not DeepSpeed's."""
+    return config.parallel.optimizer == "megatron"
+
+
+def scatters_gradients(config: RunConfig) -> bool:
     """Whether DeepSpeed's engine is the one for bfloat16 under ZeRO-1; float32 has the bucket of ZeRO-2."""
-    return config.parallel.zero_stage == 1 and config.run.dtype == "bfloat16"
+    is_zero1 = not is_megatron_engine(config) and config.parallel.zero_stage == 1
+    return is_zero1 and config.run.dtype == "bfloat16"
 
 
 def _moments(
-    config: RunConfig, vocab_size: int, pack: FullestPack, stages: RankStages, elements: int
+    config: RunConfig, vocab_size: int, pack: FullestPack, stages: RankStages, elements: int, part: float
 ) -> list[dict[str, float]]:
     """The candidates for the fullest moment: what each has beside what is always held."""
     parallel, size, has_text = config.parallel, element_bytes(config), config.model.parts.has_text
@@ -228,20 +239,31 @@ def _moments(
     of_pass = stage_activation_bytes(config, pack, stages)
     activations = of_pass * passes / parallel.virtual_stages
     whole = pack.num_positions * config.model.hidden_size * size if parallel.sequence_parallel else 0.0
-    is_bfloat16_engine = _is_bfloat16_engine(config)
-    bucket = 0.0 if is_bfloat16_engine else size * min(elements, MAX_BUCKET_ELEMENTS)
-    gathered = 0.0
-    if parallel.zero_stage == 3:
-        gathered = size * min(elements, table_elements(config, vocab_size) + ZERO3_PREFETCHED_ELEMENTS)
-    engine = bucket + gathered
-    # A gradient in training dtype, and in that engine its float32 copy on the way to the accumulated one.
-    copy = FLOAT_BYTES if is_bfloat16_engine else 0
+    is_bfloat16_engine = scatters_gradients(config)
+    # Gradients of that engine are sent where they lie, or all together in another dtype, in which their sums arrive;
+    # those of Megatron-core's engine are sent where they lie.
+    sent = size * (elements + part) if is_bfloat16_engine and reduced_bytes(config) == size else 0.0
+    has_buckets = not (is_bfloat16_engine or is_megatron_engine(config))
+    bucket = min(elements, parallel.reduce_bucket_elements) if has_buckets else 0
+    # While one is sent, ZeRO-2 fills another.
+    buckets = size * bucket * (2 if parallel.zero_stage == 2 else 1)
     table = table_elements(config, vocab_size)
+    gathered = with_table = 0.0
+    if parallel.zero_stage == 3:
+        with_table = size * min(elements, table + parallel.prefetch_elements)
+        gathered = size * min(elements, table + parallel.prefetch_elements + ZERO3_CROSSING_ELEMENTS)
+    engine = buckets + gathered
+
+    def copied(gradient: float) -> float:
+        """Bytes of the float32 copies of a gradient: of that engine on the way to the accumulated one, else as sent."""
+        if is_bfloat16_engine:
+            return FLOAT_BYTES * gradient
+        return FLOAT_BYTES * max(gradient, bucket) if has_buckets and reduced_bytes(config) > size else 0.0
+
     largest = 2 * config.model.ffn_size * config.model.hidden_size // parallel.tensor
     moments = [
-        {"activations": activations + whole, "gradients": size * largest, "buffers": copy * largest + engine},
-        # That engine reduces all weights' gradients together, in training dtype.
-        {"buffers": size * elements if is_bfloat16_engine else engine, "gradients": whole},
+        {"activations": activations + whole, "gradients": size * largest, "buffers": copied(largest) + engine},
+        {"buffers": sent if is_bfloat16_engine else engine + copied(0), "gradients": whole},
     ]
     if stages.is_last and has_text:
         logits = logits_bytes(config, vocab_size, pack.num_text_targets)
@@ -251,11 +273,12 @@ def _moments(
         )
         left = pack.num_text_targets * config.model.hidden_size * size
         gradients = size * table + whole
-        moments.append({"activations": activations + left, "gradients": gradients, "buffers": copy * table + engine})
+        buffers = copied(table) + buckets + with_table
+        moments.append({"activations": activations + left, "gradients": gradients, "buffers": buffers})
     if stages.is_first:
         others = max(0.0, activations - of_pass)
         gradients = size * table + whole
-        moments.append({"activations": others, "gradients": gradients, "buffers": copy * table + engine})
+        moments.append({"activations": others, "gradients": gradients, "buffers": copied(table) + engine})
     if parallel.recompute == "full":
         again = layer_activation_bytes(config, pack.num_positions)
         others = activations - (head_bytes(config, pack.num_predicted) if stages.is_last else 0.0)

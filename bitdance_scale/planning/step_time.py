@@ -21,7 +21,7 @@ from bitdance_scale.planning.moved_bytes import (
 )
 from bitdance_scale.planning.parameters import RankStages, rank_elements
 from bitdance_scale.planning.roofline import bubble_s, moved_s, products_s
-from bitdance_scale.planning.traffic import data_micro_s, data_step_s, pipeline_micro_s, tensor_micro_s
+from bitdance_scale.planning.traffic import data_micro_s, data_step_s, exposed_s, pipeline_micro_s, tensor_micro_s
 from bitdance_scale.planning.workload import Workload
 
 # Products of a backward pass over those of the forward pass. A flash kernel's computes the scores again.
@@ -113,7 +113,7 @@ def micro_time(
 ) -> StepTime:
     """Seconds of one micro-batch, forward and backward, on one pipeline rank."""
     recompute, tensor = config.parallel.recompute, config.parallel.tensor
-    repeated, attention_repeated = int(recompute == "full"), int(recompute != "none")
+    repeated = int(recompute == "full")
     peak = machine.peak_flops(config.run.dtype)
     share = sum(stages.num_layers) / config.model.num_layers
     flops = share * micro.padding * micro.flops.backbone * (1 + PRODUCTS_BACKWARD + repeated)
@@ -122,7 +122,7 @@ def micro_time(
     if stages.is_last:
         flops += micro.flops.head * (1 + PRODUCTS_BACKWARD + repeated)
         flops += micro.flops.text * (1 + PRODUCTS_BACKWARD)
-    attention = share * micro.flops.attention * (1 + ATTENTION_BACKWARD + attention_repeated)
+    attention = share * micro.flops.attention * (1 + ATTENTION_BACKWARD + repeated)
     elements = rank_elements(config, vocab_size, stages)
     busy = StepTime(
         gemm=products_s(flops / tensor, machine.product_rate(config.run.dtype, tensor)),
@@ -130,8 +130,9 @@ def micro_time(
         elementwise=moved_s(elementwise_bytes(config, vocab_size, micro, stages), machine.memory_rate),
         accumulation=moved_s(accumulated_bytes(config, elements), machine.memory_rate),
         tensor_traffic=tensor_micro_s(config, micro, stages, machine),
-        data_traffic=data_micro_s(config, elements, data_size, stages, machine),
     )
+    between_replicas = data_micro_s(config, elements, data_size, stages, machine)
+    busy = dataclasses.replace(busy, data_traffic=exposed_s(config, between_replicas, busy.total, machine))
     kernels = micro_kernels(config, stages)
     gaps = kernels * machine.kernel_gap_s.value
     waits = kernels * machine.kernel_launch_s.value - busy.total
@@ -142,15 +143,15 @@ def micro_time(
 
 def elementwise_bytes(config: RunConfig, vocab_size: int, micro: MicroBatch, stages: RankStages) -> float:
     """Bytes that the elementwise kernels of one micro-batch move on a rank."""
-    repeated = int(config.parallel.recompute == "full")
-    moved = sum(stages.num_layers) * layer_bytes(config, micro.num_positions).training(repeated)
+    recompute = config.parallel.recompute
+    moved = sum(stages.num_layers) * layer_bytes(config, micro.num_positions).training(recompute)
     if stages.is_last:
-        moved += logits_bytes(config, vocab_size, micro.num_text_targets).training(0)
+        moved += logits_bytes(config, vocab_size, micro.num_text_targets).training("none")
         if config.head.kind == "diffusion":
             num_tokens = micro.num_predicted * config.head.diff_batch_mul
             block: BothPasses = head_block_bytes(config, num_tokens)
-            moved += config.head.num_blocks * block.training(repeated)
-            moved += head_rest_bytes(config, num_tokens).training(0)
+            moved += config.head.num_blocks * block.training(recompute)
+            moved += head_rest_bytes(config, num_tokens).training("none")
     return moved
 
 
@@ -159,7 +160,7 @@ def encoder_s(config: RunConfig, counts: PackCounts, num_ranks: int, machine: Ma
     if config.data.bits_dir:
         return 0.0
     flops = encode_flops(config.vision, counts.num_encoded) / num_ranks
-    return products_s(flops, machine.encoder_flops.value * machine.encoder_fraction.value)
+    return products_s(flops, machine.encoder_rate(config.vision.precision))
 
 
 def step_time(

@@ -87,6 +87,9 @@ def _pp(**more: object) -> dict[str, object]:
 
 
 SP = {"sequence_parallel": True}
+# Weights come and go all the time.
+FEW_LIVE = {"prefetch_elements": 8000, "live_elements": 20000, "persistent_elements": 100}
+MEGATRON = {"optimizer": "megatron"}
 LAYOUTS = [
     Layout(1, 8, {}),
     Layout(1, 2, {"recompute": "selective"}),
@@ -95,7 +98,10 @@ LAYOUTS = [
     Layout(4, 2, {}),
     Layout(2, 4, {"zero_stage": 2}),
     Layout(4, 1, {"zero_stage": 2, "recompute": "full"}),
+    # Many buckets, and weights that are larger than one.
+    Layout(2, 4, {"zero_stage": 2, "reduce_bucket_elements": 5000}),
     Layout(2, 2, {"zero_stage": 3}),
+    Layout(2, 2, {"zero_stage": 3, "reduce_bucket_elements": 5000} | FEW_LIVE),
     Layout(4, 2, {"zero_stage": 3, "recompute": "full"}, is_large=True),
     Layout(2, 4, _tp()),
     Layout(2, 4, _tp(**SP)),
@@ -112,11 +118,14 @@ LAYOUTS = [
     Layout(4, 2, _pp(pipeline_split=(3, 1), recompute="full")),
     Layout(3, 4, {"pipeline": 3}),
     Layout(4, 4, {"pipeline": 4, "recompute": "selective"}),
+    Layout(2, 4, {"pipeline": 2, "virtual_stages": 2}),
+    Layout(2, 6, {"pipeline": 2, "virtual_stages": 3}, num_layers=6, is_large=True),
     Layout(3, 3, {"pipeline": 3, "virtual_stages": 2}, num_layers=6),
     Layout(4, 8, {"pipeline": 4, "virtual_stages": 2, "recompute": "full"}, num_layers=8),
     Layout(4, 4, _pp(**_tp(**SP))),
     Layout(4, 2, _pp(**_tp(**SP, pipeline_split=(1, 3), recompute="selective"))),
     Layout(4, 4, _pp(**_tp(**SP, recompute="full"))),
+    Layout(4, 4, _pp(**_tp(**SP, virtual_stages=2))),
     Layout(2, 4, _tp(**SP), is_tied=True),
     Layout(2, 4, _pp(), is_tied=True),
     Layout(
@@ -127,6 +136,24 @@ LAYOUTS = [
     Layout(1, 2, {"recompute": "full"}, attention="flex"),
     Layout(2, 4, _tp(**SP, recompute="selective"), attention="flex"),
     Layout(2, 4, _pp(), attention="flex"),
+    Layout(1, 2, MEGATRON, is_large=True),
+    Layout(2, 2, MEGATRON, is_large=True),
+    Layout(4, 2, MEGATRON | {"recompute": "full"}, is_large=True),
+    Layout(2, 4, _tp(**MEGATRON), is_large=True),
+    Layout(4, 2, _tp(**SP, **MEGATRON)),
+    Layout(2, 4, _pp(**MEGATRON), is_large=True),
+    Layout(4, 4, _pp(**_tp(**SP, **MEGATRON)), is_large=True),
+    Layout(3, 3, {"pipeline": 3, "virtual_stages": 2} | MEGATRON, num_layers=6),
+    Layout(2, 2, MEGATRON | {"recompute": "selective"}, is_tied=True, is_large=True),
+    Layout(4, 2, _pp(**MEGATRON, recompute="full"), is_tied=True),
+    Layout(
+        3,
+        6,
+        {"pipeline": 3, "virtual_stages": 2, "pipeline_split": (1, 1, 2, 1, 1, 1)} | MEGATRON,
+        is_tied=True,
+        num_layers=7,
+        is_large=True,
+    ),
     Layout(2, 2, {"zero_stage": 3, "recompute": "selective"}, attention="flex"),
     Layout(2, 2, _tp(**SP, compile=True), is_large=True),
     Layout(4, 2, _tp(**SP, compile=True, zero_stage=3, recompute="selective"), attention="flex", is_large=True),
@@ -213,6 +240,8 @@ def test_tied_embeddings_train_one_weight() -> None:
             Layout(4, 2, _pp(), is_large=True),
             Layout(2, 2, {"zero_stage": 2}),
             Layout(4, 2, _tp(**SP, zero_stage=3), is_large=True),
+            Layout(4, 2, _tp(**SP, recompute="full", **MEGATRON), is_large=True),
+            Layout(4, 4, _pp(**_tp(**SP, **MEGATRON)), is_tied=True, is_large=True),
         ]
     ),
 )

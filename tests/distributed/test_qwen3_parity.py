@@ -86,18 +86,24 @@ def test_backbone_equals_transformers_qwen3(tensor):
 
 def _train_without_head_sum(rank: int, config):
     """A run whose query/key norms take only their own heads' gradient, as Megatron-core's own norms would."""
-    from bitdance_scale.parallel import backbone
+    from bitdance_scale.parallel import backbone, zero
 
-    backbone.copy_to_tensor_model_parallel_region = lambda weight: weight
+    if config.parallel.zero_stage == 1:
+        zero.sum_over_tensor_ranks = lambda *_: None
+    else:
+        backbone.copy_to_tensor_model_parallel_region = lambda weight: weight
     return train(rank, config, 1, 1)
 
 
-def test_query_key_norm_gradient_is_summed_over_heads():
+# Summed once per step, and inside autograd.
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_query_key_norm_gradient_is_summed_over_heads(zero_stage):
     """Regression: each rank sees its own heads only, and the losses drift in the fifth digit after three steps."""
     name = "decoder.layers.1.self_attention.q_layernorm.weight"
+    config = toy_config(tensor=2, zero_stage=zero_stage)
     one = assemble(run_ranks(1, train, toy_config(), 1, 1), "gradients")[name]
-    two = assemble(run_ranks(2, train, toy_config(tensor=2), 1, 1), "gradients")[name]
-    broken = assemble(run_ranks(2, _train_without_head_sum, toy_config(tensor=2)), "gradients")[name]
+    two = assemble(run_ranks(2, train, config, 1, 1), "gradients")[name]
+    broken = assemble(run_ranks(2, _train_without_head_sum, config), "gradients")[name]
     # float32 sums in another order.
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
     assert float((broken - one).norm() / one.norm()) > 0.1, "the test would not notice a missing sum"

@@ -82,9 +82,8 @@ def _walk(options: argparse.Namespace, recorder: Recorder) -> dict[str, object]:
     from bitdance_scale.parallel import fake_ranks, memory_estimate
     from bitdance_scale.parallel import step as steps
     from bitdance_scale.parallel import topology as topologies
-    from bitdance_scale.parallel.build import build_stages
+    from bitdance_scale.parallel.build import build_stages, engine_of
     from bitdance_scale.parallel.step import accumulate_gradients, count_targets
-    from bitdance_scale.parallel.zero import ZeroEngine
     from bitdance_scale.sequence.noise import pack_noise
 
     config = load_config(options.config, options.overrides)
@@ -110,10 +109,7 @@ def _walk(options: argparse.Namespace, recorder: Recorder) -> dict[str, object]:
         topology = fake_ranks.join_fake_job(options.world, options.rank, config.parallel)
         in_flight = memory_estimate.num_in_flight(config.parallel, topology.pipeline_rank)
         packs, _ = memory_estimate._chosen(config, topology.data_size, in_flight)
-        num_positions = packs[0].num_positions
-        if config.parallel.sequence_parallel:
-            num_positions //= config.parallel.tensor
-        with fake_ranks.no_memory((num_positions, 1, config.model.hidden_size)) as log, recorder:
+        with fake_ranks.no_memory() as log, recorder:
 
             def on_literal(tensor: torch.Tensor, values: object) -> None:
                 log.remember(tensor, values)
@@ -123,7 +119,7 @@ def _walk(options: argparse.Namespace, recorder: Recorder) -> dict[str, object]:
             replaced.enter_context(tensors_on_the_device(on_literal))
             with recorder.phase("build"):
                 stages = build_stages(config, options.vocab, topology)
-                engine = ZeroEngine(stages, config, topology)
+                engine = engine_of(stages, config, topology)
             with recorder.phase("inputs"):
                 batch = [
                     make_inputs(pack, pack_noise(pack, config.vision.num_bits, 0, 0), config, topology.device)
