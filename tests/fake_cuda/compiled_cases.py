@@ -16,7 +16,9 @@ from tests.fake_cuda.generated_kernels import Compilation
 
 # Positions of a sample that see only what is before them, and positions per block of its image.
 _TEXT, _BLOCK = 9, 16
-# Arguments of formulas that are not in the dtype of activations.
+# Channels of the networks, of a rank's SwiGLU and its two halves, and entries of the vocabulary that are divided by 16.
+_WIDE = frozenset((5120, 4352, 2 * 4352, 37985))
+# One number per position, not in the dtype of activations.
 _FLOAT32 = frozenset(("largest", "total", "d_loss"))
 
 
@@ -91,9 +93,11 @@ class FusedFormula:
 
     Attributes:
         name: of the formula.
+        is_narrow: whether it has a sixteenth of the channels, for the interpreter.
     """
 
     name: str
+    is_narrow: bool = False
 
     def run(self, length: int, compilation: Compilation) -> dict[str, torch.Tensor]:
         """What it gives or rewrites, by number."""
@@ -129,6 +133,8 @@ class FusedFormula:
     def _arguments(self, length: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(length)
         shapes = fused.example_shapes(length)[self.name]
+        if self.is_narrow:
+            shapes = {name: _narrowed(value) for name, value in shapes.items()}
         arguments = {}
         for name in inspect.signature(fused.FORMULAS[self.name].function).parameters:
             shape = shapes[name]
@@ -136,12 +142,18 @@ class FusedFormula:
                 arguments[name] = shape
             elif name == "targets":
                 arguments[name] = torch.randint(shapes["num_entries"], shape, generator=generator)
-            elif name in _FLOAT32:
+            elif name in _FLOAT32 and len(shape) == 1:
                 # Those of logits: the largest, and a sum of exponentials.
                 arguments[name] = 4 + torch.rand(shape, generator=generator)
             else:
                 arguments[name] = torch.randn(shape, generator=generator).bfloat16()
         return arguments
+
+
+def _narrowed(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_narrowed, value))
+    return value // 16 if value in _WIDE else value
 
 
 def _pack(length: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
@@ -156,6 +168,7 @@ def _pack(length: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
 
 CASES: dict[str, Case] = {
     **{name: FusedFormula(name) for name in fused.FORMULAS},
+    **{f"{name}_narrow": FusedFormula(name, is_narrow=True) for name in fused.FORMULAS},
 } | {
     f"flex_{name}_{str(dtype).removeprefix('torch.')}": FlexAttention(*heads, dtype, sample)
     for name, (heads, sample) in {

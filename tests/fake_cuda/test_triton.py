@@ -12,6 +12,7 @@ from tests.fake_cuda.triton_runs import (
     FLEX,
     FUSED,
     GPUS,
+    NARROW,
     POSITIONS,
     RAGGED,
     TIMEOUT_S,
@@ -47,13 +48,14 @@ def check(choices: Sequence[Build], gpu: str) -> None:
 
 
 def checked(cases: tuple[str, ...], case: str, gpu: str, lengths: tuple[int, ...]) -> dict[str, list[Build]]:
-    """Builds of the kernels of a case, which is compiled once and launches each of them once for every length."""
+    """Builds of the kernels of a case, which is compiled once and launches all of them for every length."""
     kernels = builds(cases, gpu, lengths)[case]
     for choices in kernels.values():
         check(choices, gpu)
     result = run("builds", cases, gpu, lengths)[case]
     assert result["num_graphs"] == 1
-    assert kernels and result["launched"] == [list(kernels)] * len(lengths)
+    first, *others = result["launched"]
+    assert kernels and set(first) == set(kernels) and others == [first] * (len(lengths) - 1)
     return kernels
 
 
@@ -88,9 +90,9 @@ def test_kernels_of_flex_attention_compute_attention_and_its_gradients(name, bou
         assert max(differences.values()) < bound, differences
 
 
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", NARROW)
 def test_kernels_of_formulas_compute_them(name):
-    (differences,) = run("values", FUSED, "h100", (16,))[name]
+    (differences,) = run("values", NARROW, "h100", (32,))[name]
     # Results are rounded to bfloat16, of 8 bits, and so are some terms.
     assert differences and max(differences.values()) < 1e-2, differences
 

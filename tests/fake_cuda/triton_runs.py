@@ -24,6 +24,7 @@ FLEX = (
 )
 """Cases of FlexAttention that are built."""
 FUSED = tuple(sorted(FORMULAS))
+NARROW = tuple(f"{name}_narrow" for name in FUSED)
 WHOLE, RAGGED, POSITIONS = (8192, 6400, 16896), (8190, 6401), (2048, 1536)
 """Lengths of packs that end with a whole tile and with a ragged one, and numbers of positions of formulas."""
 _TRITON = Path(sys.prefix) / "triton"
