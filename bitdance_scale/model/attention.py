@@ -31,6 +31,8 @@ FLEX_TILE = 128
 # Inductor chooses 4 or 8 warps by dtype, head size and GPU. With 4, a thread has twice as many numbers to hold, and
 # spills kilobytes of them: forward at 64 channels and in float32, backward on Blackwell (docs/benchmarks.md).
 _NUM_WARPS = 8
+# Query positions of a block in the forward pass in float32, for the same reason; Inductor's 128 at 64 channels spill.
+_FLOAT32_QUERIES = 32
 
 
 def attend(
@@ -290,6 +292,10 @@ def _mix(
     if is_whole:
         # Lets the kernels omit their checks for a ragged end.
         torch._check(size % tile == 0)
+    # Packs of less than one tile would otherwise get a kernel of their own, for decoding.
+    options: dict[str, Any] = {"BACKEND": "TRITON", "num_warps": _NUM_WARPS}
+    if query_SBNK.dtype == torch.float32:
+        options["fwd_BLOCK_M"] = _FLOAT32_QUERIES
     query_BNSK, key_BGSK, value_BGSK = _heads_first(query_SBNK, key_SBGK, value_SBGK)
     # Any: its types do not know of options for the kernels alone.
     attention: Any = flex_attention
@@ -299,8 +305,7 @@ def _mix(
         value_BGSK,
         block_mask=_block_mask(size, first_key, stop_key, tiles, tile),
         enable_gqa=True,
-        # Packs of less than one tile would otherwise get a kernel of their own, for decoding.
-        kernel_options={"BACKEND": "TRITON", "num_warps": _NUM_WARPS},
+        kernel_options=options,
     )
     return mixed_BNSK.permute(2, 0, 1, 3)
 

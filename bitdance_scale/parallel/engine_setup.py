@@ -62,6 +62,8 @@ def _answer_with_cpu() -> None:
     answers: dict[str, Callable[..., object]] = {
         "current_device": lambda: "cpu",
         "synchronize": lambda device=None: None,
+        # Of Megatron-core after 0.16, which would let it wait for events of CUDA graphs.
+        "current_stream": lambda device=None: torch.cpu.current_stream(),
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)

@@ -13,8 +13,10 @@ import torch._dynamo
 
 import bitdance_scale.checkpoint.run_checkpoint
 import bitdance_scale.parallel.build
+import bitdance_scale.parallel.distributed_optimizer
 import bitdance_scale.parallel.layout_decode
 import bitdance_scale.parallel.step
+import bitdance_scale.parallel.zero
 import bitdance_scale.train.text_to_image
 import bitdance_scale.train.tokenizer  # noqa: F401  (imported for the side effect)
 

@@ -15,6 +15,8 @@ import sys
 import torch
 compile_before = torch.compile
 import bitdance_scale.parallel.build
+import bitdance_scale.parallel.distributed_optimizer
+import bitdance_scale.parallel.zero
 import bitdance_scale.parallel.layout_decode
 import bitdance_scale.parallel.step
 """
