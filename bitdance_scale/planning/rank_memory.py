@@ -271,7 +271,7 @@ def _moments(
         moments.append(
             {"activations": activations + logits + whole, "buffers": 0.0 if parallel.zero_stage == 2 else engine}
         )
-        left = pack.num_text_targets * config.model.hidden_size * size
+        left: float = pack.num_text_targets * config.model.hidden_size * size
         # The gradient of the logits is there during the product, and gone when the table's gradient is copied.
         left += max(0.0, size * pack.num_text_targets * table / config.model.hidden_size - copied(table))
         gradients = size * table + whole
