@@ -97,7 +97,9 @@ def checks_on_gpu(out: Path) -> list[Check]:
         Check("attention", "FlexAttention's speed over causal flash", ("benchmarks/attention.py",), 90),
         Check("training-tests", "bfloat16 under ZeRO 1 to 3, decoding", (*tests, "tests/gpu/test_one_gpu.py"), 150),
         Check("slice", "MFU at the 14B's width, syncs, memory, trace", torchrun("workload.py", *part, *looks), 150),
-        Check("slice-compiled", "the same, layers compiled", torchrun("workload.py", *part, "--compile"), 150),
+        Check(
+            "slice-plain", "the same without compiling", torchrun("workload.py", *part, "parallel.compile=false"), 150
+        ),
         Check(
             "slice-megatron", "the same under Megatron-core's optimiser", torchrun("workload.py", *part, *megatron), 120
         ),

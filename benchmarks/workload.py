@@ -5,7 +5,7 @@ r"""Times optimiser steps of any configuration and layout on synthetic packs; th
 A slice of the 14B model at full width on one GPU, eager and compiled (as many layers as fit with head and optimiser):
 
     torchrun --nproc_per_node=1 benchmarks/workload.py pt_14b parallel.tensor=1 \
-        parallel.sequence_parallel=false model.num_layers=8 --vocab 32000 --steps 10 [--compile]
+        parallel.sequence_parallel=false model.num_layers=8 --vocab 32000 --steps 10 [parallel.compile=false]
 
 The packs are those of `data/plan/synthetic_packs.py`: the configured mix with captions as long as allowed, the same for
 every layout. Rank 0 prints one line of JSON: the median step time, tokens per second, model FLOPs utilisation
@@ -62,10 +62,6 @@ def measure(config: RunConfig, options: argparse.Namespace) -> dict[str, object]
             f"data.global_batch"
         )
     engine = build_engine(config, vocab_size, topology)
-    if options.compile:
-        for stage in engine.stages:
-            for layer in stage.decoder.layers:
-                layer.compile(dynamic=True)
     batch: list[PackInputs] = [
         make_inputs(pack, pack_noise(pack, config.vision.num_bits, 0, 0), config, topology.device)
         for pack in packs[topology.data_rank :: topology.data_size]
@@ -199,7 +195,6 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=1000, help="entries of the vocabulary")
     parser.add_argument("--packs", type=int, default=4, help="packs of a step, over all replicas")
     parser.add_argument("--steps", type=int, default=5, help="steps timed")
-    parser.add_argument("--compile", action="store_true", help="compile every backbone layer")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="trace of one step, .json or .json.gz")
     parser.add_argument("--count-syncs", action="store_true", help="waits for the device in one step")
     parser.add_argument("--estimate", action="store_true", help="estimated memory, too")

@@ -41,7 +41,7 @@ def build_engine(config: RunConfig, vocab_size: int, topology: Topology) -> Trai
             compiler for `parallel.compile`.
     """
     if config.parallel.compile:
-        _check_compiler(topology.device)
+        check_compiler(topology.device)
     stages = build_stages(config, vocab_size, topology)
     _check_exemptions(list(name_parameters(stages, topology)), config.optim.decay_exempt)
     return engine_of(stages, config, topology)
@@ -68,8 +68,12 @@ def engine_of(
     return ZeroEngine(stages, config, topology, is_fused)
 
 
-def _check_compiler(device: torch.device) -> None:
-    """Refuses to compile where the compiler of PyTorch would fail at the first step, with pages of its own."""
+def check_compiler(device: torch.device) -> None:
+    """Refuses to compile for a device where PyTorch would fail at the first step, with pages of its own.
+
+    Raises:
+        ConfigError: there is no compiler, or on CUDA no Triton.
+    """
     # What PyTorch and Triton look for, in their order.
     variable, names = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
     choices = [name for name in (os.environ.get(variable), *names) if name]

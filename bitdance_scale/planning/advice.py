@@ -15,7 +15,7 @@ LEAST_ROOM_BYTES = 8 * GIB
 _MEANING = {
     "gemm": "products with weights, as they should",
     "attention": "attention",
-    "elementwise": "unfused elementwise kernels, which the memory limits",
+    "elementwise": "elementwise kernels, which the memory limits",
     "accumulation": "adding the gradients of every micro-batch",
     "launch": "starting kernels",
     "tensor_traffic": "messages between tensor-parallel ranks",
@@ -27,7 +27,7 @@ _MEANING = {
 }
 _CHANGES = {
     "attention": "longer packs do not help; fewer tokens per image (vision tokenizers with more downsampling) would",
-    "elementwise": "kernels that are fused move fewer bytes; this version computes them one by one",
+    "elementwise": "parallel.compile=true fuses those of layers, head and cross-entropy, if it is not on",
     "accumulation": "longer packs (data.max_pack_tokens) make fewer micro-batches; so does a lower parallel.tensor",
     "launch": "longer packs (data.max_pack_tokens) give every kernel more to do",
     "tensor_traffic": "a lower parallel.tensor sends less, where memory allows it (parallel.recompute=full, more GPUs)",

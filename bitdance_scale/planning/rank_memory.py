@@ -272,9 +272,8 @@ def _moments(
             {"activations": activations + logits + whole, "buffers": 0.0 if parallel.zero_stage == 2 else engine}
         )
         left: float = pack.num_text_targets * config.model.hidden_size * size
-        if is_megatron_engine(config):
-            # The linear gives autograd a gradient while that of the logits is still there.
-            left += pack.num_text_targets * table / config.model.hidden_size * size
+        # The gradient of the logits is there during the product, and gone when the table's gradient is copied.
+        left += max(0.0, size * pack.num_text_targets * table / config.model.hidden_size - copied(table))
         gradients = size * table + whole
         buffers = copied(table) + buckets + with_table
         moments.append({"activations": activations + left, "gradients": gradients, "buffers": buffers})
