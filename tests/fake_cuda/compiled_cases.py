@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from bitdance_scale.model import attention, fused
+from bitdance_scale.model import attention, formula, fused
 from tests.fake_cuda.generated_kernels import Compilation
 
 # Positions of a sample that see only what is before them, and positions per block of its image.
@@ -104,7 +104,7 @@ class FusedFormula:
         arguments = self._arguments(length)
         memory = compilation.memory
         # Formulas have an operator that stands in for what is compiled, for tensors without values.
-        with compilation.mode, mock.patch.object(fused, "FakeTensor", ()):
+        with compilation.mode, mock.patch.object(formula, "FakeTensor", ()):
             placed = {
                 name: memory.on_device(value) if isinstance(value, torch.Tensor) else value
                 for name, value in arguments.items()
@@ -121,8 +121,7 @@ class FusedFormula:
         return self._results(arguments, is_compiled=False)
 
     def _results(self, arguments: dict[str, Any], is_compiled: bool) -> dict[str, torch.Tensor]:
-        formula = fused.FORMULAS[self.name]
-        results = formula(*arguments.values(), is_compiled=is_compiled)
+        results = fused.FORMULAS[self.name](*arguments.values(), is_compiled=is_compiled)
         if results is None:
             # It rewrites its first argument.
             results = next(iter(arguments.values()))
