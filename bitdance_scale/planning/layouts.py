@@ -16,6 +16,10 @@ VIRTUAL_STAGES = (1, 2, 4)
 ENGINES = (("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("megatron", 1))
 """Optimisers and ZeRO stages."""
 RECOMPUTE = ("none", "selective", "full")
+_TRIED = (
+    *("tensor", "sequence_parallel", "pipeline", "virtual_stages"),
+    *("pipeline_split", "optimizer", "zero_stage", "recompute"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,14 @@ def with_layout(config: RunConfig, parallel: ParallelSection) -> RunConfig:
 
 
 def name_of(parallel: ParallelSection) -> str:
-    """A layout as the settings that say it, those at their defaults left out."""
+    """A layout as the settings that are tried (`candidates`), those at their defaults left out."""
     default = ParallelSection()
     shown = []
-    for field in dataclasses.fields(parallel):
-        value = getattr(parallel, field.name)
-        if value != getattr(default, field.name):
+    for name in _TRIED:
+        value = getattr(parallel, name)
+        if value != getattr(default, name):
             text = str(value).lower() if isinstance(value, bool) else str(value)
-            shown.append(f"{field.name}={text}")
+            shown.append(f"{name}={text}")
     return " ".join(shown) or "data parallel"
 
 
