@@ -40,11 +40,12 @@ def join_fake_job(world_size: int, rank: int, section: ParallelSection) -> Topol
 
 
 @contextlib.contextmanager
-def no_memory(hidden_shape: tuple[int, int, int] = (0, 0, 0)) -> Iterator[StorageLog]:
+def no_memory(hidden_shape: tuple[int, int, int] = (0, 0, 0), device_type: str = "") -> Iterator[StorageLog]:
     """Within it tensors take no memory and are logged.
 
     Args:
         hidden_shape: what pipeline stages send each other; a message that contains the shape has no value here.
+        device_type: of the tensors that are logged; empty: of all.
     """
     # Registers the collectives of fake tensors.
     import torch.distributed._tools.fake_collectives  # noqa: F401  (imported for the side effect)
@@ -55,7 +56,7 @@ def no_memory(hidden_shape: tuple[int, int, int] = (0, 0, 0)) -> Iterator[Storag
         shape = list(hidden_shape)
         return shape if recv_previous else [0, 0, 0], shape if recv_next else [0, 0, 0]
 
-    log = StorageLog()
+    log = StorageLog(device_type)
     with (
         mock.patch.object(P2PCommunicator, "_communicate_shapes", communicate_shapes),
         mock.patch.object(nn.Module, "_apply", _convert),

@@ -1,6 +1,6 @@
 """A fake CUDA device: the library of `device.cpp`, and answers to what programs ask `torch.cuda`.
 
-The library must be preloaded, so a program that uses the device is a process of its own: `start` runs one.
+The library must be preloaded, so a program that uses the device is a process of its own (`server.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +51,8 @@ def why_not() -> str | None:
         return "needs Linux, whose loader takes LD_PRELOAD"
     if shutil.which("g++") is None:
         return "needs g++"
+    if not (Path(torch.__file__).parent / "include/ATen/detail/CUDAHooksInterface.h").exists():
+        return "needs the headers of PyTorch, which this installation lacks"
     return None
 
 
@@ -84,29 +86,30 @@ def build() -> Path:
     return library
 
 
+def environment(has_device: bool) -> dict[str, Any]:
+    """How a process of this project is started, with the fake device or without: arguments of `subprocess`."""
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    if has_device:
+        variables |= {"LD_PRELOAD": str(build()), "DS_ACCELERATOR": "cuda"}
+    return {"cwd": ROOT, "env": variables}
+
+
 def start(module: str, arguments: Sequence[str], timeout_s: float) -> str:
     """Runs a module of this project in a process with the fake device; returns what it prints.
 
     Raises:
         RuntimeError: it fails, or does not end in time; with the end of its output.
     """
-    environment = os.environ | {
-        "LD_PRELOAD": str(build()),
-        "DS_ACCELERATOR": "cuda",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
     try:
         done = subprocess.run(
             [sys.executable, "-m", module, *arguments],
-            cwd=ROOT,
-            env=environment,
             capture_output=True,
             text=True,
             encoding="utf-8",
             errors="replace",
             check=False,
             timeout=timeout_s,
+            **environment(has_device=True),
         )
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"{module} {' '.join(arguments)}: still runs after {timeout_s:.0f} s") from error
@@ -169,21 +172,39 @@ class _Event:
         raise AssertionError("replaced by `cuda_device`")
 
 
+class PinnedMemory:
+    """Which storages are in pinned memory, as long as they live: another may then have the address."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """The storage of a tensor is pinned."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        self._kept[key] = weakref.ref(storage, lambda _: self._kept.pop(key, None))
+
+    def __contains__(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._kept
+
+
 @contextlib.contextmanager
-def cuda_device(on_wait: Callable[[str], None], is_pinned: Counter[int]) -> Iterator[None]:
+def cuda_device(on_wait: Callable[[str], None], pinned: PinnedMemory) -> Iterator[None]:
     """Within it `torch.cuda` answers as with one H100, and tensors can be made on it under `FakeTensorMode`.
 
     Args:
         on_wait: called with the name of every call that waits for the device.
-        is_pinned: gets the storages that are pinned.
+        pinned: gets the storages that are pinned.
     """
     # Its tables name functions of torch.cuda, and two names must not be one function.
     import torch._dynamo
     import torch.cuda.random
 
     def pin(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        is_pinned[tensor.untyped_storage()._cdata] += 1
-        return tensor
+        # A new tensor, as in reality; a fake one, whose only value is not known: copies of a value would be computed.
+        copy = torch.empty_like(tensor)
+        pinned.add(copy)
+        return copy
 
     def nothing(*_: Any, **__: Any) -> None:
         pass
@@ -240,6 +261,7 @@ def cuda_device(on_wait: Callable[[str], None], is_pinned: Counter[int]) -> Iter
         replaced.enter_context(mock.patch.object(torch.cuda.nvtx, "range_push", nothing))
         replaced.enter_context(mock.patch.object(torch.cuda.nvtx, "range_pop", nothing))
         replaced.enter_context(mock.patch.object(torch.Tensor, "pin_memory", pin))
+        replaced.enter_context(mock.patch.object(torch.Tensor, "record_stream", nothing))
         replaced.enter_context(mock.patch("torch._subclasses.fake_tensor.init_gpu_context", nothing))
         yield
 
