@@ -5,13 +5,14 @@
     python benchmarks/encoding.py --weights FILE        trained weights of the published sizes
 
 A bit is the sign of a latent, so that it flips where rounding moves a latent near 0 to the other side. Compared with
-images that are encoded alone in float32 are: a batch in float32, and a batch whose convolutions may use TF32, which is
-PyTorch's default on CUDA. Prints a line of JSON for each way.
+images that are encoded alone in float32 are: a batch in float32, and both in TF32 (`vision.precision`). Prints a line
+of JSON for each way.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 import time
@@ -22,6 +23,7 @@ import torch
 from packs import machine
 
 from bitdance_scale.config.schema import VisionSection
+from bitdance_scale.float32_products import PRECISIONS
 from bitdance_scale.vision.autoencoder import Autoencoder, published_config
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 from bitdance_scale.vision.weights import WEIGHTS_NAME, save_weights
@@ -54,9 +56,8 @@ def smooth_images(number: int, side_px: int) -> list[torch.Tensor]:
     return images
 
 
-def encode(tokenizer: VisionTokenizer, images: list[torch.Tensor], is_tf32: bool) -> tuple[np.ndarray, float]:
+def encode(tokenizer: VisionTokenizer, images: list[torch.Tensor]) -> tuple[np.ndarray, float]:
     """(bits of all images, seconds)."""
-    torch.backends.cudnn.allow_tf32 = is_tf32
     begun_s = time.perf_counter()
     # The codes come back to the CPU, which waits for the device.
     codes = tokenizer.encode(images)
@@ -77,18 +78,15 @@ def main() -> None:
         section = VisionSection(weights=weights, **sizes)
         side_px, number = (128, 4) if is_small else (512, 32)
         images = smooth_images(number, side_px)
-        alone = VisionTokenizer(section, device, max_batch_px=1)
-        batched = VisionTokenizer(section, device)
-    ways = {
-        "alone, float32": (alone, False),
-        "batch, float32": (batched, False),
-        "alone, TF32": (alone, True),
-        "batch, TF32": (batched, True),
-    }
+        ways = {
+            f"{how}, {precision}": VisionTokenizer(dataclasses.replace(section, precision=precision), device, most_px)
+            for precision in PRECISIONS
+            for how, most_px in (("alone", 1), ("batch", 1 << 20))
+        }
     reference = None
-    for name, (tokenizer, is_tf32) in ways.items():
-        encode(tokenizer, images, is_tf32)
-        bits, seconds = encode(tokenizer, images, is_tf32)
+    for name, tokenizer in ways.items():
+        encode(tokenizer, images)
+        bits, seconds = encode(tokenizer, images)
         reference = bits if reference is None else reference
         print(
             json.dumps(

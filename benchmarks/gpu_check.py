@@ -84,6 +84,10 @@ def checks_on_gpu(out: Path) -> list[Check]:
         *("--vocab", "32000", "--packs", "2", "--steps", "4"),
     )
     looks = ("--trace", str(out / "trace.json.gz"), "--count-syncs", "--estimate")
+    megatron = ("parallel.optimizer=megatron",)
+    small = ("pt_0p6b", "parallel.tensor=1", "parallel.sequence_parallel=false", "--vocab", "32000", "--packs", "2")
+    saves = ("--steps", "2", "--save", str(out / "checkpoints"))
+    calibrate = ("--calibrate", str(out / "machine.toml"), "--gpu", "h200-141")
     drawing = ("--model", "qwen3-14b", "--height", "512", "--width", "512", "--block-side", "4", "--images", "2")
     return [
         Check("environment", "device, driver, compilers, versions", ("benchmarks/gpu_environment.py",), 60),
@@ -94,9 +98,14 @@ def checks_on_gpu(out: Path) -> list[Check]:
         Check("training-tests", "bfloat16 under ZeRO 1 to 3, decoding", (*tests, "tests/gpu/test_one_gpu.py"), 150),
         Check("slice", "MFU at the 14B's width, syncs, memory, trace", torchrun("workload.py", *part, *looks), 150),
         Check("slice-compiled", "the same, layers compiled", torchrun("workload.py", *part, "--compile"), 150),
+        Check(
+            "slice-megatron", "the same under Megatron-core's optimiser", torchrun("workload.py", *part, *megatron), 120
+        ),
         Check("encoding", "bits under TF32, images/s", ("benchmarks/encoding.py",), 60),
+        Check("calibration", "constants of `bitdance plan`", ("-m", "bitdance_scale.cli", "plan", *calibrate), 60),
         Check("generation-tests", "CUDA graphs draw plain calls' bits", (*tests, "tests/gpu/test_generation.py"), 90),
         Check("generation", "latency of the 14B", ("benchmarks/generation.py", "--device", "cuda", *drawing), 120),
+        Check("save", "how long a checkpoint stalls a step", torchrun("workload.py", *small, *saves), 120),
         Check("profiler-tests", "traces have kernels", (*tests, "tests/gpu/test_profiler.py"), 40),
     ]
 
@@ -109,6 +118,13 @@ def checks_on_cpu(out: Path) -> list[Check]:
         Check("environment", "device, driver, compilers, versions", ("benchmarks/gpu_environment.py",), 60),
         Check("attention", "the script runs", ("benchmarks/attention.py", "--device", "cpu"), 120),
         Check("slice", "the script runs", torchrun("workload.py", *small, *looks), 120),
+        Check("save", "the script runs", torchrun("workload.py", *small, "--save", str(out / "checkpoints")), 120),
+        Check(
+            "calibration",
+            "the script runs",
+            ("-m", "bitdance_scale.cli", "plan", "--calibrate", str(out / "machine.toml"), "--gpu", "cpu-core"),
+            120,
+        ),
         Check("encoding", "the script runs", ("benchmarks/encoding.py", "--device", "cpu"), 120),
         Check("generation", "the script runs", ("benchmarks/generation.py", "--model", "demo"), 180),
     ]

@@ -57,8 +57,8 @@ def device() -> dict[str, object]:
         "cudnn": torch.backends.cudnn.version(),
         "nccl": list(torch.cuda.nccl.version()),
         "tf32": {
-            "convolutions": torch.backends.cudnn.allow_tf32,
-            "products": torch.backends.cuda.matmul.allow_tf32,
+            "convolutions": torch.backends.cudnn.conv.fp32_precision,
+            "products": torch.backends.cuda.matmul.fp32_precision,
         },
     }
 

@@ -11,7 +11,8 @@ The packs are those of `data/plan/synthetic_packs.py`: the configured mix with c
 every layout. Rank 0 prints one line of JSON: the median step time, tokens per second, model FLOPs utilisation
 (`observe/cost.py`), peak memory, and the processor time in seconds that each rank's main thread spends in a step.
 More is measured in steps of its own after these: `--trace` writes what ran when on rank 0, `--count-syncs` counts how
-often a step waits for the device (CUDA), and `--estimate` adds what `parallel/memory_estimate.py` says of rank 0.
+often a step waits for the device (CUDA), `--estimate` adds what `parallel/memory_estimate.py` says of rank 0, and
+`--save` times how long a checkpoint in the background stalls a step, and how long it takes.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -37,6 +40,9 @@ from bitdance_scale.observe.cost import PackCounts, count_pack, memory_bytes, pe
 from bitdance_scale.parallel.topology import Topology, make_topology, start_process_group
 from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.sequence.pack import Pack
+
+if TYPE_CHECKING:
+    from bitdance_scale.parallel.engine import TrainingEngine
 
 
 def measure(config: RunConfig, options: argparse.Namespace) -> dict[str, object]:
@@ -86,6 +92,8 @@ def measure(config: RunConfig, options: argparse.Namespace) -> dict[str, object]
     # Before what else is measured takes memory.
     used = memory_bytes(topology.device)
     more = _look_closer(options, config, packs[topology.data_rank :: topology.data_size], step, topology)
+    if options.save is not None:
+        more |= _time_saves(engine, options.save, step, topology)
     return {
         "device": name,
         "step_s": step_s,
@@ -146,6 +154,38 @@ def _count_syncs(step: Callable[[], float]) -> dict[str, int]:
     return places
 
 
+def _time_saves(
+    engine: TrainingEngine, folder: Path, step: Callable[[], float], topology: Topology
+) -> dict[str, object]:
+    """Of three saves with a step beside each, seconds: until the call returns, until it is committed, of the step."""
+    from bitdance_scale.checkpoint.background_save import CheckpointSaver
+    from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
+    from bitdance_scale.checkpoint.run_checkpoint import StepState
+    from bitdance_scale.parallel.topology import make_host_group
+
+    checkpoints = CheckpointFolder(folder, keep=1, group=make_host_group())
+    saver = CheckpointSaver(checkpoints, topology.device, is_background=True)
+    model, optimizer = engine.model_values(), engine.optimizer_values()
+    saver.prepare(model, optimizer)
+    found: dict[str, list[float]] = {"save_stall_s": [], "save_whole_s": [], "save_step_s": []}
+    for number in range(1, 4):
+        _synchronise(topology.device)
+        begun = time.monotonic()
+        saver.save(StepState(number), model, optimizer, "")
+        found["save_stall_s"].append(time.monotonic() - begun)
+        stepped = time.monotonic()
+        step()
+        found["save_step_s"].append(time.monotonic() - stepped)
+        saver.wait()
+        found["save_whole_s"].append(time.monotonic() - begun)
+    saver.close()
+    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    dist.barrier()
+    if topology.rank == 0:
+        shutil.rmtree(folder)
+    return {**found, "save_bytes": num_bytes}
+
+
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -163,6 +203,7 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, metavar="FILE", help="trace of one step, .json or .json.gz")
     parser.add_argument("--count-syncs", action="store_true", help="waits for the device in one step")
     parser.add_argument("--estimate", action="store_true", help="estimated memory, too")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="where checkpoints are timed; removed afterwards")
     options = parser.parse_args()
     config = load_config(options.config, options.overrides)
     check(config, int(os.environ["WORLD_SIZE"]))

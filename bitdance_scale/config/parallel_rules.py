@@ -81,18 +81,16 @@ def _split_has_all_layers(config: RunConfig) -> Iterator[str]:
 
 
 @RULES.rule("parallel.virtual_stages", "parallel.pipeline")
-def _interleaving_needs_three_ranks(config: RunConfig) -> Iterator[str]:
-    """`parallel.virtual_stages` is 1 when `parallel.pipeline` is below 3.
+def _interleaving_needs_a_pipeline(config: RunConfig) -> Iterator[str]:
+    """`parallel.virtual_stages` is 1 when `parallel.pipeline` is 1.
 
-    Several stages on a rank shorten the time in which a pipeline fills and drains. Megatron's interleaved schedule
-    passes activations forward and gradients backward in one exchange, and messages between two ranks match by their
-    order only, so the rank before and the rank after must be different ones.
+    Several stages on a rank shorten the time in which a pipeline fills and drains.
     """
     parallel = config.parallel
-    if parallel.virtual_stages > 1 and parallel.pipeline < 3:
+    if parallel.virtual_stages > 1 and parallel.pipeline == 1:
         yield (
-            f"parallel.virtual_stages = {parallel.virtual_stages}: must be 1 with parallel.pipeline = "
-            f"{parallel.pipeline}; set parallel.virtual_stages = 1 or parallel.pipeline = 3 or more"
+            f"parallel.virtual_stages = {parallel.virtual_stages}: must be 1 with parallel.pipeline = 1; "
+            "set parallel.virtual_stages = 1 or parallel.pipeline = 2 or more"
         )
 
 
@@ -154,6 +152,48 @@ def _pipeline_keeps_gradients_whole(config: RunConfig) -> Iterator[str]:
             f"parallel.zero_stage = {parallel.zero_stage}: must be 1 with parallel.pipeline = {parallel.pipeline}, "
             f"because ZeRO-{parallel.zero_stage} partitions gradients at every micro-batch; "
             "set parallel.zero_stage = 1 or parallel.pipeline = 1"
+        )
+
+
+@RULES.rule("parallel.optimizer", "parallel.zero_stage")
+def _stages_are_of_deepspeed(config: RunConfig) -> Iterator[str]:
+    """`parallel.zero_stage` is 1 with `parallel.optimizer = "megatron"`.
+
+    Megatron-core's distributed optimiser divides what ZeRO-1 divides; it keeps gradients and weights whole.
+    """
+    parallel = config.parallel
+    if parallel.optimizer == "megatron" and parallel.zero_stage > 1:
+        yield (
+            f"parallel.zero_stage = {parallel.zero_stage}: must be 1 with parallel.optimizer = 'megatron', which "
+            "divides masters and moments alone; set parallel.zero_stage = 1 or parallel.optimizer = deepspeed"
+        )
+
+
+@RULES.rule("parallel.optimizer", "parallel.reduce_dtype")
+def _buffers_are_reduced_as_they_are(config: RunConfig) -> Iterator[str]:
+    """`parallel.reduce_dtype` is float32 with `parallel.optimizer = "megatron"`.
+
+    Megatron-core sends its float32 buffers from where gradients add up.
+    """
+    parallel = config.parallel
+    if parallel.optimizer == "megatron" and parallel.reduce_dtype != "float32":
+        yield (
+            f"parallel.reduce_dtype = {parallel.reduce_dtype}: must be float32 with parallel.optimizer = 'megatron'; "
+            "set parallel.reduce_dtype = float32 or parallel.optimizer = deepspeed"
+        )
+
+
+@RULES.rule("parallel.reduce_dtype", "run.dtype")
+def _float32_gradients_stay_float32(config: RunConfig) -> Iterator[str]:
+    """`parallel.reduce_dtype` is float32 when `run.dtype` is float32.
+
+    Gradients of float32 are not rounded to be sent.
+    """
+    dtype, reduce_dtype = config.run.dtype, config.parallel.reduce_dtype
+    if dtype == "float32" and reduce_dtype != "float32":
+        yield (
+            f'parallel.reduce_dtype = "{reduce_dtype}": must be "float32" with run.dtype = "{dtype}"; '
+            'set parallel.reduce_dtype = "float32" or run.dtype = "bfloat16"'
         )
 
 

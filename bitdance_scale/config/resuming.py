@@ -100,6 +100,7 @@ EFFECTS: Mapping[str, Effect] = _SHARED | {
     "vision.num_res_blocks": _FIXED,
     "vision.norm_groups": _FIXED,
     "vision.gan_decoder": _FIXED,
+    "vision.precision": _TOLD,
     "vision.block_side": _FIXED,
     "vision.order": _FIXED,
     # Free where no image is the context of a caption.
@@ -135,6 +136,7 @@ EFFECTS: Mapping[str, Effect] = _SHARED | {
     "data.prefetch_steps": _FREE,
     "data.s3.*": _FREE,
     "parallel.*": _FREE,
+    "parallel.reduce_dtype": _TOLD,
     "loss.*": _TOLD,
     # Pictures show the run and do not change it.
     "sample.*": _FREE,

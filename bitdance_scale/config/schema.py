@@ -197,6 +197,11 @@ class VisionSection:
     num_res_blocks: int = setting(4, doc="Residual blocks per level.")
     norm_groups: int = setting(32, doc="Groups of the group norms; 32 in all published tokenizers.")
     gan_decoder: bool = setting(False, doc="Whether the decoder also takes noise, as two of the published ones do.")
+    precision: str = setting(
+        "float32",
+        doc="How the tokenizer multiplies on CUDA: float32, or tf32 (10 bits of mantissa, several times as fast; bits "
+        "flip whose latents lie near 0).",
+    )
     block_side: int = setting(4, doc="Side p of the block of p x p vision tokens predicted together.")
     order: str = setting(
         "block",
@@ -263,10 +268,26 @@ class ParallelSection:
         "auto",
         doc="Backbone layers per stage: auto (the slowest stage as fast as can be, by FLOPs), even, or a list.",
     )
+    optimizer: str = setting(
+        "deepspeed",
+        doc="What divides the optimiser among the data-parallel ranks: deepspeed (ZeRO) or megatron (Megatron-core's "
+        "distributed optimiser).",
+    )
     zero_stage: int = setting(1, doc="DeepSpeed ZeRO stage over the data-parallel ranks: 1, 2 or 3.")
+    reduce_dtype: str = setting(
+        "float32",
+        doc="In which dtype gradients are sent and summed over the data-parallel ranks: float32, or bfloat16, with "
+        "half the traffic and a rounding at every addition.",
+    )
     recompute: str = setting(
         "none",
-        doc="What the backward pass computes again instead of keeping: none, selective (attention) or full (layers).",
+        doc="What the backward pass computes again instead of keeping: none, selective (norms, rotation and SwiGLU; "
+        "dense attention too) or full (layers).",
+    )
+    compile: bool = setting(
+        False,
+        doc="Whether the elementwise parts of the networks are compiled into a kernel each; needs a C++ compiler, on "
+        "CUDA also Triton.",
     )
 
     @property

@@ -56,6 +56,9 @@ SHARD_ROW = np.dtype([("start", "<i8"), ("num_bytes", "<u4"), ("checksum", "<u4"
 ROW = np.dtype([*SHARD_ROW.descr, ("shard", "<u4")])
 """One sample in the table of all shards: the same, and the row of its shard in `Index.shards`."""
 
+_USUAL = {"precision": "float32", "order": "block", "latents": "bits"}
+"""What a recipe has that does not name them."""
+
 Bits = bytes | ErrorCause | None
 """One sample at one resolution: its packed bits, why it has none, or None if the resolution does not draw it."""
 
@@ -68,8 +71,8 @@ def recipe(data: DataSection, vision: VisionSection) -> dict[str, Any]:
         "tokenizer": _file_digest(tokenizer_weights_file(vision)),
         "num_bits": vision.num_bits,
         "block_side": vision.block_side,
-        # Named where it is not the order of all earlier bit shards.
-        **({} if vision.order == "block" else {"order": vision.order}),
+        # Named where they are not those of all earlier bit shards.
+        **{name: value for name in ("precision", "order") if (value := getattr(vision, name)) != _USUAL[name]},
         **({} if vision.latents == "bits" else _latents_recipe(vision)),
         "decode": DECODE_VERSION,
         "resize": data.resize,
@@ -241,11 +244,9 @@ class BitStore:
             )
         # Entries of either: one that is only named where it is unusual differs by its absence.
         for name in {**recipe, **found}:
-            if found.get(name) != recipe.get(name):
-                raise DataError(
-                    f"data.bits_dir: {path}: made with {name} = {found.get(name)}, now it is {recipe.get(name)}. "
-                    f"{again}"
-                )
+            made, wanted = found.get(name, _USUAL.get(name)), recipe.get(name, _USUAL.get(name))
+            if made != wanted:
+                raise DataError(f"data.bits_dir: {path}: made with {name} = {made}, now it is {wanted}. {again}")
         self._tables = {side_px: self._open(side_px) for side_px in recipe_sides_px(recipe)}
         self._shards = _OpenShards(self._folder, MAX_OPEN_SHARDS)
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bitdance_scale.float32_products import float32_products
 from bitdance_scale.pickled_weights import StateFile
 from bitdance_scale.vision.perceptual import perceptual_packages
 
@@ -83,13 +84,10 @@ class Inception(nn.Module):
         handle = layer.register_forward_hook(
             lambda _module, _inputs, output: found.append(output[:, :SPATIAL_CHANNELS])
         )
-        cudnn, is_tf32 = torch.backends.cudnn, torch.backends.cudnn.allow_tf32
-        # On by default for convolutions, with ten bits of mantissa.
-        cudnn.allow_tf32 = False
         try:
-            pool, logits = self.network(torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous())
+            with float32_products("float32"):
+                pool, logits = self.network(torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous())
         finally:
-            cudnn.allow_tf32 = is_tf32
             handle.remove()
         return Activations(pool, found[0].permute(0, 2, 3, 1).flatten(1), logits)
 

@@ -13,7 +13,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -90,7 +90,14 @@ def attend_grouped(
 
 
 class PackMask(Protocol):
-    """The mask of a pack in one of its forms."""
+    """The mask of a pack in one of its forms.
+
+    Attributes:
+        keeps_scores: whether attention may keep more than its arguments, its result and a number per query and head
+            for the backward pass: repeated keys and values, scores.
+    """
+
+    keeps_scores: ClassVar[bool]
 
     def attend(self, query_SBNK: torch.Tensor, key_SBGK: torch.Tensor, value_SBGK: torch.Tensor) -> torch.Tensor:
         """Attention under the mask; result and heads as in the function `attend`, [S, B, N, K]."""
@@ -127,6 +134,7 @@ class DocumentMask:
         masks: bool [stop - start, stop - start] of each span, True where a position (row) sees another (column).
     """
 
+    keeps_scores: ClassVar[bool] = True
     spans: tuple[tuple[int, int], ...]
     masks: tuple[torch.Tensor, ...]
 
@@ -167,6 +175,7 @@ class FlexMask:
             FlexAttention computes all pairs and masks them, and `tiles` have no effect.
     """
 
+    keeps_scores: ClassVar[bool] = False
     first_key: torch.Tensor
     stop_key: torch.Tensor
     tiles: tuple[torch.Tensor, ...]

@@ -24,7 +24,8 @@ from torch.nn import functional
 from bitdance_scale.config.schema import NUM_MODULATIONS, NUM_TIME_FEATURES, NUM_TOKEN_MODULATIONS, HeadSection
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.model.flow import block_losses, flow_loss, interpolate
-from bitdance_scale.model.linears import LinearFactory, swiglu
+from bitdance_scale.model.fused_autograd import gated_add, gated_add_norm, modulated_norm, swiglu
+from bitdance_scale.model.linears import LinearFactory
 
 NORM_EPS = 1e-6
 TIME_SCALE = 1000.0
@@ -48,11 +49,6 @@ def time_features(t_B: torch.Tensor) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """`x * (1 + scale) + shift`; all of one shape."""
-    return x * (1 + scale) + shift
-
-
 class DiffusionHead(nn.Module):
     """Predicts clean bits from noisy ones, block by block.
 
@@ -64,6 +60,7 @@ class DiffusionHead(nn.Module):
         linears: makes the linears, plain or tensor-parallel.
         output: what the last linear gives: sigmoid (logits of the bits) or bits (the bits themselves).
         has_attention: whether the tokens of a block attend to each other; without, P is 1.
+        is_compiled: whether norms, modulations, residuals and SwiGLU are compiled.
 
     Attributes:
         block_tokens: P.
@@ -83,13 +80,15 @@ class DiffusionHead(nn.Module):
         *,
         output: str = "sigmoid",
         has_attention: bool = True,
+        is_compiled: bool = False,
     ) -> None:
         super().__init__()
         _check(section, linears.num_partitions)
         assert has_attention or block_tokens == 1, "the tokens of a block must see each other"
         self.block_tokens, self.time_shift = block_tokens, section.time_shift
         self._to_bits = OUTPUTS[output]
-        self.net = HeadNetwork(section, cond_size, num_bits, linears, HeadBlock if has_attention else TokenBlock)
+        block = HeadBlock if has_attention else TokenBlock
+        self.net = HeadNetwork(section, cond_size, num_bits, linears, block, is_compiled)
 
     def recompute_blocks(self, checkpoint: Callable[..., torch.Tensor]) -> None:
         """Makes every block keep only its inputs; `checkpoint(block, *inputs)` calls a block that way."""
@@ -190,6 +189,7 @@ class HeadNetwork(nn.Module):
         num_bits: int,
         linears: LinearFactory,
         block: type[HeadBlock] | type[TokenBlock],
+        is_compiled: bool,
     ) -> None:
         super().__init__()
         width = section.width
@@ -199,11 +199,11 @@ class HeadNetwork(nn.Module):
         self.time_embed = TimeEmbedding(width, linears)
         self.cond_embed = linears.column(cond_size, width, gather_output=True)
         self.input_proj = linears.replicated(num_bits, width)
-        self.res_blocks = nn.ModuleList(block(section, linears) for _ in range(section.num_blocks))
+        self.res_blocks = nn.ModuleList(block(section, linears, is_compiled) for _ in range(section.num_blocks))
         self.ada_ln_blocks = nn.ModuleList(
             linears.column(width, self.num_modulations * width, gather_output=True) for _ in range(section.num_adaln)
         )
-        self.final_layer = FinalLayer(width, num_bits, linears)
+        self.final_layer = FinalLayer(width, num_bits, linears, is_compiled)
 
     def forward(self, noisy_BPC: torch.Tensor, t_B: torch.Tensor, cond_BPZ: torch.Tensor) -> torch.Tensor:
         """Logits [B, P, C] in the dtype of the parameters; arguments as in `DiffusionHead.forward`."""
@@ -252,25 +252,49 @@ class TimeEmbedding(nn.Module):
         return self.mlp(features_BF)
 
 
+class ModulatedNorm(nn.LayerNorm):
+    """The norm at the start of a half of a block, modulated, with the gated addition that ends the half before it."""
+
+    def __init__(self, width: int, is_compiled: bool, *, has_affine: bool = True) -> None:
+        super().__init__(width, eps=NORM_EPS, elementwise_affine=has_affine)
+        self._is_compiled = is_compiled
+
+    def forward(  # type: ignore[override]
+        self,
+        x_BPD: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        gate: torch.Tensor | None = None,
+        added: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x plus gate * added, if they are given; of that the norm, times 1 + scale, plus shift); all [B, P, D]."""
+        affine, modulation = (self.weight, self.bias), (scale, shift)
+        if gate is None or added is None:
+            return modulated_norm(x_BPD, affine, modulation, self.eps, self._is_compiled)
+        return gated_add_norm(x_BPD, gate, added, affine, modulation, self.eps, self._is_compiled)
+
+
 class HeadBlock(nn.Module):
     """Modulated attention within the block, then a modulated SwiGLU, each with a gated residual."""
 
     num_modulations = NUM_MODULATIONS
 
-    def __init__(self, section: HeadSection, linears: LinearFactory) -> None:
+    def __init__(self, section: HeadSection, linears: LinearFactory, is_compiled: bool) -> None:
         super().__init__()
+        self._is_compiled = is_compiled
         width, hidden = section.width, section.mlp_size
-        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm1 = ModulatedNorm(width, is_compiled)
         self.attn = HeadAttention(width, width // section.head_dim // linears.num_partitions, linears)
-        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm2 = ModulatedNorm(width, is_compiled)
         self.w1 = linears.column(width, 2 * hidden, num_chunks=2)
         self.w2 = linears.row(hidden, width)
 
     def forward(self, x_BPD: torch.Tensor, modulations: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Same shape; modulations: scale1, shift1, gate1, scale2, shift2, gate2, each [B, P, D]."""
         scale1, shift1, gate1, scale2, shift2, gate2 = modulations
-        x_BPD = x_BPD + gate1 * self.attn(modulate(self.norm1(x_BPD), scale1, shift1))
-        return x_BPD + gate2 * self.w2(swiglu(self.w1(modulate(self.norm2(x_BPD), scale2, shift2))))
+        x_BPD, modulated_BPD = self.norm1(x_BPD, scale1, shift1)
+        x_BPD, modulated_BPD = self.norm2(x_BPD, scale2, shift2, gate1, self.attn(modulated_BPD))
+        return gated_add(x_BPD, gate2, self.w2(swiglu(self.w1(modulated_BPD), self._is_compiled)), self._is_compiled)
 
 
 class TokenBlock(nn.Module):
@@ -278,17 +302,19 @@ class TokenBlock(nn.Module):
 
     num_modulations = NUM_TOKEN_MODULATIONS
 
-    def __init__(self, section: HeadSection, linears: LinearFactory) -> None:
+    def __init__(self, section: HeadSection, linears: LinearFactory, is_compiled: bool) -> None:
         super().__init__()
+        self._is_compiled = is_compiled
         width, hidden = section.width, section.mlp_size
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm = ModulatedNorm(width, is_compiled)
         self.w1 = linears.column(width, 2 * hidden, num_chunks=2)
         self.w2 = linears.row(hidden, width)
 
     def forward(self, x_BPD: torch.Tensor, modulations: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Same shape; modulations: scale, shift, gate, each [B, P, D]."""
         scale, shift, gate = modulations
-        return x_BPD + gate * self.w2(swiglu(self.w1(modulate(self.norm(x_BPD), scale, shift))))
+        x_BPD, modulated_BPD = self.norm(x_BPD, scale, shift)
+        return gated_add(x_BPD, gate, self.w2(swiglu(self.w1(modulated_BPD), self._is_compiled)), self._is_compiled)
 
 
 class HeadAttention(nn.Module):
@@ -312,16 +338,16 @@ class HeadAttention(nn.Module):
 class FinalLayer(nn.Module):
     """LayerNorm without affine, modulation from its own linear, and the linear to the bits."""
 
-    def __init__(self, width: int, num_bits: int, linears: LinearFactory) -> None:
+    def __init__(self, width: int, num_bits: int, linears: LinearFactory, is_compiled: bool) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+        self.norm = ModulatedNorm(width, is_compiled, has_affine=False)
         self.ada_ln_modulation = linears.column(width, NUM_FINAL_MODULATIONS * width, gather_output=True)
         self.linear = linears.replicated(width, num_bits)
 
     def forward(self, x_BPD: torch.Tensor, modulation_BPE: torch.Tensor) -> torch.Tensor:
         """Logits [B, P, C] of the bits; `modulation_BPE` is the output [B, P, 2 D] of `ada_ln_modulation`."""
         scale, shift = modulation_BPE.chunk(NUM_FINAL_MODULATIONS, dim=-1)
-        return self.linear(modulate(self.norm(x_BPD), scale, shift))
+        return self.linear(self.norm(x_BPD, scale, shift)[1])
 
 
 def _bits_of_logits(logits_BPC: torch.Tensor) -> torch.Tensor:

@@ -10,12 +10,13 @@ from bitdance_scale.model.linears import LinearFactory
 Head = DiffusionHead | BitHead
 
 
-def make_head(config: RunConfig | NetworkConfig, linears: LinearFactory) -> Head:
+def make_head(config: RunConfig | NetworkConfig, linears: LinearFactory, *, is_compiled: bool = False) -> Head:
     """The head of a network, by `head.kind` and the network's family.
 
     Args:
         config: sizes and family.
         linears: makes the linears, plain or tensor-parallel.
+        is_compiled: whether the elementwise parts of the diffusion head are compiled.
     """
     hidden, vision, family = config.model.hidden_size, config.vision, config.model.parts
     if config.head.kind == "bitwise":
@@ -28,4 +29,5 @@ def make_head(config: RunConfig | NetworkConfig, linears: LinearFactory) -> Head
         linears,
         output=family.head_output,
         has_attention=family.head_attends(vision.block_tokens),
+        is_compiled=is_compiled,
     )

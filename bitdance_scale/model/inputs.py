@@ -18,7 +18,7 @@ import torch
 from bitdance_scale.config.schema import ModelSection, RunConfig
 from bitdance_scale.model.attention import PackMask, pack_mask, to_device
 from bitdance_scale.model.flow import draw_time
-from bitdance_scale.model.positions import cell_rotary, rotary_frequencies
+from bitdance_scale.model.positions import cell_rotary, rotary_frequencies, rotary_table
 from bitdance_scale.model.projector import flip_bits
 from bitdance_scale.sequence.noise import PackNoise
 from bitdance_scale.sequence.pack import Pack
@@ -31,7 +31,7 @@ class PackInputs:
 
     Attributes:
         token_ids: int64 [S].
-        rotary: float32 [S, 1, 1, K], angles of the rotary position embedding.
+        rotary: [S, 1, K] in the training dtype, of `positions.rotary_table`.
         mask: who sees whom (`sequence/visibility.py`).
         vision_positions: int64 [V]; vision_cells: int64 [V, 2]; vision_bits: [V, C] in {-1, +1}, flips applied,
             or continuous latents, here and below.
@@ -86,7 +86,11 @@ def make_inputs(
         text_positions = text_targets = np.zeros(1, dtype=np.int64)
     return PackInputs(
         token_ids=on_device(pack.token_ids),
-        rotary=rotary_angles(config.model, on_device(pack.position_ids), vision_positions, cells[read]),
+        rotary=rotary_table(
+            rotary_angles(config.model, on_device(pack.position_ids), vision_positions, cells[read]),
+            config.model.parts.rotary == "cells",
+            getattr(torch, config.run.dtype),
+        ),
         mask=pack_mask(pack.document_ids, pack.block_ids, config.model, device),
         vision_positions=vision_positions,
         vision_cells=cells[read],

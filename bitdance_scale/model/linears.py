@@ -8,15 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import nn
-from torch.nn import functional
-
-
-def swiglu(stacked: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of the two halves of the last axis, [.., 2 H] -> [.., H]."""
-    gate, up = stacked.chunk(2, dim=-1)
-    return functional.silu(gate) * up
 
 
 class LinearFactory(Protocol):

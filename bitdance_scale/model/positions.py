@@ -66,7 +66,7 @@ def rotary_frequencies(position_ids_S: torch.Tensor, head_dim: int, base: float)
         base: base of the frequencies.
 
     Returns:
-        float32 [S, 1, 1, K], the layout of Megatron-core's `rotary_pos_emb`.
+        float32 [S, 1, 1, K], for `rotary_table`.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids_S.device) / head_dim
     angles = position_ids_S.float()[:, None] * (1.0 / base**exponents)
@@ -86,7 +86,7 @@ def cell_rotary(cells_S2: torch.Tensor, is_vision_S: torch.Tensor, head_dim: int
         head_dim: K, a multiple of 4.
 
     Returns:
-        float32 [S, 1, 1, K], the layout of Megatron-core's `rotary_pos_emb` for interleaved channels.
+        float32 [S, 1, 1, K], for `rotary_table` with interleaved channels.
     """
     quarter = head_dim // 4
     exponents = torch.arange(quarter, dtype=torch.float32, device=cells_S2.device) / quarter
@@ -94,6 +94,23 @@ def cell_rotary(cells_S2: torch.Tensor, is_vision_S: torch.Tensor, head_dim: int
     row_S, column_S = ((cells_S2.float() + 1.5) * is_vision_S[:, None]).unbind(-1)
     angles = torch.cat([column_S[:, None] * frequencies, row_S[:, None] * frequencies], dim=-1)
     return angles.repeat_interleave(2, dim=-1)[:, None, None, :]
+
+
+def rotary_table(angles_SB1K: torch.Tensor, is_interleaved: bool, dtype: torch.dtype) -> torch.Tensor:
+    """What turns queries and keys, computed once for all layers.
+
+    Args:
+        angles_SB1K: float32, the angle of every channel.
+        is_interleaved: whether neighbouring channels have the same angle, rather than those of the two halves.
+        dtype: of the queries and keys; trained weights have adapted to its rounding.
+
+    Returns:
+        [S, B, K]: the cosines, then the sines, of the angles of the K / 2 pairs.
+    """
+    angles_SBK = angles_SB1K[:, :, 0]
+    half = angles_SBK.shape[-1] // 2
+    pairs = angles_SBK[..., ::2] if is_interleaved else angles_SBK[..., :half]
+    return torch.cat([pairs.cos(), pairs.sin()], dim=-1).to(dtype)
 
 
 def raster_index(cells: torch.Tensor, grid: tuple[int, int], order_side: int) -> torch.Tensor:

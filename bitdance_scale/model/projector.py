@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 from bitdance_scale.config.schema import gated_projector_size
-from bitdance_scale.model.linears import LinearFactory, swiglu
+from bitdance_scale.model.fused_autograd import swiglu
+from bitdance_scale.model.linears import LinearFactory
 
 
 def flip_bits(bits_VC: torch.Tensor, level_VC: torch.Tensor, draw_VC: torch.Tensor, flip_max: float) -> torch.Tensor:
@@ -67,7 +68,7 @@ class GatedProjector(nn.Module):
 
     def forward(self, bits_VC: torch.Tensor) -> torch.Tensor:
         """[V, C] of -1 and 1, any dtype -> [V, D] in the dtype of the parameters."""
-        return self.w2(swiglu(self.w1(bits_VC.to(next(self.parameters()).dtype))))
+        return self.w2(swiglu(self.w1(bits_VC.to(next(self.parameters()).dtype)), False))
 
 
 PROJECTORS: Mapping[str, type[Projector] | type[GatedProjector]] = {"gelu": Projector, "swiglu": GatedProjector}

@@ -1,11 +1,8 @@
-"""The backbone of all families: Megatron-core's TransformerBlock, with our core attention and norm.
+"""The backbone of all families: Megatron-core's TransformerBlock, over our own layer.
 
-Only two submodules of the layer are ours. `BlockCausalAttention` takes the mask of a pack, and in block-by-block
-decoding a memory of keys and values. `RMSNorm` sums its weight gradient over tensor-parallel ranks where each rank sees
-only its own heads or positions. Everything else (fused query/key/value, SwiGLU, rotary application, residuals) is
-Megatron-core's. Recomputation is torch's checkpointing, around our core attention or around the whole layer.
-
-Shape suffixes: S positions, B batch, N query heads, G key/value heads, K head size, D hidden size, of this rank.
+Megatron-core makes the linears and names them. `parallel/layer.py` has the forward pass of a layer and its core
+attention. The weight gradient of `RMSNorm` is summed over tensor-parallel ranks where each rank sees only its own heads
+or positions.
 """
 
 from __future__ import annotations
@@ -15,26 +12,24 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from einops import rearrange
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, copy_to_tensor_model_parallel_region
-from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.model.attention import PackMask, attend, attend_grouped
+from bitdance_scale.model.fused_autograd import rms_norm, stream_rms_norm
 from bitdance_scale.model.key_values import KeyValueMemory
+from bitdance_scale.parallel.layer import BlockCausalAttention, Layer, LayerConfig, RecomputedLayer
 from bitdance_scale.parallel.stage_split import stage_split
 from bitdance_scale.parallel.tensor_linears import without_sequence_parallel
 from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.parallel.weight_gradients import provide_accumulation
 
 
 class RMSNorm(nn.Module):
@@ -43,107 +38,71 @@ class RMSNorm(nn.Module):
     Its weight is replicated, but a tensor-parallel rank may see only a part of what the norm is applied to: its own
     query or key heads (`is_per_head`), and under sequence parallelism its own positions. The gradient must then be
     summed over the ranks. It is summed inside autograd because the hooks of ZeRO-2 and 3 take a gradient as soon as it
-    exists.
+    exists, unless an optimiser takes the sum over (`parallel/partial_gradients.py`).
+
+    Attributes:
+        sums_in_backward: whether the gradient of the weight is summed over tensor-parallel ranks inside autograd.
     """
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, is_per_head: bool = False, **_: object
+        self, config: LayerConfig, hidden_size: int, eps: float = 1e-6, is_per_head: bool = False, **_: object
     ) -> None:
         super().__init__()
-        self.eps = eps
-        self.sees_a_part = is_per_head or config.sequence_parallel
+        self.eps, self.is_compiled = eps, config.is_compiled
+        self.sums_in_backward = config.tensor_model_parallel_size > 1 and (is_per_head or config.sequence_parallel)
         self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normalises the last axis of `hidden` [..., hidden_size]; same shape and dtype out."""
-        weight = copy_to_tensor_model_parallel_region(self.weight) if self.sees_a_part else self.weight
-        wide = hidden.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return weight * wide.to(hidden.dtype)
+        return rms_norm(hidden, self.summed_weight(), self.eps, self.is_compiled)
+
+    def summed_weight(self) -> torch.Tensor:
+        """The weight, whose gradient is summed over the ranks where that is done for every micro-batch."""
+        return copy_to_tensor_model_parallel_region(self.weight) if self.sums_in_backward else self.weight
 
 
-class BlockCausalAttention(nn.Module):
-    """Core attention under the mask of a pack, or in decoding over a key/value memory."""
+class StreamNorm(RMSNorm):
+    """The norm at the start of a half of a layer, with the addition that ends the half before it."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        cp_comm_type: str | None = None,
-        softmax_scale: float | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-    ) -> None:
-        super().__init__()
-        self.recomputes = False
-        self._memory: KeyValueMemory | None = None
-        self._memory_layer = 0
+    def forward(  # type: ignore[override]
+        self, stream: torch.Tensor, added: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, Callable[[], torch.Tensor]]:
+        """Adds to the residual stream and normalises it.
 
-    def use_memory(self, memory: KeyValueMemory | None, layer: int) -> None:
-        """Writes keys and values to a layer of a memory from now on, and attends over it; None: no longer."""
-        self._memory, self._memory_layer = memory, layer
+        Args:
+            stream: [.., hidden_size].
+            added: of the same shape; None: nothing is added.
 
-    def forward(
-        self,
-        query_SBNK: torch.Tensor,
-        key_SBGK: torch.Tensor,
-        value_SBGK: torch.Tensor,
-        attention_mask: torch.Tensor | PackMask,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: torch.Tensor | None = None,
-        packed_seq_params: object | None = None,
-    ) -> torch.Tensor:
-        """Attends; returns [S, B, N * K].
-
-        `attention_mask` is the mask of a pack. In decoding it is a tensor: with a memory as in `attend_grouped`, where
-        T counts the keys that were read before; without as in `attend`.
+        Returns:
+            (the stream after the addition, its norm, what computes the norm again without gradients).
         """
-        if not isinstance(attention_mask, torch.Tensor):
-            assert self._memory is None, "decoding masks are dense"
-            if self.recomputes and torch.is_grad_enabled():
-                mixed = recompute(attention_mask.attend, query_SBNK, key_SBGK, value_SBGK)
-            else:
-                mixed = attention_mask.attend(query_SBNK, key_SBGK, value_SBGK)
-            return mixed.flatten(2)
-        if self._memory is None:
-            return attend(query_SBNK, key_SBGK, value_SBGK, attention_mask).flatten(2)
-        query_BNSK, key_BGSK, value_BGSK = (
-            rearrange(heads, "s b n k -> b n s k") for heads in (query_SBNK, key_SBGK, value_SBGK)
-        )
-        key_BGTK, value_BGTK = self._memory.update(self._memory_layer, key_BGSK, value_BGSK)
-        return rearrange(attend_grouped(query_BNSK, key_BGTK, value_BGTK, attention_mask), "b n s k -> s b (n k)")
+        weight = self.summed_weight()
+        total, normed = stream_rms_norm(stream, added, weight, self.eps, self.is_compiled)
+        # Detached, because ZeRO-3 takes the parameter away after this call.
+        kept, kept_weight = total.detach(), weight.detach()
+        return total, normed, lambda: rms_norm(kept, kept_weight, self.eps, self.is_compiled)
 
 
-class RecomputedLayer(TransformerLayer):
-    """A layer that keeps only its input and runs a second time in the backward pass."""
+class HeadNorm(RMSNorm):
+    """The norm of every query or key head, which is computed together with the rotation (`parallel/layer.py`)."""
 
-    def forward(self, hidden_states: torch.Tensor, **inputs: object) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Same arguments and result as `TransformerLayer.forward`."""
-        if not torch.is_grad_enabled():
-            return super().forward(hidden_states, **inputs)
-        return recompute(super().forward, hidden_states, **inputs)
-
-
-def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls a function whose activations are computed again in the backward pass instead of being kept.
-
-    Nothing random runs inside a layer, so no generator state is saved. Megatron-core's own checkpointing would not do:
-    it takes only tensors, which the mask of a pack is not, and needs CUDA's generators.
-    """
-    # Under ZeRO-3 the weights among the saved tensors are gathered in one pass and empty in the other; a check of their
-    # shapes would refuse that.
-    return checkpoint(
-        function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none", **kwargs
-    )
+    def forward(self) -> torch.Tensor:  # type: ignore[override]
+        """Its weight [K], for use after this call: under ZeRO-3 the parameter itself is then gone."""
+        weight = self.summed_weight()
+        return weight.view_as(weight)
 
 
-def transformer_config(config: RunConfig, vocab_size: int, topology: Topology) -> TransformerConfig:
+def transformer_config(config: RunConfig, vocab_size: int, topology: Topology) -> LayerConfig:
     """Megatron-core's configuration, derived from the run's."""
     model, parallel = config.model, config.parallel
     dtype = getattr(torch, config.run.dtype)
     is_cuda = topology.device.type == "cuda"
-    return TransformerConfig(
+    adds_up_in_float32 = parallel.optimizer == "megatron"
+    if adds_up_in_float32:
+        provide_accumulation()
+    return LayerConfig(
+        is_compiled=parallel.compile,
+        drops_results=parallel.recompute == "selective",
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
@@ -164,7 +123,7 @@ def transformer_config(config: RunConfig, vocab_size: int, topology: Topology) -
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=adds_up_in_float32,
         # Parameters are made on the default device and filled by `parallel/build.py`, so that their values do not
         # depend on the layout.
         use_cpu_initialization=True,
@@ -180,8 +139,12 @@ def transformer_config(config: RunConfig, vocab_size: int, topology: Topology) -
         variable_seq_lengths=True,
         # The model has no mixture of experts, but the default dispatcher refuses packs of unequal length.
         moe_token_dispatcher_type="alltoall",
-        # gloo has no batched point-to-point calls.
-        batch_p2p_comm=is_cuda,
+        # gloo has no batched point-to-point calls. The interleaved schedule sends beside the passes of other stages;
+        # in a batch, two ranks that are each other's previous and next could not tell their messages apart.
+        batch_p2p_comm=is_cuda and parallel.virtual_stages == 1,
+        overlap_p2p_comm=parallel.virtual_stages > 1,
+        # It would wait for the device after every message, for versions of PyTorch that are long gone.
+        batch_p2p_sync=False,
         # Losses are sums divided by global counts: the schedule must not divide by the number of micro-batches.
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=True,
@@ -199,8 +162,8 @@ def _pipeline_layout(config: RunConfig, vocab_size: int) -> list[list[str]] | No
 
 
 def layer_spec(recomputes_layer: bool, has_query_key_norms: bool) -> ModuleSpec:
-    """One layer made of Megatron-core's parts, our norm and our core attention."""
-    per_head_norm = ModuleSpec(module=RMSNorm, params={"is_per_head": True}) if has_query_key_norms else None
+    """One layer: Megatron-core's linears in the containers that give them their names, our norms and core attention."""
+    per_head_norm = ModuleSpec(module=HeadNorm, params={"is_per_head": True}) if has_query_key_norms else None
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=BlockCausalAttention,
@@ -209,22 +172,20 @@ def layer_spec(recomputes_layer: bool, has_query_key_norms: bool) -> ModuleSpec:
         k_layernorm=per_head_norm,
     )
     submodules = TransformerLayerSubmodules(
-        input_layernorm=RMSNorm,
+        input_layernorm=StreamNorm,
         self_attention=ModuleSpec(
             module=SelfAttention, params={"attn_mask_type": AttnMaskType.arbitrary}, submodules=attention
         ),
-        self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=RMSNorm,
+        pre_mlp_layernorm=StreamNorm,
         mlp=ModuleSpec(
             module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         ),
-        mlp_bda=get_bias_dropout_add,
     )
-    return ModuleSpec(module=RecomputedLayer if recomputes_layer else TransformerLayer, submodules=submodules)
+    return ModuleSpec(module=RecomputedLayer if recomputes_layer else Layer, submodules=submodules)
 
 
 def make_backbone(
-    megatron: TransformerConfig, num_layers: int, virtual_stage: int, is_first: bool, is_last: bool, recomputes: str
+    megatron: LayerConfig, num_layers: int, virtual_stage: int, is_first: bool, is_last: bool, recomputes: str
 ) -> TransformerBlock:
     """The layers of one stage, with the final norm on the last one.
 
@@ -247,8 +208,6 @@ def make_backbone(
     # Under sequence parallelism the block would fork CUDA's random states around its layers, for dropouts that they do
     # not have.
     backbone.config = without_sequence_parallel(megatron)
-    for layer in backbone.layers:
-        layer.self_attention.core_attention.recomputes = recomputes == "selective"
     return backbone
 
 

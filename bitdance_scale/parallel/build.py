@@ -16,10 +16,10 @@ import torch.distributed as dist
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.model.initial import draw_initial
+from bitdance_scale.parallel.engine import TrainingEngine
 from bitdance_scale.parallel.parameter_names import Parameters, name_parameters
 from bitdance_scale.parallel.pipeline_stages import RankStages
 from bitdance_scale.parallel.topology import Topology
-from bitdance_scale.parallel.zero import ZeroEngine
 
 
 def build_stages(config: RunConfig, vocab_size: int, topology: Topology) -> RankStages:
@@ -30,15 +30,36 @@ def build_stages(config: RunConfig, vocab_size: int, topology: Topology) -> Rank
     return stages
 
 
-def build_engine(config: RunConfig, vocab_size: int, topology: Topology) -> ZeroEngine:
-    """This rank's stages under ZeRO, ready to train; a collective of all ranks.
+def build_engine(config: RunConfig, vocab_size: int, topology: Topology) -> TrainingEngine:
+    """This rank's stages under the run's engine, ready to train; a collective of all ranks.
 
     Raises:
         ConfigError: on every rank: a pattern of `optim.decay_exempt` names no parameter of the model.
     """
     stages = build_stages(config, vocab_size, topology)
     _check_exemptions(list(name_parameters(stages, topology)), config.optim.decay_exempt)
-    return ZeroEngine(stages, config, topology)
+    return engine_of(stages, config, topology)
+
+
+def engine_of(
+    stages: RankStages, config: RunConfig, topology: Topology, is_fused: bool | None = None
+) -> TrainingEngine:
+    """The run's engine on these stages; a collective of all ranks.
+
+    Args:
+        stages: with their initial weights.
+        config: the run.
+        topology: the ranks.
+        is_fused: whether AdamW is one kernel without temporary tensors; None: only on CUDA.
+    """
+    # Imported here, so that a run imports one of them.
+    if config.parallel.optimizer == "megatron":
+        from bitdance_scale.parallel.distributed_optimizer import MegatronEngine
+
+        return MegatronEngine(stages, config, topology, is_fused)
+    from bitdance_scale.parallel.zero import ZeroEngine
+
+    return ZeroEngine(stages, config, topology, is_fused)
 
 
 def _check_exemptions(own_names: list[str], patterns: Sequence[str]) -> None:

@@ -2,8 +2,7 @@
 
 PyTorch's "fake" process-group backend answers every collective at once, and `FakeTensorMode` gives every tensor its
 shape, dtype and storage size without memory. Stages, engines and schedules run on them unchanged, so that what they
-would allocate on a rank can be logged. Two places need values that do not exist: the pipeline's messages about shapes,
-which `no_memory` answers, and the numbers that engines read, which `StorageLog` answers.
+would allocate on a rank can be logged. The numbers that engines read do not exist; `StorageLog` answers for them.
 
 The process groups are global to the process: `parallel/memory_estimate.py` gives every such rank its own process.
 """
@@ -18,8 +17,8 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import nn
+from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitdance_scale.config.schema import ParallelSection
@@ -40,31 +39,40 @@ def join_fake_job(world_size: int, rank: int, section: ParallelSection) -> Topol
 
 
 @contextlib.contextmanager
-def no_memory(hidden_shape: tuple[int, int, int] = (0, 0, 0), device_type: str = "") -> Iterator[StorageLog]:
+def no_memory(device_type: str = "") -> Iterator[StorageLog]:
     """Within it tensors take no memory and are logged.
 
     Args:
-        hidden_shape: what pipeline stages send each other; a message that contains the shape has no value here.
         device_type: of the tensors that are logged; empty: of all.
     """
     # Registers the collectives of fake tensors.
     import torch.distributed._tools.fake_collectives  # noqa: F401  (imported for the side effect)
 
-    def communicate_shapes(
-        _self: object, send_next: object, send_previous: object, recv_previous: bool, recv_next: bool
-    ) -> tuple[list[int], list[int]]:
-        shape = list(hidden_shape)
-        return shape if recv_previous else [0, 0, 0], shape if recv_next else [0, 0, 0]
-
+    _register_coalesced()
     log = StorageLog(device_type)
     with (
-        mock.patch.object(P2PCommunicator, "_communicate_shapes", communicate_shapes),
         mock.patch.object(nn.Module, "_apply", _convert),
         mock.patch.object(replicated, "DistributedDataParallel", functools.partial(Buckets, log)),
         FakeTensorMode(allow_non_fake_inputs=True),
         log,
     ):
         yield log
+
+
+@functools.cache
+def _register_coalesced() -> torch.library.Library:
+    """Registers what PyTorch leaves out of the collectives of fake tensors: those of several tensors at once.
+
+    They write into tensors that they are given, and return what is waited for.
+    """
+
+    def answer(*_values: object, **_options: object) -> torch.ScriptObject:
+        return FakeWork().boxed()
+
+    library = torch.library.Library("c10d", "IMPL")
+    for name in ("reduce_scatter_tensor_coalesced_", "allgather_into_tensor_coalesced_"):
+        library.impl(name, answer, "Meta")
+    return library
 
 
 class Buckets(nn.Module):

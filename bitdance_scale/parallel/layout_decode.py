@@ -18,7 +18,7 @@ from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.generate.block_decode import DecodeLayout, Draw, SeenKeys
 from bitdance_scale.generate.sampler import BlockSampler, block_sampler, configured_solver
 from bitdance_scale.model.key_values import KeyValueMemory
-from bitdance_scale.model.positions import cell_rotary, rotary_frequencies
+from bitdance_scale.model.positions import cell_rotary, rotary_frequencies, rotary_table
 from bitdance_scale.parallel.backbone import use_memory, whole_sequences
 from bitdance_scale.parallel.still_model import StageHolder
 from bitdance_scale.parallel.topology import Topology
@@ -151,14 +151,15 @@ class StageDecoder:
         return self._memory
 
     def _rotary(self, start: int, stop: int) -> torch.Tensor:
-        """Angles of positions start..stop-1 of every sequence, float32 [S, B or 1, 1, K]."""
-        layout, section = self._layout, self._config.model
+        """The rotary table of positions start..stop-1 of every sequence, [S, B or 1, K]."""
+        layout, section, dtype = self._layout, self._config.model, self._first.config.params_dtype
         if section.parts.rotary == "sequence":
             positions = layout.position_ids[:, start:stop].T.flatten()
             angles = rotary_frequencies(positions, section.head_dim, section.rope_base)
-            return angles.view(stop - start, layout.num_sequences, 1, -1)
+            return rotary_table(angles.view(stop - start, layout.num_sequences, 1, -1), False, dtype)
         tokens = torch.arange(start, stop, device=layout.cells.device) - layout.prefix_length
-        return cell_rotary(layout.cells[tokens.clamp(min=0)], tokens >= 0, section.head_dim)
+        angles = cell_rotary(layout.cells[tokens.clamp(min=0)], tokens >= 0, section.head_dim)
+        return rotary_table(angles, True, dtype)
 
     def _receive(self, num_rows: int) -> torch.Tensor:
         shape = (num_rows, self._layout.num_sequences, self._config.model.hidden_size)

@@ -24,13 +24,13 @@ import torch
 from bitdance_scale.config.schema import RunConfig, VisionSection
 from bitdance_scale.data.plan.synthetic_packs import typical_packs
 from bitdance_scale.model.inputs import PackInputs, make_inputs
-from bitdance_scale.parallel.build import build_stages
+from bitdance_scale.parallel.build import build_stages, engine_of
+from bitdance_scale.parallel.engine import TrainingEngine
 from bitdance_scale.parallel.fake_ranks import join_fake_job, no_memory
 from bitdance_scale.parallel.memory_parts import Bytes, num_in_flight
 from bitdance_scale.parallel.step import accumulate_gradients, count_targets
 from bitdance_scale.parallel.storage_log import Peak, StorageLog
 from bitdance_scale.parallel.topology import Topology
-from bitdance_scale.parallel.zero import ZeroEngine
 from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.vision.tokenizer import num_elements
@@ -113,10 +113,9 @@ def estimate_memory_here(
     waiting: list[Pack] = []
     if packs is None:
         packs, waiting = packs_to_run(config, topology.data_size, in_flight)
-    num_positions = packs[0].num_positions // (config.parallel.tensor if config.parallel.sequence_parallel else 1)
     # Packs are small: they are made of real tensors, then copied into tensors without memory.
     made = {id(pack): _inputs(pack, config) for pack in [*packs, *waiting]}
-    with no_memory((num_positions, 1, config.model.hidden_size)) as log:
+    with no_memory() as log:
         engine = build_logged(log, config, vocab_size, topology, is_fused)
         building_peak = log.peak(0, log.position).total
         batch, _kept = ([_copy(made[id(pack)], log) for pack in group] for group in (packs, waiting))
@@ -165,8 +164,8 @@ def packs_to_run(config: RunConfig, num_replicas: int, in_flight: int) -> tuple[
 
 def build_logged(
     log: StorageLog, config: RunConfig, vocab_size: int, topology: Topology, is_fused: bool
-) -> ZeroEngine:
-    """Stages under ZeRO whose gradients the log knows as soon as they are accumulated."""
+) -> TrainingEngine:
+    """An engine with its stages whose gradients the log knows as soon as they are accumulated."""
     stages = build_stages(config, vocab_size, topology)
 
     def note(parameter: torch.Tensor) -> None:
@@ -176,11 +175,11 @@ def build_logged(
     # Registered before the engine's own hooks, which take the gradient away.
     for parameter in stages.parameters():
         parameter.register_post_accumulate_grad_hook(note)
-    return ZeroEngine(stages, config, topology, is_fused)
+    return engine_of(stages, config, topology, is_fused)
 
 
 def _run_steps(
-    log: StorageLog, engine: ZeroEngine, batch: list[PackInputs], config: RunConfig, topology: Topology
+    log: StorageLog, engine: TrainingEngine, batch: list[PackInputs], config: RunConfig, topology: Topology
 ) -> tuple[dict[str, int], Peak, int]:
     """(bytes held before the last optimiser step, peak of the last step, most activations in it)."""
     held: dict[str, int] = {}
@@ -195,13 +194,13 @@ def _run_steps(
     return held, log.peak(start, log.position), log.most_of("activations", start)
 
 
-def assign_holdings(log: StorageLog, engine: ZeroEngine) -> None:
+def assign_holdings(log: StorageLog, engine: TrainingEngine) -> None:
     """Tells the log what the engine keeps from step to step."""
     for role, tensors in engine.holdings().items():
         log.assign(tensors, role)
 
 
-def held_before_update(log: StorageLog, engine: ZeroEngine) -> dict[str, int]:
+def held_before_update(log: StorageLog, engine: TrainingEngine) -> dict[str, int]:
     """Bytes by role between the last backward pass of a step and the update."""
     assign_holdings(log, engine)
     # No activation is left: whatever else is held is a gradient, in whichever buffer the engine keeps it.

@@ -23,7 +23,6 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
-    vocab_parallel_cross_entropy,
 )
 from megatron.core.transformer import TransformerConfig
 from torch import nn
@@ -34,11 +33,13 @@ from bitdance_scale.model.heads import make_head
 from bitdance_scale.model.inputs import PackInputs
 from bitdance_scale.model.positions import axis_table, look_up_cells, raster_index
 from bitdance_scale.model.projector import PROJECTORS
-from bitdance_scale.parallel.backbone import RMSNorm, make_backbone, recompute, transformer_config
+from bitdance_scale.parallel.backbone import RMSNorm, make_backbone, transformer_config
+from bitdance_scale.parallel.recomputing import recompute
 from bitdance_scale.parallel.stage_split import stage_layers
 from bitdance_scale.parallel.step_trace import StepTrace
 from bitdance_scale.parallel.tensor_linears import ColumnLinear, TensorParallelLinears, without_sequence_parallel
 from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.parallel.vocab_loss import cross_entropy
 
 
 class RankStages(nn.Module):
@@ -110,7 +111,7 @@ class Stage(nn.Module):
             config.parallel.recompute,
         )
         if self.is_last:
-            self.head = make_head(config, linears)
+            self.head = make_head(config, linears, is_compiled=config.parallel.compile)
             if config.parallel.recompute == "full" and isinstance(self.head, DiffusionHead):
                 self.head.recompute_blocks(recompute)
             if self.parts.head_cells == "learned":
@@ -133,8 +134,9 @@ class Stage(nn.Module):
             if self.is_first:
                 self.output.weight = self.embedding.weight
         local = self.padded_vocab_size // topology.tensor_size
-        first_row = topology.tensor_rank * local
-        self._num_local_entries = max(0, min(local, self.vocab_size - first_row))
+        self._first_entry = topology.tensor_rank * local
+        self._num_local_entries = max(0, min(local, self.vocab_size - self._first_entry))
+        self._tensor_group = topology.tensor_group if topology.tensor_size > 1 else None
 
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor] | None) -> None:
         """Takes the hidden states [S, B, D] that Megatron's schedule received from the previous stage."""
@@ -207,7 +209,11 @@ class Stage(nn.Module):
 
     def text_loss_sum(self, hidden_TD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
         """Cross-entropy summed over text targets; the tensor-parallel ranks divide the vocabulary."""
-        logits = self.output(hidden_TD).float()
-        is_entry = torch.arange(logits.shape[-1], device=logits.device) < self._num_local_entries
-        logits = logits.masked_fill(~is_entry, float("-inf"))
-        return vocab_parallel_cross_entropy(logits[:, None], targets_T[:, None]).sum()
+        return cross_entropy(
+            self.output(hidden_TD),
+            targets_T,
+            self._first_entry,
+            self._num_local_entries,
+            self._tensor_group,
+            self.config.is_compiled,
+        ).sum()

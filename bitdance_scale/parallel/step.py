@@ -8,20 +8,21 @@ micro-batches there are or how full they are; that of an average of averages wou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from bitdance_scale.config.schema import LossSection
 from bitdance_scale.model.flow import combine_losses
 from bitdance_scale.model.inputs import PackInputs
+from bitdance_scale.parallel.engine import StepOutcome, TrainingEngine
+from bitdance_scale.parallel.pipeline_schedule import run_schedule
+from bitdance_scale.parallel.pipeline_stages import Stage
 from bitdance_scale.parallel.step_trace import StepTrace, tracing
 from bitdance_scale.parallel.still_model import StageHolder
 from bitdance_scale.parallel.topology import Topology
-from bitdance_scale.parallel.zero import StepOutcome, ZeroEngine
 from bitdance_scale.phases import Phase, phase
 
 
@@ -55,43 +56,54 @@ def count_targets(batch: Sequence[PackInputs], topology: Topology) -> TargetCoun
 
 
 def accumulate_gradients(
-    engine: ZeroEngine,
+    engine: TrainingEngine,
     batch: Sequence[PackInputs],
     counts: TargetCounts,
     section: LossSection,
     topology: Topology,
     trace: StepTrace | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> StepLosses:
     """Runs forward and backward over the micro-batches of this replica.
 
     Returns the losses of the global batch. The engine then holds the reduced gradients, and `trace` what it keeps of
-    every micro-batch.
+    every micro-batch. `meanwhile` is called once, when the device has work.
     """
     with tracing(engine.stages, trace):
-        sums = _run_micro_batches(engine, batch, counts, section, topology)
+        sums = _run_micro_batches(engine, batch, counts, section, topology, meanwhile)
     if trace is not None:
         trace.loss_sums = sums
     return _reduce_losses(sums, counts, section, topology)
 
 
 def _run_micro_batches(
-    engine: ZeroEngine, batch: Sequence[PackInputs], counts: TargetCounts, section: LossSection, topology: Topology
+    engine: TrainingEngine,
+    batch: Sequence[PackInputs],
+    counts: TargetCounts,
+    section: LossSection,
+    topology: Topology,
+    meanwhile: Callable[[], None],
 ) -> list[torch.Tensor]:
     """Forward and backward; returns the loss sums of every micro-batch on the last stage, [] elsewhere."""
     if topology.pipeline_size > 1:
-        return _run_pipeline(engine, batch, counts, section, topology)
+        sums = _run_pipeline(engine, batch, counts, section, topology)
+        # Within the schedule the ranks of a replica wait for each other's messages.
+        meanwhile()
+        return sums
     sums = []
     for index, inputs in enumerate(batch):
         with phase(Phase.FORWARD):
             loss_sums = engine.forward(inputs)
         with phase(Phase.BACKWARD):
-            engine.backward(_loss(loss_sums, counts, section, topology), is_last=index == len(batch) - 1)
+            engine.backward(_loss(loss_sums, counts, section, engine), is_last=index == len(batch) - 1)
         sums.append(loss_sums.detach())
+        if index == 0:
+            meanwhile()
     return sums
 
 
 def train_step(
-    engine: ZeroEngine,
+    engine: TrainingEngine,
     batch: Sequence[PackInputs],
     section: LossSection,
     lr: float,
@@ -99,6 +111,7 @@ def train_step(
     *,
     trace: StepTrace | None = None,
     refuses: Callable[[StepLosses, float], bool] | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> tuple[StepLosses, StepOutcome]:
     """One optimiser step on the micro-batches of this replica.
 
@@ -109,10 +122,12 @@ def train_step(
         lr: learning rate of the step.
         topology: the ranks.
         trace: keeps what every micro-batch gave on this rank.
-        refuses: whether a step with these losses and this finite gradient norm must change nothing (`ZeroEngine.step`).
+        refuses: whether a step with these losses and this finite gradient norm must change nothing
+            (`TrainingEngine.step`).
+        meanwhile: what the host does while the device computes; it is called on all ranks, and may be a collective.
     """
     counts = count_targets(batch, topology)
-    losses = accumulate_gradients(engine, batch, counts, section, topology, trace)
+    losses = accumulate_gradients(engine, batch, counts, section, topology, trace, meanwhile)
     with phase(Phase.OPTIMISER):
         return losses, engine.step(lr, None if refuses is None else lambda norm: refuses(losses, norm))
 
@@ -128,52 +143,37 @@ def forward_only(model: StageHolder, batch: Sequence[PackInputs], topology: Topo
     def keep_output(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return output[0], output.new_zeros((), dtype=torch.int), output
 
-    def forward_step(inputs: Iterator[PackInputs], stage: torch.nn.Module) -> tuple[torch.Tensor, object]:
-        return stage(next(inputs)), keep_output
-
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(batch) for _ in model.stages],
-        model=model.stages,
-        num_microbatches=len(batch),
-        seq_length=0,  # unused, as in training
-        micro_batch_size=1,
-        forward_only=True,
+    return run_schedule(
+        model.stages, batch, topology, lambda stage, inputs: stage(inputs), keep_output, is_forward_only=True
     )
 
 
-def _loss(sums: torch.Tensor, counts: TargetCounts, section: LossSection, topology: Topology) -> torch.Tensor:
-    """This micro-batch's part of the global loss, times the replicas that the engine will average over."""
+def _loss(sums: torch.Tensor, counts: TargetCounts, section: LossSection, engine: TrainingEngine) -> torch.Tensor:
+    """This micro-batch's part of the global loss, times what the engine will divide by."""
     loss = combine_losses(sums[0], sums[1], counts.num_vision, counts.num_text, section)
-    return loss * topology.data_size
+    return loss * engine.loss_factor
 
 
 def _run_pipeline(
-    engine: ZeroEngine, batch: Sequence[PackInputs], counts: TargetCounts, section: LossSection, topology: Topology
+    engine: TrainingEngine, batch: Sequence[PackInputs], counts: TargetCounts, section: LossSection, topology: Topology
 ) -> list[torch.Tensor]:
-    """Runs Megatron-core's 1F1B schedule, interleaved where a rank holds several stages.
+    """Forward and backward through the stages of a pipeline.
 
     Returns the loss sums of every micro-batch on the last stage, [] elsewhere.
     """
 
     def reduce_output(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # The second value is a token count, which the schedule only adds up.
-        return _loss(sums, counts, section, topology), sums.new_zeros((), dtype=torch.int), sums.detach()
+        return _loss(sums, counts, section, engine), sums.new_zeros((), dtype=torch.int), sums.detach()
 
-    def forward_step(inputs: Iterator[PackInputs], stage: torch.nn.Module) -> tuple[torch.Tensor, object]:
+    def forward(stage: Stage, inputs: PackInputs) -> torch.Tensor:
         with phase(Phase.FORWARD):
-            return stage(next(inputs)), reduce_output
+            output: torch.Tensor = stage(inputs)
+            return output
 
     # Between the forward passes of the schedule.
     with phase(Phase.BACKWARD), engine.external_backward() as stages:
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(batch) for _ in stages],
-            model=stages,
-            num_microbatches=len(batch),
-            seq_length=0,  # unused: the stages send each other the length of every pack
-            micro_batch_size=1,
-        )
+        return run_schedule(stages, batch, topology, forward, reduce_output)
 
 
 def _reduce_losses(

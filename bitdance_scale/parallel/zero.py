@@ -12,9 +12,7 @@ moments as views into the engine's buffers. Checkpoints read and write these vie
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import deepspeed
@@ -22,38 +20,23 @@ import torch
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import safe_get_full_grad
 
-from bitdance_scale.config.schema import OptimSection, RunConfig
+from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.inputs import PackInputs
 from bitdance_scale.parallel.averaged_weights import AveragedWeights
+from bitdance_scale.parallel.engine import MOMENTS, Fragment, StepOutcome, TrainingEngine, decay_groups
 from bitdance_scale.parallel.engine_setup import no_compiler
-from bitdance_scale.parallel.parameter_names import Parameters, name_parameters
+from bitdance_scale.parallel.parameter_names import Parameters
+from bitdance_scale.parallel.partial_gradients import leave_gradients_partial, sum_over_tensor_ranks
 from bitdance_scale.parallel.partition import ShardedValue, fragment_pieces, whole_pieces
 from bitdance_scale.parallel.pipeline_stages import RankStages, Stage
-from bitdance_scale.parallel.tied import TiedEmbedding
+from bitdance_scale.parallel.scattered_gradients import ScatteredGradients
 from bitdance_scale.parallel.topology import Topology
 
 # A shared-memory all-reduce for inference on CPUs, which every process would compile or load when it starts.
 deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-AVERAGE = "average"
 # DeepSpeed's default. Its buffer of this size exists in full, however small the model is: 2 GB in float32.
 MAX_BUCKET_ELEMENTS = 500_000_000
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """The result of an optimiser step.
-
-    Attributes:
-        grad_norm: norm of the whole model's gradient before clipping.
-        is_skipped: whether the norm was not finite, so that no rank changed anything.
-        is_refused: whether the caller refused the step, with the same effect.
-    """
-
-    grad_norm: float
-    is_skipped: bool
-    is_refused: bool = False
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -79,24 +62,6 @@ class GuardedAdamW(torch.optim.AdamW):
 ZERO_SUPPORTED_OPTIMIZERS.append(GuardedAdamW)
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """What this rank's optimiser keeps of one parameter.
-
-    Attributes:
-        start: index of the first element in the flattened local parameter.
-        master: float32 [n], weights; a view.
-        exp_avg, exp_avg_sq: float32 [n], AdamW's moments; views.
-        average: float32 [n], the averaged weights; a view. None without averages.
-    """
-
-    start: int
-    master: torch.Tensor
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
-    average: torch.Tensor | None
-
-
 def deepspeed_config(config: RunConfig, data_size: int, num_elements: int) -> dict[str, object]:
     """DeepSpeed's configuration, derived from the run's; under bfloat16 gradients are accumulated in float32.
 
@@ -116,6 +81,7 @@ def deepspeed_config(config: RunConfig, data_size: int, num_elements: int) -> di
             "overlap_comm": False,
             "reduce_bucket_size": min(num_elements, MAX_BUCKET_ELEMENTS),
         },
+        "communication_data_type": {"float32": "fp32", "bfloat16": "bf16"}[config.parallel.reduce_dtype],
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
@@ -125,7 +91,7 @@ def deepspeed_config(config: RunConfig, data_size: int, num_elements: int) -> di
     return settings
 
 
-class ZeroEngine:
+class ZeroEngine(TrainingEngine):
     """The stages of a pipeline rank under ZeRO.
 
     Args:
@@ -133,19 +99,15 @@ class ZeroEngine:
         config: the run.
         topology: the ranks.
         is_fused: whether AdamW is one kernel without temporary tensors; None: only on CUDA.
-
-    Attributes:
-        stages: the modules; the engine trains all their parameters except a copy of a tied embedding
-        (`parallel/tied.py`). tied: moves a tied embedding between the ends of the pipeline; None if embeddings are not
-        tied. parameters: global name -> parameter and placement.
     """
 
     def __init__(self, module: RankStages, config: RunConfig, topology: Topology, is_fused: bool | None = None) -> None:
-        self.stages: list[Stage] = list(module.stages)
-        self.tied = TiedEmbedding(self.stages, topology) if config.model.tie_embeddings else None
-        self.parameters: Parameters = name_parameters(module, topology)
-        self._topology = topology
+        super().__init__(module, config, topology)
+        # DeepSpeed averages gradients over the replicas.
+        self.loss_factor = topology.data_size
         self._zero_stage = config.parallel.zero_stage
+        # ZeRO-2 and 3 take every micro-batch's gradient as soon as it exists.
+        self._partial = leave_gradients_partial(self.stages) if self._zero_stage == 1 else []
         optimizer = GuardedAdamW(
             decay_groups(self.parameters, config.optim),
             lr=config.optim.lr,
@@ -163,6 +125,10 @@ class ZeroEngine:
             )
         self._optimizer = self._engine.optimizer
         self._adam = self._engine.basic_optimizer
+        self._scattered: ScatteredGradients | None = None
+        if self._zero_stage == 1 and config.run.dtype == "bfloat16":
+            reduce_dtype = getattr(torch, config.parallel.reduce_dtype)
+            self._scattered = ScatteredGradients(self._optimizer, topology, reduce_dtype)
         self._make_moments()
         decay = config.optim.average_decay
         self._averages = AveragedWeights(self._flat_masters(), decay) if decay else None
@@ -172,9 +138,12 @@ class ZeroEngine:
         return self._engine(inputs)
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
-        """Backpropagates one micro-batch; under ZeRO-1 gradients are reduced with the last one of a step."""
-        self._engine.set_gradient_accumulation_boundary(is_last)
+        """Backpropagates one micro-batch; under ZeRO-1 gradients are reduced after the last one of a step."""
+        is_reduced_here = is_last and self._zero_stage == 1
+        self._engine.set_gradient_accumulation_boundary(is_last and not is_reduced_here)
         self._engine.backward(loss, scale_wrt_gas=False)
+        if is_reduced_here:
+            self._reduce_gradients()
 
     @contextlib.contextmanager
     def external_backward(self) -> Iterator[list[Stage]]:
@@ -185,17 +154,19 @@ class ZeroEngine:
         yield self.stages
         if self.tied is not None:
             self.tied.return_gradient()
+        self._reduce_gradients()
+
+    def _reduce_gradients(self) -> None:
+        """Sums the gradients of a step over the ranks that have parts of them (ZeRO-1)."""
+        sum_over_tensor_ranks([_accumulated(parameter) for parameter in self._partial], self._topology.tensor_group)
         self._engine.set_gradient_accumulation_boundary(True)
-        self._engine.allreduce_gradients()
+        if self._scattered is not None:
+            self._scattered.reduce()
+        else:
+            self._engine.allreduce_gradients()
 
     def step(self, lr: float, refuses: Callable[[float], bool] | None = None) -> StepOutcome:
-        """Clips and steps with learning rate `lr`, unless the gradient is not finite somewhere; clears gradients.
-
-        Args:
-            lr: learning rate of the step.
-            refuses: whether a step with this finite gradient norm must change nothing; called once, on all ranks, and
-                must give all of them the same answer.
-        """
+        """As in `TrainingEngine`; DeepSpeed takes the norm in its own step, in which `refuses` is asked."""
         for group in self._adam.param_groups:
             group["lr"] = lr
         answers: list[bool] = []
@@ -213,24 +184,6 @@ class ZeroEngine:
         if self._averages is not None and not (outcome.is_skipped or outcome.is_refused):
             self._averages.update()
         return outcome
-
-    def restart_averages(self) -> None:
-        """Begins the average again with the weights as they are, after others were loaded."""
-        if self._averages is not None:
-            self._averages.restart()
-
-    @contextlib.contextmanager
-    def weights_of(self, kind: str) -> Iterator[None]:
-        """Within it the model has its `trained` or its `averaged` weights; a collective over data-parallel ranks.
-
-        Outside of it they are the trained ones. What the optimiser holds is exchanged too, so no step is taken in it.
-        """
-        if kind == "trained":
-            yield
-            return
-        assert self._averages is not None, "`evaluate.weights` and `sample.weights` need `optim.average_decay`"
-        with self._averages.in_place_of_masters(self._refresh_weights):
-            yield
 
     def _refresh_weights(self) -> None:
         """Copies the masters into the weights, and those of all ranks to all that use them, as after a step."""
@@ -283,16 +236,6 @@ class ZeroEngine:
                 values[name] = fragment_pieces(flat, start, placement)
             else:
                 values[name] = whole_pieces(parameter.data, placement)
-        return values
-
-    def optimizer_values(self) -> dict[str, ShardedValue]:
-        """Float32 masters, moments and averages: `master.<name>`, `exp_avg.<name>` and so on, as views."""
-        values = {}
-        for name, fragment in self.fragments():
-            placement = self.parameters[name].placement
-            for key in ("master", *MOMENTS, *([AVERAGE] if self._averages is not None else [])):
-                flat = getattr(fragment, key)
-                values[f"{key}.{name}"] = fragment_pieces(flat, fragment.start, placement)
         return values
 
     def holdings(self) -> dict[str, list[torch.Tensor]]:
@@ -366,22 +309,6 @@ class ZeroEngine:
         return start, min(size, partitioned.ds_numel - start)
 
 
-def decay_groups(parameters: Parameters, section: OptimSection) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: those that weight decay is for, and the others; one group if there is no decay.
-
-    Args:
-        parameters: of this rank, by global name.
-        section: `weight_decay`, `decays_vectors`, `decay_exempt`.
-    """
-    groups: dict[float, list[torch.nn.Parameter]] = {}
-    for name, (parameter, placement) in parameters.items():
-        is_exempt = any(fnmatch.fnmatchcase(name, pattern) for pattern in section.decay_exempt)
-        is_vector = len(placement.global_shape) < 2 and not section.decays_vectors
-        groups.setdefault(0.0 if is_exempt or is_vector else section.weight_decay, []).append(parameter)
-    # Without a group that is empty, which DeepSpeed does not take.
-    return [{"params": members, "weight_decay": decay} for decay, members in groups.items()]
-
-
 class _Partition(Protocol):
     """A rank's padded part of a parameter."""
 
@@ -400,6 +327,13 @@ class _LinkedParameter(Protocol):
     """What ZeRO-1 and 2 add to a parameter: where its fragment lies in the flat buffers; None if it is elsewhere."""
 
     _hp_mapping: Any
+
+
+def _accumulated(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The gradient of the micro-batches so far under ZeRO-1: in float32 under bfloat16, else autograd's own."""
+    gradient = getattr(parameter, "_hp_grad", parameter.grad)
+    assert gradient is not None, "every micro-batch passes through all layers"
+    return cast(torch.Tensor, gradient)
 
 
 def _under_zero3(parameter: torch.Tensor) -> _PartitionedParameter:

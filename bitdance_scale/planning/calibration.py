@@ -21,6 +21,7 @@ from torch.nn import functional
 from bitdance_scale.atomic_files import write_text
 from bitdance_scale.config.load import dump_toml, load_config
 from bitdance_scale.data.plan.synthetic_packs import typical_packs
+from bitdance_scale.float32_products import PRECISIONS, float32_products
 from bitdance_scale.model.attention import pack_mask
 from bitdance_scale.observe.cost import peak_flops
 from bitdance_scale.planning.machine import Constant, Machine
@@ -109,7 +110,7 @@ def _measure_core(device: torch.device, sizes: _Sizes) -> dict[str, float]:
         "attention_fraction": min(1.0, attention / products),
         "bfloat16_flops": products,
         "float32_flops": products,
-        "encoder_flops": encoder_rate(device, sizes.image_px),
+        **{f"encoder_{name}_flops": encoder_rate(device, sizes.image_px, name) for name in PRECISIONS},
         "memory_bytes_per_s": moved_rate(device, sizes.moved_elements),
         "kernel_gap_s": kernel_s(device),
         "kernel_launch_s": 0.0,
@@ -123,7 +124,7 @@ def _measure_gpu(device: torch.device, sizes: _Sizes) -> dict[str, float]:
     attention = attention_rate(device, torch.bfloat16, "pt_14b")
     peak = peak_flops(name, "bfloat16")
     found = {
-        "encoder_flops": encoder_rate(device, sizes.image_px),
+        **{f"encoder_{name}_flops": encoder_rate(device, sizes.image_px, name) for name in PRECISIONS},
         "encoder_fraction": 1.0,
         "memory_bytes_per_s": moved_rate(device, sizes.moved_elements),
         "memory_fraction": 1.0,
@@ -197,12 +198,13 @@ def attention_rate(device: torch.device, dtype: torch.dtype, config_name: str) -
     return 4 * model.num_heads * model.head_dim * pairs / seconds_of(lambda: mask.attend(query, key, value), device, 3)
 
 
-def encoder_rate(device: torch.device, image_px: int) -> float:
-    """FLOP/s of a 3 x 3 convolution in float32, as PyTorch computes it by default."""
+def encoder_rate(device: torch.device, image_px: int, precision: str) -> float:
+    """FLOP/s of a 3 x 3 convolution of float32, with the precision `float32` or `tf32`."""
     image = torch.randn(1, _ENCODER_CHANNELS, image_px, image_px, device=device)
     weight = torch.randn(_ENCODER_CHANNELS, _ENCODER_CHANNELS, 3, 3, device=device)
     flops = 2 * 9 * _ENCODER_CHANNELS**2 * image_px**2
-    return flops / seconds_of(lambda: functional.conv2d(image, weight, padding=1), device, 3)
+    with float32_products(precision):
+        return flops / seconds_of(lambda: functional.conv2d(image, weight, padding=1), device, 3)
 
 
 def moved_rate(device: torch.device, num_elements: int) -> float:

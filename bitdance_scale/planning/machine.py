@@ -41,7 +41,8 @@ class Machine:
         reserved_gib: of it, what CUDA, NCCL and fragmentation take, 2^30 bytes.
         bfloat16_flops: peak of dense products in bfloat16, FLOP/s.
         float32_flops: the same in float32, FLOP/s.
-        encoder_flops: peak of the convolutions of the image encoder, FLOP/s.
+        encoder_float32_flops: peak of the convolutions of the image encoder in float32, FLOP/s.
+        encoder_tf32_flops: the same in TF32.
         gemm_fraction: share of the peak that large matrix products reach.
         gemm_halved_fraction: what is left of that share when twice the tensor-parallel ranks halve a width.
         attention_fraction: share that attention reaches, over pairs that see each other.
@@ -65,7 +66,8 @@ class Machine:
     reserved_gib: Constant
     bfloat16_flops: Constant
     float32_flops: Constant
-    encoder_flops: Constant
+    encoder_float32_flops: Constant
+    encoder_tf32_flops: Constant
     gemm_fraction: Constant
     gemm_halved_fraction: Constant
     attention_fraction: Constant
@@ -94,6 +96,11 @@ class Machine:
         """What products reach that so many tensor-parallel ranks divide, FLOP/s of one."""
         share = self.gemm_fraction.value * self.gemm_halved_fraction.value ** math.log2(tensor)
         return self.peak_flops(dtype) * share
+
+    def encoder_rate(self, precision: str) -> float:
+        """What the image encoder reaches, in `float32` or `tf32`, FLOP/s."""
+        peak = self.encoder_tf32_flops if precision == "tf32" else self.encoder_float32_flops
+        return peak.value * self.encoder_fraction.value
 
     @property
     def node_rate(self) -> float:

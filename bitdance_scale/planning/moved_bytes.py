@@ -12,7 +12,14 @@ from dataclasses import dataclass
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.planning.parameters import RankStages
-from bitdance_scale.planning.rank_memory import element_bytes, local_positions
+from bitdance_scale.planning.rank_memory import (
+    FLOAT_BYTES,
+    element_bytes,
+    is_megatron_engine,
+    local_positions,
+    reduced_bytes,
+    scatters_gradients,
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ LAYER_KERNELS = BothPasses(72, 92)
 HEAD_BLOCK_KERNELS = BothPasses(24, 62)
 REST_KERNELS = BothPasses(112, 150)
 """Kernels of embedding, projector, the rest of the head, and losses."""
-PARAMETERS_PER_LAYER = 8
+PARAMETERS_PER_LAYER, VECTORS_PER_LAYER = 8, 4
 
 
 def layer_bytes(config: RunConfig, num_positions: float) -> BothPasses:
@@ -111,9 +118,12 @@ def accumulated_bytes(config: RunConfig, num_elements: float) -> float:
     """What accumulating the gradients of one micro-batch moves.
 
     In bfloat16 a gradient is widened to float32 (2 + 4) and added to the accumulated one (4 + 4 + 4). In float32 it is
-    added in place (4 + 4 + 4). ZeRO-2 and 3 first copy it into the bucket that is reduced.
+    added in place (4 + 4 + 4). ZeRO-2 and 3 first copy it into the bucket that is reduced. Under Megatron-core's engine
+    the product of a split linear reads and writes the accumulated gradient itself (4 + 4); no other kernel does.
     """
     size = element_bytes(config)
+    if is_megatron_engine(config):
+        return num_elements * 2 * FLOAT_BYTES
     per_element = 18 if size == 2 else 12
     return num_elements * (per_element + (2 * size if config.parallel.zero_stage > 1 else 0))
 
@@ -122,20 +132,29 @@ def optimiser_bytes(config: RunConfig, num_elements: float, data_size: int) -> f
     """What reducing, clipping and stepping move beside the messages, once per step.
 
     AdamW reads gradient, master and two moments and writes master, moments and weight (28 bytes and a weight) of the
-    rank's partition; the norm reads the gradients. ZeRO-1 converts all gradients to the training dtype, averages them
-    and converts them back (32 bytes, traced), and clears them (4).
+    rank's partition; the norm reads the gradients, and clipping changes them. ZeRO-1 in bfloat16 averages the sums of
+    the partition and clears all gradients twice; to send them in bfloat16 it converts all of them, and the partition
+    back. In float32 it averages all gradients in a bucket and copies them back (32 bytes, traced), and clears them (4).
+    Megatron-core's engine copies a rank's new weights (4 and a weight) and clears all gradients (4).
     """
-    part = num_elements / data_size
+    part, size = num_elements / data_size, element_bytes(config)
+    moved = part * (28 + size + (12 if config.optim.average_decay else 0))
+    if is_megatron_engine(config):
+        return moved + part * (4 + 8 + 4) + num_elements * 4
+    if scatters_gradients(config):
+        moved += part * (4 + 8 + 8) + num_elements * 8
+        return moved + (6 * (num_elements + part) if reduced_bytes(config) == size else 0)
     whole = num_elements if config.parallel.zero_stage == 1 else part
-    averages = 12 * part if config.optim.average_decay else 0
-    return part * (28 + element_bytes(config)) + whole * (4 + 32 + 4) + averages
+    return moved + whole * (4 + 32 + 4)
 
 
 def micro_kernels(config: RunConfig, stages: RankStages) -> float:
     """Kernels of one micro-batch on a rank."""
     repeated = int(config.parallel.recompute == "full")
-    accumulate = 2 if element_bytes(config) == 2 else 1
-    kernels = sum(stages.num_layers) * (LAYER_KERNELS.training(repeated) + accumulate * PARAMETERS_PER_LAYER)
+    accumulate = PARAMETERS_PER_LAYER * (2 if element_bytes(config) == 2 else 1)
+    if is_megatron_engine(config):
+        accumulate = VECTORS_PER_LAYER
+    kernels = sum(stages.num_layers) * (LAYER_KERNELS.training(repeated) + accumulate)
     if stages.is_last:
         kernels += config.head.num_blocks * HEAD_BLOCK_KERNELS.training(repeated) + REST_KERNELS.training(0)
     return kernels

@@ -215,8 +215,8 @@ def memory_reason(prediction: Prediction, machine: Machine) -> str:
 
 _FIXES = {
     "activations": "set parallel.recompute=full, raise parallel.tensor or lower data.max_pack_tokens",
-    "gradients": "raise parallel.tensor or parallel.pipeline, or set parallel.zero_stage=2 or 3",
-    "weights": "raise parallel.tensor or parallel.pipeline, or set parallel.zero_stage=3",
+    "gradients": "raise parallel.tensor or parallel.pipeline, or set parallel.zero_stage=2 or 3 (DeepSpeed alone)",
+    "weights": "raise parallel.tensor or parallel.pipeline, or set parallel.zero_stage=3 (DeepSpeed alone)",
     "moments": "raise parallel.tensor or use more GPUs",
 }
 

@@ -83,6 +83,11 @@ def element_bytes(config: RunConfig) -> int:
     return 2 if config.run.dtype == "bfloat16" else FLOAT_BYTES
 
 
+def reduced_bytes(config: RunConfig) -> int:
+    """Bytes of an element of a gradient that is summed over replicas."""
+    return 2 if config.parallel.reduce_dtype == "bfloat16" else FLOAT_BYTES
+
+
 def local_positions(config: RunConfig, num_positions: float) -> float:
     """Positions that a rank holds between the split linears."""
     parallel = config.parallel
@@ -205,8 +210,9 @@ def rank_memory(
         # The largest initial weight is drawn whole in float32, and a rank's part of it taken.
         table = table_elements(config, vocab_size)
         drawn = FLOAT_BYTES * table * (config.parallel.tensor + 1)
-    # Only DeepSpeed's engine for bfloat16 under ZeRO-1 holds gradients from the start.
-    started = sum(held.values()) - held["inputs"] - (0.0 if _is_bfloat16_engine(config) else held["gradients"])
+    # DeepSpeed's engine for bfloat16 under ZeRO-1 and Megatron-core's buffers hold gradients from the start.
+    holds_gradients = scatters_gradients(config) or is_megatron_engine(config)
+    started = sum(held.values()) - held["inputs"] - (0.0 if holds_gradients else held["gradients"])
     building = max(size * elements + drawn, started)
     return RankMemory(
         peak=Bytes(**{role: round(value) for role, value in peak.items()}, tokenizer=tokenizer_bytes),
@@ -214,9 +220,15 @@ def rank_memory(
     )
 
 
-def _is_bfloat16_engine(config: RunConfig) -> bool:
+def is_megatron_engine(config: RunConfig) -> bool:
+    """Whether the optimiser is Megatron-core's, not DeepSpeed's."""
+    return config.parallel.optimizer == "megatron"
+
+
+def scatters_gradients(config: RunConfig) -> bool:
     """Whether DeepSpeed's engine is the one for bfloat16 under ZeRO-1; float32 has the bucket of ZeRO-2."""
-    return config.parallel.zero_stage == 1 and config.run.dtype == "bfloat16"
+    is_zero1 = not is_megatron_engine(config) and config.parallel.zero_stage == 1
+    return is_zero1 and config.run.dtype == "bfloat16"
 
 
 def _moments(
@@ -228,8 +240,11 @@ def _moments(
     of_pass = stage_activation_bytes(config, pack, stages)
     activations = of_pass * passes / parallel.virtual_stages
     whole = pack.num_positions * config.model.hidden_size * size if parallel.sequence_parallel else 0.0
-    is_bfloat16_engine = _is_bfloat16_engine(config)
-    bucket = 0.0 if is_bfloat16_engine else size * min(elements, MAX_BUCKET_ELEMENTS)
+    is_bfloat16_engine = scatters_gradients(config)
+    # Gradients of that engine are sent where they lie, or all together in another dtype; those of Megatron-core's too.
+    sent = size * elements if is_bfloat16_engine and reduced_bytes(config) == size else 0.0
+    has_bucket = not (is_bfloat16_engine or is_megatron_engine(config))
+    bucket = size * min(elements, MAX_BUCKET_ELEMENTS) if has_bucket else 0.0
     gathered = 0.0
     if parallel.zero_stage == 3:
         gathered = size * min(elements, table_elements(config, vocab_size) + ZERO3_PREFETCHED_ELEMENTS)
@@ -240,8 +255,7 @@ def _moments(
     largest = 2 * config.model.ffn_size * config.model.hidden_size // parallel.tensor
     moments = [
         {"activations": activations + whole, "gradients": size * largest, "buffers": copy * largest + engine},
-        # That engine reduces all weights' gradients together, in training dtype.
-        {"buffers": size * elements if is_bfloat16_engine else engine, "gradients": whole},
+        {"buffers": sent if is_bfloat16_engine else engine, "gradients": whole},
     ]
     if stages.is_last and has_text:
         logits = logits_bytes(config, vocab_size, pack.num_text_targets)

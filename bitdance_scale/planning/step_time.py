@@ -159,7 +159,7 @@ def encoder_s(config: RunConfig, counts: PackCounts, num_ranks: int, machine: Ma
     if config.data.bits_dir:
         return 0.0
     flops = encode_flops(config.vision, counts.num_encoded) / num_ranks
-    return products_s(flops, machine.encoder_flops.value * machine.encoder_fraction.value)
+    return products_s(flops, machine.encoder_rate(config.vision.precision))
 
 
 def step_time(

@@ -7,7 +7,14 @@ from typing import Protocol
 from bitdance_scale.config.schema import NUM_MODULATIONS, NUM_TOKEN_MODULATIONS, RunConfig
 from bitdance_scale.planning.machine import Machine
 from bitdance_scale.planning.parameters import RankStages
-from bitdance_scale.planning.rank_memory import element_bytes, local_positions
+from bitdance_scale.planning.rank_memory import (
+    FLOAT_BYTES,
+    element_bytes,
+    is_megatron_engine,
+    local_positions,
+    reduced_bytes,
+    scatters_gradients,
+)
 from bitdance_scale.planning.roofline import gather_s, group_rate, send_s, sum_s
 
 # All-gathers and reduce-scatters of [S, D] in a layer; an all-reduce counts as two. Of the backward ones, Megatron-core
@@ -15,12 +22,10 @@ from bitdance_scale.planning.roofline import gather_s, group_rate, send_s, sum_s
 LAYER_FORWARD = 4
 LAYER_BACKWARD_EXPOSED, LAYER_BACKWARD_BESIDE = 2, 4
 WHOLE_BACKWARD_EXPOSED, WHOLE_BACKWARD_BESIDE = 0, 4
-# Sums of one vector: gradients of the norms that see a part of the positions or heads.
+# Sums of one vector under ZeRO-2 and 3: gradients of the norms that see a part of the positions or heads.
 LAYER_VECTORS = 4
 # Linears, which ZeRO-3 gathers one by one.
 LAYER_LINEARS, HEAD_BLOCK_LINEARS = 4, 4
-# A hop of the pipeline exchanges the shape, then the tensor, and drains the device.
-MESSAGES_PER_HOP = 3
 
 
 class Tokens(Protocol):
@@ -58,7 +63,8 @@ def tensor_micro_s(config: RunConfig, micro: Tokens, stages: RankStages, machine
     number: float = LAYER_FORWARD * (1 + repeated) + (LAYER_BACKWARD_EXPOSED if is_split else WHOLE_BACKWARD_EXPOSED)
     number += exposed * (LAYER_BACKWARD_BESIDE if is_split else WHOLE_BACKWARD_BESIDE)
     whole = micro.num_positions * config.model.hidden_size * element_bytes(config)
-    vectors = LAYER_VECTORS * 2 * machine.message_s.value
+    # ZeRO-1 sums them once per step, in one message.
+    vectors = LAYER_VECTORS * 2 * machine.message_s.value if parallel.zero_stage > 1 else 0.0
     seconds = sum(stages.num_layers) * (gathers(number, whole) + vectors)
     if stages.is_first:
         # The embedding's sum, the projector's, and the division of positions.
@@ -89,7 +95,7 @@ def head_gathers(config: RunConfig, exposed: float) -> float:
 
 
 def pipeline_micro_s(config: RunConfig, micro: Tokens, stages: RankStages, machine: Machine, data_size: int) -> float:
-    """Of one micro-batch with both neighbours, forward and backward."""
+    """Of one micro-batch with both neighbours, forward and backward; the interleaved schedule sends beside passes."""
     parallel = config.parallel
     if parallel.pipeline == 1:
         return 0.0
@@ -99,7 +105,8 @@ def pipeline_micro_s(config: RunConfig, micro: Tokens, stages: RankStages, machi
     num_bytes = local_positions(config, micro.num_positions) * config.model.hidden_size * element_bytes(config)
     # A message per stage and direction; with one stage per rank the ends send in one direction only.
     hops = 2 * parallel.virtual_stages
-    return hops * send_s(num_bytes, rate, MESSAGES_PER_HOP * machine.message_s.value)
+    exposed = 1.0 if parallel.virtual_stages == 1 else 1 - machine.overlap_fraction.value
+    return exposed * hops * send_s(num_bytes, rate, machine.message_s.value)
 
 
 def _data_rate(config: RunConfig, data_size: int, machine: Machine) -> float:
@@ -116,23 +123,36 @@ def data_micro_s(config: RunConfig, num_elements: float, data_size: int, stages:
     if data_size == 1:
         return 0.0
     num_bytes, rate = num_elements * element_bytes(config), _data_rate(config, data_size, machine)
+    reduced = num_elements * reduced_bytes(config)
     if config.parallel.zero_stage == 2:
-        return sum_s(num_bytes, data_size, rate, machine.message_s.value)
+        return sum_s(reduced, data_size, rate, machine.message_s.value)
     if config.parallel.zero_stage == 3:
         linears = sum(stages.num_layers) * LAYER_LINEARS
         if stages.is_last:
             linears += config.head.num_blocks * HEAD_BLOCK_LINEARS
         messages = 2 * linears * machine.message_s.value
-        return messages + 3 * gather_s(num_bytes, data_size, rate, machine.message_s.value)
+        sent = 2 * num_bytes + reduced
+        return messages + gather_s(sent, data_size, rate, 3 * machine.message_s.value)
     return 0.0
 
 
 def data_step_s(config: RunConfig, num_elements: float, data_size: int, machine: Machine) -> float:
-    """Once per step between replicas: ZeRO-1 all-reduces gradients, ZeRO-1 and 2 gather the new weights."""
+    """Once per step between replicas: ZeRO-1 reduces gradients, ZeRO-1 and 2 gather the new weights.
+
+    In bfloat16 ZeRO-1 reduce-scatters them, in float32 it all-reduces them. Megatron-core's engine reduce-scatters
+    float32 gradients beside the last backward pass, in a pipeline after it on all ranks but the first, and gathers the
+    weights beside the first forward pass; of what runs beside products the exposed share counts.
+    """
     num_bytes, rate = num_elements * element_bytes(config), _data_rate(config, data_size, machine)
+    if is_megatron_engine(config):
+        exposed = 1 - machine.overlap_fraction.value
+        reduced = gather_s(num_elements * FLOAT_BYTES, data_size, rate, machine.message_s.value)
+        gathered = gather_s(num_bytes, data_size, rate, machine.message_s.value)
+        return reduced * (1.0 if config.parallel.pipeline > 1 else exposed) + gathered * exposed
     seconds = 0.0
     if config.parallel.zero_stage == 1:
-        seconds += sum_s(num_bytes, data_size, rate, machine.message_s.value)
+        reduce_s = gather_s if scatters_gradients(config) else sum_s
+        seconds += reduce_s(num_elements * reduced_bytes(config), data_size, rate, machine.message_s.value)
     if config.parallel.zero_stage < 3:
         seconds += gather_s(num_bytes, data_size, rate, machine.message_s.value)
     return seconds

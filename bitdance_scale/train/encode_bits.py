@@ -36,7 +36,6 @@ from bitdance_scale.parallel.agreement import all_ranks, any_rank
 from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopRequest
 from bitdance_scale.train.run import joined_ranks
 from bitdance_scale.train.shared_index import training_index
-from bitdance_scale.vision.codes import agree
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
 logger = logging.getLogger(__name__)
@@ -139,13 +138,12 @@ class Encoder:
                     number = place * len(views) + view
                     start = int(table["start"][number])
                     found = content[start : start + int(table["num_bytes"][number])]
-                    again = self._vision.encode([torch.tensor(image)])[0].tobytes()
-                    if not agree(found, again, self._config.vision.latents):
+                    if not self._vision.is_of(found, torch.tensor(image)):
                         name = self._index.name(samples.start + place)
                         raise DataError(
                             f"{path}: sample {name} at {side_px} px: encoding it alone gives other bits than together "
-                            "with others, or the file is damaged. Delete it and run again; if it comes back, the "
-                            "device does not compute reproducibly: encode on another."
+                            "with others, by more than rounding, or the file is damaged. Delete it and run again; if "
+                            "it comes back, the device does not compute reproducibly: encode on another."
                         )
 
 

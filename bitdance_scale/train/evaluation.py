@@ -15,9 +15,9 @@ from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.flow import draw_time
 from bitdance_scale.model.inputs import PackInputs, make_inputs
 from bitdance_scale.observe.metrics import Evaluation
+from bitdance_scale.parallel.engine import TrainingEngine
 from bitdance_scale.parallel.step import forward_only
 from bitdance_scale.parallel.topology import Topology
-from bitdance_scale.parallel.zero import ZeroEngine
 from bitdance_scale.sequence.condition import Condition
 from bitdance_scale.sequence.noise import PackNoise, Purpose, pack_noise
 from bitdance_scale.sequence.pack import Pack
@@ -64,7 +64,7 @@ class Evaluator:
         """This replica's micro-batches, with the same noise and flow times at every call."""
         return self._inputs(self._noises())
 
-    def evaluate(self, engine: ZeroEngine, step: int) -> Evaluation:
+    def evaluate(self, engine: TrainingEngine, step: int) -> Evaluation:
         """The losses of the model as it is after `step` steps; the same on all ranks."""
         config, topology = self._config, self._topology
         noises = self._noises()

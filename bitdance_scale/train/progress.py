@@ -14,9 +14,9 @@ from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.data_errors import ErrorCause
 from bitdance_scale.observe.cost import PackCounts, count_pack, memory_bytes, peak_flops, step_flops, utilisation
 from bitdance_scale.observe.metrics import StepMetrics
+from bitdance_scale.parallel.engine import StepOutcome
 from bitdance_scale.parallel.step import StepLosses
 from bitdance_scale.parallel.topology import Topology
-from bitdance_scale.parallel.zero import StepOutcome
 from bitdance_scale.train.step_feed import ReadyStep
 from bitdance_scale.train.straggler import StragglerWatch
 

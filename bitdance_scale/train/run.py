@@ -7,17 +7,17 @@ everything else of a run is here, once. All ranks call everything alike.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch.distributed as dist
-
 from bitdance_scale.config.schema import ParallelSection
 from bitdance_scale.errors import BitDanceError, ConfigError
+from bitdance_scale.float32_products import set_float32_products
 from bitdance_scale.observe.console import setup_logging
-from bitdance_scale.parallel.agreement import all_ranks, any_rank_each
+from bitdance_scale.parallel.agreement import all_ranks, any_rank, any_rank_each
 from bitdance_scale.parallel.topology import (
     DEFAULT_TIMEOUT_S,
     Topology,
@@ -81,7 +81,7 @@ def run_job(config: JobConfig, parallel: ParallelSection, make_job: Callable[[To
                 job.end_copies(STOP_COPY_WAIT_S)
                 # All leave together: torchrun kills the others soon after the first that ends with a code, and the
                 # first rank may take longer over closing its W&B run.
-                dist.barrier()
+                any_rank(False)
                 return EXIT_REQUEUE
             with all_ranks():
                 job.finish()
@@ -99,7 +99,7 @@ def train(job: Job, stop: StopRequest) -> bool:
         DataError: too much of the data cannot be read; what was trained until then is saved.
         CheckpointError: a checkpoint was not committed.
     """
-    with job.session(), job.profiler:
+    with job.session(), job.profiler, _collected_between_steps():
         try:
             job.prepare_saves()
             if job.step == 0:
@@ -164,9 +164,29 @@ def _train_steps(job: Job, stop: StopRequest) -> bool:
             if job.is_due(every_steps):
                 with phase(Phase.EVALUATING):
                     job.score(number)
+        gc.collect()
         job.pause()
     local_errors.raise_on_all_ranks()
     return True
+
+
+@contextlib.contextmanager
+def _collected_between_steps() -> Iterator[None]:
+    """Within it Python collects garbage only when it is asked to, which is after every step, on all ranks at once.
+
+    Left alone, each rank stops whenever it has made enough objects, and all others wait for it. A whole collection
+    took 0.2 s for the 424,000 objects of the demo's start; without these, which stay, it takes a millisecond.
+    """
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager
@@ -215,6 +235,8 @@ def joined_ranks(
     """
     alone = {} if "RANK" in os.environ else _ALONE
     os.environ |= alone
+    # PyTorch lets convolutions use TF32. What may is said where it is used (`vision.precision`).
+    set_float32_products("float32")
     start_process_group(timeout_s, recorder_folder)
     try:
         yield make_topology(parallel, timeout_s)

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.generate.block_decode import decode_blocks, lay_out
 from bitdance_scale.generate.sampler import ImageNoise, configured_solver, num_draws
+from bitdance_scale.parallel.engine import TrainingEngine
 from bitdance_scale.parallel.layout_decode import StageDecoder
 from bitdance_scale.parallel.still_model import StageHolder
 from bitdance_scale.parallel.topology import Topology
-from bitdance_scale.parallel.zero import ZeroEngine
 from bitdance_scale.sequence.condition import Condition
 from bitdance_scale.vision.codes import pack_codes
 from bitdance_scale.vision.tokenizer import VisionTokenizer
@@ -25,7 +25,7 @@ MAX_BATCH = 8
 
 
 def draw_samples(
-    engine: ZeroEngine, config: RunConfig, condition: Condition, vision: VisionTokenizer, topology: Topology
+    engine: TrainingEngine, config: RunConfig, condition: Condition, vision: VisionTokenizer, topology: Topology
 ) -> list[np.ndarray]:
     """Draws one image per prompt; all ranks call it, prompts are dealt to the replicas.
 

@@ -19,10 +19,10 @@ from bitdance_scale.data.index.index import Index
 from bitdance_scale.model.flow import combine_losses
 from bitdance_scale.model.inputs import PackInputs
 from bitdance_scale.observe.faults import FAULTS_FILE, Fault, append_faults, describe_faults
+from bitdance_scale.parallel.engine import TrainingEngine
 from bitdance_scale.parallel.step import forward_only
 from bitdance_scale.parallel.step_trace import MicroValues, StepTrace, tracing
 from bitdance_scale.parallel.topology import Topology
-from bitdance_scale.parallel.zero import ZeroEngine
 from bitdance_scale.train.fault_verdict import (
     GRADIENT,
     INPUT,
@@ -136,7 +136,7 @@ def index_names(index: Index | None) -> SampleNames:
     return lambda key: (index.name(key), index.shard_path(key))
 
 
-def compute_again(engine: ZeroEngine, batch: Sequence[PackInputs], topology: Topology) -> StepTrace:
+def compute_again(engine: TrainingEngine, batch: Sequence[PackInputs], topology: Topology) -> StepTrace:
     """The trace of the forward passes of a step that changed nothing, computed once more; a collective."""
     trace = StepTrace()
     with tracing(engine.stages, trace):

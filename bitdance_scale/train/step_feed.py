@@ -1,8 +1,9 @@
 """The steps of a run, ready to train: read by one rank of each replica, known to all of its ranks, on the device.
 
 A step is read one ahead on the main thread, where all collective calls are, in an order that is the same on every
-rank. What is left, this rank's own work on it (noise, mask, copies to the device), is done in one thread of its own
-while the step before it trains.
+rank. On CUDA that is done when the device has work already: packs are exchanged between the hosts, for which it would
+otherwise wait. What is left, this rank's own work on it (noise, mask, copies to the device), is done in one thread of
+its own while the step before it trains.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class ReadyStep:
     Attributes:
         loaded: its packs as read, and what the loader says of them.
         batch: the packs on the device.
-        wait_s: seconds that this replica waited for its loader while the step was taken, whichever step it read.
+        wait_s: seconds that this replica waited for its loader since the step before was taken, whichever step it read.
     """
 
     loaded: LoadedStep
@@ -140,6 +141,7 @@ class StepFeed:
         self._next_step, self._num_steps = first_step, num_steps
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step-feed")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._begun: torch.cuda.Event | None = None
         self._ahead: tuple[LoadedStep, Future[list[PackInputs]]] | None = None
         self._failure: BitDanceError | None = None
         self._wait_s = 0.0
@@ -151,29 +153,42 @@ class StepFeed:
         self.close()
 
     def take(self) -> ReadyStep:
-        """The next step; starts preparing the one after it.
+        """The next step; `read_ahead` is called while it trains. On a processor it is called here.
 
         Raises:
             BitDanceError: on all ranks, what is wrong with the data of this step. An error of the step after it is
                 raised when that one is taken, so that this step can be trained and saved first.
         """
+        self.read_ahead()
         if self._failure is not None:
             raise self._failure
-        if self._ahead is None:
-            self._ahead = self._start_next()
         assert self._ahead is not None, "all steps have been taken"
         loaded, preparation = self._ahead
         self._ahead = None
         with all_ranks():
             batch = preparation.result()
         if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_stream(self._stream)
+            # Inputs that have been trained on give their memory back to the feed's stream, which does not wait for the
+            # one that trains: new ones are written after everything that the device has been given so far.
+            self._begun = stream.record_event()
+        else:
+            self.read_ahead()
+        wait_s, self._wait_s = self._wait_s, 0.0
+        return ReadyStep(loaded, batch, wait_s)
+
+    def read_ahead(self) -> None:
+        """Reads the next step, if it is not read yet, and has it prepared; a collective.
+
+        An error of its data is kept for `take`.
+        """
+        if self._ahead is not None or self._failure is not None:
+            return
         try:
             self._ahead = self._start_next()
         except BitDanceError as error:
             self._failure = error
-        wait_s, self._wait_s = self._wait_s, 0.0
-        return ReadyStep(loaded, batch, wait_s)
 
     def close(self) -> None:
         """Ends the thread; a preparation under way is finished first, its result and its error are dropped."""
@@ -185,21 +200,16 @@ class StepFeed:
             return None
         loaded = self._read()
         self._wait_s += loaded.wait_s
-        begun = None
-        if self._stream is not None:
-            # Inputs that have been trained on give their memory back to this stream, which does not wait for the one
-            # that trains: new ones are written after everything that the device has been given so far.
-            begun = torch.cuda.current_stream(self._device).record_event()
         packs = [pack.pack for pack in loaded.packs]
-        preparation = self._thread.submit(self._run, packs, self._next_step, begun)
+        preparation = self._thread.submit(self._run, packs, self._next_step, self._begun)
         self._next_step += 1
         return loaded, preparation
 
     def _run(self, packs: Sequence[Pack], step: int, begun: torch.cuda.Event | None) -> list[PackInputs]:
         if self._stream is None:
             return self._prepare(packs, step)
-        assert begun is not None, "a stream of its own waits for the one that trains"
         # A stream of its own: on the one that trains, copies would queue after the kernels of the present step.
         with torch.cuda.stream(self._stream):
-            self._stream.wait_event(begun)
+            if begun is not None:
+                self._stream.wait_event(begun)
             return self._prepare(packs, step)

@@ -164,7 +164,7 @@ class TextToImageJob(Job):
     def take_step(self) -> bool:
         """Trains on the packs that were read."""
         ready, config = self._ready, self.config
-        assert ready is not None, "a step is read before it is taken"
+        assert ready is not None and self._feed is not None, "a step is read before it is taken"
         self._lr = learning_rate(config.optim, self.progress.step, config.run.steps)
         self._spike, trace = None, StepTrace()
         self._losses, self._outcome = train_step(
@@ -175,6 +175,7 @@ class TextToImageJob(Job):
             self.topology,
             trace=trace,
             refuses=self._refuses if self.guards.judges_spikes else None,
+            meanwhile=self._feed.read_ahead,
         )
         self._meter.add(ready, self._outcome.is_skipped)
         # Of the step that was trained, not of the one that is read already.

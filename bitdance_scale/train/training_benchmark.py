@@ -28,8 +28,8 @@ from bitdance_scale.evaluation.picture_scorers import ClipScorer, ScorerNetworks
 from bitdance_scale.evaluation.run_benchmarks import read_run_benchmark
 from bitdance_scale.observe.benchmark_scores import BenchmarkScores
 from bitdance_scale.parallel.agreement import all_ranks
+from bitdance_scale.parallel.engine import TrainingEngine
 from bitdance_scale.parallel.topology import Topology
-from bitdance_scale.parallel.zero import ZeroEngine
 from bitdance_scale.phases import Phase, phase
 from bitdance_scale.sequence.condition import Condition
 from bitdance_scale.train.sampling import BatchDrawer, sample_grid
@@ -127,7 +127,7 @@ class TrainingBenchmark:
         return cls(section, config, prompts, scorers, condition, vision, topology)
 
     def run(
-        self, engine: ZeroEngine, step: int, alone: Callable[[], AbstractContextManager[None]]
+        self, engine: TrainingEngine, step: int, alone: Callable[[], AbstractContextManager[None]]
     ) -> BenchmarkResult | None:
         """Draws and scores with the weights that the model has; a collective.
 
@@ -154,7 +154,7 @@ class TrainingBenchmark:
                 result = self._result(found, step, time.monotonic() - begun_s)
         return result
 
-    def _draw(self, engine: ZeroEngine) -> list[DrawnImage]:
+    def _draw(self, engine: TrainingEngine) -> list[DrawnImage]:
         """The images of this replica on its first rank; nothing on the others."""
         topology, size = self._topology, self.section.batch_size
         drawn: list[DrawnImage] = []

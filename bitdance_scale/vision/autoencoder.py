@@ -84,7 +84,11 @@ class Autoencoder(nn.Module):
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Bits [N, C, h, w] in {-1, +1} of pixels [N, 3, H, W] in [-1, 1]; the downsampling divides H and W."""
-        return sign_bits(self.encoder(pixels))
+        return sign_bits(self.latents(pixels))
+
+    def latents(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The values [N, C, h, w] whose signs are the bits of pixels."""
+        return self.encoder(pixels)
 
     def decode(self, bits: torch.Tensor) -> torch.Tensor:
         """Pixels [N, 3, H, W], about [-1, 1] but not clipped, of bits [N, C, h, w]; h * w must be at least 2.

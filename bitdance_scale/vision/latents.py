@@ -44,6 +44,10 @@ class LatentAutoencoder(nn.Module):
         self.register_buffer("shift", shift)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`latents`, which nothing quantises."""
+        return self.latents(pixels)
+
+    def latents(self, pixels: torch.Tensor) -> torch.Tensor:
         """Scaled latents [N, C, h, w] of pixels [N, 3, H, W] in [-1, 1]."""
         return (self.network.encode(pixels).latent_dist.mode() - self.shift) * self.scale
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,9 @@ from einops import rearrange
 from bitdance_scale.config.schema import VisionSection
 from bitdance_scale.config.vae_files import read_vae_config, tokenizer_weights_file
 from bitdance_scale.errors import CheckpointError, DataError
+from bitdance_scale.float32_products import float32_products
 from bitdance_scale.vision.autoencoder import PUBLISHED_NORM_GROUPS, Autoencoder, published_sizes
-from bitdance_scale.vision.codes import code_bytes, pack_codes, unpack_codes
+from bitdance_scale.vision.codes import agree, code_bytes, pack_codes, unpack_codes
 from bitdance_scale.vision.latents import LatentAutoencoder, num_vae_elements
 from bitdance_scale.vision.weights import check_weights, config_beside, load_weights, weights_digest
 from bitdance_scale.weight_files import read_json
@@ -173,17 +174,32 @@ class VisionTokenizer:
         tokens = unpack_codes(tokens, kind) if is_packed else tokens.float()
         p = self.section.order_side
         latents = rearrange(tokens, "(h w p1 p2) c -> 1 c (h p1) (w p2)", h=height // p, w=width // p, p1=p, p2=p)
-        pixels = self.autoencoder.decode(latents.to(self.device, self.dtype)).float()
+        with float32_products(self.section.precision):
+            pixels = self.autoencoder.decode(latents.to(self.device, self.dtype)).float()
         return rearrange((127.5 * pixels + 128).clamp(0, 255).to(torch.uint8), "1 c h w -> h w c").cpu()
 
-    @torch.no_grad()
+    def is_of(self, code: bytes, image: torch.Tensor) -> bool:
+        """Whether a code is of an image, which is encoded once more, alone, up to rounding (`codes.agree`).
+
+        Raises:
+            DataError: the image has another dtype or shape than `encode` takes.
+        """
+        self._checked_size(0, image)
+        values = self._rows(image[None], self.autoencoder.latents)[0].float().cpu().numpy()
+        return agree(code, values, self.section.latents, self.section.precision)
+
     def _encode_batch(self, images: torch.Tensor) -> np.ndarray:
         """uint8 [N, H, W, 3] to codes, uint8 [N, h * w, code bytes]."""
+        return pack_codes(self._rows(images, self.autoencoder.encode), self.section.latents).cpu().numpy()
+
+    @torch.no_grad()
+    def _rows(self, images: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """uint8 [N, H, W, 3] to what `encode` makes of their pixels, [N, h * w, C] in the order of `vision.order`."""
         pixels = rearrange(images.to(self.device), "n h w c -> n c h w").float() / 127.5 - 1
         p = self.section.order_side
-        bits = self.autoencoder.encode(pixels.to(self.dtype).contiguous())
-        rows = rearrange(bits, "n c (h p1) (w p2) -> n (h w p1 p2) c", p1=p, p2=p)
-        return pack_codes(rows, self.section.latents).cpu().numpy()
+        with float32_products(self.section.precision):
+            values = encode(pixels.to(self.dtype).contiguous())
+        return rearrange(values, "n c (h p1) (w p2) -> n (h w p1 p2) c", p1=p, p2=p)
 
     def _checked_size(self, i: int, image: torch.Tensor) -> tuple[int, int]:
         multiple = self.section.downsample * self.section.block_side

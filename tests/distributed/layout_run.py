@@ -40,14 +40,13 @@ def make_engine(config: RunConfig) -> tuple[object, Topology]:
     """The engine of the toy model on this rank."""
     start_process_group(timeout_s=120)
     topology = make_topology(config.parallel)
-    from bitdance_scale.parallel.build import build_stages
+    from bitdance_scale.parallel.build import build_stages, engine_of
     from bitdance_scale.parallel.parameter_names import name_parameters
-    from bitdance_scale.parallel.zero import ZeroEngine
 
     vocab_size = VOCAB_SIZE if config.model.parts.has_text else class_tokens(config).vocab_size
     stages = build_stages(config, vocab_size, topology)
     _disturb(name_parameters(stages, topology))
-    return ZeroEngine(stages, config, topology), topology
+    return engine_of(stages, config, topology), topology
 
 
 def _disturb(parameters: dict[str, object]) -> None:

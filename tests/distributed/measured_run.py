@@ -68,15 +68,14 @@ def measure(_rank: int, config: RunConfig, is_fused: bool) -> Measured:
     """Two steps under PyTorch's profiler, which reports every allocation and release of the CPU allocator."""
     start_process_group(timeout_s=120)
     topology = make_topology(config.parallel)
-    from bitdance_scale.parallel.build import build_stages
+    from bitdance_scale.parallel.build import build_stages, engine_of
     from bitdance_scale.parallel.step import accumulate_gradients, count_targets
-    from bitdance_scale.parallel.zero import ZeroEngine
 
     # Made before the profiler starts, so that it does not count them.
     batch = [_inputs(config, index) for index in range(NUM_MICRO)]
     not_counted = _tensors()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        engine = ZeroEngine(build_stages(config, VOCAB_SIZE, topology), config, topology, is_fused)
+        engine = engine_of(build_stages(config, VOCAB_SIZE, topology), config, topology, is_fused)
         for step in range(2):
             with record_function(f"step {step}"):
                 counts = count_targets(batch, topology)

@@ -86,7 +86,7 @@ def _teacher_forced(rank: int, config, is_causal: bool) -> tuple[torch.Tensor, t
     """(hidden states of a whole pack at predicting positions, the same from block-by-block decoding)."""
     engine, topology = make_engine(config)
     from bitdance_scale.generate.block_decode import lay_out
-    from bitdance_scale.model.positions import rotary_frequencies
+    from bitdance_scale.model.positions import rotary_frequencies, rotary_table
     from bitdance_scale.parallel.layout_decode import StageDecoder
     from bitdance_scale.sequence.layout import pack_samples
     from bitdance_scale.sequence.pack import Sample
@@ -105,7 +105,8 @@ def _teacher_forced(rank: int, config, is_causal: bool) -> tuple[torch.Tensor, t
             [document[i] == document[j] and (j <= i if is_causal else block[j] <= block[i]) for j in range(len(block))]
             for i in range(len(block))
         ]
-        rotary = rotary_frequencies(torch.from_numpy(pack.position_ids), model.head_dim, model.rope_base)
+        angles = rotary_frequencies(torch.from_numpy(pack.position_ids), model.head_dim, model.rope_base)
+        rotary = rotary_table(angles, False, torch.float32)
         hidden = stage.decoder(rows, attention_mask=torch.tensor(mask)[None, None], rotary_pos_emb=rotary)
         whole = hidden[torch.from_numpy(pack.predict_positions), 0]
         layout = lay_out([prompt, PROMPTS[1]], GRID, tokens, topology.device)

@@ -21,7 +21,7 @@ LAYOUTS = [
     (2, {}),
     (2, {"zero_stage": 3}),
     (2, {"tensor": 2, "sequence_parallel": True}),
-    (2, {"pipeline": 2}),
+    (2, {"pipeline": 2, "virtual_stages": 2}),
     (3, {"pipeline": 3, "virtual_stages": 1}),
 ]
 NUM_PACKS = 6

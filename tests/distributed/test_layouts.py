@@ -87,6 +87,7 @@ def _pp(**more: object) -> dict[str, object]:
 
 
 SP = {"sequence_parallel": True}
+MEGATRON = {"optimizer": "megatron"}
 LAYOUTS = [
     Layout(1, 8, {}),
     Layout(1, 2, {"recompute": "selective"}),
@@ -112,11 +113,14 @@ LAYOUTS = [
     Layout(4, 2, _pp(pipeline_split=(3, 1), recompute="full")),
     Layout(3, 4, {"pipeline": 3}),
     Layout(4, 4, {"pipeline": 4, "recompute": "selective"}),
+    Layout(2, 4, {"pipeline": 2, "virtual_stages": 2}),
+    Layout(2, 6, {"pipeline": 2, "virtual_stages": 3}, num_layers=6, is_large=True),
     Layout(3, 3, {"pipeline": 3, "virtual_stages": 2}, num_layers=6),
     Layout(4, 8, {"pipeline": 4, "virtual_stages": 2, "recompute": "full"}, num_layers=8),
     Layout(4, 4, _pp(**_tp(**SP))),
     Layout(4, 2, _pp(**_tp(**SP, pipeline_split=(1, 3), recompute="selective"))),
     Layout(4, 4, _pp(**_tp(**SP, recompute="full"))),
+    Layout(4, 4, _pp(**_tp(**SP, virtual_stages=2))),
     Layout(2, 4, _tp(**SP), is_tied=True),
     Layout(2, 4, _pp(), is_tied=True),
     Layout(
@@ -127,6 +131,27 @@ LAYOUTS = [
     Layout(1, 2, {"recompute": "full"}, attention="flex"),
     Layout(2, 4, _tp(**SP, recompute="selective"), attention="flex"),
     Layout(2, 4, _pp(), attention="flex"),
+    Layout(1, 2, MEGATRON, is_large=True),
+    Layout(2, 2, MEGATRON, is_large=True),
+    Layout(4, 2, MEGATRON | {"recompute": "full"}, is_large=True),
+    Layout(2, 4, _tp(**MEGATRON), is_large=True),
+    Layout(4, 2, _tp(**SP, **MEGATRON)),
+    Layout(2, 4, _pp(**MEGATRON), is_large=True),
+    Layout(4, 4, _pp(**_tp(**SP, **MEGATRON)), is_large=True),
+    Layout(3, 3, {"pipeline": 3, "virtual_stages": 2} | MEGATRON, num_layers=6),
+    Layout(2, 2, MEGATRON | {"recompute": "selective"}, is_tied=True, is_large=True),
+    Layout(4, 2, _pp(**MEGATRON, recompute="full"), is_tied=True),
+    Layout(
+        3,
+        6,
+        {"pipeline": 3, "virtual_stages": 2, "pipeline_split": (1, 1, 2, 1, 1, 1)} | MEGATRON,
+        is_tied=True,
+        num_layers=7,
+        is_large=True,
+    ),
+    Layout(2, 2, {"zero_stage": 3, "recompute": "selective"}, attention="flex"),
+    Layout(2, 2, _tp(**SP, compile=True), is_large=True),
+    Layout(4, 2, _tp(**SP, compile=True, zero_stage=3, recompute="selective"), attention="flex", is_large=True),
 ]
 
 
@@ -210,6 +235,8 @@ def test_tied_embeddings_train_one_weight() -> None:
             Layout(4, 2, _pp(), is_large=True),
             Layout(2, 2, {"zero_stage": 2}),
             Layout(4, 2, _tp(**SP, zero_stage=3), is_large=True),
+            Layout(4, 2, _tp(**SP, recompute="full", **MEGATRON), is_large=True),
+            Layout(4, 4, _pp(**_tp(**SP, **MEGATRON)), is_tied=True, is_large=True),
         ]
     ),
 )

@@ -58,7 +58,7 @@ def _our_weights(reference, config) -> dict[str, torch.Tensor]:
 def _hidden_states(rank: int, config) -> tuple[torch.Tensor, torch.Tensor]:
     """(ours, theirs) on the same token ids, causal."""
     engine, _ = make_engine(config)
-    from bitdance_scale.model.positions import rotary_frequencies
+    from bitdance_scale.model.positions import rotary_frequencies, rotary_table
 
     reference = _qwen3(config)
     ours = _our_weights(reference, config)
@@ -70,7 +70,8 @@ def _hidden_states(rank: int, config) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         expected = reference(input_ids=ids).last_hidden_state[0]
         mask = torch.ones(NUM_POSITIONS, NUM_POSITIONS, dtype=torch.bool).tril()[None, None]
-        rotary = rotary_frequencies(torch.arange(NUM_POSITIONS), config.model.head_dim, config.model.rope_base)
+        angles = rotary_frequencies(torch.arange(NUM_POSITIONS), config.model.head_dim, config.model.rope_base)
+        rotary = rotary_table(angles, False, torch.float32)
         rows = engine.stages[0].embed_tokens(ids)
         found = engine.stages[0].decoder(rows, attention_mask=mask, rotary_pos_emb=rotary)[:, 0]
     return found, expected
@@ -85,18 +86,24 @@ def test_backbone_equals_transformers_qwen3(tensor):
 
 def _train_without_head_sum(rank: int, config):
     """A run whose query/key norms take only their own heads' gradient, as Megatron-core's own norms would."""
-    from bitdance_scale.parallel import backbone
+    from bitdance_scale.parallel import backbone, zero
 
-    backbone.copy_to_tensor_model_parallel_region = lambda weight: weight
+    if config.parallel.zero_stage == 1:
+        zero.sum_over_tensor_ranks = lambda *_: None
+    else:
+        backbone.copy_to_tensor_model_parallel_region = lambda weight: weight
     return train(rank, config, 1, 1)
 
 
-def test_query_key_norm_gradient_is_summed_over_heads():
+# Summed once per step, and inside autograd.
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_query_key_norm_gradient_is_summed_over_heads(zero_stage):
     """Regression: each rank sees its own heads only, and the losses drift in the fifth digit after three steps."""
     name = "decoder.layers.1.self_attention.q_layernorm.weight"
+    config = toy_config(tensor=2, zero_stage=zero_stage)
     one = assemble(run_ranks(1, train, toy_config(), 1, 1), "gradients")[name]
-    two = assemble(run_ranks(2, train, toy_config(tensor=2), 1, 1), "gradients")[name]
-    broken = assemble(run_ranks(2, _train_without_head_sum, toy_config(tensor=2)), "gradients")[name]
+    two = assemble(run_ranks(2, train, config, 1, 1), "gradients")[name]
+    broken = assemble(run_ranks(2, _train_without_head_sum, config), "gradients")[name]
     # float32 sums in another order.
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
     assert float((broken - one).norm() / one.norm()) > 0.1, "the test would not notice a missing sum"

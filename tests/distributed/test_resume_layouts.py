@@ -1,4 +1,7 @@
-"""A run that is stopped and resumed under another layout, again and again, goes on as if nothing had happened."""
+"""A run that is stopped and resumed under another layout, again and again, goes on as if nothing had happened.
+
+One of the layouts has another optimiser engine.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from bitdance_scale.observe.metrics import METRICS_FILE, read_metrics
 from tests.distributed.small_demo import small_demo
 from tests.distributed.spawn import run_ranks
 
-# (ranks, settings of `parallel`, last step): replicas and ranks change at every stop.
+# (ranks, settings of `parallel`, last step): replicas and ranks change at every stop, and the engine twice.
 LEGS = [
     (2, {"tensor": 1, "pipeline": 1, "zero_stage": 1}, 2),
-    (4, {"tensor": 2, "pipeline": 1, "zero_stage": 1}, 4),
+    (4, {"tensor": 2, "pipeline": 1, "optimizer": "megatron"}, 4),
     (2, {"tensor": 1, "pipeline": 2, "zero_stage": 1}, 6),
     (3, {"tensor": 1, "pipeline": 1, "zero_stage": 3}, 8),
     (1, {"tensor": 1, "pipeline": 1, "zero_stage": 2}, 10),
@@ -31,7 +34,9 @@ TOLERANCE = 2e-6
 Samples = dict[int, list[int]]
 
 
-def _train(rank: int, root: str, overrides: list[str], parallel: dict[str, int], last_step: int) -> tuple[int, Samples]:
+def _train(
+    rank: int, root: str, overrides: list[str], parallel: dict[str, object], last_step: int
+) -> tuple[int, Samples]:
     """Trains until one rank is asked to stop; (data-parallel rank, step -> keys of its samples)."""
     from bitdance_scale.config.load import load_config
     from bitdance_scale.parallel.topology import make_topology, start_process_group

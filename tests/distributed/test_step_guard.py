@@ -17,6 +17,7 @@ from tests.distributed.spawn import run_ranks
 from tests.distributed.toy import toy_config, toy_packs
 
 POISONED_MICRO = 1
+MEGATRON = {"optimizer": "megatron"}
 
 
 def _num_micro(config) -> int:
@@ -24,7 +25,7 @@ def _num_micro(config) -> int:
     return 2 if config.parallel.virtual_stages == 1 else config.parallel.pipeline
 
 
-def _config(dtype: str, **parallel: int):
+def _config(dtype: str, **parallel: int | str):
     config = toy_config(**parallel)
     return dataclasses.replace(config, run=dataclasses.replace(config.run, dtype=dtype))
 
@@ -146,20 +147,22 @@ def _poisoned_steps(rank: int, config, poisoned_rank: int, field: str, folder: P
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     # A NaN in the noise arises on the last stage, one in the bits on the first.
-    ("layout", "zero_stage", "field", "poisoned_rank", "replica_first_rank"),
+    ("layout", "engine", "field", "poisoned_rank", "replica_first_rank"),
     [
-        ((1, 1, 2), 1, "noise", 1, 1),
-        ((1, 2, 1), 1, "noise", 1, 0),
-        ((1, 2, 1), 1, "vision_bits", 0, 0),
-        ((1, 1, 2), 2, "noise", 0, 0),
-        ((1, 1, 2), 3, "vision_bits", 1, 1),
+        ((1, 1, 2), {}, "noise", 1, 1),
+        ((1, 2, 1), {}, "noise", 1, 0),
+        ((1, 2, 1), {}, "vision_bits", 0, 0),
+        ((1, 1, 2), {"zero_stage": 2}, "noise", 0, 0),
+        ((1, 1, 2), {"zero_stage": 3}, "vision_bits", 1, 1),
+        ((1, 1, 2), MEGATRON, "noise", 1, 1),
+        ((1, 2, 1), MEGATRON, "vision_bits", 0, 0),
     ],
 )
 def test_a_step_that_is_not_finite_changes_nothing_and_names_rank_and_samples(
-    dtype, layout, zero_stage, field, poisoned_rank, replica_first_rank, tmp_path
+    dtype, layout, engine, field, poisoned_rank, replica_first_rank, tmp_path
 ):
     tensor, pipeline, data = layout
-    config = _config(dtype, tensor=tensor, pipeline=pipeline, zero_stage=zero_stage)
+    config = _config(dtype, tensor=tensor, pipeline=pipeline, **engine)
     ranks = run_ranks(tensor * pipeline * data, _poisoned_steps, config, poisoned_rank, field, tmp_path)
     for seen in ranks:
         assert seen.is_skipped and not math.isfinite(seen.grad_norm)
@@ -200,9 +203,12 @@ def _refused_step(rank: int, config, folder: Path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("pipeline", "zero_stage"), [(1, 1), (1, 2), (1, 3), (2, 1)])
-def test_a_refused_step_leaves_everything_as_it_was(dtype, pipeline, zero_stage, tmp_path):
-    config = _config(dtype, pipeline=pipeline, zero_stage=zero_stage)
+@pytest.mark.parametrize(
+    ("pipeline", "engine"),
+    [(1, {}), (1, {"zero_stage": 2}), (1, {"zero_stage": 3}), (2, {}), (1, MEGATRON), (2, MEGATRON)],
+)
+def test_a_refused_step_leaves_everything_as_it_was(dtype, pipeline, engine, tmp_path):
+    config = _config(dtype, pipeline=pipeline, **engine)
     ranks = run_ranks(2, _refused_step, config, tmp_path)
     for changed, changed_by_taken, asked, norms, _, _ in ranks:
         assert not changed

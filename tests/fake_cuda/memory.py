@@ -54,10 +54,9 @@ def estimate_here(request: Request) -> Estimate:
     from bitdance_scale.parallel.memory_table import on_gpu
     from tests.fake_cuda.walk import choose_packs
 
-    assert not request.is_uneven, "an estimate knows one length of what stages send each other"
     config = on_gpu(load_config(request.config, list(request.overrides)))
     data_size = request.world // (config.parallel.tensor * config.parallel.pipeline)
-    packs = choose_packs(config, data_size, is_uneven=False)
+    packs = choose_packs(config, data_size, request.is_uneven)
     found = estimate_memory_here(config, request.vocab, request.world, request.rank, packs)
     return Estimate(
         held=dataclasses.asdict(found.held) | {"tokenizer": 0},

@@ -1,7 +1,7 @@
 """The life of one rank of a job of any size on a fake CUDA device: built, two steps, a checkpoint, an evaluation.
 
 Nothing has values or memory: only shapes, dtypes, devices and the order of things are real. Numbers that the program
-reads are 1, and the lengths that pipeline stages tell each other are those of the packs. `server.py` calls `walk_here`.
+reads are 1. `server.py` calls `walk_here`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import contextlib
 import functools
 import importlib
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 from unittest import mock
@@ -65,9 +64,7 @@ def walk_here(recorder: Recorder, request: Request) -> Walk:
         _answer_for_other_ranks(replaced)
         topology = fake_ranks.join_fake_job(request.world, request.rank, config.parallel)
         packs = choose_packs(config, topology.data_size, request.is_uneven)
-        lengths = _Lengths(packs, config)
         log = enter(fake_ranks.no_memory(device_type="cuda"))
-        enter(lengths.told())
         enter(recorder)
         if request.plant:
             plant(request.plant, replaced)
@@ -78,7 +75,7 @@ def walk_here(recorder: Recorder, request: Request) -> Walk:
             recorder.wait("numbers are copied to the device")
 
         enter(tensors_on_the_device(on_literal))
-        return _Life(request, config, topology, packs, lengths, log, recorder).walk()
+        return _Life(request, config, topology, packs, log, recorder).walk()
 
 
 def choose_packs(config: Any, data_size: int, is_uneven: bool) -> list[Any]:
@@ -103,10 +100,10 @@ class _Life:
     """What a walk does, in order."""
 
     def __init__(
-        self, request: Request, config: Any, topology: Any, packs: list[Any], lengths: _Lengths, log: Any, recorder: Any
+        self, request: Request, config: Any, topology: Any, packs: list[Any], log: Any, recorder: Recorder
     ) -> None:
         self._request, self._config, self._topology, self._packs = request, config, topology, packs
-        self._lengths, self._log, self._recorder = lengths, log, recorder
+        self._log, self._recorder = log, recorder
         self._started_s = time.process_time()
 
     def walk(self) -> Walk:
@@ -118,9 +115,9 @@ class _Life:
         building_peak = log.peak(0, log.position).total
         held: dict[str, int] = {}
         start = log.position
-        for step, batch in self._steps():
+        for step, batch, read_ahead in self._steps():
             start = log.position
-            held = self._take_step(engine, batch, "first " if step == 0 else "")
+            held = self._take_step(engine, batch, "first " if step == 0 else "", read_ahead)
         memory_estimate.assign_rest(log)
         peak, most = log.peak(start, log.position), log.most_of("activations", start)
         saved = self._save(engine) if "save" in self._request.parts else {}
@@ -142,8 +139,8 @@ class _Life:
             cpu_s=time.process_time() - self._started_s,
         )
 
-    def _steps(self) -> Iterator[tuple[int, list[Any]]]:
-        """The batches of the steps, made by the feed on its own stream, one step ahead; the last is not taken."""
+    def _steps(self) -> Iterator[tuple[int, list[Any], Callable[[], None]]]:
+        """(step, its batch, what makes the next one) of the feed, which has a stream of its own."""
         if "steps" not in self._request.parts:
             return
         from bitdance_scale.train import step_feed
@@ -163,21 +160,27 @@ class _Life:
             mock.patch.object(step_feed, "ThreadPoolExecutor", _Here),
             step_feed.StepFeed(read, prepare, 0, _NUM_STEPS + 1, self._topology.device) as feed,
         ):
+
+            def read_ahead() -> None:
+                with self._recorder.phase("feed"):
+                    feed.read_ahead()
+
             for step in range(_NUM_STEPS):
                 with self._recorder.phase("feed"):
                     ready = feed.take()
-                yield step, ready.batch
+                yield step, ready.batch, read_ahead
 
-    def _take_step(self, engine: Any, batch: list[Any], which: str) -> dict[str, int]:
+    def _take_step(
+        self, engine: Any, batch: list[Any], which: str, read_ahead: Callable[[], None]
+    ) -> dict[str, int]:
         """One step; bytes held before the update."""
         from bitdance_scale.parallel import memory_estimate
         from bitdance_scale.parallel.step import accumulate_gradients, count_targets
 
         memory_estimate.assign_holdings(self._log, engine)
-        self._lengths.restart()
         with self._recorder.phase(f"{which}micro-batches"):
             counts = count_targets(batch, self._topology)
-            accumulate_gradients(engine, batch, counts, self._config.loss, self._topology)
+            accumulate_gradients(engine, batch, counts, self._config.loss, self._topology, meanwhile=read_ahead)
         held = memory_estimate.held_before_update(self._log, engine)
         with self._recorder.phase(f"{which}optimiser"):
             engine.step(self._config.optim.lr)
@@ -204,7 +207,6 @@ class _Life:
     def _evaluate(self, engine: Any) -> None:
         from bitdance_scale.train.evaluation import Evaluator
 
-        self._lengths.restart()
         with self._recorder.phase("evaluation"), engine.weights_of(self._config.evaluate.weights):
             Evaluator(self._config, self._packs, self._topology).evaluate(engine, 1)
 
@@ -222,48 +224,6 @@ class _Here:
 
     def shutdown(self, **_: Any) -> None:
         pass
-
-
-class _Lengths:
-    """What pipeline stages would be told of the packs that they receive.
-
-    The n-th message from the stage before is of the n-th pack, and so is the n-th gradient from the stage after. With
-    virtual stages that is not so, and all packs must be equal.
-    """
-
-    def __init__(self, packs: Sequence[Any], config: Any) -> None:
-        from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-
-        # Before `no_memory` replaces it.
-        self._exchange = P2PCommunicator._communicate_shapes
-        share = config.parallel.tensor if config.parallel.sequence_parallel else 1
-        self._shapes = [[pack.num_positions // share, 1, config.model.hidden_size] for pack in packs]
-        assert config.parallel.virtual_stages == 1 or len({tuple(shape) for shape in self._shapes}) == 1
-        self.restart()
-
-    def restart(self) -> None:
-        """A schedule begins."""
-        self._num_received: Counter[str] = Counter()
-
-    @contextlib.contextmanager
-    def told(self) -> Iterator[None]:
-        """Within it the exchange of lengths takes place, and gives those of the packs."""
-        from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-
-        def communicate_shapes(
-            communicator: Any, next_: Any, previous: Any, gets_previous: bool, gets_next: bool
-        ) -> tuple[list[int], list[int]]:
-            self._exchange(communicator, next_, previous, gets_previous, gets_next)
-            return self._next("previous", gets_previous), self._next("next", gets_next)
-
-        with mock.patch.object(P2PCommunicator, "_communicate_shapes", communicate_shapes):
-            yield
-
-    def _next(self, neighbour: str, is_received: bool) -> list[int]:
-        if not is_received:
-            return [0, 0, 0]
-        self._num_received[neighbour] += 1
-        return self._shapes[(self._num_received[neighbour] - 1) % len(self._shapes)]
 
 
 def _answer_for_other_ranks(replaced: contextlib.ExitStack) -> None:

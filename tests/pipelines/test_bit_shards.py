@@ -152,6 +152,7 @@ def test_other_bits_are_refused(overrides: list[str], bits: Path, tmp_path: Path
         ({"block_side": 8}, "made with block_side = 4, now it is 8"),
         ({"tokenizer": "0"}, "made with tokenizer = "),
         ({"max_upscale": 2.0}, "made with max_upscale = 1.0, now it is 2.0"),
+        ({"precision": "tf32"}, "made with precision = float32, now it is tf32"),
     ):
         with pytest.raises(DataError, match=f"{message}.*Run `bitdance encode`"):
             BitStore(bits, index, wanted | change)

@@ -262,6 +262,21 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
         2,
         ["parallel.zero_stage = 3", "every micro-batch", "parallel.zero_stage = 1 or parallel.pipeline = 1"],
     ),
+    "rounded sums of another engine": (
+        ["run.dtype='bfloat16'", "parallel.optimizer=megatron", "parallel.reduce_dtype='bfloat16'"],
+        1,
+        ["parallel.reduce_dtype = bfloat16", "'megatron'", "set parallel.reduce_dtype = float32 or"],
+    ),
+    "float32 gradients rounded": (
+        ["run.dtype='float32'", "parallel.reduce_dtype='bfloat16'"],
+        1,
+        ['parallel.reduce_dtype = "bfloat16"', 'run.dtype = "float32"', 'set parallel.reduce_dtype = "float32"'],
+    ),
+    "ZeRO-2 of another engine": (
+        ["parallel.optimizer=megatron", "parallel.zero_stage=2"],
+        1,
+        ["parallel.zero_stage = 2", "'megatron'", "parallel.zero_stage = 1 or parallel.optimizer = deepspeed"],
+    ),
     "virtual stages over layers": (
         ["parallel.pipeline=3", "parallel.virtual_stages=2"],
         3,
@@ -277,10 +292,10 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
         2,
         ["parallel.pipeline_split = [1, 2]", "adds up to 3", "model.num_layers = 4"],
     ),
-    "interleaved over two ranks": (
-        ["parallel.virtual_stages=2", "parallel.pipeline=2"],
-        2,
-        ["parallel.virtual_stages = 2", "must be 1 with parallel.pipeline = 2", "parallel.pipeline = 3 or more"],
+    "interleaved on one rank": (
+        ["parallel.virtual_stages=2"],
+        1,
+        ["parallel.virtual_stages = 2", "must be 1 with parallel.pipeline = 1", "parallel.pipeline = 2 or more"],
     ),
     "interleaved with too few images": (
         ["parallel.virtual_stages=2", "parallel.pipeline=3", "model.num_layers=6"],
@@ -347,6 +362,7 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
     "sampler": (["sample.sampler=heun"], 1, ["sample.sampler = 'heun'", "one of euler_maruyama, euler"]),
     "wandb": (["observe.wandb_mode=on"], 1, ["observe.wandb_mode = 'on'", "auto, online, offline, disabled"]),
     "tokenizer kind": (["text.kind=hf"], 1, ["text.kind = 'hf'", "huggingface, sentencepiece"]),
+    "engine": (["parallel.optimizer=megatrn"], 1, ["parallel.optimizer = 'megatrn'", "mean 'megatron'?"]),
     "ZeRO stage": (["parallel.zero_stage=0"], 1, ["parallel.zero_stage = 0", "one of 1, 2, 3"]),
     "empty prompt": (['sample.prompts=["x", " "]'], 1, ["sample.prompts[1] = ' '", "must not be empty"]),
     "no shards": (["data.shards=[]"], 1, ["data.shards = [] and data.sources = []", "no data", "name tars"]),

@@ -29,6 +29,11 @@ LAYOUTS = [
     pytest.param((*WHOLE, "parallel.zero_stage=3"), 0, CLOSE, marks=pytest.mark.large),
     pytest.param((*WHOLE, "parallel.zero_stage=3", "parallel.recompute=full"), 0, LOOSE, marks=pytest.mark.large),
     pytest.param(("run.dtype=float32",), 0, LOOSE, marks=pytest.mark.large),
+    (("parallel.optimizer=megatron",), 0, CLOSE),
+    pytest.param((*WHOLE, "parallel.optimizer=megatron", "parallel.recompute=full"), 0, CLOSE, marks=pytest.mark.large),
+    pytest.param(
+        ("parallel.tensor=2", "parallel.pipeline=2", "parallel.optimizer=megatron"), 1, CLOSE, marks=pytest.mark.large
+    ),
     pytest.param(
         ("model.num_layers=8", "parallel.tensor=2", "parallel.pipeline=4", "parallel.virtual_stages=2"),
         0,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -120,3 +122,41 @@ def test_close_waits_for_the_preparation_under_way():
         assert has_begun.wait(WAIT_S)
         may_end.set()
     assert ended == [0, 1] and not feed_threads()
+
+
+def test_on_cuda_a_step_is_read_when_the_device_has_work(monkeypatch):
+    """What hosts exchange and write for the next step waits neither for the present step nor for its kernels."""
+    events: list[str] = []
+    # The streams of a device that is not there: what is recorded is the order in which they are used.
+    training, own = mock.MagicMock(), mock.MagicMock()
+    training.wait_stream.side_effect = lambda _: events.append("training waits for the inputs")
+    training.record_event.side_effect = lambda: events.append("event") or f"event {events.count('event')}"
+    own.wait_event.side_effect = lambda event: events.append(f"inputs wait for {event}")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: own)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: training)
+    source = Source()
+    with StepFeed(source.read, prepare, 0, 3, torch.device("cuda")) as feed:
+        feed.take()
+        assert source.number == 1
+        events.append("the first micro-batch is queued")
+        feed.read_ahead()
+        feed.read_ahead()
+        assert source.number == 2
+        feed.take()
+    assert events == [
+        "training waits for the inputs",
+        "event",
+        "the first micro-batch is queued",
+        "inputs wait for event 1",
+        "training waits for the inputs",
+        "event",
+    ]
+
+
+def test_an_error_of_reading_ahead_comes_out_with_its_step():
+    with StepFeed(Source(broken=1).read, prepare, 0, 3, CPU) as feed:
+        feed.take()
+        feed.read_ahead()
+        with pytest.raises(DataError, match="step 1 is unreadable"):
+            feed.take()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from bitdance_scale.config.schema import VisionSection
 from bitdance_scale.errors import CheckpointError, ConfigError, DataError
+from bitdance_scale.float32_products import float32_products
 from bitdance_scale.sequence.layout import block_raster_cells
 from bitdance_scale.vision.autoencoder import Autoencoder, published_config
 from bitdance_scale.vision.bits import pack_bits, unpack_bits
@@ -52,6 +53,52 @@ def test_tokens_stand_in_block_raster_order(tokenizer: VisionTokenizer):
     (packed,) = tokenizer.encode([image])
     assert packed.dtype == np.uint8 and packed.shape == (128, 2)
     np.testing.assert_array_equal(unpack_bits(packed), expected.numpy())
+
+
+def to_tf32(tensor: torch.Tensor) -> torch.Tensor:
+    """Rounded to the ten bits of mantissa that tensor cores multiply, to the nearest, at a tie to the even one."""
+    bits = tensor.contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.fixture
+def coarse(folder: Path) -> VisionTokenizer:
+    """A tokenizer that multiplies as tensor cores do in TF32; nothing else about it is said."""
+    tokenizer = VisionTokenizer(section(folder), "cpu")
+    for module in tokenizer.autoencoder.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.weight.data = to_tf32(module.weight.data)
+            module.register_forward_pre_hook(lambda _module, inputs: (to_tf32(inputs[0]),))
+    return tokenizer
+
+
+def test_a_code_is_of_its_image_up_to_the_rounding_that_is_said(
+    folder: Path, tokenizer: VisionTokenizer, coarse: VisionTokenizer
+):
+    image, other = random_images((256, 256), (256, 256))
+    (exact,), (rounded,) = tokenizer.encode([image]), coarse.encode([image])
+    share = float(np.unpackbits(exact ^ rounded).mean())
+    assert 0 < share < 5e-3, "otherwise the test says nothing"
+    said = VisionTokenizer(section(folder, precision="tf32"), "cpu")
+    assert tokenizer.is_of(exact.tobytes(), image) and not tokenizer.is_of(rounded.tobytes(), image)
+    assert said.is_of(exact.tobytes(), image) and said.is_of(rounded.tobytes(), image)
+    # What is not rounding: another image, or a bit whose latent is far from 0.
+    assert not said.is_of(exact.tobytes(), other)
+    values = tokenizer._rows(image[None], tokenizer.autoencoder.latents)[0].abs()
+    token, bit = divmod(int(values.argmax()), values.shape[1])
+    exact[token, bit // 8] ^= 0x80 >> bit % 8
+    assert not said.is_of(exact.tobytes(), image)
+
+
+def test_the_network_runs_with_the_precision_that_is_said(folder: Path):
+    tokenizer = VisionTokenizer(section(folder, precision="tf32"), "cpu")
+    found = []
+    for part in (tokenizer.autoencoder.encoder, tokenizer.autoencoder.decoder):
+        part.register_forward_hook(lambda *_: found.append(torch.backends.cudnn.conv.fp32_precision))
+    with float32_products("float32"):
+        (bits,) = tokenizer.encode(random_images((32, 32)))
+        tokenizer.decode(bits, (8, 8))
+        assert found == ["tf32", "tf32"] and torch.backends.cudnn.conv.fp32_precision == "ieee"
 
 
 def test_bits_do_not_depend_on_the_batch(folder: Path):

@@ -1,0 +1,522 @@
+"""The elementwise parts of the networks, each a formula that can be compiled into one kernel.
+
+Norms, residuals, rotation, SwiGLU, modulation and cross-entropy move bytes and hardly compute. Run operator by operator
+they take most of the kernels and half of the memory traffic of a layer. Here each of them is a plain function of
+tensors, with a second one for its gradient. `model/fused_autograd.py` puts the two together.
+
+What a gradient needs is computed again from what the forward pass took, so that only inputs are kept. Run as they are,
+the formulas round as PyTorch's own operators and their derivatives do. Compiled, they keep intermediate values in
+float32.
+
+Every tensor has positions (or tokens) as its first axis, except those that a formula names as whole.
+
+Shape suffixes: R positions (rows), D channels, G key/value heads, N query heads, M heads of one group in the fused
+projection (N / G queries, a key and a value), K head size, H hidden channels of a SwiGLU, V entries of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional
+
+FORMULAS: dict[str, Formula] = {}
+"""All formulas, by name."""
+# The compiler makes a program of its own for sizes of 0 and 1.
+MIN_COMPILED_POSITIONS = 2
+
+
+class Formula:
+    """A function of tensors that is run operator by operator, or compiled once for all numbers of positions.
+
+    Args:
+        function: takes tensors, numbers and truth values; returns tensors that are no views of its arguments.
+        whole: names of its tensors whose first axis is not positions.
+        rewritten: name of the one tensor that it changes in place; empty: none.
+
+    Attributes:
+        name: of the function.
+    """
+
+    def __init__(self, function: Callable[..., Any], whole: tuple[str, ...], rewritten: str) -> None:
+        functools.update_wrapper(self, function)
+        self.name, self.function, self.whole, self._rewritten = function.__name__, function, whole, rewritten
+        names = list(inspect.signature(function).parameters)
+        assert {*whole, *([rewritten] if rewritten else ())} <= set(names), "names of arguments"
+        self._is_of_positions = [name not in whole for name in names]
+
+    def __call__(self, *values: Any, is_compiled: bool) -> Any:
+        """The function of values; the one place where formulas are called from outside of this file."""
+        if not is_compiled or len(values[0]) < MIN_COMPILED_POSITIONS:
+            return self.function(*values)
+        if isinstance(values[0], FakeTensor):
+            return self.stand_in(*values)
+        return self.compiled(*map(_marked, values, self._is_of_positions))
+
+    @functools.cached_property
+    def compiled(self) -> Callable[..., Any]:
+        """The function, compiled when it is first called: loading the compiler takes seconds."""
+        # Not dynamic: only the marked axes are.
+        return torch.compile(self.function, fullgraph=True, dynamic=False)
+
+    @functools.cached_property
+    def stand_in(self) -> Callable[..., Any]:
+        """The compiled function as tensors without memory see it: one operator, which makes nothing but its results."""
+        mutated = {self._rewritten} if self._rewritten else ()
+        operator = torch.library.custom_op(f"bitdance::{self.name}", self.function, mutates_args=mutated)
+        operator.register_fake(self.function)
+        return operator
+
+
+def _marked(value: Any, is_of_positions: bool) -> Any:
+    """An argument as the compiler should see it: without a gradient, and of any number of positions."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    # The compiler would compile again for a tensor that requires a gradient.
+    value = value.detach()
+    if is_of_positions:
+        torch._dynamo.mark_dynamic(value, 0)
+    return value
+
+
+def formula(*, whole: tuple[str, ...] = (), rewritten: str = "") -> Callable[[Callable[..., Any]], Formula]:
+    """Makes a function a `Formula` and lists it."""
+
+    def listed(function: Callable[..., Any]) -> Formula:
+        made = Formula(function, whole, rewritten)
+        FORMULAS[made.name] = made
+        return made
+
+    return listed
+
+
+def _have_equal_length(first: torch.Tensor, *others: torch.Tensor | None) -> None:
+    """Tells the compiler that tensors have as many positions; it would take them for different numbers."""
+    for other in others:
+        if other is not None:
+            torch._check(other.shape[0] == first.shape[0])
+
+
+def _unit(wide: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(float32 [.., C] divided by its root-mean-square, the reciprocal of that [.., 1])."""
+    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return wide * inverse, inverse
+
+
+def _root_mean_square_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As Qwen3 computes it: in float32 up to the weight."""
+    return weight * _unit(hidden.float(), eps)[0].to(hidden.dtype)
+
+
+def _root_mean_square_norm_gradient(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    d_normed: torch.Tensor,
+    eps: float,
+    d_stream: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gradient of `hidden`, terms of the weight's gradient, to be summed over positions), in their dtype.
+
+    `d_stream` is the gradient of `hidden` itself, where it goes on beside the norm.
+    """
+    wide = hidden.float()
+    unit, inverse = _unit(wide, eps)
+    d_unit = (d_normed * weight).float()
+    d_inverse = (d_unit * wide).sum(-1, keepdim=True)
+    d_mean_square = -0.5 * d_inverse * inverse.pow(3)
+    d_wide = d_unit * inverse if d_stream is None else d_stream + d_unit * inverse
+    d_wide = d_wide + d_mean_square / hidden.shape[-1] * (2 * wide)
+    return d_wide.to(hidden.dtype), d_normed * unit.to(hidden.dtype)
+
+
+@formula(whole=("weight",))
+def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root-mean-square norm of [R, D] times the weight [D]."""
+    return _root_mean_square_norm(hidden, weight, eps)
+
+
+@formula(whole=("weight",))
+def add_rms_norm(
+    stream: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the residual stream [R, D] after an addition, its `rms_norm`)."""
+    _have_equal_length(stream, added)
+    total = stream + added
+    return total, _root_mean_square_norm(total, weight, eps)
+
+
+@formula(whole=("weight",))
+def rms_norm_gradient(
+    hidden: torch.Tensor, weight: torch.Tensor, d_normed: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `rms_norm`: of `hidden` [R, D] and of the weight [D]."""
+    _have_equal_length(hidden, d_normed)
+    d_hidden, terms = _root_mean_square_norm_gradient(hidden, weight, d_normed, eps)
+    return d_hidden, terms.sum(0)
+
+
+@formula(whole=("weight",))
+def carried_rms_norm_gradient(
+    stream: torch.Tensor, weight: torch.Tensor, d_normed: torch.Tensor, d_stream: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm_gradient` where the residual stream [R, D] goes on beside the norm and has a gradient of its own."""
+    _have_equal_length(stream, d_normed, d_stream)
+    d_hidden, terms = _root_mean_square_norm_gradient(stream, weight, d_normed, eps, d_stream)
+    return d_hidden, terms.sum(0)
+
+
+def _split_heads(stacked: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The fused projection [R, G, M K] as queries [R, G, M - 2, K], keys [R, G, K] and values [R, G, K]."""
+    heads = stacked.unflatten(-1, (-1, head_dim))
+    return heads[:, :, :-2], heads[:, :, -2], heads[:, :, -1]
+
+
+def _pairs(heads: torch.Tensor, is_interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The channels that turn together: neighbours, or those of the two halves."""
+    if is_interleaved:
+        return heads[..., ::2], heads[..., 1::2]
+    first, second = heads.chunk(2, dim=-1)
+    return first, second
+
+
+def _join(first: torch.Tensor, second: torch.Tensor, is_interleaved: bool) -> torch.Tensor:
+    """The inverse of `_pairs`."""
+    if is_interleaved:
+        return torch.stack([first, second], dim=-1).flatten(-2)
+    return torch.cat([first, second], dim=-1)
+
+
+def _turn(heads: torch.Tensor, table: torch.Tensor, is_interleaved: bool, is_back: bool = False) -> torch.Tensor:
+    """Turns every pair of channels of [R, .., K] by the angles of `table` [R, K], or back."""
+    table = table.view(-1, *([1] * (heads.dim() - 2)), table.shape[-1])
+    cosine, sine = table.chunk(2, dim=-1)
+    first, second = _pairs(heads, is_interleaved)
+    if is_back:
+        return _join(first * cosine + second * sine, second * cosine - first * sine, is_interleaved)
+    return _join(first * cosine - second * sine, second * cosine + first * sine, is_interleaved)
+
+
+@formula()
+def turn_heads(stacked: torch.Tensor, table: torch.Tensor, is_interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary positions of queries and keys.
+
+    Args:
+        stacked: [R, G, M K], the fused projection: of every group its queries, its key and its value.
+        table: [R, K], of `positions.rotary_table`.
+        is_interleaved: whether neighbouring channels turn together, rather than those of the two halves.
+
+    Returns:
+        (queries [R, N, K], keys [R, G, K]).
+    """
+    _have_equal_length(stacked, table)
+    query, key, _ = _split_heads(stacked, table.shape[-1])
+    return _turn(query, table, is_interleaved).flatten(1, 2), _turn(key, table, is_interleaved)
+
+
+@formula(whole=("query_weight", "key_weight"))
+def norm_turn_heads(
+    stacked: torch.Tensor,
+    table: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    eps: float,
+    is_interleaved: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`turn_heads` after a root-mean-square norm of every query and key, with weights [K]."""
+    _have_equal_length(stacked, table)
+    query, key, _ = _split_heads(stacked, table.shape[-1])
+    query = _root_mean_square_norm(query, query_weight, eps)
+    key = _root_mean_square_norm(key, key_weight, eps)
+    return _turn(query, table, is_interleaved).flatten(1, 2), _turn(key, table, is_interleaved)
+
+
+def _stack_heads(d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_split_heads`."""
+    return torch.cat([d_query, d_key[:, :, None], d_value[:, :, None]], dim=2).flatten(2)
+
+
+@formula()
+def turn_heads_gradient(
+    table: torch.Tensor, d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor, is_interleaved: bool
+) -> torch.Tensor:
+    """Gradient [R, G, M K] of the fused projection, of those of queries [R, N, K], keys and values [R, G, K]."""
+    _have_equal_length(table, d_query, d_key, d_value)
+    d_query = _turn(d_query.unflatten(1, (d_key.shape[1], -1)), table, is_interleaved, is_back=True)
+    return _stack_heads(d_query, _turn(d_key, table, is_interleaved, is_back=True), d_value)
+
+
+@formula(whole=("query_weight", "key_weight"))
+def norm_turn_heads_gradient(
+    stacked: torch.Tensor,
+    table: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    d_query: torch.Tensor,
+    d_key: torch.Tensor,
+    d_value: torch.Tensor,
+    eps: float,
+    is_interleaved: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `norm_turn_heads` and of the values: of the fused projection and of the two weights [K]."""
+    _have_equal_length(stacked, table, d_query, d_key, d_value)
+    query, key, _ = _split_heads(stacked, table.shape[-1])
+    d_query = _turn(d_query.unflatten(1, (d_key.shape[1], -1)), table, is_interleaved, is_back=True)
+    d_key = _turn(d_key, table, is_interleaved, is_back=True)
+    d_query, query_terms = _root_mean_square_norm_gradient(query, query_weight, d_query, eps)
+    d_key, key_terms = _root_mean_square_norm_gradient(key, key_weight, d_key, eps)
+    return _stack_heads(d_query, d_key, d_value), query_terms.sum((0, 1, 2)), key_terms.sum((0, 1))
+
+
+@formula()
+def swiglu(stacked: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of the two halves of the last axis, [R, 2 H] -> [R, H]."""
+    gate, up = stacked.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+@formula()
+def swiglu_gradient(stacked: torch.Tensor, d_product: torch.Tensor) -> torch.Tensor:
+    """Gradient of `swiglu`, [R, 2 H]."""
+    _have_equal_length(stacked, d_product)
+    gate, up = stacked.chunk(2, dim=-1)
+    d_gate = torch.ops.aten.silu_backward(d_product * up, gate)
+    return torch.cat([d_gate, d_product * functional.silu(gate)], dim=-1)
+
+
+def _layer_norm(
+    hidden: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(normalised, mean, reciprocal of the deviation)."""
+    return torch.native_layer_norm(hidden, hidden.shape[-1:], weight, bias, eps)
+
+
+@formula(whole=("weight", "bias"))
+def modulated_norm(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """Layer norm of [R, D], with weight and bias [D] or without, times 1 + scale [R, D], plus shift [R, D]."""
+    _have_equal_length(hidden, scale, shift)
+    return _layer_norm(hidden, weight, bias, eps)[0] * (1 + scale) + shift
+
+
+@formula(whole=("weight", "bias"))
+def modulated_norm_gradient(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor,
+    d_modulated: torch.Tensor,
+    d_stream: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `modulated_norm`: of hidden and scale [R, D], weight and bias [D]; that of shift is `d_modulated`.
+
+    `d_stream` [R, D] is the gradient of what goes on beside the norm. Without a weight its gradients are empty.
+    """
+    _have_equal_length(hidden, scale, d_modulated, d_stream)
+    return _modulated_norm_gradient(hidden, weight, bias, scale, d_modulated, d_stream, eps)
+
+
+def _modulated_norm_gradient(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor,
+    d_modulated: torch.Tensor,
+    d_stream: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    normed, mean, inverse = _layer_norm(hidden, weight, bias, eps)
+    has_weight = weight is not None
+    d_hidden, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
+        d_modulated * (1 + scale),
+        hidden,
+        hidden.shape[-1:],
+        mean,
+        inverse,
+        weight,
+        bias,
+        [True, has_weight, has_weight],
+    )
+    if d_stream is not None:
+        d_hidden = d_stream + d_hidden
+    if not has_weight:
+        d_weight, d_bias = hidden.new_empty(0), hidden.new_empty(0)
+    return d_hidden, d_modulated * normed, d_weight, d_bias
+
+
+@formula()
+def gated_add(stream: torch.Tensor, gate: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    """The residual stream plus what is added times its gate; all [R, D]."""
+    _have_equal_length(stream, gate, added)
+    return stream + gate * added
+
+
+@formula()
+def gated_add_gradient(
+    gate: torch.Tensor, added: torch.Tensor, d_total: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of gate and addend in `gated_add`; that of the stream is `d_total`."""
+    _have_equal_length(gate, added, d_total)
+    return d_total * added, d_total * gate
+
+
+@formula(whole=("weight", "bias"))
+def gated_add_norm(
+    stream: torch.Tensor,
+    gate: torch.Tensor,
+    added: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(`gated_add`, its `modulated_norm`)."""
+    _have_equal_length(stream, gate, added, scale, shift)
+    total = stream + gate * added
+    return total, _layer_norm(total, weight, bias, eps)[0] * (1 + scale) + shift
+
+
+@formula(whole=("weight", "bias"))
+def gated_add_norm_gradient(
+    total: torch.Tensor,
+    gate: torch.Tensor,
+    added: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    scale: torch.Tensor,
+    d_modulated: torch.Tensor,
+    d_stream: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `gated_add_norm`: of stream, gate, addend and scale [R, D], weight and bias [D]."""
+    _have_equal_length(total, gate, added, scale, d_modulated, d_stream)
+    d_total, d_scale, d_weight, d_bias = _modulated_norm_gradient(
+        total, weight, bias, scale, d_modulated, d_stream, eps
+    )
+    return d_total, d_total * added, d_total * gate, d_scale, d_weight, d_bias
+
+
+def _masked_logits(logits: torch.Tensor, num_entries: int) -> torch.Tensor:
+    """Logits [R, V] in float32, those of padding rows of the table minus infinity."""
+    is_entry = torch.arange(logits.shape[-1], device=logits.device) < num_entries
+    return logits.float().masked_fill(~is_entry, float("-inf"))
+
+
+@formula()
+def largest_logit(logits: torch.Tensor, num_entries: int) -> torch.Tensor:
+    """The largest of the first `num_entries` of the logits [R, V] of a rank; float32 [R]."""
+    return _masked_logits(logits, num_entries).amax(-1)
+
+
+@formula()
+def exponential_sums(
+    logits: torch.Tensor, targets: torch.Tensor, largest: torch.Tensor, first_entry: int, num_entries: int
+) -> torch.Tensor:
+    """A rank's terms of the cross-entropy.
+
+    Args:
+        logits: [R, V], of the entries that the rank has.
+        targets: int64 [R], of all entries.
+        largest: float32 [R], the largest logit on any rank.
+        first_entry: the first entry of the rank.
+        num_entries: how many of its rows are entries; the others are padding.
+
+    Returns:
+        float32 [R, 2]: the sum of exp(logit - largest), and the target's logit - largest, 0 where the target is on
+        another rank.
+    """
+    _have_equal_length(logits, targets, largest)
+    shifted = _masked_logits(logits, num_entries) - largest[:, None]
+    local = targets - first_entry
+    is_here = (local >= 0) & (local < logits.shape[-1])
+    at_target = shifted.gather(1, torch.where(is_here, local, 0)[:, None])[:, 0]
+    return torch.stack([shifted.exp().sum(-1), torch.where(is_here, at_target, 0.0)], dim=-1)
+
+
+@formula(rewritten="logits")
+def cross_entropy_gradient(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    largest: torch.Tensor,
+    total: torch.Tensor,
+    d_loss: torch.Tensor,
+    first_entry: int,
+    num_entries: int,
+) -> None:
+    """Writes the gradient of the cross-entropy in place of the logits [R, V].
+
+    Args:
+        logits: as in `exponential_sums`.
+        targets: likewise.
+        largest: likewise.
+        total: float32 [R], the sum of the exponentials of all ranks.
+        d_loss: float32 [R], gradient of each target's loss.
+        first_entry: as in `exponential_sums`.
+        num_entries: likewise.
+    """
+    _have_equal_length(logits, targets, largest, total, d_loss)
+    shares = (_masked_logits(logits, num_entries) - largest[:, None]).exp() / total[:, None]
+    is_target = torch.arange(logits.shape[-1], device=logits.device) == (targets - first_entry)[:, None]
+    logits.copy_((shares - is_target.float()) * d_loss[:, None])
+
+
+def example_shapes(num_positions: int) -> Mapping[str, dict[str, Any]]:
+    """Arguments of every formula as the 14B networks call it at 4 tensor-parallel ranks.
+
+    Args:
+        num_positions: R, of a pack; norms between the split linears have a quarter of them.
+
+    Returns:
+        by name of the formula: its arguments by name, a shape for a tensor and the value itself for anything else.
+    """
+    rows, part = num_positions, num_positions // 4
+    stream, heads, ffn = (part, 5120), (rows, 2, 7 * 128), (rows, 4352)
+    query, key, token = (rows, 10, 128), (rows, 2, 128), (rows, 5120)
+    eps, vocabulary = 1e-6, (rows, 37985)
+    norm = {"weight": (5120,), "eps": eps}
+    turn = {"table": (rows, 128), "is_interleaved": False}
+    weights = {"query_weight": (128,), "key_weight": (128,), "eps": eps}
+    d_heads = {"d_query": query, "d_key": key, "d_value": key}
+    modulation = {"weight": (5120,), "bias": (5120,), "scale": token, "eps": eps}
+    logits = {"logits": vocabulary, "num_entries": 37985}
+    targets = {"targets": (rows,), "largest": (rows,), "first_entry": 0}
+    return {
+        "rms_norm": {"hidden": stream, **norm},
+        "add_rms_norm": {"stream": stream, "added": stream, **norm},
+        "rms_norm_gradient": {"hidden": stream, "d_normed": stream, **norm},
+        "carried_rms_norm_gradient": {"stream": stream, "d_normed": stream, "d_stream": stream, **norm},
+        "turn_heads": {"stacked": heads, **turn},
+        "norm_turn_heads": {"stacked": heads, **turn, **weights},
+        "turn_heads_gradient": {**turn, **d_heads},
+        "norm_turn_heads_gradient": {"stacked": heads, **turn, **weights, **d_heads},
+        "swiglu": {"stacked": (rows, 2 * 4352)},
+        "swiglu_gradient": {"stacked": (rows, 2 * 4352), "d_product": ffn},
+        "modulated_norm": {"hidden": token, "shift": token, **modulation},
+        "modulated_norm_gradient": {"hidden": token, "d_modulated": token, "d_stream": token, **modulation},
+        "gated_add": {"stream": token, "gate": token, "added": token},
+        "gated_add_gradient": {"gate": token, "added": token, "d_total": token},
+        "gated_add_norm": {"stream": token, "gate": token, "added": token, "shift": token, **modulation},
+        "gated_add_norm_gradient": {
+            "total": token,
+            "gate": token,
+            "added": token,
+            "d_modulated": token,
+            "d_stream": token,
+            **modulation,
+        },
+        "largest_logit": logits,
+        "exponential_sums": {**logits, **targets},
+        "cross_entropy_gradient": {**logits, **targets, "total": (rows,), "d_loss": (rows,)},
+    }
