@@ -1,4 +1,4 @@
-"""The model over many ranks: process groups, pipeline stages, one optimiser step, ZeRO."""
+"""The model over many ranks: process groups, pipeline stages, one optimiser step, optimiser engines."""
 
 from bitdance_scale.parallel.engine_setup import prepare_engines
 

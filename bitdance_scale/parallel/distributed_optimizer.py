@@ -276,6 +276,8 @@ class MegatronEngine(TrainingEngine):
 
     def _send_weights(self) -> None:
         """Copies the masters into the weights and starts to exchange them, those first that are needed first."""
+        # Where no forward pass has come between, the last exchange is still under way.
+        self._wait_for_weights()
         for shard in self._shards:
             shard.weights.copy_(shard.master)
         for chunk in self._chunks:

@@ -1,6 +1,6 @@
 """How much memory a rank of a run needs, in bytes, without allocating it.
 
-The stage, DeepSpeed's engine and the pipeline schedule of that rank run for two optimiser steps, on tensors without
+The stage, the optimiser engine and the pipeline schedule of that rank run for two optimiser steps, on tensors without
 memory (`fake_ranks.py`); only a log of their storages (`storage_log.py`) is kept. No formula is involved, so a change
 of the model or of an engine shows in the result.
 

@@ -13,7 +13,7 @@ class Bytes:
     """Bytes by purpose.
 
     Attributes:
-        weights: parameters in training dtype, as ZeRO keeps them: flat, padded; under ZeRO-3 this rank's partition.
+        weights: parameters in training dtype, flat and padded; under ZeRO-3 this rank's partition.
         gradients: of the weights, in the dtypes and partitions in which the engine accumulates them.
         masters: float32 weights of the optimiser's partition.
         moments: AdamW's two, float32.

@@ -1,9 +1,9 @@
 """Which boxes of the global tensors a rank holds: the layout-free view of parameters and optimiser state.
 
-A parameter is cut twice. Tensor parallelism gives a rank a slice of it (`Placement`). ZeRO then cuts the row-major
-flattening of that slice between data-parallel ranks, at any element. Both cuts together are expressed as n-d boxes of
-the global tensor (`Piece`), which are views of the memory that the engines train in. A checkpoint therefore neither
-knows the layout nor gathers a tensor.
+A parameter is cut twice. Tensor parallelism gives a rank a slice of it (`Placement`). The optimiser engine then cuts
+the row-major flattening of that slice between data-parallel ranks, at any element. Both cuts together are expressed as
+n-d boxes of the global tensor (`Piece`), which are views of the memory that the engines train in. A checkpoint
+therefore neither knows the layout nor gathers a tensor.
 """
 
 from __future__ import annotations

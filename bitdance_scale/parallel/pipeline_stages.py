@@ -43,7 +43,7 @@ from bitdance_scale.parallel.vocab_loss import cross_entropy
 
 
 class RankStages(nn.Module):
-    """The stages of one pipeline rank, which one ZeRO engine trains.
+    """The stages of one pipeline rank, which one engine trains.
 
     Attributes:
         stages: in the order in which a micro-batch passes through them.

@@ -237,7 +237,9 @@ def _summary(config: RunConfig, topology: Topology, vocab_size: int, resumed_ste
     if parallel.num_stages > 1:
         layout += f", layers per stage {' + '.join(map(str, stage_split(config, vocab_size)))}"
     steps = f"steps {resumed_step} to {config.run.steps}, {_step_size(config, topology, vocab_size, resumed_step)}"
-    engines = f"ZeRO-{parallel.zero_stage}, recompute {parallel.recompute}, {config.run.dtype}"
+    is_megatron = parallel.optimizer == "megatron"
+    divided = "Megatron-core's distributed optimiser" if is_megatron else f"ZeRO-{parallel.zero_stage}"
+    engines = f"{divided}, recompute {parallel.recompute}, {config.run.dtype}"
     return f"parameters: {sizes}\nlayout: {layout}, {engines}\n{steps}"
 
 

@@ -141,6 +141,22 @@ def test_gradients_are_reduced_in_float32_while_the_backward_pass_runs() -> None
     assert torch.equal(found, expected)
 
 
+def _averaged_at_once(rank: int, config: RunConfig) -> bool:
+    """Whether the averages take the place of weights that are still on their way."""
+    engine, topology = make_engine(config)
+    from bitdance_scale.parallel.step import train_step
+
+    train_step(engine, step_inputs(config, topology, 2, 0), config.loss, 1e-3, topology)
+    is_under_way = any(group.param_gather_handle is not None for group in engine._chunks[0].bucket_groups)
+    with engine.weights_of("averaged"):
+        pass
+    return is_under_way
+
+
+def test_weights_are_exchanged_beside_what_follows() -> None:
+    assert run_ranks(2, _averaged_at_once, _config(average_decay=DECAY, optimizer="megatron")) == [True, True]
+
+
 def test_averages_follow_the_weights() -> None:
     config = _config(average_decay=DECAY, optimizer="megatron")
     records = run_ranks(2, train, config, 2, NUM_STEPS, True)

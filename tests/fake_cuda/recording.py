@@ -179,7 +179,9 @@ class Recorder(TorchDispatchMode):
             if kwargs.get("pin_memory"):
                 self._pinned.add(outputs[0])
             return
-        dtypes = {tensor.dtype for tensor in inputs if tensor.dtype.is_floating_point}
+        # Kernels that are told a dtype of the result add to it; their factors have one dtype too.
+        operands = inputs[1:3] if rest in ("addmm.dtype", "addmm.dtype_out") else inputs
+        dtypes = {tensor.dtype for tensor in operands if tensor.dtype.is_floating_point}
         if name in _PRODUCTS and len(dtypes) > 1:
             raise RuntimeError(f"{name} at {_place()}: operands of {', '.join(sorted(map(str, dtypes)))}")
         what = self._wait_of(name, args, kwargs, inputs)
