@@ -35,6 +35,15 @@ def disagreements(calls: Mapping[int, Sequence[Collective]]) -> list[str]:
     return found
 
 
+def lone_members(calls: Mapping[int, Sequence[Collective]]) -> list[str]:
+    """Groups of several ranks in which only one of those that were walked is, as sentences; none where all have two."""
+    return [
+        f"group {_shown(ranks)}: only rank {next(iter(by_rank))} was walked"
+        for ranks, by_rank in sorted(_by_group(calls).items())
+        if len(ranks) > 1 and len(by_rank) == 1
+    ]
+
+
 def _by_group(calls: Mapping[int, Sequence[Collective]]) -> dict[tuple[int, ...], dict[int, list[str]]]:
     """Group -> rank -> its calls there; of ranks that were walked, those without a call have an empty list."""
     groups: dict[tuple[int, ...], dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))

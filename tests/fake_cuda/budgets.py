@@ -92,11 +92,11 @@ def measure(case: Case, stage: int) -> dict[str, int]:
     more = deeper.num_layers - walked.num_layers
     assert more == case.run.parallel.virtual_stages, "every stage has one more layer"
     passes = walked.num_micro_batches
-    layers, step = (Costs.of_phase(found, "micro-batches") for found in (walked, deeper))
-    layer = step.minus(layers).shared_by(more * passes)
+    shallow, deep = (Costs.of_phase(found, "micro-batches") for found in (walked, deeper))
+    layer = deep.minus(shallow).shared_by(more * passes)
     return {
         **layer.fields("layer"),
-        **layers.minus(layer, walked.num_layers * passes).shared_by(passes).fields("rest"),
+        **shallow.minus(layer, walked.num_layers * passes).shared_by(passes).fields("rest"),
         **Costs.of_phase(walked, "optimiser").fields("optimiser"),
         "waits": sum(walked.waits_of_micro_batches().values()),
         "peak_bytes": sum(walked.peak.values()),

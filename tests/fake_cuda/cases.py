@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import RunConfig
-from tests.fake_cuda.walks import WHOLE_LIFE, Request
+from tests.fake_cuda.walks import Request
 
 # Depth only repeats: layers and blocks of the head are of the real widths.
 _HEAD_BLOCKS = {"imagenet": 3}
@@ -75,9 +76,9 @@ class Case:
         """The configuration that is walked."""
         return load_config(self.config, list(self.overrides))
 
-    def request(self, rank: int, *, parts: tuple[str, ...] = WHOLE_LIFE, is_uneven: bool = False) -> Request:
-        """The walk of a rank."""
-        return Request(self.config, self.world, rank, self.overrides, parts=parts, is_uneven=is_uneven)
+    def request(self, rank: int, **options: Any) -> Request:
+        """The walk of a rank; options are the last fields of `Request`."""
+        return Request(self.config, self.world, rank, self.overrides, **options)
 
     def rank_at(self, tensor: int, data: int, stage: int) -> int:
         """The rank with these coordinates; tensor-parallel ranks are neighbours, then data, then pipeline."""

@@ -202,7 +202,7 @@ def cuda_device(on_wait: Callable[[str], None], pinned: PinnedMemory) -> Iterato
 
     def pin(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         # A new tensor, as in reality; a fake one, whose only value is not known: copies of a value would be computed.
-        copy = torch.empty_like(tensor)
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype)
         pinned.add(copy)
         return copy
 

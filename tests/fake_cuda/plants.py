@@ -53,7 +53,7 @@ def _that_nobody_receives(loss: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-_IN_THE_LOSS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+FAULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "device": _on_the_wrong_device,
     "dtype": _of_the_wrong_dtype,
     "wait": _that_waits,
@@ -63,6 +63,7 @@ _IN_THE_LOSS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "order of collectives": _in_another_order_on_rank_1,
     "send": _that_nobody_receives,
 }
+"""By name, what is done to the loss of a micro-batch."""
 
 
 def plant(fault: str, replaced: contextlib.ExitStack) -> None:
@@ -72,6 +73,6 @@ def plant(fault: str, replaced: contextlib.ExitStack) -> None:
     combined = step.combine_losses
 
     def combine(*values: object) -> torch.Tensor:
-        return _IN_THE_LOSS[fault](combined(*values))
+        return FAULTS[fault](combined(*values))
 
     replaced.enter_context(mock.patch.object(step, "combine_losses", combine))

@@ -34,6 +34,7 @@ _MODULES = {
     "cpu": ("tests.fake_cuda.memory",),
 }
 _POLL_S = 0.05
+_NUM_FRAMES = 24
 
 
 class ForkServer:
@@ -168,8 +169,9 @@ def _run(call: _Call, first: tuple[object, ...]) -> None:
         result = (True, getattr(importlib.import_module(module), name)(*first, *call.arguments))
     except BaseException as error:  # noqa: BLE001  # Whatever it is, the caller must hear of it.
         sys.stderr.flush()
+        frames = "".join(traceback.format_tb(error.__traceback__)[-_NUM_FRAMES:])
         first_line = f"{type(error).__name__}: {error}"[:1000]
-        result = (False, f"{first_line}\n{traceback.format_exc()[-6000:]}\n{_printed(call)}")
+        result = (False, f"{first_line}\n{frames}\n{_printed(call)}")
     _answer(call, result)
     # Threads of autograd and of engines must not keep the process.
     os._exit(0)

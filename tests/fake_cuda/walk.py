@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -96,6 +97,14 @@ def choose_packs(config: Any, data_size: int, is_uneven: bool) -> list[Any]:
     return [by_length[place * (len(by_length) - 1) // max(len(packs) - 1, 1)] for place in range(len(packs))]
 
 
+def makers_of(peak: Any) -> Counter[tuple[str, str]]:
+    """Bytes at a peak by role and maker."""
+    found: Counter[tuple[str, str]] = Counter()
+    for storage in peak.storages:
+        found[storage.role, storage.maker] += storage.nbytes
+    return found
+
+
 class _Life:
     """What a walk does, in order."""
 
@@ -134,8 +143,10 @@ class _Life:
             peak=peak.by_role,
             building_peak=building_peak,
             most_activations=most,
-            largest=tuple((storage.role, storage.maker, storage.nbytes) for storage in peak.storages[:12]),
+            makers=makers_of(peak),
             saved=saved,
+            placements={name: located.placement for name, located in engine.parameters.items()},
+            groups=self._groups(engine),
             cpu_s=time.process_time() - self._started_s,
         )
 
@@ -203,6 +214,14 @@ class _Life:
         return {
             name: SavedTensor(value.global_shape, value.dtype, tuple(boxes[name])) for name, value in values.items()
         }
+
+    def _groups(self, engine: Any) -> tuple[tuple[str, ...], ...]:
+        """Names of the parameters of the optimiser's groups."""
+        from bitdance_scale.parallel.engine import decay_groups
+
+        names = {id(located.parameter): name for name, located in engine.parameters.items()}
+        groups = decay_groups(engine.parameters, self._config.optim)
+        return tuple(tuple(names[id(parameter)] for parameter in group["params"]) for group in groups)
 
     def _evaluate(self, engine: Any) -> None:
         from bitdance_scale.train.evaluation import Evaluator

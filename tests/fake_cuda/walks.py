@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from bitdance_scale.checkpoint.boxes import Box
+from bitdance_scale.parallel.partition import Placement
 from tests.fake_cuda.recording import Record
 from tests.fake_cuda.server import in_parallel, server
 
@@ -68,8 +69,10 @@ class Walk:
         peak: bytes by role at the fullest moment of the second step.
         building_peak: the most bytes before the first step.
         most_activations: the most bytes of activations in the second step.
-        largest: (role, maker, bytes) of the largest storages at the peak.
+        makers: bytes at the peak by role and the function that made them (`parallel/storage_log.py`).
         saved: what the rank holds of a checkpoint, by name.
+        placements: where its parameters lie in the whole ones, by name.
+        groups: names of its parameters, by the optimiser's group, in order.
         cpu_s: seconds of processor time that it took.
     """
 
@@ -83,8 +86,10 @@ class Walk:
     peak: dict[str, int]
     building_peak: int
     most_activations: int
-    largest: tuple[tuple[str, str, int], ...]
+    makers: Counter[tuple[str, str]]
     saved: dict[str, SavedTensor]
+    placements: dict[str, Placement]
+    groups: tuple[tuple[str, ...], ...]
     cpu_s: float
 
     @property
