@@ -111,7 +111,14 @@ test-guide: setup $(IMG2DATASET_STAMP)  ## the commands of docs/from_nothing_to_
 drills: setup  ## let everything go wrong that a run promises to survive (an hour); ARGS= goes to tests/faults/drills.py
 	PYTHONPATH=. $(BIN)/python -m tests.faults.drills $(ARGS)
 
-fake-cuda: setup  ## walk the CUDA branches as ranks of large jobs, without a GPU; needs g++; ARGS= goes to pytest
+# Without a GPU torch does not bring Triton: 200 MB to download, 720 MB installed, for these tests alone.
+TRITON_STAMP := $(VENV)/triton/installed
+$(TRITON_STAMP): tests/triton.txt | setup
+	@echo "Installing Triton into $(VENV)/triton (200 MB to download)"
+	@$(PIP) install --no-deps --upgrade --target $(VENV)/triton --requirement tests/triton.txt
+	@touch $@
+
+fake-cuda: setup $(TRITON_STAMP)  ## walk the CUDA branches as ranks of large jobs and build their kernels, without a GPU; needs g++; ARGS= goes to pytest
 	$(BIN)/python -m pytest tests/fake_cuda -m "fake_cuda or not fake_cuda" $(ARGS)
 
 # PYTHON= an environment with CUDA that lies elsewhere.

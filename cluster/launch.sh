@@ -115,6 +115,8 @@ say "$stage, job $SLURM_JOB_ID, start $((restart + 1)): ${#nodes[@]} nodes (${SL
 
 if [[ ${PREFLIGHT:-1} != 0 ]]; then
     read -ra limits <<<"${PREFLIGHT_OPTIONS:-}"
+    # Tokenizers have settings of their own, and nothing of theirs is compiled.
+    [[ $stage == tokenizer ]] || limits+=(--config "$config" "$@")
     run_step "$python" -m cluster.preflight "$logs/preflight" --nodes "${nodes[@]}" --head "$head" \
         --port "$((port + 1))" --gpus "$num_gpus" --procs "$num_procs" "${limits[@]}"
     ((is_stop_asked == 0)) || requeue "stopped on request during the pre-flight"

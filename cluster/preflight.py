@@ -2,10 +2,11 @@
 
     srun ... python -m cluster.preflight FOLDER --nodes NODE ... --head ADDRESS --port PORT --gpus N --procs P [limits]
 
-Each node writes a report to FOLDER, which all nodes share: its GPUs and their memory, its clock at a common moment,
-the bandwidth of an all-reduce over its own processes and of one with each neighbour. Nodes are measured alone and in
-pairs, never all at once: if a collective over all nodes hangs, it does not say which node is at fault. The first node
-reads the reports, writes `verdict.txt` and exits with 1 if a node is bad. Without GPUs the all-reduce runs over gloo.
+Each node writes a report to FOLDER, which all nodes share: its GPUs and their memory, whether it can compile kernels if
+the job's configuration does, its clock at a common moment, the bandwidth of an all-reduce over its own processes and of
+one with each neighbour. Nodes are measured alone and in pairs, never all at once: if a collective over all nodes hangs,
+it does not say which node is at fault. The first node reads the reports, writes `verdict.txt` and exits with 1 if a
+node is bad. Without GPUs the all-reduce runs over gloo.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from torch.distributed import TCPStore
 
 from bitdance_scale.atomic_files import write_text
+from cluster.kernel_compiler import compiler_fault, compiles_on_cuda
 from cluster.verdict import Finding, Gpu, Limits, Report, judge, pairings
 
 GIB = 2**30
@@ -55,6 +57,9 @@ class Preflight:
         options, nodes = self._options, self._options.nodes
         with self._phase("look at the GPUs", "CUDA works"):
             self._update(gpus=_gpus())
+        if options.config and self.report.gpus and compiles_on_cuda(options.config[0], options.config[1:]):
+            with self._phase("build a library in C", "it ends"):
+                self._update(compiler_fault=compiler_fault())
         with self._phase("read the common clock", "every node reaches the first one's port"):
             self._update(clock_s=self._common_clock())
         if options.procs > 1:
@@ -242,6 +247,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, required=True, help="first of five free ports, the same on every node")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs per node of the job")
     parser.add_argument("--procs", type=int, required=True, help="processes per node of an all-reduce")
+    parser.add_argument(
+        "--config", nargs="+", help="configuration of the job and its settings; without, compilers are not looked for"
+    )
     for name, field in limits.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=field.default, help=f"[{field.default}]")
     options = parser.parse_args(arguments)

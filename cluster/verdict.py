@@ -30,6 +30,7 @@ class Report:
         phase: what the node was doing when it wrote this; "done" at the end.
         errors: failures, as (rule that was broken, message).
         gpus: the GPUs that CUDA sees; None if the node did not get that far.
+        compiler_fault: why kernels cannot be compiled; None if they can, or need not.
         clock_s: its clock at a moment common to all nodes, within milliseconds.
         local_gbs: bus bandwidth in GB/s of an all-reduce over its own processes; None if not measured.
         pairs: (other node, bus bandwidth in GB/s of an all-reduce over both, or None if it failed).
@@ -39,6 +40,7 @@ class Report:
     phase: str = "start"
     errors: tuple[tuple[str, str], ...] = ()
     gpus: tuple[Gpu, ...] | None = None
+    compiler_fault: str | None = None
     clock_s: float | None = None
     local_gbs: float | None = None
     pairs: tuple[tuple[str, float | None], ...] = ()
@@ -122,6 +124,17 @@ def judge(reports: Mapping[str, Report | None], limits: Limits) -> list[Finding]
                     "read the node's log",
                 )
             )
+    findings += [
+        Finding(
+            report.node,
+            f"kernels cannot be compiled: {report.compiler_fault}",
+            "a C compiler (gcc, clang or $CC) and Python.h, as the configuration compiles kernels",
+            "install gcc and the headers of this Python (python3-dev) on the node, or name a compiler with CC; without "
+            "one, train with model.attention=dense parallel.compile=false",
+        )
+        for report in found
+        if report.compiler_fault is not None
+    ]
     findings += _judge_gpus(found, limits) + _judge_clocks(found, limits) + _judge_bandwidth(found, limits)
     order = list(reports)
     return sorted(findings, key=lambda finding: order.index(finding.node))

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from bitdance_scale.sequence.visibility import TileRows, pack_bounds, pack_tiles
 
 # Positions per side of a tile; FlexAttention's kernels are tuned for this size.
 FLEX_TILE = 128
+# Inductor chooses 4 or 8 warps by dtype, head size and GPU. With 4, a thread has twice as many numbers to hold, and
+# spills kilobytes of them: forward at 64 channels and in float32, backward on Blackwell (docs/benchmarks.md).
+_NUM_WARPS = 8
 
 
 def attend(
@@ -184,22 +187,18 @@ class FlexMask:
 
     def attend(self, query_SBNK: torch.Tensor, key_SBGK: torch.Tensor, value_SBGK: torch.Tensor) -> torch.Tensor:
         """Attention under the mask; [S, B, N, K] in the dtype of the query."""
-        query_BNSK, key_BGSK, value_BGSK = (
-            rearrange(heads, "s b n k -> b n s k") for heads in (query_SBNK, key_SBGK, value_SBGK)
-        )
         size, bounds = len(self.first_key), (self.first_key, self.stop_key)
         if self.is_compiled:
             # Marked one by one: with dynamic=True the compiler would take a head size that happens to equal R or S for
             # the same number, and compile again for the next pack.
-            for heads in (query_BNSK, key_BGSK, value_BGSK):
-                torch._dynamo.mark_dynamic(heads, 2)
-            mixed_BNSK = _compiled_mix()(
-                query_BNSK, key_BGSK, value_BGSK, *bounds, self.tiles, self.tile, size % self.tile == 0
+            for heads in (query_SBNK, key_SBGK, value_SBGK):
+                torch._dynamo.mark_dynamic(heads, 0)
+            return _compiled_mix()(
+                query_SBNK, key_SBGK, value_SBGK, *bounds, self.tiles, self.tile, size % self.tile == 0
             )
-        else:
-            block_mask = _block_mask(size, *bounds, self.tiles, self.tile)
-            mixed_BNSK = _mix_eagerly(query_BNSK, key_BGSK, value_BGSK, block_mask)
-        return rearrange(mixed_BNSK, "b n s k -> s b n k")
+        query_BNSK, key_BGSK, value_BGSK = _heads_first(query_SBNK, key_SBGK, value_SBGK)
+        block_mask = _block_mask(size, *bounds, self.tiles, self.tile)
+        return rearrange(_mix_eagerly(query_BNSK, key_BGSK, value_BGSK, block_mask), "b n s k -> s b n k")
 
 
 def flex_mask(
@@ -269,9 +268,9 @@ def _block_mask(
 
 
 def _mix(
-    query_BNSK: torch.Tensor,
-    key_BGSK: torch.Tensor,
-    value_BGSK: torch.Tensor,
+    query_SBNK: torch.Tensor,
+    key_SBGK: torch.Tensor,
+    value_SBGK: torch.Tensor,
     first_key: torch.Tensor,
     stop_key: torch.Tensor,
     tiles: tuple[torch.Tensor, ...],
@@ -281,24 +280,34 @@ def _mix(
     """FlexAttention under a `FlexMask`, to be compiled; `is_whole`: whether the tile divides S.
 
     The BlockMask is made in here, from tensors only, so that the compiler sees its lengths as sizes of tensors rather
-    than as numbers of one pack.
+    than as numbers of one pack. Heads are moved to the front in here too: the gradient of a result with dynamic sizes
+    must be contiguous, and is copied if it is not.
     """
-    size = query_BNSK.shape[2]
+    size = query_SBNK.shape[0]
     # The compiler would otherwise take these for five different lengths.
-    for length in (key_BGSK.shape[2], value_BGSK.shape[2], first_key.shape[0], stop_key.shape[0]):
+    for length in (key_SBGK.shape[0], value_SBGK.shape[0], first_key.shape[0], stop_key.shape[0]):
         torch._check(length == size)
     if is_whole:
         # Lets the kernels omit their checks for a ragged end.
         torch._check(size % tile == 0)
-    return flex_attention(
+    query_BNSK, key_BGSK, value_BGSK = _heads_first(query_SBNK, key_SBGK, value_SBGK)
+    # Any: its types do not know of options for the kernels alone.
+    attention: Any = flex_attention
+    mixed_BNSK: torch.Tensor = attention(
         query_BNSK,
         key_BGSK,
         value_BGSK,
         block_mask=_block_mask(size, first_key, stop_key, tiles, tile),
         enable_gqa=True,
         # Packs of less than one tile would otherwise get a kernel of their own, for decoding.
-        kernel_options={"BACKEND": "TRITON"},
+        kernel_options={"BACKEND": "TRITON", "num_warps": _NUM_WARPS},
     )
+    return mixed_BNSK.permute(2, 0, 1, 3)
+
+
+def _heads_first(*heads_SBNK: torch.Tensor) -> Iterator[torch.Tensor]:
+    """[S, B, N, K] to [B, N, S, K], as views."""
+    return (heads.permute(1, 2, 0, 3) for heads in heads_SBNK)
 
 
 @functools.cache

@@ -261,10 +261,12 @@ class _ModulatedNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         eps, is_compiled = ctx.settings
         d_total, d_modulated = gradients
+        # Once: under recomputation they are gone after they were asked for.
+        stream, weight, bias, scale = ctx.saved_tensors
         d_stream, d_scale, *d_affine = fused.modulated_norm_gradient(
-            *ctx.saved_tensors, d_modulated, d_total, eps, is_compiled=is_compiled
+            stream, weight, bias, scale, d_modulated, d_total, eps, is_compiled=is_compiled
         )
-        if ctx.saved_tensors[1] is None:
+        if weight is None:
             d_affine = [None, None]
         return d_stream, *d_affine, d_scale, d_modulated, None, None
 

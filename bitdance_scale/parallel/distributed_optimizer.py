@@ -28,6 +28,7 @@ from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.inputs import PackInputs
 from bitdance_scale.parallel.averaged_weights import AveragedWeights
 from bitdance_scale.parallel.engine import MOMENTS, Fragment, StepOutcome, TrainingEngine, decay_groups
+from bitdance_scale.parallel.partial_gradients import leave_gradients_partial, sum_over_tensor_ranks
 from bitdance_scale.parallel.partition import ShardedValue, whole_pieces
 from bitdance_scale.parallel.pipeline_stages import RankStages, Stage
 from bitdance_scale.parallel.topology import Topology
@@ -93,6 +94,8 @@ class MegatronEngine(TrainingEngine):
         self.loss_factor = 1
         self._clip_norm = config.optim.clip_norm
         self._num_steps = 0
+        partial = set(leave_gradients_partial(self.stages))
+        self._partial = [name for name, located in self.parameters.items() if located.parameter in partial]
         # Any: Megatron-core's attributes are not typed.
         self._chunks: list[Any] = [_with_buffers(stage, number, topology) for number, stage in enumerate(self.stages)]
         self._shards: list[_Shard] = []
@@ -269,9 +272,14 @@ class MegatronEngine(TrainingEngine):
             torch._foreach_mul_([shard.gradients for shard in self._shards], factor)
 
     def _finish_reduction(self) -> None:
-        """Waits until this rank's shards hold the gradients of the step."""
+        """Waits until this rank's shards hold the gradients of the step.
+
+        Of a replicated parameter the tensor-parallel ranks of a replica hold the same range, and sum what they have.
+        """
         for chunk in self._chunks:
             chunk.finish_grad_sync()
+        partial = [part for part in (self._parts[name] for name in self._partial) if part.length]
+        sum_over_tensor_ranks([part.of(part.shard.gradients) for part in partial], self._topology.tensor_group)
         self._set_gathered()
 
     def _send_weights(self) -> None:

@@ -13,7 +13,8 @@ from bitdance_scale.config.schema import ParallelSection, RunConfig
 from bitdance_scale.errors import ConfigError
 
 VIRTUAL_STAGES = (1, 2, 4)
-ZERO_STAGES = (1, 2, 3)
+ENGINES = (("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("megatron", 1))
+"""Optimisers and ZeRO stages."""
 RECOMPUTE = ("none", "selective", "full")
 
 
@@ -67,11 +68,12 @@ def candidates(config: RunConfig, num_gpus: int, gpus_per_node: int) -> list[Par
             pipeline=pipeline,
             virtual_stages=virtual,
             pipeline_split="auto",
+            optimizer=optimizer,
             zero_stage=zero,
             recompute=recompute,
         )
-        for tensor, is_split, pipeline, virtual, zero, recompute in itertools.product(
-            tensors, (False, True), pipelines, VIRTUAL_STAGES, ZERO_STAGES, RECOMPUTE
+        for tensor, is_split, pipeline, virtual, (optimizer, zero), recompute in itertools.product(
+            tensors, (False, True), pipelines, VIRTUAL_STAGES, ENGINES, RECOMPUTE
         )
     ]
     return found if config.parallel in found else [config.parallel, *found]

@@ -24,9 +24,9 @@ _FEW_BYTES = 2**20
 _HEAD = """\
 # What the CUDA branches do, by walks (tests/fake_cuda/): written by `python -m tests.fake_cuda.budgets --write`.
 # layer_*: one more layer on this stage, forward and backward, for one micro-batch. rest_*: everything else of a
-# micro-batch (embedding or head, losses, messages), and what a step adds to its micro-batches, divided among them.
+# micro-batch (embedding or head, losses, messages) and what a step adds to its micro-batches, divided among them.
 # optimiser_*: the update. waits: of the host for the device, within all micro-batches of a step. peak: of a step.
-# Counts must be equal, bytes within 2 %. Bytes are those that operators read and write, collectives those they are given.
+# Counts must be equal, bytes within 2 %. Kernels count what they read and write, collectives what they are given.
 """
 
 MEASURED = [
@@ -41,6 +41,8 @@ MEASURED = [
     Case("pt_14b", 64, "full recomputation"),
     Case("pt_14b", 64, "ZeRO-2"),
     Case("pt_14b", 64, "ZeRO-3"),
+    Case("pt_14b", 64, "compiled"),
+    Case("pt_14b", 64, "Megatron"),
     Case("pt_14b", 64, "pipeline 2"),
     Case("pt_14b", 64, "interleaved"),
     Case("pt_0p6b", 8, "pipeline 2"),

@@ -13,9 +13,9 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -31,6 +31,7 @@ H100 = SimpleNamespace(
     multi_processor_count=132,
     total_memory=80 << 30,
     warp_size=32,
+    max_threads_per_block=1024,
     max_threads_per_multi_processor=2048,
     regs_per_multiprocessor=65536,
     shared_memory_per_block=49152,
@@ -40,7 +41,18 @@ H100 = SimpleNamespace(
     is_integrated=False,
     gcnArchName="",
 )
-"""Properties that the device says it has."""
+"""What an H100 says of itself."""
+B200 = SimpleNamespace(
+    **vars(H100)
+    | {
+        "name": "NVIDIA B200",
+        "major": 10,
+        "multi_processor_count": 148,
+        "total_memory": 180 << 30,
+        "L2_cache_size": 126 << 20,
+    }
+)
+"""What a B200 says of itself; a block may have as much shared memory as on an H100."""
 
 
 def why_not() -> str | None:
@@ -86,16 +98,29 @@ def build() -> Path:
     return library
 
 
-def environment(has_device: bool) -> dict[str, Any]:
-    """How a process of this project is started, with the fake device or without: arguments of `subprocess`."""
-    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+def environment(has_device: bool, variables: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """How a process of this project is started, with the fake device or without: arguments of `subprocess`.
+
+    Args:
+        has_device: whether it has the device.
+        variables: of its environment, beside those that the device needs.
+    """
+    chosen = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     if has_device:
-        variables |= {"LD_PRELOAD": str(build()), "DS_ACCELERATOR": "cuda"}
-    return {"cwd": ROOT, "env": variables}
+        chosen |= {"LD_PRELOAD": str(build()), "DS_ACCELERATOR": "cuda"}
+    return {"cwd": ROOT, "env": os.environ | chosen | variables}
 
 
-def start(module: str, arguments: Sequence[str], timeout_s: float) -> str:
+def start(
+    module: str, arguments: Sequence[str], timeout_s: float, variables: Mapping[str, str] = MappingProxyType({})
+) -> str:
     """Runs a module of this project in a process with the fake device; returns what it prints.
+
+    Args:
+        module: its name.
+        arguments: of its command line.
+        timeout_s: after which it is ended.
+        variables: of its environment, beside those that the device needs.
 
     Raises:
         RuntimeError: it fails, or does not end in time; with the end of its output.
@@ -109,7 +134,7 @@ def start(module: str, arguments: Sequence[str], timeout_s: float) -> str:
             errors="replace",
             check=False,
             timeout=timeout_s,
-            **environment(has_device=True),
+            **environment(True, variables),
         )
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"{module} {' '.join(arguments)}: still runs after {timeout_s:.0f} s") from error
@@ -189,12 +214,13 @@ class PinnedMemory:
 
 
 @contextlib.contextmanager
-def cuda_device(on_wait: Callable[[str], None], pinned: PinnedMemory) -> Iterator[None]:
-    """Within it `torch.cuda` answers as with one H100, and tensors can be made on it under `FakeTensorMode`.
+def cuda_device(on_wait: Callable[[str], None], pinned: PinnedMemory, gpu: SimpleNamespace = H100) -> Iterator[None]:
+    """Within it `torch.cuda` answers as with one GPU, and tensors can be made on it under `FakeTensorMode`.
 
     Args:
         on_wait: called with the name of every call that waits for the device.
         pinned: gets the storages that are pinned.
+        gpu: what the GPU says of itself.
     """
     # Its tables name functions of torch.cuda, and two names must not be one function.
     import torch._dynamo
@@ -229,10 +255,10 @@ def cuda_device(on_wait: Callable[[str], None], pinned: PinnedMemory) -> Iterato
         "current_device": lambda: 0,
         "set_device": nothing,
         "device": Chosen,
-        "get_device_properties": lambda *_: H100,
-        "get_device_capability": lambda *_: (H100.major, H100.minor),
-        "get_device_name": lambda *_: H100.name,
-        "mem_get_info": lambda *_: (H100.total_memory, H100.total_memory),
+        "get_device_properties": lambda *_: gpu,
+        "get_device_capability": lambda *_: (gpu.major, gpu.minor),
+        "get_device_name": lambda *_: gpu.name,
+        "mem_get_info": lambda *_: (gpu.total_memory, gpu.total_memory),
         "memory_stats": lambda *_: {},
         "empty_cache": nothing,
         "reset_peak_memory_stats": nothing,

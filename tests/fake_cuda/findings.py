@@ -18,7 +18,9 @@ def findings(walked: Walk) -> list[str]:
     found = [] if walked.device == "cuda:0" else [f"tensors are on {walked.device}"]
     for kernel in walked.record.kernels:
         if kernel.devices != ("cuda",) and not (kernel.name in _COPIES and kernel.phase not in _STEP_PHASES):
-            found.append(f"{kernel.name} at {kernel.place} ({kernel.phase}): on {', '.join(kernel.devices) or 'no device'}")
+            found.append(
+                f"{kernel.name} at {kernel.place} ({kernel.phase}): on {', '.join(kernel.devices) or 'no device'}"
+            )
         if "torch.float64" in kernel.dtypes and kernel.phase in _STEP_PHASES:
             found.append(f"{kernel.name} at {kernel.place} ({kernel.phase}): in float64")
     for (what, place), number in walked.waits("inputs", "save").items():

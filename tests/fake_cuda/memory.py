@@ -34,8 +34,7 @@ class Estimate:
 
 def import_engines() -> None:
     """Imports what an estimate needs."""
-    import bitdance_scale.parallel.memory_estimate
-    import tests.fake_cuda.walk  # noqa: F401  (both imported for the time it takes)
+    import bitdance_scale.parallel.memory_estimate  # noqa: F401  (imported for the time it takes)
 
 
 def estimate(request: Request) -> Estimate:

@@ -59,7 +59,10 @@ def test_a_wait_is_found():
     ("fault", "says"),
     [
         ("missing collective", "missing on rank 1"),
-        ("shape of a collective", r"allreduce_ of [3] torch.float32 (first micro-batches) on rank 0 and allreduce_ of [4]"),
+        (
+            "shape of a collective",
+            r"allreduce_ of [3] torch.float32 (first micro-batches) on rank 0 and allreduce_ of [4]",
+        ),
         ("dtype of a collective", "and allreduce_ of [3] torch.bfloat16"),
         ("order of collectives", "on rank 0 and allreduce_ of [5]"),
         ("send", "message 0 from rank 1 to rank 0: sent is [3] torch.float32, received missing"),

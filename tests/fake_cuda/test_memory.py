@@ -19,7 +19,7 @@ def _places() -> list[tuple[Case, int]]:
     return [(case, stage) for case in MEASURED for stage in range(case.run.parallel.pipeline)]
 
 
-@pytest.mark.parametrize(("case", "stage"), _places(), ids=lambda value: str(value))
+@pytest.mark.parametrize(("case", "stage"), _places(), ids=str)
 def test_the_estimate_is_what_is_allocated(case, stage):
     request = case.request(case.first_ranks()[stage], parts=("steps",))
     walked, estimated = in_parallel([partial(walk_of, request), partial(memory.estimate, request)])

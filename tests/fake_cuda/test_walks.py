@@ -47,4 +47,6 @@ def test_a_planted_fault_is_found():
     case = Case("pt_0p6b", 8)
     walks = _walks(case, (0, 1), parts=("steps",), plant="order of collectives")
     lines = disagreements({rank: found.record.collectives for rank, found in walks.items()})
-    assert any(re.search(r"call \d+ is allreduce_ of \[3\] .* on rank 0 and allreduce_ of \[5\]", line) for line in lines)
+    assert any(
+        re.search(r"call \d+ is allreduce_ of \[3\] .* on rank 0 and allreduce_ of \[5\]", line) for line in lines
+    )

@@ -181,9 +181,7 @@ class _Life:
                     ready = feed.take()
                 yield step, ready.batch, read_ahead
 
-    def _take_step(
-        self, engine: Any, batch: list[Any], which: str, read_ahead: Callable[[], None]
-    ) -> dict[str, int]:
+    def _take_step(self, engine: Any, batch: list[Any], which: str, read_ahead: Callable[[], None]) -> dict[str, int]:
         """One step; bytes held before the update."""
         from bitdance_scale.parallel import memory_estimate
         from bitdance_scale.parallel.step import accumulate_gradients, count_targets

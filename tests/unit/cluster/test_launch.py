@@ -86,6 +86,7 @@ def test_stage_starts_its_entry_point_with_its_settings(slurm, stage):
     assert code == 0, printed
     preflight, train = calls
     assert "|--nodes|n0|n1|--head|10.0.0.1|--port|20018|--gpus|8|--procs|8|" in preflight
+    assert preflight.endswith(f"|--config|{stage}_14b|run.steps=3|data.shards=['a b']|")
     assert "--nodes=2|--ntasks=2|--ntasks-per-node=1|--cpus-per-task=96|" in train
     assert "|.venv/bin/python|-m|cluster.node|--nodes|2|--procs|8|--head|10.0.0.1|--port|20017|--id|17.0|" in train
     entry = f"|--|pipelines/{STAGES[stage]}|{stage}_14b|"
@@ -103,6 +104,7 @@ def test_stage_starts_its_entry_point_with_its_settings(slurm, stage):
 )
 def test_what_is_no_stage_has_a_recipe_and_no_later_stage(slurm, recipe, entry_point, default, other):
     _, _, calls = slurm(f"cluster/{recipe}.sbatch", "run.steps=3", OUTCOME="0", **JOB)
+    assert ("|--config|" in calls[0]) == (recipe != "tokenizer")
     assert f"|--|pipelines/{entry_point}|{default}|" in calls[-1] and calls[-1].endswith("|run.steps=3|")
     _, _, calls = slurm(f"cluster/{recipe}.sbatch", OUTCOME="0", CONFIG=other, **JOB)
     assert f"|--|pipelines/{entry_point}|{other}|" in calls[-1]

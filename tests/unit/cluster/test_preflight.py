@@ -13,7 +13,7 @@ import torch
 
 from cluster import preflight
 from cluster.probe import bus_gbs
-from cluster.verdict import Finding, Report
+from cluster.verdict import Finding, Gpu, Report
 
 ROOT = Path(__file__).parents[3]
 
@@ -72,6 +72,32 @@ def test_failed_process_of_the_probe_is_an_error(tmp_path, monkeypatch):
     options = preflight.argparse.Namespace(nodes=["n0"], procs=2, folder=tmp_path, port=1)
     with pytest.raises(RuntimeError, match=r"process 0, 1 of the node failed|process [01] of the node failed"):
         preflight.Preflight(options, 0)._all_reduce("localhost", 1, 0, 1)
+
+
+class OneGpu(preflight.Preflight):
+    """A pre-flight that finds a GPU and looks at nothing but it and the compiler."""
+
+    def _common_clock(self) -> float:
+        return 0.0
+
+
+@pytest.mark.parametrize(
+    ("config", "is_looked_for"),
+    [
+        (["pt_14b"], True),
+        (["pt_14b", "model.attention=dense"], False),
+        (["pt_14b", "model.attention=dense", "parallel.compile=true"], True),
+        (["no_such_config"], False),
+        (None, False),
+    ],
+)
+def test_compiler_is_looked_for_where_kernels_are_compiled(config, is_looked_for, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "_gpus", lambda: (Gpu("H100", 79.6, 0.5),))
+    monkeypatch.setattr(preflight, "compiler_fault", lambda: "no compiler")
+    options = preflight.argparse.Namespace(nodes=["n0"], procs=1, folder=tmp_path, config=config)
+    report = OneGpu(options, 0).run()
+    assert report.phase == "done" and report.errors == ()
+    assert report.compiler_fault == ("no compiler" if is_looked_for else None)
 
 
 def test_bus_bandwidth_counts_what_a_link_carries():

@@ -50,6 +50,11 @@ def test_good_nodes_are_good():
             "it did not get past this phase: all-reduce with n2",
             "finishes the pre-flight in time",
         ),
+        (
+            {"compiler_fault": "neither gcc nor clang is installed, and CC is not set"},
+            "kernels cannot be compiled: neither gcc nor clang is installed",
+            "install gcc and the headers of this Python",
+        ),
         ({"errors": (("CUDA works", "look at the GPUs: no driver"),)}, "look at the GPUs: no driver", "CUDA works"),
     ],
 )
