@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -68,14 +69,14 @@ class Case:
         layout = LAYOUTS[self.layout]
         if not self.layers_per_stage:
             return tuple(setting for setting in layout if setting != _EVEN)
-        num_stages = load_config(self.config, list(layout)).parallel.num_stages
+        num_stages = _loaded(self.config, layout).parallel.num_stages
         num_blocks = _HEAD_BLOCKS.get(self.config.partition("_")[0], 2)
         return (*layout, f"model.num_layers={num_stages * self.layers_per_stage}", f"head.num_blocks={num_blocks}")
 
     @property
     def run(self) -> RunConfig:
         """The configuration that is walked."""
-        return load_config(self.config, list(self.overrides))
+        return _loaded(self.config, self.overrides)
 
     def request(self, rank: int, **options: Any) -> Request:
         """The walk of a rank; options are the last fields of `Request`."""
@@ -100,6 +101,11 @@ class Case:
     def first_ranks(self) -> list[int]:
         """The first rank of every stage."""
         return [self.rank_at(0, 0, stage) for stage in range(self.run.parallel.pipeline)]
+
+
+@functools.cache
+def _loaded(config: str, overrides: tuple[str, ...]) -> RunConfig:
+    return load_config(config, list(overrides))
 
 
 def _ends(size: int, *, has_middle: bool) -> list[int]:

@@ -42,10 +42,14 @@ def written_boxes(held: Mapping[int, Saved]) -> dict[str, list[tuple[int, Box]]]
     return written
 
 
-def problems(held: Mapping[int, Saved]) -> list[str]:
-    """Elements that nobody writes, or more than one rank, as sentences; none where each is written once."""
+def problems(held: Mapping[int, Saved], written: Mapping[str, list[tuple[int, Box]]]) -> list[str]:
+    """Elements that nobody writes, or more than one rank, as sentences; none where each is written once.
+
+    Args:
+        held: of all ranks of a job.
+        written: by `written_boxes`.
+    """
     shapes = {name: saved.shape for rank_held in held.values() for name, saved in rank_held.items()}
-    written = written_boxes(held)
     found = [f"{name}: nobody writes it" for name in sorted(shapes.keys() - written.keys())]
     for name, parts in written.items():
         boxes = [box for _, box in parts]

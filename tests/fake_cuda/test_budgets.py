@@ -11,6 +11,7 @@ REWRITE = "python -m tests.fake_cuda.budgets --write makes the file anew"
 
 
 @pytest.mark.fake_cuda
+@pytest.mark.timeout(3600)
 @pytest.mark.usefixtures("fake_cuda")
 @pytest.mark.parametrize("case", MEASURED, ids=str)
 def test_a_job_keeps_its_budget(case):

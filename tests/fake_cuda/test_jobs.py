@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fake_cuda.agreement import disagreements, lone_members
+from tests.fake_cuda.agreement import disagreements, lone_members, standstill
 from tests.fake_cuda.cases import ALL_CONFIGS, ALL_LAYOUTS, Case
 from tests.fake_cuda.findings import findings
 from tests.fake_cuda.walks import Request, walk_of, walks_of
 
-pytestmark = [pytest.mark.fake_cuda, pytest.mark.usefixtures("fake_cuda")]
+pytestmark = [pytest.mark.fake_cuda, pytest.mark.usefixtures("fake_cuda"), pytest.mark.timeout(3600)]
 
 
 @pytest.mark.parametrize("case", [*ALL_CONFIGS, *ALL_LAYOUTS], ids=str)
@@ -22,6 +22,7 @@ def test_ranks_of_a_job(case):
         assert findings(found) == [], f"rank {rank}"
     calls = {rank: found.record.collectives for rank, found in walks.items()}
     assert disagreements(calls) == []
+    assert standstill(calls) == []
     # Otherwise the agreement would say nothing of that group.
     assert lone_members(calls) == []
 

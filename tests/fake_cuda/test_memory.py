@@ -12,7 +12,7 @@ from tests.fake_cuda.cases import Case
 from tests.fake_cuda.server import in_parallel
 from tests.fake_cuda.walks import walk_of
 
-pytestmark = [pytest.mark.fake_cuda, pytest.mark.usefixtures("fake_cuda")]
+pytestmark = [pytest.mark.fake_cuda, pytest.mark.usefixtures("fake_cuda"), pytest.mark.timeout(3600)]
 
 
 def _places() -> list[tuple[Case, int]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from bitdance_scale.checkpoint.sharded import DEFAULT_MAX_FILE_BYTES
 from tests.fake_cuda.cases import Case
 from tests.fake_cuda.save_plans import held_by, problems, written_boxes
 from tests.fake_cuda.walks import walk_of, walks_of
 
-pytestmark = [pytest.mark.fake_cuda, pytest.mark.usefixtures("fake_cuda")]
+pytestmark = [pytest.mark.fake_cuda, pytest.mark.usefixtures("fake_cuda"), pytest.mark.timeout(3600)]
 
 
 @pytest.mark.parametrize(
@@ -25,12 +26,12 @@ pytestmark = [pytest.mark.fake_cuda, pytest.mark.usefixtures("fake_cuda")]
 def test_every_rank_of_8(case):
     walks = walks_of(case.request(rank, parts=("save",)) for rank in range(case.world))
     held = {rank: found.saved for rank, found in walks.items()}
-    assert problems(held) == []
-    # A rank whose part is lost is missed.
-    lost = max(name for name in held[7] if name.startswith("optimizer.master."))
-    del held[7][lost]
-    with pytest.raises(AssertionError, match="the ranks hold"):
-        problems(held)
+    written = written_boxes(held)
+    assert problems(held, written) == []
+    # What two write, and what nobody writes, is found.
+    name, (first, *_) = next(iter(written.items()))
+    assert any("written by two" in line for line in problems(held, written | {name: [*written[name], first]}))
+    assert any("elements are written" in line for line in problems(held, written | {name: written[name][1:]}))
 
 
 def test_1024_ranks_by_formula():
@@ -48,10 +49,11 @@ def test_1024_ranks_by_formula():
         assert {name: saved.boxes for name, saved in walked.items() if saved.boxes} == {
             name: saved.boxes for name, saved in held[rank].items() if saved.boxes
         }
-    assert problems(held) == []
-    # The work is shared out: no rank writes more than twice the average.
-    written = [0] * case.world
-    for name, parts in written_boxes(held).items():
+    written = written_boxes(held)
+    assert problems(held, written) == []
+    # The work is shared out, in parts of at most a file.
+    num_bytes = [0] * case.world
+    for name, parts in written.items():
         for rank, box in parts:
-            written[rank] += box.num_elements * held[rank][name].dtype.itemsize
-    assert max(written) < 2 * sum(written) / case.world
+            num_bytes[rank] += box.num_elements * held[rank][name].dtype.itemsize
+    assert max(num_bytes) <= sum(num_bytes) / case.world + DEFAULT_MAX_FILE_BYTES

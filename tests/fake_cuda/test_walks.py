@@ -9,12 +9,13 @@ import re
 
 import pytest
 
-from tests.fake_cuda.agreement import disagreements
+from tests.fake_cuda.agreement import disagreements, standstill
 from tests.fake_cuda.cases import Case
 from tests.fake_cuda.findings import findings
 from tests.fake_cuda.walks import Walk, walks_of
 
-pytestmark = pytest.mark.usefixtures("fake_cuda")
+# Walks end by themselves (`walks.py`).
+pytestmark = [pytest.mark.usefixtures("fake_cuda"), pytest.mark.timeout(1800)]
 
 
 def _walks(case: Case, ranks: tuple[int, ...], **options: object) -> dict[int, Walk]:
@@ -27,7 +28,9 @@ def test_tensor_parallel_neighbours_of_64():
     for found in walks.values():
         assert findings(found) == []
         assert not found.waits_of_micro_batches()
-    assert disagreements({rank: found.record.collectives for rank, found in walks.items()}) == []
+    calls = {rank: found.record.collectives for rank, found in walks.items()}
+    assert disagreements(calls) == []
+    assert standstill(calls) == []
 
 
 def test_both_ends_of_a_pipeline_with_a_tied_embedding():
@@ -37,6 +40,7 @@ def test_both_ends_of_a_pipeline_with_a_tied_embedding():
         assert findings(found) == []
     calls = {rank: found.record.collectives for rank, found in walks.items()}
     assert disagreements(calls) == []
+    assert standstill(calls) == []
     # The packs have several lengths, and every one of them is sent forward and backward.
     sent = {call.shapes[0][0] for call in calls[0] if call.name == "send" and call.phase == "micro-batches"}
     assert len(sent) > 1
