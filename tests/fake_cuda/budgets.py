@@ -43,6 +43,7 @@ MEASURED = [
     Case("pt_14b", 64, "compiled"),
     Case("pt_14b", 64, "Megatron"),
     Case("pt_14b", 64, "pipeline 2"),
+    Case("pt_14b", 64, "interleaved"),
     Case("pt_0p6b", 8, "pipeline 2"),
 ]
 """The jobs with budgets."""

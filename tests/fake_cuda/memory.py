@@ -14,10 +14,13 @@ HELD = ("weights", "gradients", "masters", "moments", "averages")
 """What a rank keeps from step to step, in roles of `parallel/memory_parts.py`."""
 BOUND = 0.03
 """Largest share by which the estimate may be off."""
-SWIGLU_BOUND = 0.09
-"""The same where a gradient of SwiGLU that is not compiled is the fullest moment. A build of PyTorch without CUDA has no
-kernel of it for CUDA and takes several steps, a GPU one; 5 to 8 % more of activations was walked than estimated, all of
-it there."""
+SWIGLU_BOUND = 0.10
+"""The same where a gradient of SwiGLU that is not compiled is the fullest moment.
+
+A build of PyTorch without CUDA has no kernel of it for CUDA and takes several steps, a GPU one. 5 to 9 % more was
+walked than estimated: in `imagenet_h_1x` all of it there, by the functions that made what was alive (`Walk.makers`);
+in the others that was not looked at.
+"""
 _SMALL_BYTES = 2**20
 
 

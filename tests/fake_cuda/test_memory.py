@@ -16,7 +16,14 @@ pytestmark = [pytest.mark.fake_cuda, pytest.mark.usefixtures("fake_cuda"), pytes
 
 
 # Jobs in which the fullest moment is a gradient of SwiGLU.
-IN_SWIGLU = ("imagenet_h_1x on 64, as shipped", "imagenet_h_16x on 8, as shipped", "pt_0p6b on 8, pipeline 2, stage 0")
+IN_SWIGLU = (
+    "imagenet_h_1x on 64, as shipped",
+    "imagenet_h_16x on 8, as shipped",
+    "pt_0p6b on 8, pipeline 2, stage 0",
+    "pt_14b on 64, interleaved, stage 0",
+    "pt_14b on 64, interleaved, stage 1",
+    "pt_14b on 64, interleaved, stage 2",
+)
 
 
 def _places() -> list[tuple[Case, int]]:
