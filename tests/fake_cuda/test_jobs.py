@@ -59,7 +59,7 @@ def test_a_wait_is_found():
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        ("missing collective", "missing on rank 1"),
+        ("missing collective", "allreduce_ of [3] torch.float32 (first micro-batches) on rank 0 and _reduce_scatter"),
         (
             "shape of a collective",
             r"allreduce_ of [3] torch.float32 (first micro-batches) on rank 0 and allreduce_ of [4]",
