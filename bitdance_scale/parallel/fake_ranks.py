@@ -39,13 +39,17 @@ def join_fake_job(world_size: int, rank: int, section: ParallelSection) -> Topol
 
 
 @contextlib.contextmanager
-def no_memory() -> Iterator[StorageLog]:
-    """Within it tensors take no memory and are logged."""
+def no_memory(device_type: str = "") -> Iterator[StorageLog]:
+    """Within it tensors take no memory and are logged.
+
+    Args:
+        device_type: of the tensors that are logged; empty: of all.
+    """
     # Registers the collectives of fake tensors.
     import torch.distributed._tools.fake_collectives  # noqa: F401  (imported for the side effect)
 
     _register_coalesced()
-    log = StorageLog()
+    log = StorageLog(device_type)
     with (
         mock.patch.object(nn.Module, "_apply", _convert),
         mock.patch.object(replicated, "DistributedDataParallel", functools.partial(Buckets, log)),

@@ -112,11 +112,11 @@ def estimate_memory_here(
     in_flight = num_in_flight(config.parallel, topology.pipeline_rank)
     waiting: list[Pack] = []
     if packs is None:
-        packs, waiting = _chosen(config, topology.data_size, in_flight)
+        packs, waiting = packs_to_run(config, topology.data_size, in_flight)
     # Packs are small: they are made of real tensors, then copied into tensors without memory.
     made = {id(pack): _inputs(pack, config) for pack in [*packs, *waiting]}
     with no_memory() as log:
-        engine = _build(log, config, vocab_size, topology, is_fused)
+        engine = build_logged(log, config, vocab_size, topology, is_fused)
         building_peak = log.peak(0, log.position).total
         batch, _kept = ([_copy(made[id(pack)], log) for pack in group] for group in (packs, waiting))
         held, peak, most_activations = _run_steps(log, engine, batch, config, topology)
@@ -145,8 +145,14 @@ def _host_copy(
     )
 
 
-def _chosen(config: RunConfig, num_replicas: int, in_flight: int) -> tuple[list[Pack], list[Pack]]:
-    """(packs that run, packs of the step that only wait); the one with the most text targets runs every time."""
+def packs_to_run(config: RunConfig, num_replicas: int, in_flight: int) -> tuple[list[Pack], list[Pack]]:
+    """(packs that run, packs of the step that only wait); the one with the most text targets runs every time.
+
+    Args:
+        config: the run.
+        num_replicas: data-parallel ranks.
+        in_flight: forward passes whose activations a rank keeps at once.
+    """
     packs = typical_packs(config, num_replicas)
     # One pass more than are in flight, so that the oldest is replaced; virtual stages take packs in rounds of the
     # pipeline.
@@ -156,7 +162,10 @@ def _chosen(config: RunConfig, num_replicas: int, in_flight: int) -> tuple[list[
     return [packs[0]] * num_run, packs[num_run:]
 
 
-def _build(log: StorageLog, config: RunConfig, vocab_size: int, topology: Topology, is_fused: bool) -> TrainingEngine:
+def build_logged(
+    log: StorageLog, config: RunConfig, vocab_size: int, topology: Topology, is_fused: bool
+) -> TrainingEngine:
+    """An engine with its stages whose gradients the log knows as soon as they are accumulated."""
     stages = build_stages(config, vocab_size, topology)
 
     def note(parameter: torch.Tensor) -> None:
@@ -173,27 +182,40 @@ def _run_steps(
     log: StorageLog, engine: TrainingEngine, batch: list[PackInputs], config: RunConfig, topology: Topology
 ) -> tuple[dict[str, int], Peak, int]:
     """(bytes held before the last optimiser step, peak of the last step, most activations in it)."""
+    held: dict[str, int] = {}
     for _ in range(_NUM_STEPS):
-        _assign_holdings(log, engine)
+        assign_holdings(log, engine)
         start = log.position
         counts = count_targets(batch, topology)
         accumulate_gradients(engine, batch, counts, config.loss, topology)
-        _assign_holdings(log, engine)
-        # No activation is left: whatever else is held is a gradient, in whichever buffer the engine keeps it.
-        held: Counter[str] = Counter()
-        for storage in log.alive():
-            storage.role = storage.role or "gradients"
-            held[storage.role] += storage.nbytes
+        held = held_before_update(log, engine)
         engine.step(config.optim.lr)
+    assign_rest(log)
+    return held, log.peak(start, log.position), log.most_of("activations", start)
+
+
+def assign_holdings(log: StorageLog, engine: TrainingEngine) -> None:
+    """Tells the log what the engine keeps from step to step."""
+    for role, tensors in engine.holdings().items():
+        log.assign(tensors, role)
+
+
+def held_before_update(log: StorageLog, engine: TrainingEngine) -> dict[str, int]:
+    """Bytes by role between the last backward pass of a step and the update."""
+    assign_holdings(log, engine)
+    # No activation is left: whatever else is held is a gradient, in whichever buffer the engine keeps it.
+    held: Counter[str] = Counter()
+    for storage in log.alive():
+        storage.role = storage.role or "gradients"
+        held[storage.role] += storage.nbytes
+    return dict(held)
+
+
+def assign_rest(log: StorageLog) -> None:
+    """What has no role after the steps is a buffer if the engine made it, and an activation if the model did."""
     for storage, _ in log.events:
         if not storage.role:
             storage.role = "buffers" if storage.is_engine_made else "activations"
-    return dict(held), log.peak(start, log.position), log.most_of("activations", start)
-
-
-def _assign_holdings(log: StorageLog, engine: TrainingEngine) -> None:
-    for role, tensors in engine.holdings().items():
-        log.assign(tensors, role)
 
 
 def _inputs(pack: Pack, config: RunConfig) -> PackInputs:

@@ -68,16 +68,20 @@ class StorageLog(TorchDispatchMode):
 
     Values do not exist under that mode, but engines read a few. Integers that the program itself wrote into a tensor
     (`torch.tensor([..])`) are remembered. Any other number reads as 1.0, or 0 for an integer or boolean.
+
+    Args:
+        device_type: of the storages that are logged; empty: all but those without a device ("meta").
     """
 
     # FlexAttention is such an operator; its fake results are those of its kernels.
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str = "") -> None:
         super().__init__()
+        self._device_type = device_type
         self.events: list[tuple[Storage, int]] = []
         self._alive: dict[int, tuple[Storage, weakref.ref]] = {}
-        self._integers: dict[int, list[int]] = {}
+        self._integers: dict[int, tuple[list[int], weakref.ref]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -92,13 +96,13 @@ class StorageLog(TorchDispatchMode):
             if isinstance(value, torch.Tensor):
                 self._see(value, func)
         if literal is not None:
-            self._integers[result.untyped_storage()._cdata] = literal
+            self._keep(result, literal)
         return result
 
     def remember(self, tensor: torch.Tensor, values: Any) -> None:
         """Takes the values of an integer tensor, a number or a nested sequence, which the program may read back."""
         if tensor.dtype == torch.int64:
-            self._integers[tensor.untyped_storage()._cdata] = [int(value) for value in tree_leaves(values)]
+            self._keep(tensor, [int(value) for value in tree_leaves(values)])
 
     @property
     def position(self) -> int:
@@ -144,7 +148,7 @@ class StorageLog(TorchDispatchMode):
 
     def _see(self, tensor: torch.Tensor, func: object) -> None:
         # DeepSpeed keeps shapes as tensors on the meta device.
-        if tensor.device.type == "meta":
+        if tensor.device.type == "meta" or (self._device_type and tensor.device.type != self._device_type):
             return
         untyped = tensor.untyped_storage()
         key = untyped._cdata
@@ -156,14 +160,19 @@ class StorageLog(TorchDispatchMode):
 
     def _drop(self, key: int) -> None:
         storage, _ = self._alive.pop(key)
-        self._integers.pop(key, None)
         self.events.append((storage, -1))
 
     def _number(self, tensor: torch.Tensor) -> float | int:
         if tensor.is_floating_point():
             return 1.0
-        values = self._integers.get(tensor.untyped_storage()._cdata)
-        return 0 if values is None else values[tensor.storage_offset()]
+        kept = self._integers.get(tensor.untyped_storage()._cdata)
+        return 0 if kept is None else kept[0][tensor.storage_offset()]
+
+    def _keep(self, tensor: torch.Tensor, integers: list[int]) -> None:
+        # As long as the storage lives: another may then have its address.
+        untyped = tensor.untyped_storage()
+        key = untyped._cdata
+        self._integers[key] = (integers, weakref.ref(untyped, lambda _: self._integers.pop(key, None)))
 
 
 def _integers_of(tensor: torch.Tensor) -> list[int] | None:

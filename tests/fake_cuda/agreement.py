@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from tests.fake_cuda.recording import Collective
@@ -33,6 +33,57 @@ def disagreements(calls: Mapping[int, Sequence[Collective]]) -> list[str]:
         if place is not None:
             found.append(f"message {place} from rank {source} to rank {target}: sent is {mine}, received {theirs}")
     return found
+
+
+def standstill(calls: Mapping[int, Sequence[Collective]]) -> list[str]:
+    """Where ranks wait for each other for ever, as sentences; none where all come to their end.
+
+    Each rank makes its calls one after the other. A collective ends when all of its ranks that were walked are in it,
+    and a message is received once it was sent. Ranks that call the same things in every group can still stand: one is
+    in a group in which the other comes later.
+
+    Args:
+        calls: of every rank that was walked, in order.
+    """
+    place = dict.fromkeys(calls, 0)
+    num_sent: Counter[tuple[int, int]] = Counter()
+
+    def call_of(rank: int) -> Collective | None:
+        return calls[rank][place[rank]] if place[rank] < len(calls[rank]) else None
+
+    def may_go_on(rank: int, call: Collective) -> bool:
+        if call.name in _MESSAGES:
+            return call.name == "send" or call.peer not in calls or num_sent[call.peer, rank] > 0
+        members = [call_of(other) for other in call.ranks if other in calls]
+        return all(other is not None and other.ranks == call.ranks and other.name not in _MESSAGES for other in members)
+
+    moved = True
+    while moved:
+        moved = False
+        for rank in calls:
+            while (call := call_of(rank)) is not None and may_go_on(rank, call):
+                moved = True
+                if call.name in _MESSAGES:
+                    num_sent[(rank, call.peer) if call.name == "send" else (call.peer, rank)] += (
+                        1 if call.name == "send" else -1
+                    )
+                for member in [rank] if call.name in _MESSAGES else call.ranks:
+                    if member in place:
+                        place[member] += 1
+    return [
+        f"rank {rank} waits in call {place[rank]}: {_described(call)} in group {_shown(call.ranks)}"
+        for rank in calls
+        if (call := call_of(rank)) is not None
+    ]
+
+
+def lone_members(calls: Mapping[int, Sequence[Collective]]) -> list[str]:
+    """Groups of several ranks in which only one of those that were walked is, as sentences; none where all have two."""
+    return [
+        f"group {_shown(ranks)}: only rank {next(iter(by_rank))} was walked"
+        for ranks, by_rank in sorted(_by_group(calls).items())
+        if len(ranks) > 1 and len(by_rank) == 1
+    ]
 
 
 def _by_group(calls: Mapping[int, Sequence[Collective]]) -> dict[tuple[int, ...], dict[int, list[str]]]:

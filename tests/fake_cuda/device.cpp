@@ -1,8 +1,11 @@
-// A CUDA device that does nothing, for a build of PyTorch without CUDA: streams, events and the hooks that autograd and
-// FakeTensorMode ask for. Preloaded, it lets fake tensors be on "cuda:0". No kernel is ever run.
+// A CUDA device that does nothing, for a build of PyTorch without CUDA: streams, events, the hooks that autograd and
+// FakeTensorMode ask for, and the choice among kernels of attention. Preloaded, it lets fake tensors be on "cuda:0". No kernel is ever run.
 
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/native/DispatchStub.h>
+#include <ATen/native/transformers/attention.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/library.h>
 
 namespace {
 
@@ -59,3 +62,39 @@ using at::RegistererCUDAHooksRegistry;
 REGISTER_CUDA_HOOKS(CUDAHooks)
 
 }  // namespace at
+
+namespace at::native {
+
+// Which kernel scaled_dot_product_attention takes on an H100, for heads of up to 256 channels; without an answer it would
+// be the one that stores all scores.
+static int64_t chosen_attention(
+    const Tensor& query,
+    const Tensor&,
+    const Tensor&,
+    const std::optional<Tensor>& mask,
+    double,
+    bool,
+    std::optional<double>,
+    bool) {
+  constexpr int64_t kFlash = 1, kMemoryEfficient = 2;
+  const auto dtype = query.scalar_type();
+  const bool is_half = dtype == at::kBFloat16 || dtype == at::kHalf;
+  return is_half && !(mask.has_value() && mask->defined()) ? kFlash : kMemoryEfficient;
+}
+
+REGISTER_CUDA_DISPATCH(_fused_sdp_choice_stub, &chosen_attention)
+
+}  // namespace at::native
+
+namespace {
+
+// An operator that CUDA has a kernel of, and that is taken in several steps on devices that have none.
+at::Tensor silu_backward(const at::Tensor&, const at::Tensor&) {
+  TORCH_CHECK(false, "no kernel runs on the fake device");
+}
+
+TORCH_LIBRARY_IMPL(aten, CUDA, library) {
+  library.impl("silu_backward", &silu_backward);
+}
+
+}  // namespace

@@ -1,6 +1,6 @@
 """A fake CUDA device: the library of `device.cpp`, and answers to what programs ask `torch.cuda`.
 
-The library must be preloaded, so a program that uses the device is a process of its own: `start` runs one.
+The library must be preloaded, so a program that uses the device is a process of its own (`server.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
@@ -63,6 +63,8 @@ def why_not() -> str | None:
         return "needs Linux, whose loader takes LD_PRELOAD"
     if shutil.which("g++") is None:
         return "needs g++"
+    if not (Path(torch.__file__).parent / "include/ATen/detail/CUDAHooksInterface.h").exists():
+        return "needs the headers of PyTorch, which this installation lacks"
     return None
 
 
@@ -96,6 +98,19 @@ def build() -> Path:
     return library
 
 
+def environment(has_device: bool, variables: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """How a process of this project is started, with the fake device or without: arguments of `subprocess`.
+
+    Args:
+        has_device: whether it has the device.
+        variables: of its environment, beside those that the device needs.
+    """
+    chosen = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    if has_device:
+        chosen |= {"LD_PRELOAD": str(build()), "DS_ACCELERATOR": "cuda"}
+    return {"cwd": ROOT, "env": os.environ | chosen | variables}
+
+
 def start(
     module: str, arguments: Sequence[str], timeout_s: float, variables: Mapping[str, str] = MappingProxyType({})
 ) -> str:
@@ -110,24 +125,16 @@ def start(
     Raises:
         RuntimeError: it fails, or does not end in time; with the end of its output.
     """
-    environment = os.environ | {
-        "LD_PRELOAD": str(build()),
-        "DS_ACCELERATOR": "cuda",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        **variables,
-    }
     try:
         done = subprocess.run(
             [sys.executable, "-m", module, *arguments],
-            cwd=ROOT,
-            env=environment,
             capture_output=True,
             text=True,
             encoding="utf-8",
             errors="replace",
             check=False,
             timeout=timeout_s,
+            **environment(True, variables),
         )
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"{module} {' '.join(arguments)}: still runs after {timeout_s:.0f} s") from error
@@ -190,13 +197,29 @@ class _Event:
         raise AssertionError("replaced by `cuda_device`")
 
 
+class PinnedMemory:
+    """Which storages are in pinned memory, as long as they live: another may then have the address."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """The storage of a tensor is pinned."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        self._kept[key] = weakref.ref(storage, lambda _: self._kept.pop(key, None))
+
+    def __contains__(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._kept
+
+
 @contextlib.contextmanager
-def cuda_device(on_wait: Callable[[str], None], is_pinned: Counter[int], gpu: SimpleNamespace = H100) -> Iterator[None]:
+def cuda_device(on_wait: Callable[[str], None], pinned: PinnedMemory, gpu: SimpleNamespace = H100) -> Iterator[None]:
     """Within it `torch.cuda` answers as with one GPU, and tensors can be made on it under `FakeTensorMode`.
 
     Args:
         on_wait: called with the name of every call that waits for the device.
-        is_pinned: gets the storages that are pinned.
+        pinned: gets the storages that are pinned.
         gpu: what the GPU says of itself.
     """
     # Its tables name functions of torch.cuda, and two names must not be one function.
@@ -204,8 +227,10 @@ def cuda_device(on_wait: Callable[[str], None], is_pinned: Counter[int], gpu: Si
     import torch.cuda.random
 
     def pin(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        is_pinned[tensor.untyped_storage()._cdata] += 1
-        return tensor
+        # A new tensor, as in reality; a fake one, whose only value is not known: copies of a value would be computed.
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+        pinned.add(copy)
+        return copy
 
     def nothing(*_: Any, **__: Any) -> None:
         pass
@@ -262,6 +287,7 @@ def cuda_device(on_wait: Callable[[str], None], is_pinned: Counter[int], gpu: Si
         replaced.enter_context(mock.patch.object(torch.cuda.nvtx, "range_push", nothing))
         replaced.enter_context(mock.patch.object(torch.cuda.nvtx, "range_pop", nothing))
         replaced.enter_context(mock.patch.object(torch.Tensor, "pin_memory", pin))
+        replaced.enter_context(mock.patch.object(torch.Tensor, "record_stream", nothing))
         replaced.enter_context(mock.patch("torch._subclasses.fake_tensor.init_gpu_context", nothing))
         yield
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from tests.fake_cuda.device import H100, cuda_device
+from tests.fake_cuda.device import H100, PinnedMemory, cuda_device
 
 
 class DeviceMemory:
@@ -117,7 +116,7 @@ def compilation_for(gpu: SimpleNamespace = H100, is_interpreted: bool = False) -
     """
     assert is_interpreted == (os.environ.get("TRITON_INTERPRET") == "1"), "Triton decides when it is imported"
     with contextlib.ExitStack() as replaced:
-        replaced.enter_context(cuda_device(lambda _: None, Counter(), gpu))
+        replaced.enter_context(cuda_device(lambda _: None, PinnedMemory(), gpu))
         # After the answers of the device: what they import looks at it.
         import torch._inductor.config
         import triton

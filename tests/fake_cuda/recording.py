@@ -6,13 +6,15 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from tests.fake_cuda.device import PinnedMemory
 
 # Operators that only make another view, or storage without a kernel.
 _NO_KERNEL = frozenset(
@@ -125,45 +127,21 @@ class Record:
     collectives: list[Collective] = field(default_factory=list)
     waits: Counter[tuple[str, str, str]] = field(default_factory=Counter)
 
-    def as_json(self) -> dict[str, Any]:
-        """All of it as JSON values."""
-        return {
-            "kernels": [asdict(kernel) for kernel in self.kernels],
-            "collectives": [asdict(collective) for collective in self.collectives],
-            "waits": [[*key, number] for key, number in self.waits.items()],
-        }
-
-    @classmethod
-    def of_json(cls, values: dict[str, Any]) -> Record:
-        """The inverse of `as_json`."""
-        kernels = [
-            Kernel(**{**row, "devices": tuple(row["devices"]), "dtypes": tuple(row["dtypes"])})
-            for row in values["kernels"]
-        ]
-        collectives = [
-            Collective(
-                **{**row, "ranks": tuple(row["ranks"]), "shapes": tuple(tuple(shape) for shape in row["shapes"])}
-            )
-            for row in values["collectives"]
-        ]
-        waits = Counter({(phase, what, place): number for phase, what, place, number in values["waits"]})
-        return cls(kernels, collectives, waits)
-
 
 class Recorder(TorchDispatchMode):
     """Records what operators do; enter it last, within `FakeTensorMode`.
 
     Args:
-        is_pinned: storages in pinned memory, as `device.cuda_device` keeps them.
+        pinned: what is in pinned memory.
     """
 
     # FlexAttention is such an operator.
     supports_higher_order_operators = True
 
-    def __init__(self, is_pinned: Counter[int]) -> None:
+    def __init__(self, pinned: PinnedMemory) -> None:
         super().__init__()
         self.record = Record()
-        self._is_pinned = is_pinned
+        self._pinned = pinned
         self._phase = ""
 
     @contextmanager
@@ -198,6 +176,8 @@ class Recorder(TorchDispatchMode):
         if space.startswith("prim"):
             return
         if "cuda" not in {tensor.device.type for tensor in (*inputs, *outputs)}:
+            if kwargs.get("pin_memory"):
+                self._pinned.add(outputs[0])
             return
         # Kernels that are told a dtype of the result add to it; their factors have one dtype too.
         operands = inputs[1:3] if rest in ("addmm.dtype", "addmm.dtype_out") else inputs
@@ -236,8 +216,9 @@ class Recorder(TorchDispatchMode):
             ends = {source.device.type, torch.device(where).type}
             is_async = bool(kwargs.get("non_blocking")) or (name == "copy_" and len(args) > 2 and bool(args[2]))
             if ends == {"cpu", "cuda"}:
-                is_pinned = self._is_pinned[source.untyped_storage()._cdata] > 0 or source.device.type == "cuda"
-                if not (is_async and is_pinned):
+                # PyTorch pins the memory that it makes for a copy from the device that nobody waits for.
+                on_host = source if source.device.type == "cpu" else args[0] if name == "copy_" else None
+                if not (is_async and (on_host is None or on_host in self._pinned)):
                     return f"a copy from {source.device.type} to {torch.device(where).type}"
         return ""
 

@@ -1,52 +1,56 @@
-"""The CUDA branches of a 14B stage, walked as ranks of a large job: devices, dtypes, waits, orders of collectives."""
+"""The CUDA branches of a 14B stage, walked as ranks of a large job: devices, dtypes, waits, orders of collectives.
+
+The short set of every test run: six walks of one layer, a minute of processor time. `make fake-cuda` walks the rest.
+"""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from tests.fake_cuda.agreement import disagreements
-from tests.fake_cuda.walks import walk, walk_ranks
+from tests.fake_cuda.agreement import disagreements, standstill
+from tests.fake_cuda.cases import Case
+from tests.fake_cuda.findings import findings
+from tests.fake_cuda.walks import Walk, walks_of
 
-pytestmark = [pytest.mark.fake_cuda, pytest.mark.usefixtures("fake_cuda")]
+# Walks end by themselves (`walks.py`).
+pytestmark = [pytest.mark.usefixtures("fake_cuda"), pytest.mark.timeout(1800)]
 
-SHALLOW = ("model.num_layers=2",)
+
+def _walks(case: Case, ranks: tuple[int, ...], **options: object) -> dict[int, Walk]:
+    return walks_of(case.request(rank, **options) for rank in ranks)
 
 
-def test_a_step_of_64_gpus_waits_for_the_device_at_its_ends_alone():
-    walks = walk_ranks("pt_14b", 64, (0, 1), SHALLOW)
+def test_tensor_parallel_neighbours_of_64():
+    case = Case("pt_14b", 64)
+    walks = _walks(case, (0, 1), is_uneven=True)
     for found in walks.values():
-        assert found.device == "cuda:0"
-        # The counts of targets before, the losses after all micro-batches; none within one.
-        assert {place.split()[-1] for _, place in found.waits("micro-batches")} == {"count_targets", "_reduce_losses"}
-        # Positions are looked up: computed for every pack, they were 24 kernels in float64, 2.9 GB a micro-batch.
-        kernels = [kernel for kernel in found.record.kernels if kernel.phase == "micro-batches"]
-        assert not any("torch.float64" in kernel.dtypes for kernel in kernels)
-        assert {place.split()[-1] for _, place in found.waits("optimiser")} == {
-            "step",
-            "is_invalid_grad_norm",
-            "mask_nan_or_inf_with_val_inplace",
-            "clip_tensors_by_global_norm",
-        }
-    assert disagreements({rank: found.record.collectives for rank, found in walks.items()}) == []
+        assert findings(found) == []
+        assert not found.waits_of_micro_batches()
+    calls = {rank: found.record.collectives for rank, found in walks.items()}
+    assert disagreements(calls) == []
+    assert standstill(calls) == []
 
 
-@pytest.mark.parametrize(
-    ("plant", "says"),
-    [("device", "found at least two devices"), ("dtype", "operands of torch.bfloat16, torch.float32")],
-)
-def test_a_wrong_tensor_is_found(plant, says):
-    with pytest.raises(RuntimeError, match=says):
-        walk("pt_14b", 64, 0, SHALLOW, plant)
+def test_both_ends_of_a_pipeline_with_a_tied_embedding():
+    case = Case("pt_0p6b", 8, "pipeline 2")
+    walks = _walks(case, tuple(case.first_ranks()), parts=("steps",), is_uneven=True)
+    for found in walks.values():
+        assert findings(found) == []
+    calls = {rank: found.record.collectives for rank, found in walks.items()}
+    assert disagreements(calls) == []
+    assert standstill(calls) == []
+    # The packs have several lengths, and every one of them is sent forward and backward.
+    sent = {call.shapes[0][0] for call in calls[0] if call.name == "send" and call.phase == "micro-batches"}
+    assert len(sent) > 1
+    assert sent <= {call.shapes[0][0] for call in calls[0] if call.name == "recv_"}
 
 
-def test_a_wait_is_found():
-    before, after = walk("pt_14b", 64, 0, SHALLOW), walk("pt_14b", 64, 0, SHALLOW, "wait")
-    more = after.waits("micro-batches") - before.waits("micro-batches")
-    # The loss is combined once a micro-batch, and once of the global batch.
-    by_function = {place.split()[-1]: number for (_, place), number in more.items()}
-    assert by_function == {"_loss": before.num_micro_batches, "_reduce_losses": 1}
-
-
-def test_a_collective_of_one_rank_is_found():
-    calls = {rank: walk("pt_14b", 64, rank, SHALLOW, "collective").record.collectives for rank in (0, 1)}
-    assert any("call" in line for line in disagreements(calls))
+def test_a_planted_fault_is_found():
+    case = Case("pt_0p6b", 8)
+    walks = _walks(case, (0, 1), parts=("steps",), plant="order of collectives")
+    lines = disagreements({rank: found.record.collectives for rank, found in walks.items()})
+    assert any(
+        re.search(r"call \d+ is allreduce_ of \[3\] .* on rank 0 and allreduce_ of \[5\]", line) for line in lines
+    )

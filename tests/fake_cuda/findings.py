@@ -1,0 +1,28 @@
+"""What a walk must not do, whatever its layout."""
+
+from __future__ import annotations
+
+from tests.fake_cuda.walks import Walk
+
+_COPIES = ("_to_copy", "copy_")
+_ENDS_OF_A_STEP = {
+    # What is read of the device once a step: counts of targets before, losses after all micro-batches.
+    "count_targets",
+    "_reduce_losses",
+}
+_STEP_PHASES = ("first micro-batches", "micro-batches", "first optimiser", "optimiser")
+
+
+def findings(walked: Walk) -> list[str]:
+    """What is wrong with a walk, as sentences; whoever walks finds tensors on two devices and mixed products itself."""
+    found = [] if walked.device == "cuda:0" else [f"tensors are on {walked.device}"]
+    for kernel in walked.record.kernels:
+        if kernel.devices != ("cuda",) and not (kernel.name in _COPIES and kernel.phase not in _STEP_PHASES):
+            found.append(
+                f"{kernel.name} at {kernel.place} ({kernel.phase}): on {', '.join(kernel.devices) or 'no device'}"
+            )
+        if "torch.float64" in kernel.dtypes and kernel.phase in _STEP_PHASES:
+            found.append(f"{kernel.name} at {kernel.place} ({kernel.phase}): in float64")
+    for (what, place), number in walked.waits("inputs", "save").items():
+        found.append(f"inputs and saves must not wait: {number} x {what} at {place}")
+    return sorted(set(found))
