@@ -40,7 +40,7 @@ MEASURED = [
     Case("pt_14b", 64, "no recomputation"),
     Case("pt_14b", 64, "full recomputation"),
     Case("pt_14b", 64, "ZeRO-2"),
-    Case("pt_14b", 64, "compiled"),
+    Case("pt_14b", 64, "uncompiled"),
     Case("pt_14b", 64, "Megatron"),
     Case("pt_14b", 64, "pipeline 2"),
     Case("pt_14b", 64, "interleaved"),

@@ -34,7 +34,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "pipeline 2": ("parallel.pipeline=2", _EVEN),
     "pipeline 4": ("parallel.tensor=2", "parallel.pipeline=4", _EVEN),
     "pipeline 2, full recomputation": ("parallel.pipeline=2", "parallel.recompute=full", _EVEN),
-    "compiled": ("parallel.compile=true",),
+    "uncompiled": ("parallel.compile=false",),
     "Megatron": ("parallel.optimizer=megatron",),
     "Megatron, pipeline 2": ("parallel.optimizer=megatron", "parallel.pipeline=2", _EVEN),
     "interleaved": ("parallel.tensor=2", "parallel.pipeline=4", "parallel.virtual_stages=2", _EVEN),
@@ -143,7 +143,7 @@ ALL_LAYOUTS = [
     Case("pt_14b", 256, "pipeline 4"),
     Case("pt_14b", 64, "pipeline 2, full recomputation"),
     Case("pt_14b", 1024, "interleaved"),
-    Case("pt_14b", 64, "compiled"),
+    Case("pt_14b", 64, "uncompiled"),
     Case("pt_14b", 64, "Megatron"),
     Case("pt_0p6b", 8, "Megatron, pipeline 2"),
 ]

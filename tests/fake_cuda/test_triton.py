@@ -39,19 +39,25 @@ The backward pass of attention at 128 channels takes all 255 registers on both G
 templates are tuned: 328 bytes were counted on the H100 and 504 on the B200, 63 numbers stored and loaded again. More
 than that would have another cause, and is to be looked into.
 """
+MAX_RAGGED_SPILL_BYTES = 1152
+"""The same where packs end in a ragged tile: checks for the end take more registers (1,028 and 940 bytes were counted).
+
+The loader pads packs to whole tiles (`data.pack_multiple`), so that a run has no such pack unless it is told to.
+"""
 
 
-def check(choices: Sequence[Build], gpu: str) -> None:
+def check(choices: Sequence[Build], gpu: str, most_bytes: int = MAX_SPILL_BYTES) -> None:
     """No configuration of a kernel needs more memory than there is, and one that Inductor would measure runs well."""
     assert all(build.shared_bytes <= SHARED_BYTES[gpu] for build in choices), choices
-    assert least_spilling(list(choices)).spill_bytes <= MAX_SPILL_BYTES, choices
+    assert least_spilling(list(choices)).spill_bytes <= most_bytes, choices
 
 
 def checked(cases: tuple[str, ...], case: str, gpu: str, lengths: tuple[int, ...]) -> dict[str, list[Build]]:
     """Builds of the kernels of a case, which is compiled once and launches all of them for every length."""
     kernels = builds(cases, gpu, lengths)[case]
+    most_bytes = MAX_RAGGED_SPILL_BYTES if lengths == RAGGED else MAX_SPILL_BYTES
     for choices in kernels.values():
-        check(choices, gpu)
+        check(choices, gpu, most_bytes)
     result = run("builds", cases, gpu, lengths)[case]
     assert result["num_graphs"] == 1
     first, *others = result["launched"]
