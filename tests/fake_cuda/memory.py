@@ -14,13 +14,6 @@ HELD = ("weights", "gradients", "masters", "moments", "averages")
 """What a rank keeps from step to step, in roles of `parallel/memory_parts.py`."""
 BOUND = 0.03
 """Largest share by which the estimate may be off."""
-SWIGLU_BOUND = 0.10
-"""The same where a gradient of SwiGLU that is not compiled is the fullest moment.
-
-A build of PyTorch without CUDA has no kernel of it for CUDA and takes several steps, a GPU one. 5 to 9 % more was
-walked than estimated: in `imagenet_h_1x` all of it there, by the functions that made what was alive (`Walk.makers`);
-in the others that was not looked at.
-"""
 _SMALL_BYTES = 2**20
 
 
@@ -71,13 +64,13 @@ def estimate_here(request: Request) -> Estimate:
     )
 
 
-def differences(walked: Walk, estimated: Estimate, bound: float = BOUND) -> list[str]:
-    """Where the two are further apart than the bound, as sentences."""
+def differences(walked: Walk, estimated: Estimate) -> list[str]:
+    """Where the two are further apart than `BOUND`, as sentences."""
     pairs = {f"held {role}": (walked.held.get(role, 0), estimated.held[role]) for role in HELD}
     pairs["peak"] = (sum(walked.peak.values()), sum(estimated.peak.values()))
     pairs["most activations"] = (walked.most_activations, estimated.most_activations)
     return [
         f"{what}: {seen / 2**30:.3f} GiB walked, {said / 2**30:.3f} GiB estimated"
         for what, (seen, said) in pairs.items()
-        if abs(seen - said) > max(bound * seen, _SMALL_BYTES)
+        if abs(seen - said) > max(BOUND * seen, _SMALL_BYTES)
     ]
