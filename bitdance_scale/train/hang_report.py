@@ -7,6 +7,7 @@ stacks: a rank on the same machine makes it write them with SIGUSR2 and copies t
 from __future__ import annotations
 
 import dataclasses
+import ctypes
 import faulthandler
 import json
 import os
@@ -198,6 +199,19 @@ def _write_flight_record(path: Path) -> None:
         path.write_text(record, encoding="utf-8")
 
 
+def _signal_main_thread(pid: int, number: signal.Signals) -> None:
+    """Sends a signal to the main thread of a process, which has the process's number.
+
+    Another thread might take it, and write the stack of the main one while that goes on: it would be cut short.
+    """
+    send = getattr(ctypes.CDLL(None, use_errno=True), "tgkill", None)
+    if send is None:
+        # A library of C older than glibc 2.30.
+        os.kill(pid, number)
+    elif send(pid, pid, number):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
 def take_stacks(folder: Path, beat: Beat) -> None:
     """Writes what can be found out about a process of this machine that does not answer, then ends it."""
     path = folder / f"rank_{beat.rank:05d}.txt"
@@ -206,7 +220,7 @@ def take_stacks(folder: Path, beat: Beat) -> None:
         status = Path(f"/proc/{beat.pid}/status").read_text(encoding="utf-8")
         state = next(line for line in status.splitlines() if line.startswith("State"))
         lines.append(f"{state}; waits in {Path(f'/proc/{beat.pid}/wchan').read_text(encoding='utf-8') or '?'}\n\n")
-        os.kill(beat.pid, STACKS_SIGNAL)
+        _signal_main_thread(beat.pid, STACKS_SIGNAL)
         # A stopped process writes nothing until it goes on.
         os.kill(beat.pid, signal.SIGCONT)
         stacks = Path(f"/proc/{beat.pid}/fd/{beat.stacks}")

@@ -80,7 +80,10 @@ def build() -> Path:
         return library
     library.parent.mkdir(mode=0o700, exist_ok=True)
     home = Path(torch.__file__).parent
-    building = library.with_suffix(f".{os.getpid()}")
+    # Threads and processes may build it at once.
+    handle, name = tempfile.mkstemp(dir=library.parent)
+    os.close(handle)
+    building = Path(name)
     link = (f"-L{home}/lib", f"-Wl,-rpath,{home}/lib", "-ltorch_cpu", "-lc10")
     flags = ("-std=c++20", "-O1", "-fPIC", "-shared", f"-I{home}/include", *link)
     done = subprocess.run(

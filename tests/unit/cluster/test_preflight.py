@@ -85,8 +85,8 @@ class OneGpu(preflight.Preflight):
     ("config", "is_looked_for"),
     [
         (["pt_14b"], True),
-        (["pt_14b", "model.attention=dense"], False),
-        (["pt_14b", "model.attention=dense", "parallel.compile=true"], True),
+        (["pt_14b", "model.attention=dense", "parallel.compile=false"], False),
+        (["pt_14b", "model.attention=dense"], True),
         (["no_such_config"], False),
         (None, False),
     ],

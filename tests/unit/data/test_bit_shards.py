@@ -138,12 +138,12 @@ def test_bits_without_views_are_refused_where_views_are_wanted(index: Index, fol
 def test_entries_that_only_unusual_recipes_have_are_compared_both_ways(index: Index, folder: Path) -> None:
     table = folder / TABLE_NAME
     content = json.loads(table.read_text(encoding="utf-8"))
-    for name, value in (("order", "raster"), ("latents", "continuous")):
+    for name, usual, value in (("order", "block", "raster"), ("latents", "bits", "continuous")):
         unusual = RECIPE | {name: value}
-        with pytest.raises(DataError, match=f"made with {name} = None, now it is {value}"):
+        with pytest.raises(DataError, match=f"made with {name} = {usual}, now it is {value}"):
             BitStore(folder, index, unusual)
         table.write_text(json.dumps(content | {"recipe": unusual}), encoding="utf-8")
-        with pytest.raises(DataError, match=f"made with {name} = {value}, now it is None"):
+        with pytest.raises(DataError, match=f"made with {name} = {value}, now it is {usual}"):
             BitStore(folder, index, RECIPE)
         table.write_text(json.dumps(content), encoding="utf-8")
 

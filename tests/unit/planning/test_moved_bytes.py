@@ -68,13 +68,13 @@ class KernelLog(TorchDispatchMode):
 def logged(_rank: int, config: RunConfig) -> tuple[BothPasses, BothPasses]:
     """(kernels, bytes of elementwise ones) of one micro-batch that is not the last of its step."""
     from bitdance_scale.parallel.fake_ranks import join_fake_job, no_memory
-    from bitdance_scale.parallel.memory_estimate import _build, _copy, _inputs
+    from bitdance_scale.parallel.memory_estimate import _copy, _inputs, build_logged
 
     topology = join_fake_job(NUM_RANKS, 0, config.parallel)
     pack = typical_packs(config, topology.data_size)[0]
     inputs = _inputs(pack, config)
     with no_memory() as log:
-        engine = _build(log, config, ENTRIES, topology, True)
+        engine = build_logged(log, config, ENTRIES, topology, True)
         with KernelLog() as kernels:
             engine.backward(engine.forward(_copy(inputs, log)).sum(), is_last=False)
     num, num_bytes = kernels.num, kernels.num_bytes
