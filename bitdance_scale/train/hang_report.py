@@ -6,8 +6,8 @@ stacks: a rank on the same machine makes it write them with SIGUSR2 and copies t
 
 from __future__ import annotations
 
-import dataclasses
 import ctypes
+import dataclasses
 import faulthandler
 import json
 import os
