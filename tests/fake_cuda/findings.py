@@ -11,10 +11,10 @@ _ENDS_OF_A_STEP = {
     "count_targets",
     "_reduce_losses",
 }
-# What the optimiser may do in float64: add up norms, one number of each parameter. DeepSpeed's ZeRO-3 also converts this
-# rank's part of the gradients, once a step.
+# What the optimiser may do in float64: add up norms, one number of each parameter. DeepSpeed's ZeRO optimisers also
+# convert this rank's part of the gradients, once a step.
 _NORM_BYTES = 2**16
-_NORM_OF_DEEPSPEED = "deepspeed/runtime/zero/stage3.py"
+_NORM_OF_DEEPSPEED = "deepspeed/runtime/zero/stage"
 _STEP_PHASES = ("first micro-batches", "micro-batches", "first optimiser", "optimiser")
 
 
