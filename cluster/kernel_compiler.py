@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from bitdance_scale.compilers import find_compiler
 from bitdance_scale.config.load import load_config
 from bitdance_scale.errors import ConfigError
 
@@ -39,8 +38,7 @@ def compiles_on_cuda(path: str, settings: Sequence[str]) -> bool:
 
 def compiler_fault() -> str | None:
     """What a library for Python in C lacks on this machine, one line; None if one was built."""
-    # In this order, as Triton looks for it.
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    compiler = find_compiler("c")
     if compiler is None:
         return "neither gcc nor clang is installed, and CC is not set"
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"

@@ -303,7 +303,6 @@ SPIKE_ACTIONS = ("log", "skip")
 # A median and its deviation mean little over fewer values.
 MIN_SPIKE_WINDOW = 8
 
-
 SCHEDULES = ("constant", "linear", "cosine")
 WEIGHTS = ("trained", "averaged")
 

@@ -16,13 +16,9 @@ projection (N / G queries, a key and a value), K head size, H hidden channels of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch.nn import functional
 
-from bitdance_scale.model.formula import FORMULAS as FORMULAS
 from bitdance_scale.model.formula import formula, have_equal_length
 
 
@@ -395,53 +391,3 @@ def cross_entropy_gradient(
     shares = _masked_logits(logits, num_entries).sub_(largest[:, None]).exp_().div_(total[:, None])
     is_target = torch.arange(logits.shape[-1], device=logits.device) == (targets - first_entry)[:, None]
     logits.copy_(shares.sub_(is_target.float()).mul_(d_loss[:, None]))
-
-
-def example_shapes(num_positions: int) -> Mapping[str, dict[str, Any]]:
-    """Arguments of every formula as the 14B networks call it at 4 tensor-parallel ranks.
-
-    Args:
-        num_positions: R, of a pack; norms between the split linears have a quarter of them.
-
-    Returns:
-        by name of the formula: its arguments by name, a shape for a tensor and the value itself for anything else.
-    """
-    rows, part = num_positions, num_positions // 4
-    stream, heads, ffn = (part, 5120), (rows, 2, 7 * 128), (rows, 4352)
-    query, key, token = (rows, 10, 128), (rows, 2, 128), (rows, 5120)
-    eps, vocabulary = 1e-6, (rows, 37985)
-    norm = {"weight": (5120,), "eps": eps}
-    turn = {"table": (rows, 128), "is_interleaved": False}
-    weights = {"query_weight": (128,), "key_weight": (128,), "eps": eps}
-    d_heads = {"d_query": query, "d_key": key, "d_value": key}
-    modulation = {"weight": (5120,), "bias": (5120,), "scale": token, "eps": eps}
-    logits = {"logits": vocabulary, "num_entries": 37985}
-    targets = {"targets": (rows,), "largest": (rows,), "first_entry": 0}
-    return {
-        "rms_norm": {"hidden": stream, **norm},
-        "add_rms_norm": {"stream": stream, "added": stream, **norm},
-        "rms_norm_gradient": {"hidden": stream, "d_normed": stream, **norm},
-        "carried_rms_norm_gradient": {"stream": stream, "d_normed": stream, "d_stream": stream, **norm},
-        "turn_heads": {"stacked": heads, **turn},
-        "norm_turn_heads": {"stacked": heads, **turn, **weights},
-        "turn_heads_gradient": {**turn, **d_heads},
-        "norm_turn_heads_gradient": {"stacked": heads, **turn, **weights, **d_heads},
-        "swiglu": {"stacked": (rows, 2 * 4352)},
-        "swiglu_gradient": {"stacked": (rows, 2 * 4352), "d_product": ffn},
-        "modulated_norm": {"hidden": token, "shift": token, **modulation},
-        "modulated_norm_gradient": {"hidden": token, "d_modulated": token, "d_stream": token, **modulation},
-        "gated_add": {"stream": token, "gate": token, "added": token},
-        "gated_add_gradient": {"gate": token, "added": token, "d_total": token},
-        "gated_add_norm": {"stream": token, "gate": token, "added": token, "shift": token, **modulation},
-        "gated_add_norm_gradient": {
-            "total": token,
-            "gate": token,
-            "added": token,
-            "d_modulated": token,
-            "d_stream": token,
-            **modulation,
-        },
-        "largest_logit": logits,
-        "exponential_sums": {**logits, **targets},
-        "cross_entropy_gradient": {**logits, **targets, "total": (rows,), "d_loss": (rows,)},
-    }

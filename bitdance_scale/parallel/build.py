@@ -9,16 +9,17 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import importlib.util
-import os
 import shutil
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
+from bitdance_scale.compilers import COMPILERS, find_compiler
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.model.initial import draw_initial
+from bitdance_scale.parallel.agreement import all_ranks
 from bitdance_scale.parallel.engine import TrainingEngine
 from bitdance_scale.parallel.parameter_names import Parameters, name_parameters
 from bitdance_scale.parallel.pipeline_stages import RankStages
@@ -41,7 +42,9 @@ def build_engine(config: RunConfig, vocab_size: int, topology: Topology) -> Trai
             compiler for `parallel.compile`.
     """
     if config.parallel.compile:
-        check_compiler(topology.device)
+        # Machines may differ.
+        with all_ranks():
+            check_compiler(topology.device)
     stages = build_stages(config, vocab_size, topology)
     _check_exemptions(list(name_parameters(stages, topology)), config.optim.decay_exempt)
     return engine_of(stages, config, topology)
@@ -74,10 +77,10 @@ def check_compiler(device: torch.device) -> None:
     Raises:
         ConfigError: there is no compiler, or on CUDA no Triton.
     """
-    # What PyTorch and Triton look for, in their order.
-    variable, names = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
-    choices = [name for name in (os.environ.get(variable), *names) if name]
-    lacking = "" if any(map(shutil.which, choices)) else f"{names[0]} (or ${variable})"
+    language = "c" if device.type == "cuda" else "c++"
+    variable, programs = COMPILERS[language]
+    found = find_compiler(language)
+    lacking = "" if found and shutil.which(found) else found or f"{programs[0]} (or ${variable})"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         lacking = "Triton"
     if lacking:

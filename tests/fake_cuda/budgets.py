@@ -2,7 +2,7 @@
 
     python -m tests.fake_cuda.budgets [--write] [--only TEXT]
 
-prints the table as measured now, the differences from the file, and with --write makes the file anew, so that a change
+prints the table as measured now, the differences from the file, and with --write rewrites the file, so that a change
 of what a step costs is a change of that file. A layer is the difference between two depths.
 """
 
@@ -19,7 +19,7 @@ from tests.fake_cuda.walks import Request, Walk, walk_of
 
 FILE = Path(__file__).with_name("budgets.toml")
 TOLERANCE = 0.02
-"""Share by which bytes may grow, or shrink, before the file must be written anew; counts must be equal."""
+"""Share by which bytes may grow, or shrink, before the file must be rewritten; counts must be equal."""
 _FEW_BYTES = 2**20
 _HEAD = """\
 # What the CUDA branches do, by walks (tests/fake_cuda/): written by `python -m tests.fake_cuda.budgets --write`.
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from tests.fake_cuda.server import in_parallel
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="make budgets.toml anew")
+    parser.add_argument("--write", action="store_true", help="rewrite budgets.toml")
     parser.add_argument("--only", default="", metavar="TEXT", help="budgets whose names have it; others are kept")
     options = parser.parse_args(arguments)
     chosen = [case for case in MEASURED if options.only in str(case)]

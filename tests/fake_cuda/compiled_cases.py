@@ -11,8 +11,11 @@ from unittest import mock
 import numpy as np
 import torch
 
-from bitdance_scale.model import attention, formula, fused
+import bitdance_scale.model.fused  # noqa: F401  (lists the formulas)
+from bitdance_scale.model import attention, formula
+from bitdance_scale.model.formula import FORMULAS
 from tests.fake_cuda.generated_kernels import Compilation
+from tests.formula_shapes import example_shapes
 
 # Positions of a sample that see only what is before them, and positions per block of its image.
 _TEXT, _BLOCK = 9, 16
@@ -121,7 +124,7 @@ class FusedFormula:
         return self._results(arguments, is_compiled=False)
 
     def _results(self, arguments: dict[str, Any], is_compiled: bool) -> dict[str, torch.Tensor]:
-        results = fused.FORMULAS[self.name](*arguments.values(), is_compiled=is_compiled)
+        results = FORMULAS[self.name](*arguments.values(), is_compiled=is_compiled)
         if results is None:
             # It rewrites its first argument.
             results = next(iter(arguments.values()))
@@ -131,11 +134,11 @@ class FusedFormula:
 
     def _arguments(self, length: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(length)
-        shapes = fused.example_shapes(length)[self.name]
+        shapes = example_shapes(length)[self.name]
         if self.is_narrow:
             shapes = {name: _narrowed(value) for name, value in shapes.items()}
         arguments = {}
-        for name in inspect.signature(fused.FORMULAS[self.name].function).parameters:
+        for name in inspect.signature(FORMULAS[self.name].function).parameters:
             shape = shapes[name]
             if not isinstance(shape, tuple):
                 arguments[name] = shape
@@ -166,8 +169,8 @@ def _pack(length: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 CASES: dict[str, Case] = {
-    **{name: FusedFormula(name) for name in fused.FORMULAS},
-    **{f"{name}_narrow": FusedFormula(name, is_narrow=True) for name in fused.FORMULAS},
+    **{name: FusedFormula(name) for name in FORMULAS},
+    **{f"{name}_narrow": FusedFormula(name, is_narrow=True) for name in FORMULAS},
 } | {
     f"flex_{name}_{str(dtype).removeprefix('torch.')}": FlexAttention(*heads, dtype, sample)
     for name, (heads, sample) in {

@@ -7,7 +7,7 @@ import pytest
 from tests.fake_cuda.budgets import MEASURED, breaches, measure, name_of, read, requests_of
 from tests.fake_cuda.walks import walks_of
 
-REWRITE = "python -m tests.fake_cuda.budgets --write makes the file anew"
+REWRITE = "python -m tests.fake_cuda.budgets --write rewrites the file"
 
 
 @pytest.mark.fake_cuda

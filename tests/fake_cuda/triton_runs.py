@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bitdance_scale.model.fused import FORMULAS
+import bitdance_scale.model.fused  # noqa: F401  (lists the formulas)
+from bitdance_scale.model.formula import FORMULAS
 from tests.fake_cuda.device import ROOT, start
 from tests.fake_cuda.triton_builds import Build
 

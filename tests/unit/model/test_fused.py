@@ -17,10 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitdance_scale.model import fused
 from bitdance_scale.model import fused_autograd as operations
+from bitdance_scale.model.formula import FORMULAS
 from bitdance_scale.model.positions import rotary_table
 from bitdance_scale.parallel.vocab_loss import cross_entropy
+from tests.formula_shapes import example_shapes
 
 EPS = 1e-6
 # bfloat16 has 8 bits: compiled, intermediate values are not rounded to it. A few roundings of sums of 37 terms.
@@ -245,7 +246,7 @@ class Log(TorchDispatchMode):
 
 def arguments(name: str) -> list[Any]:
     """The example arguments of a formula, in its order."""
-    shapes = fused.example_shapes(64)[name]
+    shapes = example_shapes(64)[name]
     values = []
     for argument in shapes:
         value = shapes[argument]
@@ -256,10 +257,10 @@ def arguments(name: str) -> list[Any]:
     return values
 
 
-@pytest.mark.parametrize("name", sorted(fused.FORMULAS))
+@pytest.mark.parametrize("name", sorted(FORMULAS))
 def test_without_memory_a_compiled_formula_is_one_operator(name):
-    formula = fused.FORMULAS[name]
-    shapes = fused.example_shapes(64)[name]
+    formula = FORMULAS[name]
+    shapes = example_shapes(64)[name]
     assert set(shapes) == set(formula.__wrapped__.__annotations__) - {"return"}
     with FakeTensorMode():
         values = dict(zip(shapes, arguments(name), strict=True))

@@ -23,6 +23,12 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch, device, names):
         assert text in str(raised.value)
 
 
+def test_a_compiler_that_is_named_must_exist(monkeypatch):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    with pytest.raises(ConfigError, match="/no/such/compiler is not on this machine"):
+        check_compiler(torch.device("cpu"))
+
+
 def test_cuda_needs_triton(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
