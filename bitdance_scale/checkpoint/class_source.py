@@ -14,12 +14,12 @@ from bitdance_scale.checkpoint.autoencoder_source import (
 )
 from bitdance_scale.checkpoint.integrity import tensor_bytes
 from bitdance_scale.checkpoint.pickled_files import PickledFile, PickledTensors
-from bitdance_scale.checkpoint.published_names import PUBLISHED_QUERIES, Part, PublishedTensor, published_tensors
 from bitdance_scale.checkpoint.release_source import Source
 from bitdance_scale.config.load import load_network
 from bitdance_scale.config.published_class import deduced_network, described, read_class_config
 from bitdance_scale.config.schema import NetworkConfig
 from bitdance_scale.errors import CheckpointError, ConfigError
+from bitdance_scale.model.published_names import PUBLISHED_QUERIES, Part, PublishedTensor, published_tensors
 from bitdance_scale.sequence.condition import load_condition
 from bitdance_scale.weight_files import read_json
 from bitdance_scale.wording import first_few

@@ -27,9 +27,9 @@ from bitdance_scale.checkpoint.conversion_folder import OnBytes, misread
 from bitdance_scale.checkpoint.integrity import tensor_bytes
 from bitdance_scale.checkpoint.pickled_files import PickledFile
 from bitdance_scale.checkpoint.published_files import TensorFileWriter, file_digests, row_chunks
-from bitdance_scale.checkpoint.published_names import PUBLISHED_QUERIES, Part, PublishedTensor
 from bitdance_scale.checkpoint.tensor_storage import opened
 from bitdance_scale.config.published_class import PICKLE_NAME, SIZES_NAME, WEIGHTS_NAME, published_class_config
+from bitdance_scale.model.published_names import PUBLISHED_QUERIES, Part, PublishedTensor
 from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
 from bitdance_scale.weight_files import TensorSpec
 

@@ -37,7 +37,6 @@ from bitdance_scale.checkpoint.conversion_folder import (
 from bitdance_scale.checkpoint.export_class import write_class_files
 from bitdance_scale.checkpoint.integrity import file_digest, tensor_bytes, text_digest
 from bitdance_scale.checkpoint.published_files import PART_FILES, PublishedTensors, TensorFileWriter, row_chunks
-from bitdance_scale.checkpoint.published_names import Part, PublishedTensor, published_tensors
 from bitdance_scale.checkpoint.run_checkpoint import (
     AVERAGE_PREFIX,
     CONFIG_NAME,
@@ -59,6 +58,7 @@ from bitdance_scale.config.published_class import beyond_class_release
 from bitdance_scale.config.published_head import HEAD_CONFIG_NAME, beyond_release, published_head
 from bitdance_scale.config.schema import NetworkConfig
 from bitdance_scale.errors import CheckpointError, ConfigError
+from bitdance_scale.model.published_names import Part, PublishedTensor, published_tensors
 from bitdance_scale.sequence.condition import Condition, load_condition
 from bitdance_scale.sequence.tokenizer_files import write_tokenizer
 from bitdance_scale.sequence.tokens import TextTokenizer

@@ -1,6 +1,6 @@
 """Released weights as a checkpoint for any layout: a BitDance release, or a plain Qwen3 to start from.
 
-Tensors are copied some rows at a time, by the table in `checkpoint/published_names.py`, so that no tensor is ever whole
+Tensors are copied some rows at a time, by the table in `model/published_names.py`, so that no tensor is ever whole
 in memory. The outcome is a run folder at step 0:
 
     config.toml                    the sections of the network, and run.start_from
@@ -33,14 +33,6 @@ from bitdance_scale.checkpoint.conversion_folder import (
 )
 from bitdance_scale.checkpoint.integrity import file_digest, tensor_bytes, text_digest
 from bitdance_scale.checkpoint.published_files import row_chunks
-from bitdance_scale.checkpoint.published_names import (
-    EMBEDDING,
-    OUTPUT,
-    NamedTensor,
-    Part,
-    PublishedTensor,
-    published_tensors,
-)
 from bitdance_scale.checkpoint.release_source import Source, Tensors
 from bitdance_scale.checkpoint.run_checkpoint import (
     AVERAGE_PREFIX,
@@ -59,6 +51,14 @@ from bitdance_scale.config.load import dump_toml
 from bitdance_scale.config.schema import NetworkConfig
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.model.initial import draw_initial, named_generator
+from bitdance_scale.model.published_names import (
+    EMBEDDING,
+    OUTPUT,
+    NamedTensor,
+    Part,
+    PublishedTensor,
+    published_tensors,
+)
 from bitdance_scale.sequence.tokenizer_files import write_tokenizer
 from bitdance_scale.sequence.tokens import TextTokenizer
 from bitdance_scale.vision.tokenizer import vision_digest

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from bitdance_scale.checkpoint.published_names import Part, PublishedTensor
 from bitdance_scale.errors import CheckpointError
+from bitdance_scale.model.published_names import Part, PublishedTensor
 from bitdance_scale.pickled_weights import check_archive, check_globals, pickled_specs, unpickle
 from bitdance_scale.weight_files import TensorSpec, check_tensors, dtype_name, refuse
 

@@ -16,9 +16,9 @@ from types import TracebackType
 import torch
 
 from bitdance_scale.checkpoint.integrity import tensor_bytes
-from bitdance_scale.checkpoint.published_names import Part, PublishedTensor
 from bitdance_scale.checkpoint.tensor_storage import opened
 from bitdance_scale.errors import CheckpointError
+from bitdance_scale.model.published_names import Part, PublishedTensor
 from bitdance_scale.weight_files import (
     BACKBONE_WEIGHTS_NAME,
     HEAD_WEIGHTS_NAME,

@@ -12,16 +12,6 @@ import torch
 from bitdance_scale.checkpoint.autoencoder_source import AutoencoderSource, open_autoencoder
 from bitdance_scale.checkpoint.pickled_files import PickledTensors
 from bitdance_scale.checkpoint.published_files import PublishedTensors
-from bitdance_scale.checkpoint.published_names import (
-    EMBEDDING,
-    OUTPUT,
-    PUBLISHED_EMBEDDING,
-    PUBLISHED_OUTPUT,
-    NamedTensor,
-    Part,
-    our_tensors,
-    published_tensors,
-)
 from bitdance_scale.config.published_backbone import (
     MODEL_CONFIG_NAME,
     inert_model_settings,
@@ -32,6 +22,16 @@ from bitdance_scale.config.published_backbone import (
 from bitdance_scale.config.published_head import HEAD_CONFIG_NAME, inert_head_settings, read_head, time_note
 from bitdance_scale.config.schema import HeadSection, NetworkConfig, TextSection, VisionSection
 from bitdance_scale.errors import CheckpointError, ConfigError
+from bitdance_scale.model.published_names import (
+    EMBEDDING,
+    OUTPUT,
+    PUBLISHED_EMBEDDING,
+    PUBLISHED_OUTPUT,
+    NamedTensor,
+    Part,
+    our_tensors,
+    published_tensors,
+)
 from bitdance_scale.sequence.condition import Condition
 from bitdance_scale.sequence.tokens import TextTokenizer, load_text_tokenizer
 from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME

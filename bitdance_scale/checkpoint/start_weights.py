@@ -19,7 +19,6 @@ import torch.distributed as dist
 from bitdance_scale.checkpoint.boxes import Box
 from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
 from bitdance_scale.checkpoint.integrity import MANIFEST_NAME
-from bitdance_scale.checkpoint.published_names import EMBEDDING, OUTPUT, our_tensors
 from bitdance_scale.checkpoint.run_checkpoint import (
     AVERAGE_PREFIX,
     MASTER_PREFIX,
@@ -37,6 +36,7 @@ from bitdance_scale.config.published_class import PICKLE_NAME, SIZES_NAME
 from bitdance_scale.config.schema import NetworkConfig
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.model.initial import named_generator
+from bitdance_scale.model.published_names import EMBEDDING, OUTPUT, our_tensors
 from bitdance_scale.parallel.agreement import all_ranks, on_first_rank
 from bitdance_scale.parallel.partition import Piece, ShardedValue
 from bitdance_scale.weight_files import PICKLED_SUFFIXES, check_tensors

@@ -24,7 +24,7 @@ from bitdance_scale.train.process import EXIT_COMPLETE
 from bitdance_scale.wording import file_size
 
 DTYPES = ("bfloat16", "float16", "float32")
-# The names of `checkpoint.published_names.Part`, which imports torch.
+# The names of `model.published_names.Part`, which imports torch.
 PARTS = ("backbone", "head", "projector")
 _EXTRA = {
     True: "which the release's pipeline does not know and refuses; `bitdance sample` runs it",
@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from bitdance_scale.checkpoint.export_release import export_release, open_checkpoint
-    from bitdance_scale.checkpoint.published_names import Part
+    from bitdance_scale.model.published_names import Part
 
     dtypes = {part: name for part in Part if (name := getattr(options, f"{part}_dtype"))}
     export = open_checkpoint(

@@ -41,8 +41,8 @@ def _qwen3(config):
 
 
 def _our_weights(reference, config) -> dict[str, torch.Tensor]:
-    """The backbone's tensors by our names, assembled from Qwen3's with the table in `checkpoint/published_names.py`."""
-    from bitdance_scale.checkpoint.published_names import Part, our_tensors
+    """The backbone's tensors by our names, assembled from Qwen3's with the table in `model/published_names.py`."""
+    from bitdance_scale.model.published_names import Part, our_tensors
 
     theirs = {f"model.{name}": tensor for name, tensor in reference.state_dict().items()}
     network = dataclasses.replace(config.network, model=dataclasses.replace(config.model, tie_embeddings=True))

@@ -14,7 +14,6 @@ from bitdance_scale.checkpoint.class_source import open_class_source
 from bitdance_scale.checkpoint.export_release import export_release, open_checkpoint
 from bitdance_scale.checkpoint.import_release import import_release
 from bitdance_scale.checkpoint.pickled_files import PickledFile
-from bitdance_scale.checkpoint.published_names import our_tensors, published_tensors
 from bitdance_scale.checkpoint.start_weights import find_checkpoint
 from bitdance_scale.checkpoint.tensor_storage import StoredTensors
 from bitdance_scale.cli.import_release import main
@@ -22,6 +21,7 @@ from bitdance_scale.config.load import load_network
 from bitdance_scale.config.presets import PRESETS
 from bitdance_scale.config.published_class import deduced_network, described
 from bitdance_scale.errors import CheckpointError
+from bitdance_scale.model.published_names import our_tensors, published_tensors
 from bitdance_scale.sequence.condition import load_condition
 from bitdance_scale.vision.autoencoder import Autoencoder
 from bitdance_scale.vision.tokenizer import VisionTokenizer

@@ -21,11 +21,11 @@ from bitdance_scale.checkpoint.export_release import export_release, open_checkp
 from bitdance_scale.checkpoint.import_release import import_release
 from bitdance_scale.checkpoint.integrity import write_manifest
 from bitdance_scale.checkpoint.published_files import TensorFileWriter
-from bitdance_scale.checkpoint.published_names import Part
 from bitdance_scale.checkpoint.release_source import NewParts, open_source
 from bitdance_scale.checkpoint.start_weights import find_checkpoint
 from bitdance_scale.checkpoint.tensor_storage import StoredTensors
 from bitdance_scale.errors import BitDanceError, CheckpointError, ConfigError
+from bitdance_scale.model.published_names import Part
 from bitdance_scale.sequence.tokens import load_text_tokenizer
 from bitdance_scale.train.process import EXIT_REFUSED
 from tests.released import (

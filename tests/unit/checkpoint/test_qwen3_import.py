@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from bitdance_scale.checkpoint.export_release import export_release, open_checkpoint
 from bitdance_scale.checkpoint.import_release import import_release
-from bitdance_scale.checkpoint.published_names import Part, our_tensors
 from bitdance_scale.checkpoint.release_source import open_source
 from bitdance_scale.checkpoint.start_weights import NEW_ROW_SPREAD
 from bitdance_scale.model.initial import draw_initial
+from bitdance_scale.model.published_names import Part, our_tensors
 from tests.released import SPARE_ROWS, qwen_like, write_autoencoder, write_plain_qwen3
 from tests.unit.checkpoint.test_interchange import new_parts, whole
 

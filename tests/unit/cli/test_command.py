@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from bitdance_scale.checkpoint.published_names import Part
 from bitdance_scale.cli import config, export_release, main, tokenizer
 from bitdance_scale.cli.command import CommandParser
 from bitdance_scale.config.load import load_config
 from bitdance_scale.errors import ConfigError
+from bitdance_scale.model.published_names import Part
 
 ROOT = Path(__file__).parents[3]
 HEAVY = ("torch", "numpy", "transformers", "megatron", "deepspeed", "matplotlib", "boto3", "wandb")

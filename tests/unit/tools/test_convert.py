@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from bitdance_scale.checkpoint.published_files import TensorFileWriter
-from bitdance_scale.checkpoint.published_names import Part, published_tensors
 from bitdance_scale.config.published_backbone import read_model
 from bitdance_scale.config.schema import HeadSection, NetworkConfig, TextSection, VisionSection
+from bitdance_scale.model.published_names import Part, published_tensors
 from bitdance_scale.weight_files import TensorSpec
 from tests.released import AUTOENCODER, edit_config, read_json, write_autoencoder, write_plain_qwen3, write_published
 

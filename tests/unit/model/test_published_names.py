@@ -10,9 +10,9 @@ import collections
 import pytest
 from safetensors import safe_open
 
-from bitdance_scale.checkpoint.published_names import Part, our_tensors, published_tensors
 from bitdance_scale.config.published_backbone import read_model
 from bitdance_scale.config.schema import NetworkConfig, TextSection, VisionSection
+from bitdance_scale.model.published_names import Part, our_tensors, published_tensors
 from tests.released import AUTOENCODER, HEAD, read_json, write_published
 
 
