@@ -79,6 +79,7 @@ class TrainState(StepState):
         guards: what the rules on skipped steps and spikes remember (`train/step_guards.py`); JSON values.
         vision_digest: digest of the vision tokenizer (`vision/tokenizer.py`), of whose bits the model is; empty in
             checkpoints of earlier versions.
+        base_digest: of the checkpoint with the frozen weights (`base_digest`); empty where all weights are trained.
     """
 
     images: int
@@ -92,6 +93,7 @@ class TrainState(StepState):
     release: dict[str, Any] = dataclasses.field(default_factory=dict)
     guards: dict[str, Any] = dataclasses.field(default_factory=dict)
     vision_digest: str = ""
+    base_digest: str = ""
 
 
 def save_checkpoint(
@@ -182,7 +184,8 @@ def load_tensors(
     is_stored = on_first_rank(lambda: has_averages(read_index(path / TENSORS_DIR)), group, other=CheckpointError)
     if not (averages and is_stored):
         values = {name: value for name, value in values.items() if name not in averages}
-    load_sharded(path / TENSORS_DIR, values, group, unread="" if averages else AVERAGE_PREFIX)
+    unread = None if averages else (lambda name: name.startswith(AVERAGE_PREFIX))
+    load_sharded(path / TENSORS_DIR, values, group, unread=unread)
     if averages and not is_stored:
         logger.info("%s has no averaged weights: the average begins with its weights", path)
         for name, average in averages.items():
@@ -265,7 +268,7 @@ def read_state_of(path: Path, kind: type[State], tensor_files: Collection[str] |
             logger.info("%s was written by an earlier version (%s); it is read under the new names", file, named)
             content = with_new_names(content, RENAMED_FIELDS)
         # Earlier versions did not write these fields; weights whose release is not stated started at random.
-        content = {"sample_errors": {}, "release": {}, "guards": {}, "vision_digest": ""} | content
+        content = {"sample_errors": {}, "release": {}, "guards": {}, "vision_digest": "", "base_digest": ""} | content
         state = kind(**{field.name: content[field.name] for field in dataclasses.fields(kind)})
         _check_values(path, state)
         return state

@@ -147,7 +147,7 @@ def load_sharded(
     prefix: str = "",
     converts_dtype: bool = False,
     is_verified: bool = False,
-    unread: str = "",
+    unread: Callable[[str], bool] | None = None,
 ) -> None:
     """Fills the pieces of `values` in place from a folder that `save_sharded` wrote under any layout; a collective.
 
@@ -157,7 +157,7 @@ def load_sharded(
         group: the ranks that take part; None: all, or this process alone without a process group.
         prefix: the part of the checkpoint that is wanted; each of its tensors must be held by some rank.
         converts_dtype: whether tensors of another dtype are converted instead of refused.
-        unread: tensors whose names begin so are not asked for; empty: none are.
+        unread: whether a stored tensor is not asked for, by its name; None: all are.
         is_verified: whether the content of the files was compared with their digests just before.
 
     Raises:
@@ -276,7 +276,9 @@ class _SavePieces(SavePlanner):
 class _LoadPieces(LoadPlanner):
     """Plans which stored boxes fill the boxes held here, after checking that they are of the same model."""
 
-    def __init__(self, index: TensorIndex, prefix: str, converts_dtype: bool, unread: str) -> None:
+    def __init__(
+        self, index: TensorIndex, prefix: str, converts_dtype: bool, unread: Callable[[str], bool] | None
+    ) -> None:
         self._stored, self._unread = index.tensors, unread
         self._prefix = prefix
         self._converts_dtype = converts_dtype
@@ -302,7 +304,7 @@ class _LoadPieces(LoadPlanner):
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         wanted = {name for plan in global_plan for name in plan.planner_data}
-        stored = [name for name in self._stored if not (self._unread and name.startswith(self._unread))]
+        stored = [name for name in self._stored if self._unread is None or not self._unread(name)]
         extra = [name for name in stored if name.startswith(self._prefix) and name not in wanted]
         _refuse([f"{name}: in the checkpoint, not in this model" for name in sorted(extra)])
         return global_plan

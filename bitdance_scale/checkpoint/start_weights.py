@@ -8,7 +8,7 @@ not published; the rules here are `run.new_queries`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,7 @@ def load_start_weights(
     weights: str = "trained",
     new_queries: NewQueries | None = None,
     is_partial: bool = False,
+    unread: Callable[[str], bool] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, Any]:
     """Fills the weights of a model and their float32 masters in place from a checkpoint; a collective.
@@ -149,6 +150,8 @@ def load_start_weights(
         new_queries: query tokens that the checkpoint lacks; None: none.
         is_partial: whether the checkpoint was fetched for a start, so that tensor files without these weights may be
             missing.
+        unread: whether a parameter, by its name, has no master here although the checkpoint has one; None: all that
+            the checkpoint has are held.
         group: the ranks that take part; None: all, or this process alone without a process group.
 
     Returns:
@@ -164,11 +167,12 @@ def load_start_weights(
     files = start_files(path, index, weights) if is_partial else None
     read = functools.partial(read_fitting_state, path, tokenizer_digest, tensor_files=files)
     state = on_first_rank(read, group, other=CheckpointError)
-    for values, is_verified in ((model, False), (masters, True)):
+    is_unread = None if unread is None else (lambda name: unread(name.removeprefix(prefix)))
+    for values, skips, is_verified in ((model, None, False), (masters, is_unread, True)):
         if values is None:
             continue
         wanted = {prefix + name: _known_rows(name, value, new_queries) for name, value in values.items()}
-        load_sharded(tensors, wanted, group, prefix=prefix, converts_dtype=True, is_verified=is_verified)
+        load_sharded(tensors, wanted, group, prefix=prefix, converts_dtype=True, is_verified=is_verified, unread=skips)
     if new_queries is not None:
         # Every rank reads these few rows itself. The files were read just before, so only a device can fail here.
         with all_ranks(group, other=CheckpointError):

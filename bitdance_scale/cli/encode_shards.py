@@ -17,8 +17,8 @@ from bitdance_scale.cli.command import CommandParser, run_command
 from bitdance_scale.cli.launch import add_rank_arguments, find_replicas, launch, rank_arguments
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.named_files import check_named_files
+from bitdance_scale.config.parallel_schema import ParallelSection
 from bitdance_scale.config.rules import check
-from bitdance_scale.config.schema import ParallelSection
 from bitdance_scale.demo.shards import check_shipped_sets
 
 

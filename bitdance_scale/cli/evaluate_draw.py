@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from bitdance_scale.cli.command import CommandParser, positive, run_command
 from bitdance_scale.cli.launch import add_rank_arguments, find_replicas, launch, rank_arguments
+from bitdance_scale.config.parallel_schema import ParallelSection
 from bitdance_scale.config.ranges import CONSTRAINTS, Choice
-from bitdance_scale.config.schema import ParallelSection, RunConfig
+from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.evaluation.benchmarks.benchmark import Benchmark
 from bitdance_scale.evaluation.benchmarks.catalogue import BENCHMARKS, find_benchmark, read_prompts

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from bitdance_scale.cli.command import CommandParser, positive, run_command
 from bitdance_scale.cli.launch import add_rank_arguments, find_replicas, launch, rank_arguments
-from bitdance_scale.config.schema import ParallelSection
+from bitdance_scale.config.parallel_schema import ParallelSection
 from bitdance_scale.config.tokenizer_schema import SSIM_PX
 from bitdance_scale.errors import ConfigError
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from bitdance_scale import errors
 from bitdance_scale.cli.command import CommandParser, positive
-from bitdance_scale.config.schema import ParallelSection
+from bitdance_scale.config.parallel_schema import ParallelSection
 from bitdance_scale.errors import BitDanceError, ConfigError
 from bitdance_scale.train.process import (
     EXIT_HUNG,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from bitdance_scale.config.coerce import Coercion, field_types, toml_value
+from bitdance_scale.config.lora_schema import LoraOnly, LoraSection
 from bitdance_scale.config.presets import PRESETS
 from bitdance_scale.config.schema import ModelSection, NetworkConfig, RunConfig
 from bitdance_scale.config.shipped import config_path, shipped_configs
@@ -97,6 +98,11 @@ def load_network(path: str | Path, overrides: Sequence[str] = ()) -> NetworkConf
         ConfigError: as `load_config`.
     """
     return _load(path, overrides, NetworkConfig, skips_other_sections=True)
+
+
+def load_lora(path: str | Path) -> LoraSection:
+    """What a configuration says of adapters; otherwise as `load_network`."""
+    return _load(path, (), LoraOnly, skips_other_sections=True).lora
 
 
 def dump_toml(config: DataclassInstance) -> str:

@@ -137,6 +137,10 @@ EFFECTS: Mapping[str, Effect] = _SHARED | {
     "data.s3.*": _FREE,
     "parallel.*": _FREE,
     "parallel.reduce_dtype": _TOLD,
+    "lora.*": _FIXED,
+    "lora.dropout": _TOLD,
+    # A run that goes on has started.
+    "lora.start_from": _FREE,
     "loss.*": _TOLD,
     # Pictures show the run and do not change it.
     "sample.*": _FREE,

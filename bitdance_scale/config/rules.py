@@ -10,6 +10,7 @@ from bitdance_scale.config import (
     benchmark_rules,
     data_rules,
     family_rules,
+    lora_rules,
     model_rules,
     optim_rules,
     parallel_rules,
@@ -28,6 +29,7 @@ RULES: tuple[Rule, ...] = (
     *data_rules.RULES,
     *storage_rules.RULES,
     *optim_rules.RULES,
+    *lora_rules.RULES,
     *benchmark_rules.RULES,
     *training_stages.RULES,
 )

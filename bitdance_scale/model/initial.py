@@ -13,18 +13,21 @@ from typing import Literal
 
 import torch
 
+from bitdance_scale.model.low_rank import ADAPTER, initial_bound
+
 
 @dataclass(frozen=True)
 class Init:
     """A distribution of initial values.
 
     Attributes:
-        kind: zeros, ones, normal (mean 0) or xavier_uniform. Xavier's fans are those of the whole published tensor: a
-            weight that stacks several matrices is drawn as one matrix, and a rank's slice is never drawn by itself.
+        kind: zeros, ones, normal (mean 0), xavier_uniform or fan_in_uniform (`low_rank.initial_bound`). Xavier's fans
+            are those of the whole published tensor: a weight that stacks several matrices is drawn as one matrix, and a
+            rank's slice is never drawn by itself.
         std: standard deviation of the normal; 0 for the others.
     """
 
-    kind: Literal["zeros", "ones", "normal", "xavier_uniform"]
+    kind: Literal["zeros", "ones", "normal", "xavier_uniform", "fan_in_uniform"]
     std: float = 0.0
 
 
@@ -79,8 +82,8 @@ def draw_initial(
     generator = named_generator(seed, name, device)
     if init.kind == "normal":
         return whole.normal_(0.0, init.std, generator=generator)
-    assert init.kind == "xavier_uniform"
-    bound = math.sqrt(6.0 / (whole.shape[0] + whole.shape[1]))
+    xavier = math.sqrt(6.0 / (whole.shape[0] + whole.shape[1]))
+    bound = {"xavier_uniform": xavier, "fan_in_uniform": initial_bound(whole.shape[1])}[init.kind]
     return whole.uniform_(-bound, bound, generator=generator)
 
 
@@ -92,7 +95,11 @@ def named_generator(seed: int, name: str, device: torch.device | str) -> torch.G
 
 def _distribution(name: str, init_std: float) -> Init:
     """The initial distribution of a parameter, by its global name."""
+    if ADAPTER in name:
+        return Init("fan_in_uniform") if name.endswith("_A") else Init("zeros")
     part, _, rest = name.partition(".")
+    if part == "query_deltas":
+        return Init("zeros")
     if part in ("head", "projector"):
         return initial_distribution(rest)
     if "norm" in name:

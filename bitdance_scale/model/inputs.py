@@ -18,6 +18,7 @@ import torch
 from bitdance_scale.config.schema import ModelSection, RunConfig
 from bitdance_scale.model.attention import PackMask, pack_mask, to_device
 from bitdance_scale.model.flow import draw_time
+from bitdance_scale.model.low_rank import mixed
 from bitdance_scale.model.positions import cell_rotary, rotary_frequencies, rotary_table
 from bitdance_scale.model.projector import flip_bits
 from bitdance_scale.sequence.noise import PackNoise
@@ -42,6 +43,8 @@ class PackInputs:
         num_vision_targets: M * P, or 0 if the pack predicts no image. Such a pack has one block of weight 0, so that
             every rank calls the same modules, as ZeRO-3 requires.
         num_text_targets: T, or 0 if the pack has no text target; it then has one of weight 0.
+        dropout_rows: int64 [S], the keys of the positions, and head_dropout_rows: int64 [K M P], those of the predicted
+            tokens, for `low_rank.dropout_rows`; None without dropout.
         reports_blocks: whether the model also returns the flow loss of every predicted block.
     """
 
@@ -60,6 +63,8 @@ class PackInputs:
     text_targets: torch.Tensor
     num_vision_targets: int
     num_text_targets: int
+    dropout_rows: torch.Tensor | None = None
+    head_dropout_rows: torch.Tensor | None = None
     reports_blocks: bool = False
 
 
@@ -84,6 +89,11 @@ def make_inputs(
     text_positions, text_targets = pack.text_positions, pack.text_targets
     if len(text_positions) == 0:
         text_positions = text_targets = np.zeros(1, dtype=np.int64)
+    rows = head_rows = None
+    if config.lora.dropout:
+        rows = mixed(on_device(_row_numbers(pack, noise)))
+        draws = torch.arange(config.head.diff_batch_mul, device=device)
+        head_rows = mixed(rows[on_device(predict_positions)] + draws[:, None]).flatten()
     return PackInputs(
         token_ids=on_device(pack.token_ids),
         rotary=rotary_table(
@@ -104,8 +114,17 @@ def make_inputs(
         text_targets=on_device(text_targets),
         num_vision_targets=len(pack.predict_positions),
         num_text_targets=len(pack.text_positions),
+        dropout_rows=rows,
+        head_dropout_rows=head_rows,
         reports_blocks=reports_blocks,
     )
+
+
+def _row_numbers(pack: Pack, noise: PackNoise) -> np.ndarray:
+    """A number of every position, int64 [S], by its sample and its place in it; padding has numbers too."""
+    # Document -1, padding, reads the last, whose numbers nothing depends on.
+    numbers: np.ndarray = noise.dropout[pack.document_ids] + pack.position_ids
+    return numbers
 
 
 def rotary_angles(

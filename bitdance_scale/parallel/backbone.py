@@ -56,6 +56,11 @@ class RMSNorm(nn.Module):
         """Normalises the last axis of `hidden` [..., hidden_size]; same shape and dtype out."""
         return rms_norm(hidden, self.summed_weight(), self.eps, self.is_compiled)
 
+    @property
+    def partial_parameters(self) -> list[nn.Parameter]:
+        """Parameters of whose gradients a rank computes a part, where it does."""
+        return [self.weight]
+
     def summed_weight(self) -> torch.Tensor:
         """The weight, whose gradient is summed over the ranks where that is done for every micro-batch."""
         return copy_to_tensor_model_parallel_region(self.weight) if self.sums_in_backward else self.weight

@@ -19,6 +19,7 @@ from bitdance_scale.compilers import COMPILERS, find_compiler
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.model.initial import draw_initial
+from bitdance_scale.parallel.adapters import add_adapters
 from bitdance_scale.parallel.agreement import all_ranks
 from bitdance_scale.parallel.engine import TrainingEngine
 from bitdance_scale.parallel.parameter_names import Parameters, name_parameters
@@ -30,6 +31,8 @@ def build_stages(config: RunConfig, vocab_size: int, topology: Topology) -> Rank
     """This rank's part of the model in the run's dtype, with initial weights that do not depend on the layout."""
     with topology.device:
         stages = RankStages(config, vocab_size, topology).to(getattr(torch, config.run.dtype))
+        if config.lora.is_used:
+            add_adapters(stages, config, vocab_size, topology)
     _draw_weights(name_parameters(stages, topology), config, topology.device)
     return stages
 
@@ -39,13 +42,14 @@ def build_engine(config: RunConfig, vocab_size: int, topology: Topology) -> Trai
 
     Raises:
         ConfigError: on every rank: a pattern of `optim.decay_exempt` names no parameter of the model; or there is no
-            compiler for `parallel.compile`.
+            compiler for `parallel.compile`; or a rank has nothing to train.
     """
     if config.parallel.compile:
         # Machines may differ.
         with all_ranks():
             check_compiler(topology.device)
     stages = build_stages(config, vocab_size, topology)
+    _check_trained(stages, config, topology)
     _check_exemptions(list(name_parameters(stages, topology)), config.optim.decay_exempt)
     return engine_of(stages, config, topology)
 
@@ -87,6 +91,16 @@ def check_compiler(device: torch.device) -> None:
         raise ConfigError(
             f"parallel.compile = true: {lacking} is not on this machine; install it, or set parallel.compile=false"
         )
+
+
+def _check_trained(stages: RankStages, config: RunConfig, topology: Topology) -> None:
+    """Refuses adapters that leave a rank of the pipeline without any: an optimiser is of something."""
+    with all_ranks():
+        if not any(parameter.requires_grad for parameter in stages.parameters()):
+            raise ConfigError(
+                f"lora.targets = {list(config.lora.targets)}: none of them is on rank {topology.pipeline_rank} of the "
+                f"pipeline, which would have nothing to train; add linears of the backbone, or set parallel.pipeline=1"
+            )
 
 
 def _check_exemptions(own_names: list[str], patterns: Sequence[str]) -> None:

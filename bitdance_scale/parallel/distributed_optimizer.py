@@ -95,7 +95,7 @@ class MegatronEngine(TrainingEngine):
         self._clip_norm = config.optim.clip_norm
         self._num_steps = 0
         partial = set(leave_gradients_partial(self.stages))
-        self._partial = [name for name, located in self.parameters.items() if located.parameter in partial]
+        self._partial = [name for name, located in self.trained.items() if located.parameter in partial]
         # Any: Megatron-core's attributes are not typed.
         self._chunks: list[Any] = [_with_buffers(stage, number, topology) for number, stage in enumerate(self.stages)]
         self._shards: list[_Shard] = []
@@ -192,9 +192,11 @@ class MegatronEngine(TrainingEngine):
     def holdings(self) -> dict[str, list[torch.Tensor]]:
         """As in `TrainingEngine`; the buffer of gradients stays."""
         buffers = [buffer for chunk in self._chunks for buffer in chunk.buffers]
+        frozen = [located.parameter.data for name, located in self.parameters.items() if name not in self.trained]
         return {
             # Tables that are computed count as weights: they stay as long.
             "weights": [buffer.param_data for buffer in buffers]
+            + frozen
             + [table for stage in self.stages for table in stage.buffers()],
             "gradients": [buffer.grad_data for buffer in buffers],
             "masters": [shard.master for shard in self._shards],
@@ -214,7 +216,7 @@ class MegatronEngine(TrainingEngine):
 
     def _make_shards(self) -> None:
         """Makes masters and moments, and notes where the parts of the parameters lie."""
-        names = {located.parameter: name for name, located in self.parameters.items()}
+        names = {located.parameter: name for name, located in self.trained.items()}
         rank, size = self._topology.data_rank, self._topology.data_size
         places: dict[str, _Part] = {}
         for buffer in (buffer for chunk in self._chunks for buffer in chunk.buffers):
@@ -231,14 +233,14 @@ class MegatronEngine(TrainingEngine):
                     begin, end, _ = buffer.param_index_map[parameter]
                     start, stop = max(begin, first), min(end, first + length)
                     places[names[parameter]] = _Part(shard, begin - first, start - begin, max(0, stop - start))
-        self._parts = {name: places[name] for name in self.parameters}
+        self._parts = {name: places[name] for name in self.trained}
 
     def _make_adam(self, config: RunConfig, is_fused: bool) -> torch.optim.AdamW:
         """AdamW on the parts of this rank; its state is made now, so that a checkpoint can be loaded into it."""
-        names = {located.parameter: name for name, located in self.parameters.items()}
+        names = {located.parameter: name for name, located in self.trained.items()}
         groups = []
         masters: dict[str, torch.Tensor] = {}
-        for group in decay_groups(self.parameters, config.optim):
+        for group in decay_groups(self.trained, config.optim):
             members = [names[parameter] for parameter in group["params"] if self._parts[names[parameter]].length]
             for name in members:
                 part = self._parts[name]
@@ -314,6 +316,7 @@ class MegatronEngine(TrainingEngine):
 def _with_buffers(stage: Stage, number: int, topology: Topology) -> Any:
     """The stage with its weights and gradients in buffers, except a copy of a tied embedding."""
     copied: nn.Parameter | None = stage.output.weight if stage.has_copied_output else None
+    is_trained = copied is not None and copied.requires_grad
     if copied is not None:
         copied.requires_grad_(False)
         # Its gradient goes to the rank that owns the weight (`parallel/tied.py`).
@@ -342,5 +345,5 @@ def _with_buffers(stage: Stage, number: int, topology: Topology) -> Any:
         pg_collection=groups,
     )
     if copied is not None:
-        copied.requires_grad_(True)
+        copied.requires_grad_(is_trained)
     return chunk

@@ -78,6 +78,7 @@ class TrainingEngine(abc.ABC):
             (`parallel/tied.py`).
         tied: moves a tied embedding between the ends of the pipeline; None if embeddings are not tied.
         parameters: global name -> parameter and placement.
+        trained: those of them that are trained: all, unless `lora` freezes the others.
         loss_factor: what a loss is multiplied by before it is differentiated: the number that the engine divides the
             sum of the replicas' gradients by.
     """
@@ -88,6 +89,9 @@ class TrainingEngine(abc.ABC):
         self.stages: list[Stage] = list(module.stages)
         self.tied = TiedEmbedding(self.stages, topology) if config.model.tie_embeddings else None
         self.parameters: Parameters = name_parameters(module, topology)
+        self.trained: Parameters = {
+            name: located for name, located in self.parameters.items() if located.parameter.requires_grad
+        }
         self._topology = topology
         self._averages: AveragedWeights | None = None
 
@@ -126,7 +130,7 @@ class TrainingEngine(abc.ABC):
 
     @abc.abstractmethod
     def model_values(self) -> dict[str, ShardedValue]:
-        """The weights in training dtype, as views to save from or load into.
+        """The weights in training dtype, frozen ones among them, as views to save from or load into.
 
         After an error under the averaged weights this is a collective, in which the trained ones come back.
         """
@@ -161,6 +165,10 @@ class TrainingEngine(abc.ABC):
                 values[f"{key}.{name}"] = fragment_pieces(flat, fragment.start, placement)
         return values
 
+    def trained_values(self) -> dict[str, ShardedValue]:
+        """`model_values` of what is trained."""
+        return {name: value for name, value in self.model_values().items() if name in self.trained}
+
     def restart_averages(self) -> None:
         """Begins the average again with the weights as they are, after others were loaded."""
         if self._averages is not None:
@@ -184,7 +192,7 @@ def decay_groups(parameters: Parameters, section: OptimSection) -> list[dict[str
     """AdamW's parameter groups: those that weight decay is for, and the others; one group if there is no decay.
 
     Args:
-        parameters: of this rank, by global name.
+        parameters: those of this rank that are trained, by global name.
         section: `weight_decay`, `decays_vectors`, `decay_exempt`.
     """
     groups: dict[float, list[torch.nn.Parameter]] = {}

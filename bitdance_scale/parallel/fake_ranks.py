@@ -21,7 +21,7 @@ from torch import nn
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bitdance_scale.config.schema import ParallelSection
+from bitdance_scale.config.parallel_schema import ParallelSection
 from bitdance_scale.parallel import replicated
 from bitdance_scale.parallel.storage_log import StorageLog
 from bitdance_scale.parallel.topology import Topology, make_topology

@@ -14,6 +14,7 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import nn
 
+from bitdance_scale.parallel.adapter import Adapter
 from bitdance_scale.parallel.partition import Placement
 from bitdance_scale.parallel.pipeline_stages import RankStages, Stage
 from bitdance_scale.parallel.tensor_linears import ColumnLinear
@@ -50,6 +51,16 @@ def name_parameters(module: RankStages, topology: Topology) -> Parameters:
     return named
 
 
+def owners(module: RankStages) -> dict[str, nn.Module]:
+    """Global name -> the module that has the parameter; otherwise as `name_parameters`."""
+    return {
+        _global_name(f"{name}.{leaf}", stage): part
+        for stage in module.stages
+        for name, part in stage.named_modules()
+        for leaf, _ in part.named_parameters(recurse=False)
+    }
+
+
 def _global_name(name: str, stage: Stage) -> str:
     return re.sub(r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{stage.layers[int(m[1])]}.", name)
 
@@ -59,6 +70,8 @@ def _placement(
 ) -> Placement:
     """Where the local parameter lies in the whole one, by the kind of module that owns it."""
     shape, rank, size = tuple(parameter.shape), topology.tensor_rank, topology.tensor_size
+    if isinstance(module, Adapter):
+        return module.placements[leaf]
     if isinstance(module, RowParallelLinear) and leaf == "weight":
         return Placement.split(shape, dim=1, rank=rank, size=size)
     if isinstance(module, VocabParallelEmbedding) or module_name == "output":

@@ -1,9 +1,9 @@
 """Gradients of replicated parameters of which every tensor-parallel rank computes a part.
 
-Such are the weights of norms that a rank applies to its own heads or positions alone (`RMSNorm`). The parts must be
-summed over the ranks. A norm does this inside autograd, for every micro-batch, which is right under every optimiser.
-An optimiser that lets gradients add up until the step can sum all of them once, in one message and in the dtype in
-which they were accumulated.
+Such are the weights of norms that a rank applies to its own heads or positions alone (`RMSNorm`), and matrices of
+adapters under sequence parallelism (`Adapter`). The parts must be summed over the ranks. A module does this inside
+autograd, for every micro-batch, which is right under every optimiser. An optimiser that lets gradients add up until the
+step can sum all of them once, in one message and in the dtype in which they were accumulated.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from bitdance_scale.parallel.adapter import Adapter
 from bitdance_scale.parallel.backbone import RMSNorm
 
 
@@ -26,11 +27,11 @@ def leave_gradients_partial(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     Args:
         modules: the stages of a rank.
     """
-    norms = [norm for module in modules for norm in module.modules() if isinstance(norm, RMSNorm)]
-    partial = [norm for norm in norms if norm.sums_in_backward]
-    for norm in partial:
-        norm.sums_in_backward = False
-    return [norm.weight for norm in partial]
+    parts = [part for module in modules for part in module.modules() if isinstance(part, RMSNorm | Adapter)]
+    partial = [part for part in parts if part.sums_in_backward]
+    for part in partial:
+        part.sums_in_backward = False
+    return [parameter for part in partial for parameter in part.partial_parameters]
 
 
 def sum_over_tensor_ranks(gradients: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:

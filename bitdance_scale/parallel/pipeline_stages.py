@@ -26,11 +26,13 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer import TransformerConfig
 from torch import nn
+from torch.nn import functional
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.diffusion_head import DiffusionHead
 from bitdance_scale.model.heads import make_head
 from bitdance_scale.model.inputs import PackInputs
+from bitdance_scale.model.low_rank import dropout_rows
 from bitdance_scale.model.positions import axis_table, look_up_cells, raster_index
 from bitdance_scale.model.projector import PROJECTORS
 from bitdance_scale.parallel.backbone import RMSNorm, make_backbone, transformer_config
@@ -62,6 +64,29 @@ class RankStages(nn.Module):
         return self.stages[0](inputs)
 
 
+class QueryDeltas(nn.Module):
+    """What is added to the embeddings of the query tokens, whose table is frozen; whole on every rank.
+
+    Args:
+        first: id of the first query token; the others follow.
+        num_queries: how many.
+        hidden_size: D.
+        dtype: of the changes.
+    """
+
+    def __init__(self, first: int, num_queries: int, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._first = first
+        self.weight = nn.Parameter(torch.empty(num_queries, hidden_size, dtype=dtype))
+
+    def forward(self, token_ids_BS: torch.Tensor, embedded_BSD: torch.Tensor) -> torch.Tensor:
+        """The embeddings [B, S, D] of tokens [B, S], with the changes of those that are query tokens."""
+        number_BS = token_ids_BS - self._first
+        is_query_BS = (number_BS >= 0) & (number_BS < len(self.weight))
+        delta_BSD = functional.embedding(number_BS.clamp(0, len(self.weight) - 1), self.weight)
+        return embedded_BSD + delta_BSD * is_query_BS[..., None]
+
+
 class Stage(nn.Module):
     """One pipeline stage of the model on one tensor-parallel rank.
 
@@ -73,6 +98,7 @@ class Stage(nn.Module):
         layers: global indices of the backbone layers held here.
         has_copied_output: whether the text projection is a copy of the embedding on another rank (`parallel/tied.py`).
         cell_table: positions of cells along one axis, [coordinates, D / 2]; on the first and the last stage.
+        query_deltas: changes of the embeddings of query tokens; None: they are those of the table.
         trace: what watches the hidden states that enter the layers; None: nothing.
     """
 
@@ -91,6 +117,7 @@ class Stage(nn.Module):
         self.grid = config.classes.grid
         self.layers = stage_layers(config, vocab_size, number)
         self.has_copied_output = False
+        self.query_deltas: QueryDeltas | None = None
         self.trace: StepTrace | None = None
         whole = without_sequence_parallel(self.config)
         linears = TensorParallelLinears(self.config, topology)
@@ -152,8 +179,12 @@ class Stage(nn.Module):
             entering_SBD = hidden_SBD if self.is_first else self.decoder.input_tensor
             assert entering_SBD is not None, "the schedule sets what a later stage begins with"
             self.trace.watch(self.number, entering_SBD)
-        hidden_SBD = self.decoder(hidden_SBD, attention_mask=inputs.mask, rotary_pos_emb=inputs.rotary)
+        with dropout_rows(inputs.dropout_rows):
+            hidden_SBD = self.decoder(hidden_SBD, attention_mask=inputs.mask, rotary_pos_emb=inputs.rotary)
         if not self.is_last:
+            if torch.is_grad_enabled() and not hidden_SBD.requires_grad:
+                # Nothing is trained up to here, but the schedule passes a gradient back to every stage.
+                hidden_SBD.requires_grad_()
             return hidden_SBD
         if self.config.sequence_parallel:
             # What follows sums its gradient over the ranks itself, so every rank has the whole gradient and keeps its
@@ -173,7 +204,15 @@ class Stage(nn.Module):
 
     def embed_tokens(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embeds text and special tokens [B, S] into [S, B, D]."""
-        return self.embedding(token_ids).transpose(0, 1)
+        embedded_BSD = self.embedding(token_ids)
+        if self.query_deltas is not None:
+            embedded_BSD = self.query_deltas(token_ids, embedded_BSD)
+        return embedded_BSD.transpose(0, 1)
+
+    def add_query_deltas(self, num_queries: int) -> None:
+        """Makes the embeddings of the query tokens, the last of the table, trainable while the table is not."""
+        first = self.vocab_size - num_queries
+        self.query_deltas = QueryDeltas(first, num_queries, self.hidden_size, self.config.params_dtype)
 
     def embed_bits(self, bits: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
         """Projects bits [.., V, C] to [.., V, D]; some families add the 2-D positions of their `cells` [V, 2]."""
@@ -196,9 +235,10 @@ class Stage(nn.Module):
         With `inputs.reports_blocks` the head's losses of the M predicted blocks follow: float32 [2 + M].
         """
         condition_MPD = self.conditions(hidden_SD[inputs.predict_positions], inputs.predict_cells)
-        vision, losses_M = self.head.losses(
-            condition_MPD, inputs.clean_bits, inputs.noise, inputs.time, inputs.reports_blocks
-        )
+        with dropout_rows(inputs.head_dropout_rows):
+            vision, losses_M = self.head.losses(
+                condition_MPD, inputs.clean_bits, inputs.noise, inputs.time, inputs.reports_blocks
+            )
         if self.parts.has_text:
             text = self.text_loss_sum(hidden_SD[inputs.text_positions], inputs.text_targets)
         else:

@@ -14,17 +14,26 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from bitdance_scale.model.low_rank import current_rows, dropout_rows
+
 
 def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls a function whose activations are computed again in the backward pass instead of being kept.
 
-    Nothing random runs inside a layer, so no generator state is saved. Megatron-core's own checkpointing would not do:
+    What is dropped depends on the rows that pass through (`model/low_rank.py`), which are the same ones again. Nothing
+    else random runs inside a layer, so no generator state is saved. Megatron-core's own checkpointing would not do:
     it takes only tensors, which the mask of a pack is not, and needs CUDA's generators.
     """
+    rows = current_rows()
+
+    def with_rows(*args: Any, **kwargs: Any) -> Any:
+        with dropout_rows(rows):
+            return function(*args, **kwargs)
+
     # Under ZeRO-3 the weights among the saved tensors are gathered in one pass and empty in the other; a check of their
     # shapes would refuse that.
     return checkpoint(
-        function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none", **kwargs
+        with_rows, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none", **kwargs
     )
 
 

@@ -34,8 +34,9 @@ class TiedEmbedding:
             return
         if stages[0].is_first:
             self._owner = stages[0].embedding.weight
-        else:
-            self._copy = stages[-1].output.weight
+            return
+        self._copy = stages[-1].output.weight
+        if self._copy.requires_grad:
             # Summed over micro-batches in float32, as the engine sums the other gradients.
             self._gradient = torch.zeros_like(self._copy, dtype=torch.float32)
             self._copy.register_post_accumulate_grad_hook(self._take_gradient)
@@ -48,7 +49,13 @@ class TiedEmbedding:
             dist.broadcast(weight.data, self._topology.first_stage_rank, group=self._topology.ends_group)
 
     def return_gradient(self) -> None:
-        """Adds the gradient of the copy to that of the weight, through autograd, so that the engine's hooks see it."""
+        """Adds the gradient of the copy to that of the weight, through autograd, so that the engine's hooks see it.
+
+        Of a frozen weight there is none.
+        """
+        weight = self._owner if self._owner is not None else self._copy
+        if weight is None or not weight.requires_grad:
+            return
         if self._copy is not None:
             dist.send(self._gradient, self._topology.first_stage_rank, group=self._topology.ends_group)
             self._gradient.zero_()

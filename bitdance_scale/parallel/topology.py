@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from bitdance_scale.config.schema import ParallelSection
+from bitdance_scale.config.parallel_schema import ParallelSection
 
 DEFAULT_TIMEOUT_S = 1800.0
 FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}

@@ -65,8 +65,8 @@ def deepspeed_config(config: RunConfig, data_size: int, num_elements: int) -> di
     Args:
         config: the run.
         data_size: data-parallel ranks.
-        num_elements: elements of this rank's parameters. The buffer in which gradients are reduced needs no more than
-            these: the sums do not depend on which gradients are reduced together.
+        num_elements: elements of this rank's trained parameters. The buffer in which gradients are reduced needs no
+            more than these: the sums do not depend on which gradients are reduced together.
     """
     parallel = config.parallel
     settings: dict[str, object] = {
@@ -113,7 +113,7 @@ class ZeroEngine(TrainingEngine):
         # ZeRO-2 and 3 take every micro-batch's gradient as soon as it exists.
         self._partial = leave_gradients_partial(self.stages) if self._zero_stage == 1 else []
         optimizer = GuardedAdamW(
-            decay_groups(self.parameters, config.optim),
+            decay_groups(self.trained, config.optim),
             lr=config.optim.lr,
             betas=(config.optim.beta1, config.optim.beta2),
             eps=config.optim.eps,
@@ -123,7 +123,7 @@ class ZeroEngine(TrainingEngine):
             self._engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=optimizer,
-                config=deepspeed_config(config, topology.data_size, _num_elements(self.parameters)),
+                config=deepspeed_config(config, topology.data_size, _num_elements(self.trained)),
                 mpu=topology,
                 dist_init_required=False,
             )
@@ -211,7 +211,7 @@ class ZeroEngine(TrainingEngine):
 
     def fragments(self) -> Iterator[tuple[str, Fragment]]:
         """(global name, fragment) of each parameter that this rank keeps a part of."""
-        for name, (parameter, _) in self.parameters.items():
+        for name, (parameter, _) in self.trained.items():
             kept = self._locate(parameter)
             if kept is None:
                 continue

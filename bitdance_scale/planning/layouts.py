@@ -7,9 +7,10 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from bitdance_scale.config.parallel_schema import ParallelSection
 from bitdance_scale.config.ranges import range_violations
 from bitdance_scale.config.rules import RULES
-from bitdance_scale.config.schema import ParallelSection, RunConfig
+from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
 
 VIRTUAL_STAGES = (1, 2, 4)

@@ -6,7 +6,8 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bitdance_scale.config.schema import ParallelSection, RunConfig
+from bitdance_scale.config.parallel_schema import ParallelSection
+from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.observe.cost import step_flops, utilisation
 from bitdance_scale.parallel.stage_split import StageCosts, balanced_split, stage_costs, stage_split

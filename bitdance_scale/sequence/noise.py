@@ -52,12 +52,14 @@ class PackNoise:
         time_normal: float32 [K * Q / P], N(0, 1) per draw and predicted block, which `model/flow.py` turns into a flow
             time; K draws one after the other.
         noise: float32 [K * Q, C], the Gaussian ends of the flow.
+        dropout: int64 [N], a number of every sample, from which follows what is dropped of it (`model/low_rank.py`).
     """
 
     flip_level: np.ndarray
     flip_draw: np.ndarray
     time_normal: np.ndarray
     noise: np.ndarray
+    dropout: np.ndarray
 
 
 def pack_noise(
@@ -77,6 +79,7 @@ def pack_noise(
     # By draw, then by sample.
     times: list[list[np.ndarray]] = [[np.zeros(0, dtype=np.float32)] for _ in range(num_draws)]
     noises: list[list[np.ndarray]] = [[np.zeros((0, num_bits), dtype=np.float32)] for _ in range(num_draws)]
+    dropouts = []
     for key, (start, stop), is_predicted in zip(
         pack.sample_keys, pack.sample_vision, pack.sample_predicts, strict=True
     ):
@@ -88,10 +91,13 @@ def pack_noise(
             for time, noise in zip(times, noises, strict=True):
                 time.append(numbers.standard_normal(num_vision // pack.block_tokens, dtype=np.float32))
                 noise.append(numbers.standard_normal((num_vision, num_bits), dtype=np.float32))
+        # The last number of the sample, so that the others are what they are without it.
+        dropouts.append(int(numbers.integers(1 << 62)))
     flips = np.concatenate(uniforms, axis=1)
     return PackNoise(
         flip_level=flips[0],
         flip_draw=flips[1],
         time_normal=np.concatenate([part for draw in times for part in draw]),
         noise=np.concatenate([part for draw in noises for part in draw]),
+        dropout=np.array(dropouts, dtype=np.int64),
     )

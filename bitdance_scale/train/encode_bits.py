@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bitdance_scale.config.schema import ParallelSection, RunConfig
+from bitdance_scale.config.parallel_schema import ParallelSection
+from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.augment import num_stored_views, stored_views
 from bitdance_scale.data.bit_shards import (
     Bits,

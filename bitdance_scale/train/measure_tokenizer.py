@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from bitdance_scale.config.schema import ParallelSection
+from bitdance_scale.config.parallel_schema import ParallelSection
 from bitdance_scale.parallel.agreement import all_ranks
 from bitdance_scale.train.process import EXIT_COMPLETE, StopRequest
 from bitdance_scale.train.run import joined_ranks

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from bitdance_scale.checkpoint.integrity import MANIFEST_NAME, file_digest, read_manifest, text_digest
-from bitdance_scale.config.schema import ParallelSection, RunConfig
+from bitdance_scale.checkpoint.integrity import file_digest, text_digest
+from bitdance_scale.config.parallel_schema import ParallelSection
+from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.evaluation.benchmarks.solving import Solving
 from bitdance_scale.generate.image_sizes import check_size
@@ -23,6 +24,7 @@ from bitdance_scale.generate.published_model import read_sections
 from bitdance_scale.generate.sampler import FlowSolver
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.train.sampling import BatchDrawer, sample_grid
+from bitdance_scale.train.starting import digest_of
 from bitdance_scale.train.still_run import load_still_run
 
 
@@ -155,10 +157,9 @@ def run_source(config: RunConfig, checkpoint: Path) -> ModelSource:
         config: from `drawing_config`; `sample` says how images are drawn, `parallel` is the layout of a replica.
         checkpoint: the weights.
     """
-    manifest = checkpoint / MANIFEST_NAME
     return ModelSource(
-        # Two checkpoints share it only if all their files are equal.
-        lambda: read_manifest(manifest.read_bytes(), str(manifest)).sha256,
+        # That of a run with adapters holds the digest of the frozen weights.
+        lambda: digest_of(checkpoint),
         config.vision.block_tokens,
         {"dtype": config.run.dtype, "time_shift": config.head.time_shift},
         config.parallel,

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bitdance_scale.config.schema import ParallelSection
+from bitdance_scale.config.parallel_schema import ParallelSection
 from bitdance_scale.errors import BitDanceError, ConfigError
 from bitdance_scale.float32_products import set_float32_products
 from bitdance_scale.observe.console import setup_logging

@@ -19,7 +19,7 @@ from bitdance_scale.checkpoint.run_checkpoint import (
 from bitdance_scale.checkpoint.start_weights import NewQueries, check_network, start_files, start_prefix
 from bitdance_scale.checkpoint.tensor_index import read_index
 from bitdance_scale.config.kinds import AnyConfig
-from bitdance_scale.config.load import load_network
+from bitdance_scale.config.load import load_lora, load_network
 from bitdance_scale.config.resuming import Effect, changes
 from bitdance_scale.config.schema import NetworkConfig, RunConfig
 from bitdance_scale.config.training_stages import STAGES
@@ -85,6 +85,7 @@ def check_start(path: Path, config: RunConfig, vision_digest: str = "") -> Start
     weights = config.run.start_weights
     state = read_state(path, start_files(path, read_index(path / TENSORS_DIR), weights) if is_partial else None)
     network = load_network(path / CONFIG_NAME)
+    _check_whole(path, config)
     if not config.run.start_from_any:
         _check_order(path, state, config)
         if vision_digest:
@@ -143,6 +144,18 @@ def check_resume(path: Path, config: AnyConfig) -> None:
     told = [str(change) for change in found if change.effect is Effect.TOLD]
     if told:
         logger.info("resumed with changed settings: %s", ", ".join(told))
+
+
+def _check_whole(path: Path, config: RunConfig) -> None:
+    """Refuses a checkpoint that has adapters without the weights that they change."""
+    if load_lora(path / CONFIG_NAME).is_used:
+        base = read_run_section(path).get("start_from", "")
+        raise ConfigError(
+            f"run.start_from = {config.run.start_from!r}: a run with adapters, whose checkpoints do not have the "
+            f"frozen weights. To go on with its adapters, set run.start_from={base} and lora.start_from="
+            f"{config.run.start_from}; otherwise export it with its adapters merged (bitdance export --merge), and "
+            "import that"
+        )
 
 
 def _check_meaning(path: Path, network: NetworkConfig, config: RunConfig) -> None:

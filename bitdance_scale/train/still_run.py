@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bitdance_scale.checkpoint.start_weights import load_start_weights
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.model.adaptable import is_trained
 from bitdance_scale.parallel.agreement import on_first_rank
+from bitdance_scale.parallel.partition import ShardedValue
 from bitdance_scale.parallel.still_model import StillModel
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.sequence.condition import Condition, load_condition
-from bitdance_scale.train.start_checks import check_start
+from bitdance_scale.train.start_checks import Start, check_start
+from bitdance_scale.train.starting import check_base, find_base, of_network
 from bitdance_scale.vision.tokenizer import VisionTokenizer, vision_digest
 
 
@@ -33,6 +37,8 @@ class StillRun:
 def load_still_run(config: RunConfig, checkpoint: Path, weights: str, topology: Topology) -> StillRun:
     """Builds the network of a run and fills it from a checkpoint, also of a run that has not finished; a collective.
 
+    Of a run with adapters the frozen weights are those of its start.
+
     Args:
         config: the run, checked.
         checkpoint: where the weights are.
@@ -44,9 +50,30 @@ def load_still_run(config: RunConfig, checkpoint: Path, weights: str, topology: 
     """
     condition = load_condition(config)
     vision = VisionTokenizer(config.vision, topology.device)
-    run = replace(config.run, start_from_any=True, start_weights=weights, start_from=str(checkpoint))
     digest = on_first_rank(lambda: vision_digest(config.vision))
-    start = on_first_rank(lambda: check_start(checkpoint, replace(config, run=run), digest))
     model = StillModel(config, condition.vocab_size, topology)
-    load_start_weights(checkpoint, model.model_values(), None, tokenizer_digest=start.tokenizer_digest, weights=weights)
+    values = model.model_values()
+    run = replace(config.run, start_from_any=True)
+    if config.lora.is_used:
+        base = find_base(replace(config, run=run), checkpoint.absolute().parents[1], digest)
+        on_first_rank(lambda: check_base(checkpoint, base))
+        _load(base.start, of_network(values), config.run.start_weights)
+        values = {name: value for name, value in values.items() if is_trained(name, config.lora)}
+        start = Start(checkpoint, condition.digest, None)
+    else:
+        run = replace(run, start_weights=weights, start_from=str(checkpoint))
+        start = on_first_rank(lambda: check_start(checkpoint, replace(config, run=run), digest))
+    _load(start, values, weights)
     return StillRun(condition, vision, model)
+
+
+def _load(start: Start, values: Mapping[str, ShardedValue], weights: str) -> None:
+    load_start_weights(
+        start.path,
+        values,
+        None,
+        tokenizer_digest=start.tokenizer_digest,
+        weights=weights,
+        new_queries=start.new_queries,
+        is_partial=start.is_partial,
+    )

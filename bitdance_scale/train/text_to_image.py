@@ -13,11 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from bitdance_scale.checkpoint.remote_folder import is_remote
-from bitdance_scale.checkpoint.remote_restore import fetch_start
 from bitdance_scale.checkpoint.run_checkpoint import TrainState, load_checkpoint
-from bitdance_scale.checkpoint.start_weights import find_checkpoint, load_start_weights
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.model.adaptable import targets
 from bitdance_scale.model.inputs import PackInputs, make_inputs
 from bitdance_scale.observe.benchmark_scores import read_scores_of_run
 from bitdance_scale.observe.metrics import EVALUATION_FILE, Evaluation, append_evaluation, read_evaluations
@@ -48,7 +46,8 @@ from bitdance_scale.train.run_observer import (
 )
 from bitdance_scale.train.sampling import draw_samples
 from bitdance_scale.train.shared_index import labelled_index
-from bitdance_scale.train.start_checks import Start, check_resume, check_start
+from bitdance_scale.train.start_checks import check_resume
+from bitdance_scale.train.starting import Base, check_base, find_base, load_adapters, load_base
 from bitdance_scale.train.step_faults import StepFaults, compute_again, index_names, read_trace
 from bitdance_scale.train.step_feed import ReadyStep, StepFeed, StepReader
 from bitdance_scale.train.step_guards import Spike
@@ -101,7 +100,11 @@ class TextToImageJob(Job):
         on_first_rank(lambda: keep_class_names(run_folder, config.classes, is_resumed=latest is not None))
         if latest is not None:
             on_first_rank(lambda: check_resume(latest, config))
-        start = self._find_start() if latest is None and config.run.start_from else None
+        base = None
+        if config.run.start_from and (latest is None or config.lora.is_used):
+            base = find_base(config, run_folder, self._vision_digest)
+            if config.lora.is_used:
+                on_first_rank(lambda: list(targets(config.network, self._condition.vocab_size, config.lora.targets)))
         self._evaluator = (
             Evaluator.read(config, self._condition, self._vision, topology) if config.evaluate.shards else None
         )
@@ -111,10 +114,13 @@ class TextToImageJob(Job):
         self.progress = Progress()
         # What a checkpoint keeps of the release that the weights came from.
         self._release: dict[str, Any] = {}
+        self._base_digest = base.digest if base is not None and config.lora.is_used else ""
+        if base is not None:
+            self._release = load_base(self._engine, base, config)
         if latest is not None:
-            self.load_newest(latest, self._resume)
-        elif start is not None:
-            self._start(start)
+            self.load_newest(latest, lambda path: self._resume(path, base))
+        elif base is not None and config.lora.start_from:
+            load_adapters(self._engine, base, config, self._condition.digest)
         self._meter = StepMeter(config, self._condition.vocab_size, topology, self.progress)
         stages = [stage.number for stage in self._engine.stages]
         self._faults = StepFaults(topology, run_folder, stages, index_names(self._index))
@@ -266,12 +272,13 @@ class TextToImageJob(Job):
             release=self._release,
             guards=self.guards.state(),
             vision_digest=self._vision_digest,
+            base_digest=self._base_digest,
             **fields,
         )
 
     def model_values(self) -> Mapping[str, ShardedValue]:
-        """What this rank holds of the parameters."""
-        return self._engine.model_values()
+        """What this rank holds of the parameters that are trained."""
+        return self._engine.trained_values()
 
     def optimizer_values(self) -> Mapping[str, ShardedValue]:
         """What this rank holds of the optimiser's state."""
@@ -330,10 +337,12 @@ class TextToImageJob(Job):
         with self._engine.weights_of(self.config.sample.weights):
             return draw_samples(self._engine, self.config, self._condition, self._vision, self.topology)
 
-    def _resume(self, path: Path) -> None:
+    def _resume(self, path: Path, base: Base | None) -> None:
+        if base is not None:
+            on_first_rank(lambda: check_base(path, base))
         state = load_checkpoint(
             path,
-            self._engine.model_values(),
+            self._engine.trained_values(),
             self._engine.optimizer_values(),
             tokenizer_digest=self._condition.digest,
             vision_digest=self._vision_digest,
@@ -352,32 +361,6 @@ class TextToImageJob(Job):
             skipped_steps=state.optimizer["skipped_steps"],
         )
         self._saved_step = state.step
-
-    def _find_start(self) -> Start:
-        """What `run.start_from` means, and whether the stage can start from it."""
-        where = self.config.run.start_from
-        if is_remote(where):
-            weights = self.config.run.start_weights
-            path = fetch_start(where, self.config.checkpoint, self.run_folder, weights=weights)
-        else:
-            path = find_checkpoint(where)
-        return on_first_rank(lambda: check_start(path, self.config, self._vision_digest))
-
-    def _start(self, start: Start) -> None:
-        prefix = "master."
-        values = self._engine.optimizer_values()
-        masters = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
-        self._release = load_start_weights(
-            start.path,
-            self._engine.model_values(),
-            masters,
-            tokenizer_digest=start.tokenizer_digest,
-            weights=self.config.run.start_weights,
-            new_queries=start.new_queries,
-            is_partial=start.is_partial,
-        )
-        self._engine.restart_averages()
-        logger.info("started from the weights of %s (%s)", start.path, self.config.run.start_weights)
 
     def _prepare(self, packs: Sequence[Pack], step: int) -> list[PackInputs]:
         """The micro-batches of a step on the device; called in the feed's thread."""

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from bitdance_scale.checkpoint.run_checkpoint import load_tensors, read_state_of
-from bitdance_scale.config.schema import ParallelSection
+from bitdance_scale.config.parallel_schema import ParallelSection
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.data.crop_stream import CropStream
 from bitdance_scale.data.held_out import centre_crops

@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 
-from bitdance_scale.config.schema import ParallelSection
+from bitdance_scale.config.parallel_schema import ParallelSection
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.observe.tokenizer_cost import tokenizer_flops
 from bitdance_scale.parallel.fake_ranks import autocast_of_cuda, join_fake_job, no_memory

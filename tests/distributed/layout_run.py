@@ -77,21 +77,21 @@ def train(rank: int, config: RunConfig, num_micro: int, num_steps: int, is_lopsi
 
     record = RankRecord([], [], {}, {}, {})
     if config.optim.average_decay:
-        record.history.append(_slices(engine.model_values()))
+        record.history.append(_slices(engine.trained_values()))
     for step in range(num_steps):
         batch = step_inputs(config, topology, num_micro, step, is_lopsided)
         counts = count_targets(batch, topology)
         losses = accumulate_gradients(engine, batch, counts, config.loss, topology)
         record.losses.append((losses.total, losses.vision, losses.text))
         if step == 0:
-            for name, (_, placement) in engine.parameters.items():
+            for name, (_, placement) in engine.trained.items():
                 value = whole_pieces(engine.gradient(name).view(placement.local_shape), placement)
                 record.gradients[name] = [(piece.offsets, piece.tensor.clone()) for piece in value.pieces]
                 record.shapes[name] = value.global_shape
         record.grad_norms.append(engine.step(config.optim.lr).grad_norm)
         if config.optim.average_decay:
-            record.history.append(_slices(engine.model_values()))
-    record.weights = _slices(engine.model_values())
+            record.history.append(_slices(engine.trained_values()))
+    record.weights = _slices(engine.trained_values())
     if config.optim.average_decay:
         _record_averages(engine, record)
     return record
@@ -107,7 +107,7 @@ def _record_averages(engine: object, record: RankRecord) -> None:
     record.averages = _slices(averages)
     held = _slices(values)
     with engine.weights_of("averaged"):
-        record.averaged = _slices(engine.model_values())
+        record.averaged = _slices(engine.trained_values())
     # Everything is back, bit for bit; after an error too.
     _check_back(record.weights, held, engine)
     with contextlib.suppress(ZeroDivisionError), engine.weights_of("averaged"):
@@ -116,7 +116,7 @@ def _record_averages(engine: object, record: RankRecord) -> None:
 
 
 def _check_back(weights: Slices, held: Slices, engine: object) -> None:
-    for before, after in ((weights, _slices(engine.model_values())), (held, _slices(engine.optimizer_values()))):
+    for before, after in ((weights, _slices(engine.trained_values())), (held, _slices(engine.optimizer_values()))):
         assert before.keys() == after.keys()
         for name, parts in before.items():
             for (_, part), (_, again) in zip(parts, after[name], strict=True):

@@ -41,7 +41,7 @@ class Drawn:
 def _draw(
     rank: int, benchmark: str, prompts: Path | None, out: Path, dies_after: int | None, asks_to_stop: bool
 ) -> int:
-    from bitdance_scale.config.schema import ParallelSection
+    from bitdance_scale.config.parallel_schema import ParallelSection
     from bitdance_scale.evaluation.benchmarks.catalogue import find_benchmark, read_prompts
     from bitdance_scale.evaluation.benchmarks.manifest import Drawing
     from bitdance_scale.train import draw_prompts

@@ -48,7 +48,7 @@ def values_of(values: Mapping[str, ShardedValue]) -> dict[str, list[tuple[Any, n
 
 def drive(rank: int, layouts: list[str]) -> dict[str, Any]:
     """By layout: (losses of this rank, gradient norms) of every step, and all values after the last."""
-    from bitdance_scale.config.schema import ParallelSection
+    from bitdance_scale.config.parallel_schema import ParallelSection
     from bitdance_scale.parallel.topology import end_process_group, make_topology, start_process_group
     from bitdance_scale.train.tokenizer_networks import TokenizerNetworks
     from bitdance_scale.train.tokenizer_objective import Crops

@@ -26,7 +26,7 @@ class Pooled(torch.nn.Module):
 
 
 def _measure(rank: int, weights: Path, shards: Path):
-    from bitdance_scale.config.schema import ParallelSection
+    from bitdance_scale.config.parallel_schema import ParallelSection
     from bitdance_scale.data.held_out import HeldOutSize
     from bitdance_scale.train import tokenizer_measurement
     from bitdance_scale.train.process import StopRequest

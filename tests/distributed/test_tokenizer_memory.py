@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bitdance_scale.config.load import load_config
-from bitdance_scale.config.schema import ParallelSection
+from bitdance_scale.config.parallel_schema import ParallelSection
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.parallel.fake_ranks import autocast_of_cuda
 from bitdance_scale.parallel.replicated import fullest_share

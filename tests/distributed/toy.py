@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from bitdance_scale.config.data_schema import DataSection, Resolution
+from bitdance_scale.config.parallel_schema import ParallelSection
 from bitdance_scale.config.schema import (
     CheckpointSection,
     HeadSection,
@@ -14,7 +15,6 @@ from bitdance_scale.config.schema import (
     ModelSection,
     ObserveSection,
     OptimSection,
-    ParallelSection,
     RunConfig,
     RunSection,
     SampleSection,

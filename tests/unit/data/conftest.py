@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bitdance_scale.config.data_schema import DataSection, Resolution
+from bitdance_scale.config.parallel_schema import ParallelSection
 from bitdance_scale.config.schema import (
     CheckpointSection,
     HeadSection,
@@ -15,7 +16,6 @@ from bitdance_scale.config.schema import (
     ModelSection,
     ObserveSection,
     OptimSection,
-    ParallelSection,
     RunConfig,
     RunSection,
     SampleSection,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bitdance_scale.config.load import load_config
-from bitdance_scale.config.schema import ParallelSection
+from bitdance_scale.config.parallel_schema import ParallelSection
 from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.observe.cost import count_parameters
 from bitdance_scale.parallel.memory_estimate import MemoryEstimate, estimate_memory_here

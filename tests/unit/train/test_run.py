@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from bitdance_scale.config.schema import CheckpointSection, OptimSection, ParallelSection
+from bitdance_scale.config.parallel_schema import ParallelSection
+from bitdance_scale.config.schema import CheckpointSection, OptimSection
 from bitdance_scale.config.tokenizer_schema import TokenizerRunSection
 from bitdance_scale.errors import ConfigError, DataError, TrainingError
 from bitdance_scale.train import run
