@@ -129,8 +129,8 @@ def _check_adapters(path: Path, config: RunConfig, base: Base) -> None:
                 "matrices of another rank cannot go on from these" if name == "rank" else "they would be other adapters"
             )
             raise ConfigError(
-                f"lora.{name} = {_shown(new)}: the adapters of {path} have {_shown(old)}, and {reason}. Set "
-                f"lora.{name}={_shown(old)}; or export that run with its adapters merged (bitdance export --merge), "
+                f"lora.{name} = {toml_value(new)}: the adapters of {path} have {toml_value(old)}, and {reason}. Set "
+                f"lora.{name}={toml_value(old)}; or export that run with its adapters merged (bitdance export --merge), "
                 "import it, and begin with new ones on it (run.start_from)"
             )
     check_base(path, base)
@@ -154,7 +154,3 @@ def digest_of(checkpoint: Path) -> str:
     """Two checkpoints share it only if all their files are equal."""
     manifest = checkpoint / MANIFEST_NAME
     return read_manifest(manifest.read_bytes(), str(manifest)).sha256
-
-
-def _shown(value: object) -> str:
-    return toml_value(list(value) if isinstance(value, tuple) else value)
