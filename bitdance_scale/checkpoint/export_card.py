@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from bitdance_scale.checkpoint.export_release import Export
 
 MAX_STARTS = 16
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PAPER = "[BitDance](https://arxiv.org/abs/2602.14041)"
 
 
@@ -68,7 +70,7 @@ def export_facts(export: Export, options: ShareOptions) -> CardFacts:
         options.licence, options.licence_name, options.licence_file, base.licence if base is not None else None
     )
     base_id = options.base_model or (base.hub_id if base is not None else "")
-    if options.base_model and options.base_model.count("/") != 1:
+    if options.base_model and not _HUB_ID.fullmatch(options.base_model):
         raise ConfigError(
             f"--base-model {options.base_model!r}: must be an id of Hugging Face's, such as Qwen/Qwen3-14B"
         )
@@ -184,8 +186,8 @@ def _usage(export: Export, size_px: tuple[int, int]) -> str:
     """How the folder is used, in Markdown; `size_px` is height and width of the picture to draw."""
     if not export.network.model.parts.has_text:
         return (
-            f"```\nbitdance import {PICKLE_NAME} imported\nbitdance evaluate draw imagenet imported --out drawn\n```\n\n"
-            "`bitdance` is the command of bitdance_scale."
+            f"```\nbitdance import {PICKLE_NAME} imported\n"
+            "bitdance evaluate draw imagenet imported --out drawn\n```\n\n`bitdance` is the command of bitdance_scale."
         )
     height, width = size_px
     ours = f'```\nbitdance sample FOLDER --prompt "a red circle" --size {height}x{width} --out pictures\n```'

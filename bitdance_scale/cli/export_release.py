@@ -113,7 +113,7 @@ def _run(options: argparse.Namespace) -> int:
         f"{options.out}/README.md: a generated card, licence {licence}; read and correct it before you share the folder"
     )
     if not facts.licence.is_stated:
-        print("warning: no licence is stated; say which with --license (docs/sharing.md)", file=sys.stderr)
+        print("note: no licence is stated; say which with --license (docs/sharing.md)", file=sys.stderr)
     if extra := export.beyond_release:
         print(f"note: it has {extra}, {_EXTRA[export.network.model.parts.has_text]}", file=sys.stderr)
     return EXIT_COMPLETE

@@ -2,7 +2,7 @@
 
 It begins with fields in YAML, between two lines of three dashes (https://huggingface.co/docs/hub/model-cards). Names,
 prompts and paths come from people and may hold any character: in the fields a YAML library quotes them, in the text
-they are in code spans, and in headings and tables they are escaped.
+they are in code spans, and in headings, lists and tables they are escaped. Credentials of URLs are hidden everywhere.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def write_card(folder: Path, facts: CardFacts) -> None:
 
 
 def card_text(facts: CardFacts) -> str:
-    """The content of README.md. Credentials of URLs are hidden wherever they stand."""
+    """The content of README.md."""
     fields = yaml.safe_dump(front_matter(facts), sort_keys=False, allow_unicode=True, width=10_000)
     parts = [f"# {plain(facts.title)}", WARNING, facts.summary]
     if facts.samples is not None:
@@ -120,7 +120,8 @@ def card_text(facts: CardFacts) -> str:
     parts += ["## Licence", _licence_text(facts.licence)]
     if facts.authors:
         parts += ["## Authors", bullets([plain(author) for author in facts.authors])]
-    return hide_credentials(f"---\n{fields}---\n\n" + "\n\n".join(parts) + "\n")
+    body = "\n\n".join(parts)
+    return f"---\n{fields}---\n\n{body}\n"
 
 
 def front_matter(facts: CardFacts) -> dict[str, Any]:
@@ -137,7 +138,11 @@ def front_matter(facts: CardFacts) -> dict[str, Any]:
         fields["datasets"] = list(facts.datasets)
     if facts.pipeline_tag:
         fields["pipeline_tag"] = facts.pipeline_tag
-    fields |= {"library_name": facts.library, "tags": list(facts.tags), "model_name": one_line(facts.title)}
+    fields |= {
+        "library_name": facts.library,
+        "tags": list(facts.tags),
+        "model_name": one_line(facts.title),
+    }
     return fields
 
 
@@ -155,8 +160,8 @@ def plain(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """A text with single blanks for all line ends and control characters."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    """A text with single blanks for all line ends and control characters, and without credentials of URLs."""
+    return hide_credentials(" ".join("".join(c if c.isprintable() else " " for c in text).split()))
 
 
 def bullets(lines: Sequence[str]) -> str:

@@ -71,10 +71,9 @@ def run_tables(config: Mapping[str, Any], counts: RunCounts, folder: Path | None
     Raises:
         DataError: a file of the run is damaged.
     """
-    tables = [
-        Table("Data", ("setting", "value"), tuple(_data_rows(config.get("data", {}))), _DATA_NOTE),
-        Table("Training", ("setting", "value"), tuple(_training_rows(config, counts))),
-    ]
+    tables = [Table("Training", ("setting", "value"), tuple(_training_rows(config, counts)))]
+    if data := config.get("data"):
+        tables.insert(0, Table("Data", ("setting", "value"), tuple(_data_rows(data)), _DATA_NOTE))
     losses = [*_loss_rows(folder, counts.step)] if folder is not None else []
     if losses:
         tables.append(Table("Losses", ("loss", "value", "after step"), tuple(losses), _LOSS_NOTE))
@@ -91,7 +90,10 @@ _LOSS_NOTE = (
 def hub_datasets(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Ids of the data that the configuration names by an address on Hugging Face."""
     data = config.get("data", {})
-    addresses = [*data.get("shards", []), *(shard for source in data.get("sources", []) for shard in source["shards"])]
+    addresses = [
+        *data.get("shards", []),
+        *(shard for source in data.get("sources", []) for shard in source.get("shards", [])),
+    ]
     found = (_HUB_DATA.search(hide_credentials(str(address))) for address in addresses)
     return tuple(dict.fromkeys(match[1] for match in found if match is not None))
 
@@ -139,13 +141,14 @@ def _data_rows(data: Mapping[str, Any]) -> Iterator[Row]:
         share = f", {source.get('share', 1)} of {total} parts" if len(sources) > 1 else ""
         yield f"{name}{share}", ", ".join(hide_credentials(str(shard)) for shard in source.get("shards", []))
     if captions := data.get("captions"):
-        yield "captions", ", ".join(f"{choice['source']} (share {choice.get('share', 1)})" for choice in captions)
+        yield "captions", ", ".join(f"{choice.get('source')} (share {choice.get('share', 1)})" for choice in captions)
     for rule in data.get("filters", []):
         limits = [f"{name} {rule[name]:g}" for name in ("min", "max") if math.isfinite(rule.get(name, math.inf))]
         yield "filter", f"{rule.get('column')}: {', '.join(limits)}"
     for resolution in data.get("resolutions", []):
-        sizes = ", ".join(f"{height} x {width}" for height, width in resolution["buckets_px"])
-        yield f"resolution {resolution['side_px']} px", f"share {resolution['share']}; {sizes} px (height x width)"
+        sizes = ", ".join(f"{height} x {width}" for height, width in resolution.get("buckets_px", []))
+        share = f"share {resolution.get('share')}; {sizes} px (height x width)"
+        yield f"resolution {resolution.get('side_px')} px", share
     if "text_drop" in data:
         yield "captions left out", f"{data['text_drop']:g} of the samples (guidance)"
     if data.get("image_to_text_share"):
@@ -175,16 +178,23 @@ def _training_rows(config: Mapping[str, Any], counts: RunCounts) -> Iterator[Row
             "average_decay": "decay of averaged weights",
         },
     )
-    if "beta1" in optim:
+    if {"beta1", "beta2", "eps"} <= optim.keys():
         yield "AdamW", f"betas {optim['beta1']:g} and {optim['beta2']:g}, eps {optim['eps']:g}"
     yield from _named_rows(
         config.get("loss", {}), {"vision_weight": "weight of the flow loss", "text_weight": "weight of cross-entropy"}
     )
-    if "dtype" in run:
-        yield "precision", f"weights {run['dtype']}, gradients reduced in {config['parallel']['reduce_dtype']}"
-    if parallel := config.get("parallel"):
-        ways = f"{parallel['tensor']} tensor-parallel, {parallel['pipeline']} pipeline-parallel ranks"
-        yield "layout", f"{ways}, ZeRO {parallel['zero_stage']}, {parallel['optimizer']}"
+    parallel = config.get("parallel", {})
+    yield from _named_rows(run, {"dtype": "weights and activations in"})
+    yield from _named_rows(
+        parallel,
+        {
+            "reduce_dtype": "gradients reduced in",
+            "tensor": "tensor-parallel ranks",
+            "pipeline": "pipeline stages",
+            "optimizer": "optimiser of",
+            "zero_stage": "ZeRO stage",
+        },
+    )
     yield from _named_rows(run, {"seed": "seed"})
 
 
