@@ -196,8 +196,13 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     assert total > 3 * bound, "a conversion that holds the model would pass"
     assert peak_bytes("convert_from_hf.py", tmp_path / "published", tmp_path / "run") < bound
     assert peak_bytes("convert_to_hf.py", tmp_path / "run", tmp_path / "out") < bound
+    in_diffusers = tmp_path / "diffusers"
+    assert peak_bytes("convert_to_hf.py", tmp_path / "run", in_diffusers, "--layout", "diffusers") < bound
+    assert peak_bytes("convert_from_hf.py", in_diffusers, tmp_path / "again") < bound
     # The report's digests are of what was read back; of a few tensors they are compared with the source itself.
-    digests = [read_json(tmp_path / folder / "conversion_report.json")["tensor_sha256"] for folder in ("run", "out")]
-    assert digests[0] == {key: value for part in digests[1].values() for key, value in part.items()}
+    digests = [
+        read_json(tmp_path / folder / "conversion_report.json")["tensor_sha256"] for folder in ("run", "out", "again")
+    ]
+    assert digests[0] == digests[2] == {key: value for part in digests[1].values() for key, value in part.items()}
     wanted, found = (load_file(tmp_path / folder / "projector.safetensors") for folder in ("published", "out"))
     assert all(torch.equal(wanted[key], found[key]) for key in wanted)
