@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from bitdance_scale.checkpoint.integrity import file_digest
 from bitdance_scale.checkpoint.pickled_files import PickledFile, PickledTensors
 from bitdance_scale.checkpoint.published_files import TensorFileWriter, file_digests, row_chunks
 from bitdance_scale.errors import CheckpointError
+from bitdance_scale.generate.published_layout import RELEASE, PublishedLayout, read_part
 from bitdance_scale.vision.autoencoder import Autoencoder, deduced_sizes, published_config, published_sizes
 from bitdance_scale.vision.weights import CONFIG_NAME, WEIGHTS_NAME, check_weights, config_beside
 from bitdance_scale.weight_files import PICKLED_SUFFIXES, check_tensors, read_json
@@ -50,15 +52,17 @@ class AutoencoderSource(Protocol):
 
 @dataclass(frozen=True)
 class AutoencoderFiles:
-    """A weights file with its configuration beside it.
+    """A weights file with its configuration.
 
     Attributes:
         weights: the safetensors file.
         sizes: the keyword arguments of `Autoencoder`.
+        config: the configuration file, where it is written as it is; None: from the sizes.
     """
 
     weights: Path
     sizes: dict[str, Any]
+    config: Path | None
 
     @property
     def num_bytes(self) -> int:
@@ -68,7 +72,10 @@ class AutoencoderFiles:
     def write(self, folder: Path) -> None:
         """Copies both files."""
         shutil.copyfile(self.weights, folder / WEIGHTS_NAME)
-        shutil.copyfile(config_beside(self.weights), folder / CONFIG_NAME)
+        if self.config is None:
+            _write_config(folder, self.sizes)
+        else:
+            shutil.copyfile(self.config, folder / CONFIG_NAME)
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ class PickledAutoencoder:
                     writer.write(name, self.tensors.read_rows(name, start, stop))
         if file_digests(path) != writer.digests:
             raise misread(path.name)
-        write_text(folder / CONFIG_NAME, json.dumps(published_config(**self.sizes), indent=2) + "\n")
+        _write_config(folder, self.sizes)
 
 
 def open_autoencoder(path: Path) -> AutoencoderSource:
@@ -114,10 +121,32 @@ def open_autoencoder(path: Path) -> AutoencoderSource:
     if path.suffix in PICKLED_SUFFIXES and path.is_file():
         return _of_state(PickledFile(path))
     config = config_beside(path)
-    sizes = published_sizes(read_json(config), str(config))
+    return _of_files(path, config, read_json(config), copied=config)
+
+
+def open_component(folder: Path, layout: PublishedLayout) -> AutoencoderSource:
+    """Checks the autoencoder of a published folder.
+
+    Raises:
+        BitDanceError: a file is missing, or is damaged or of another network.
+    """
+    weights = folder / layout.autoencoder
+    if layout is RELEASE:
+        return open_autoencoder(weights)
+    # Its configuration also names a class of diffusers' pipeline.
+    config = folder / layout.autoencoder_config
+    return _of_files(weights, config, read_part(config, layout), copied=None)
+
+
+def _of_files(weights: Path, config: Path, content: Mapping[str, Any], copied: Path | None) -> AutoencoderFiles:
+    sizes = published_sizes(content, str(config))
     with torch.device("meta"):
-        check_weights(path, Autoencoder(**sizes).state_dict())
-    return AutoencoderFiles(path, sizes)
+        check_weights(weights, Autoencoder(**sizes).state_dict())
+    return AutoencoderFiles(weights, sizes, copied)
+
+
+def _write_config(folder: Path, sizes: Mapping[str, Any]) -> None:
+    write_text(folder / CONFIG_NAME, json.dumps(published_config(**sizes), indent=2) + "\n")
 
 
 def import_autoencoder(file: PickledFile, out: Path, *, is_forced: bool = False) -> None:

@@ -30,6 +30,9 @@ from bitdance_scale.checkpoint.published_files import TensorFileWriter, file_dig
 from bitdance_scale.checkpoint.tensor_storage import opened
 from bitdance_scale.config.published_class import PICKLE_NAME, SIZES_NAME, WEIGHTS_NAME, published_class_config
 from bitdance_scale.model.published_names import PUBLISHED_QUERIES, Part, PublishedTensor
+from bitdance_scale.vision.autoencoder import published_config
+from bitdance_scale.vision.tokenizer import autoencoder_sizes
+from bitdance_scale.vision.weights import CONFIG_NAME as AE_CONFIG_NAME
 from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
 from bitdance_scale.weight_files import TensorSpec
 
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def write_class_files(export: Export, folder: Path, on_bytes: OnBytes) -> dict[str, dict[str, str]]:
-    """Writes the files into a folder that has the autoencoder already, and reads them back.
+    """Writes the files into a folder that has the autoencoder's weights already, and reads them back.
 
     Args:
         export: the checkpoint.
@@ -53,6 +56,8 @@ def write_class_files(export: Export, folder: Path, on_bytes: OnBytes) -> dict[s
     """
     content = json.dumps(published_class_config(export.network), indent=2)
     write_text(folder / SIZES_NAME, content + "\n")
+    sizes = published_config(**autoencoder_sizes(export.network.vision))
+    write_text(folder / AE_CONFIG_NAME, json.dumps(sizes, indent=2) + "\n")
     digests, files = {}, {}
     for entry, kind in _entries(export).items():
         files[entry] = folder / f"{entry}.safetensors.part"

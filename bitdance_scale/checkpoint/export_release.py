@@ -3,9 +3,11 @@
     config.json, model*.safetensors (+ index), tokenizer files    a plain Qwen3ForCausalLM
     vision_head_config.json, vision_head.safetensors, projector.safetensors
     ae_config.json, ae.safetensors                                the run's autoencoder
+    README.md, LICENSE, samples.png                               for those whom it is shared with
     conversion_report.json                                        written last
 
-`export_class.py` says what a class-conditional network becomes.
+`export_text.py` writes them, in this layout or in that of a diffusers pipeline; `export_class.py` says what a
+class-conditional network becomes.
 
 Every tensor is written some rows at a time, so that none is ever whole in memory. Averaged weights come from the
 checkpoint's averages, which are float32. Of the trained ones, tensors that are written in float32 come from its float32
@@ -15,7 +17,6 @@ masters, if it has them, and tensors that are written in the dtype of training c
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -26,17 +27,17 @@ from typing import Any
 import torch
 
 import bitdance_scale
-from bitdance_scale.atomic_files import write_text
 from bitdance_scale.checkpoint.conversion_folder import (
     OnBytes,
     check_destination,
     conversion_folder,
-    misread,
     write_conversion_report,
 )
+from bitdance_scale.checkpoint.export_card import ShareOptions, export_facts
 from bitdance_scale.checkpoint.export_class import write_class_files
-from bitdance_scale.checkpoint.integrity import file_digest, tensor_bytes, text_digest
-from bitdance_scale.checkpoint.published_files import PART_FILES, PublishedTensors, TensorFileWriter, row_chunks
+from bitdance_scale.checkpoint.export_text import write_text_files
+from bitdance_scale.checkpoint.integrity import file_digest, text_digest
+from bitdance_scale.checkpoint.published_files import row_chunks
 from bitdance_scale.checkpoint.run_checkpoint import (
     AVERAGE_PREFIX,
     CONFIG_NAME,
@@ -53,23 +54,19 @@ from bitdance_scale.checkpoint.run_checkpoint import (
 from bitdance_scale.checkpoint.start_weights import WHERE_AVERAGES_ARE, check_network, find_checkpoint
 from bitdance_scale.checkpoint.tensor_storage import StoredTensors
 from bitdance_scale.config.load import load_network
-from bitdance_scale.config.published_backbone import MODEL_CONFIG_NAME, published_model
 from bitdance_scale.config.published_class import beyond_class_release
-from bitdance_scale.config.published_head import HEAD_CONFIG_NAME, beyond_release, published_head
+from bitdance_scale.config.published_head import beyond_release
 from bitdance_scale.config.schema import NetworkConfig
 from bitdance_scale.errors import CheckpointError, ConfigError
+from bitdance_scale.generate.published_layout import RELEASE, PublishedLayout
 from bitdance_scale.model.published_names import Part, PublishedTensor, published_tensors
 from bitdance_scale.sequence.condition import Condition, load_condition
-from bitdance_scale.sequence.tokenizer_files import write_tokenizer
 from bitdance_scale.sequence.tokens import TextTokenizer
-from bitdance_scale.vision.autoencoder import published_config
-from bitdance_scale.vision.tokenizer import autoencoder_sizes, make_autoencoder, vision_digest
-from bitdance_scale.vision.weights import CONFIG_NAME as AE_CONFIG_NAME
-from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
+from bitdance_scale.sharing.card import CardFacts, write_card
+from bitdance_scale.vision.tokenizer import make_autoencoder, vision_digest
 from bitdance_scale.vision.weights import check_weights
-from bitdance_scale.weight_files import TensorSpec, dtype_name
+from bitdance_scale.weight_files import TensorSpec
 
-MAX_FILE_BYTES = 5 * 10**9
 DEFAULT_DTYPES: Mapping[Part, str] = {Part.BACKBONE: "bfloat16", Part.HEAD: "float32", Part.PROJECTOR: "float32"}
 """Dtypes of weights that started at random; weights that started from a release keep its dtypes."""
 CLASS_DTYPES: Mapping[Part, str] = dict.fromkeys(Part, "float32")
@@ -115,6 +112,7 @@ class Export:
         stored: its tensors.
         weights: which weights are published: trained or averaged.
         dtypes: kind of weights that the checkpoint has (trained, averaged) -> dtype of each part.
+        layout: where the parts are put in the folder.
     """
 
     path: Path
@@ -126,6 +124,7 @@ class Export:
     stored: StoredTensors
     weights: str
     dtypes: Mapping[str, Mapping[Part, torch.dtype]]
+    layout: PublishedLayout = RELEASE
 
     def tensors(self, weights: str) -> list[tuple[PublishedTensor, TensorSpec]]:
         """The published tensors of the trained or the averaged weights, with the dtype of each."""
@@ -184,6 +183,7 @@ def open_checkpoint(
     autoencoder: Path | None = None,
     dtypes: Mapping[Part, str] | None = None,
     weights: str | None = None,
+    layout: PublishedLayout = RELEASE,
 ) -> Export:
     """Checks a checkpoint without reading a tensor.
 
@@ -193,6 +193,7 @@ def open_checkpoint(
         autoencoder: weights file of its autoencoder; None: as in its configuration.
         dtypes: dtypes of parts, in place of those of the release that it started from.
         weights: trained or averaged; None: the averaged weights if it has some, as the paper publishes them.
+        layout: of the folder to make; a class-conditional network has one of its own.
 
     Raises:
         BitDanceError: it is damaged, or its configuration, tokenizer or autoencoder does not fit it; or it has no
@@ -205,6 +206,11 @@ def open_checkpoint(
     overrides += [f"vision.weights={json.dumps(str(autoencoder))}"] if autoencoder else []
     overrides += [f"vision.context={context}"] if (context := earlier_context(path)) else []
     network = load_network(config_path, overrides)
+    if layout is not RELEASE and not network.model.parts.has_text:
+        raise ConfigError(
+            f"--layout {layout.name}: {path} is of a class-conditional network, and the pipeline in that layout draws "
+            "from text; leave --layout out"
+        )
     condition = _checked_condition(path, network, state)
     with torch.device("meta"):
         check_weights(network.vision.weights_path, make_autoencoder(network.vision).state_dict())
@@ -218,7 +224,8 @@ def open_checkpoint(
         if kind == "trained" or has_averages(stored.index)
     }
     digest = text_digest(config_path.read_text(encoding="utf-8"))
-    return Export(path, _run_of(path, state), state, digest, network, condition, stored, chosen_weights, chosen)
+    run = _run_of(path, state)
+    return Export(path, run, state, digest, network, condition, stored, chosen_weights, chosen, layout)
 
 
 def _chosen_weights(path: Path, stored: StoredTensors, asked: str | None) -> str:
@@ -283,16 +290,28 @@ def _checked_condition(path: Path, network: NetworkConfig, state: TrainState) ->
     return text
 
 
-def export_release(export: Export, out: Path, *, is_forced: bool = False, on_bytes: OnBytes = lambda _: None) -> None:
+def export_release(
+    export: Export,
+    out: Path,
+    *,
+    options: ShareOptions | None = None,
+    is_forced: bool = False,
+    on_bytes: OnBytes = lambda _: None,
+) -> CardFacts:
     """Writes what is published of a checkpoint, and reads it back to see that its files hold what was written.
 
     Args:
         export: from `open_checkpoint`.
         out: the folder to make.
+        options: what the user says of it for those whom it is shared with.
         is_forced: whether an earlier conversion there is replaced.
         on_bytes: called as bytes are written and read back: `2 * export.num_bytes` in all.
 
+    Returns:
+        What its card says.
+
     Raises:
+        ConfigError, DataError: the card cannot be written so (`export_facts`).
         CheckpointError: the checkpoint is damaged, or the folder cannot be written; nothing is left then, and an
             earlier `out` is as it was.
     """
@@ -303,6 +322,7 @@ def export_release(export: Export, out: Path, *, is_forced: bool = False, on_byt
     # A class-conditional network is written twice, with its autoencoder.
     num_bytes = export.num_bytes + autoencoder_bytes if is_text else 2 * export.num_bytes + 3 * autoencoder_bytes
     check_destination(out, is_forced=is_forced, num_bytes=num_bytes)
+    facts = export_facts(export, options or ShareOptions())
     export.stored.check_files(
         {
             export.source(ours, spec.dtype, kind)
@@ -312,26 +332,14 @@ def export_release(export: Export, out: Path, *, is_forced: bool = False, on_byt
         }
     )
     with conversion_folder(out) as folder:
-        shutil.copyfile(autoencoder, folder / AE_WEIGHTS_NAME)
-        _write_json(folder / AE_CONFIG_NAME, published_config(**autoencoder_sizes(network.vision)))
-        digests = (_write_folder if is_text else write_class_files)(export, folder, on_bytes)
-        write_conversion_report(folder, _report(export, digests, file_digest(folder / AE_WEIGHTS_NAME)))
-
-
-def _write_folder(export: Export, folder: Path, on_bytes: OnBytes) -> dict[str, dict[str, str]]:
-    """Writes a text-to-image model but for its autoencoder; returns part -> tensor -> SHA-256."""
-    network = export.network
-    assert isinstance(export.condition, TextTokenizer)
-    write_tokenizer(network.text, export.condition, folder)
-    _write_json(folder / MODEL_CONFIG_NAME, _model_config(export, export.condition))
-    inert = export.state.release.get("head", {})
-    _write_json(
-        folder / HEAD_CONFIG_NAME, published_head(network.head, network.model.hidden_size, network.vision, inert)
-    )
-    digests = {part.value: _write_part(export, part, folder, on_bytes) for part in Part}
-    for part in Part:
-        _read_back(folder, part, digests[part.value], on_bytes)
-    return digests
+        for name in export.layout.folders:
+            (folder / name).mkdir()
+        copied = folder / export.layout.autoencoder
+        shutil.copyfile(autoencoder, copied)
+        digests = (write_text_files if is_text else write_class_files)(export, folder, on_bytes)
+        write_card(folder, facts)
+        write_conversion_report(folder, _report(export, digests, file_digest(copied)))
+    return facts
 
 
 def _report(export: Export, digests: Mapping[str, dict[str, str]], autoencoder_sha256: str) -> dict[str, Any]:
@@ -340,6 +348,7 @@ def _report(export: Export, digests: Mapping[str, dict[str, str]], autoencoder_s
         "source": str(export.path),
         "step": export.state.step,
         "run": run and dataclasses.asdict(run) | {"is_finished": run.is_finished},
+        "layout": export.layout.name,
         "weights": export.weights,
         "config_sha256": export.config_sha256,
         "autoencoder_sha256": autoencoder_sha256,
@@ -349,68 +358,3 @@ def _report(export: Export, digests: Mapping[str, dict[str, str]], autoencoder_s
         "unknown_to_published_pipeline": extra,
         "tensor_sha256": digests,
     }
-
-
-def _model_config(export: Export, tokenizer: TextTokenizer) -> dict[str, Any]:
-    dtype = export.dtypes[export.weights][Part.BACKBONE]
-    inert = {"eos_token_id": int(tokenizer.turn_end_ids[0])} | export.state.release.get("model", {})
-    model, vocab_size = export.network.model, tokenizer.vocab_size
-    return published_model(model, vocab_size, dtype_name(dtype), inert, export.network.vision.context)
-
-
-def _write_part(export: Export, part: Part, folder: Path, on_bytes: OnBytes) -> dict[str, str]:
-    """Writes the files of a part; returns name -> SHA-256 of each tensor."""
-    tensors = {tensor.name: (tensor, spec) for tensor, spec in export.tensors(export.weights) if tensor.part is part}
-    files = _files({name: spec for name, (_, spec) in tensors.items()}, part)
-    digests: dict[str, str] = {}
-    for file, names in files.items():
-        with TensorFileWriter(folder / file, {name: tensors[name][1] for name in names}) as writer:
-            for name in names:
-                for values in export.chunks(*tensors[name], export.weights):
-                    writer.write(name, values)
-                    on_bytes(values.nbytes)
-        digests |= writer.digests
-    if len(files) > 1:
-        total = sum(spec.num_bytes for _, spec in tensors.values())
-        weight_map = {name: file for file, names in files.items() for name in names}
-        _write_json(
-            folder / f"{PART_FILES[part]}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
-    return digests
-
-
-def _files(specs: Mapping[str, TensorSpec], part: Part) -> dict[str, list[str]]:
-    """File name -> its tensors, in order; only the backbone can be in several files."""
-    if part is not Part.BACKBONE:
-        return {PART_FILES[part]: [*specs]}
-    groups: list[list[str]] = [[]]
-    num_bytes = 0
-    for name, spec in specs.items():
-        if groups[-1] and num_bytes + spec.num_bytes > MAX_FILE_BYTES:
-            groups.append([])
-            num_bytes = 0
-        groups[-1].append(name)
-        num_bytes += spec.num_bytes
-    if len(groups) == 1:
-        return {PART_FILES[part]: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
-
-
-def _read_back(folder: Path, part: Part, digests: Mapping[str, str], on_bytes: OnBytes) -> None:
-    """Hashes what the safetensors library finds in the files just written."""
-    written = PublishedTensors(folder, part)
-    for name, wanted in digests.items():
-        spec = written.found[name]
-        digest = hashlib.sha256()
-        for start, stop in row_chunks(spec.shape[0], spec.num_bytes // spec.shape[0]):
-            values = written.read_rows(name, start, stop)
-            digest.update(tensor_bytes(values))
-            on_bytes(values.nbytes)
-        if digest.hexdigest() != wanted:
-            raise misread(f"{written.file(name).name}: {name}")
-    if {*written.found} != {*digests}:
-        raise CheckpointError(f"{folder}: the files of the {part} hold other tensors than were written; convert again")
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")

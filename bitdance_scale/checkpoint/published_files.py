@@ -18,11 +18,9 @@ import torch
 from bitdance_scale.checkpoint.integrity import tensor_bytes
 from bitdance_scale.checkpoint.tensor_storage import opened
 from bitdance_scale.errors import CheckpointError
+from bitdance_scale.generate.published_layout import RELEASE, PublishedLayout
 from bitdance_scale.model.published_names import Part, PublishedTensor
 from bitdance_scale.weight_files import (
-    BACKBONE_WEIGHTS_NAME,
-    HEAD_WEIGHTS_NAME,
-    PROJECTOR_WEIGHTS_NAME,
     TensorSpec,
     check_tensors,
     encode_header,
@@ -32,14 +30,13 @@ from bitdance_scale.weight_files import (
     refuse,
 )
 
-PART_FILES: Mapping[Part, str] = {
-    Part.BACKBONE: BACKBONE_WEIGHTS_NAME,
-    Part.HEAD: HEAD_WEIGHTS_NAME,
-    Part.PROJECTOR: PROJECTOR_WEIGHTS_NAME,
-}
 _FIX = "Take all files from one release"
 _CHUNK_BYTES = 64 * 2**20
-# Values begin at a multiple of this, as in the files that the library writes.
+
+
+def part_file(part: Part, layout: PublishedLayout) -> str:
+    """The file of a part's weights, as a path in a published folder."""
+    return {Part.BACKBONE: layout.backbone, Part.HEAD: layout.head, Part.PROJECTOR: layout.projector}[part]
 
 
 def row_chunks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
@@ -74,6 +71,7 @@ class PublishedTensors:
     Args:
         folder: the published folder.
         part: which part.
+        layout: where its files are.
 
     Attributes:
         part: the part.
@@ -83,13 +81,13 @@ class PublishedTensors:
         CheckpointError: a file is missing or damaged, or holds a dtype that weights do not have.
     """
 
-    def __init__(self, folder: Path, part: Part) -> None:
-        self.part, self._folder = part, folder
+    def __init__(self, folder: Path, part: Part, layout: PublishedLayout = RELEASE) -> None:
+        self.part, self._where = part, folder / part_file(part, layout)
         self.found: dict[str, TensorSpec] = {}
         self._files: dict[str, Path] = {}
-        path = folder / PART_FILES[part]
-        is_split = part is Part.BACKBONE
-        headers = read_folder_headers(folder, path.name) if is_split else {path: read_single_header(path)}
+        path = self._where
+        may_be_split = part is Part.BACKBONE or layout.has_split_parts
+        headers = read_folder_headers(path.parent, path.name) if may_be_split else {path: read_single_header(path)}
         for path, header in headers.items():
             self.found |= header
             self._files |= dict.fromkeys(header, path)
@@ -109,7 +107,7 @@ class PublishedTensors:
         Raises:
             CheckpointError: a tensor is missing, unknown, of another shape, or of another dtype than the first.
         """
-        where = self._folder / PART_FILES[self.part]
+        where = self._where
         check_tensors(where, self.found, {name: tensor.shape for name, tensor in wanted.items()}, _FIX)
         refuse(
             where,

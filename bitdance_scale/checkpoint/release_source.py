@@ -1,4 +1,8 @@
-"""What is imported, checked before anything is written; here a folder: a BitDance release or a plain Qwen3."""
+"""What is imported, checked before anything is written; here a folder: a published BitDance or a plain Qwen3.
+
+A BitDance may be laid out as the release or as a pipeline of diffusers (`generate/published_layout.py`). No code of the
+folder is run, and nothing in it is unpickled.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,20 @@ from typing import TypeAlias
 
 import torch
 
-from bitdance_scale.checkpoint.autoencoder_source import AutoencoderSource, open_autoencoder
+from bitdance_scale.checkpoint.autoencoder_source import AutoencoderSource, open_autoencoder, open_component
 from bitdance_scale.checkpoint.pickled_files import PickledTensors
 from bitdance_scale.checkpoint.published_files import PublishedTensors
+from bitdance_scale.checkpoint.shared_base import BASE, describe_base
 from bitdance_scale.config.published_backbone import (
-    MODEL_CONFIG_NAME,
     inert_model_settings,
     read_context,
     read_model,
     unknown_model_keys,
 )
-from bitdance_scale.config.published_head import HEAD_CONFIG_NAME, inert_head_settings, read_head, time_note
+from bitdance_scale.config.published_head import inert_head_settings, read_head, time_note
 from bitdance_scale.config.schema import HeadSection, NetworkConfig, TextSection, VisionSection
 from bitdance_scale.errors import CheckpointError, ConfigError
+from bitdance_scale.generate.published_layout import RELEASE, PublishedLayout, check_projector, layout_of, read_part
 from bitdance_scale.model.published_names import (
     EMBEDDING,
     OUTPUT,
@@ -34,7 +39,6 @@ from bitdance_scale.model.published_names import (
 )
 from bitdance_scale.sequence.condition import Condition
 from bitdance_scale.sequence.tokens import TextTokenizer, load_text_tokenizer
-from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
 from bitdance_scale.weight_files import TensorSpec, find_irregular, read_json
 from bitdance_scale.wording import first_few
 
@@ -82,6 +86,7 @@ class Source:
         inert: what `TrainState.release` keeps of it beside the dtypes.
         notes: what the user should know of it, a line each.
         averages: the averaged weights, likewise; empty if it has none beside `parts`.
+        layout: where its files are.
     """
 
     path: Path
@@ -93,6 +98,7 @@ class Source:
     inert: dict[str, object]
     notes: tuple[str, ...] = ()
     averages: Mapping[Part, Tensors] = field(default_factory=dict)
+    layout: PublishedLayout = RELEASE
 
     @property
     def kind(self) -> str:
@@ -145,19 +151,24 @@ def open_source(folder: Path, new_parts: NewParts | None) -> Source:
         BitDanceError: it is neither, or something in it does not fit; names the file or tensor, what was found and what
             was expected.
     """
-    _check_files(folder)
-    weights = _autoencoder_of(folder, new_parts)
-    config_path = folder / MODEL_CONFIG_NAME
+    _check_files(folder, folder)
+    layout = layout_of(folder)
+    for name in layout.folders:
+        _check_files(folder / name, folder)
+    weights = _autoencoder_of(folder, layout, new_parts)
+    config_path = folder / layout.model_config
     config = read_json(config_path)
     model = read_model(config, str(config_path))
-    autoencoder = open_autoencoder(weights)
-    inert: dict[str, object] = {"model": inert_model_settings(config)}
+    autoencoder = open_component(folder, layout) if new_parts is None else open_autoencoder(weights)
+    other_parts = weights.parent if new_parts is not None else None
+    inert: dict[str, object] = {"model": inert_model_settings(config), BASE: describe_base(folder, other_parts)}
     notes = []
     if unknown := unknown_model_keys(config):
         notes.append(f"{config_path}: ignored, as transformers' Qwen3 ignores them: {first_few(unknown)}")
     if new_parts is None:
-        head_path = folder / HEAD_CONFIG_NAME
-        head_config = read_json(head_path)
+        head_path = folder / layout.head_config
+        head_config = read_part(head_path, layout)
+        check_projector(folder, layout, autoencoder.sizes["num_bits"], model.hidden_size)
         head, block_side = read_head(head_config, str(head_path), model.hidden_size, autoencoder.sizes["num_bits"])
         inert["head"] = inert_head_settings(head_config)
         notes.append(time_note(head))
@@ -172,47 +183,49 @@ def open_source(folder: Path, new_parts: NewParts | None) -> Source:
             context=read_context(config),
             **autoencoder.sizes,
         ),
-        text=TextSection(kind="huggingface", path=str(folder)),
+        text=TextSection(kind="huggingface", path=str(folder / layout.tokenizer)),
     )
     tokenizer = load_text_tokenizer(network.text, block_side**2)
-    parts = {part: PublishedTensors(folder, part) for part in (Part if new_parts is None else (Part.BACKBONE,))}
+    parts = {part: PublishedTensors(folder, part, layout) for part in (Part if new_parts is None else (Part.BACKBONE,))}
     if model.tie_embeddings and PUBLISHED_OUTPUT in parts[Part.BACKBONE].found:
-        _check_tied(parts[Part.BACKBONE])
-    source = Source(folder, network, tokenizer, parts, autoencoder, new_parts, inert, tuple(notes))
+        _check_tied(parts[Part.BACKBONE], layout)
+    source = Source(folder, network, tokenizer, parts, autoencoder, new_parts, inert, tuple(notes), layout=layout)
     _check(source, tokenizer, config["vocab_size"])
     return source
 
 
-def _autoencoder_of(folder: Path, new_parts: NewParts | None) -> Path:
+def _autoencoder_of(folder: Path, layout: PublishedLayout, new_parts: NewParts | None) -> Path:
     """The autoencoder's weights file; raises where the folder and the options do not belong together."""
-    if not (folder / MODEL_CONFIG_NAME).is_file():
+    if not (folder / layout.model_config).is_file():
         raise CheckpointError(
-            f"{folder}: has no {MODEL_CONFIG_NAME}; name a Qwen3 folder or a published BitDance folder"
+            f"{folder}: has no {layout.model_config}; name a Qwen3 folder or a published BitDance folder"
         )
-    is_release = (folder / HEAD_CONFIG_NAME).is_file()
+    is_release = (folder / layout.head_config).is_file()
     if is_release and new_parts is not None:
         raise CheckpointError(
-            f"{folder}: a BitDance folder ({HEAD_CONFIG_NAME}) has its autoencoder, blocks and head; leave out "
+            f"{folder}: a BitDance folder ({layout.head_config}) has its autoencoder, blocks and head; leave out "
             "--autoencoder and the other options for a Qwen3 folder"
         )
     if is_release:
-        return folder / AE_WEIGHTS_NAME
+        return folder / layout.autoencoder
     if new_parts is None or new_parts.autoencoder is None:
         raise CheckpointError(
-            f"{folder}: has no {HEAD_CONFIG_NAME}; a plain Qwen3 folder also needs --autoencoder, the weights file of "
-            "the vision tokenizer"
+            f"{folder}: has no {layout.head_config}; a plain Qwen3 folder also needs --autoencoder, the weights file "
+            "of the vision tokenizer"
         )
     _check_options(new_parts)
     return new_parts.autoencoder
 
 
-def _check_files(folder: Path) -> None:
+def _check_files(folder: Path, root: Path) -> None:
     """Refuses what is no regular file: a folder that comes from someone else could name any file of this machine.
 
-    The cache of Hugging Face keeps the files of `snapshots/REVISION` as links into `blobs` beside it; these are
-    followed.
+    The cache of Hugging Face keeps the files of `snapshots/REVISION`, which is the root, as links into `blobs` beside
+    it; these are followed.
     """
-    blobs = folder.resolve().parent.parent / "blobs"
+    if folder.is_symlink() and folder != root:
+        raise CheckpointError(f"{find_irregular(folder)}. Fetch the folder again, with folders in it instead of links")
+    blobs = root.resolve().parent.parent / "blobs"
     for path in sorted(folder.glob("*")):
         if path.is_dir() and not path.is_symlink():
             continue
@@ -231,14 +244,14 @@ def _check_options(new_parts: NewParts) -> None:
         raise ConfigError(f"--seed {new_parts.seed}: must be from 0 to 2^31 - 1")
 
 
-def _check_tied(backbone: PublishedTensors) -> None:
+def _check_tied(backbone: PublishedTensors, layout: PublishedLayout) -> None:
     """Leaves out the output projection of a tied model, which some folders store beside the embedding it equals.
 
     Where the two differ, versions of transformers compute different models: 4.57 ties them, 5 does not.
     """
     if PUBLISHED_EMBEDDING in backbone.found:
         fix = (
-            f"tie_word_embeddings = true in {MODEL_CONFIG_NAME} says that they are one. Set it to false if the model "
+            f"tie_word_embeddings = true in {layout.model_config} says that they are one. Set it to false if the model "
             f"was trained with both, or remove {PUBLISHED_OUTPUT}"
         )
         backbone.drop_copy(PUBLISHED_OUTPUT, PUBLISHED_EMBEDDING, fix)
@@ -246,27 +259,27 @@ def _check_tied(backbone: PublishedTensors) -> None:
 
 def _check(source: Source, tokenizer: TextTokenizer, num_rows: int) -> None:
     """Compares the tokenizer, the embedding and every tensor with the network."""
-    block_tokens, folder = source.network.vision.block_tokens, source.path
+    block_tokens, folder, layout = source.network.vision.block_tokens, source.path, source.layout
     if source.new_parts is None:
         found, wanted = tokenizer.num_query_entries - tokenizer.num_new_entries, block_tokens - 1
         if found != wanted:
             raise CheckpointError(
                 f"{folder}: its tokenizer has {max(found, 0)} query tokens, blocks of parallel_num = {block_tokens} "
-                f"tokens ({HEAD_CONFIG_NAME}) need {wanted}; take both files from one release"
+                f"tokens ({layout.head_config}) need {wanted}; take both files from one release"
             )
         if num_rows != tokenizer.vocab_size:
             raise CheckpointError(
-                f"{folder}: vocab_size = {num_rows} in {MODEL_CONFIG_NAME}, its tokenizer has {tokenizer.vocab_size} "
+                f"{folder}: vocab_size = {num_rows} in {layout.model_config}, its tokenizer has {tokenizer.vocab_size} "
                 "entries; they must be equal. Take both files from one release"
             )
     elif tokenizer.num_new_entries != len(tokenizer.added_entries):
         raise CheckpointError(
-            f"{folder}: its tokenizer has resolution or query tokens already, but there is no {HEAD_CONFIG_NAME}; name "
-            "a plain Qwen3 folder or a complete BitDance folder"
+            f"{folder}: its tokenizer has resolution or query tokens already, but there is no {layout.head_config}; "
+            "name a plain Qwen3 folder or a complete BitDance folder"
         )
     if num_rows < source.num_old_rows:
         raise CheckpointError(
-            f"{folder}: vocab_size = {num_rows} in {MODEL_CONFIG_NAME}, its tokenizer has {source.num_old_rows} "
+            f"{folder}: vocab_size = {num_rows} in {layout.model_config}, its tokenizer has {source.num_old_rows} "
             "entries; the embedding must have a row for each. Take both files from one folder"
         )
     wanted_tensors = published_tensors(source.network, num_rows)

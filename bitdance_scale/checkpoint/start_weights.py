@@ -35,6 +35,7 @@ from bitdance_scale.config.published_backbone import MODEL_CONFIG_NAME
 from bitdance_scale.config.published_class import PICKLE_NAME, SIZES_NAME
 from bitdance_scale.config.schema import NetworkConfig
 from bitdance_scale.errors import CheckpointError
+from bitdance_scale.generate.published_layout import INDEX_NAME
 from bitdance_scale.model.initial import named_generator
 from bitdance_scale.model.published_names import EMBEDDING, OUTPUT, our_tensors
 from bitdance_scale.parallel.agreement import all_ranks, on_first_rank
@@ -254,7 +255,7 @@ def _find(where: Path) -> Path | None:
         return where
     if _checkpoints(where).is_dir():
         return None
-    if (where / MODEL_CONFIG_NAME).is_file():
+    if (where / MODEL_CONFIG_NAME).is_file() or (where / INDEX_NAME).is_file():
         fix = f"it is a Hugging Face folder: import it first with `bitdance import {where} OUT`"
     elif (where / SIZES_NAME).is_file():
         fix = f"it is an export: import its {PICKLE_NAME} first with `bitdance import {where / PICKLE_NAME} OUT`"

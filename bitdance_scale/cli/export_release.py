@@ -1,6 +1,7 @@
 """Makes the published folder of a checkpoint, which the release's pipeline and `bitdance sample` load.
 
-    bitdance export runs/sft_14b BitDance-mine
+    bitdance export runs/sft_14b BitDance-mine --license apache-2.0
+    bitdance export runs/sft_14b BitDance-mine-diffusers --layout diffusers
     bitdance export runs/imagenet_b_4x BitDance-B-mine --weights averaged
 
 CHECKPOINT is a run folder (its latest checkpoint), one checkpoint of it (checkpoints/step_...), or an imported release.
@@ -23,6 +24,8 @@ from bitdance_scale.config.schema import WEIGHTS
 from bitdance_scale.train.process import EXIT_COMPLETE
 from bitdance_scale.wording import file_size
 
+# The names of `generate.published_layout.LAYOUTS`, which imports torch.
+LAYOUTS = ("release", "diffusers")
 DTYPES = ("bfloat16", "float16", "float32")
 # The names of `model.published_names.Part`, which imports torch.
 PARTS = ("backbone", "head", "projector")
@@ -49,13 +52,34 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     )
     for part in PARTS:
         parser.add_argument(f"--{part}-dtype", choices=DTYPES, help=f"dtype of the {part}, if another")
+    parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of the folder (default: release)")
+    shared = parser.add_argument_group("for those whom it is shared with")
+    shared.add_argument(
+        "--license",
+        default="",
+        metavar="ID",
+        help="Hugging Face's id of the licence, such as apache-2.0; `other` with a name and a file "
+        "(default: as the imported folder stated)",
+    )
+    shared.add_argument("--license-name", default="", metavar="NAME", help="name of a licence without an id")
+    shared.add_argument("--license-file", type=Path, metavar="FILE", help="its text (not needed for apache-2.0)")
+    shared.add_argument("--model-name", default="", metavar="NAME", help="title of the card (default: the run's name)")
+    shared.add_argument(
+        "--base-model", default="", metavar="ID", help="Hugging Face's id of the model that the weights came from"
+    )
+    shared.add_argument("--authors", nargs="+", default=(), metavar="NAME", help="who made it")
+    shared.add_argument(
+        "--scores", type=Path, nargs="+", default=(), metavar="FILE", help="scores/METRIC.json of its pictures"
+    )
     return run_command(parser, arguments, _run)
 
 
 def _run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from bitdance_scale.checkpoint.export_card import ShareOptions
     from bitdance_scale.checkpoint.export_release import export_release, open_checkpoint
+    from bitdance_scale.generate import published_layout
     from bitdance_scale.model.published_names import Part
 
     dtypes = {part: name for part in Part if (name := getattr(options, f"{part}_dtype"))}
@@ -65,15 +89,31 @@ def _run(options: argparse.Namespace) -> int:
         autoencoder=options.autoencoder,
         dtypes=dtypes,
         weights=options.weights,
+        layout=published_layout.LAYOUTS[options.layout],
+    )
+    said = ShareOptions(
+        licence=options.license,
+        licence_name=options.license_name,
+        licence_file=options.license_file,
+        model_name=options.model_name,
+        base_model=options.base_model,
+        authors=tuple(options.authors),
+        scores=tuple(options.scores),
     )
     if export.warning:
         print(f"warning: {export.warning}", file=sys.stderr)
     with tqdm(total=2 * export.num_bytes, unit="B", unit_scale=True, desc="write, read back", mininterval=0.5) as bar:
-        export_release(export, options.out, is_forced=options.force, on_bytes=bar.update)
+        facts = export_release(export, options.out, options=said, is_forced=options.force, on_bytes=bar.update)
     size, source = file_size(export.num_bytes), f"step {export.state.step} of {export.path}"
     is_chosen = options.weights or export.weights == "trained" or not export.network.model.parts.has_text
     other = "" if is_chosen else "; --weights trained writes the others"
     print(f"{options.out}: {size}, {export.weights} weights, {source}{other}")
+    licence = facts.licence.name or facts.licence.id
+    print(
+        f"{options.out}/README.md: a generated card, licence {licence}; read and correct it before you share the folder"
+    )
+    if not facts.licence.is_stated:
+        print("note: no licence is stated; say which with --license (docs/sharing.md)", file=sys.stderr)
     if extra := export.beyond_release:
         print(f"note: it has {extra}, {_EXTRA[export.network.model.parts.has_text]}", file=sys.stderr)
     return EXIT_COMPLETE

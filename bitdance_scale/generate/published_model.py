@@ -18,28 +18,18 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 from transformers.utils import logging
 
-from bitdance_scale.config.published_backbone import MODEL_CONFIG_NAME, read_context, read_model
-from bitdance_scale.config.published_head import HEAD_CONFIG_NAME, read_head
+from bitdance_scale.config.published_backbone import read_context, read_model
+from bitdance_scale.config.published_head import read_head
 from bitdance_scale.config.schema import HeadSection, ModelSection, TextSection, VisionSection
 from bitdance_scale.errors import CheckpointError
+from bitdance_scale.generate.published_layout import PublishedLayout, check_projector, layout_of, read_part
 from bitdance_scale.model.diffusion_head import DiffusionHead
 from bitdance_scale.model.linears import PlainLinears
 from bitdance_scale.model.projector import Projector
 from bitdance_scale.sequence.tokens import TextTokenizer, load_text_tokenizer
 from bitdance_scale.vision.autoencoder import published_sizes
 from bitdance_scale.vision.tokenizer import VisionTokenizer, make_autoencoder
-from bitdance_scale.vision.weights import CONFIG_NAME as VISION_CONFIG_NAME
-from bitdance_scale.vision.weights import WEIGHTS_NAME as VISION_WEIGHTS_NAME
-from bitdance_scale.weight_files import (
-    BACKBONE_WEIGHTS_NAME,
-    HEAD_WEIGHTS_NAME,
-    PROJECTOR_WEIGHTS_NAME,
-    TensorSpec,
-    check_tensors,
-    read_folder_headers,
-    read_json,
-    read_single_header,
-)
+from bitdance_scale.weight_files import TensorSpec, check_tensors, read_folder_headers, read_json, read_single_header
 
 MAX_PROMPT_TOKENS = 1 << 20
 """Prompts are not cut, unlike the captions of training."""
@@ -94,12 +84,14 @@ class PublishedSections:
         vocab_size: rows of its embedding.
         head: the diffusion head.
         vision: the autoencoder, the block side, and how context images are laid.
+        layout: where its files are.
     """
 
     model: ModelSection
     vocab_size: int
     head: HeadSection
     vision: VisionSection
+    layout: PublishedLayout
 
 
 def read_sections(folder: str | Path) -> PublishedSections:
@@ -111,16 +103,18 @@ def read_sections(folder: str | Path) -> PublishedSections:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; name a published BitDance folder, the one with config.json")
-    config = read_json(folder / MODEL_CONFIG_NAME)
-    model = read_model(config, str(folder / MODEL_CONFIG_NAME))
-    vision_path = folder / VISION_CONFIG_NAME
-    sizes = published_sizes(read_json(vision_path), str(vision_path))
-    head_config, where = read_json(folder / HEAD_CONFIG_NAME), str(folder / HEAD_CONFIG_NAME)
-    head, block_side = read_head(head_config, where, model.hidden_size, sizes["num_bits"])
+    layout = layout_of(folder)
+    config_path, vision_path = folder / layout.model_config, folder / layout.autoencoder_config
+    config = read_json(config_path)
+    model = read_model(config, str(config_path))
+    sizes = published_sizes(read_part(vision_path, layout), str(vision_path))
+    head_path = folder / layout.head_config
+    head, block_side = read_head(read_part(head_path, layout), str(head_path), model.hidden_size, sizes["num_bits"])
+    check_projector(folder, layout, sizes["num_bits"], model.hidden_size)
     vision = VisionSection(
-        weights=str(folder / VISION_WEIGHTS_NAME), block_side=block_side, context=read_context(config), **sizes
+        weights=str(folder / layout.autoencoder), block_side=block_side, context=read_context(config), **sizes
     )
-    return PublishedSections(model, config["vocab_size"], head, vision)
+    return PublishedSections(model, config["vocab_size"], head, vision, layout)
 
 
 def load_published(folder: str | Path, dtype: torch.dtype, device: torch.device) -> PublishedModel:
@@ -136,9 +130,9 @@ def load_published(folder: str | Path, dtype: torch.dtype, device: torch.device)
         ConfigError: the folder holds no usable tokenizer.
     """
     opened = _open(Path(folder))
-    backbone = _load_backbone(opened.folder, opened.config, dtype, device)
-    _fill(opened.head, opened.folder / HEAD_WEIGHTS_NAME, dtype, device)
-    _fill(opened.projector, opened.folder / PROJECTOR_WEIGHTS_NAME, dtype, device)
+    backbone = _load_backbone(opened, dtype, device)
+    _fill(opened.head, opened.folder / opened.layout.head, dtype, device)
+    _fill(opened.projector, opened.folder / opened.layout.projector, dtype, device)
     vision = VisionTokenizer(opened.vision, device, dtype=dtype)
     return PublishedModel(backbone, opened.projector, opened.head, vision, opened.text)
 
@@ -159,12 +153,12 @@ def load_describer(
         ConfigError: the folder holds no usable tokenizer.
     """
     opened = _open(Path(folder), context)
-    backbone = _load_backbone(opened.folder, opened.config, dtype, device)
+    backbone = _load_backbone(opened, dtype, device)
     if opened.config.tie_word_embeddings:
         output = backbone.embed_tokens.weight
     else:
-        output = _read_tensor(opened.folder, _OUTPUT_NAME).to(device=device, dtype=dtype)
-    _fill(opened.projector, opened.folder / PROJECTOR_WEIGHTS_NAME, dtype, device)
+        output = _read_tensor(opened.folder / opened.layout.backbone, _OUTPUT_NAME).to(device=device, dtype=dtype)
+    _fill(opened.projector, opened.folder / opened.layout.projector, dtype, device)
     return PublishedDescriber(backbone, output, opened.projector, VisionTokenizer(opened.vision, device), opened.text)
 
 
@@ -173,6 +167,7 @@ class _Opened:
     """A folder of which all headers fit its configuration; head and projector are on the meta device."""
 
     folder: Path
+    layout: PublishedLayout
     config: Qwen3Config
     vision: VisionSection
     head: DiffusionHead
@@ -184,13 +179,14 @@ def _open(folder: Path, context: str | None = None) -> _Opened:
     """Compares names and shapes of all tensors with the configuration files, before anything large is loaded."""
     sections = read_sections(folder)
     vision = dataclasses.replace(sections.vision, context=context or sections.vision.context)
-    section = TextSection(path=str(folder), max_caption_tokens=MAX_PROMPT_TOKENS)
+    layout = sections.layout
+    section = TextSection(path=str(folder / layout.tokenizer), max_caption_tokens=MAX_PROMPT_TOKENS)
     text = load_text_tokenizer(section, vision.block_tokens, has_context_queries=vision.context == "queries")
     if text.vocab_size > sections.vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer with its resolution and {vision.block_tokens - 1} query tokens has "
-            f"{text.vocab_size} entries, {MODEL_CONFIG_NAME} gives the embedding {sections.vocab_size} rows, which are "
-            f"too few; {_FIX}"
+            f"{text.vocab_size} entries, {layout.model_config} gives the embedding {sections.vocab_size} rows, which "
+            f"are too few; {_FIX}"
         )
     with torch.device("meta"):
         num_bits, hidden_size = vision.num_bits, sections.model.hidden_size
@@ -198,14 +194,10 @@ def _open(folder: Path, context: str | None = None) -> _Opened:
         projector = Projector(num_bits, hidden_size, PlainLinears())
         autoencoder = make_autoencoder(vision)
     config = qwen3_config(sections.model, sections.vocab_size)
-    _check_backbone(folder, config)
-    for name, module in (
-        (HEAD_WEIGHTS_NAME, head),
-        (PROJECTOR_WEIGHTS_NAME, projector),
-        (VISION_WEIGHTS_NAME, autoencoder),
-    ):
+    _check_backbone(folder / layout.backbone, config)
+    for name, module in ((layout.head, head), (layout.projector, projector), (layout.autoencoder, autoencoder)):
         _check(folder / name, read_single_header(folder / name), module.state_dict())
-    return _Opened(folder, config, vision, head, projector, text)
+    return _Opened(folder, layout, config, vision, head, projector, text)
 
 
 def qwen3_config(section: ModelSection, vocab_size: int) -> Qwen3Config:
@@ -229,15 +221,15 @@ def qwen3_config(section: ModelSection, vocab_size: int) -> Qwen3Config:
     )
 
 
-def _check_backbone(folder: Path, config: Qwen3Config) -> None:
+def _check_backbone(path: Path, config: Qwen3Config) -> None:
     with torch.device("meta"):
         wanted = Qwen3ForCausalLM(config).state_dict()
-    headers = read_folder_headers(folder, BACKBONE_WEIGHTS_NAME)
+    headers = read_folder_headers(path.parent, path.name)
     found = {name: spec for header in headers.values() for name, spec in header.items()}
     if config.tie_word_embeddings and _OUTPUT_NAME not in found:
         # A tied projection is stored once, as the embedding; some versions of the library store it twice.
         del wanted[_OUTPUT_NAME]
-    _check(folder / BACKBONE_WEIGHTS_NAME, found, wanted)
+    _check(path, found, wanted)
 
 
 def _check(path: Path, found: Mapping[str, TensorSpec], wanted: Mapping[str, torch.Tensor]) -> None:
@@ -245,10 +237,15 @@ def _check(path: Path, found: Mapping[str, TensorSpec], wanted: Mapping[str, tor
     check_tensors(path, found, {name: tensor.shape for name, tensor in wanted.items()}, fix)
 
 
-def _load_backbone(folder: Path, config: Qwen3Config, dtype: torch.dtype, device: torch.device) -> Qwen3Model:
+def _load_backbone(opened: _Opened, dtype: torch.dtype, device: torch.device) -> Qwen3Model:
     with _errors_only():
         backbone = Qwen3Model.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation="sdpa", local_files_only=True, use_safetensors=True
+            (opened.folder / opened.layout.backbone).parent,
+            config=opened.config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            use_safetensors=True,
         )
     # Only the device: a dtype here would also round the rotary frequencies.
     return backbone.to(device).eval().requires_grad_(False)
@@ -265,9 +262,9 @@ def _errors_only() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _read_tensor(folder: Path, name: str) -> torch.Tensor:
+def _read_tensor(path: Path, name: str) -> torch.Tensor:
     """A tensor of the backbone's checked files."""
-    headers = read_folder_headers(folder, BACKBONE_WEIGHTS_NAME)
+    headers = read_folder_headers(path.parent, path.name)
     path = next(path for path, header in headers.items() if name in header)
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)

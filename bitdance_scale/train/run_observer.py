@@ -16,7 +16,7 @@ from bitdance_scale.data.plan.plan import StreamUse
 from bitdance_scale.observe.benchmark_scores import BENCHMARKS_FILE, read_scores_of_run
 from bitdance_scale.observe.console import loss_table
 from bitdance_scale.observe.cost import count_parameters, peak_flops, step_flops
-from bitdance_scale.observe.figures import image_grid
+from bitdance_scale.observe.figures import image_grid, samples_path
 from bitdance_scale.observe.metric_sink import EVALUATION_PANELS, STEP_PANELS, SUMMARIES
 from bitdance_scale.observe.metrics import (
     METRICS_FILE,
@@ -183,11 +183,6 @@ def sources_summary(uses: Sequence[StreamUse]) -> str:
         title = f"source {name}" if name else "data"
         lines.append(f"{title}: {taken:,} images in all, {taken / num_images:.2%}; {', '.join(parts)}")
     return "\n".join(lines)
-
-
-def samples_path(run_folder: Path, step: int) -> Path:
-    """Where the sample grid of a step goes."""
-    return run_folder / "samples" / f"step_{step:06d}.png"
 
 
 def write_samples(run_folder: Path, step: int, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Path:

@@ -129,9 +129,9 @@ def _check_adapters(path: Path, config: RunConfig, base: Base) -> None:
                 "matrices of another rank cannot go on from these" if name == "rank" else "they would be other adapters"
             )
             raise ConfigError(
-                f"lora.{name} = {toml_value(new)}: the adapters of {path} have {toml_value(old)}, and {reason}. Set "
-                f"lora.{name}={toml_value(old)}; or export that run with its adapters merged (bitdance export --merge), "
-                "import it, and begin with new ones on it (run.start_from)"
+                f"lora.{name} = {toml_value(new)}: the adapters of {path} have {toml_value(old)}, and {reason}. "
+                f"Set lora.{name}={toml_value(old)}; or export that run with its adapters merged (bitdance export "
+                "--merge), import it, and begin with new ones on it (run.start_from)"
             )
     check_base(path, base)
 

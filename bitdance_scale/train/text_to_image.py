@@ -18,6 +18,7 @@ from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.adaptable import targets
 from bitdance_scale.model.inputs import PackInputs, make_inputs
 from bitdance_scale.observe.benchmark_scores import read_scores_of_run
+from bitdance_scale.observe.figures import samples_path
 from bitdance_scale.observe.metrics import EVALUATION_FILE, Evaluation, append_evaluation, read_evaluations
 from bitdance_scale.parallel.agreement import all_ranks, first_rank_numbers, on_first_rank
 from bitdance_scale.parallel.build import build_engine
@@ -39,7 +40,6 @@ from bitdance_scale.train.run import run_job
 from bitdance_scale.train.run_observer import (
     RunObserver,
     draw_overview,
-    samples_path,
     show_result,
     write_result,
     write_samples,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from bitdance_scale import atomic_files
 from bitdance_scale.checkpoint import conversion_folder
-from bitdance_scale.checkpoint import export_release as export_module
+from bitdance_scale.checkpoint import export_text as export_module
 from bitdance_scale.checkpoint.export_release import export_release, open_checkpoint
 from bitdance_scale.checkpoint.import_release import import_release
 from bitdance_scale.checkpoint.integrity import write_manifest

@@ -187,17 +187,37 @@ def peak_bytes(name: str, *arguments: object) -> int:
     return usage.ru_maxrss * 1024
 
 
-@pytest.mark.large
-@pytest.mark.timeout(600)
-def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    largest = Layers.write(tmp_path / "published")
+@pytest.fixture(scope="module")
+def layers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """(a folder that holds `published`, of 2.1 B parameters; bytes of memory that a conversion may take)."""
+    folder = tmp_path_factory.mktemp("layers")
+    largest = Layers.write(folder / "published")
     bound = 1.5 * largest + GIB
-    total = sum(path.stat().st_size for path in (tmp_path / "published").glob("*.safetensors"))
+    total = sum(path.stat().st_size for path in (folder / "published").glob("*.safetensors"))
     assert total > 3 * bound, "a conversion that holds the model would pass"
-    assert peak_bytes("convert_from_hf.py", tmp_path / "published", tmp_path / "run") < bound
-    assert peak_bytes("convert_to_hf.py", tmp_path / "run", tmp_path / "out") < bound
+    return folder, bound
+
+
+@pytest.mark.large
+@pytest.mark.timeout(900)
+def test_memory_does_not_grow_with_the_model(layers: tuple[Path, float]) -> None:
+    folder, bound = layers
+    assert peak_bytes("convert_from_hf.py", folder / "published", folder / "run") < bound
+    assert peak_bytes("convert_to_hf.py", folder / "run", folder / "out") < bound
     # The report's digests are of what was read back; of a few tensors they are compared with the source itself.
-    digests = [read_json(tmp_path / folder / "conversion_report.json")["tensor_sha256"] for folder in ("run", "out")]
+    digests = [read_json(folder / name / "conversion_report.json")["tensor_sha256"] for name in ("run", "out")]
     assert digests[0] == {key: value for part in digests[1].values() for key, value in part.items()}
-    wanted, found = (load_file(tmp_path / folder / "projector.safetensors") for folder in ("published", "out"))
+    wanted, found = (load_file(folder / name / "projector.safetensors") for name in ("published", "out"))
     assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
+@pytest.mark.large
+@pytest.mark.timeout(900)
+def test_nor_in_the_layout_of_diffusers(layers: tuple[Path, float]) -> None:
+    folder, bound = layers
+    if not (folder / "run").is_dir():
+        peak_bytes("convert_from_hf.py", folder / "published", folder / "run")
+    assert peak_bytes("convert_to_hf.py", folder / "run", folder / "diffusers", "--layout", "diffusers") < bound
+    assert peak_bytes("convert_from_hf.py", folder / "diffusers", folder / "again") < bound
+    digests = [read_json(folder / name / "conversion_report.json")["tensor_sha256"] for name in ("run", "again")]
+    assert digests[0] == digests[1]
