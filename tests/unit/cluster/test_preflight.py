@@ -56,7 +56,7 @@ def test_missing_node_is_waited_for_and_then_named(tmp_path):
 
 def test_verdict_names_every_bad_node_once():
     found = [Finding("n1", "a", "b", "c"), Finding("n1", "d", "e", "f"), Finding("n4", "g", "h", "i")]
-    text = preflight.verdict_text({}, found)
+    text = preflight.verdict_text({}, found, "sbatch --exclude=")
     assert text.splitlines()[0] == "pre-flight: n1: a; rule: b; fix: c"
     assert text.rstrip().endswith("sbatch --exclude=n1,n4")
 
