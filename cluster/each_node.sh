@@ -24,7 +24,9 @@ set -euo pipefail
 
 # shellcheck source=cluster/start.sh
 source cluster/start.sh
-readonly WAIT_S=${WAIT_S:-300} JOIN_S=${JOIN_S:-1800} LATER_S=$((${WAIT_S:-300} / 5))
+readonly WAIT_S=${WAIT_S:-300} JOIN_S=${JOIN_S:-1800}
+# What another node waits for longer than the first one, which decides.
+readonly LATER_S=$((WAIT_S / 5))
 
 stage=$1 entry_point=$2
 shift 2
@@ -98,7 +100,6 @@ begin_start() {
 join_nodes() {
     local joined
     joined=$(mktemp)
-    # The others wait for longer: the first one decides.
     run_step "$python" -m cluster.join --nodes "$num_nodes" --rank "$rank" --name "${NODE_NAME:-$(uname -n)}" \
         --head "$head" --port "$((port + 6))" --start "${start:-0}" \
         --timeout "$((rank == 0 ? JOIN_S : JOIN_S + LATER_S))" >"$joined"
