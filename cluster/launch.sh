@@ -20,17 +20,14 @@
 #   CHAIN_OPTIONS      sbatch options for every job of a chain, such as "--account=art --nodes=32"
 set -euo pipefail
 
-readonly EXIT_REFUSED=2 EXIT_BAD_NODE=3 EXIT_REQUEUE=75 EXIT_HUNG=76
-readonly REPEAT_S=10 # between two requests to stop
-readonly WAIT_S=300  # for the other nodes to end after the first one has
+readonly WAIT_S=300 # for the other nodes to end after the first one has
+# Slurm signals this shell before the time limit (USR1, from the --signal line of the .sbatch) and on preemption (TERM).
+# shellcheck source=cluster/start.sh
+source cluster/start.sh
 
 stage=$1 entry_point=$2
 shift 2
-config=${stage}_14b
-[[ -z ${CONFIG_ROOT:-} ]] || config=$CONFIG_ROOT/$config.toml
-config=${CONFIG:-$config}
-
-say() { echo "$(date '+%F %T') launch: $*"; }
+choose_config "$stage"
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
     [[ ${CHAIN:-0} == 1 ]] && exec bash cluster/chain.sh "" "$stage" "$@"
@@ -89,62 +86,16 @@ else
     python=${PYTHON:-${VENV:-.venv}/bin/python}
 fi
 
-# Slurm signals this shell before the time limit (USR1, from the --signal line of the .sbatch) and on preemption (TERM).
-is_stop_asked=0
-trap 'is_stop_asked=1' USR1 TERM
-
-# Runs a command on the nodes, forwards a request to stop, waits for the end and sets step_code.
-run_step() {
-    local step timer
-    "${on_nodes[@]}" "$@" &
-    step=$!
-    while kill -0 "$step" 2>/dev/null; do
-        # Repeated, because the first signal may come before the tasks listen.
-        ((is_stop_asked == 0)) || kill -USR1 "$step" 2>/dev/null || true
-        sleep "$REPEAT_S" &
-        timer=$!
-        wait -n "$step" "$timer" || true
-        kill "$timer" 2>/dev/null || true
-    done
-    step_code=0
-    wait "$step" || step_code=$?
-}
-
 say "$stage, job $SLURM_JOB_ID, start $((restart + 1)): ${#nodes[@]} nodes (${SLURM_JOB_NODELIST})," \
     "$num_procs processes each; logs in $logs"
 
 if [[ ${PREFLIGHT:-1} != 0 ]]; then
-    read -ra limits <<<"${PREFLIGHT_OPTIONS:-}"
-    # Tokenizers have settings of their own, and nothing of theirs is compiled.
-    [[ $stage == tokenizer ]] || limits+=(--config "$config" "$@")
-    run_step "$python" -m cluster.preflight "$logs/preflight" --nodes "${nodes[@]}" --head "$head" \
-        --port "$((port + 1))" --gpus "$num_gpus" --procs "$num_procs" "${limits[@]}"
-    ((is_stop_asked == 0)) || requeue "stopped on request during the pre-flight"
-    cat "$logs/preflight/verdict.txt" 2>/dev/null ||
-        say "pre-flight: ${nodes[0]} wrote no verdict: it must start Python and write to $logs; see $logs/0-*.log" >&2
+    run_preflight -- "$@"
+    say_verdict
     ((step_code == 0)) || end_by_bad_nodes
 fi
 
 run_step "$python" -m cluster.node --nodes "${#nodes[@]}" --procs "$num_procs" --head "$head" --port "$port" \
     --id "$SLURM_JOB_ID.$restart" --logs "$logs" -- "$entry_point" "$config" checkpoint.fall_back=true "$@"
 
-outcome=$(cat "$BITDANCE_EXIT_RECORD" 2>/dev/null || echo "no exit code of the trainer, srun's $step_code")
-case $outcome in
-0)
-    say "the run is complete"
-    exit 0
-    ;;
-"$EXIT_REQUEUE")
-    rm -f "$job_logs/faults"
-    requeue "stopped on request and saved"
-    ;;
-"$EXIT_HUNG")
-    cat "$BITDANCE_EXIT_RECORD.refusal" 2>/dev/null || true
-    end_by_fault "a rank hung" "$EXIT_HUNG"
-    ;;
-"$EXIT_REFUSED")
-    say "refused: see $logs/0-*.log" >&2
-    exit "$EXIT_REFUSED"
-    ;;
-esac
-end_by_fault "$outcome" 1
+end_by_outcome

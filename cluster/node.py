@@ -2,7 +2,8 @@
 
     srun ... python -m cluster.node --nodes N --procs P --head HOST --port PORT --id ID --logs DIR -- ENTRY_POINT CONFIG
 
-Slurm signals every process of a step. As in `bitdance train`, only this process hears the signals, and it sends SIGUSR1
+Of another launcher than Slurm, cluster/each_node.sh calls it with --node-rank and --node-name. Slurm signals every
+process of a step. As in `bitdance train`, only this process hears the signals, and it sends SIGUSR1
 to the ranks until they end (`cli/launch.py` says why).
 """
 
@@ -22,8 +23,8 @@ from bitdance_scale.train.process import STOP_SIGNALS
 def torchrun_command(options: argparse.Namespace, node_rank: int, node_name: str) -> list[str]:
     """The command of this node's torchrun.
 
-    The static rendezvous numbers the ranks in Slurm's order of the nodes, which follows the network; rank 0 is on the
-    first node.
+    The static rendezvous numbers the ranks in the launcher's order of the nodes, which under Slurm follows the network;
+    rank 0 is on the first node.
     """
     return [
         sys.executable,
@@ -36,7 +37,7 @@ def torchrun_command(options: argparse.Namespace, node_rank: int, node_name: str
         f"--rdzv-id={options.id}",
         f"--master-addr={options.head}",
         f"--master-port={options.port}",
-        # Slurm restarts the job as a whole.
+        # The launcher restarts the job as a whole.
         "--max-restarts=0",
         # Its default includes SIGTERM.
         "--signals-to-handle=SIGINT",
@@ -61,7 +62,7 @@ class NodeRelay(Relay):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs torchrun on this node and returns its exit code."""
-    parser = argparse.ArgumentParser(description="Runs torchrun on this node of a Slurm job.")
+    parser = argparse.ArgumentParser(description="Runs torchrun on this node of a job.")
     parser.add_argument("--nodes", type=int, required=True, help="nodes of the job")
     parser.add_argument("--procs", type=int, required=True, help="processes per node")
     parser.add_argument("--head", required=True, help="address of the first node, which hosts the rendezvous")
@@ -70,11 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--logs", type=Path, required=True, help="folder for the logs of the ranks, on the shared file system"
     )
+    parser.add_argument("--node-rank", type=int, help="number of this node, from 0 [as Slurm says]")
+    parser.add_argument("--node-name", help="name of this node [as Slurm says]")
     parser.add_argument("command", nargs="+", help="entry point and its arguments")
     options = parser.parse_args(arguments)
+    rank = int(os.environ["SLURM_NODEID"]) if options.node_rank is None else options.node_rank
+    name = options.node_name or os.environ["SLURMD_NODENAME"]
     with NodeRelay() as relay:
-        command = torchrun_command(options, int(os.environ["SLURM_NODEID"]), os.environ["SLURMD_NODENAME"])
-        return relay.run(command)
+        return relay.run(torchrun_command(options, rank, name))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Checks every node of a job before it trains and names the bad ones; srun starts one process per node.
+"""Checks every node of a job before it trains and names the bad ones; the launcher starts one process per node.
 
     srun ... python -m cluster.preflight FOLDER --nodes NODE ... --head ADDRESS --port PORT --gpus N --procs P [limits]
 
 Each node writes a report to FOLDER, which all nodes share: its GPUs and their memory, whether it can compile kernels if
 the job's configuration does, its clock at a common moment, the bandwidth of an all-reduce over its own processes and of
 one with each neighbour. Nodes are measured alone and in pairs, never all at once: if a collective over all nodes hangs,
-it does not say which node is at fault. The first node reads the reports, writes `verdict.txt` and exits with 1 if a
+it does not say which node is at fault. The first node reads the reports, writes `verdict.txt`, and all exit with 1 if a
 node is bad. Without GPUs the all-reduce runs over gloo.
 """
 
@@ -35,6 +35,7 @@ GIB = 2**30
 POLL_S = 0.2
 VERDICT = "verdict.txt"
 BAD_NODES = "bad_nodes"
+_GOOD = "good"
 # Of every phase. Python takes minutes to start from a shared file system on hundreds of nodes at once.
 TIMEOUT_S = 300.0
 
@@ -73,16 +74,21 @@ class Preflight:
         self._update(phase="done")
         return self.report
 
-    def end_together(self, text: str | None) -> None:
-        """Waits for the verdict, the first node's `text`: srun ends a step soon after its first task ends."""
+    def tell_verdict(self, is_good: bool) -> None:
+        """Lets the other nodes end, as the first one; srun ends a step soon after its first task ends."""
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):
+                self._store.set("verdict", _GOOD if is_good else "bad")
+
+    def wait_for_verdict(self) -> bool:
+        """Whether all nodes are good, as the first one says; true where it cannot be asked, as it decides alone."""
         if self._store is None:
-            return
+            return True
         # The first node may have ended already.
         with contextlib.suppress(RuntimeError):
-            if text is None:
-                self._store.wait(["verdict"], datetime.timedelta(seconds=3 * TIMEOUT_S))
-            else:
-                self._store.set("verdict", text)
+            self._store.wait(["verdict"], datetime.timedelta(seconds=3 * TIMEOUT_S))
+            return self._store.get("verdict").decode() == _GOOD
+        return True
 
     def _measure_pair(self, pair: tuple[int, int], port: int) -> None:
         partner = self._options.nodes[pair[1] if self._index == pair[0] else pair[0]]
@@ -195,11 +201,17 @@ def bad_nodes(findings: Sequence[Finding], num_nodes: int) -> list[str]:
     return bad if 2 * len(bad) <= num_nodes else []
 
 
-def verdict_text(reports: dict[str, Report | None], findings: Sequence[Finding]) -> str:
-    """The result for the job's log: the bad nodes by name, or what was measured if all are good."""
+def verdict_text(reports: dict[str, Report | None], findings: Sequence[Finding], leave_out: str) -> str:
+    """The result for the job's log: the bad nodes by name, or what was measured if all are good.
+
+    Args:
+        reports: of all nodes.
+        findings: what is wrong with them.
+        leave_out: how to start the job without the nodes whose names follow.
+    """
     if findings:
         bad = ",".join(dict.fromkeys(finding.node for finding in findings))
-        lines = [*map(str, findings), f"training not started; to leave the bad nodes out: sbatch --exclude={bad}"]
+        lines = [*map(str, findings), f"training not started; to leave the bad nodes out: {leave_out}{bad}"]
         return "".join(f"pre-flight: {line}\n" for line in lines)
     seen = [report for report in reports.values() if report is not None]
     gpus = {f"{len(report.gpus)} x {report.gpus[0].name}" if report.gpus else "no GPUs" for report in seen}
@@ -238,11 +250,11 @@ def _gpus() -> tuple[Gpu, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs this node's part; on the first node it returns 1 if any node is bad."""
+    """Runs this node's part; returns 1 if any node is bad."""
     limits = {field.name: field for field in dataclasses.fields(Limits) if field.name != "num_gpus"}
-    parser = argparse.ArgumentParser(description="Checks the nodes of a Slurm job before it trains.")
+    parser = argparse.ArgumentParser(description="Checks the nodes of a job before it trains.")
     parser.add_argument("folder", type=Path, help="folder of the reports, on the shared file system")
-    parser.add_argument("--nodes", nargs="+", required=True, help="names of all nodes, in Slurm's order")
+    parser.add_argument("--nodes", nargs="+", required=True, help="names of all nodes, in the order of their ranks")
     parser.add_argument("--head", required=True, help="address of the first node")
     parser.add_argument("--port", type=int, required=True, help="first of five free ports, the same on every node")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs per node of the job")
@@ -250,23 +262,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--config", nargs="+", help="configuration of the job and its settings; without, compilers are not looked for"
     )
+    parser.add_argument("--node-rank", type=int, help="number of this node, from 0 [as Slurm says]")
+    parser.add_argument(
+        "--leave-out", default="sbatch --exclude=", help="how to start the job without the nodes whose names follow"
+    )
     for name, field in limits.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=field.default, help=f"[{field.default}]")
     options = parser.parse_args(arguments)
-    index = int(os.environ["SLURM_NODEID"])
+    index = int(os.environ["SLURM_NODEID"]) if options.node_rank is None else options.node_rank
     options.folder.mkdir(parents=True, exist_ok=True)
     preflight = Preflight(options, index)
     preflight.run()
     if index > 0:
-        preflight.end_together(None)
-        return 0
+        return 0 if preflight.wait_for_verdict() else 1
     # Another node may need all of its time limits where this one did not.
     reports = wait_for_reports(options.folder, options.nodes, 2 * TIMEOUT_S)
     findings = judge(reports, Limits(options.gpus, **{name: getattr(options, name) for name in limits}))
-    text = verdict_text(reports, findings)
+    text = verdict_text(reports, findings, options.leave_out)
     write_text(options.folder / VERDICT, text)
     write_text(options.folder / BAD_NODES, ",".join(bad_nodes(findings, len(options.nodes))))
-    preflight.end_together(text)
+    preflight.tell_verdict(is_good=not findings)
     return 1 if findings else 0
 
 

@@ -1,7 +1,6 @@
 # shellcheck shell=bash
-# Ends a job whose run is not complete; sourced by launch.sh. The functions that end it do not return.
-: "${job_logs:?set by launch.sh}" "${logs:?}" "${BITDANCE_EXIT_RECORD:?}" "${EXIT_REQUEUE:?}" "${EXIT_BAD_NODE:?}" "${REPEAT_S:?}"
-readonly ALLOWED_FAULTS=${MAX_FAULTS:-2}
+# How a Slurm job is started again, or ends; sourced by launch.sh after start.sh.
+: "${EXIT_REQUEUE:?set by start.sh}" "${REPEAT_S:?}"
 
 # Asks Slurm's controller, and again if it does not answer: it is busy when many jobs end at once.
 ask_slurm() {
@@ -15,7 +14,7 @@ ask_slurm() {
 }
 
 # Puts the job back into the queue, unless somebody cancelled it or Slurm has already requeued it.
-requeue() { # reason, nodes to exclude
+start_again() { # reason, nodes to exclude
     local job excluded=${2:-}
     if ! job=$(ask_slurm show job -o "$SLURM_JOB_ID"); then
         say "$1; not requeued, because Slurm does not answer: submit again to continue" >&2
@@ -34,32 +33,6 @@ requeue() { # reason, nodes to exclude
     exit "$EXIT_REQUEUE"
 }
 
-# Forgets earlier faults if this start has committed a newer checkpoint than all before it: the run gets on.
-forget_faults_after_progress() {
-    local step known
-    step=$(cat "$BITDANCE_EXIT_RECORD.step" 2>/dev/null || true)
-    known=$(cat "$job_logs/step" 2>/dev/null || echo -1)
-    if [[ $step =~ ^[0-9]+$ ]] && ((step > known)); then
-        echo "$step" >"$job_logs/step"
-        rm -f "$job_logs/faults"
-    fi
-}
-
-# A fault may come from a node or the network, so the job tries again a limited number of times between checkpoints.
-end_by_fault() { # what, exit code after the last one, nodes to exclude
-    local faults
-    forget_faults_after_progress
-    faults=$(($(cat "$job_logs/faults" 2>/dev/null || echo 0) + 1))
-    echo "$faults" >"$job_logs/faults"
-    ((faults > ALLOWED_FAULTS)) || requeue "fault $faults of $ALLOWED_FAULTS allowed ($1; see $logs/*.log)" "${3:-}"
-    say "gave up at fault $faults, $ALLOWED_FAULTS allowed ($1; see $logs/*.log)" >&2
-    exit "$2"
-}
-
-# Tries again without the bad nodes, unless so many are bad that the cause lies elsewhere.
-end_by_bad_nodes() {
-    local bad
-    bad=$(cat "$logs/preflight/bad_nodes" 2>/dev/null || true)
-    [[ -n $bad ]] || exit "$EXIT_BAD_NODE"
-    end_by_fault "bad nodes $bad" "$EXIT_BAD_NODE" "$bad"
+give_up() { # exit code
+    exit "$1"
 }

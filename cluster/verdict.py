@@ -65,7 +65,7 @@ class Limits:
     """The limits of a good node.
 
     Attributes:
-        num_gpus: GPUs per node of the job; 0 if Slurm does not count them.
+        num_gpus: GPUs per node of the job; 0 if the launcher does not count them.
         max_used_gib: memory of a GPU that may be in use before training.
         max_skew_s: allowed distance of a clock from the others.
         min_share: share of the median bandwidth that a node must reach.
@@ -160,7 +160,7 @@ def _judge_gpus(reports: Sequence[Report], limits: Limits) -> list[Finding]:
     findings = []
     looked = {report.node: report.gpus for report in reports if report.gpus is not None}
     num_gpus = limits.num_gpus or statistics.mode([len(gpus) for gpus in looked.values()] or [0])
-    count_rule = f"{num_gpus}, as {'Slurm allocated' if limits.num_gpus else 'on most nodes'}"
+    count_rule = f"{num_gpus}, as {'the job asks for' if limits.num_gpus else 'on most nodes'}"
     largest_gib = max((gpu.total_gib for gpus in looked.values() for gpu in gpus), default=0.0)
     for node, gpus in looked.items():
         if len(gpus) != num_gpus:
@@ -180,7 +180,7 @@ def _judge_gpus(reports: Sequence[Report], limits: Limits) -> list[Finding]:
                         node,
                         f"GPU {index} ({gpu.name}) has {gpu.total_gib:.1f} GiB",
                         f"GPUs of one size; the largest has {largest_gib:.1f} GiB",
-                        "ask for one kind of GPU with --constraint or --gres, or leave the node out",
+                        "ask for one kind of GPU (Slurm: --constraint or --gres), or leave the node out",
                     )
                 )
             if gpu.used_gib > limits.max_used_gib:

@@ -17,7 +17,7 @@ fi
 
 bash tests/slurm/install.sh
 
-shellcheck -x cluster/*.sh cluster/*.sbatch tests/slurm/*.sh .ci/run
+shellcheck -x cluster/*.sh cluster/*.sbatch cluster/container/*.sh tests/slurm/*.sh tests/container/*.sh .ci/run
 
 folder=$(mktemp -d -t slurm-test.XXXXXX)
 chmod 755 "$folder"

@@ -129,7 +129,7 @@ def test_container_takes_the_place_of_the_environment(slurm):
         ({"OUTCOME": "0"}, 0, False, "the run is complete"),
         ({"OUTCOME": "2"}, 2, False, "refused: see"),
         ({"OUTCOME": "75"}, 75, True, "stopped on request and saved; requeued"),
-        ({}, 75, True, "fault 1 of 2 allowed (no exit code of the trainer, srun's 1"),
+        ({}, 75, True, "fault 1 of 2 allowed (no exit code of the trainer, its launcher's 1"),
         ({"MAX_FAULTS": "0"}, 1, False, "gave up at fault 1, 0 allowed"),
         ({"OUTCOME": "75", "STATE": "JobState=COMPLETING Reason=None"}, 75, False, "not requeued from here"),
         ({"OUTCOME": "75", "STATE": "JobState=COMPLETING Reason=TimeLimit"}, 75, True, "requeued"),

@@ -56,9 +56,20 @@ def test_missing_node_is_waited_for_and_then_named(tmp_path):
 
 def test_verdict_names_every_bad_node_once():
     found = [Finding("n1", "a", "b", "c"), Finding("n1", "d", "e", "f"), Finding("n4", "g", "h", "i")]
-    text = preflight.verdict_text({}, found)
+    text = preflight.verdict_text({}, found, "sbatch --exclude=")
     assert text.splitlines()[0] == "pre-flight: n1: a; rule: b; fix: c"
     assert text.rstrip().endswith("sbatch --exclude=n1,n4")
+
+
+@pytest.mark.parametrize("is_good", [True, False])
+def test_all_nodes_learn_the_verdict_of_the_first_one(tmp_path, is_good):
+    port = free_port()
+    options = preflight.argparse.Namespace(nodes=["n0", "n1"], procs=1, folder=tmp_path)
+    nodes = [preflight.Preflight(options, index) for index in (0, 1)]
+    for index, node in enumerate(nodes):
+        node._store = preflight.TCPStore("127.0.0.1", port, is_master=index == 0, wait_for_workers=False)
+    nodes[0].tell_verdict(is_good=is_good)
+    assert nodes[1].wait_for_verdict() is is_good
 
 
 def test_job_goes_on_without_few_bad_nodes_only():

@@ -34,7 +34,7 @@ def test_good_nodes_are_good():
 @pytest.mark.parametrize(
     ("fields", "found", "rule"),
     [
-        ({"gpus": (H100,) * 7}, "CUDA sees 7 GPUs", "rule: 8, as Slurm allocated"),
+        ({"gpus": (H100,) * 7}, "CUDA sees 7 GPUs", "rule: 8, as the job asks for"),
         ({"gpus": (H100,) * 7 + (Gpu("H100", 39.6, 0.5),)}, "GPU 7 (H100) has 39.6 GiB", "the largest has 79.6 GiB"),
         (
             {"gpus": (Gpu("H100", 79.6, 31.0),) + (H100,) * 7},
