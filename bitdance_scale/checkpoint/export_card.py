@@ -116,34 +116,39 @@ def starts_of(checkpoint: Path, base: SharedBase | None) -> Iterator[str]:
     for _ in range(MAX_STARTS):
         section = read_run_section(path)
         start = section.get("start_from", "") if "steps" in section else ""
-        if not start:
+        found = _found_start(path, start) if start else None
+        if start and found is None:
+            yield f"{_start_name(start)}: the run or import of this name, which is not at hand any more"
+        if found is None or found == path:
             break
-        found = None if is_remote(start) else _found_start(path, start)
-        if found is None:
-            yield f"{Path(start).name}: the run or import of this name, which is not at hand any more"
-            break
-        path = found
-        earlier = read_run_section(path)
+        path, earlier = found, read_run_section(found)
         if "steps" in earlier:
-            state = read_state(path)
             stage = STAGES[earlier.get("stage", "pt")].title
-            yield f"run {earlier['name']}, {stage}, step {state.step:,} of {earlier['steps']:,}"
-    if base is not None:
-        known = f" ({base.hub_id})" if base.hub_id else ""
-        what = "a plain language model, to which head and projector were added" if base.kind == "Qwen3" else base.kind
-        yield f"{base.name}{known}: {what}"
-    elif path == checkpoint or "steps" in read_run_section(path):
+            yield f"run {earlier['name']}, {stage}, which is at step {read_state(found).step:,} of {earlier['steps']:,}"
+    if base is None:
         yield "random initial weights"
+        return
+    known = f" ({base.hub_id})" if base.hub_id else ""
+    what = "a plain language model, to which head and projector were added" if base.kind == "Qwen3" else base.kind
+    yield f"{base.name}{known}: {what}"
 
 
 def _found_start(path: Path, start: str) -> Path | None:
     """The checkpoint that a run started from, if it is still where the run had it, or beside the run."""
-    for where in (Path(start), path.absolute().parents[2] / Path(start).name):
+    if is_remote(start):
+        return None
+    for where in (Path(start), *(root / _start_name(start) for root in path.absolute().parents[2:3])):
         try:
             return find_checkpoint(where)
         except CheckpointError:
             continue
     return None
+
+
+def _start_name(start: str) -> str:
+    """The name of the run or import of a path; the path may be that of one of its checkpoints."""
+    parts = [part for part in start.split("/") if part]
+    return parts[-3] if len(parts) > 2 and parts[-2] == CHECKPOINTS_DIR else parts[-1]
 
 
 def _counts(export: Export) -> RunCounts:

@@ -62,10 +62,10 @@ def read_base(release: Mapping[str, Any]) -> SharedBase | None:
 
     Imports of earlier versions say no more than what kind it was.
     """
-    if "kind" not in release:
+    if not release:
         return None
-    content: Mapping[str, Any] = release.get(BASE) or {}
-    name = str(content.get("name", "")) or f"a {release['kind']} folder"
+    kind, content = str(release.get("kind", "BitDance")), release.get(BASE) or {}
+    name = str(content.get("name", "")) or f"a {kind} folder"
     stated = content.get("licence")
     licence = Licence.from_json(stated, f"the folder {name}, which the weights came from,") if stated else None
-    return SharedBase(name, str(content.get("hub_id", "")), str(release["kind"]), licence)
+    return SharedBase(name, str(content.get("hub_id", "")), kind, licence)

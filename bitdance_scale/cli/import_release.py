@@ -1,6 +1,6 @@
 """Makes a checkpoint of released weights: of a published BitDance, or of a Qwen3 folder to pretrain from.
 
-    bitdance import BitDance-14B-16x imported
+    bitdance import BitDance-14B-16x imported                     # as the release, or in diffusers' layout
     bitdance import Qwen3-14B imported --autoencoder BitDance-Tokenizer/ae_d16c32.safetensors
     bitdance import BitDance_B_4x.pt imported                     # a class-conditional network
     bitdance import ae_d16c32.pt autoencoder                      # an autoencoder by itself

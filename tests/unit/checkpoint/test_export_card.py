@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from bitdance_scale.checkpoint.class_source import open_class_source
 from bitdance_scale.checkpoint.export_card import ShareOptions, export_facts
-from bitdance_scale.checkpoint.export_release import open_checkpoint
+from bitdance_scale.checkpoint.export_release import export_release, open_checkpoint
 from bitdance_scale.checkpoint.import_release import import_release
 from bitdance_scale.checkpoint.integrity import write_manifest
+from bitdance_scale.checkpoint.pickled_files import PickledFile
 from bitdance_scale.checkpoint.release_source import NewParts, open_source
 from bitdance_scale.checkpoint.start_weights import find_checkpoint
 from bitdance_scale.cli.export_release import main
@@ -27,7 +32,7 @@ from bitdance_scale.observe.metrics import Evaluation, StepMetrics
 from bitdance_scale.sharing.card import card_text
 from bitdance_scale.sharing.licences import licence_text
 from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REFUSED
-from tests.released import HEAD, as_a_run, write_autoencoder, write_plain_qwen3
+from tests.released import HEAD, as_a_run, class_file_content, write_autoencoder, write_plain_qwen3
 
 SETTINGS = """
 [data]
@@ -81,7 +86,7 @@ def licensed(published, tmp_path_factory) -> Path:
 def run(licensed, tmp_path) -> Path:
     """The import as a run at step 0 of 10, with files that a run writes."""
     run = as_a_run(licensed, tmp_path / "sft_small", 10)
-    change_config(run, lambda text: text + SETTINGS)
+    change_file(run, lambda text: text + SETTINGS)
     metrics = dict.fromkeys((field.name for field in dataclasses.fields(StepMetrics)), 1.0)
     metrics |= {"step": 0, "images_by_resolution": {}, "sample_errors": {}, "images_by_source": {}, "loss_vision": 0.25}
     later = metrics | {"step": 5, "loss_vision": 0.125}
@@ -96,11 +101,11 @@ def run(licensed, tmp_path) -> Path:
     return run
 
 
-def change_config(run: Path, change: Callable[[str], str]) -> None:
-    """Changes the configuration of a run's checkpoint."""
+def change_file(run: Path, change: Callable[[str], str], file: str = "config.toml") -> None:
+    """Changes a file of a run's checkpoint."""
     checkpoint = find_checkpoint(run)
-    config = checkpoint / "config.toml"
-    config.write_text(change(config.read_text()))
+    path = checkpoint / file
+    path.write_text(change(path.read_text()))
     (checkpoint / "manifest.json").unlink()
     write_manifest(checkpoint)
 
@@ -180,14 +185,25 @@ class TestRun:
 
     def test_the_runs_before_it(self, run, tmp_path):
         later = shutil.copytree(run, tmp_path / "later")
-        change_config(later, lambda text: text.replace('start_from = "', 'start_from = "runs/sft_small" # "'))
+        change_file(later, lambda text: text.replace('start_from = "', 'start_from = "runs/sft_small" # "'))
         _, text = card_of(later)
-        assert (
-            "- run sft\\_small, supervised fine-tuning, step 0 of 10\n- BitDance-S (someone/BitDance-S): BitDance\n"
-        ) in text
+        started = "- run sft\\_small, supervised fine-tuning, which is at step 0 of 10\n"
+        assert f"{started}- BitDance-S (someone/BitDance-S): BitDance\n" in text
         shutil.rmtree(run)
-        _, text = card_of(later)
-        assert "- sft\\_small: the run or import of this name, which is not at hand any more" in text
+        for start in ("runs/sft_small", "s3://bucket/runs/sft_small/checkpoints/step_00000005"):
+            change_file(later, functools.partial(re.sub, 'start_from = "[^"]*"', f'start_from = "{start}"'))
+            _, text = card_of(later)
+            assert (
+                "- sft\\_small: the run or import of this name, which is not at hand any more\n- BitDance-S "
+            ) in text
+            assert "random initial weights" not in text
+
+    def test_weights_that_began_at_random(self, run):
+        change_file(run, lambda text: json.dumps(json.loads(text) | {"release": {}}), "train_state.json")
+        change_file(run, lambda text: re.sub('start_from = "[^"]*"', 'start_from = ""', text))
+        fields, text = card_of(run)
+        assert "## Where it comes from\n\n- random initial weights\n" in text
+        assert fields["license_name"] == "not-stated" and "base_model" not in fields
 
 
 class TestImport:
@@ -200,6 +216,23 @@ class TestImport:
         fields, text = card_of(imported)
         assert (fields["license"], fields["license_name"]) == ("other", "not-stated")
         assert "base_model" not in fields and "**No licence is stated.**" in text
+
+    def test_an_export_without_a_licence_stays_without_one(self, imported, tmp_path):
+        export_release(open_checkpoint(imported), tmp_path / "export")
+        import_release(open_source(tmp_path / "export", None), tmp_path / "again")
+        fields, text = card_of(tmp_path / "again")
+        assert fields["license_name"] == "not-stated" and "**No licence is stated.**" in text
+
+    def test_a_class_conditional_network(self, tmp_path):
+        # A file says nothing of its licence: what lies beside it may be of something else.
+        (tmp_path / "LICENSE").write_text(licence_text("apache-2.0"))
+        torch.save({"model": class_file_content()}, tmp_path / "file.pt")
+        import_release(open_class_source(PickledFile(tmp_path / "file.pt")), tmp_path / "imported")
+        fields, text = card_of(tmp_path / "imported")
+        assert "pipeline_tag" not in fields and "class-conditional" in fields["tags"]
+        assert fields["license_name"] == "not-stated" and "bitdance import model.pt imported" in text
+        export_release(open_checkpoint(tmp_path / "imported"), tmp_path / "out")
+        assert {"README.md", "LICENSE", "model.safetensors"} < {path.name for path in (tmp_path / "out").iterdir()}
 
     @pytest.mark.parametrize(("beside", "expected"), [("", "other"), ("apache-2.0", "apache-2.0"), ("mit", "other")])
     def test_a_qwen3_needs_the_licence_of_the_autoencoder_too(self, tmp_path, beside, expected):
