@@ -100,7 +100,7 @@ $(LAUNCHERS_STAMP): constraints-launchers.txt | setup
 	@touch $@
 
 test-launchers: $(LAUNCHERS_STAMP)  ## files of cluster/ against the schemas of their readers, and pods without Kubernetes; ARGS= goes to pytest
-	$(BIN)/python -m pytest tests/launchers -m "launchers or large" $(ARGS)
+	$(BIN)/python -m pytest tests/launchers -m launchers $(ARGS)
 
 test-container:  ## build the image without Docker and train in it; as root on Debian (10 minutes, 25 GB)
 	bash tests/container/run.sh

@@ -4,7 +4,8 @@
     bitdance inspect --config demo                                        what the configuration trains on
 
 A sample is drawn as it is stored. Its title says its stored size, the bucket that it is trained at in each resolution,
-and its caption. Without --config the resolutions are 256, 512 and 1024 px with the sizes that the published release
+and its caption. With --config it is also said what a small data set lacks: images that fill a bucket, captions, images
+for one step. Without --config the resolutions are 256, 512 and 1024 px with the sizes that the published release
 samples at. Without DATASET the shards are those of --config, each source counted by itself.
 """
 
@@ -47,6 +48,7 @@ def _run(options: argparse.Namespace) -> int:
     from bitdance_scale.data.index.build import build_index
     from bitdance_scale.data.index.index import default_index_dir
     from bitdance_scale.data.inspection import RELEASE_RESOLUTIONS, draw_grid, report, source_report
+    from bitdance_scale.data.plan.small_set import remarks
     from bitdance_scale.data.storage.shards import expand_shards
     from bitdance_scale.train.shared_index import training_index
 
@@ -56,12 +58,15 @@ def _run(options: argparse.Namespace) -> int:
         shards = expand_shards(options.dataset, "DATASET")
         index = build_index(shards, options.index_dir or default_index_dir(shards))
         print(report(index, resolutions, max_upscale))
+        data = None if config is None else dataclasses.replace(config.data, shards=tuple(shards), sources=())
     else:
         data = dataclasses.replace(config.data, index_dir=options.index_dir or config.data.index_dir)
         index = training_index(data)
         print(report(index, resolutions, max_upscale))
         if data.sources:
             print(source_report(index, data))
+    for remark in remarks(index, data) if data is not None else ():
+        print(remark)
     draw_grid(index, resolutions, max_upscale, options.count, options.out)
     print(f"wrote {options.out}")
     return EXIT_COMPLETE

@@ -94,11 +94,11 @@ def _run(options: argparse.Namespace) -> int:
             num_workers=workers,
             progress=progress,
         )
-    print("\n".join(_summary(options.out, report)))
+    print("\n".join(_summary(options.out, report, options.held_out)))
     return EXIT_COMPLETE
 
 
-def _summary(out: Path, report: dict[str, Any]) -> list[str]:
+def _summary(out: Path, report: dict[str, Any], share: float) -> list[str]:
     """What was done, what was not, and what comes next."""
     from bitdance_scale.config.class_map import CLASSES_FILE
     from bitdance_scale.data.shard_writing.output_folder import HELD_OUT, SKIPPED
@@ -112,10 +112,21 @@ def _summary(out: Path, report: dict[str, Any]) -> list[str]:
         lines.append(f"classes: {num_classes}{empty}, named in {out / CLASSES_FILE}")
     if held_out:
         lines.append(f"held out: {held_out} pictures in {out / HELD_OUT}")
+    elif share:
+        lines.append(
+            f"held out: none; each picture is with the chance {share:g}, by its bytes: raise --held-out, and pack into "
+            "another folder"
+        )
     if report["skipped"]:
         lines.append(f"skipped: {_counts(report['skipped'])}, listed in {out / SKIPPED}")
         lines += [f"  {line.rstrip()}" for line in _first_lines(out / SKIPPED)]
-    names = {"captions": "packed without a caption", "converted": "converted to PNG", "left_out": "not pictures"}
+    if report["captions"]:
+        first = ", ".join(report.get("without_caption", []))
+        lines += [
+            f"packed without a caption: {_counts(report['captions'])}, first {first}",
+            "  they are trained without words; --missing-caption skip leaves them out, error refuses them",
+        ]
+    names = {"converted": "converted to PNG", "left_out": "not pictures"}
     lines += [f"{text}: {_counts(report[name])}" for name, text in names.items() if report[name]]
     folders = {"data.shards": out} | ({"evaluate.shards": out / HELD_OUT} if held_out else {})
     settings = [f"{name}=[{json.dumps(str(folder), ensure_ascii=False)}]" for name, folder in folders.items()]
@@ -126,6 +137,7 @@ def _summary(out: Path, report: dict[str, Any]) -> list[str]:
         *lines,
         "next:",
         f"  bitdance index {shlex.quote(str(out))}",
+        f"  bitdance inspect {shlex.quote(str(out))} --config CONFIG    which of them CONFIG trains on",
         f"  bitdance train CONFIG {shlex.join(settings)}",
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.train.shared_index import labelled_index
 from bitdance_scale.train.step_feed import StepReader
 from bitdance_scale.vision.tokenizer import VisionTokenizer
+
+logger = logging.getLogger(__name__)
 
 # Losses are given for so many equal parts of the flow time.
 NUM_TIME_PARTS = 5
@@ -58,6 +61,12 @@ class Evaluator:
         index_dir = str(Path(config.data.index_dir) / "held_out") if config.data.index_dir else ""
         index = labelled_index(dataclasses.replace(held_out, data=dataclasses.replace(data, index_dir=index_dir)))
         with StepReader(held_out, index, condition, vision, topology, None) as reader:
+            if repeated := [use for use in reader.uses(1) if use.num_images > use.num_samples]:
+                logger.info(
+                    "held-out images are too few for evaluate.images=%d, and count several times: %s",
+                    data.global_batch,
+                    ", ".join(f"{use.num_images} of {use.num_samples} at {use.side_px} px" for use in repeated),
+                )
             return cls(config, [loaded.pack for loaded in reader.next_step().packs], topology)
 
     def inputs(self) -> list[PackInputs]:

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitdance_scale.atomic_files import is_storage_fault, write_bytes
+from bitdance_scale.config.data_schema import DataSection
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.plan.filters import FilterCount, describe
 from bitdance_scale.data.plan.plan import StreamUse
+from bitdance_scale.data.plan.small_set import remarks
 from bitdance_scale.observe.benchmark_scores import BENCHMARKS_FILE, read_scores_of_run
 from bitdance_scale.observe.console import loss_table
 from bitdance_scale.observe.cost import count_parameters, peak_flops, step_flops
@@ -78,13 +81,21 @@ class RunObserver(RunSinks):
         if self._drawn_step < self._last_step:
             self._draw_overview()
 
-    def sources(self, uses: Sequence[StreamUse], filters: Mapping[str, Sequence[FilterCount]]) -> None:
-        """Says what the filters leave out, and what the whole run takes of every source."""
+    def sources(
+        self,
+        uses: Sequence[StreamUse],
+        filters: Mapping[str, Sequence[FilterCount]],
+        index: Index | None,
+        data: DataSection,
+    ) -> None:
+        """Says what the filters leave out, what the whole run takes of every source, and what a small set lacks."""
         if self.is_active:
             for name, counts in filters.items():
                 for count in counts:
                     logger.info("filter of %s: %s", f"source {name}" if name else "data", describe(count))
             logger.info(sources_summary(uses))
+            for remark in remarks(index, data) if index is not None else ():
+                logger.warning(remark)
 
     def step(self, metrics: StepMetrics) -> None:
         """Records a logged step everywhere."""

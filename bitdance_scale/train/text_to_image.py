@@ -157,7 +157,7 @@ class TextToImageJob(Job):
             self._meter.stragglers.listening(),
             StepFeed(reader.next_step, self._prepare, step, config.run.steps, topology.device) as self._feed,
         ):
-            self._observer.sources(reader.uses(config.run.steps), reader.filter_counts())
+            self._observer.sources(reader.uses(config.run.steps), reader.filter_counts(), self._index, config.data)
             self.write_config()
             self._meter.restart()
             yield

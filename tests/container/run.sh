@@ -24,8 +24,9 @@ readonly BASE=localhost/debian-bookworm IMAGE=localhost/bitdance
 buildah() { command buildah --root "$folder/store" --runroot "$folder/run" --storage-driver overlay "$@"; }
 clean_up() {
     buildah rm --all >/dev/null 2>&1 || true
-    umount "$folder/store/overlay" 2>/dev/null || true
-    rm -rf "$folder"
+    # debootstrap mounts the first two while it works.
+    umount "$folder/base/proc" "$folder/base/sys" "$folder/store/overlay" 2>/dev/null || true
+    rm -rf --one-file-system "$folder"
 }
 trap clean_up EXIT
 
@@ -38,7 +39,7 @@ container=$(buildah from scratch)
 buildah add --quiet "$container" "$folder/base" / >/dev/null
 buildah commit --quiet "$container" "$BASE" >/dev/null
 buildah rm "$container" >/dev/null
-rm -rf "$folder/base"
+rm -rf --one-file-system "$folder/base"
 
 echo "test-container: building the image"
 # pip trusts whom this machine trusts.

@@ -25,7 +25,7 @@ from tests.launchers.kubernetes import (
 )
 from tests.unit.cluster.test_preflight import free_port
 
-pytestmark = [pytest.mark.large, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.launchers, pytest.mark.timeout(900)]
 
 NUM_STEPS = 12
 # For one start of two pods, also on busy cores; whatever takes longer hangs.

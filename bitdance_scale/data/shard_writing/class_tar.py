@@ -90,9 +90,9 @@ class ClassTar:
                     raise DataError(f"{self._path}: has become shorter since packing began; fetch it again")
                 yield SourcePicture(shown(picture.name), content)
 
-    def first_without_caption(self) -> str | None:
-        """The first picture: a tar of classes has no captions."""
-        return shown(self.names[0]) if self.names else None
+    def without_caption(self) -> Iterator[str]:
+        """All pictures: a tar of classes has no captions."""
+        return map(shown, self.names)
 
     def _tars(self, descriptor: int, left_out: Counter[str]) -> dict[str, _Member]:
         """Class -> its tar."""

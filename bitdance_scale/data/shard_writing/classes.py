@@ -85,9 +85,9 @@ class PicturesOfClasses:
             for picture in self._source.pictures(place, place + 1):
                 yield replace(picture, label=label)
 
-    def first_without_caption(self) -> str | None:
+    def without_caption(self) -> Iterator[str]:
         """Of the source, in its order."""
-        return self._source.first_without_caption()
+        return self._source.without_caption()
 
 
 def _class_map(path: Path, class_names: Sequence[str], filled: set[str], map_path: Path | None) -> ClassMap:

@@ -83,9 +83,9 @@ class MetadataFolder:
         for name, named in zip(self._names[start:stop], self._rows[start:stop], strict=True):
             yield SourcePicture(shown(name) or "(no name)", self._read(name), named.caption, named.columns)
 
-    def first_without_caption(self) -> str | None:
-        """The first row without a caption."""
-        return next((shown(row.name) for row in self._rows if row.caption.problem is not None), None)
+    def without_caption(self) -> Iterator[str]:
+        """The rows without a caption."""
+        return (shown(row.name) for row in self._rows if row.caption.problem is not None)
 
     def _read(self, name: str) -> bytes | SkippedPicture:
         if not name:

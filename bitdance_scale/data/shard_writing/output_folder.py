@@ -41,6 +41,7 @@ class ShardRecord:
         captions: what was wrong with captions of these samples -> how often.
         converted: format -> how many pictures were converted from it.
         skipped: name, cause and detail of every picture that was left out.
+        without_caption: names of the first pictures that are counted in `captions`.
     """
 
     num_packed: int = 0
@@ -49,6 +50,7 @@ class ShardRecord:
     captions: Counter[str] = field(default_factory=Counter)
     converted: Counter[str] = field(default_factory=Counter)
     skipped: list[dict[str, str]] = field(default_factory=list)
+    without_caption: list[str] = field(default_factory=list)
 
 
 class OutputFolder:

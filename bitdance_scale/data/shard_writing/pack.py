@@ -25,6 +25,8 @@ from bitdance_scale.data.shard_writing.tar_writer import BYTES_PER_SAMPLE, TarWr
 from bitdance_scale.errors import DataError
 from bitdance_scale.wording import file_size
 
+NUM_NAMED = 5
+"""So many pictures without a caption are named."""
 MISSING_CAPTION_POLICIES = ("keep", "skip", "error")
 _Progress = Callable[[int, int], None]
 
@@ -82,9 +84,7 @@ def pack_source(
     _refuse_overlap(Path(source_path), out)
     source = open_source(source_path, options.caption, options.image, has_classes=has_classes, class_map=class_map)
     if options.missing_caption == "error":
-        name = source.first_without_caption()
-        if name is not None:
-            _refuse_caption(name, ErrorCause.MISSING_CAPTION)
+        _refuse_missing_captions(list(source.without_caption()), len(source.num_bytes))
     shards = cut_shards(source.num_bytes, options.samples_per_shard, options.max_shard_bytes)
     settings = {"source": source.kind, "num_pictures": len(source.num_bytes), "source_digest": source.digest}
     with OutputFolder(out, settings | asdict(options), len(shards)) as folder:
@@ -174,6 +174,7 @@ class _Packing:
             "num_bytes": sum(record.num_bytes for record in done),
             "skipped": dict(skipped.most_common()),
             "captions": dict(sum((record.captions for record in done), Counter())),
+            "without_caption": [name for record in done for name in record.without_caption][:NUM_NAMED],
             "converted": dict(sum((record.converted for record in done), Counter())),
             "left_out": self._source.left_out,
             "shards": {
@@ -234,6 +235,8 @@ class _Packing:
                     is_expected = picture.label is None or picture.caption.problem is not ErrorCause.MISSING_CAPTION
                     if picture.caption.problem is not None and is_expected:
                         record.captions[str(picture.caption.problem)] += 1
+                        if len(record.without_caption) < NUM_NAMED:
+                            record.without_caption.append(picture.name)
                     if checked.converted_from:
                         record.converted[checked.converted_from] += 1
                     writer = held_out if is_held_out(checked.sha256, self._options.held_out) else packed
@@ -305,6 +308,16 @@ class _Stopped(Exception):
 def is_held_out(sha256: str, share: float) -> bool:
     """Whether a picture is held out: by its bytes alone, so equal pictures are on the same side in every source."""
     return int(sha256[:16], 16) < share * 2**64
+
+
+def _refuse_missing_captions(names: Sequence[str], num_pictures: int) -> None:
+    if names:
+        more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
+        raise DataError(
+            f"no caption for {len(names)} of {num_pictures} pictures, {', '.join(names[:NUM_NAMED])}{more}, and "
+            "--missing-caption error asks for one of every picture; write them (NAME.txt beside NAME.png, or in the "
+            "table), or choose keep or skip"
+        )
 
 
 def _refuse_caption(name: str, problem: ErrorCause) -> None:

@@ -92,9 +92,9 @@ class ParquetPictures:
             if group.start < stop and start < group.stop:
                 yield from self._of_group(group, max(start - group.start, 0), min(stop, group.stop) - group.start)
 
-    def first_without_caption(self) -> str | None:
-        """Not known: the columns are read with the pictures."""
-        return None
+    def without_caption(self) -> Iterator[str]:
+        """None is known: the columns are read with the pictures."""
+        return iter(())
 
     def _of_group(self, group: _Group, first: int, end: int) -> Iterator[SourcePicture]:
         path = self._paths[group.file]

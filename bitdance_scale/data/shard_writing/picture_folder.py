@@ -120,9 +120,9 @@ class PictureFolder:
             content = read_picture_file(self._folder / file.name)
             yield SourcePicture(shown(file.name), content, self._caption(file), self._record(file))
 
-    def first_without_caption(self) -> str | None:
-        """The first picture without a `.txt` file."""
-        return next((shown(file.name) for file in self._pictures if file.stem not in self._captions), None)
+    def without_caption(self) -> Iterator[str]:
+        """The pictures without a `.txt` file."""
+        return (shown(file.name) for file in self._pictures if file.stem not in self._captions)
 
     def _caption(self, picture: FoundFile) -> Caption:
         file = self._captions.get(picture.stem)

@@ -72,8 +72,8 @@ class PictureSource(Protocol):
         """
         ...
 
-    def first_without_caption(self) -> str | None:
-        """Name of a picture that is known to have no caption before any is read."""
+    def without_caption(self) -> Iterator[str]:
+        """Names of the pictures that are known to have no caption before any is read."""
         ...
 
 

@@ -50,6 +50,18 @@ def test_without_a_data_set_the_sources_of_the_configuration_are_counted(tmp_pat
     assert "name a DATASET or a --config" in capsys.readouterr().err
 
 
+def test_what_a_small_data_set_lacks_is_said_for_a_configuration(tmp_path: Path, capsys) -> None:
+    samples = {str(n): sample_members(160, 160, "a cat", n) for n in range(11)} | {"s": sample_members(20, 20, "a", 11)}
+    write_tar(tmp_path / "0.tar", samples)
+    out = ["--out", str(tmp_path / "grid.png"), "--count", "1"]
+    assert main([str(tmp_path), "--config", "demo", *out]) == 0
+    printed = capsys.readouterr().out
+    assert "1 of 12 images are smaller than any bucket and are not trained: s (20 x 20)" in printed
+    assert "11 images are fewer than a step takes" in printed
+    assert main([str(tmp_path), *out]) == 0
+    assert "smaller than any bucket" not in capsys.readouterr().out
+
+
 def test_a_missing_data_set_ends_in_one_line(tmp_path: Path, capsys) -> None:
     assert main([str(tmp_path / "none")]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()

@@ -44,3 +44,26 @@ def test_the_summary_says_what_was_left_out_and_what_comes_next(tmp_path: Path, 
         f"""'data.shards=["{out}"]' 'evaluate.shards=["{out}/held_out"]'""",
     ):
         assert text in printed, text
+
+
+def test_missing_captions_are_named_and_an_empty_held_out_part_is_explained(tmp_path: Path, capsys) -> None:
+    source = make_folder(tmp_path / "pictures", 12)
+    stems = sorted(path.stem for path in source.rglob("*.txt"))[:7]
+    for text in source.rglob("*.txt"):
+        if text.stem in stems:
+            text.unlink()
+    num_missing = 12 - len(list(source.rglob("*.txt")))
+    out = tmp_path / "shards"
+    assert main(["pack", str(source), str(out), "--held-out", "1e-9", "--workers", "1"]) == EXIT_COMPLETE
+    printed = capsys.readouterr().out
+    assert f"packed without a caption: missing_caption {num_missing}, first " in printed
+    first = next(line for line in printed.splitlines() if line.startswith("packed without")).split("first ")[1]
+    assert len(first.split(", ")) == 5 and all((source / name).is_file() for name in first.split(", "))
+    assert "held out: none; each picture is with the chance 1e-09" in printed
+    assert f"bitdance inspect {out} --config CONFIG" in printed
+
+    refused = tmp_path / "refused"
+    assert main(["pack", str(source), str(refused), "--missing-caption", "error"]) == EXIT_REFUSED
+    error = capsys.readouterr().err
+    assert f"no caption for {num_missing} of 12 pictures, " in error and f"and {num_missing - 5} more" in error
+    assert not list(refused.glob("*.tar"))

@@ -106,7 +106,7 @@ def test_another_table_is_another_source(tmp_path):
 def test_a_missing_caption_is_refused_before_anything_is_written(tmp_path):
     source = pictures(tmp_path / "source", "1.jpg", "2.jpg")
     jsonl(source / "metadata.jsonl", {"file_name": "1.jpg", "text": "x"}, {"file_name": "2.jpg", "text": " "})
-    with pytest.raises(DataError, match="2.jpg: missing_caption"):
+    with pytest.raises(DataError, match="no caption for 1 of 2 pictures, 2.jpg, and"):
         pack_source(source, tmp_path / "out", PackOptions(missing_caption="error"))
     assert not (tmp_path / "out").exists()
 

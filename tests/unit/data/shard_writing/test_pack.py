@@ -133,6 +133,7 @@ def test_captions(tmp_path, content, caption, problem):
     report = pack_source(source, tmp_path / "out", SMALL)
     ((_, members),) = samples_of(tmp_path / "out").items()
     assert report["captions"] == ({problem: 1} if problem else {})
+    assert report["without_caption"] == (["a.jpg"] if problem else [])
     assert json.loads(members["json"])["caption"] == caption
     expected = {None: caption, "empty_caption": ""}.get(problem)
     assert members.get("txt") == (None if expected is None else expected.encode())
@@ -142,7 +143,9 @@ def test_captions(tmp_path, content, caption, problem):
         skipping = PackOptions(missing_caption="skip")
         assert pack_source(source, tmp_path / "skipping", skipping)["num_packed"] == 1
         assert skipped_of(tmp_path / "skipping") == {"a.jpg": problem}
-        with pytest.raises(DataError, match=f"a.jpg: {problem}, and --missing-caption error"):
+        # A file that is missing is known before any picture is read.
+        refusal = "no caption for 1 of 2 pictures, a.jpg" if content is None else f"a.jpg: {problem}"
+        with pytest.raises(DataError, match=f"{refusal}, and --missing-caption error"):
             pack_source(source, tmp_path / "refused", PackOptions(missing_caption="error"))
 
 
