@@ -39,7 +39,7 @@ NUM_COLUMNS, NUM_ROWS = 4, 3
 MARGINS = {"left": 0.042, "right": 0.992, "wspace": 0.24, "hspace": 0.32}
 BOTTOM_INCHES = 0.55
 # Around the axes of a panel lie what belongs to it: its label at the left, its title above, its ticks below.
-PANEL_ROOM_INCHES = (0.68, 0.1, 0.5, 0.3)
+PANEL_ROOM_INCHES = (0.68, 0.1, 0.5, 0.25)
 HEADER_LINE_INCHES = 0.25
 BLUE, GREEN, ORANGE, RED = "#1f6fb4", "#2f8f4e", "#d9722b", "#c22f2f"
 # Of runs drawn over each other; the series of a run differ in lightness.
