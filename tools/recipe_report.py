@@ -17,7 +17,8 @@ from PIL import Image
 from bitdance_scale.atomic_files import write_text
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.evaluation.benchmarks.demo_scenes import CATEGORIES
-from bitdance_scale.observe.overview import RunRecord, overview, read_run
+from bitdance_scale.observe.overview import overview
+from bitdance_scale.observe.run_record import RunRecord, read_run
 
 MAX_PICTURE_PX = 1400
 

@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 
 
 def _run(options: argparse.Namespace) -> int:
-    from bitdance_scale.observe.overview import overview, read_run
+    from bitdance_scale.observe.overview import overview
+    from bitdance_scale.observe.run_record import read_run
     from bitdance_scale.observe.tokenizer_overview import is_tokenizer_run, read_tokenizer_run, tokenizer_overview
 
     tokenizers = [folder for folder in options.runs if is_tokenizer_run(folder)]

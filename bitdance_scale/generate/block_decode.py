@@ -139,6 +139,12 @@ Draw = Callable[[], torch.Tensor]
 """Returns the noise of the next block, N(0, 1), float32 [K, I, P, C]: a start tensor, then one per stochastic step."""
 
 
+OnBlock = Callable[[Sequence[torch.Tensor]], None]
+"""Called after every block of a batch with the blocks so far, float32 [I, P, C] each, in the order of the sequence.
+
+An error that it raises ends the drawing."""
+
+
 class BlockModel(Protocol):
     """A backbone with its head, one block at a time."""
 
@@ -156,16 +162,14 @@ class BlockModel(Protocol):
 
 
 @torch.no_grad()
-def decode_blocks(
-    model: BlockModel, layout: DecodeLayout, draw: Draw, on_block: Callable[[], None] | None = None
-) -> torch.Tensor:
+def decode_blocks(model: BlockModel, layout: DecodeLayout, draw: Draw, on_block: OnBlock | None = None) -> torch.Tensor:
     """Draws all blocks of a batch of images.
 
     Args:
         model: backbone and head.
         layout: the sequences of the batch.
         draw: the noise, called once per block.
-        on_block: called after every block.
+        on_block: sees every block as soon as it is drawn; it must not change them.
 
     Returns:
         float32 [I, h * w, C] of -1 and 1, or continuous latents, in the order of the sequence.
@@ -179,5 +183,5 @@ def decode_blocks(
         blocks.append(model.draw_block(cells, draw))
         read = cells
         if on_block is not None:
-            on_block()
+            on_block(blocks)
     return torch.cat(blocks, dim=1)

@@ -20,6 +20,21 @@ PUBLISHED_DOWNSAMPLE = 16
 """Pixels per cell of the published tokenizer, which these sizes are for."""
 
 
+_SMALL_CELLS = (8, 16, 32)
+"""Sides of square images of tokenizers other than the published one, in cells: what small models are trained at."""
+
+
+def known_sizes(vision: VisionSection) -> list[tuple[int, int]]:
+    """(height, width) in pixels of images to offer for a published folder, which does not say what it was trained at.
+
+    Those of the release, by falling area, if the folder has its tokenizer; else squares of a few cells.
+    """
+    if vision.downsample == PUBLISHED_DOWNSAMPLE:
+        return sorted(PUBLISHED_SIZES, key=lambda size: (-size[0] * size[1], size[0] != size[1]))
+    sides = [cells for cells in _SMALL_CELLS if cells % vision.block_side == 0] or [vision.block_side]
+    return [(cells * vision.downsample, cells * vision.downsample) for cells in sides]
+
+
 def check_size(height: int, width: int, vision: VisionSection) -> tuple[int, int]:
     """The latent grid (height, width) of an image.
 

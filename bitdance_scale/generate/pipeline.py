@@ -9,7 +9,7 @@ assistant's turn without a user's turn before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from bitdance_scale.errors import ConfigError
-from bitdance_scale.generate.block_decode import decode_blocks, lay_out
+from bitdance_scale.generate.block_decode import OnBlock, decode_blocks, lay_out
 from bitdance_scale.generate.image_sizes import check_size
 from bitdance_scale.generate.published_model import PublishedModel, load_published
 from bitdance_scale.generate.qwen3_blocks import Qwen3Blocks
@@ -90,7 +90,7 @@ class BitDancePipeline:
         num_images_per_prompt: int = 1,
         generator: Generators = None,
         output_type: str = "pil",
-        on_block: Callable[[], None] | None = None,
+        on_block: OnBlock | None = None,
     ) -> PipelineOutput:
         """Draws all images of the prompts as one batch, prompt by prompt.
 
@@ -105,7 +105,7 @@ class BitDancePipeline:
             generator: one draws for the whole batch, as in the release. A list has one per image, and an image is then
                 the same in any batch, up to rounding.
             output_type: pil, np, pt or bits; see `PipelineOutput`.
-            on_block: called after each block of the batch.
+            on_block: sees each block of the batch as soon as it is drawn (`block_decode.OnBlock`).
 
         Raises:
             ConfigError: an argument is not possible; nothing has been computed then.
@@ -131,7 +131,7 @@ class BitDancePipeline:
         grid: tuple[int, int],
         solver: FlowSolver,
         generator: Generators,
-        on_block: Callable[[], None] | None,
+        on_block: OnBlock | None,
     ) -> torch.Tensor:
         """Bits of one image per prompt, float32 [n, h * w, C]."""
         text, vision = self.model.text, self.model.vision.section

@@ -131,7 +131,7 @@ def draw_requests(
                     guidance_scale=guidance,
                     sampler=sampler,
                     generator=[torch.Generator().manual_seed(request.seed) for request in batch],
-                    on_block=partial(bar.update, len(batch)),
+                    on_block=partial(_count_blocks, bar, len(batch)),
                 ).images
             seconds = (time.perf_counter() - begun_s) / len(batch)
             for request, image in zip(batch, images, strict=True):
@@ -144,6 +144,11 @@ def draw_requests(
     columns = min(MAX_GRID_COLUMNS, math.ceil(math.sqrt(len(pictures))))
     captions = [requests[number].prompt for number in sorted(pictures)]
     image_grid([pictures[number] for number in sorted(pictures)], captions, out / GRID_NAME, columns)
+
+
+def _count_blocks(bar: tqdm[Any], num_images: int, _: Sequence[torch.Tensor]) -> None:
+    """A block of each of so many images has been drawn."""
+    bar.update(num_images)
 
 
 def check_out(folder: Path, *, is_forced: bool) -> None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
 import io
 import math
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
@@ -19,16 +15,8 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from bitdance_scale.observe.benchmark_scores import OVERALL, BenchmarkScores, read_scores_of_run
-from bitdance_scale.observe.metrics import (
-    EVALUATION_FILE,
-    METRICS_FILE,
-    Evaluation,
-    Record,
-    StepMetrics,
-    read_evaluations,
-    read_metrics,
-)
+from bitdance_scale.observe.benchmark_scores import OVERALL
+from bitdance_scale.observe.metrics import Evaluation, Record, StepMetrics
 from bitdance_scale.observe.panel import (
     GREY,
     TITLE_PAD,
@@ -43,13 +31,15 @@ from bitdance_scale.observe.panel import (
     smooth,
     thin,
 )
+from bitdance_scale.observe.run_record import RunRecord, each_once
 
-CONFIG_FILE = "config.toml"
 GIB = 2**30
 WIDTH_INCHES, ROW_INCHES, DPI = 17, 3.5, 120
 NUM_COLUMNS, NUM_ROWS = 4, 3
 MARGINS = {"left": 0.042, "right": 0.992, "wspace": 0.24, "hspace": 0.32}
 BOTTOM_INCHES = 0.55
+# Around the axes of a panel lie what belongs to it: its label at the left, its title above, its ticks below.
+PANEL_ROOM_INCHES = (0.68, 0.1, 0.5, 0.25)
 HEADER_LINE_INCHES = 0.25
 BLUE, GREEN, ORANGE, RED = "#1f6fb4", "#2f8f4e", "#d9722b", "#c22f2f"
 # Of runs drawn over each other; the series of a run differ in lightness.
@@ -64,66 +54,6 @@ MIN_LATER, DWARFING = 3, 2.0
 MAX_MARKED = 40
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """A text-to-image run, read from the files of its folder.
-
-    Attributes:
-        name: name of the run.
-        metrics: logged steps, oldest first, each step once.
-        evaluations: losses on held-out images, likewise.
-        clip_norm: gradient norm above which steps are clipped; None if it is unknown or steps are not clipped.
-        scores: of benchmarks, each series oldest first.
-    """
-
-    name: str
-    metrics: Sequence[StepMetrics]
-    evaluations: Sequence[Evaluation]
-    clip_norm: float | None = None
-    scores: Sequence[BenchmarkScores] = ()
-
-    @property
-    def num_steps(self) -> int:
-        """The last step in the files."""
-        return max((record.step for records in (self.metrics, self.evaluations) for record in records[-1:]), default=0)
-
-    @property
-    def trained_s(self) -> float:
-        """Seconds spent in steps; saving, sampling and evaluating are left out."""
-        steps = [0, *(point.step for point in self.metrics)]
-        return sum(
-            (step - before) * point.step_s for (before, step), point in zip(pairwise(steps), self.metrics, strict=True)
-        )
-
-    def summary(self) -> str:
-        """The length of the run in steps, images, tokens and time."""
-        if not self.metrics:
-            return "no step logged yet"
-        last = self.metrics[-1]
-        time = datetime.timedelta(seconds=round(self.trained_s))
-        return f"{last.step:,} steps, {last.images:,} images, {short(last.tokens)} tokens, {time} of training"
-
-
-def read_run(run_folder: Path) -> RunRecord:
-    """Reads a run folder, even while the run writes to it or after it was killed.
-
-    Raises:
-        DataError: a line of a file other than its last cannot be read.
-        FileNotFoundError: there is no metrics file.
-    """
-    evaluations, config = run_folder / EVALUATION_FILE, run_folder / CONFIG_FILE
-    clip_norm = None
-    if config.exists():
-        clip_norm = tomllib.loads(config.read_text(encoding="utf-8")).get("optim", {}).get("clip_norm") or None
-    return RunRecord(
-        name=run_folder.resolve().name,
-        metrics=_each_once(read_metrics(run_folder / METRICS_FILE)),
-        evaluations=_each_once(read_evaluations(evaluations)) if evaluations.exists() else [],
-        clip_norm=clip_norm,
-        scores=read_scores_of_run(run_folder),
-    )
-
-
 def overview(runs: Sequence[RunRecord], *, one_after_another: bool = False) -> bytes:
     """Draws the page of some runs and returns the PNG.
 
@@ -136,6 +66,45 @@ def overview(runs: Sequence[RunRecord], *, one_after_another: bool = False) -> b
         one_after_another: the runs are stages, each of which begins where the one before it ended; otherwise they are
             drawn over each other, each in its own colour.
     """
+    figure, _ = _draw_page(runs, one_after_another)
+    page = io.BytesIO()
+    figure.savefig(page, format="png")
+    return page.getvalue()
+
+
+@dataclass(frozen=True)
+class PanelPicture:
+    """One panel of the page by itself, for a screen on which the page does not fit.
+
+    Attributes:
+        title: what it shows.
+        pixels: uint8 [H, W, 3].
+    """
+
+    title: str
+    pixels: np.ndarray
+
+
+def panel_pictures(run: RunRecord) -> list[PanelPicture]:
+    """The panels of the page of one run (`overview`), cut out of it, in its order."""
+    figure, panels = _draw_page([run], one_after_another=False)
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    canvas.draw()
+    page = np.asarray(canvas.buffer_rgba())[..., :3]
+    height, width = page.shape[:2]
+    left, right, above, below = (round(inches * DPI) for inches in PANEL_ROOM_INCHES)
+    pictures = []
+    for axes in panels:
+        box = axes.get_position()
+        top, bottom = round((1 - box.y1) * height) - above, round((1 - box.y0) * height) + below
+        columns = slice(max(0, round(box.x0 * width) - left), round(box.x1 * width) + right)
+        pictures.append(PanelPicture(axes.get_title(loc="left"), page[max(0, top) : bottom, columns].copy()))
+    return pictures
+
+
+def _draw_page(runs: Sequence[RunRecord], one_after_another: bool) -> tuple[Figure, list[Axes]]:
+    """The page of some runs, and its panels in order."""
     is_overlaid = len(runs) > 1 and not one_after_another
     offsets = [0]
     for run in runs[:-1]:
@@ -170,9 +139,7 @@ def overview(runs: Sequence[RunRecord], *, one_after_another: bool = False) -> b
         axes.set_xlabel("optimiser step")
     if len(runs) == 1 and runs[0].num_steps == 0:
         panels[0].set_xlim(0, 1)
-    page = io.BytesIO()
-    figure.savefig(page, format="png")
-    return page.getvalue()
+    return figure, list(panels)
 
 
 @dataclass(frozen=True)
@@ -346,7 +313,7 @@ def _draw_scores(axes: Axes, tracks: Sequence[_Track], series: str) -> None:
     axes.set_ylabel("score")
     curves = []
     for track in tracks:
-        lines = _each_once([line for line in track.run.scores if line.series == series])
+        lines = each_once([line for line in track.run.scores if line.series == series])
         steps, values = track.curve(lines, lambda line: line.values[OVERALL])
         _, low = track.curve(lines, lambda line: line.low[OVERALL])
         _, high = track.curve(lines, lambda line: line.high[OVERALL])
@@ -455,16 +422,6 @@ def _head(figure: Figure, tracks: Sequence[_Track], one_after_another: bool) -> 
     top = 1 - 0.1 / figure.get_figheight()
     figure.suptitle("\n".join(names), fontsize=14 if len(names) == 1 else 11, y=top, va="top")
     return 0.15 + HEADER_LINE_INCHES * len(names)
-
-
-def _each_once(records: Sequence[Record]) -> list[Record]:
-    """Keeps each step once: what came before a repeated step, from that step on, was work that was lost."""
-    kept: list[Record] = []
-    for record in records:
-        while kept and kept[-1].step >= record.step:
-            kept.pop()
-        kept.append(record)
-    return kept
 
 
 def _or_nan(value: float | None) -> float:

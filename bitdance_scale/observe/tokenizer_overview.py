@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE
-from bitdance_scale.observe.overview import CONFIG_FILE
 from bitdance_scale.observe.panel import (
     TITLE_PAD,
     draw_line,
@@ -31,6 +30,7 @@ from bitdance_scale.observe.panel import (
     show_range,
     smooth,
 )
+from bitdance_scale.observe.run_record import CONFIG_FILE
 
 PICTURES_FOLDER = "reconstructions"
 """Of the pictures of a run, `step_NNNNNNNN.png`."""

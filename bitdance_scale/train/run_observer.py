@@ -169,7 +169,8 @@ class RunObserver(RunSinks):
 def draw_overview(run_folder: Path) -> Path:
     """Draws the page of a run from what its folder holds."""
     # matplotlib takes a second to import, and only the rank that draws needs it.
-    from bitdance_scale.observe.overview import overview, read_run
+    from bitdance_scale.observe.overview import overview
+    from bitdance_scale.observe.run_record import read_run
 
     path = run_folder / OVERVIEW_FILE
     write_bytes(path, overview([read_run(run_folder)]))

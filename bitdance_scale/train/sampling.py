@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.generate.block_decode import decode_blocks, lay_out
+from bitdance_scale.generate.block_decode import OnBlock, decode_blocks, lay_out
 from bitdance_scale.generate.sampler import ImageNoise, configured_solver, num_draws
 from bitdance_scale.parallel.engine import TrainingEngine
 from bitdance_scale.parallel.layout_decode import StageDecoder
@@ -74,12 +74,15 @@ class BatchDrawer:
         self._config, self._condition, self._topology = config, condition, topology
         self._decoder = StageDecoder(model, config, topology)
 
-    def draw(self, prompts: Sequence[np.ndarray], numbers: Sequence[int]) -> torch.Tensor:
+    def draw(
+        self, prompts: Sequence[np.ndarray], numbers: Sequence[int], on_block: OnBlock | None = None
+    ) -> torch.Tensor:
         """Draws images together.
 
         Args:
             prompts: int64 token ids of each image.
             numbers: the noise stream of each.
+            on_block: sees every block as soon as it is drawn, on all ranks.
 
         Returns:
             Bits or continuous latents, float32 [I, h * w, C], on all ranks of the replica.
@@ -92,4 +95,4 @@ class BatchDrawer:
         shape = (num_draws(config), config.vision.block_tokens, config.vision.num_bits)
         noise = ImageNoise(config.sample.seed, numbers, shape, device)
         with self._decoder as decoder:
-            return decode_blocks(decoder, layout, noise)
+            return decode_blocks(decoder, layout, noise, on_block)

@@ -15,6 +15,7 @@ from bitdance_scale.config.schema import VisionSection
 from bitdance_scale.config.vae_files import read_vae_config, tokenizer_weights_file
 from bitdance_scale.errors import CheckpointError, DataError
 from bitdance_scale.float32_products import float32_products
+from bitdance_scale.sequence.layout import block_raster_cells
 from bitdance_scale.vision.autoencoder import PUBLISHED_NORM_GROUPS, Autoencoder, published_sizes
 from bitdance_scale.vision.codes import agree, code_bytes, pack_codes, unpack_codes
 from bitdance_scale.vision.latents import LatentAutoencoder, num_vae_elements
@@ -24,6 +25,9 @@ from bitdance_scale.weight_files import read_json
 # Those that decide the bits, beside the weights. The decoder's kind shows in the shapes of the weights.
 _DECISIVE_SIZES = ("num_bits", "channels", "channel_mult", "num_res_blocks")
 _SIZES = (*_DECISIVE_SIZES, "norm_groups", "gan_decoder")
+
+UNDRAWN_GREY = 128
+"""The colour of cells that have no token yet."""
 
 
 def autoencoder_sizes(section: VisionSection) -> dict[str, Any]:
@@ -177,6 +181,33 @@ class VisionTokenizer:
         with float32_products(self.section.precision):
             pixels = self.autoencoder.decode(latents.to(self.device, self.dtype)).float()
         return rearrange((127.5 * pixels + 128).clamp(0, 255).to(torch.uint8), "1 c h w -> h w c").cpu()
+
+    def decode_first(self, bits: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """The image of a grid of which only the first tokens are drawn; cells without a token are `UNDRAWN_GREY`.
+
+        The autoencoder sees zeros there, half-way between the two values of a bit, so that cells at the border of what
+        is drawn may change when their neighbours come.
+
+        Args:
+            bits: floating [n, C], the first n of h * w tokens, in the order of `vision.order`.
+            grid: (h, w) in latent cells.
+
+        Returns:
+            uint8 [H, W, 3] on the CPU.
+
+        Raises:
+            ValueError: there are more bits than cells.
+        """
+        num_cells, num_drawn = grid[0] * grid[1], len(bits)
+        if num_drawn > num_cells:
+            raise ValueError(f"bits of {num_drawn} cells do not fit into grid {grid}")
+        image = self.decode(torch.cat([bits, bits.new_zeros(num_cells - num_drawn, bits.shape[1])]), grid)
+        is_drawn = torch.zeros(grid, dtype=torch.bool)
+        drawn_cells = torch.from_numpy(block_raster_cells(grid, self.section.order_side)[:num_drawn]).long()
+        is_drawn[drawn_cells[:, 0], drawn_cells[:, 1]] = True
+        side = self.section.downsample
+        is_drawn_px = is_drawn.repeat_interleave(side, 0).repeat_interleave(side, 1)
+        return torch.where(is_drawn_px[..., None], image, torch.tensor(UNDRAWN_GREY, dtype=torch.uint8))
 
     def is_of(self, code: bytes, image: torch.Tensor) -> bool:
         """Whether a code is of an image, which is encoded once more, alone, up to rounding (`codes.agree`).

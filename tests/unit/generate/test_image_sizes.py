@@ -6,7 +6,7 @@ import pytest
 
 from bitdance_scale.config.schema import VisionSection
 from bitdance_scale.errors import ConfigError
-from bitdance_scale.generate.image_sizes import PUBLISHED_SIZES, beyond_published, check_size
+from bitdance_scale.generate.image_sizes import PUBLISHED_SIZES, beyond_published, check_size, known_sizes
 
 PUBLISHED = VisionSection(weights="", block_side=4)
 DISTILLED = VisionSection(weights="", block_side=8)
@@ -51,3 +51,20 @@ def test_other_sizes_are_possible_and_said_to_be_untrained():
     assert "256 x 256 px is not among" in beyond_published(256, 256, PUBLISHED)
     # The published sizes say nothing about a tokenizer of another downsampling.
     assert beyond_published(8, 8, SMALL) == ""
+
+
+@pytest.mark.parametrize(
+    ("channel_mult", "block_side", "expected"),
+    [((1, 1, 1, 1), 2, [(64, 64), (128, 128), (256, 256)]), ((1, 1), 16, [(32, 32), (64, 64)]), ((1,), 64, [(64, 64)])],
+)
+def test_sizes_of_other_tokenizers_are_squares_of_a_few_cells(channel_mult, block_side, expected):
+    vision = VisionSection(weights="", channel_mult=channel_mult, block_side=block_side)
+    assert known_sizes(vision) == expected
+    assert [check_size(*size, vision) for size in expected]
+
+
+def test_sizes_of_the_published_tokenizer_are_those_of_the_release_the_largest_first():
+    found = known_sizes(VisionSection(weights="", block_side=8))
+    assert (
+        sorted(found) == sorted(PUBLISHED_SIZES) and found[0] == (1024, 1024) and found[-1] in ((256, 896), (896, 256))
+    )

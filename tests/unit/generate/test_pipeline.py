@@ -11,6 +11,7 @@ from PIL import Image
 
 from bitdance_scale.errors import CheckpointError, ConfigError
 from bitdance_scale.generate.pipeline import BitDancePipeline
+from bitdance_scale.vision.bits import pack_bits
 
 FAST = {"height": 32, "width": 48, "num_inference_steps": 2}
 
@@ -71,10 +72,31 @@ def test_guidance_of_one_needs_no_second_sequence(pipeline):
     assert lengths == [1] * 6 + [2] * 6
 
 
-def test_every_block_is_reported(pipeline):
-    reports = []
-    pipeline("a", on_block=lambda: reports.append(1), **FAST)
-    assert len(reports) == 6
+def test_every_block_is_seen_as_it_is_drawn(pipeline):
+    seen = []
+
+    def look(blocks):
+        assert [tuple(block.shape) for block in blocks] == [(2, 16, 16)] * len(blocks)
+        seen.append(torch.cat(list(blocks), dim=1))
+
+    watched = pipeline(["a", "b"], generator=numbers(1, 2), output_type="bits", on_block=look, **FAST).images
+    alone = pipeline(["a", "b"], generator=numbers(1, 2), output_type="bits", **FAST).images
+    assert [bits.shape[1] // 16 for bits in seen] == [1, 2, 3, 4, 5, 6]
+    assert all(torch.equal(part, seen[-1][:, : part.shape[1]]) for part in seen)
+    assert (pack_bits(seen[-1]).numpy() == watched).all() and (watched == alone).all()
+
+
+def test_what_a_watcher_raises_ends_the_drawing(pipeline):
+    def stop(blocks):
+        if len(blocks) == 2:
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        pipeline("a", generator=numbers(1), output_type="bits", on_block=stop, **FAST)
+    # The decoder draws on as if nothing had been.
+    again = pipeline("a", generator=numbers(1), output_type="bits", **FAST).images
+    fresh = BitDancePipeline(pipeline.model)("a", generator=numbers(1), output_type="bits", **FAST).images
+    assert (again == fresh).all()
 
 
 @pytest.mark.parametrize(

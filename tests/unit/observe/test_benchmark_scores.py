@@ -20,6 +20,7 @@ from bitdance_scale.observe.benchmark_scores import (
 )
 from bitdance_scale.observe.metric_sink import panel_values
 from bitdance_scale.observe.metrics import METRICS_FILE, append_record
+from bitdance_scale.observe.run_record import read_run
 from tests.unit.observe.test_metrics import point
 
 
@@ -72,7 +73,7 @@ def test_the_page_has_a_panel_for_each_metric(tmp_path: Path, monkeypatch: pytes
         append(folder, *(scores(step, step / 100) for step in (10, 20, 40)), scores(40, 0.0, metric="clip-score"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        picture = Image.open(io.BytesIO(page.overview([page.read_run(folder) for folder in folders])))
+        picture = Image.open(io.BytesIO(page.overview([read_run(folder) for folder in folders])))
     assert picture.size == (2040, 1680)
     panels = {axes.get_title(loc="left"): axes for axes in figures[0].axes}
     assert len(panels) == len(figures[0].axes) == 14

@@ -15,6 +15,7 @@ from PIL import Image
 from bitdance_scale.errors import DataError
 from bitdance_scale.observe import overview as page
 from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE, Evaluation, StepMetrics, append_evaluation
+from bitdance_scale.observe.run_record import read_run
 from tests.unit.observe.test_metrics import point
 
 TITLES = [
@@ -68,7 +69,7 @@ def drawn(monkeypatch):
     def draw(folders: list[Path], **options: bool) -> Figure:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            png = page.overview([page.read_run(folder) for folder in folders], **options)
+            png = page.overview([read_run(folder) for folder in folders], **options)
         picture = Image.open(io.BytesIO(png))
         assert picture.size == (2040, 1260) and np.asarray(picture.convert("L")).std() > 5
         return figures[-1]
@@ -141,19 +142,19 @@ def test_a_killed_run_is_read_up_to_its_torn_lines(tmp_path):
     for name in (METRICS_FILE, EVALUATION_FILE):
         content = (folder / name).read_text()
         (folder / name).write_text(content[:-20])
-    run = page.read_run(folder)
+    run = read_run(folder)
     assert run.metrics[-1].step == 199 and run.evaluations[-1].step == 160
 
 
 def test_work_that_was_lost_is_not_drawn(tmp_path):
     steps = [*range(1, 8), *range(5, 7)]
     metrics = [point(step, loss=float(number)) for number, step in enumerate(steps)]
-    run = page.read_run(write_run(tmp_path / "demo", metrics))
+    run = read_run(write_run(tmp_path / "demo", metrics))
     assert [(line.step, line.loss) for line in run.metrics] == [(1, 0), (2, 1), (3, 2), (4, 3), (5, 7), (6, 8)]
 
 
 def test_time_is_that_of_all_steps_also_of_those_between_lines(tmp_path):
-    run = page.read_run(write_run(tmp_path / "demo", [point(10, step_s=2.0), point(30, step_s=1.0)]))
+    run = read_run(write_run(tmp_path / "demo", [point(10, step_s=2.0), point(30, step_s=1.0)]))
     assert run.trained_s == 40.0
 
 
@@ -161,9 +162,9 @@ def test_damage_is_an_error_and_a_missing_run_too(tmp_path):
     folder = write_run(tmp_path / "demo", [point(1)])
     (folder / METRICS_FILE).write_text('{"step": 1}\n' + point(2).to_json() + "\n")
     with pytest.raises(DataError, match="line 1"):
-        page.read_run(folder)
+        read_run(folder)
     with pytest.raises(FileNotFoundError):
-        page.read_run(tmp_path / "absent")
+        read_run(tmp_path / "absent")
 
 
 def test_stages_lie_one_after_another(tmp_path, drawn):
@@ -183,3 +184,20 @@ def test_runs_over_each_other_have_a_colour_each(tmp_path, drawn):
     assert np.array_equal(rate.lines[0].get_xdata(), rate.lines[1].get_xdata())
     (legend,) = figure.legends
     assert [text.get_text().split(":")[0] for text in legend.get_texts()] == ["first", "second"]
+
+
+def test_the_panels_are_cut_out_of_the_page(tmp_path):
+    run = read_run(write_run(tmp_path / "demo", [point(step) for step in range(1, 30)]))
+    page_px = np.asarray(Image.open(io.BytesIO(page.overview([run]))).convert("RGB"))
+    panels = page.panel_pictures(run)
+    assert len(panels) == 12 and panels[0].title == "Flow loss, training" and panels[5].title == "Learning rate"
+    for panel in panels:
+        height, width = panel.pixels.shape[:2]
+        windows = np.lib.stride_tricks.sliding_window_view(page_px[:, :, 0], (height, width))
+        # The corner alone, then all of it: every place of the page would be a gigabyte of comparisons.
+        rows, columns = np.nonzero((windows[:, :, height // 2, ::7] == panel.pixels[height // 2, ::7, 0]).all(-1))
+        assert any(
+            (page_px[y : y + height, x : x + width] == panel.pixels).all() for y, x in zip(rows, columns, strict=True)
+        ), panel.title
+        # Nothing of a neighbour is on its edges.
+        assert (panel.pixels[:, -1] == 255).all() and (panel.pixels[0] == 255).all(), panel.title

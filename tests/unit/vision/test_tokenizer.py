@@ -55,6 +55,27 @@ def test_tokens_stand_in_block_raster_order(tokenizer: VisionTokenizer):
     np.testing.assert_array_equal(unpack_bits(packed), expected.numpy())
 
 
+@pytest.mark.parametrize("order", ["block", "raster"])
+def test_the_first_tokens_are_an_image_with_grey_cells(folder: Path, order: str):
+    tokenizer, grid = VisionTokenizer(section(folder, order=order), "cpu"), (8, 12)
+    bits = torch.randint(0, 2, (96, 16), generator=torch.Generator().manual_seed(2)) * 2.0 - 1
+    with_zeros = bits.clone()
+    with_zeros[32:] = 0
+    expected = tokenizer.decode(with_zeros, grid)
+    found = tokenizer.decode_first(bits[:32], grid)
+    # Two of the blocks of 4 x 4 cells, side by side, or rows of 12 cells; a cell is 4 px.
+    is_drawn = torch.zeros(32, 48, dtype=torch.bool)
+    if order == "block":
+        is_drawn[:16, :32] = True
+    else:
+        is_drawn[:8], is_drawn[8:12, :32] = True, True
+    assert (found[is_drawn] == expected[is_drawn]).all() and (found[~is_drawn] == 128).all()
+    assert (expected[~is_drawn] != 128).any()
+    assert torch.equal(tokenizer.decode_first(bits, grid), tokenizer.decode(bits, grid))
+    with pytest.raises(ValueError, match="bits of 96 cells do not fit into grid"):
+        tokenizer.decode_first(bits, (4, 4))
+
+
 def to_tf32(tensor: torch.Tensor) -> torch.Tensor:
     """Rounded to the ten bits of mantissa that tensor cores multiply, to the nearest, at a tie to the even one."""
     bits = tensor.contiguous().view(torch.int32)

@@ -1,0 +1,193 @@
+"""A trained model that draws for the page: a published folder, or the checkpoint of a run, on one device.
+
+Adapters are a drawer's own matter: it names them in its facts, and settings come with a weight for each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from bitdance_scale.app.settings import DrawSettings, ModelFacts
+from bitdance_scale.checkpoint.start_weights import find_checkpoint
+from bitdance_scale.checkpoint.stored_config import stored_config
+from bitdance_scale.config.class_map import ClassLabels
+from bitdance_scale.config.published_head import HEAD_CONFIG_NAME
+from bitdance_scale.config.schema import ParallelSection, RunConfig
+from bitdance_scale.errors import ConfigError
+from bitdance_scale.evaluation.benchmarks.solving import Solving, drawing_config
+from bitdance_scale.generate.block_decode import OnBlock
+from bitdance_scale.generate.image_sizes import known_sizes
+from bitdance_scale.generate.pipeline import BitDancePipeline
+from bitdance_scale.generate.sampler import FlowSolver
+from bitdance_scale.parallel.topology import Topology
+from bitdance_scale.train.run import joined_ranks
+from bitdance_scale.train.sampling import BatchDrawer
+from bitdance_scale.train.still_run import load_still_run
+from bitdance_scale.vision.tokenizer import VisionTokenizer
+
+PUBLISHED_STEPS, PUBLISHED_GUIDANCE = 50, 7.5
+"""Of the release; a folder does not say with what its model draws best."""
+
+
+class Drawer(Protocol):
+    """Draws pictures, one call at a time."""
+
+    @property
+    def facts(self) -> ModelFacts:
+        """Of its model."""
+        ...
+
+    @property
+    def vision(self) -> VisionTokenizer:
+        """Decodes what it draws."""
+        ...
+
+    def draw(self, settings: DrawSettings, on_block: OnBlock) -> torch.Tensor | np.ndarray:
+        """Draws pictures together.
+
+        Args:
+            settings: what and how.
+            on_block: sees every block as soon as it is drawn; what it raises ends the drawing.
+
+        Returns:
+            The tokens of each, as `vision.decode` takes them.
+
+        Raises:
+            ConfigError: the model cannot draw so.
+        """
+        ...
+
+
+class PublishedDrawer:
+    """A published folder.
+
+    Args:
+        folder: as `bitdance export` or the release writes it.
+        dtype: of weights and activations; None: bfloat16 on CUDA, float32 elsewhere.
+        device: None: CUDA where there is one.
+
+    Raises:
+        BitDanceError: the folder is missing, damaged or no published model.
+    """
+
+    def __init__(self, folder: Path, dtype: str | None = None, device: str | None = None) -> None:
+        self._pipeline = BitDancePipeline.from_pretrained(folder, getattr(torch, dtype) if dtype else None, device)
+        self.vision = self._pipeline.model.vision
+        section = self.vision.section
+        self.facts = ModelFacts(
+            folder.resolve().name, section, known_sizes(section), PUBLISHED_STEPS, PUBLISHED_GUIDANCE
+        )
+
+    def draw(self, settings: DrawSettings, on_block: OnBlock) -> np.ndarray:
+        """As in `Drawer`."""
+        bits: np.ndarray = self._pipeline(
+            [settings.prompt] * settings.images,
+            *settings.size_px,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            sampler=self.facts.sampler,
+            generator=[torch.Generator().manual_seed(seed) for seed in settings.seeds],
+            output_type="bits",
+            on_block=on_block,
+        ).images
+        return bits
+
+
+class RunDrawer:
+    """A checkpoint of a run, or an import, on one rank.
+
+    Args:
+        config: of the run; its `sample` says which weights draw, and with which solver.
+        checkpoint: where the weights are.
+        topology: of a job of one rank.
+
+    Raises:
+        BitDanceError: the checkpoint does not fit, or has not the weights that are to draw.
+    """
+
+    def __init__(self, config: RunConfig, checkpoint: Path, topology: Topology) -> None:
+        self._config, self._topology = config, topology
+        self._run = load_still_run(config, checkpoint, config.sample.weights, topology)
+        self.vision = self._run.vision
+        labels = ClassLabels(config.classes).names if not config.model.parts.has_text else ()
+        self.facts = ModelFacts(
+            f"{config.run.name}, {checkpoint.name}",
+            config.vision,
+            _sizes_of_run(config),
+            config.sample.num_steps,
+            config.sample.guidance,
+            config.sample.sampler,
+            0 if config.model.parts.has_text else config.classes.num_classes,
+            labels,
+        )
+
+    def draw(self, settings: DrawSettings, on_block: OnBlock) -> torch.Tensor:
+        """As in `Drawer`; picture i draws from the stream of noise of its seed, as benchmarks do."""
+        sample = self._config.sample
+        solving = Solving(settings.size_px, settings.steps, settings.guidance, sample.sampler, sample.guidance_growth)
+        config = drawing_config(self._config, solving, sample.weights)
+        prompts = [self._run.condition.prompt_ids(settings.prompt)] * settings.images
+        drawer = BatchDrawer(self._run.model, config, self._run.condition, self._topology)
+        return drawer.draw(prompts, settings.seeds, on_block)
+
+
+@contextlib.contextmanager
+def open_drawer(
+    model: Path,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    overrides: Sequence[str] = (),
+    config_name: str | None = None,
+) -> Iterator[Drawer]:
+    """A model for as long as the block runs.
+
+    Args:
+        model: published folder, run folder, checkpoint or import.
+        dtype: of a published folder.
+        device: of a published folder.
+        overrides: `section.key=value`, of the others.
+        config_name: configuration that gives an import the settings of a run.
+
+    Raises:
+        BitDanceError: there is no such model, or it cannot be loaded.
+    """
+    if not model.exists():
+        raise ConfigError(f"MODEL {model}: no such folder; name a published folder, a run or a checkpoint")
+    if (model / HEAD_CONFIG_NAME).is_file():
+        if overrides or config_name:
+            raise ConfigError(
+                f"MODEL {model}: is a published folder, which has no settings of a run; leave out "
+                f"{(config_name and '--config') or overrides[0]}"
+            )
+        yield PublishedDrawer(model, dtype, device)
+        return
+    for option, value in (("--dtype", dtype), ("--device", device)):
+        if value is not None:
+            fix = f"write run.dtype={value} instead" if option == "--dtype" else "leave it out"
+            raise ConfigError(f"{option} {value}: {model} is no published folder; {fix}")
+    checkpoint = find_checkpoint(model)
+    # One process draws, whatever trained.
+    config = dataclasses.replace(stored_config(checkpoint, overrides, config_name), parallel=ParallelSection())
+    sample = config.sample
+    FlowSolver(sample.num_steps, sample.guidance, sample.sampler)
+    with joined_ranks(config.parallel) as topology:
+        yield RunDrawer(config, checkpoint, topology)
+
+
+def _sizes_of_run(config: RunConfig) -> list[tuple[int, int]]:
+    """The sizes that a run trains at, in the order of their shares; first that of its samples."""
+    if config.model.parts.head_cells == "learned":
+        side = config.vision.downsample
+        return [(config.classes.grid[0] * side, config.classes.grid[1] * side)]
+    by_share = sorted(config.data.resolutions, key=lambda resolution: -resolution.share)
+    buckets = [bucket for resolution in by_share for bucket in resolution.buckets_px]
+    transposed = [size for height, width in buckets for size in ((height, width), (width, height))]
+    return list(dict.fromkeys([config.sample.size_px, *transposed]))

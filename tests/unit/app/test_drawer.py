@@ -1,0 +1,117 @@
+"""Models of every kind draw for the page what they draw elsewhere."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bitdance_scale.app.drawer import open_drawer
+from bitdance_scale.app.drawing import Studio
+from bitdance_scale.app.settings import DrawSettings
+from bitdance_scale.checkpoint.class_source import open_class_source
+from bitdance_scale.checkpoint.import_release import import_release
+from bitdance_scale.checkpoint.pickled_files import PickledFile
+from bitdance_scale.checkpoint.release_source import open_source
+from bitdance_scale.checkpoint.start_weights import find_checkpoint
+from bitdance_scale.checkpoint.stored_config import stored_config
+from bitdance_scale.config.schema import ParallelSection
+from bitdance_scale.errors import CheckpointError, ConfigError
+from bitdance_scale.evaluation.benchmarks.solving import Solving, drawing_config
+from bitdance_scale.generate.pipeline import BitDancePipeline
+from bitdance_scale.train.prompt_models import RunPrompts
+from bitdance_scale.train.run import joined_ranks
+from tests.released import class_file_content, write_published
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    return write_published(tmp_path_factory.mktemp("app") / "small")
+
+
+def draw(drawer, settings: DrawSettings, max_previews: int = 12) -> list[np.ndarray]:
+    last = list(Studio(drawer, max_previews).draw(settings, threading.Event()))[-1]
+    assert last.is_finished
+    return list(last.images)
+
+
+def test_a_published_folder_draws_as_its_pipeline_does_watched_or_not(published):
+    settings = DrawSettings("a red circle", 32, 48, 2, 3.0, 5, 2)
+    with open_drawer(published, device="cpu") as drawer:
+        assert (drawer.facts.name, drawer.facts.steps, drawer.facts.guidance) == ("small", 50, 7.5)
+        assert drawer.facts.sizes_px == [(32, 32), (64, 64), (128, 128)] and drawer.facts.subject == "Prompt"
+        watched, unwatched = draw(drawer, settings), draw(drawer, settings, max_previews=0)
+    expected = BitDancePipeline.from_pretrained(published, device="cpu")(
+        ["a red circle"] * 2,
+        32,
+        48,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)],
+    ).images
+    for image, other, wanted in zip(watched, unwatched, expected, strict=True):
+        assert (image == other).all() and (image == np.asarray(wanted)).all()
+    assert (watched[0] != watched[1]).any()
+
+
+def test_a_checkpoint_draws_as_benchmarks_do_watched_or_not(published, tmp_path):
+    import_release(open_source(published, None), tmp_path / "imported")
+    settings = DrawSettings("a blue square", 32, 64, 2, 2.0, 9, 2)
+    with open_drawer(tmp_path / "imported", config_name="demo") as drawer:
+        assert drawer.facts.name.startswith("demo, step_") and (drawer.facts.steps, drawer.facts.guidance) == (20, 3.0)
+        assert drawer.facts.sizes_px[:4] == [(64, 64), (64, 96), (96, 64), (64, 128)]
+        watched, unwatched = draw(drawer, settings), draw(drawer, settings, max_previews=0)
+        # Sizes, steps and guidance differ from drawing to drawing.
+        assert draw(drawer, DrawSettings("a", 32, 32, 1, 1.0, 0, 1))[0].shape == (32, 32, 3)
+    checkpoint = find_checkpoint(tmp_path / "imported")
+    config = drawing_config(
+        stored_config(checkpoint, [], "demo"), Solving((32, 64), 2, 2.0, "euler_maruyama"), "trained"
+    )
+    with joined_ranks(ParallelSection()) as topology:
+        expected = RunPrompts(config, checkpoint, topology).draw(["a blue square"] * 2, [9, 10])
+    assert expected is not None
+    for image, other, wanted in zip(watched, unwatched, expected, strict=True):
+        assert (image == other).all() and (image == wanted).all()
+
+
+def test_a_class_conditional_model_has_classes_and_one_size(tmp_path):
+    torch.save({"model": class_file_content()}, tmp_path / "small.pt")
+    import_release(open_class_source(PickledFile(tmp_path / "small.pt")), tmp_path / "imported")
+    size = "data.resolutions=[{side_px=8, share=1, buckets_px=[[8, 8]]}]"
+    with open_drawer(tmp_path / "imported", config_name="class_demo", overrides=[size]) as drawer:
+        facts = drawer.facts
+        assert (facts.num_classes, facts.subject) == (3, "Class")
+        assert list(facts.sizes_px) == [tuple(side * facts.vision.downsample for side in (4, 4))]
+        size = facts.sizes_px[0]
+        first, other = (draw(drawer, DrawSettings(name, *size, 2, 2.0, 0, 1))[0] for name in ("0", "2"))
+        assert first.shape == (*size, 3) and (first != other).any()
+        with pytest.raises(ConfigError, match="class 'a cat': must be the number of a class, 0 to 2"):
+            draw(drawer, DrawSettings("a cat", *size, 2, 2.0, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"overrides": ["run.dtype=float32"]}, ConfigError, "is a published folder.* leave out run.dtype=float32"),
+        ({"config_name": "demo"}, ConfigError, "is a published folder.* leave out --config"),
+    ],
+)
+def test_options_of_the_other_kind_are_refused(published, options, error, message):
+    with pytest.raises(error, match=message), open_drawer(published, **options):
+        pass
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="MODEL .*absent: no such folder"), open_drawer(tmp_path / "absent"):
+        pass
+    with pytest.raises(CheckpointError, match="no checkpoint is there"), open_drawer(tmp_path):
+        pass
+    for options, fix in (
+        ({"dtype": "float32"}, "write run.dtype=float32 instead"),
+        ({"device": "cpu"}, "leave it out"),
+    ):
+        with pytest.raises(ConfigError, match=f"^--.* is no published folder; {fix}"), open_drawer(tmp_path, **options):
+            pass
