@@ -18,8 +18,8 @@ from bitdance_scale.app.settings import DrawSettings, ModelFacts
 from bitdance_scale.checkpoint.start_weights import find_checkpoint
 from bitdance_scale.checkpoint.stored_config import stored_config
 from bitdance_scale.config.class_map import ClassLabels
-from bitdance_scale.config.published_head import HEAD_CONFIG_NAME
 from bitdance_scale.config.parallel_schema import ParallelSection
+from bitdance_scale.config.published_head import HEAD_CONFIG_NAME
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.evaluation.benchmarks.solving import Solving, drawing_config
