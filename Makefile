@@ -29,7 +29,7 @@ help:  ## this list
 
 setup: $(STAMP)  ## .venv with the pinned dependencies
 
-$(STAMP): setup.cfg pyproject.toml constraints.txt tests/transformers-4.57.txt tests/perceptual.txt tests/app.txt
+$(STAMP): setup.cfg pyproject.toml constraints.txt tests/transformers-4.57.txt tests/perceptual.txt tests/app.txt tests/adapters.txt
 	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 		python=$$($(FIND_PYTHON)); \
 		[ -n "$$python" ] || { echo "No Python 3.11 or newer with venv was found; name one: make PYTHON=/path/to/python3.11"; exit 1; }; \
@@ -42,6 +42,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt tests/transformers-4.57.txt t
 	@$(PIP) install --no-deps --upgrade --target $(VENV)/transformers-4.57 --requirement tests/transformers-4.57.txt
 	@$(PIP) install --no-deps --upgrade --target $(VENV)/perceptual --requirement tests/perceptual.txt
 	@$(PIP) install --no-deps --upgrade --target $(VENV)/app --requirement tests/app.txt
+	@$(PIP) install --no-deps --upgrade --target $(VENV)/adapters --requirement tests/adapters.txt
 	@touch $@
 
 demo-data: setup

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AddedToken, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -141,6 +141,13 @@ def write_published(
     content = published_head(dataclasses.replace(head, diff_batch_mul=4), HIDDEN_SIZE, vision, {})
     (folder / HEAD_CONFIG_NAME).write_text(json.dumps(content, indent=2))
     save_weights(folder, Autoencoder(**autoencoder).state_dict(), published_config(**autoencoder))
+    return folder
+
+
+def scale_backbone(folder: Path) -> Path:
+    """Changes every weight of the backbone of a published folder, as training does; returns it."""
+    tensors = {name: tensor * 1.25 for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

@@ -17,6 +17,7 @@ masters, if it has them, and tensors that are written in the dtype of training c
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -37,7 +38,7 @@ from bitdance_scale.checkpoint.export_card import ShareOptions, export_facts
 from bitdance_scale.checkpoint.export_class import write_class_files
 from bitdance_scale.checkpoint.export_text import write_text_files
 from bitdance_scale.checkpoint.integrity import file_digest, text_digest
-from bitdance_scale.checkpoint.published_files import row_chunks
+from bitdance_scale.checkpoint.published_files import published_rows, row_chunks
 from bitdance_scale.checkpoint.run_checkpoint import (
     AVERAGE_PREFIX,
     CONFIG_NAME,
@@ -51,7 +52,7 @@ from bitdance_scale.checkpoint.run_checkpoint import (
     read_run_section,
     read_state,
 )
-from bitdance_scale.checkpoint.start_weights import WHERE_AVERAGES_ARE, check_network, find_checkpoint
+from bitdance_scale.checkpoint.start_weights import check_network, chosen_weights, find_checkpoint
 from bitdance_scale.checkpoint.tensor_storage import StoredTensors
 from bitdance_scale.config.load import load_network
 from bitdance_scale.config.published_class import beyond_class_release
@@ -59,6 +60,7 @@ from bitdance_scale.config.published_head import beyond_release
 from bitdance_scale.config.schema import NetworkConfig
 from bitdance_scale.errors import CheckpointError, ConfigError
 from bitdance_scale.generate.published_layout import RELEASE, PublishedLayout
+from bitdance_scale.model.adapter_changes import AdapterChanges
 from bitdance_scale.model.published_names import Part, PublishedTensor, published_tensors
 from bitdance_scale.sequence.condition import Condition, load_condition
 from bitdance_scale.sequence.tokens import TextTokenizer
@@ -113,6 +115,7 @@ class Export:
         weights: which weights are published: trained or averaged.
         dtypes: kind of weights that the checkpoint has (trained, averaged) -> dtype of each part.
         layout: where the parts are put in the folder.
+        changes: adapters that are merged; None: none.
     """
 
     path: Path
@@ -125,6 +128,7 @@ class Export:
     weights: str
     dtypes: Mapping[str, Mapping[Part, torch.dtype]]
     layout: PublishedLayout = RELEASE
+    changes: AdapterChanges | None = None
 
     def tensors(self, weights: str) -> list[tuple[PublishedTensor, TensorSpec]]:
         """The published tensors of the trained or the averaged weights, with the dtype of each."""
@@ -167,6 +171,14 @@ class Export:
 
     def chunks(self, tensor: PublishedTensor, spec: TensorSpec, kind: str) -> Iterator[torch.Tensor]:
         """The values of a published tensor, some rows at a time; one empty chunk of an empty tensor."""
+        if self.changes is not None and self.changes.touches(tensor.part, tensor.name):
+
+            def read(ours: str, start: int, stop: int) -> torch.Tensor:
+                return self.stored.read_rows(self.source(ours, spec.dtype, kind), start, stop).to(spec.dtype)
+
+            rows = functools.partial(published_rows, tensor, read)
+            yield from self.changes.blocks(tensor.part, tensor.name, rows)
+            return
         if not tensor.rows:
             yield torch.empty(0, dtype=spec.dtype)
         # Read in the stored dtype, which is at most four bytes wide.
@@ -211,31 +223,21 @@ def open_checkpoint(
             f"--layout {layout.name}: {path} is of a class-conditional network, and the pipeline in that layout draws "
             "from text; leave --layout out"
         )
-    condition = _checked_condition(path, network, state)
+    condition = checked_condition(path, network, state)
     with torch.device("meta"):
         check_weights(network.vision.weights_path, make_autoencoder(network.vision).state_dict())
     check_vision(path, state, vision_digest(network.vision))
     stored = StoredTensors(path / TENSORS_DIR)
     check_network(path, stored.index, network, condition.vocab_size)
-    chosen_weights = _chosen_weights(path, stored, weights)
+    published = chosen_weights(path, stored.index, weights)
     chosen = {
         kind: {part: getattr(torch, name) for part, name in names.items()}
         for kind, names in _dtypes_of(network, state, dtypes or {}).items()
         if kind == "trained" or has_averages(stored.index)
     }
     digest = text_digest(config_path.read_text(encoding="utf-8"))
-    run = _run_of(path, state)
-    return Export(path, run, state, digest, network, condition, stored, chosen_weights, chosen, layout)
-
-
-def _chosen_weights(path: Path, stored: StoredTensors, asked: str | None) -> str:
-    is_averaged = has_averages(stored.index)
-    if asked == "averaged" and not is_averaged:
-        raise CheckpointError(
-            f"{path} has no averaged weights to export. {WHERE_AVERAGES_ARE}; export the trained ones with --weights "
-            "trained"
-        )
-    return asked or ("averaged" if is_averaged else "trained")
+    run = run_of(path, state)
+    return Export(path, run, state, digest, network, condition, stored, published, chosen, layout)
 
 
 def _dtypes_of(network: NetworkConfig, state: TrainState, chosen: Mapping[Part, str]) -> dict[str, dict[Part, str]]:
@@ -251,7 +253,8 @@ def _dtypes_of(network: NetworkConfig, state: TrainState, chosen: Mapping[Part, 
     return {"trained": trained, "averaged": averaged}
 
 
-def _run_of(path: Path, state: TrainState) -> ExportedRun | None:
+def run_of(path: Path, state: TrainState) -> ExportedRun | None:
+    """The run of a checkpoint, and how far it is; None for an import."""
     section = read_run_section(path)
     if "steps" not in section:
         return None
@@ -259,7 +262,7 @@ def _run_of(path: Path, state: TrainState) -> ExportedRun | None:
     return ExportedRun(section["name"], section.get("stage", "pt"), state.step, section["steps"])
 
 
-def _checked_condition(path: Path, network: NetworkConfig, state: TrainState) -> Condition:
+def checked_condition(path: Path, network: NetworkConfig, state: TrainState) -> Condition:
     """The text tokenizer or the classes of a checkpoint; raises where the release's code could not run the model."""
     ablations = [
         ("model.mask", network.model.mask, "block", "lets all positions of a block see each other"),
@@ -350,6 +353,7 @@ def _report(export: Export, digests: Mapping[str, dict[str, str]], autoencoder_s
         "run": run and dataclasses.asdict(run) | {"is_finished": run.is_finished},
         "layout": export.layout.name,
         "weights": export.weights,
+        "adapters": [] if export.changes is None else export.changes.described(),
         "config_sha256": export.config_sha256,
         "autoencoder_sha256": autoencoder_sha256,
         "version": bitdance_scale.__version__,

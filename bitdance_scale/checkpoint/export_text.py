@@ -66,7 +66,7 @@ def write_text_files(export: Export, folder: Path, on_bytes: OnBytes) -> dict[st
         copy_pipeline(folder)
     digests = {part.value: _write_part(export, part, folder, on_bytes) for part in Part}
     for part in Part:
-        _read_back(folder, part, layout, digests[part.value], on_bytes)
+        read_back(folder, part, layout, digests[part.value], on_bytes)
     return digests
 
 
@@ -115,9 +115,7 @@ def _files(specs: Mapping[str, TensorSpec], part: Part, whole: str) -> dict[str,
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
 
 
-def _read_back(
-    folder: Path, part: Part, layout: PublishedLayout, digests: Mapping[str, str], on_bytes: OnBytes
-) -> None:
+def read_back(folder: Path, part: Part, layout: PublishedLayout, digests: Mapping[str, str], on_bytes: OnBytes) -> None:
     """Hashes what the safetensors library finds in the files just written."""
     written = PublishedTensors(folder, part, layout)
     for name, wanted in digests.items():

@@ -8,8 +8,9 @@ library.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -46,6 +47,26 @@ def row_chunks(num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, num_rows)
 
 
+def published_rows(
+    tensor: PublishedTensor, read: Callable[[str, int, int], torch.Tensor], start: int, stop: int
+) -> torch.Tensor:
+    """Rows start..stop of a published tensor, which may be scattered over ours.
+
+    Args:
+        tensor: the tensor.
+        read: our tensor, its first row, its last row + 1 -> these rows.
+        start: the first row, in its order, of the shape of ours.
+        stop: the last row + 1.
+    """
+    parts, first = [], 0
+    for ours, shared in tensor.rows:
+        begin, end = max(start, first), min(stop, first + shared.num_rows)
+        if begin < end:
+            parts.append(read(ours, shared.start + begin - first, shared.start + end - first))
+        first += shared.num_rows
+    return torch.cat(parts)
+
+
 def file_digests(path: Path) -> dict[str, str]:
     """Name -> hexadecimal SHA-256 of every tensor in a safetensors file, as the library reads it."""
     digests = {}
@@ -75,7 +96,8 @@ class PublishedTensors:
 
     Attributes:
         part: the part.
-        found: name -> shape and dtype.
+        found: name -> shape and dtype; without copies (`drop_copy`).
+        stored: the same with them.
 
     Raises:
         CheckpointError: a file is missing or damaged, or holds a dtype that weights do not have.
@@ -91,6 +113,7 @@ class PublishedTensors:
         for path, header in headers.items():
             self.found |= header
             self._files |= dict.fromkeys(header, path)
+        self.stored = dict(self.found)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -137,11 +160,15 @@ class PublishedTensors:
                 raise CheckpointError(
                     f"{where}: {name} has other values than {original} (in rows {start} to {stop - 1}); {fix}"
                 )
-        del self.found[name], self._files[name]
+        del self.found[name]
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows (elements of a vector) start..stop of a tensor, in its dtype, in memory of their own."""
         return _rows(self._files[name], name, start, stop)
+
+    def rows_of(self, name: str) -> Callable[[int, int], torch.Tensor]:
+        """`read_rows` of one tensor."""
+        return functools.partial(self.read_rows, name)
 
 
 class TensorFileWriter:

@@ -177,7 +177,7 @@ def load_start_weights(
     if new_queries is not None:
         # Every rank reads these few rows itself. The files were read just before, so only a device can fail here.
         with all_ranks(group, other=CheckpointError):
-            _fill_new_rows(StoredTensors(tensors), prefix, (model, masters or {}), new_queries)
+            _fill_new_rows(StoredTensors(tensors, prefix), prefix, (model, masters or {}), new_queries)
     return state.release
 
 
@@ -200,6 +200,26 @@ def start_prefix(where: str | Path, index: TensorIndex, weights: str) -> str:
             )
         return AVERAGE_PREFIX
     return MASTER_PREFIX if any(name.startswith(MASTER_PREFIX) for name in index.tensors) else MODEL_PREFIX
+
+
+def chosen_weights(path: Path, index: TensorIndex, asked: str | None) -> str:
+    """Which weights of a checkpoint are exported: trained or averaged.
+
+    Args:
+        path: the checkpoint, for the message.
+        index: its tensors.
+        asked: which the user wants; None: the averaged ones if it has some.
+
+    Raises:
+        CheckpointError: they are to be averaged, and it has no averages.
+    """
+    is_averaged = has_averages(index)
+    if asked == "averaged" and not is_averaged:
+        raise CheckpointError(
+            f"{path} has no averaged weights to export. {WHERE_AVERAGES_ARE}; export the trained ones with --weights "
+            "trained"
+        )
+    return asked or ("averaged" if is_averaged else "trained")
 
 
 def start_files(where: str | Path, index: TensorIndex, weights: str) -> frozenset[str]:

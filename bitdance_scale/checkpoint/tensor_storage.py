@@ -240,15 +240,16 @@ class StoredTensors:
 
     Args:
         folder: its `tensors/`.
+        prefix: what the names of the tensors in question begin with; files without them may be missing.
 
     Raises:
         CheckpointError: its index cannot be read, or a file is missing or is no regular file.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prefix: str = "") -> None:
         self._folder = folder
         self.index = read_index(folder)
-        for file in set(self.index.files.values()):
+        for file in self.index.files_of(prefix):
             problem = find_irregular(folder / file.name)
             if problem is not None:
                 raise CheckpointError(f"{problem}; load another checkpoint")

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from bitdance_scale.cli.command import CommandParser, positive, run_command
+from bitdance_scale.cli.command import CommandParser, add_adapter_argument, positive, run_command
 from bitdance_scale.config.ranges import CONSTRAINTS, Choice
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.train.process import EXIT_COMPLETE
@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, float32 elsewhere")
     parser.add_argument("--device", help="default: cuda where there is one")
+    add_adapter_argument(parser)
     return run_command(parser, arguments, _run)
 
 
@@ -58,6 +59,7 @@ def _run(options: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
+    from bitdance_scale.checkpoint.named_adapters import parse_adapters
     from bitdance_scale.generate.caption_decode import TokenChoice
     from bitdance_scale.generate.caption_pipeline import CaptionPipeline
     from bitdance_scale.generate.caption_requests import (
@@ -77,8 +79,11 @@ def _run(options: argparse.Namespace) -> int:
     requests = plan_captions(find_images(options.images), buckets, options.max_upscale)
     context = options.context or vision.context
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    pipeline = CaptionPipeline.from_pretrained(options.folder, dtype, options.device, context)
+    adapters = parse_adapters(options.adapter)
+    pipeline = CaptionPipeline.from_pretrained(options.folder, dtype, options.device, context, adapters)
     settings: dict[str, object] = {"folder": str(options.folder), "context": context}
+    if adapters:
+        settings["adapters"] = options.adapter
     if not choice.is_greedy:
         settings |= {"top_p": choice.top_p, "temperature": choice.temperature, "seed": options.seed}
     with contextlib.ExitStack() as opened:

@@ -96,6 +96,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--adapter`, whose values `checkpoint.named_adapters.parse_adapters` reads."""
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FOLDER[=WEIGHT]",
+        help="adapters to add to the weights, WEIGHT times (default: 1): a folder of them, ours or PEFT's, or a run "
+        "with adapters; may be given several times",
+    )
+
+
 def run_command(
     parser: CommandParser, arguments: Sequence[str] | None, action: Callable[[argparse.Namespace], int]
 ) -> int:

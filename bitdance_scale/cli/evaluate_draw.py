@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitdance_scale.cli.command import CommandParser, positive, run_command
+from bitdance_scale.cli.command import CommandParser, add_adapter_argument, positive, run_command
 from bitdance_scale.cli.launch import add_rank_arguments, find_replicas, launch, rank_arguments
 from bitdance_scale.config.parallel_schema import ParallelSection
 from bitdance_scale.config.ranges import CONSTRAINTS, Choice
@@ -73,6 +73,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument("--batch-size", type=positive, metavar="N", help="drawn together (default: 8; imagenet: 64)")
     parser.add_argument("--dtype", choices=_DTYPES, help="of a published folder: bfloat16 on CUDA, float32 elsewhere")
     parser.add_argument("--images", action="store_true", help="of imagenet: write every image as a PNG, too")
+    add_adapter_argument(parser)
     add_rank_arguments(parser)
     return run_command(parser, arguments, _run)
 
@@ -98,7 +99,7 @@ def _run(options: argparse.Namespace) -> int:
         config = drawing_config(config, solving, options.weights)
     _, starting = find_replicas(options, ParallelSection() if config is None else config.parallel)
     if starting is not None:
-        command = rank_arguments(options, ("benchmark", "model", "overrides"))
+        command = rank_arguments(options, ("benchmark", "model", "overrides"), repeated=("adapter",))
         return launch(starting, "bitdance_scale.cli.evaluate_draw", command)
     return _draw(options, benchmark, prompts, solving, config)
 
@@ -137,6 +138,11 @@ def _is_published(options: argparse.Namespace) -> bool:
             fix = "leave it out" if is_published else f"write run.dtype={value} instead"
             what = "is a published folder, which has one of its own" if is_published else "is no published folder"
             raise ConfigError(f"--{name} {value}: {model} {what}; {fix}")
+    if options.adapter and not is_published:
+        raise ConfigError(
+            f"--adapter {options.adapter[0]}: {model} is no published folder, and adapters are added to one; make it "
+            f"with `bitdance export {model} FOLDER`"
+        )
     return is_published
 
 
@@ -192,7 +198,7 @@ def _draw(
 
     model: dict[str, Any] = {"name": options.name}
     if config is None:
-        source = published_source(options.model, solving, options.dtype)
+        source = published_source(options.model, solving, options.dtype, options.adapter)
     else:
         source = run_source(config, options.model)
         model["weights"] = options.weights

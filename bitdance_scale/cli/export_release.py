@@ -3,13 +3,20 @@
     bitdance export runs/sft_14b BitDance-mine --license apache-2.0
     bitdance export runs/sft_14b BitDance-mine-diffusers --layout diffusers
     bitdance export runs/imagenet_b_4x BitDance-B-mine --weights averaged
+    bitdance export runs/my_style my_style                                    # of a run with adapters: the adapters
+    bitdance export runs/my_style BitDance-my-style --merge                   # with them in the weights
+    bitdance export BitDance-14B-16x mixed --merge --adapter my_style=0.8 --adapter other=0.5
 
 CHECKPOINT is a run folder (its latest checkpoint), one checkpoint of it (checkpoints/step_...), or an imported release.
 Of a run that averages its weights (optim.average_decay) the averages are written, unless --weights says otherwise.
 Dtypes are those of the release that the run started from; for weights that started at random, the backbone is written
 in bfloat16, head and projector in float32. A class-conditional network is written in float32: the chosen weights as
 model.safetensors, all that there are as model.pt (`model`, and `ema` for averages), sizes as model_config.json. Weights
-are copied part by part, so memory does not grow with the model. docs/interchange.md says more.
+are copied part by part, so memory does not grow with the model.
+
+Of a run with adapters (lora.rank) the adapters alone are written: a folder that PEFT loads, with what it does not know
+beside it, in float32. --merge writes the whole model, with the adapters of the run, and of every --adapter, in its
+weights; then CHECKPOINT may also be a published folder. docs/interchange.md says more.
 """
 
 from __future__ import annotations
@@ -18,17 +25,26 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bitdance_scale.cli.command import CommandParser, run_command
+from bitdance_scale.cli.command import CommandParser, add_adapter_argument, run_command
 from bitdance_scale.config.schema import WEIGHTS
+from bitdance_scale.errors import ConfigError
 from bitdance_scale.train.process import EXIT_COMPLETE
 from bitdance_scale.wording import file_size
+
+if TYPE_CHECKING:
+    from bitdance_scale.checkpoint.export_release import Export
+    from bitdance_scale.checkpoint.run_adapters import RunAdapters
+    from bitdance_scale.model.published_names import Part
 
 # The names of `generate.published_layout.LAYOUTS`, which imports torch.
 LAYOUTS = ("release", "diffusers")
 DTYPES = ("bfloat16", "float16", "float32")
 # The names of `model.published_names.Part`, which imports torch.
 PARTS = ("backbone", "head", "projector")
+# What is said of a whole model to those whom it is shared with.
+SHARED = ("license", "license_name", "license_file", "model_name", "base_model", "authors", "scores")
 _EXTRA = {
     True: "which the release's pipeline does not know and refuses; `bitdance sample` runs it",
     False: "which the release's program does not know; model_config.json says so to `bitdance import`",
@@ -39,7 +55,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     """The command line; returns the exit code."""
     parser = CommandParser(prog, __doc__)
     parser.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="run folder, checkpoint, or imported release"
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="run folder, checkpoint, or imported release; with --merge also a published folder",
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     parser.add_argument("--force", action="store_true", help="replace an earlier export at OUT")
@@ -52,7 +71,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     )
     for part in PARTS:
         parser.add_argument(f"--{part}-dtype", choices=DTYPES, help=f"dtype of the {part}, if another")
-    parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of the folder (default: release)")
+    parser.add_argument("--layout", choices=LAYOUTS, help="of the folder (default: release)")
+    parser.add_argument("--merge", action="store_true", help="write the model with its adapters in the weights")
+    parser.add_argument("--base", type=Path, help="frozen weights of the adapters, where the run had them elsewhere")
+    add_adapter_argument(parser)
     shared = parser.add_argument_group("for those whom it is shared with")
     shared.add_argument(
         "--license",
@@ -75,22 +97,127 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 
 
 def _run(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
+    from bitdance_scale.checkpoint.run_adapters import has_adapters
+    from bitdance_scale.checkpoint.start_weights import find_checkpoint
 
-    from bitdance_scale.checkpoint.export_card import ShareOptions
-    from bitdance_scale.checkpoint.export_release import export_release, open_checkpoint
-    from bitdance_scale.generate import published_layout
+    if options.adapter and not options.merge:
+        raise ConfigError(
+            f"--adapter {options.adapter[0]}: is written into the weights alone, with --merge; add it, or leave the "
+            "adapter out"
+        )
+    if options.merge and _is_published(options.checkpoint):
+        return _merge_folder(options)
+    options.checkpoint = find_checkpoint(options.checkpoint)
+    is_adapted = has_adapters(options.checkpoint)
+    if options.merge and not (is_adapted or options.adapter):
+        raise ConfigError(f"--merge: {options.checkpoint} has no adapters, and no --adapter names any; leave it out")
+    if options.base is not None and not is_adapted:
+        raise ConfigError(f"--base {options.base}: {options.checkpoint} has no adapters; leave it out")
+    if is_adapted and not options.merge:
+        return _export_adapter(options)
+    return _export(options, _opened(options, is_adapted))
+
+
+def _is_published(folder: Path) -> bool:
+    from bitdance_scale.generate.published_layout import layout_of
+
+    return folder.is_dir() and (folder / layout_of(folder).head_config).is_file()
+
+
+def _dtypes(options: argparse.Namespace) -> dict[Part, str]:
     from bitdance_scale.model.published_names import Part
 
-    dtypes = {part: name for part in Part if (name := getattr(options, f"{part}_dtype"))}
+    return {part: name for part in Part if (name := getattr(options, f"{part}_dtype"))}
+
+
+def _opened(options: argparse.Namespace, is_adapted: bool) -> Export:
+    """What is exported, with the adapters that are merged into it."""
+    from bitdance_scale.checkpoint.export_merged import merged_release, merged_run
+    from bitdance_scale.checkpoint.export_release import open_checkpoint
+    from bitdance_scale.checkpoint.named_adapters import parse_adapters
+    from bitdance_scale.generate import published_layout
+
+    adapters = parse_adapters(options.adapter)
+    layout = published_layout.LAYOUTS[options.layout or LAYOUTS[0]]
+    if is_adapted:
+        return merged_run(_open_adapters(options), adapters, dtypes=_dtypes(options), layout=layout)
     export = open_checkpoint(
         options.checkpoint,
         tokenizer=options.tokenizer,
         autoencoder=options.autoencoder,
-        dtypes=dtypes,
+        dtypes=_dtypes(options),
         weights=options.weights,
-        layout=published_layout.LAYOUTS[options.layout],
+        layout=layout,
     )
+    return merged_release(export, adapters) if adapters else export
+
+
+def _open_adapters(options: argparse.Namespace) -> RunAdapters:
+    from bitdance_scale.checkpoint.run_adapters import open_run_adapters
+
+    return open_run_adapters(
+        options.checkpoint,
+        weights=options.weights,
+        base=options.base,
+        tokenizer=options.tokenizer,
+        autoencoder=options.autoencoder,
+    )
+
+
+def _export_adapter(options: argparse.Namespace) -> int:
+    """Writes the adapters of a run."""
+    from bitdance_scale.checkpoint.export_adapter import export_adapter
+
+    _refuse_unused(options, ("layout", *SHARED), "a folder of adapters has none; leave it out, or add --merge")
+    adapters = _open_adapters(options)
+    run = export_adapter(adapters, options.out, dtypes=_dtypes(options), is_forced=options.force)
+    if run is not None and not run.is_finished:
+        print(f"warning: {adapters.path} is at {run}: the run has not finished", file=sys.stderr)
+    print(
+        f"{options.out}: adapters of {len(adapters.source.matrices)} linears, rank {adapters.section.rank}, "
+        f"{adapters.weights} weights, step {adapters.state.step} of {adapters.path}; --merge writes the whole model"
+    )
+    return EXIT_COMPLETE
+
+
+def _merge_folder(options: argparse.Namespace) -> int:
+    """Copies a published folder with adapters in its weights."""
+    from tqdm import tqdm
+
+    from bitdance_scale.checkpoint.export_merged import merge_folder
+    from bitdance_scale.checkpoint.named_adapters import parse_adapters
+
+    if not options.adapter:
+        raise ConfigError(f"--merge: {options.checkpoint} is a published folder; name adapters with --adapter")
+    unused = ("weights", "tokenizer", "autoencoder", "base", "layout", *(f"{part}_dtype" for part in PARTS), *SHARED)
+    _refuse_unused(
+        options, unused, f"{options.checkpoint} is a published folder, which keeps what it has; leave it out"
+    )
+    with tqdm(unit="B", unit_scale=True, desc="write, read back", mininterval=0.5) as bar:
+        num_bytes = merge_folder(
+            options.checkpoint,
+            parse_adapters(options.adapter),
+            options.out,
+            is_forced=options.force,
+            on_bytes=bar.update,
+        )
+    print(f"{options.out}: {file_size(num_bytes)}, {options.checkpoint} with {', '.join(options.adapter)}")
+    return EXIT_COMPLETE
+
+
+def _refuse_unused(options: argparse.Namespace, names: Sequence[str], reason: str) -> None:
+    """Refuses options that would change nothing."""
+    for name in names:
+        if getattr(options, name):
+            raise ConfigError(f"--{name.replace('_', '-')}: {reason}")
+
+
+def _export(options: argparse.Namespace, export: Export) -> int:
+    from tqdm import tqdm
+
+    from bitdance_scale.checkpoint.export_card import ShareOptions
+    from bitdance_scale.checkpoint.export_release import export_release
+
     said = ShareOptions(
         licence=options.license,
         licence_name=options.license_name,

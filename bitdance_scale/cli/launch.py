@@ -138,12 +138,13 @@ def find_replicas(options: argparse.Namespace, section: ParallelSection) -> tupl
     return num_ranks, starting
 
 
-def rank_arguments(options: argparse.Namespace, positional: Sequence[str]) -> list[str]:
+def rank_arguments(options: argparse.Namespace, positional: Sequence[str], repeated: Sequence[str] = ()) -> list[str]:
     """The command line of a rank: what this process was asked for, but for where the ranks run.
 
     Args:
         options: of the command; each is called as its flag is.
         positional: names of its positional arguments, in order.
+        repeated: names of options that are given once for each of their values.
     """
     arguments: list[str] = []
     for name in positional:
@@ -154,6 +155,8 @@ def rank_arguments(options: argparse.Namespace, positional: Sequence[str]) -> li
             continue
         if value is True:
             arguments.append(flag)
+        elif name in repeated:
+            arguments += [f"{flag}={text}" for text in _texts(value)]
         elif isinstance(value, list):
             arguments += [flag, *_texts(value)]
         else:

@@ -2,6 +2,7 @@
 
     bitdance sample FOLDER --prompts prompts.txt --out samples --size 1024x1024
     bitdance sample FOLDER --prompt "a red cube on a blue ball" --out samples --seed 7
+    bitdance sample FOLDER --prompt "a red cube" --out samples --adapter my_style=0.8
 
 A prompt file is text with one prompt per line, or .jsonl with {"prompt": .., "seed": .., "height": .., "width": ..} per
 line, of which only the prompt is required. Image i has the seed --seed + i unless its line gives one. An image depends
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitdance_scale.cli.command import CommandParser, run_command
+from bitdance_scale.cli.command import CommandParser, add_adapter_argument, run_command
 from bitdance_scale.config.ranges import CONSTRAINTS, Choice
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.train.process import EXIT_COMPLETE
@@ -47,12 +48,14 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="images drawn together (default: 4)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, float32 elsewhere")
     parser.add_argument("--device", help="default: cuda where there is one")
+    add_adapter_argument(parser)
     return run_command(parser, arguments, _run)
 
 
 def _run(options: argparse.Namespace) -> int:
     import torch
 
+    from bitdance_scale.checkpoint.named_adapters import parse_adapters
     from bitdance_scale.generate.image_sizes import beyond_published, check_size
     from bitdance_scale.generate.pipeline import BitDancePipeline
     from bitdance_scale.generate.published_model import read_sections
@@ -68,8 +71,9 @@ def _run(options: argparse.Namespace) -> int:
         check_size(*size, vision)
         if note := beyond_published(*size, vision):
             print(f"note: {note}", file=sys.stderr)
+    adapters = parse_adapters(options.adapter)
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    pipeline = BitDancePipeline.from_pretrained(options.folder, dtype, options.device)
+    pipeline = BitDancePipeline.from_pretrained(options.folder, dtype, options.device, adapters)
     clear_out(options.out)
     draw_requests(
         pipeline,
@@ -79,7 +83,7 @@ def _run(options: argparse.Namespace) -> int:
         guidance=options.guidance,
         sampler=options.sampler,
         batch_size=options.batch_size,
-        record={"folder": str(options.folder)},
+        record={"folder": str(options.folder)} | ({"adapters": options.adapter} if adapters else {}),
     )
     print(f"wrote {options.out}")
     return EXIT_COMPLETE

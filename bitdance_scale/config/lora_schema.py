@@ -34,8 +34,8 @@ class LoraSection:
     )
     start_from: str = setting(
         "",
-        doc="Adapters that a new run goes on from: a run with the same rank and targets, or a checkpoint of it. Empty: "
-        "adapters that change nothing.",
+        doc="Adapters that a new run goes on from: a run with the same rank and targets, a checkpoint of it, or a "
+        "folder of adapters, exported or written by PEFT. Empty: adapters that change nothing.",
     )
 
     @property

@@ -18,6 +18,7 @@ from bitdance_scale.generate.caption_decode import TokenChoice, decode_captions,
 from bitdance_scale.generate.image_sizes import check_size
 from bitdance_scale.generate.published_model import PublishedDescriber, load_describer
 from bitdance_scale.generate.qwen3_captions import Qwen3Captions
+from bitdance_scale.model.adapter_source import WeightedAdapter
 from bitdance_scale.vision.bits import unpack_bits
 
 MAX_TOKENS = 512
@@ -57,6 +58,7 @@ class CaptionPipeline:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         context: str | None = None,
+        adapters: Sequence[WeightedAdapter] = (),
     ) -> CaptionPipeline:
         """Loads a published folder without its diffusion head.
 
@@ -65,14 +67,15 @@ class CaptionPipeline:
             dtype: of weights and activations; default bfloat16 on CUDA, float32 elsewhere.
             device: default CUDA where there is one.
             context: how images are laid, plain or queries; None: as the folder says it was trained.
+            adapters: as for `BitDancePipeline.from_pretrained`.
 
         Raises:
-            CheckpointError: a file is missing, damaged or does not fit the others.
+            CheckpointError: a file is missing, damaged or does not fit the others, or adapters do not fit the model.
             ConfigError: the folder holds no usable tokenizer.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        return cls(load_describer(folder, dtype, device, context))
+        return cls(load_describer(folder, dtype, device, context, adapters))
 
     @property
     def device(self) -> torch.device:

@@ -24,6 +24,7 @@ from bitdance_scale.generate.image_sizes import check_size
 from bitdance_scale.generate.published_model import PublishedModel, load_published
 from bitdance_scale.generate.qwen3_blocks import Qwen3Blocks
 from bitdance_scale.generate.sampler import FlowSolver, GeneratorNoise
+from bitdance_scale.model.adapter_source import WeightedAdapter
 from bitdance_scale.vision.bits import pack_bits
 
 OUTPUT_TYPES = ("pil", "np", "pt", "bits")
@@ -56,7 +57,11 @@ class BitDancePipeline:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        adapters: Sequence[WeightedAdapter] = (),
     ) -> BitDancePipeline:
         """Loads a published folder.
 
@@ -64,14 +69,15 @@ class BitDancePipeline:
             folder: a local folder as `bitdance export` or the release writes it; nothing is downloaded.
             dtype: of weights and activations; default bfloat16 on CUDA, float32 elsewhere.
             device: default CUDA where there is one.
+            adapters: from `checkpoint.named_adapters.parse_adapters`; merged into the weights, in float32.
 
         Raises:
-            CheckpointError: a file is missing, damaged or does not fit the others.
+            CheckpointError: a file is missing, damaged or does not fit the others, or adapters do not fit the model.
             ConfigError: the folder holds no usable tokenizer.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        return cls(load_published(folder, dtype, device))
+        return cls(load_published(folder, dtype, device, adapters))
 
     @property
     def device(self) -> torch.device:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,16 @@ from transformers.utils import logging
 
 from bitdance_scale.config.published_backbone import read_context, read_model
 from bitdance_scale.config.published_head import read_head
-from bitdance_scale.config.schema import HeadSection, ModelSection, TextSection, VisionSection
+from bitdance_scale.config.schema import HeadSection, ModelSection, NetworkConfig, TextSection, VisionSection
 from bitdance_scale.errors import CheckpointError
+from bitdance_scale.generate.merged_adapters import check_adapters, merge
 from bitdance_scale.generate.published_layout import PublishedLayout, check_projector, layout_of, read_part
+from bitdance_scale.model.adapter_changes import AdapterChanges
+from bitdance_scale.model.adapter_source import WeightedAdapter
 from bitdance_scale.model.diffusion_head import DiffusionHead
 from bitdance_scale.model.linears import PlainLinears
 from bitdance_scale.model.projector import Projector
+from bitdance_scale.model.published_names import Part
 from bitdance_scale.sequence.tokens import TextTokenizer, load_text_tokenizer
 from bitdance_scale.vision.autoencoder import published_sizes
 from bitdance_scale.vision.tokenizer import VisionTokenizer, make_autoencoder
@@ -117,28 +121,39 @@ def read_sections(folder: str | Path) -> PublishedSections:
     return PublishedSections(model, config["vocab_size"], head, vision, layout)
 
 
-def load_published(folder: str | Path, dtype: torch.dtype, device: torch.device) -> PublishedModel:
+def load_published(
+    folder: str | Path, dtype: torch.dtype, device: torch.device, adapters: Sequence[WeightedAdapter] = ()
+) -> PublishedModel:
     """Loads a published folder.
 
     Args:
         folder: as `bitdance export` or the release writes it.
         dtype: of weights and activations of all parts.
         device: where they are put.
+        adapters: what is merged into the weights, in float32; from `parse_adapters`.
 
     Raises:
-        CheckpointError: a file is missing, damaged or does not fit the others; names file and tensor.
+        CheckpointError: a file is missing, damaged or does not fit the others, or adapters do not fit; names file and
+            tensor.
         ConfigError: the folder holds no usable tokenizer.
     """
     opened = _open(Path(folder))
+    changes = opened.changes(adapters)
     backbone = _load_backbone(opened, dtype, device)
     _fill(opened.head, opened.folder / opened.layout.head, dtype, device)
     _fill(opened.projector, opened.folder / opened.layout.projector, dtype, device)
+    parts = {Part.BACKBONE: backbone, Part.HEAD: opened.head, Part.PROJECTOR: opened.projector}
+    merge(changes, opened.folder, opened.layout, parts)
     vision = VisionTokenizer(opened.vision, device, dtype=dtype)
     return PublishedModel(backbone, opened.projector, opened.head, vision, opened.text)
 
 
 def load_describer(
-    folder: str | Path, dtype: torch.dtype, device: torch.device, context: str | None = None
+    folder: str | Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    context: str | None = None,
+    adapters: Sequence[WeightedAdapter] = (),
 ) -> PublishedDescriber:
     """Loads what describes images of a published folder: all but its diffusion head.
 
@@ -147,18 +162,22 @@ def load_describer(
         dtype: of weights and activations of backbone and projector.
         device: where they are put.
         context: how context images are laid (`vision.context`); None: as the folder says.
+        adapters: as for `load_published`.
 
     Raises:
-        CheckpointError: a file is missing, damaged or does not fit the others; names file and tensor.
+        CheckpointError: a file is missing, damaged or does not fit the others, or adapters do not fit; names file and
+            tensor.
         ConfigError: the folder holds no usable tokenizer.
     """
     opened = _open(Path(folder), context)
+    changes = opened.changes(adapters)
     backbone = _load_backbone(opened, dtype, device)
     if opened.config.tie_word_embeddings:
         output = backbone.embed_tokens.weight
     else:
         output = _read_tensor(opened.folder / opened.layout.backbone, _OUTPUT_NAME).to(device=device, dtype=dtype)
     _fill(opened.projector, opened.folder / opened.layout.projector, dtype, device)
+    merge(changes, opened.folder, opened.layout, {Part.BACKBONE: backbone, Part.PROJECTOR: opened.projector})
     return PublishedDescriber(backbone, output, opened.projector, VisionTokenizer(opened.vision, device), opened.text)
 
 
@@ -173,6 +192,15 @@ class _Opened:
     head: DiffusionHead
     projector: Projector
     text: TextTokenizer
+    network: NetworkConfig
+
+    def changes(self, adapters: Sequence[WeightedAdapter]) -> AdapterChanges | None:
+        """What adapters change, checked against the weights; None: nothing."""
+        if not adapters:
+            return None
+        changes = AdapterChanges(adapters, self.network, self.text.vocab_size, str(self.folder))
+        check_adapters(adapters, self.folder, self.layout, self.network, self.text.vocab_size)
+        return changes
 
 
 def _open(folder: Path, context: str | None = None) -> _Opened:
@@ -197,7 +225,8 @@ def _open(folder: Path, context: str | None = None) -> _Opened:
     _check_backbone(folder / layout.backbone, config)
     for name, module in ((layout.head, head), (layout.projector, projector), (layout.autoencoder, autoencoder)):
         _check(folder / name, read_single_header(folder / name), module.state_dict())
-    return _Opened(folder, layout, config, vision, head, projector, text)
+    network = NetworkConfig(model=sections.model, head=sections.head, vision=vision, text=section)
+    return _Opened(folder, layout, config, vision, head, projector, text, network)
 
 
 def qwen3_config(section: ModelSection, vocab_size: int) -> Qwen3Config:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,14 @@ _SHIFT = 33
 _LOW_BITS = (1 << (64 - _SHIFT)) - 1
 # The hash decides by as many bits as a float32 resolves.
 _RESOLUTION = 1 << 24
+# 64 MiB of float32; the linears of small networks are one block.
+_BLOCK_ELEMENTS = 1 << 24
 
 
 def merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """A weight [out, in] with its adapter in it, in the weight's dtype; the sum is computed in float32.
+    """A weight [out, in] with its adapter in it, in the weight's dtype: W + scale * (B A), computed in float32.
+
+    It is computed in `row_blocks`, so that a caller who has one of them at a time finds the same bits.
 
     Args:
         weight: [out, in], any dtype.
@@ -37,7 +41,31 @@ def merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float)
         b: [out, rank].
         scale: what the product is multiplied by.
     """
-    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale).to(weight.dtype)
+    blocks = [
+        changed_rows(weight[start:stop], [(a, b[start:stop], scale)]) for start, stop in row_blocks(*weight.shape)
+    ]
+    return torch.cat(blocks)
+
+
+def changed_rows(rows: torch.Tensor, changes: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> torch.Tensor:
+    """One of `row_blocks` of a weight [N, in] with adapters in it, one after the other, in the dtype of the weight.
+
+    Args:
+        rows: [N, in], any dtype.
+        changes: A [rank, in], the same rows of B [N, rank], and what their product is multiplied by, of each.
+    """
+    # Copies: how a product rounds may depend on where its factors lie in memory.
+    whole = rows.to(torch.float32, copy=True)
+    for a, b, scale in changes:
+        whole += (b.to(torch.float32, copy=True) @ a.to(torch.float32, copy=True)) * scale
+    return whole.to(rows.dtype)
+
+
+def row_blocks(num_rows: int, num_columns: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the rows of a weight that are merged at a time; how a product rounds depends on its shape."""
+    step = max(1, _BLOCK_ELEMENTS // num_columns)
+    for start in range(0, num_rows, step):
+        yield start, min(start + step, num_rows)
 
 
 def matrix_names(key: str) -> tuple[str, str]:

@@ -13,7 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from bitdance_scale.checkpoint.frozen_base import digest_of
 from bitdance_scale.checkpoint.integrity import file_digest, text_digest
+from bitdance_scale.checkpoint.named_adapters import parse_adapters
 from bitdance_scale.config.parallel_schema import ParallelSection
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
@@ -22,9 +24,9 @@ from bitdance_scale.generate.image_sizes import check_size
 from bitdance_scale.generate.pipeline import BitDancePipeline
 from bitdance_scale.generate.published_model import read_sections
 from bitdance_scale.generate.sampler import FlowSolver
+from bitdance_scale.model.adapter_source import WeightedAdapter
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.train.sampling import BatchDrawer, sample_grid
-from bitdance_scale.train.starting import digest_of
 from bitdance_scale.train.still_run import load_still_run
 
 
@@ -52,14 +54,22 @@ class PublishedPrompts:
         solving: how images are drawn.
         dtype: of weights and activations.
         topology: the ranks.
+        adapters: what is merged into its weights, as `parse_adapters` reads it.
 
     Raises:
-        BitDanceError: the folder is missing, damaged or no published model.
+        BitDanceError: the folder is missing, damaged or no published model, or adapters do not fit it.
     """
 
-    def __init__(self, folder: Path, solving: Solving, dtype: torch.dtype, topology: Topology) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        solving: Solving,
+        dtype: torch.dtype,
+        topology: Topology,
+        adapters: Sequence[str] = (),
+    ) -> None:
         self._solving = solving
-        self._pipeline = BitDancePipeline.from_pretrained(folder, dtype, topology.device)
+        self._pipeline = BitDancePipeline.from_pretrained(folder, dtype, topology.device, parse_adapters(adapters))
 
     def draw(self, texts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
         """As in `PromptModel`."""
@@ -121,17 +131,19 @@ class ModelSource:
     load: Callable[[Topology], PromptModel]
 
 
-def published_source(folder: Path, solving: Solving, dtype: str | None) -> ModelSource:
+def published_source(folder: Path, solving: Solving, dtype: str | None, adapters: Sequence[str] = ()) -> ModelSource:
     """A published folder.
 
     Args:
         folder: as `bitdance export` or the release writes it.
         solving: how images are drawn.
         dtype: of weights and activations; None: bfloat16 on CUDA, float32 elsewhere.
+        adapters: what is merged into its weights, as `parse_adapters` reads it.
 
     Raises:
-        BitDanceError: it is no published model, or images cannot be drawn so.
+        BitDanceError: it is no published model, adapters are none, or images cannot be drawn so.
     """
+    opened = parse_adapters(adapters)
     FlowSolver(solving.steps, solving.guidance, solving.sampler)
     if solving.guidance_growth != "constant":
         raise ConfigError(
@@ -142,11 +154,11 @@ def published_source(folder: Path, solving: Solving, dtype: str | None) -> Model
     check_size(*solving.size_px, vision)
     name = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     return ModelSource(
-        lambda: _folder_digest(folder),
+        lambda: _folder_digest(folder, opened),
         vision.block_tokens,
-        {"dtype": name},
+        {"dtype": name} | ({"adapters": [*adapters]} if adapters else {}),
         ParallelSection(),
-        lambda topology: PublishedPrompts(folder, solving, getattr(torch, name), topology),
+        lambda topology: PublishedPrompts(folder, solving, getattr(torch, name), topology, adapters),
     )
 
 
@@ -167,10 +179,12 @@ def run_source(config: RunConfig, checkpoint: Path) -> ModelSource:
     )
 
 
-def _folder_digest(folder: Path) -> str:
-    """SHA-256 over the files that decide the images of a published folder: configurations, weights, tokenizer."""
+def _folder_digest(folder: Path, adapters: Sequence[WeightedAdapter] = ()) -> str:
+    """SHA-256 over what decides the images of a published folder: configurations, weights, tokenizer, adapters."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix in _DECIDING)
-    return text_digest("\n".join(f"{name} {file_digest(folder / name)}" for name in names))
+    lines = [f"{name} {file_digest(folder / name)}" for name in names]
+    lines += [f"{adapter.weight} {adapter.source.digest()}" for adapter in adapters]
+    return text_digest("\n".join(lines))
 
 
 _DECIDING = frozenset({".safetensors", ".json", ".txt", ".model"})

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitdance_scale.checkpoint.integrity import MANIFEST_NAME, read_manifest
+from bitdance_scale.checkpoint.frozen_base import FrozenBase, check_base_digest, digest_of
 from bitdance_scale.checkpoint.remote_folder import is_remote
 from bitdance_scale.checkpoint.remote_restore import fetch_start
 from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME, read_state
@@ -22,11 +22,14 @@ from bitdance_scale.config.coerce import toml_value
 from bitdance_scale.config.load import load_lora
 from bitdance_scale.config.lora_schema import LoraSection
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.errors import CheckpointError, ConfigError
+from bitdance_scale.errors import ConfigError
 from bitdance_scale.model.adaptable import is_added, is_trained
+from bitdance_scale.model.adapter_folder import is_adapter_folder
 from bitdance_scale.parallel.agreement import on_first_rank
 from bitdance_scale.parallel.engine import TrainingEngine
 from bitdance_scale.parallel.partition import ShardedValue
+from bitdance_scale.sequence.condition import Condition
+from bitdance_scale.train.start_adapters import fill_from_folder
 from bitdance_scale.train.start_checks import Start, check_start
 
 logger = logging.getLogger(__name__)
@@ -86,16 +89,22 @@ def load_base(engine: TrainingEngine, base: Base, config: RunConfig) -> dict[str
     return release
 
 
-def load_adapters(engine: TrainingEngine, base: Base, config: RunConfig, tokenizer_digest: str) -> None:
-    """Fills what is trained from the run that `lora.start_from` names; a collective.
+def load_adapters(engine: TrainingEngine, base: Base, config: RunConfig, condition: Condition) -> None:
+    """Fills what is trained from the run, or the folder of adapters, that `lora.start_from` names; a collective.
 
     Raises:
         ConfigError: on every rank: its adapters are others.
         CheckpointError: on every rank: it is damaged, or of other frozen weights.
     """
-    path = find_checkpoint(config.lora.start_from)
-    on_first_rank(lambda: _check_adapters(path, config, base))
-    load_start_weights(path, engine.trained_values(), _masters(engine), tokenizer_digest=tokenizer_digest)
+    path = Path(config.lora.start_from)
+    values, masters = engine.trained_values(), _masters(engine)
+    if on_first_rank(lambda: is_adapter_folder(path)):
+        frozen = FrozenBase(base.start.path, config.run.start_weights, str(base.start.path))
+        fill_from_folder(path, (values, masters), frozen, config, condition.vocab_size)
+    else:
+        path = find_checkpoint(path)
+        on_first_rank(lambda: _check_adapters(path, config, base))
+        load_start_weights(path, values, masters, tokenizer_digest=condition.digest)
     engine.restart_averages()
     logger.info("went on from the adapters of %s", path)
 
@@ -106,13 +115,7 @@ def check_base(path: Path, base: Base) -> None:
     Raises:
         CheckpointError: the checkpoint is damaged, or they are others.
     """
-    state = read_state(path)
-    if state.base_digest != base.digest:
-        raise CheckpointError(
-            f"{path}: its adapters were trained beside other weights (digest {state.base_digest or 'none'}) than those "
-            f"of {base.start.path} (digest {base.digest}); set run.start_from and run.start_weights as in "
-            f"{path / CONFIG_NAME}"
-        )
+    check_base_digest(path, read_state(path), base.start.path, base.digest)
 
 
 def _check_adapters(path: Path, config: RunConfig, base: Base) -> None:
@@ -148,9 +151,3 @@ def of_network(values: Mapping[str, ShardedValue]) -> dict[str, ShardedValue]:
 
 def _has_no_master(section: LoraSection, name: str) -> bool:
     return not is_trained(name, section)
-
-
-def digest_of(checkpoint: Path) -> str:
-    """Two checkpoints share it only if all their files are equal."""
-    manifest = checkpoint / MANIFEST_NAME
-    return read_manifest(manifest.read_bytes(), str(manifest)).sha256

@@ -120,7 +120,7 @@ class TextToImageJob(Job):
         if latest is not None:
             self.load_newest(latest, lambda path: self._resume(path, base))
         elif base is not None and config.lora.start_from:
-            load_adapters(self._engine, base, config, self._condition.digest)
+            load_adapters(self._engine, base, config, self._condition)
         self._meter = StepMeter(config, self._condition.vocab_size, topology, self.progress)
         stages = [stage.number for stage in self._engine.stages]
         self._faults = StepFaults(topology, run_folder, stages, index_names(self._index))
