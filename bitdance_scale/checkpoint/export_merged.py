@@ -35,7 +35,8 @@ from bitdance_scale.generate.published_layout import RELEASE, PublishedLayout
 from bitdance_scale.model.adapter_changes import AdapterChanges
 from bitdance_scale.model.adapter_source import WeightedAdapter, check_base, fingerprint
 from bitdance_scale.model.published_names import EMBEDDING, OUTPUT, PUBLISHED_EMBEDDING, PUBLISHED_OUTPUT, Part
-from bitdance_scale.sharing.card import CARD_NAME, SAMPLES_NAME
+from bitdance_scale.sharing.card import SAMPLES_NAME
+from bitdance_scale.sharing.licences import CARD_NAME
 from bitdance_scale.vision.tokenizer import vision_digest
 from bitdance_scale.weight_files import TensorSpec
 

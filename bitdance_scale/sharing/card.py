@@ -20,7 +20,6 @@ from bitdance_scale.atomic_files import write_text
 from bitdance_scale.credentials import hide_credentials
 from bitdance_scale.sharing.licences import CARD_NAME, LICENCE_NAME, OTHER, Licence, licence_file
 
-CARD_NAME = "README.md"
 SAMPLES_NAME = "samples.png"
 WARNING = (
     "> **This card is generated.** `bitdance` wrote it from the files of the run, and nobody has checked it yet. It "
