@@ -25,6 +25,7 @@ from bitdance_scale.config.schema import (
     RunConfig,
     VisionSection,
 )
+from bitdance_scale.observe.adapter_cost import adapter_flops, backward_share
 from bitdance_scale.sequence.pack import Pack
 from bitdance_scale.sequence.visibility import count_visible_pairs
 
@@ -82,6 +83,8 @@ class StepFlops:
         head: diffusion head, attention within its blocks included.
         projector: vision tokens into the backbone.
         text: projection of text targets to the vocabulary.
+        backward: the backward pass of everything.
+        adapters: low-rank changes of linears.
     """
 
     backbone: int
@@ -89,16 +92,18 @@ class StepFlops:
     head: int
     projector: int
     text: int
+    backward: int
+    adapters: int = 0
 
     @property
     def forward(self) -> int:
-        """One forward pass of everything that trains."""
-        return self.backbone + self.attention + self.head + self.projector + self.text
+        """One forward pass of the network; the frozen autoencoder is not in it (`encode_flops`)."""
+        return self.backbone + self.attention + self.head + self.projector + self.text + self.adapters
 
     @property
     def training(self) -> int:
-        """Forward and backward of everything that trains; the frozen autoencoder is not in it (`encode_flops`)."""
-        return TRAINING_OVER_FORWARD * self.forward
+        """Forward and backward."""
+        return self.forward + self.backward
 
 
 def count_pack(pack: Pack) -> PackCounts:
@@ -125,13 +130,22 @@ def step_flops(config: RunConfig, vocab_size: int, counts: PackCounts) -> StepFl
     model = config.model
     # Scores and weighted values each take `head_dim` multiply-adds per pair and head.
     attention_per_pair = 4 * model.num_layers * model.num_heads * model.head_dim
-    return StepFlops(
+    flops = StepFlops(
         backbone=2 * counts.num_positions * _layer_weights(model) * model.num_layers,
         attention=attention_per_pair * counts.num_visible_pairs,
         head=_head_flops(config, counts),
         projector=2 * counts.num_vision * _projector_weights(config),
         text=2 * counts.num_text_targets * model.hidden_size * vocab_size,
+        backward=0,
     )
+    if not config.lora.is_used:
+        return dataclasses.replace(flops, backward=(TRAINING_OVER_FORWARD - 1) * flops.forward)
+    adapters = adapter_flops(config, vocab_size, counts.num_positions, counts.num_predicted, counts.num_blocks)
+    share = backward_share(config, vocab_size)
+    # Both factors of the products of attention have a gradient, of those with a frozen weight one.
+    backward = 2 * adapters + share * (flops.backbone + 2 * flops.attention) + flops.head
+    backward += flops.text * (share > 0) + 2 * flops.projector * config.lora.train_projector
+    return dataclasses.replace(flops, adapters=adapters, backward=round(backward))
 
 
 def _head_flops(config: RunConfig, counts: PackCounts) -> int:

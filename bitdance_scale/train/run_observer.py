@@ -16,6 +16,7 @@ from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.plan.filters import FilterCount, describe
 from bitdance_scale.data.plan.plan import StreamUse
 from bitdance_scale.data.plan.small_set import remarks
+from bitdance_scale.observe.adapter_cost import trained_elements
 from bitdance_scale.observe.benchmark_scores import BENCHMARKS_FILE, read_scores_of_run
 from bitdance_scale.observe.console import loss_table
 from bitdance_scale.observe.cost import count_parameters, peak_flops, step_flops
@@ -238,6 +239,9 @@ def show_result(run_folder: Path) -> str:
 def _summary(config: RunConfig, topology: Topology, vocab_size: int, resumed_step: int) -> str:
     parts = count_parameters(config, vocab_size)
     sizes = ", ".join(f"{name} {count / 1e6:,.2f} M" for name, count in parts.items())
+    if config.lora.is_used:
+        trained = trained_elements(config, vocab_size, parts["projector"])
+        sizes += f"; frozen, and beside them {trained / 1e6:,.2f} M are trained (rank {config.lora.rank})"
     parallel = config.parallel
     layout = f"tensor {topology.tensor_size} x pipeline {topology.pipeline_size} x data {topology.data_size}"
     layout += ", sequence parallel" if parallel.sequence_parallel else ""

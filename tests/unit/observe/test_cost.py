@@ -12,7 +12,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bitdance_scale.config.schema import HeadSection, ModelSection, VisionSection
+from bitdance_scale.config.lora_schema import LoraSection
+from bitdance_scale.config.schema import HeadSection, ModelSection, NetworkConfig, VisionSection
 from bitdance_scale.model.bit_head import BitHead
 from bitdance_scale.model.diffusion_head import DiffusionHead
 from bitdance_scale.model.linears import PlainLinears
@@ -40,6 +41,11 @@ class Sizes:
     model: ModelSection
     head: HeadSection
     vision: VisionSection
+    lora: LoraSection = dataclasses.field(default_factory=LoraSection)
+
+    @property
+    def network(self) -> NetworkConfig:
+        return NetworkConfig(model=self.model, head=self.head, vision=self.vision)
 
 
 LARGE = Sizes(

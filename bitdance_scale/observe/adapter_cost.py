@@ -1,0 +1,66 @@
+"""What adapters cost, and what frozen weights save: FLOPs of a step with `lora`.
+
+A frozen linear forms the gradient of its input alone, half of a backward pass, and not even that before the first layer
+in which something is trained. Of the frozen head all products count so, though those of its inputs need no gradient
+(below 1 %).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+
+from bitdance_scale.config.lora_schema import LoraSection
+from bitdance_scale.config.schema import NetworkConfig, RunConfig
+from bitdance_scale.model.adaptable import AdaptableLinear, targets
+from bitdance_scale.model.published_names import Part
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+
+
+@functools.lru_cache(maxsize=4)
+def adapted_linears(network: NetworkConfig, vocab_size: int, section: LoraSection) -> tuple[AdaptableLinear, ...]:
+    """The linears that have an adapter."""
+    return tuple(targets(network, vocab_size, section.targets))
+
+
+def adapter_elements(config: RunConfig, vocab_size: int) -> Mapping[Part, int]:
+    """Elements of the two matrices of all adapters, by part."""
+    elements = dict.fromkeys(Part, 0)
+    for linear in adapted_linears(config.network, vocab_size, config.lora):
+        elements[linear.part] += config.lora.rank * (linear.in_size + linear.out_size)
+    return elements
+
+
+def adapter_flops(config: RunConfig, vocab_size: int, num_positions: int, num_predicted: int, num_blocks: int) -> int:
+    """Forward FLOPs of all adapters; the counts are those of `PackCounts`."""
+    num_draws, total = config.head.diff_batch_mul, 0
+    for linear in adapted_linears(config.network, vocab_size, config.lora):
+        num_rows = num_positions
+        if linear.part is Part.HEAD:
+            num_rows = num_predicted * num_draws
+            num_rows = num_predicted if linear.name.endswith(".cond_embed") else num_rows
+            num_rows = num_blocks * num_draws if ".time_embed." in linear.name else num_rows
+        total += 2 * num_rows * config.lora.rank * (linear.in_size + linear.out_size)
+    return total
+
+
+def backward_share(config: RunConfig, vocab_size: int) -> float:
+    """Share of the layers of the backbone that a backward pass goes through, the last ones."""
+    if config.lora.train_projector or config.lora.train_queries:
+        return 1.0
+    layers = [
+        int(match[1])
+        for linear in adapted_linears(config.network, vocab_size, config.lora)
+        if (match := _LAYER.match(linear.ours))
+    ]
+    num_layers = config.model.num_layers
+    return (num_layers - min(layers, default=num_layers)) / num_layers
+
+
+def trained_elements(config: RunConfig, vocab_size: int, projector: int) -> int:
+    """Elements of all that is trained; `projector`: those of the projector."""
+    total = sum(adapter_elements(config, vocab_size).values())
+    total += projector if config.lora.train_projector else 0
+    return total + (config.vision.block_tokens - 1) * config.model.hidden_size * int(config.lora.train_queries)
