@@ -1,7 +1,7 @@
 #!/bin/bash
-# Builds the image of cluster/container/Dockerfile without Docker and without a registry of images, and trains in it: run.sh
-# Buildah executes the Dockerfile on a Debian 12 that debootstrap makes of the same packages as the published base. Takes
-# 10 minutes and 25 GB in TMPDIR, downloads 4 GB from PyPI and Debian, and needs root on a Debian-like system.
+# Builds the image of cluster/container/Dockerfile without Docker and without a registry of images, and trains in it.
+# Buildah executes the Dockerfile on a Debian 12 that debootstrap makes of the same packages as the published base. It
+# takes 10 minutes and 25 GB in TMPDIR, downloads 4 GB from PyPI and Debian, and needs root on a Debian-like system.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -33,8 +33,12 @@ trap clean_up EXIT
 echo "test-container: making a Debian 12"
 # The mirror that this machine uses.
 # shellcheck disable=SC2016 # apt expands it
-mirror=$(apt-get indextargets --format '$(SITE)' 'Codename: bookworm' 'Component: main' 'Created-By: Packages' | head -1)
-debootstrap --variant=minbase bookworm "$folder/base" ${mirror:+"$mirror"} >"$folder/log" 2>&1 || { tail "$folder/log"; exit 1; }
+mirror=$(apt-get indextargets --format '$(SITE)' 'Codename: bookworm' 'Component: main' 'Created-By: Packages' |
+    head -1)
+if ! debootstrap --variant=minbase bookworm "$folder/base" ${mirror:+"$mirror"} >"$folder/log" 2>&1; then
+    tail "$folder/log"
+    exit 1
+fi
 container=$(buildah from scratch)
 buildah add --quiet "$container" "$folder/base" / >/dev/null
 buildah commit --quiet "$container" "$BASE" >/dev/null
@@ -46,11 +50,12 @@ echo "test-container: building the image"
 certificates=/etc/ssl/certs/ca-certificates.crt
 printf '[global]\ncert = /run/certificates\n' >"$folder/pip.conf"
 buildah bud --quiet --isolation chroot --pull-never --build-arg "BASE=$BASE" --file cluster/container/Dockerfile \
-    --volume "$certificates:/run/certificates:ro" --volume "$folder/pip.conf:/etc/pip.conf:ro" --tag "$IMAGE" . >/dev/null
+    --volume "$certificates:/run/certificates:ro" --volume "$folder/pip.conf:/etc/pip.conf:ro" \
+    --tag "$IMAGE" . >/dev/null
 container=$(buildah from --pull-never "$IMAGE")
 root=$(buildah mount "$container")
-buildah inspect --format '{{range .OCIv1.Config.Env}}{{println .}}{{end}}' "$container" | sed '/^$/d' >"$folder/environment"
-mapfile -t environment <"$folder/environment"
+mapfile -t environment < <(buildah inspect --format '{{range .OCIv1.Config.Env}}{{println .}}{{end}}' "$container" |
+    sed '/^$/d')
 user=$(buildah inspect --format '{{.OCIv1.Config.User}}' "$container")
 work=$(buildah inspect --format '{{.OCIv1.Config.WorkingDir}}' "$container")
 
@@ -59,7 +64,7 @@ mkdir "$folder/runs"
 chown "$user" "$folder/runs"
 cp tests/container/check_image.py "$folder/runs/"
 # shellcheck disable=SC2016 # the inner shell expands it
-unshare --mount --pid --fork bash -euc '
+if ! unshare --mount --pid --fork bash -euc '
     root=$1 runs=$2 user=$3 work=$4
     shift 4
     mount --bind "$root" "$root"
@@ -75,7 +80,10 @@ unshare --mount --pid --fork bash -euc '
         JOB=test PROCS_PER_NODE=2 CONFIG=demo OMP_NUM_THREADS=1 bash cluster/each_node.sh pt pipelines/pretrain.py \
             data.shards=[\\\"runs/data\\\"] run.steps=4 model.num_layers=2 data.global_batch=10 evaluate.shards=[] \
             evaluate.benchmarks=[] sample.every_steps=0 observe.wandb_mode=disabled
-        "' - "$root" "$folder/runs" "$user" "$work" "${environment[@]}" >"$folder/log" 2>&1 || { tail -n 60 "$folder/log"; exit 1; }
+        "' - "$root" "$folder/runs" "$user" "$work" "${environment[@]}" >"$folder/log" 2>&1; then
+    tail -n 60 "$folder/log"
+    exit 1
+fi
 grep "image:" "$folder/log"
 [[ $(cat "$folder/runs/jobs/test/0/decision") == 0 ]]
 find "$folder/runs/demo/checkpoints" -maxdepth 1 -name 'step_*' | grep -q step_00000004
