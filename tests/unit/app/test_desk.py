@@ -130,7 +130,7 @@ def test_a_failure_is_told_and_the_page_goes_on(desk, drawer):
 
 
 def test_weights_of_adapters_are_settings(folder, tmp_path):
-    drawer = FakeDrawer(tmp_path / "with", adapters=("ink",))
+    drawer = FakeDrawer(tmp_path / "with", adapters={"ink": 1.0})
     desk = Desk(Studio(drawer), folder)
     visitor, _ = desk.welcome(None)
     fields = Fields("a", "32 x 32", 4, 2.0, 3, 1, [0.5])
