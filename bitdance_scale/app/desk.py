@@ -65,7 +65,7 @@ class Desk:
         # Of every tab with a drawing under way: what asks it to stop.
         self._under_way: dict[str, threading.Event] = {}
 
-    def open(self, visitor_id: str | None) -> tuple[str, str]:
+    def welcome(self, visitor_id: str | None) -> tuple[str, str]:
         """Somebody opens the page: their id, and their history as HTML."""
         visitor = self._visitors.welcome(visitor_id)
         return visitor.id, fragments.history(visitor.entries)
@@ -74,7 +74,7 @@ class Desk:
         """Draws what the fields ask for; what is wrong with them is said in the status.
 
         Args:
-            visitor_id: from `open`.
+            visitor_id: from `welcome`.
             tab_id: of the tab of the visitor's browser; each has one drawing at a time.
             fields: of the page.
         """

@@ -67,7 +67,7 @@ def add_draw_tab(desk: Desk, start: Fields, page: gr.Blocks) -> None:
     shown = [pictures, status, history, draw, stop]
 
     def on_open(visitor_id: str) -> list[Any]:
-        return [*desk.open(visitor_id), gr.Button(interactive=True)]
+        return [*desk.welcome(visitor_id), gr.Button(interactive=True)]
 
     def on_draw(request: gr.Request, visitor_id: str, *values: Any) -> Iterator[list[Any]]:
         for view in desk.draw(visitor_id, _tab_of(request), _fields(values)):

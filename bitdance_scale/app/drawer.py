@@ -1,13 +1,10 @@
-"""A trained model that draws for the page: a published folder, or the checkpoint of a run, on one device.
-
-Adapters are a drawer's own matter: it names them in its facts, and settings come with a weight for each.
-"""
+"""A trained model that draws for the page: a published folder, with adapters or without, or the checkpoint of a run."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +12,7 @@ import numpy as np
 import torch
 
 from bitdance_scale.app.settings import DrawSettings, ModelFacts
+from bitdance_scale.checkpoint.named_adapters import parse_adapters
 from bitdance_scale.checkpoint.start_weights import find_checkpoint
 from bitdance_scale.checkpoint.stored_config import stored_config
 from bitdance_scale.config.class_map import ClassLabels
@@ -26,7 +24,9 @@ from bitdance_scale.evaluation.benchmarks.solving import Solving, drawing_config
 from bitdance_scale.generate.block_decode import OnBlock
 from bitdance_scale.generate.image_sizes import known_sizes
 from bitdance_scale.generate.pipeline import BitDancePipeline
+from bitdance_scale.generate.published_model import load_published
 from bitdance_scale.generate.sampler import FlowSolver
+from bitdance_scale.model.adapter_source import WeightedAdapter
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.train.run import joined_ranks
 from bitdance_scale.train.sampling import BatchDrawer
@@ -69,26 +69,46 @@ class Drawer(Protocol):
 class PublishedDrawer:
     """A published folder.
 
+    Adapters are merged into the weights, so the folder is loaded again when a drawing wants other weights of them.
+
     Args:
         folder: as `bitdance export` or the release writes it.
         dtype: of weights and activations; None: bfloat16 on CUDA, float32 elsewhere.
         device: None: CUDA where there is one.
+        adapters: by name, with their weights at first.
 
     Raises:
-        BitDanceError: the folder is missing, damaged or no published model.
+        BitDanceError: the folder is missing, damaged or no published model, or adapters do not fit it.
     """
 
-    def __init__(self, folder: Path, dtype: str | None = None, device: str | None = None) -> None:
-        self._pipeline = BitDancePipeline.from_pretrained(folder, getattr(torch, dtype) if dtype else None, device)
-        self.vision = self._pipeline.model.vision
+    def __init__(
+        self,
+        folder: Path,
+        dtype: str | None = None,
+        device: str | None = None,
+        adapters: Mapping[str, WeightedAdapter] | None = None,
+    ) -> None:
+        self._folder, self._adapters = folder, dict(adapters or {})
+        self._weights = {name: adapter.weight for name, adapter in self._adapters.items()}
+        self._pipeline: BitDancePipeline | None = BitDancePipeline.from_pretrained(
+            folder, getattr(torch, dtype) if dtype else None, device, self._weighted(self._weights)
+        )
+        model = self._pipeline.model
+        self._dtype, self._device = model.backbone.dtype, model.backbone.device
+        self.vision = model.vision
         section = self.vision.section
         self.facts = ModelFacts(
-            folder.resolve().name, section, known_sizes(section), PUBLISHED_STEPS, PUBLISHED_GUIDANCE
+            folder.resolve().name,
+            section,
+            known_sizes(section),
+            PUBLISHED_STEPS,
+            PUBLISHED_GUIDANCE,
+            adapters=dict(self._weights),
         )
 
     def draw(self, settings: DrawSettings, on_block: OnBlock) -> np.ndarray:
         """As in `Drawer`."""
-        bits: np.ndarray = self._pipeline(
+        bits: np.ndarray = self._pipeline_with(settings.adapters)(
             [settings.prompt] * settings.images,
             *settings.size_px,
             num_inference_steps=settings.steps,
@@ -99,6 +119,22 @@ class PublishedDrawer:
             on_block=on_block,
         ).images
         return bits
+
+    def _pipeline_with(self, weights: Mapping[str, float]) -> BitDancePipeline:
+        """The model with these weights of its adapters."""
+        if self._pipeline is None or weights != self._weights:
+            # The old weights are freed before the new ones are loaded.
+            self._pipeline = None
+            model = load_published(self._folder, self._dtype, self._device, self._weighted(weights))
+            self._pipeline = BitDancePipeline(dataclasses.replace(model, vision=self.vision))
+            self._weights = dict(weights)
+        return self._pipeline
+
+    def _weighted(self, weights: Mapping[str, float]) -> list[WeightedAdapter]:
+        """The adapters that act."""
+        return [
+            dataclasses.replace(self._adapters[name], weight=weight) for name, weight in weights.items() if weight != 0
+        ]
 
 
 class RunDrawer:
@@ -147,6 +183,7 @@ def open_drawer(
     device: str | None = None,
     overrides: Sequence[str] = (),
     config_name: str | None = None,
+    adapters: Sequence[str] = (),
 ) -> Iterator[Drawer]:
     """A model for as long as the block runs.
 
@@ -156,9 +193,10 @@ def open_drawer(
         device: of a published folder.
         overrides: `section.key=value`, of the others.
         config_name: configuration that gives an import the settings of a run.
+        adapters: `FOLDER[=WEIGHT]` each, of a published folder.
 
     Raises:
-        BitDanceError: there is no such model, or it cannot be loaded.
+        BitDanceError: there is no such model, or it cannot be loaded, or adapters do not fit it.
     """
     if not model.exists():
         raise ConfigError(f"MODEL {model}: no such folder; name a published folder, a run or a checkpoint")
@@ -168,8 +206,12 @@ def open_drawer(
                 f"MODEL {model}: is a published folder, which has no settings of a run; leave out "
                 f"{(config_name and '--config') or overrides[0]}"
             )
-        yield PublishedDrawer(model, dtype, device)
+        yield PublishedDrawer(model, dtype, device, named_adapters(adapters))
         return
+    if adapters:
+        raise ConfigError(
+            f"--adapter {adapters[0]}: {model} is no published folder; export it first, with `bitdance export`"
+        )
     for option, value in (("--dtype", dtype), ("--device", device)):
         if value is not None:
             fix = f"write run.dtype={value} instead" if option == "--dtype" else "leave it out"
@@ -181,6 +223,24 @@ def open_drawer(
     FlowSolver(sample.num_steps, sample.guidance, sample.sampler)
     with joined_ranks(config.parallel) as topology:
         yield RunDrawer(config, checkpoint, topology)
+
+
+def named_adapters(texts: Sequence[str]) -> dict[str, WeightedAdapter]:
+    """Adapters by the names of their folders; of several with one name, the later ones have a number behind it.
+
+    Args:
+        texts: `FOLDER[=WEIGHT]` each.
+
+    Raises:
+        BitDanceError: a weight is no number, or there are no adapters in a folder.
+    """
+    found: dict[str, WeightedAdapter] = {}
+    for text, adapter in zip(texts, parse_adapters(texts), strict=True):
+        path = Path(text) if Path(text).exists() else Path(text.rpartition("=")[0])
+        name = path.resolve().name
+        same = sum(other == name or other.startswith(f"{name} (") for other in found)
+        found[name if not same else f"{name} ({same + 1})"] = adapter
+    return found
 
 
 def _sizes_of_run(config: RunConfig) -> list[tuple[int, int]]:

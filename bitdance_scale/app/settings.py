@@ -42,7 +42,7 @@ class ModelFacts:
         sampler: the solver.
         num_classes: it draws from; 0: from a prompt in words.
         class_names: of all classes in order, or none.
-        adapters: names of those that are loaded beside it.
+        adapters: weight at first of each that can be added to its weights, by name.
     """
 
     name: str
@@ -53,7 +53,7 @@ class ModelFacts:
     sampler: str = "euler_maruyama"
     num_classes: int = 0
     class_names: Sequence[str] = ()
-    adapters: Sequence[str] = ()
+    adapters: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def subject(self) -> str:

@@ -2,6 +2,7 @@
 
     bitdance app MODEL                       # a published folder, a run, a checkpoint or an import
     bitdance app published --size 64x64 --guidance 3
+    bitdance app published --adapter style   # with a field for how much of the adapters acts
     bitdance app runs/demo                   # draws with its newest checkpoint, and shows its curves and samples
     bitdance app --run runs/demo             # the run alone, before it has a checkpoint
 
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitdance_scale.cli.command import CommandParser, positive, run_command
+from bitdance_scale.cli.command import CommandParser, add_adapter_argument, positive, run_command
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.train.process import EXIT_COMPLETE
 
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings of a run, such as its files"
     )
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="run folder to watch (default: MODEL, if it is one)")
+    add_adapter_argument(parser)
     parser.add_argument("--config", metavar="CONFIG", help="configuration that gives an import the settings of a run")
     parser.add_argument("--size", metavar="HxW", help="at first, in pixels (default: the model's)")
     parser.add_argument("--steps", type=positive, help="sampling steps per block at first (default: the model's)")
@@ -85,6 +87,7 @@ def _run(options: argparse.Namespace) -> int:
                     device=options.device,
                     overrides=options.overrides,
                     config_name=options.config,
+                    adapters=options.adapter,
                 )
             )
             start = _first_fields(options, drawer.facts)
@@ -104,5 +107,5 @@ def _first_fields(options: argparse.Namespace, facts: ModelFacts) -> Fields:
         guidance=facts.guidance if options.guidance is None else options.guidance,
         seed=0,
         images=1,
-        adapters=[1.0] * len(facts.adapters),
+        adapters=[*facts.adapters.values()],
     )

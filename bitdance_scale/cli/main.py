@@ -13,12 +13,12 @@ from bitdance_scale.renames import RENAMED_COMMANDS
 COMMANDS: Mapping[str, Command] = {
     "train": Command("train a model or a tokenizer on this machine, or on several", "train"),
     "sample": Command("draw images of prompts with a published model", "sample"),
-    "app": Command("open a page to draw with a model and to watch a run", "app"),
     "caption": Command("describe images with a published model", "caption"),
     "import": Command(
         "make a checkpoint of released weights: of BitDance, or of a Qwen3 to pretrain", "import_release"
     ),
     "export": Command("make the published folder of a checkpoint", "export_release"),
+    "app": Command("open a page to draw with a model and to watch a run", "app"),
     "pack": Command("make shards of pictures and captions: folders, tables, Parquet files", "pack_folder"),
     "index": Command("index shards ahead of training and report what is in them", "index_shards"),
     "inspect": Command("show samples of shards as training will see them", "inspect_shards"),

@@ -28,7 +28,7 @@ def saved(view) -> list[str]:
 
 
 def test_a_drawing_from_click_to_history(desk, drawer, folder):
-    visitor, history = desk.open("")
+    visitor, history = desk.welcome("")
     assert "Drawings are kept here" in history
     views = list(desk.draw(visitor, "tab", FIELDS))
     assert all(view.is_drawing for view in views[:-1]) and not views[-1].is_drawing
@@ -48,18 +48,18 @@ def test_a_drawing_from_click_to_history(desk, drawer, folder):
         found = read_settings(folder.path / name)
         assert (found["prompt"], found["seed"], found["images"], found["image"]) == (FIELDS.prompt, 3, 2, number)
     # Another time, or after the page was loaded again.
-    assert desk.open(visitor) == (visitor, last.history)
+    assert desk.welcome(visitor) == (visitor, last.history)
 
 
 def test_an_earlier_drawing_comes_back_with_its_settings(desk):
-    visitor, _ = desk.open(None)
+    visitor, _ = desk.welcome(None)
     first = list(desk.draw(visitor, "tab", FIELDS))[-1]
     list(desk.draw(visitor, "tab", Fields("other", "16 x 32", 1, 1.0, 0, 1)))
     restored = desk.restore(visitor, 1)
     assert restored.fields == Fields("a <b>red</b> circle", "32 x 32", 4, 2.0, 3, 2, [])
     assert restored.pictures == first.pictures
     assert desk.restore(visitor, 7) is None
-    stranger, _ = desk.open(None)
+    stranger, _ = desk.welcome(None)
     assert desk.restore(stranger, 1) is None
 
 
@@ -72,13 +72,13 @@ def test_an_earlier_drawing_comes_back_with_its_settings(desk):
     ],
 )
 def test_bad_fields_are_explained_and_nothing_is_drawn(desk, drawer, fields, words):
-    (view,) = desk.draw(desk.open(None)[0], "tab", fields)
+    (view,) = desk.draw(desk.welcome(None)[0], "tab", fields)
     assert words in view.status and 'role="alert"' in view.status and not view.is_drawing and view.pictures is None
     assert drawer.drawn == []
 
 
 def test_stop_ends_the_drawing_and_keeps_what_is_there(desk, drawer):
-    visitor, _ = desk.open(None)
+    visitor, _ = desk.welcome(None)
     drawer.pace.clear()
     drawing = desk.draw(visitor, "tab", FIELDS)
     assert next(drawing).is_drawing
@@ -90,12 +90,12 @@ def test_stop_ends_the_drawing_and_keeps_what_is_there(desk, drawer):
         views.append(view)
         desk.stop("tab")
     assert re.search(r"Stopped (after block \d+ of 16|before the first block)", views[-1].status)
-    assert views[-1].pictures is None and not views[-1].is_drawing and desk.open(visitor)[1].count("<button") == 0
+    assert views[-1].pictures is None and not views[-1].is_drawing and desk.welcome(visitor)[1].count("<button") == 0
     assert "2 pictures" in list(desk.draw(visitor, "tab", FIELDS))[-1].status
 
 
 def test_one_drawing_of_a_tab_at_a_time(desk, drawer):
-    visitor, _ = desk.open(None)
+    visitor, _ = desk.welcome(None)
     drawer.pace.clear()
     drawing = desk.draw(visitor, "tab", FIELDS)
     next(drawing)
@@ -106,7 +106,7 @@ def test_one_drawing_of_a_tab_at_a_time(desk, drawer):
 
 
 def test_a_drawing_that_nobody_looks_at_ends(desk, drawer):
-    visitor, _ = desk.open(None)
+    visitor, _ = desk.welcome(None)
     drawer.pace.clear()
     drawing = desk.draw(visitor, "tab", FIELDS)
     next(drawing)
@@ -120,7 +120,7 @@ def test_a_drawing_that_nobody_looks_at_ends(desk, drawer):
 
 
 def test_a_failure_is_told_and_the_page_goes_on(desk, drawer):
-    visitor, _ = desk.open(None)
+    visitor, _ = desk.welcome(None)
     drawer.error = ConfigError("no such class")
     assert "no such class" in list(desk.draw(visitor, "tab", FIELDS))[-1].status
     drawer.error = KeyError("fault")
@@ -130,9 +130,9 @@ def test_a_failure_is_told_and_the_page_goes_on(desk, drawer):
 
 
 def test_weights_of_adapters_are_settings(folder, tmp_path):
-    drawer = FakeDrawer(tmp_path / "with", adapters=("ink",))
+    drawer = FakeDrawer(tmp_path / "with", adapters={"ink": 1.0})
     desk = Desk(Studio(drawer), folder)
-    visitor, _ = desk.open(None)
+    visitor, _ = desk.welcome(None)
     fields = Fields("a", "32 x 32", 4, 2.0, 3, 1, [0.5])
     last = list(desk.draw(visitor, "tab", fields))[-1]
     assert drawer.drawn[0].adapters == {"ink": 0.5}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from bitdance_scale.app.drawing import Studio
 from bitdance_scale.app.settings import DrawSettings
 from bitdance_scale.checkpoint.class_source import open_class_source
 from bitdance_scale.checkpoint.import_release import import_release
+from bitdance_scale.checkpoint.named_adapters import parse_adapters
 from bitdance_scale.checkpoint.pickled_files import PickledFile
 from bitdance_scale.checkpoint.release_source import open_source
 from bitdance_scale.checkpoint.start_weights import find_checkpoint
@@ -24,6 +26,7 @@ from bitdance_scale.evaluation.benchmarks.solving import Solving, drawing_config
 from bitdance_scale.generate.pipeline import BitDancePipeline
 from bitdance_scale.train.prompt_models import RunPrompts
 from bitdance_scale.train.run import joined_ranks
+from tests.adapted import write_adapted_run
 from tests.released import class_file_content, write_published
 
 
@@ -90,6 +93,30 @@ def test_a_class_conditional_model_has_classes_and_one_size(tmp_path):
         assert first.shape == (*size, 3) and (first != other).any()
         with pytest.raises(ConfigError, match="class 'a cat': must be the number of a class, 0 to 2"):
             draw(drawer, DrawSettings("a cat", *size, 2, 2.0, 0, 1))
+
+
+def test_adapters_act_as_much_as_a_drawing_says(published, tmp_path):
+    import_release(open_source(published, None), tmp_path / "imported")
+    style = write_adapted_run(tmp_path / "imported", tmp_path / "style")
+    other = write_adapted_run(tmp_path / "imported", tmp_path / "more/style", seed=1)
+    plain = DrawSettings("a red circle", 32, 32, 2, 2.0, 3, 1, {"style": 0.0, "style (2)": 0.0})
+    weighted = dataclasses.replace(plain, adapters={"style": 0.5, "style (2)": -1.0})
+    with open_drawer(published, device="cpu", adapters=[str(style), f"{other}=0.25"]) as drawer:
+        assert drawer.facts.adapters == {"style": 1.0, "style (2)": 0.25}
+        found = [draw(drawer, settings)[0] for settings in (weighted, plain, weighted)]
+
+    def expected(*adapters: str) -> np.ndarray:
+        pipeline = BitDancePipeline.from_pretrained(published, device="cpu", adapters=parse_adapters(adapters))
+        images = pipeline(
+            "a red circle", 32, 32, 2, 2.0, generator=[torch.Generator().manual_seed(3)], output_type="pil"
+        ).images
+        return np.asarray(images[0])
+
+    assert (found[1] == expected()).all() and (found[0] != found[1]).any()
+    assert (found[0] == expected(f"{style}=0.5", f"{other}=-1")).all() and (found[2] == found[0]).all()
+    refusal = pytest.raises(ConfigError, match="--adapter style: .*imported is no published folder; export it first")
+    with refusal, open_drawer(tmp_path / "imported", adapters=["style"]):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def test_fields_become_settings(drawer):
 
 
 def test_weights_of_adapters_come_by_name(drawer):
-    facts = dataclasses.replace(drawer.facts, adapters=("ink", "chalk"))
+    facts = dataclasses.replace(drawer.facts, adapters={"ink": 1.0, "chalk": 1.0})
     settings = read_fields(dataclasses.replace(GOOD, adapters=[0.5, -1]), facts, 4)
     assert settings.adapters == {"ink": 0.5, "chalk": -1.0}
     with pytest.raises(ConfigError, match="^Weight of chalk is empty: must be a number$"):

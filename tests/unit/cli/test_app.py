@@ -30,7 +30,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Served]:
 
     @contextlib.contextmanager
     def open_drawer(model: Path, **options: object) -> Any:
-        yield FakeDrawer(tmp_path / "ae", adapters=())
+        yield FakeDrawer(tmp_path / "ae")
 
     monkeypatch.setattr(server, "check_gradio", lambda: None)
     monkeypatch.setattr(server, "serve", serve)
