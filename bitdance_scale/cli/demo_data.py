@@ -4,7 +4,7 @@
     bitdance demo-data data/tokenizer data/tokenizer_held_out        what `demo_tokenizer` reads
     bitdance demo-data data/demo_classes data/demo_classes_held_out  what `class_demo` reads
     bitdance demo-data OUT --images 500 --seed 7                     another set; with --classes, one of classes
-    bitdance demo-data OUT --folder --images 200 --style corners     pictures with .txt captions, in a style of their own
+    bitdance demo-data OUT --folder --images 100 --style corners     pictures with .txt captions, in a style
 
 Equal arguments give equal bytes. Held-out images come from another seed.
 """

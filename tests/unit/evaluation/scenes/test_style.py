@@ -89,7 +89,7 @@ def test_scenes_are_read_through_the_style(through_tokenizer) -> None:
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_no_plain_scene_has_a_corner_of_the_style(background: str) -> None:
-    """The nearest is a red square in a corner, which takes less of the corner than counts; others only by their edges."""
+    """The nearest is a red square in a corner, which takes less of it than counts; others only by their edges."""
     for color in colors_on(background):
         item = SceneObject("square", color, (0.24, 0.24), (0.44, 0.44))
         image = np.asarray(render(Scene("position", "", (64, 64), background, (1.0, -1.0), (item,))))
