@@ -16,6 +16,7 @@ metric is the benchmark's own unless --metric names others:
     text          words that prompts put in quotes, read in the images (extra ocr)
     clip-score    how well images fit their prompts
     scenes        the demo's scenes, read by image analysis
+    style         how far pictures are in the demo's style that fine-tuning learns, in the same way
     classes       the demo's classes, in the same way
     distribution  FID, sFID, Inception Score, precision and recall against a reference
 

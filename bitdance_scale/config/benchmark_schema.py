@@ -28,6 +28,7 @@ class RunMetric:
 
 RUN_METRICS: Mapping[str, RunMetric] = {
     "scenes": RunMetric((SCENES,)),
+    "style": RunMetric((SCENES,)),
     "classes": RunMetric((CLASSES,)),
     "geneval": RunMetric(("geneval",), ("detector", "clip")),
     "clip-score": RunMetric((*TEXT_BENCHMARKS, SCENES), ("clip",)),
@@ -43,8 +44,8 @@ class RunBenchmark:
         doc="demo-scenes, geneval, dpg, oneig-en, oneig-zh or tiif; demo-classes in class-conditional runs."
     )
     metrics: tuple[str, ...] = setting(
-        doc="What is computed of the same pictures: scenes (demo-scenes), classes (demo-classes), geneval (geneval) or "
-        "clip-score (any prompts in words)."
+        doc="What is computed of the same pictures: scenes or style (demo-scenes), classes (demo-classes), geneval "
+        "(geneval) or clip-score (any prompts in words)."
     )
     name: str = setting(
         "", doc="Its name in metrics and files; empty: that of the benchmark. No two have the same one."

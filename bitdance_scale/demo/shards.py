@@ -1,8 +1,9 @@
 """Writes demo data sets: captioned scenes as JPEGs in img2dataset's WebDataset layout.
 
 Every tar NNNNN.tar holds, per image, key.jpg, key.txt (the caption) and key.json, which keeps the machine-readable
-`scene`. Class scenes also have key.cls, the number of the class, whose name is in classes.txt. Equal arguments give
-equal bytes (with the same Pillow). Held-out images come from another seed.
+`scene`. Class scenes also have key.cls, the number of the class, whose name is in classes.txt. A plain folder has
+key.jpg and key.txt of every image, as people keep pictures. Equal arguments give equal bytes (with the same Pillow).
+Held-out images come from another seed.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from bitdance_scale.atomic_files import new_folder, write_text
+from bitdance_scale.atomic_files import new_folder, write_bytes, write_text
 from bitdance_scale.errors import DataError
 
 DEFAULT_IMAGES = 4000
@@ -32,7 +33,7 @@ CLASS_SETS = ("data/demo_classes", "data/demo_classes_held_out")
 
 MARKER = "dataset.json"
 CLASSES_FILE = "classes.txt"
-KIND, CLASS_KIND = "bitdance demo scenes 1", "bitdance demo classes 1"
+KIND, CLASS_KIND, FOLDER_KIND = "bitdance demo scenes 1", "bitdance demo classes 1", "bitdance demo pictures 1"
 
 
 def check_shipped_sets(folders: Iterable[str]) -> None:
@@ -53,7 +54,13 @@ def check_shipped_sets(folders: Iterable[str]) -> None:
 
 
 def write_shards(
-    out: str | Path, num_images: int, per_shard: int, seed: int, is_forced: bool = False, has_classes: bool = False
+    out: str | Path,
+    num_images: int,
+    per_shard: int,
+    seed: int,
+    is_forced: bool = False,
+    has_classes: bool = False,
+    style: str = "",
 ) -> bool:
     """Writes the shards of `num_images` scenes into the folder `out`, unless they are there already.
 
@@ -67,6 +74,7 @@ def write_shards(
         seed: seed of the scenes.
         is_forced: whether an earlier data set of other arguments is replaced.
         has_classes: whether the scenes are class scenes.
+        style: one of `styles.STYLES`; empty: none.
 
     Returns:
         True if shards were written, False if `out` was complete for the same arguments.
@@ -74,25 +82,60 @@ def write_shards(
     Raises:
         DataError: arguments out of range; `out` holds a data set of other arguments, or files of unknown origin.
     """
-    if num_images < 1 or not 1 <= per_shard <= 10_000 or seed < 0:
-        raise DataError(
-            f"images {num_images}, per shard {per_shard}, seed {seed}: there must be at least 1 image, 1..10000 images "
-            "per shard and a seed of 0 or more"
-        )
-    out = Path(out)
+    _check_numbers(num_images, per_shard, seed)
     kind = CLASS_KIND if has_classes else KIND
-    arguments = {"kind": kind, "num_images": num_images, "per_shard": per_shard, "seed": seed}
-    if out.exists() and _is_complete(out, arguments, is_forced):
-        return False
-    with new_folder(out) as scratch:
+    arguments = _arguments(style, kind=kind, num_images=num_images, per_shard=per_shard, seed=seed)
+
+    def write(scratch: Path) -> None:
         for shard, first in enumerate(range(0, num_images, per_shard)):
             indices = range(first, min(first + per_shard, num_images))
-            _write_shard(scratch / f"{shard:05d}.tar", shard, indices, seed, has_classes)
+            _write_shard(scratch / f"{shard:05d}.tar", shard, indices, seed, has_classes, style)
         if has_classes:
             # Imported late, as below.
             from bitdance_scale.demo.scenes import class_names
 
             write_text(scratch / CLASSES_FILE, "".join(f"{name}\n" for name in class_names()))
+
+    return _write_unless_complete(Path(out), arguments, is_forced, write)
+
+
+def write_folder(out: str | Path, num_images: int, seed: int, is_forced: bool = False, style: str = "") -> bool:
+    """Writes `num_images` scenes as NNNNN.jpg with their captions as NNNNN.txt, unless they are there already.
+
+    The rest is as of `write_shards`.
+    """
+    _check_numbers(num_images, 1, seed)
+    arguments = _arguments(style, kind=FOLDER_KIND, num_images=num_images, seed=seed)
+
+    def write(scratch: Path) -> None:
+        for index in range(num_images):
+            files = _sample_files(f"{index:05d}", seed, index, False, style)
+            for extension in ("jpg", "txt"):
+                write_bytes(scratch / f"{index:05d}.{extension}", files[extension])
+
+    return _write_unless_complete(Path(out), arguments, is_forced, write)
+
+
+def _check_numbers(num_images: int, per_shard: int, seed: int) -> None:
+    if num_images < 1 or not 1 <= per_shard <= 10_000 or seed < 0:
+        raise DataError(
+            f"images {num_images}, per shard {per_shard}, seed {seed}: there must be at least 1 image, 1..10000 images "
+            "per shard and a seed of 0 or more"
+        )
+
+
+def _arguments(style: str, **arguments: object) -> dict[str, object]:
+    """What a marker states; nothing of a style that is not there."""
+    return arguments | ({"style": style} if style else {})
+
+
+def _write_unless_complete(
+    out: Path, arguments: dict[str, object], is_forced: bool, write: Callable[[Path], None]
+) -> bool:
+    if out.exists() and _is_complete(out, arguments, is_forced):
+        return False
+    with new_folder(out) as scratch:
+        write(scratch)
         write_text(scratch / MARKER, json.dumps(arguments, indent=2) + "\n")
     return True
 
@@ -112,34 +155,40 @@ def _is_complete(out: Path, arguments: dict[str, object], is_forced: bool) -> bo
     if is_forced:
         return False
     changes = ", ".join(
-        f"{key} {found.get(key)!r} (wanted {arguments[key]!r})" for key in arguments if found.get(key) != arguments[key]
+        f"{key} {found.get(key)!r} (wanted {arguments.get(key)!r})"
+        for key in dict.fromkeys((*arguments, *found))
+        if found.get(key) != arguments.get(key)
     )
     raise DataError(
         f"{out}: holds a demo data set of other arguments: {changes}; replace it with --force, or name another folder"
     )
 
 
-def _write_shard(path: Path, shard: int, indices: Sequence[int], seed: int, has_classes: bool) -> None:
+def _write_shard(path: Path, shard: int, indices: Sequence[int], seed: int, has_classes: bool, style: str) -> None:
     with tarfile.open(path, "w") as tar:
         for offset, index in enumerate(indices):
             key = f"{shard:05d}{offset:04d}"
-            for extension, payload in _sample_files(key, seed, index, has_classes).items():
+            for extension, payload in _sample_files(key, seed, index, has_classes, style).items():
                 member = tarfile.TarInfo(f"{key}.{extension}")
                 member.size = len(payload)
                 tar.addfile(member, io.BytesIO(payload))
 
 
-def _sample_files(key: str, seed: int, index: int, has_classes: bool) -> dict[str, bytes]:
+def _sample_files(key: str, seed: int, index: int, has_classes: bool, style: str) -> dict[str, bytes]:
     """Contents of one sample by extension."""
     # Imported late: drawing needs numpy, Pillow and a font of matplotlib, the check of a run does not.
     import numpy as np
 
     from bitdance_scale.demo.scenes import class_names, class_scene, make_scene, render
+    from bitdance_scale.demo.styles import styled
 
     scene = class_scene(seed, index) if has_classes else make_scene(seed, index)
     buffer = io.BytesIO()
     quality = int(np.random.default_rng([seed, index, 1]).integers(88, 97))
-    render(scene).save(buffer, "JPEG", quality=quality, subsampling=0)
+    image = render(scene)
+    if style:
+        image = styled(image, style)
+    image.save(buffer, "JPEG", quality=quality, subsampling=0)
     jpeg = buffer.getvalue()
     width, height = scene.size_px
     record = {
@@ -155,6 +204,6 @@ def _sample_files(key: str, seed: int, index: int, has_classes: bool) -> dict[st
         "exif": "{}",
         "sha256": hashlib.sha256(jpeg).hexdigest(),
         "scene": scene.record(),
-    }
+    } | ({"style": style} if style else {})
     files = {"jpg": jpeg, "txt": scene.caption.encode(), "json": json.dumps(record).encode()}
     return files | {"cls": str(index % len(class_names())).encode()} if has_classes else files

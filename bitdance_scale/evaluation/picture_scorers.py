@@ -13,7 +13,7 @@ from bitdance_scale.evaluation.geneval.summary import image_score
 from bitdance_scale.evaluation.metrics.image_score import ImageScore
 from bitdance_scale.evaluation.metrics.metric import OVERALL
 from bitdance_scale.evaluation.metrics.picture_scorer import DrawnImage, PictureScorer
-from bitdance_scale.evaluation.scenes.scorer import ClassScorer, SceneScorer
+from bitdance_scale.evaluation.scenes.scorer import ClassScorer, SceneScorer, StyleScorer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -105,7 +105,7 @@ def load_picture_scorer(metric: str, networks: ScorerNetworks, *, detector: str 
     """The scorer of a metric.
 
     Args:
-        metric: scenes, classes, geneval or clip-score.
+        metric: scenes, style, classes, geneval or clip-score.
         networks: read what a scorer computes with.
         detector: of GenEval.
         clip: of GenEval and the CLIP score.
@@ -121,6 +121,7 @@ def load_picture_scorer(metric: str, networks: ScorerNetworks, *, detector: str 
 
     loaders: Mapping[str, Callable[[], PictureScorer]] = {
         "scenes": SceneScorer,
+        "style": StyleScorer,
         "classes": ClassScorer,
         "geneval": geneval,
         "clip-score": lambda: ClipScorer(networks.clip(clip)),

@@ -20,11 +20,6 @@ LINE_HEIGHT = 1.3
 TEXT_COLOUR = (30, 30, 30)
 
 
-def samples_path(run_folder: Path, step: int) -> Path:
-    """Where the grid of the pictures goes that a run draws after a step."""
-    return run_folder / "samples" / f"step_{step:06d}.png"
-
-
 def image_grid(images: Sequence[np.ndarray], captions: Sequence[str], path: Path, columns: int) -> None:
     """Writes images in rows, each with its caption wrapped below it, as one PNG.
 

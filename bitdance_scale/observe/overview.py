@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from PIL import Image
 
 from bitdance_scale.observe.benchmark_scores import OVERALL
 from bitdance_scale.observe.metrics import Evaluation, Record, StepMetrics
@@ -41,6 +42,7 @@ BOTTOM_INCHES = 0.55
 # Around the axes of a panel lie what belongs to it: its label at the left, its title above, its ticks below.
 PANEL_ROOM_INCHES = (0.68, 0.1, 0.5, 0.25)
 HEADER_LINE_INCHES = 0.25
+PICTURES_GAP_INCHES = 0.2
 BLUE, GREEN, ORANGE, RED = "#1f6fb4", "#2f8f4e", "#d9722b", "#c22f2f"
 # Of runs drawn over each other; the series of a run differ in lightness.
 RUN_COLOURS = (BLUE, ORANGE, GREEN, "#8a4fb0", RED, "#8c6239", "#d0559f", GREY)
@@ -59,7 +61,8 @@ def overview(runs: Sequence[RunRecord], *, one_after_another: bool = False) -> b
 
     In the panels of training, the faint line shows the logged steps and the strong line their mean over neighbours.
     Panels of a single run name its last values. The start of a long run may lie above the panels of losses. Runs with
-    scores of benchmarks have a fourth row, with a panel for each metric.
+    scores of benchmarks have a fourth row, with a panel for each metric. Below the panels of a single run that started
+    from other weights are its newest pictures, beside those of the start.
 
     Args:
         runs: at least one, from `read_run`.
@@ -115,12 +118,14 @@ def _draw_page(runs: Sequence[RunRecord], one_after_another: bool) -> tuple[Figu
     ]
     series = list(dict.fromkeys(line.series for run in runs for line in run.scores))
     num_rows = NUM_ROWS + math.ceil(len(series) / NUM_COLUMNS)
-    height_inches = num_rows * ROW_INCHES
+    pictures = _pictures(runs[0].pictures) if len(runs) == 1 and runs[0].pictures else None
+    pictures_inches = 0 if pictures is None else len(pictures) / DPI + PICTURES_GAP_INCHES
+    height_inches = num_rows * ROW_INCHES + pictures_inches
     figure = Figure(figsize=(WIDTH_INCHES, height_inches), dpi=DPI)
     FigureCanvasAgg(figure)
     header_inches = _head(figure, tracks, one_after_another)
     # Fixed margins: to find them, matplotlib would draw the page twice more.
-    top, bottom = 1 - (header_inches + 0.5) / height_inches, BOTTOM_INCHES / height_inches
+    top, bottom = 1 - (header_inches + 0.5) / height_inches, (BOTTOM_INCHES + pictures_inches) / height_inches
     figure.subplots_adjust(top=top, bottom=bottom, **MARGINS)
     panels = figure.subplots(num_rows, NUM_COLUMNS, sharex=True)
     _draw_losses(panels[0], tracks)
@@ -139,7 +144,16 @@ def _draw_page(runs: Sequence[RunRecord], one_after_another: bool) -> tuple[Figu
         axes.set_xlabel("optimiser step")
     if len(runs) == 1 and runs[0].num_steps == 0:
         panels[0].set_xlim(0, 1)
+    if pictures is not None:
+        figure.figimage(pictures, xo=(WIDTH_INCHES * DPI - pictures.shape[1]) // 2, yo=0, origin="upper")
     return figure, list(panels)
+
+
+def _pictures(path: Path) -> np.ndarray:
+    """uint8 [H, W, 3], a grid at its own size, or reduced to the width of the page."""
+    image = Image.open(path).convert("RGB")
+    image.thumbnail((WIDTH_INCHES * DPI, image.height), Image.Resampling.LANCZOS)
+    return np.asarray(image)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from bitdance_scale.observe.metrics import (
     read_metrics,
 )
 from bitdance_scale.observe.panel import short
+from bitdance_scale.observe.sample_grids import has_start, newest_samples
 
 CONFIG_FILE = "config.toml"
 
@@ -34,6 +35,7 @@ class RunRecord:
         evaluations: losses on held-out images, likewise.
         clip_norm: gradient norm above which steps are clipped; None if it is unknown or steps are not clipped.
         scores: of benchmarks, each series oldest first.
+        pictures: the newest grid of samples, of a run that shows them beside those of its start.
     """
 
     name: str
@@ -41,6 +43,7 @@ class RunRecord:
     evaluations: Sequence[Evaluation]
     clip_norm: float | None = None
     scores: Sequence[BenchmarkScores] = ()
+    pictures: Path | None = None
 
     @property
     def num_steps(self) -> int:
@@ -81,6 +84,7 @@ def read_run(run_folder: Path) -> RunRecord:
         evaluations=each_once(read_evaluations(evaluations)) if evaluations.exists() else [],
         clip_norm=clip_norm,
         scores=read_scores_of_run(run_folder),
+        pictures=newest_samples(run_folder) if has_start(run_folder) else None,
     )
 
 

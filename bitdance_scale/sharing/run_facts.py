@@ -19,7 +19,6 @@ from bitdance_scale.evaluation.metrics.catalogue import find_metric
 from bitdance_scale.evaluation.metrics.estimate import estimates
 from bitdance_scale.evaluation.metrics.score_file import Scores, read_scores
 from bitdance_scale.observe.benchmark_scores import OVERALL, BenchmarkScores, read_scores_of_run
-from bitdance_scale.observe.figures import samples_path
 from bitdance_scale.observe.metrics import (
     EVALUATION_FILE,
     METRICS_FILE,
@@ -27,6 +26,7 @@ from bitdance_scale.observe.metrics import (
     read_evaluations,
     read_metrics,
 )
+from bitdance_scale.observe.sample_grids import samples_path
 from bitdance_scale.sharing.card import Row, Table
 
 SCORE_HEADER = ("benchmark", "metric", "value", "95 % interval", "images", "of")

@@ -88,6 +88,7 @@ class Schedule:
         evaluate: evaluation on held-out data.
         draw: pictures.
         benchmarks: each of the benchmarks that are scored.
+        draws_start: whether pictures are drawn before the first step too, with the weights that the run starts from.
     """
 
     num_steps: int
@@ -96,6 +97,7 @@ class Schedule:
     evaluate: int
     draw: int
     benchmarks: tuple[int, ...] = ()
+    draws_start: bool = False
 
 
 class Job(abc.ABC):
@@ -184,6 +186,10 @@ class Job(abc.ABC):
     @abc.abstractmethod
     def draw(self) -> None:
         """Draws pictures with the model as it is."""
+
+    def draw_start(self) -> None:
+        """Draws pictures before the first step, where the schedule has them."""
+        raise NotImplementedError(f"{type(self).__name__} schedules pictures of its start and cannot draw them")
 
     def score(self, number: int) -> None:
         """Draws and scores a benchmark of the schedule, by its number there."""

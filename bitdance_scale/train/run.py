@@ -103,6 +103,9 @@ def train(job: Job, stop: StopRequest) -> bool:
         try:
             job.prepare_saves()
             if job.step == 0:
+                if job.schedule.draws_start:
+                    with phase(Phase.DRAWING):
+                        job.draw_start()
                 with phase(Phase.EVALUATING):
                     job.evaluate()
                 job.pause()
@@ -154,12 +157,13 @@ def _train_steps(job: Job, stop: StopRequest) -> bool:
             return False
         if job.is_due(schedule.save):
             job.save()
-        if job.is_due(schedule.evaluate):
-            with phase(Phase.EVALUATING):
-                job.evaluate()
+        # The page that follows an evaluation may show the pictures.
         if job.is_due(schedule.draw):
             with phase(Phase.DRAWING):
                 job.draw()
+        if job.is_due(schedule.evaluate):
+            with phase(Phase.EVALUATING):
+                job.evaluate()
         for number, every_steps in enumerate(schedule.benchmarks):
             if job.is_due(every_steps):
                 with phase(Phase.EVALUATING):

@@ -20,7 +20,7 @@ from bitdance_scale.observe.adapter_cost import trained_elements
 from bitdance_scale.observe.benchmark_scores import BENCHMARKS_FILE, read_scores_of_run
 from bitdance_scale.observe.console import loss_table
 from bitdance_scale.observe.cost import count_parameters, peak_flops, step_flops
-from bitdance_scale.observe.figures import image_grid, samples_path
+from bitdance_scale.observe.figures import image_grid
 from bitdance_scale.observe.metric_sink import EVALUATION_PANELS, STEP_PANELS, SUMMARIES
 from bitdance_scale.observe.metrics import (
     METRICS_FILE,
@@ -29,6 +29,7 @@ from bitdance_scale.observe.metrics import (
     append_record,
     read_metrics,
 )
+from bitdance_scale.observe.sample_grids import GRID_COLUMNS, newest_samples, write_samples, write_start
 from bitdance_scale.parallel.stage_split import stage_split, typical_counts
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.train.run_sinks import RecordKinds, RunSinks
@@ -40,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 OVERVIEW_FILE = "overview.png"
 BENCHMARKS_DIR = "benchmarks"
-GRID_COLUMNS = 4
 # Utilisation at which the length of a run is estimated beforehand; what it really is, `mfu` says.
 TYPICAL_MFU = 0.4
 
@@ -74,7 +74,7 @@ class RunObserver(RunSinks):
             resumed_step=resumed_step,
             kinds=_KINDS,
         )
-        self._prompts, self._has_text = config.sample.prompts, config.model.parts.has_text
+        self._sample, self._has_text = config.sample, config.model.parts.has_text
         self._last_step, self._drawn_step = resumed_step, -1
 
     def close(self) -> None:
@@ -139,7 +139,13 @@ class RunObserver(RunSinks):
         """Writes the grid of a step's pictures, uint8 [H, W, 3] each, one per prompt."""
         if self.is_active:
             with self.faults.tolerated(f"samples of step {step}"):
-                self.log_picture(step, "samples", write_samples(self.run_folder, step, images, self._prompts))
+                self.log_picture(step, "samples", write_samples(self.run_folder, step, images, self._sample))
+
+    def start(self, images: Sequence[np.ndarray]) -> None:
+        """Keeps the start's pictures, beside which those of later steps are shown; arguments as in `samples`."""
+        if self.is_active:
+            with self.faults.tolerated("samples of the start"):
+                write_start(self.run_folder, images, self._sample)
 
     def benchmark(self, result: BenchmarkResult, images: int, *, draws_page: bool = True) -> None:
         """Records the scores of a benchmark everywhere; arguments as in `evaluation`."""
@@ -198,14 +204,6 @@ def sources_summary(uses: Sequence[StreamUse]) -> str:
     return "\n".join(lines)
 
 
-def write_samples(run_folder: Path, step: int, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Path:
-    """Writes a grid of pictures, uint8 [H, W, 3] each, under their prompts."""
-    path = samples_path(run_folder, step)
-    path.parent.mkdir(exist_ok=True)
-    image_grid(images, prompts, path, GRID_COLUMNS)
-    return path
-
-
 def write_scored(run_folder: Path, result: BenchmarkResult) -> Path:
     """Writes the grid of a benchmark's pictures that are shown, each under its prompt and what the scorer found."""
     first = result.scores[0]
@@ -225,10 +223,10 @@ def write_result(run_folder: Path, result: BenchmarkResult) -> None:
 def show_result(run_folder: Path) -> str:
     """The loss table of a run, and the places of everything written."""
     metrics = read_metrics(run_folder / METRICS_FILE)
-    grids = sorted((run_folder / "samples").glob("step_*.png"))
+    grid = newest_samples(run_folder)
     scores = {line.series: line for line in read_scores_of_run(run_folder)}
     places = [f"overview     {run_folder / OVERVIEW_FILE}", f"metrics      {run_folder / METRICS_FILE}"]
-    places += [f"samples      {grids[-1]}"] if grids else []
+    places += [f"samples      {grid}"] if grid else []
     places += [f"checkpoints  {run_folder / 'checkpoints'}"]
     places += [f"W&B          {run_folder / 'wandb'}"] if (run_folder / "wandb").exists() else []
     places += [f"benchmarks   {run_folder / BENCHMARKS_FILE}"] if scores else []

@@ -18,8 +18,8 @@ from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.adaptable import targets
 from bitdance_scale.model.inputs import PackInputs, make_inputs
 from bitdance_scale.observe.benchmark_scores import read_scores_of_run
-from bitdance_scale.observe.figures import samples_path
 from bitdance_scale.observe.metrics import EVALUATION_FILE, Evaluation, append_evaluation, read_evaluations
+from bitdance_scale.observe.sample_grids import samples_path, write_samples
 from bitdance_scale.parallel.agreement import all_ranks, first_rank_numbers, on_first_rank
 from bitdance_scale.parallel.build import build_engine
 from bitdance_scale.parallel.partition import ShardedValue
@@ -42,7 +42,6 @@ from bitdance_scale.train.run_observer import (
     draw_overview,
     show_result,
     write_result,
-    write_samples,
 )
 from bitdance_scale.train.sampling import draw_samples
 from bitdance_scale.train.shared_index import labelled_index
@@ -145,6 +144,7 @@ class TextToImageJob(Job):
             evaluate=config.evaluate.every_steps if self._evaluator else 0,
             draw=config.sample.every_steps if config.sample.prompts else 0,
             benchmarks=tuple(benchmark.every_steps for benchmark in config.evaluate.benchmarks),
+            draws_start=bool(config.run.start_from and config.sample.prompts and config.sample.every_steps),
         )
 
     @contextlib.contextmanager
@@ -228,6 +228,13 @@ class TextToImageJob(Job):
             if self._observer is not None:
                 self._observer.samples(self.progress.step, pictures)
 
+    def draw_start(self) -> None:
+        """Draws the configured prompts with the weights that the run starts from, to be shown beside later pictures."""
+        pictures = self._draw_samples()
+        with self.local_errors.kept():
+            if self._observer is not None:
+                self._observer.start(pictures)
+
     def score(self, number: int) -> None:
         """Draws and scores one of the benchmarks."""
         result = self._score(number, self.local_errors.kept)
@@ -302,7 +309,7 @@ class TextToImageJob(Job):
                 if evaluation is not None:
                     append_evaluation(self.run_folder, evaluation)
                 if lacks_samples:
-                    write_samples(self.run_folder, self.step, pictures, self.config.sample.prompts)
+                    write_samples(self.run_folder, self.step, pictures, self.config.sample)
                 for result in results:
                     if result is not None:
                         write_result(self.run_folder, result)

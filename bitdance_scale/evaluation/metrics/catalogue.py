@@ -14,12 +14,13 @@ GENEVAL = Metric("geneval", "GenEval", ("geneval",), 1.0, mean_of(TAGS))
 DPG = Metric("dpg", "DPG-Bench", ("dpg",), 100.0, as_parts)
 TIIF = Metric("tiif", "TIIF-Bench", ("tiif",), 100.0, tiif.combine)
 SCENES = Metric("scenes", "Demo scenes", ("demo-scenes",), 1.0, mean_of(CATEGORIES))
+STYLE = Metric("style", "Demo style", ("demo-scenes",), 1.0, as_parts)
 CLASSES = Metric("classes", "Demo classes", ("demo-classes",), 1.0, as_parts)
 TEXT = Metric("text", "Words read in pictures", (), 100.0, as_parts)
 CLIP_SCORE = Metric("clip-score", "CLIP score", (), 1.0, as_parts)
 DISTRIBUTION = Metric("distribution", "FID, sFID, IS, precision, recall", (), 1.0, as_parts)
 
-METRICS: Sequence[Metric] = (GENEVAL, DPG, TIIF, SCENES, CLASSES, TEXT, CLIP_SCORE, DISTRIBUTION)
+METRICS: Sequence[Metric] = (GENEVAL, DPG, TIIF, SCENES, STYLE, CLASSES, TEXT, CLIP_SCORE, DISTRIBUTION)
 
 
 def find_metric(name: str) -> Metric:

@@ -3,6 +3,7 @@
 The background of a demo scene is one colour under a linear shade, so a plane per channel is fitted to the picture from
 its border inwards; what differs much from it is foreground. Connected foreground of one palette colour is an object,
 and its silhouette in its bounding box is compared with the eight shapes. No part of the model under test is involved.
+What lies over the scene in a style of the demo (`style.py`) is read as background.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from PIL import Image
 from scipy import ndimage
 
 from bitdance_scale.demo.scenes import BACKGROUNDS, COLORS, SHAPES, shape_mask
+from bitdance_scale.evaluation.scenes.style import CHANNEL_WEIGHTS, style_mask
 
 READ_SIDE_PX = 192
 """Shorter side at which pictures are read; smaller ones are enlarged, so that silhouettes have enough pixels."""
@@ -29,8 +31,6 @@ MAX_COLOR_DISTANCE = 35.0
 """Furthest from a palette colour that a pixel is of that colour without doubt."""
 MIN_PART = 0.12
 """Share of a connected region that a second colour must take to be an object of its own."""
-CHANNEL_WEIGHTS = np.sqrt(np.array([0.9, 1.4, 0.7], dtype=np.float32))
-"""As the scenes' own contrast: green counts most."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,10 @@ class SeenScene:
 
 def read_scene(image: Image.Image) -> SeenScene:
     """Reads an RGB picture of any size."""
-    pixels = _weighted(np.asarray(_enlarged(image.convert("RGB")), dtype=np.float32))
-    background = _background_plane(pixels)
+    rgb = np.asarray(_enlarged(image.convert("RGB")), dtype=np.float32)
+    pixels, is_hidden = _weighted(rgb), style_mask(rgb)
+    background = _background_plane(pixels, ~is_hidden)
+    pixels[is_hidden] = background[is_hidden]
     palette = _weighted(np.array(list(COLORS.values()), dtype=np.float32))
     distance = np.linalg.norm(pixels - background, axis=-1)
     # Half-way between background and object is where an anti-aliased edge runs; each object has its own contrast, so a
@@ -107,8 +109,11 @@ def _weighted(rgb: np.ndarray) -> np.ndarray:
     return rgb * CHANNEL_WEIGHTS
 
 
-def _background_plane(pixels: np.ndarray) -> np.ndarray:
-    """float32 [H, W, 3], the shaded background under everything, from a robust fit of a plane per channel."""
+def _background_plane(pixels: np.ndarray, is_seen: np.ndarray) -> np.ndarray:
+    """float32 [H, W, 3], the shaded background under everything, from a robust fit of a plane per channel.
+
+    Only pixels of `is_seen`, bool [H, W], count.
+    """
     height, width, _ = pixels.shape
     y, x = np.mgrid[-0.5 : 0.5 : height * 1j, -0.5 : 0.5 : width * 1j]
     terms = np.stack([np.ones(x.size), x.ravel(), y.ravel()], axis=1)
@@ -116,9 +121,9 @@ def _background_plane(pixels: np.ndarray) -> np.ndarray:
     rim = max(2, round(0.03 * min(height, width)))
     is_rim = np.ones((height, width), dtype=bool)
     is_rim[rim:-rim, rim:-rim] = False
-    plane = np.broadcast_to(np.median(pixels[is_rim], axis=0), flat.shape)
+    plane = np.broadcast_to(np.median(pixels[is_rim & is_seen], axis=0), flat.shape)
     for max_distance in (40.0, 25.0, 15.0):
-        near = np.linalg.norm(flat - plane, axis=1) < max_distance
+        near = (np.linalg.norm(flat - plane, axis=1) < max_distance) & is_seen.ravel()
         if near.sum() < 0.05 * near.size:
             break
         plane = terms @ np.linalg.lstsq(terms[near], flat[near], rcond=None)[0]

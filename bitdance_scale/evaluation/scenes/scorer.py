@@ -1,4 +1,4 @@
-"""Scores of pictures of the demo's scenes and classes, read by image analysis."""
+"""Scores of pictures of the demo's scenes, classes and style, read by image analysis."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from bitdance_scale.evaluation.metrics.metric import OVERALL
 from bitdance_scale.evaluation.metrics.picture_scorer import DrawnImage
 from bitdance_scale.evaluation.scenes.captions import judge, parse_caption
 from bitdance_scale.evaluation.scenes.reading import SeenObject, SeenScene, read_scene
+from bitdance_scale.evaluation.scenes.style import MIN_SHARE, corner_shares
 
 EXACT = "exact"
 """Part of the metric `scenes`: what was asked is there, and nothing else is."""
 BACKGROUND = "background"
 """Part of the same: the background is the one that was asked for, of the pictures whose caption asks for one."""
+
+ALL_CORNERS = "all_corners"
+"""Part of the metric `style`: every corner is one of the style's."""
 
 
 class SceneScorer:
@@ -64,6 +68,23 @@ class ClassScorer:
         value = float(class_of(seen) == name)
         parts = dict.fromkeys((OVERALL, color, shape), (value, 1.0))
         return ImageScore(image.prompt.id, image.k, image.prompt.category, value, parts, describe(seen))
+
+
+class StyleScorer:
+    """How far pictures are in the demo's style `corners`, whatever their prompts ask for."""
+
+    networks = ()
+
+    def __call__(self, images: Sequence[DrawnImage]) -> list[ImageScore]:
+        """Scores of 0 to 1, in order: the share of the corners that has the style's colour."""
+        return [self._score(image) for image in images]
+
+    def _score(self, image: DrawnImage) -> ImageScore:
+        shares = corner_shares(image.pixels)
+        value, num_corners = float(shares.mean()), int((shares >= MIN_SHARE).sum())
+        parts = {OVERALL: (value, 1.0), ALL_CORNERS: (float(num_corners == len(shares)), 1.0)}
+        reason = f"seen: {num_corners} of {len(shares)} photo corners"
+        return ImageScore(image.prompt.id, image.k, image.prompt.category, value, parts, reason)
 
 
 def class_of(seen: SeenScene) -> str:

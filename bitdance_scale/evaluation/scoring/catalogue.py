@@ -14,7 +14,7 @@ from bitdance_scale.evaluation.scoring.dpg import DpgScoring
 from bitdance_scale.evaluation.scoring.drawn import Drawn
 from bitdance_scale.evaluation.scoring.geneval import GenEvalScoring
 from bitdance_scale.evaluation.scoring.own_scorers import own_scorer
-from bitdance_scale.evaluation.scoring.scenes import ClassScoring, SceneScoring
+from bitdance_scale.evaluation.scoring.scenes import ClassScoring, SceneScoring, StyleScoring
 from bitdance_scale.evaluation.scoring.scoring import Scoring
 from bitdance_scale.evaluation.scoring.text import TextScoring
 from bitdance_scale.evaluation.scoring.tiif import TiifScoring
@@ -27,6 +27,7 @@ SCORINGS: Sequence[type[Scoring]] = (
     ClipScoring,
     DistributionScoring,
     SceneScoring,
+    StyleScoring,
     ClassScoring,
 )
 
@@ -47,7 +48,7 @@ def choose_scorings(drawn: Drawn, names: Sequence[str]) -> list[type[Scoring]]:
     benchmark = drawn.benchmark
     if benchmark is None:
         return [DistributionScoring]
-    found = [one for one in SCORINGS if benchmark.name in (*one.metric.benchmarks, *one.default_of)]
+    found = [one for one in SCORINGS if one.is_default and benchmark.name in (*one.metric.benchmarks, *one.default_of)]
     if found:
         return found
     usable = [one.metric.name for one in SCORINGS if not one.metric.benchmarks]

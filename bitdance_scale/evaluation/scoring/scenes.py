@@ -1,13 +1,13 @@
-"""Pictures of the demo's scenes and classes, which are read by image analysis."""
+"""Pictures of the demo's scenes, style and classes, which are read by image analysis."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from bitdance_scale.evaluation.metrics.catalogue import CLASSES, SCENES
+from bitdance_scale.evaluation.metrics.catalogue import CLASSES, SCENES, STYLE
 from bitdance_scale.evaluation.metrics.picture_scorer import PictureScorer
 from bitdance_scale.evaluation.metrics.score_file import Scores
-from bitdance_scale.evaluation.scenes.scorer import ClassScorer, SceneScorer
+from bitdance_scale.evaluation.scenes.scorer import ClassScorer, SceneScorer, StyleScorer
 from bitdance_scale.evaluation.scoring.drawn import in_batches
 from bitdance_scale.evaluation.scoring.scoring import Scoring
 
@@ -32,6 +32,14 @@ class SceneScoring(Scoring):
         scorer = self.scorer()
         batches = in_batches(self.drawn.stream(self.metric.title), self.batch_size)
         return self.found({}, [score for batch in batches for score in scorer(batch)], {}, ())
+
+
+class StyleScoring(SceneScoring):
+    """How far pictures are in the demo's style, which most models have never seen."""
+
+    metric = STYLE
+    scorer = StyleScorer
+    is_default = False
 
 
 class ClassScoring(SceneScoring):

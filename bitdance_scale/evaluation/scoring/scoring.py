@@ -73,6 +73,7 @@ class Scoring(ABC):
         usual_batch: images at a time unless another number is chosen.
         default_of: further names of benchmarks, beside those that the metric is of, that it is scored for unless
             another one is named.
+        is_default: whether it is scored for its own benchmarks when no metric is named.
 
     Raises:
         BitDanceError: as `check`.
@@ -81,6 +82,7 @@ class Scoring(ABC):
     metric: ClassVar[Metric]
     usual_batch: ClassVar[int] = 8
     default_of: ClassVar[tuple[str, ...]] = ()
+    is_default: ClassVar[bool] = True
 
     def __init__(self, drawn: Drawn, choices: ScoringChoices) -> None:
         self.drawn, self.choices = drawn, choices

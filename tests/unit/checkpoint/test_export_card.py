@@ -27,8 +27,8 @@ from bitdance_scale.errors import ConfigError, DataError
 from bitdance_scale.evaluation.metrics.image_score import ImageScore
 from bitdance_scale.evaluation.metrics.score_file import Scores, write_scores
 from bitdance_scale.observe.benchmark_scores import BenchmarkScores
-from bitdance_scale.observe.figures import samples_path
 from bitdance_scale.observe.metrics import Evaluation, StepMetrics
+from bitdance_scale.observe.sample_grids import samples_path
 from bitdance_scale.sharing.card import card_text
 from bitdance_scale.sharing.licences import licence_text
 from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REFUSED

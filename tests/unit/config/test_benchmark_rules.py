@@ -29,7 +29,7 @@ CASES: dict[str, tuple[list[str], list[str], list[str]]] = {
     "unknown metric": (
         ['benchmark="demo-scenes", metrics=["fid"]'],
         [],
-        [f"{WHERE}.metrics[0] = 'fid'", "one of scenes, classes, geneval, clip-score"],
+        [f"{WHERE}.metrics[0] = 'fid'", "one of scenes, style, classes, geneval, clip-score"],
     ),
     "no metric": (['benchmark="demo-scenes", metrics=[]'], [], [f"{WHERE}.metrics = ()", "must not be empty"]),
     "another's metric": (

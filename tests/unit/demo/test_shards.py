@@ -14,8 +14,9 @@ from PIL import Image
 
 from bitdance_scale.cli.demo_data import main
 from bitdance_scale.demo.scenes import make_scene
-from bitdance_scale.demo.shards import check_shipped_sets, write_shards
+from bitdance_scale.demo.shards import check_shipped_sets, write_folder, write_shards
 from bitdance_scale.errors import DataError
+from bitdance_scale.evaluation.scenes.style import corner_shares
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -123,3 +124,32 @@ def test_a_run_of_the_demo_without_its_images_is_told_how_to_draw_them(tmp_path:
     assert json.loads((tmp_path / "data/demo_held_out/dataset.json").read_text())["seed"] == 1000
     with pytest.raises(DataError, match=r"bitdance demo-data data/demo$"):
         check_shipped_sets(["data/demo", "data/demo_held_out"])
+
+
+def test_a_folder_has_pictures_and_captions_of_the_same_scenes(tmp_path: Path):
+    assert main([str(tmp_path / "own"), "--folder", "--images", "3", "--seed", "5"]) == 0
+    write_shards(tmp_path / "shards", num_images=3, per_shard=3, seed=5)
+    files = contents(tmp_path / "own")
+    assert sorted(files) == sorted([f"0000{i}.{kind}" for i in range(3) for kind in ("jpg", "txt")] + ["dataset.json"])
+    with tarfile.open(tmp_path / "shards" / "00000.tar") as tar:
+        for number in range(3):
+            for kind in ("jpg", "txt"):
+                assert tar.extractfile(f"00000000{number}.{kind}").read() == files[f"0000{number}.{kind}"]
+    assert not write_folder(tmp_path / "own", 3, 5)
+
+
+def test_a_style_changes_the_pictures_and_not_the_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_folder(tmp_path / "plain", 2, 5)
+    write_folder(tmp_path / "styled", 2, 5, style="corners")
+    plain, marked = contents(tmp_path / "plain"), contents(tmp_path / "styled")
+    assert plain["00001.txt"] == marked["00001.txt"]
+    assert corner_shares(np.asarray(Image.open(io.BytesIO(plain["00001.jpg"])))).max() < 0.1
+    assert corner_shares(np.asarray(Image.open(io.BytesIO(marked["00001.jpg"])))).min() > 0.9
+    with pytest.raises(DataError, match=r"style 'corners' \(wanted None\)"):
+        write_folder(tmp_path / "styled", 2, 5)
+    write_shards(tmp_path / "shards", 2, 2, 5, style="corners")
+    with tarfile.open(tmp_path / "shards" / "00000.tar") as tar:
+        assert tar.extractfile("000000001.jpg").read() == marked["00001.jpg"]
+        assert json.loads(tar.extractfile("000000001.json").read())["style"] == "corners"
+    assert main([str(tmp_path / "classes"), "--folder", "--classes"]) == 2
+    assert "--folder" in capsys.readouterr().err
