@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo-data pretrain recipe lint test test-newest test-slurm test-launchers test-container test-large img2dataset test-guide drills fake-cuda gpu-check gpu-wheels docs clean
+.PHONY: help setup demo-data pretrain recipe lint test test-newest test-slurm test-launchers test-container test-large img2dataset test-guide test-finetune drills fake-cuda gpu-check gpu-wheels docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -123,7 +123,10 @@ $(IMG2DATASET_STAMP): constraints-img2dataset.txt
 	@touch $@
 
 test-guide: setup $(IMG2DATASET_STAMP)  ## the commands of docs/from_nothing_to_shards.md, with the real img2dataset; ARGS= goes to pytest
-	$(BIN)/python -m pytest tests/guide -m guide $(ARGS)
+	$(BIN)/python -m pytest tests/guide/test_from_nothing_to_shards.py -m guide $(ARGS)
+
+test-finetune: setup  ## the commands of docs/finetune.md at their full size (half an hour); ARGS= goes to pytest
+	$(BIN)/python -m pytest tests/guide/test_finetune.py -m guide $(ARGS)
 
 drills: setup  ## let everything go wrong that a run promises to survive (an hour); ARGS= goes to tests/faults/drills.py
 	PYTHONPATH=. $(BIN)/python -m tests.faults.drills $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import warnings
@@ -12,10 +13,12 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from bitdance_scale.config.schema import SampleSection
 from bitdance_scale.errors import DataError
 from bitdance_scale.observe import overview as page
 from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE, Evaluation, StepMetrics, append_evaluation
 from bitdance_scale.observe.run_record import read_run
+from bitdance_scale.observe.sample_grids import write_samples, write_start
 from tests.unit.observe.test_metrics import point
 
 TITLES = [
@@ -107,6 +110,26 @@ def test_everything_is_on_the_page(tmp_path, drawn):
     assert panels["Held-out flow loss by size (px)"].get_ylim()[1] < 1
     assert all(axes.get_ylabel() for axes in figure.axes)
     assert all(axes.get_xlabel() == "optimiser step" for axes in figure.axes[-4:])
+
+
+def test_the_newest_pictures_of_a_run_with_a_start_are_below_the_panels(tmp_path):
+    folder = full_run(tmp_path / "demo")
+    section = SampleSection(prompts=("a red circle",), size_px=(8, 8))
+    red = np.zeros((8, 8, 3), dtype=np.uint8)
+    red[..., 0] = 255
+    write_samples(folder, 50, [red], section)
+    assert read_run(folder).pictures is None, "no pictures of the start to compare with"
+    write_start(folder, [red], section)
+    grid = Image.open(write_samples(folder, 100, [red], section))
+    run = read_run(folder)
+    assert run.pictures == folder / "samples" / "step_000100.png"
+    picture = Image.open(io.BytesIO(page.overview([run]))).convert("RGB")
+    assert picture.size[0] == 2040 and picture.size[1] >= 1260 + grid.size[1]
+    is_red = (np.asarray(picture)[-grid.size[1] :] == (255, 0, 0)).all(axis=-1)
+    assert is_red.sum() == 2 * 256 * 256, "the picture and the start's, each of 256 px"
+    two = page.overview([run, dataclasses.replace(run, name="other")])
+    assert Image.open(io.BytesIO(two)).size == (2040, 1260)
+    assert len(page.panel_pictures(run)) == len(page.panel_pictures(dataclasses.replace(run, pictures=None)))
 
 
 @pytest.mark.parametrize("num_runs", [1, 5])

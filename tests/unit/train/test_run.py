@@ -36,7 +36,10 @@ class RecordedJob(Job):
 
     step = property(lambda self: self._step)
     benchmarks: tuple[int, ...] = ()
-    schedule = property(lambda self: Schedule(6, log=2, save=4, evaluate=3, draw=0, benchmarks=self.benchmarks))
+    draw_every, draws_start = 0, False
+    schedule = property(
+        lambda self: Schedule(6, 2, 4, 3, self.draw_every, benchmarks=self.benchmarks, draws_start=self.draws_start)
+    )
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -71,6 +74,9 @@ class RecordedJob(Job):
     def draw(self) -> None:
         self.events.append(f"draw {self._step}")
 
+    def draw_start(self) -> None:
+        self.events.append("draw start")
+
     def score(self, number: int) -> None:
         self.events.append(f"score {number} {self._step}")
 
@@ -94,6 +100,15 @@ def test_everything_is_done_when_it_is_due_and_after_the_last_step() -> None:
         "open", "evaluate 0", "log 2", "evaluate 3", "log 4", "save 4", "log 6", "save 6", "evaluate 6",
         "settle", "close",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("step", "before"), [(0, ["draw start", "evaluate 0"]), (2, [])])
+def test_the_start_is_drawn_before_the_first_step_and_pictures_before_the_page(step: int, before: list[str]) -> None:
+    job = RecordedJob(step=step)
+    job.draw_every, job.draws_start = 3, True
+    assert train(job, StopRequest())
+    shown = [event for event in job.events if event.startswith(("draw", "evaluate"))]
+    assert shown == [*before, "draw 3", "evaluate 3", "draw 6", "evaluate 6"]
 
 
 def test_each_benchmark_is_scored_when_it_is_due_and_after_the_last_step() -> None:
