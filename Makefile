@@ -104,7 +104,7 @@ $(LAUNCHERS_STAMP): constraints-launchers.txt | setup
 test-launchers: $(LAUNCHERS_STAMP)  ## files of cluster/ against the schemas of their readers, and pods without Kubernetes; ARGS= goes to pytest
 	$(BIN)/python -m pytest tests/launchers -m launchers $(ARGS)
 
-test-container:  ## build the image without Docker and train in it; as root on Debian (10 minutes, 25 GB)
+test-container:  ## build the image without Docker and train in it; as root on Debian (10 to 20 minutes, 25 GB)
 	bash tests/container/run.sh
 
 # img2dataset imports imghdr, which Python 3.13 no longer has.
