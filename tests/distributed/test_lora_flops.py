@@ -47,7 +47,7 @@ def _count(rank: int, config: RunConfig) -> tuple[int, int]:
 def test_what_pytorch_counts(name: str) -> None:
     config = dataclasses.replace(Layout(1, 1, {}).config(), lora=CASES[name])
     counted, formula = run_ranks(1, _count, config)[0]
-    # The formula has the head's attention, gradients of the head's inputs, and of the inputs of the first adapted layer.
+    # The formula has the head's attention, gradients of its inputs, and of the inputs of the first adapted layer.
     assert formula == pytest.approx(counted, rel=0.06 if name == "last layers" else 0.03)
     whole = dataclasses.replace(config, lora=LoraSection())
     assert counted < 0.8 * run_ranks(1, _count, whole)[0][0]
