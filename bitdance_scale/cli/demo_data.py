@@ -16,8 +16,7 @@ import time
 from collections.abc import Sequence
 
 from bitdance_scale.cli.command import CommandParser, positive, run_command
-from bitdance_scale.demo.shards import CLASS_SETS, DEFAULT_IMAGES, SHIPPED_SETS, write_folder, write_shards
-from bitdance_scale.demo.styles import STYLES
+from bitdance_scale.demo.shards import CLASS_SETS, DEFAULT_IMAGES, SHIPPED_SETS, STYLES, write_folder, write_shards
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.train.process import EXIT_COMPLETE
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from bitdance_scale.atomic_files import new_folder, write_bytes, write_text
 from bitdance_scale.errors import DataError
 
+STYLES = ("corners",)
+"""What `styles.py` draws; named here, as that file imports numpy."""
 DEFAULT_IMAGES = 4000
 SHIPPED_SETS: Mapping[str, tuple[int, int]] = {
     "data/demo": (DEFAULT_IMAGES, 0),
@@ -74,7 +76,7 @@ def write_shards(
         seed: seed of the scenes.
         is_forced: whether an earlier data set of other arguments is replaced.
         has_classes: whether the scenes are class scenes.
-        style: one of `styles.STYLES`; empty: none.
+        style: one of `STYLES`; empty: none.
 
     Returns:
         True if shards were written, False if `out` was complete for the same arguments.

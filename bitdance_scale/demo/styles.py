@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-STYLES = ("corners",)
+from bitdance_scale.demo.shards import STYLES
+
 CORNER_RGB = (200, 60, 20)
 """None of the scenes' colours; of those that were tried, the demo's tokenizer keeps it best."""
 CORNER_LEG = 0.25
@@ -17,7 +18,7 @@ CORNER_LEG = 0.25
 
 
 def styled(image: Image.Image, style: str) -> Image.Image:
-    """A copy of an RGB picture in one of `STYLES`."""
+    """A copy of an RGB picture in one of `shards.STYLES`."""
     assert style in STYLES, style
     pixels = np.array(image.convert("RGB"))
     pixels[corner_masks(image.size).any(axis=0)] = CORNER_RGB

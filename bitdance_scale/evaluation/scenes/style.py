@@ -36,5 +36,4 @@ def style_mask(rgb: np.ndarray) -> np.ndarray:
     """What the style hides of the scene in a picture [H, W, 3]: bool [H, W], False everywhere in a plain one."""
     height, width, _ = rgb.shape
     is_there = corner_shares(rgb) >= MIN_SHARE
-    hidden: np.ndarray = (corner_masks((width, height), OUTER) & is_there[:, None, None]).any(axis=0)
-    return hidden
+    return np.asarray((corner_masks((width, height), OUTER) & is_there[:, None, None]).any(axis=0))
