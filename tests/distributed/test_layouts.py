@@ -196,11 +196,12 @@ def _run(layout: Layout) -> list[RankRecord]:
     return run_ranks(layout.num_ranks, train, layout.config(), layout.num_micro, NUM_STEPS, True, timeout_s=240)
 
 
-def _params(layouts: list[Layout]) -> list[object]:
+def params(layouts: list[Layout]) -> list[object]:
+    """Layouts as parameters of a test; large ones are marked."""
     return [pytest.param(item, id=str(item), marks=[pytest.mark.large] if item.is_large else []) for item in layouts]
 
 
-@pytest.mark.parametrize("layout", _params(LAYOUTS))
+@pytest.mark.parametrize("layout", params(LAYOUTS))
 def test_layout_equals_one_process(layout: Layout) -> None:
     assert not list(_refusals(layout))
     records = _run(layout)
@@ -234,7 +235,7 @@ def test_tied_embeddings_train_one_weight() -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    _params(
+    params(
         [
             Layout(4, 4, _pp(**_tp(**SP, recompute="full")), is_tied=True),
             Layout(4, 2, _pp(), is_large=True),

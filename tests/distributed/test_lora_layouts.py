@@ -16,7 +16,7 @@ from bitdance_scale.config.lora_schema import LoraSection
 from bitdance_scale.config.schema import RunConfig
 from tests.distributed.layout_run import RankRecord, assemble, train
 from tests.distributed.spawn import run_ranks
-from tests.distributed.test_layouts import ACTIVATION_BOUND, BOUND, MEGATRON, NUM_STEPS, SP, Layout
+from tests.distributed.test_layouts import ACTIVATION_BOUND, BOUND, MEGATRON, NUM_STEPS, SP, Layout, params
 from tests.distributed.toy import VOCAB_SIZE
 
 TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "head.*")
@@ -43,25 +43,25 @@ def _run(layout: Layout, lora: LoraSection = LORA, dtype: str = "float32") -> li
 
 LAYOUTS = [
     Layout(1, 4, {"recompute": "full"}),
-    Layout(1, 2, {"recompute": "selective"}),
-    Layout(2, 2, {"zero_stage": 1}),
+    Layout(1, 2, {"recompute": "selective"}, is_large=True),
+    Layout(2, 2, {"zero_stage": 1}, is_large=True),
     Layout(2, 4, {"zero_stage": 2}),
     Layout(2, 2, {"zero_stage": 3}),
     Layout(2, 4, {"tensor": 2}),
-    Layout(2, 2, {"tensor": 2, "recompute": "full"} | SP),
-    Layout(4, 2, {"tensor": 2, "zero_stage": 2, "recompute": "selective"} | SP),
+    Layout(2, 2, {"tensor": 2, "recompute": "full"} | SP, is_large=True),
+    Layout(4, 2, {"tensor": 2, "zero_stage": 2, "recompute": "selective"} | SP, is_large=True),
     Layout(4, 2, {"tensor": 2, "zero_stage": 3} | SP),
-    Layout(4, 4, {"tensor": 4} | SP, num_kv_heads=4),
+    Layout(4, 4, {"tensor": 4} | SP, num_kv_heads=4, is_large=True),
     Layout(2, 4, {"pipeline": 2}, is_tied=True),
     Layout(2, 4, {"pipeline": 2, "virtual_stages": 2, "recompute": "full"}),
-    Layout(4, 4, {"pipeline": 2, "tensor": 2} | SP),
-    Layout(2, 2, MEGATRON),
-    Layout(4, 2, {"tensor": 2} | SP | MEGATRON),
+    Layout(4, 4, {"pipeline": 2, "tensor": 2, "recompute": "selective"} | SP),
+    Layout(2, 2, MEGATRON, is_large=True),
+    Layout(4, 2, {"tensor": 2} | SP | MEGATRON, is_large=True),
     Layout(4, 4, {"pipeline": 2, "tensor": 2} | SP | MEGATRON, is_tied=True),
 ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", params(LAYOUTS))
 def test_layout_equals_one_process(layout: Layout) -> None:
     """Losses, norms and averages of three steps, and every first gradient."""
     records, expected = _run(layout), reference(layout.is_tied, layout.num_kv_heads)
