@@ -37,13 +37,22 @@ def adapted_config(imported: Path, lora: LoraSection, **run: object) -> RunConfi
 
 
 def write_adapted_run(
-    imported: Path, out: Path, lora: LoraSection = LORA, *, seed: int = 0, is_averaged: bool = False
+    imported: Path,
+    out: Path,
+    lora: LoraSection = LORA,
+    *,
+    seed: int = 0,
+    is_averaged: bool = False,
+    block_side: int | None = None,
 ) -> Path:
     """A run folder whose checkpoint at step 3 has random adapters; returns it.
 
-    The masters are in float32, the weights their bfloat16, the averages others.
+    The masters are in float32, the weights their bfloat16, the averages others. With `block_side` the run has distilled
+    the import to larger blocks.
     """
-    config = adapted_config(imported, lora)
+    config = adapted_config(imported, lora, **({"stage": "distill", "new_queries": "mean"} if block_side else {}))
+    if block_side:
+        config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, block_side=block_side))
     base = find_checkpoint(imported)
     condition = load_condition(config)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -65,7 +74,9 @@ def write_adapted_run(
     if is_averaged:
         optimizer |= {f"average.{name}": _whole(value) for name, value in drawn().items()}
     model = {name: _whole(value.to(torch.bfloat16)) for name, value in masters.items()}
-    state = dataclasses.replace(read_state(base), step=3, base_digest=digest_of(base))
+    state = dataclasses.replace(
+        read_state(base), step=3, base_digest=digest_of(base), tokenizer_digest=condition.digest
+    )
     save_checkpoint(CheckpointFolder(out / CHECKPOINTS_DIR, keep=1), state, model, optimizer, dump_toml(config))
     return out
 

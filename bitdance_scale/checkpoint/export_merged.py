@@ -72,9 +72,9 @@ def merged_run(
     condition = checked_condition(adapters.path, network, state)
     check_vision(adapters.path, state, vision_digest(network.vision))
     adapters.stored.check_files(adapters.tensor_files())
-    changes = AdapterChanges(
-        [WeightedAdapter(adapters.source), *others], network, condition.vocab_size, str(adapters.path)
-    )
+    # Its base may have fewer query tokens, and is the one that was found.
+    own = WeightedAdapter(dataclasses.replace(adapters.source, base=None))
+    changes = AdapterChanges([own, *others], network, condition.vocab_size, str(adapters.path))
     _check_bases(others, frozen, base)
     stored = base.stored
     if adapters.num_new_queries:

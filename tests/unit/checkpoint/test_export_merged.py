@@ -18,9 +18,11 @@ from bitdance_scale.checkpoint.integrity import tensor_bytes
 from bitdance_scale.checkpoint.named_adapters import parse_adapters
 from bitdance_scale.checkpoint.release_source import open_source
 from bitdance_scale.checkpoint.run_adapters import open_run_adapters
+from bitdance_scale.checkpoint.start_weights import NewQueries
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.model import low_rank
 from bitdance_scale.model.low_rank import merged
+from bitdance_scale.model.published_names import EMBEDDING, OUTPUT
 from tests.adapted import LORA, write_adapted_run
 from tests.released import write_published
 
@@ -179,6 +181,25 @@ def test_a_tied_table_stays_tied(tmp_path):
     assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
     assert not torch.equal(found["lm_head.weight"], tensors["lm_head.weight"])
     open_source(tmp_path / "out", None)
+
+
+def test_a_distilled_run_has_the_query_tokens_that_it_began_with(imported, published, tmp_path):
+    """Their rows follow those of the base, in both tables, with the changes of all query tokens in the embedding."""
+    section = dataclasses.replace(LORA, targets=("q_proj",), train_queries=True)
+    run = write_adapted_run(imported, tmp_path / "run", section, block_side=8)
+    adapters = open_run_adapters(run)
+    with pytest.raises(CheckpointError, match="added 48 query tokens, which its base .*published. lacks.*--merge"):
+        export_adapter(adapters, tmp_path / "adapters")
+    found, base = tensors_of(export_merged(run, tmp_path / "out")), tensors_of(published)
+    deltas = adapters.source.read_queries()
+    new = NewQueries(len(base["model/lm_head.weight"]), 15, 48, "mean", seed=5, init_std=0.02)
+    for table, ours in (("model.embed_tokens", EMBEDDING), ("lm_head", OUTPUT)):
+        old = base[f"model/{table}.weight"]
+        rows = torch.cat([old, new.rows(ours, old[-15:]).bfloat16()])
+        if ours == EMBEDDING:
+            rows[-63:] = (rows[-63:].float() + deltas).bfloat16()
+        assert torch.equal(found[f"model/{table}.weight"], rows), table
+    import_release(open_source(tmp_path / "out", None), tmp_path / "again")
 
 
 def test_other_weights_are_refused(published, folder, tmp_path):

@@ -125,6 +125,11 @@ def test_names_of_classes_are_the_runs(make_run: MakeRun, seen: list[Seen], tmp_
         ("class_demo", ["imagenet", "RUN", "sample.guidance=3"], "sample.guidance=3: .*; write --guidance 3 instead"),
         ("class_demo", ["imagenet", "RUN", "--dtype=float32"], "no published folder; write run.dtype=float32 instead"),
         ("", ["demo-scenes", "FOLDER", "--weights=averaged"], "--weights averaged: .* has one of its own; leave it"),
+        (
+            "class_demo",
+            ["imagenet", "RUN", "--adapter=style"],
+            "--adapter style: .* is no published folder, and adapters",
+        ),
         ("class_demo", ["imagenet", "RUN", "--config=class_demo"], "is of a run, which has its own; leave --config"),
         ("class_demo", ["imagenet", "RUN", "classes.num_classes=0"], "classes.num_classes = 0: model.family"),
         ("", ["imagenet", "EXPORT"], r"it is an export: import its model.pt first with `bitdance import .*/model.pt"),

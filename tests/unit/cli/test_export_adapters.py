@@ -74,6 +74,24 @@ def test_drawn_with_adapters_as_with_the_merged_folder(root, tmp_path, capsys):
     assert line["adapters"] == [f"{root / 'style'}=0.5"]
 
 
+def test_a_benchmark_is_drawn_with_adapters_as_with_the_merged_folder(root, tmp_path):
+    """They are part of what tells a drawing from others."""
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps({"first": "a red circle"}))
+    fast = ["--prompts", prompts, "--steps", 1, "--guidance", 1, "--size", "32x32", "--dtype", "float32", "--nproc", 1]
+    for name, model in {
+        "with": [root / "published", "--adapter", root / "style"],
+        "merged": [root / "merged"],
+        "half": [root / "published", "--adapter", f"{root / 'style'}=0.5"],
+    }.items():
+        assert run("evaluate", "draw", "dpg", *model, "--name", "m", "--out", tmp_path / name, *fast) == 0
+    pictures = {name: (tmp_path / name / "first.png").read_bytes() for name in ("with", "merged", "half")}
+    assert pictures["with"] == pictures["merged"] != pictures["half"]
+    records = [json.loads((tmp_path / name / "drawing.json").read_text()) for name in ("with", "half")]
+    assert records[0]["settings"]["adapters"] == [str(root / "style")]
+    assert records[0]["model"]["sha256"] != records[1]["model"]["sha256"]
+
+
 def test_described_with_adapters_as_with_the_merged_folder(root):
     cpu = torch.device("cpu")
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)

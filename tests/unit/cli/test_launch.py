@@ -140,6 +140,15 @@ def test_a_rank_is_told_what_the_command_was_told():
     assert vars(parse(command)) == vars(parse(given))
 
 
+def test_ranks_are_given_an_option_once_for_each_value() -> None:
+    options = argparse.Namespace(folder="a", adapter=["one=0.5", "two"])
+    assert launch.rank_arguments(options, ("folder",), repeated=("adapter",)) == [
+        "a",
+        "--adapter=one=0.5",
+        "--adapter=two",
+    ]
+
+
 def test_under_torchrun_the_command_is_refused(monkeypatch, capsys):
     from bitdance_scale.cli.main import main
 

@@ -16,10 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 from bitdance_scale.checkpoint.published_files import TensorFileWriter
+from bitdance_scale.config.lora_schema import LoraSection
 from bitdance_scale.config.published_backbone import read_model
 from bitdance_scale.config.schema import HeadSection, NetworkConfig, TextSection, VisionSection
 from bitdance_scale.model.published_names import Part, published_tensors
 from bitdance_scale.weight_files import TensorSpec
+from tests.adapted import write_adapted_run
 from tests.released import AUTOENCODER, edit_config, read_json, write_autoencoder, write_plain_qwen3, write_published
 
 ROOT = Path(__file__).parents[3]
@@ -221,3 +223,20 @@ def test_nor_in_the_layout_of_diffusers(layers: tuple[Path, float]) -> None:
     assert peak_bytes("convert_from_hf.py", folder / "diffusers", folder / "again") < bound
     digests = [read_json(folder / name / "conversion_report.json")["tensor_sha256"] for name in ("run", "again")]
     assert digests[0] == digests[1]
+
+
+@pytest.mark.large
+@pytest.mark.timeout(900)
+def test_nor_where_adapters_are_merged(layers: tuple[Path, float]) -> None:
+    """Whole linears would be three copies in float32."""
+    folder, bound = layers
+    if not (folder / "run").is_dir():
+        peak_bytes("convert_from_hf.py", folder / "published", folder / "run")
+    write_adapted_run(folder / "run", folder / "adapted", LoraSection(rank=16))
+    peak = peak_bytes("convert_to_hf.py", folder / "adapted", folder / "merged", "--merge")
+    assert peak < bound, f"{peak / 1e6:.0f} MB"
+    names = [f"model.layers.5.mlp.{name}.weight" for name in ("gate_proj", "down_proj")]
+    digests = [read_json(folder / name / "conversion_report.json")["tensor_sha256"] for name in ("run", "merged")]
+    assert all(digests[0][name] != digests[1]["backbone"][name] for name in names)
+    kept = "model.layers.5.input_layernorm.weight"
+    assert digests[0][kept] == digests[1]["backbone"][kept]
