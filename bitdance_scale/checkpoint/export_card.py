@@ -171,7 +171,7 @@ def _summary(export: Export, base: SharedBase | None) -> str:
         how = f"These are the weights of {code(base.name)}, converted and not trained any further." if base else ""
     else:
         how = (
-            f"The weights are the {export.weights} ones of run {code(export.run.name)} "
+            f"The weights are the {export.stated_weights} ones of run {code(export.run.name)} "
             f"({STAGES[export.run.stage].title}) after {export.run.step:,} of {export.run.num_steps:,} steps."
         )
     return f"This is {kind} of the {_PAPER} family. {drawn} {how}".rstrip()

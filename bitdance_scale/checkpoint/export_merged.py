@@ -90,6 +90,7 @@ def merged_run(
         stored=stored,
         dtypes={frozen.weights: base.dtypes[frozen.weights]},
         changes=changes,
+        adapter_weights=adapters.weights,
     )
 
 

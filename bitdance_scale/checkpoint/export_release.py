@@ -116,6 +116,7 @@ class Export:
         dtypes: kind of weights that the checkpoint has (trained, averaged) -> dtype of each part.
         layout: where the parts are put in the folder.
         changes: adapters that are merged; None: none.
+        adapter_weights: which weights of its own adapters: trained or averaged; empty: it has none.
     """
 
     path: Path
@@ -129,6 +130,12 @@ class Export:
     dtypes: Mapping[str, Mapping[Part, torch.dtype]]
     layout: PublishedLayout = RELEASE
     changes: AdapterChanges | None = None
+    adapter_weights: str = ""
+
+    @property
+    def stated_weights(self) -> str:
+        """Which weights its run has trained are published: trained or averaged."""
+        return self.adapter_weights or self.weights
 
     def tensors(self, weights: str) -> list[tuple[PublishedTensor, TensorSpec]]:
         """The published tensors of the trained or the averaged weights, with the dtype of each."""
@@ -352,7 +359,7 @@ def _report(export: Export, digests: Mapping[str, dict[str, str]], autoencoder_s
         "step": export.state.step,
         "run": run and dataclasses.asdict(run) | {"is_finished": run.is_finished},
         "layout": export.layout.name,
-        "weights": export.weights,
+        "weights": export.stated_weights,
         "adapters": [] if export.changes is None else export.changes.described(),
         "config_sha256": export.config_sha256,
         "autoencoder_sha256": autoencoder_sha256,

@@ -232,9 +232,9 @@ def _export(options: argparse.Namespace, export: Export) -> int:
     with tqdm(total=2 * export.num_bytes, unit="B", unit_scale=True, desc="write, read back", mininterval=0.5) as bar:
         facts = export_release(export, options.out, options=said, is_forced=options.force, on_bytes=bar.update)
     size, source = file_size(export.num_bytes), f"step {export.state.step} of {export.path}"
-    is_chosen = options.weights or export.weights == "trained" or not export.network.model.parts.has_text
+    is_chosen = options.weights or export.stated_weights == "trained" or not export.network.model.parts.has_text
     other = "" if is_chosen else "; --weights trained writes the others"
-    print(f"{options.out}: {size}, {export.weights} weights, {source}{other}")
+    print(f"{options.out}: {size}, {export.stated_weights} weights, {source}{other}")
     licence = facts.licence.name or facts.licence.id
     print(
         f"{options.out}/README.md: a generated card, licence {licence}; read and correct it before you share the folder"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -119,6 +120,11 @@ def test_what_small_weights_become_is_one_sum():
 def test_averaged_weights_are_merged_by_default(run, folder, tmp_path):
     trained = tensors_of(export_merged(run, tmp_path / "trained", weights="trained"))
     averaged = tensors_of(export_merged(run, tmp_path / "averaged"))
+    assert [
+        json.loads((tmp_path / name / "conversion_report.json").read_text())["weights"]
+        for name in ("trained", "averaged")
+    ] == ["trained", "averaged"]
+    assert "are the averaged ones of run" in (tmp_path / "averaged" / "README.md").read_text()
     assert "model/model.layers.2.self_attn.q_proj.weight" in same_bytes(trained, averaged)
 
 
