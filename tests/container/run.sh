@@ -1,7 +1,8 @@
 #!/bin/bash
 # Builds the image of cluster/container/Dockerfile without Docker and without a registry of images, and trains in it.
 # Buildah executes the Dockerfile on a Debian 12 that debootstrap makes of the same packages as the published base. It
-# takes 10 to 20 minutes and 25 GB in TMPDIR, downloads 4 GB from PyPI and Debian, and needs root on a Debian-like system.
+# takes 10 to 20 minutes and 25 GB in TMPDIR, downloads 4 GB from PyPI and Debian, and needs root on a Debian-like
+# system.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
