@@ -20,6 +20,7 @@ def example_shapes(num_positions: int) -> Mapping[str, dict[str, Any]]:
     query, key, token = (rows, 10, 128), (rows, 2, 128), (rows, 5120)
     eps, vocabulary = 1e-6, (rows, 37985)
     norm = {"weight": (5120,), "eps": eps}
+    trained = {"has_weight_gradient": True}
     turn = {"table": (rows, 128), "is_interleaved": False}
     weights = {"query_weight": (128,), "key_weight": (128,), "eps": eps}
     d_heads = {"d_query": query, "d_key": key, "d_value": key}
@@ -29,16 +30,22 @@ def example_shapes(num_positions: int) -> Mapping[str, dict[str, Any]]:
     return {
         "rms_norm": {"hidden": stream, **norm},
         "add_rms_norm": {"stream": stream, "added": stream, **norm},
-        "rms_norm_gradient": {"hidden": stream, "d_normed": stream, **norm},
-        "carried_rms_norm_gradient": {"stream": stream, "d_normed": stream, "d_stream": stream, **norm},
+        "rms_norm_gradient": {"hidden": stream, "d_normed": stream, **norm, **trained},
+        "carried_rms_norm_gradient": {"stream": stream, "d_normed": stream, "d_stream": stream, **norm, **trained},
         "turn_heads": {"stacked": heads, **turn},
         "norm_turn_heads": {"stacked": heads, **turn, **weights},
         "turn_heads_gradient": {**turn, **d_heads},
-        "norm_turn_heads_gradient": {"stacked": heads, **turn, **weights, **d_heads},
+        "norm_turn_heads_gradient": {"stacked": heads, **turn, **weights, **d_heads, **trained},
         "swiglu": {"stacked": (rows, 2 * 4352)},
         "swiglu_gradient": {"stacked": (rows, 2 * 4352), "d_product": ffn},
         "modulated_norm": {"hidden": token, "shift": token, **modulation},
-        "modulated_norm_gradient": {"hidden": token, "d_modulated": token, "d_stream": token, **modulation},
+        "modulated_norm_gradient": {
+            "hidden": token,
+            "d_modulated": token,
+            "d_stream": token,
+            **modulation,
+            **trained,
+        },
         "gated_add": {"stream": token, "gate": token, "added": token},
         "gated_add_gradient": {"gate": token, "added": token, "d_total": token},
         "gated_add_norm": {"stream": token, "gate": token, "added": token, "shift": token, **modulation},
@@ -49,6 +56,7 @@ def example_shapes(num_positions: int) -> Mapping[str, dict[str, Any]]:
             "d_modulated": token,
             "d_stream": token,
             **modulation,
+            **trained,
         },
         "largest_logit": logits,
         "exponential_sums": {**logits, **targets},

@@ -9,6 +9,11 @@ from bitdance_scale.config.setting import setting
 BACKBONE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HEAD_TARGETS = ("wqkv", "wo", "w1", "w2")
 
+UNQUANTISED_BITS = 16
+"""The value of `lora.base_bits` that means the dtype of the run."""
+BLOCK_SIZE = 64
+"""Quantised weights of a row with one scale, as in QLoRA (arXiv 2305.14314)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSection:
@@ -27,6 +32,12 @@ class LoraSection:
         BACKBONE_TARGETS + HEAD_TARGETS,
         doc="Linears with an adapter, by their published names, such as `q_proj`, `layers.[0-9].mlp.*` or "
         "`head.*.w1`: a pattern is the whole name, or its end after a dot.",
+    )
+    base_bits: int = setting(
+        UNQUANTISED_BITS,
+        doc="Bits of the frozen linears of backbone and head: 16 for `run.dtype`, 8 for integers, or 4 for NF4 (QLoRA, "
+        "arXiv 2305.14314). Fewer take less memory, change the network that the adapters learn beside, and are made "
+        "into weights again for every product.",
     )
     train_projector: bool = setting(False, doc="Whether the projector of the bits is trained too, all of it.")
     train_queries: bool = setting(

@@ -220,6 +220,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "lora.rank": _NOT_NEGATIVE,
     "lora.alpha": _POSITIVE,
     "lora.dropout": _DECAY,
+    "lora.base_bits": Choice((4, 8, 16)),
     "lora.targets": NonEmpty(),
     "lora.targets[]": NonEmpty(),
     "optim.lr": _POSITIVE,

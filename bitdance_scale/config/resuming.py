@@ -139,6 +139,7 @@ EFFECTS: Mapping[str, Effect] = _SHARED | {
     "parallel.reduce_dtype": _TOLD,
     "lora.*": _FIXED,
     "lora.dropout": _TOLD,
+    "lora.base_bits": _TOLD,
     # A run that goes on has started.
     "lora.start_from": _FREE,
     "loss.*": _TOLD,

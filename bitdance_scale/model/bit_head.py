@@ -30,7 +30,7 @@ class BitHead(nn.Module):
 
     def forward(self, cond_BPZ: torch.Tensor) -> torch.Tensor:
         """The log odds of a 1 against a -1, float32 [B, P, C]."""
-        negative_BPC, positive_BPC = self.linear(cond_BPZ.to(self.linear.weight.dtype)).float().chunk(2, dim=-1)
+        negative_BPC, positive_BPC = self.linear(cond_BPZ.to(self.linear.bias.dtype)).float().chunk(2, dim=-1)
         return positive_BPC - negative_BPC
 
     def losses(

@@ -216,11 +216,11 @@ class HeadNetwork(nn.Module):
 
     def embed_times(self, t_T: torch.Tensor) -> torch.Tensor:
         """Flow times [T] -> [T, D]."""
-        return self.time_embed(time_features(t_T).to(self.input_proj.weight.dtype))
+        return self.time_embed(time_features(t_T).to(self.input_proj.bias.dtype))
 
     def embed_condition(self, cond_BPZ: torch.Tensor) -> torch.Tensor:
         """[B, P, Z] -> [B, P, D]."""
-        return self.cond_embed(cond_BPZ.to(self.input_proj.weight.dtype))
+        return self.cond_embed(cond_BPZ.to(self.input_proj.bias.dtype))
 
     def modulation_linears(self) -> list[nn.Module]:
         """The linears of the modulations, in the order in which `denoise` uses their outputs."""
@@ -229,7 +229,7 @@ class HeadNetwork(nn.Module):
     def denoise(self, noisy_BPC: torch.Tensor, modulations: Iterable[torch.Tensor]) -> torch.Tensor:
         """Logits [B, P, C] under modulations [B, P, 6 D] of each adaLN module and [B, P, 2 D] of the final layer."""
         outputs = iter(modulations)
-        x_BPD = self.input_proj(noisy_BPC.to(self.input_proj.weight.dtype))
+        x_BPD = self.input_proj(noisy_BPC.to(self.input_proj.bias.dtype))
         for index, block in enumerate(self.res_blocks):
             # Consecutive blocks share one adaLN module and its output.
             if index % self.blocks_per_adaln == 0:

@@ -40,7 +40,7 @@ def _root_mean_square_norm_gradient(
     eps: float,
     d_stream: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gradient of `hidden`, terms of the weight's gradient, to be summed over positions), in their dtype.
+    """(gradient of `hidden` in its dtype, `hidden` divided by its root-mean-square in float32).
 
     `d_stream` is the gradient of `hidden` itself, where it goes on beside the norm.
     """
@@ -51,7 +51,16 @@ def _root_mean_square_norm_gradient(
     d_mean_square = -0.5 * d_inverse * inverse.pow(3)
     d_wide = d_unit * inverse if d_stream is None else d_stream + d_unit * inverse
     d_wide = d_wide + d_mean_square / hidden.shape[-1] * (2 * wide)
-    return d_wide.to(hidden.dtype), d_normed * unit.to(hidden.dtype)
+    return d_wide.to(hidden.dtype), unit
+
+
+def _norm_weight_gradient(
+    d_normed: torch.Tensor, unit: torch.Tensor, axes: tuple[int, ...], has_weight_gradient: bool
+) -> torch.Tensor:
+    """Gradient of the weight of a root-mean-square norm; empty if it is frozen."""
+    if not has_weight_gradient:
+        return d_normed.new_empty(0)
+    return (d_normed * unit.to(d_normed.dtype)).sum(axes)
 
 
 @formula(whole=("weight",))
@@ -72,22 +81,27 @@ def add_rms_norm(
 
 @formula(whole=("weight",))
 def rms_norm_gradient(
-    hidden: torch.Tensor, weight: torch.Tensor, d_normed: torch.Tensor, eps: float
+    hidden: torch.Tensor, weight: torch.Tensor, d_normed: torch.Tensor, eps: float, has_weight_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `rms_norm`: of `hidden` [R, D] and of the weight [D]."""
+    """Gradients of `rms_norm`: of `hidden` [R, D] and of the weight [D], which is empty unless it is asked for."""
     have_equal_length(hidden, d_normed)
-    d_hidden, terms = _root_mean_square_norm_gradient(hidden, weight, d_normed, eps)
-    return d_hidden, terms.sum(0)
+    d_hidden, unit = _root_mean_square_norm_gradient(hidden, weight, d_normed, eps)
+    return d_hidden, _norm_weight_gradient(d_normed, unit, (0,), has_weight_gradient)
 
 
 @formula(whole=("weight",))
 def carried_rms_norm_gradient(
-    stream: torch.Tensor, weight: torch.Tensor, d_normed: torch.Tensor, d_stream: torch.Tensor, eps: float
+    stream: torch.Tensor,
+    weight: torch.Tensor,
+    d_normed: torch.Tensor,
+    d_stream: torch.Tensor,
+    eps: float,
+    has_weight_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`rms_norm_gradient` where the residual stream [R, D] goes on beside the norm and has a gradient of its own."""
     have_equal_length(stream, d_normed, d_stream)
-    d_hidden, terms = _root_mean_square_norm_gradient(stream, weight, d_normed, eps, d_stream)
-    return d_hidden, terms.sum(0)
+    d_hidden, unit = _root_mean_square_norm_gradient(stream, weight, d_normed, eps, d_stream)
+    return d_hidden, _norm_weight_gradient(d_normed, unit, (0,), has_weight_gradient)
 
 
 def _split_heads(stacked: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -181,15 +195,23 @@ def norm_turn_heads_gradient(
     d_value: torch.Tensor,
     eps: float,
     is_interleaved: bool,
+    has_weight_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `norm_turn_heads` and of the values: of the fused projection and of the two weights [K]."""
+    """Gradients of `norm_turn_heads` and of the values: of the fused projection and of the two weights [K].
+
+    The latter are empty unless they are asked for.
+    """
     have_equal_length(stacked, table, d_query, d_key, d_value)
     query, key, _ = _split_heads(stacked, table.shape[-1])
     d_query = _turn(d_query.unflatten(1, (d_key.shape[1], -1)), table, is_interleaved, is_back=True)
     d_key = _turn(d_key, table, is_interleaved, is_back=True)
-    d_query, query_terms = _root_mean_square_norm_gradient(query, query_weight, d_query, eps)
-    d_key, key_terms = _root_mean_square_norm_gradient(key, key_weight, d_key, eps)
-    return _stack_heads(d_query, d_key, d_value), query_terms.sum((0, 1, 2)), key_terms.sum((0, 1))
+    d_unturned_query, query_unit = _root_mean_square_norm_gradient(query, query_weight, d_query, eps)
+    d_unturned_key, key_unit = _root_mean_square_norm_gradient(key, key_weight, d_key, eps)
+    return (
+        _stack_heads(d_unturned_query, d_unturned_key, d_value),
+        _norm_weight_gradient(d_query, query_unit, (0, 1, 2), has_weight_gradient),
+        _norm_weight_gradient(d_key, key_unit, (0, 1), has_weight_gradient),
+    )
 
 
 @formula()
@@ -238,13 +260,15 @@ def modulated_norm_gradient(
     d_modulated: torch.Tensor,
     d_stream: torch.Tensor | None,
     eps: float,
+    has_weight_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `modulated_norm`: of hidden and scale [R, D], weight and bias [D]; that of shift is `d_modulated`.
 
-    `d_stream` [R, D] is the gradient of what goes on beside the norm. Without a weight its gradients are empty.
+    `d_stream` [R, D] is the gradient of what goes on beside the norm. Those of weight and bias are empty unless they
+    are asked for.
     """
     have_equal_length(hidden, scale, d_modulated, d_stream)
-    return _modulated_norm_gradient(hidden, weight, bias, scale, d_modulated, d_stream, eps)
+    return _modulated_norm_gradient(hidden, weight, bias, scale, d_modulated, d_stream, eps, has_weight_gradient)
 
 
 def _modulated_norm_gradient(
@@ -255,9 +279,9 @@ def _modulated_norm_gradient(
     d_modulated: torch.Tensor,
     d_stream: torch.Tensor | None,
     eps: float,
+    has_weight_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     normed, mean, inverse = _layer_norm(hidden, weight, bias, eps)
-    has_weight = weight is not None
     d_hidden, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
         d_modulated * (1 + scale),
         hidden,
@@ -266,11 +290,11 @@ def _modulated_norm_gradient(
         inverse,
         weight,
         bias,
-        [True, has_weight, has_weight],
+        [True, has_weight_gradient, has_weight_gradient],
     )
     if d_stream is not None:
         d_hidden = d_stream + d_hidden
-    if not has_weight:
+    if not has_weight_gradient:
         d_weight, d_bias = hidden.new_empty(0), hidden.new_empty(0)
     return d_hidden, d_modulated * normed, d_weight, d_bias
 
@@ -319,11 +343,15 @@ def gated_add_norm_gradient(
     d_modulated: torch.Tensor,
     d_stream: torch.Tensor,
     eps: float,
+    has_weight_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `gated_add_norm`: of stream, gate, addend and scale [R, D], weight and bias [D]."""
+    """Gradients of `gated_add_norm`: of stream, gate, addend and scale [R, D], weight and bias [D].
+
+    Those of weight and bias are empty unless they are asked for.
+    """
     have_equal_length(total, gate, added, scale, d_modulated, d_stream)
     d_total, d_scale, d_weight, d_bias = _modulated_norm_gradient(
-        total, weight, bias, scale, d_modulated, d_stream, eps
+        total, weight, bias, scale, d_modulated, d_stream, eps, has_weight_gradient
     )
     return d_total, d_total * added, d_total * gate, d_scale, d_weight, d_bias
 

@@ -92,16 +92,30 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         eps, is_compiled = ctx.settings
         hidden, weight = ctx.saved_tensors
-        return *fused.rms_norm_gradient(hidden, weight, *gradients, eps, is_compiled=is_compiled), None, None
+        d_hidden, d_weight = fused.rms_norm_gradient(
+            hidden, weight, *gradients, eps, ctx.needs_input_grad[1], is_compiled=is_compiled
+        )
+        return d_hidden, _unless_empty(d_weight), None, None
 
 
-def _stream_gradients(ctx: Any, d_total: torch.Tensor | None, d_normed: torch.Tensor) -> Any:
-    """(gradient of the stream, of the weight) of a stream that goes on beside its norm."""
+def _unless_empty(gradient: torch.Tensor) -> torch.Tensor | None:
+    """A gradient, of which a formula makes an empty tensor where it is not needed."""
+    return gradient if gradient.numel() else None
+
+
+def _stream_gradients(
+    ctx: Any, d_total: torch.Tensor | None, d_normed: torch.Tensor, is_trained: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(gradient of the stream, of the weight if it is trained) of a stream that goes on beside its norm."""
     eps, is_compiled = ctx.settings
     total, weight = ctx.saved_tensors
     if d_total is None:
-        return fused.rms_norm_gradient(total, weight, d_normed, eps, is_compiled=is_compiled)
-    return fused.carried_rms_norm_gradient(total, weight, d_normed, d_total, eps, is_compiled=is_compiled)
+        d_stream, d_weight = fused.rms_norm_gradient(total, weight, d_normed, eps, is_trained, is_compiled=is_compiled)
+    else:
+        d_stream, d_weight = fused.carried_rms_norm_gradient(
+            total, weight, d_normed, d_total, eps, is_trained, is_compiled=is_compiled
+        )
+    return d_stream, _unless_empty(d_weight)
 
 
 class _StreamNorm(torch.autograd.Function):
@@ -116,7 +130,7 @@ class _StreamNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *_stream_gradients(ctx, *gradients), None, None
+        return *_stream_gradients(ctx, *gradients, ctx.needs_input_grad[1]), None, None
 
 
 class _AddNorm(torch.autograd.Function):
@@ -132,7 +146,7 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        d_total, d_weight = _stream_gradients(ctx, *gradients)
+        d_total, d_weight = _stream_gradients(ctx, *gradients, ctx.needs_input_grad[2])
         return d_total, d_total, d_weight, None, None
 
 
@@ -180,9 +194,9 @@ class _NormTurn(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         eps, is_interleaved, is_compiled = ctx.settings
         d_stacked, *d_weights = fused.norm_turn_heads_gradient(
-            *ctx.saved_tensors, *gradients, eps, is_interleaved, is_compiled=is_compiled
+            *ctx.saved_tensors, *gradients, eps, is_interleaved, ctx.needs_input_grad[2], is_compiled=is_compiled
         )
-        return d_stacked, None, *d_weights, None, None, None
+        return d_stacked, None, *map(_unless_empty, d_weights), None, None, None
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -264,11 +278,9 @@ class _ModulatedNorm(torch.autograd.Function):
         # Once: under recomputation they are gone after they were asked for.
         stream, weight, bias, scale = ctx.saved_tensors
         d_stream, d_scale, *d_affine = fused.modulated_norm_gradient(
-            stream, weight, bias, scale, d_modulated, d_total, eps, is_compiled=is_compiled
+            stream, weight, bias, scale, d_modulated, d_total, eps, ctx.needs_input_grad[1], is_compiled=is_compiled
         )
-        if weight is None:
-            d_affine = [None, None]
-        return d_stream, *d_affine, d_scale, d_modulated, None, None
+        return d_stream, *map(_unless_empty, d_affine), d_scale, d_modulated, None, None
 
 
 class _GatedAddNorm(torch.autograd.Function):
@@ -297,9 +309,9 @@ class _GatedAddNorm(torch.autograd.Function):
         eps, is_compiled = ctx.settings
         d_total, d_modulated = gradients
         d_stream, d_gate, d_added, d_scale, *d_affine = fused.gated_add_norm_gradient(
-            *ctx.saved_tensors, d_modulated, d_total, eps, is_compiled=is_compiled
+            *ctx.saved_tensors, d_modulated, d_total, eps, ctx.needs_input_grad[3], is_compiled=is_compiled
         )
-        return d_stream, d_gate, d_added, *d_affine, d_scale, d_modulated, None, None
+        return d_stream, d_gate, d_added, *map(_unless_empty, d_affine), d_scale, d_modulated, None, None
 
 
 class _GatedAdd(torch.autograd.Function):

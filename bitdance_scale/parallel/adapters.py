@@ -30,7 +30,7 @@ def add_adapters(stages: RankStages, config: RunConfig, vocab_size: int, topolog
     """
     section = config.lora
     chosen = {linear.name for linear in targets(config.network, vocab_size, section.targets)}
-    located, modules = name_parameters(stages, topology), owners(stages)
+    located, modules = name_parameters(stages, topology), owners(stages.stages)
     stages.requires_grad_(False)
     for module in stages.modules():
         if isinstance(module, RMSNorm):

@@ -25,6 +25,7 @@ from bitdance_scale.parallel.averaged_weights import AveragedWeights
 from bitdance_scale.parallel.parameter_names import Parameters, name_parameters
 from bitdance_scale.parallel.partition import ShardedValue, fragment_pieces
 from bitdance_scale.parallel.pipeline_stages import RankStages, Stage
+from bitdance_scale.parallel.quantised_linears import quantise_frozen
 from bitdance_scale.parallel.tied import TiedEmbedding
 from bitdance_scale.parallel.topology import Topology
 
@@ -77,7 +78,7 @@ class TrainingEngine(abc.ABC):
         stages: the modules; the engine trains all their parameters except a copy of a tied embedding
             (`parallel/tied.py`).
         tied: moves a tied embedding between the ends of the pipeline; None if embeddings are not tied.
-        parameters: global name -> parameter and placement.
+        parameters: global name -> parameter and placement; without weights that are quantised.
         trained: those of them that are trained: all, unless `lora` freezes the others.
         loss_factor: what a loss is multiplied by before it is differentiated: the number that the engine divides the
             sum of the replicas' gradients by.
@@ -168,6 +169,10 @@ class TrainingEngine(abc.ABC):
     def trained_values(self) -> dict[str, ShardedValue]:
         """`model_values` of what is trained."""
         return {name: value for name, value in self.model_values().items() if name in self.trained}
+
+    def quantise_frozen(self, config: RunConfig) -> None:
+        """Keeps the frozen linears in `lora.base_bits` from now on: they are no longer among `parameters`."""
+        quantise_frozen(self.stages, self.parameters, config)
 
     def restart_averages(self) -> None:
         """Begins the average again with the weights as they are, after others were loaded."""

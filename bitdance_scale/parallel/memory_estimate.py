@@ -174,8 +174,11 @@ def build_logged(
 
     # Registered before the engine's own hooks, which take the gradient away.
     for parameter in stages.parameters():
-        parameter.register_post_accumulate_grad_hook(note)
-    return engine_of(stages, config, topology, is_fused)
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(note)
+    engine = engine_of(stages, config, topology, is_fused)
+    engine.quantise_frozen(config)
+    return engine
 
 
 def _run_steps(

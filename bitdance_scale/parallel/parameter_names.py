@@ -8,6 +8,7 @@ of them depends on the layout.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -51,11 +52,11 @@ def name_parameters(module: RankStages, topology: Topology) -> Parameters:
     return named
 
 
-def owners(module: RankStages) -> dict[str, nn.Module]:
+def owners(stages: Iterable[Stage]) -> dict[str, nn.Module]:
     """Global name -> the module that has the parameter; otherwise as `name_parameters`."""
     return {
         _global_name(f"{name}.{leaf}", stage): part
-        for stage in module.stages
+        for stage in stages
         for name, part in stage.named_modules()
         for leaf, _ in part.named_parameters(recurse=False)
     }

@@ -13,6 +13,7 @@ from bitdance_scale.parallel.build import build_stages
 from bitdance_scale.parallel.parameter_names import name_parameters
 from bitdance_scale.parallel.partition import ShardedValue, whole_pieces
 from bitdance_scale.parallel.pipeline_stages import Stage
+from bitdance_scale.parallel.quantised_linears import quantise_frozen
 from bitdance_scale.parallel.tied import TiedEmbedding
 from bitdance_scale.parallel.topology import Topology
 
@@ -44,10 +45,15 @@ class StillModel:
     def __init__(self, config: RunConfig, vocab_size: int, topology: Topology) -> None:
         # Compiling would take longer than what it saves here, and need a compiler.
         plain = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, compile=False))
+        self._config = plain
         module = build_stages(plain, vocab_size, topology).requires_grad_(False)
         self.stages: list[Stage] = list(module.stages)
         self._parameters = name_parameters(module, topology)
         self.tied = TiedEmbedding(self.stages, topology) if config.model.tie_embeddings else None
+
+    def quantise_frozen(self) -> None:
+        """Keeps the linears in `lora.base_bits` from now on, as in training."""
+        quantise_frozen(self.stages, self._parameters, self._config)
 
     def model_values(self) -> dict[str, ShardedValue]:
         """The weights, as views to load into."""

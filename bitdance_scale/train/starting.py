@@ -84,6 +84,7 @@ def load_base(engine: TrainingEngine, base: Base, config: RunConfig) -> dict[str
         is_partial=base.start.is_partial,
         unread=functools.partial(_has_no_master, config.lora) if config.lora.is_used else None,
     )
+    engine.quantise_frozen(config)
     engine.restart_averages()
     logger.info("started from the weights of %s (%s)", base.start.path, config.run.start_weights)
     return release

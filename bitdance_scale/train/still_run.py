@@ -64,6 +64,7 @@ def load_still_run(config: RunConfig, checkpoint: Path, weights: str, topology: 
         run = replace(run, start_weights=weights, start_from=str(checkpoint))
         start = on_first_rank(lambda: check_start(checkpoint, replace(config, run=run), digest))
     _load(start, values, weights)
+    model.quantise_frozen()
     return StillRun(condition, vision, model)
 
 

@@ -46,7 +46,9 @@ def make_engine(config: RunConfig) -> tuple[object, Topology]:
     vocab_size = VOCAB_SIZE if config.model.parts.has_text else class_tokens(config).vocab_size
     stages = build_stages(config, vocab_size, topology)
     _disturb(name_parameters(stages, topology))
-    return engine_of(stages, config, topology), topology
+    engine = engine_of(stages, config, topology)
+    engine.quantise_frozen(config)
+    return engine, topology
 
 
 def _disturb(parameters: dict[str, object]) -> None:
