@@ -5,6 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+
+def argument_dtype(name: str, argument: str) -> torch.dtype:
+    """The dtype of a tensor among the arguments of a formula."""
+    if argument == "codes_RX":
+        return torch.int8 if name == "from_integers" else torch.uint8
+    return {"targets": torch.int64, "levels_L": torch.float32}.get(argument, torch.bfloat16)
+
 
 def example_shapes(num_positions: int) -> Mapping[str, dict[str, Any]]:
     """Arguments of every formula as the 14B networks call it at 4 tensor-parallel ranks.
@@ -60,5 +69,8 @@ def example_shapes(num_positions: int) -> Mapping[str, dict[str, Any]]:
         },
         "largest_logit": logits,
         "exponential_sums": {**logits, **targets},
+        # A block of 64 inputs of a frozen linear is a row.
+        "from_integers": {"codes_RX": (rows, 64), "scales_R": (rows,)},
+        "from_nf4": {"codes_RX": (rows, 32), "scales_R": (rows,), "levels_L": (16,)},
         "cross_entropy_gradient": {**logits, **targets, "total": (rows,), "d_loss": (rows,)},
     }

@@ -130,7 +130,8 @@ class _StreamNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *_stream_gradients(ctx, *gradients, ctx.needs_input_grad[1]), None, None
+        d_total, d_normed = gradients
+        return *_stream_gradients(ctx, d_total, d_normed, ctx.needs_input_grad[1]), None, None
 
 
 class _AddNorm(torch.autograd.Function):
@@ -146,7 +147,8 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        d_total, d_weight = _stream_gradients(ctx, *gradients, ctx.needs_input_grad[2])
+        d_total, d_normed = gradients
+        d_total, d_weight = _stream_gradients(ctx, d_total, d_normed, ctx.needs_input_grad[2])
         return d_total, d_total, d_weight, None, None
 
 

@@ -2,8 +2,8 @@
 
 8 bits are integers from -127 to 127, 4 bits the sixteen levels of NF4 (QLoRA, arXiv 2305.14314, Appendix E). A block is
 `BLOCK_SIZE` neighbouring inputs of one output, and its scale the largest magnitude in it. That is one of the weights
-themselves, so their dtype holds it exactly, and a second quantisation of scales would save 0.13 bits. A block depends on
-no other, so a slice of a matrix has the codes that the whole has there, if it is cut between blocks.
+themselves, so their dtype holds it exactly, and a second quantisation of scales would save 0.13 bits. A block depends
+on no other, so a slice of a matrix has the codes that the whole has there, if it is cut between blocks.
 
 Shape suffixes: R blocks, X bytes of the codes of a block (`BLOCK_SIZE` or half of it), L levels.
 """

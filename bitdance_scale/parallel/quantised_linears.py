@@ -5,8 +5,8 @@ that is made again from its codes. What they would keep of it for the backward p
 torchao and bitsandbytes would be smaller changes, but Megatron-core multiplies by a transposed weight, which theirs do
 not do.
 
-The weights are loaded whole before. Embedding, projection to the vocabulary, norms, biases, and linears whose inputs are
-no multiple of a block stay in the dtype of the run.
+The weights are loaded whole before. Embedding, projection to the vocabulary, norms, biases, and linears whose inputs
+are no multiple of a block stay in the dtype of the run.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ def quantise_frozen(stages: Sequence[Stage], parameters: Parameters, config: Run
             assert not parameter.requires_grad, "a linear with its own gradient"
             linear = modules[tensor.name]
             # Not a parameter any more. The engines know it by name, so its memory is given back.
-            linear.weight = None
+            linear.register_parameter("weight", None)
             linear.base = QuantisedWeight(parameter.data, bits, config.parallel.compile)
             parameter.data = parameter.data.new_empty(0)
             forward = functools.partial(_with_weight, linear, linear.forward)
-            linear.forward = forward  # type: ignore[method-assign]  # the class's, with the weight in place
+            linear.forward = forward
 
 
 def _with_weight(linear: nn.Module, forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:

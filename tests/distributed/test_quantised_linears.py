@@ -1,4 +1,4 @@
-"""Frozen linears in few bits: in one process against the weights that the codes mean, and layouts against one process."""
+"""Frozen linears in few bits: one process against the weights that the codes mean, and layouts against one process."""
 
 from __future__ import annotations
 

@@ -11,11 +11,12 @@ from unittest import mock
 import numpy as np
 import torch
 
-import bitdance_scale.model.fused  # noqa: F401  (lists the formulas)
+import bitdance_scale.model.fused
+import bitdance_scale.model.quantised  # noqa: F401  (both list their formulas)
 from bitdance_scale.model import attention, formula
 from bitdance_scale.model.formula import FORMULAS
 from tests.fake_cuda.generated_kernels import Compilation
-from tests.formula_shapes import example_shapes
+from tests.formula_shapes import argument_dtype, example_shapes
 
 # Positions of a sample that see only what is before them, and positions per block of its image.
 _TEXT, _BLOCK = 9, 16
@@ -144,11 +145,13 @@ class FusedFormula:
                 arguments[name] = shape
             elif name == "targets":
                 arguments[name] = torch.randint(shapes["num_entries"], shape, generator=generator)
+            elif name == "codes_RX":
+                arguments[name] = torch.randint(127, shape, generator=generator).to(argument_dtype(self.name, name))
             elif name in _FLOAT32 and len(shape) == 1:
                 # Those of logits: the largest, and a sum of exponentials.
                 arguments[name] = 4 + torch.rand(shape, generator=generator)
             else:
-                arguments[name] = torch.randn(shape, generator=generator).bfloat16()
+                arguments[name] = torch.randn(shape, generator=generator).to(argument_dtype(self.name, name))
         return arguments
 
 

@@ -21,7 +21,7 @@ from bitdance_scale.model import fused_autograd as operations
 from bitdance_scale.model.formula import FORMULAS
 from bitdance_scale.model.positions import rotary_table
 from bitdance_scale.parallel.vocab_loss import cross_entropy
-from tests.formula_shapes import example_shapes
+from tests.formula_shapes import argument_dtype, example_shapes
 
 EPS = 1e-6
 # bfloat16 has 8 bits: compiled, intermediate values are not rounded to it. A few roundings of sums of 37 terms.
@@ -251,8 +251,7 @@ def arguments(name: str) -> list[Any]:
     for argument in shapes:
         value = shapes[argument]
         if isinstance(value, tuple):
-            dtype = torch.int64 if argument == "targets" else torch.bfloat16
-            value = torch.empty(value, dtype=dtype)
+            value = torch.empty(value, dtype=argument_dtype(name, argument))
         values.append(value)
     return values
 
