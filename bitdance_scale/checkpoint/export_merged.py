@@ -31,6 +31,7 @@ from bitdance_scale.checkpoint.run_adapters import RunAdapters
 from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME, TENSORS_DIR, check_vision, read_run_section
 from bitdance_scale.checkpoint.start_weights import NewQueries, start_prefix
 from bitdance_scale.checkpoint.tensor_storage import StoredTensors
+from bitdance_scale.config.load import load_network
 from bitdance_scale.generate.published_layout import RELEASE, PublishedLayout
 from bitdance_scale.model.adapter_changes import AdapterChanges
 from bitdance_scale.model.adapter_source import WeightedAdapter, check_base, fingerprint
@@ -60,10 +61,11 @@ def merged_run(
         BitDanceError: something is damaged or does not fit.
     """
     network, state, frozen = adapters.network, adapters.state, adapters.base
-    has_text = network.model.parts.has_text
+    # An import has the tokenizer of a run in another form; their digests are compared.
+    is_same_form = load_network(frozen.path / CONFIG_NAME).text.kind == network.text.kind
     base = open_checkpoint(
         frozen.path,
-        tokenizer=network.text.tokenizer_path if has_text else None,
+        tokenizer=network.text.tokenizer_path if network.model.parts.has_text and is_same_form else None,
         autoencoder=network.vision.weights_path,
         dtypes=dtypes,
         weights=frozen.weights,

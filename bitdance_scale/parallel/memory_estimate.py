@@ -137,9 +137,17 @@ def estimate_memory_here(
 def _host_copy(
     config: RunConfig, topology: Topology, *, weights: int, masters: int, moments: int, averages: int = 0, **_: int
 ) -> int:
-    """Every element is copied by one rank: replicas share the weights out, unless ZeRO-3 has done so already."""
+    """Every element is copied by one rank: replicas share the weights out, unless ZeRO-3 has done so already.
+
+    A run with adapters saves what it trains. Of matrices that all tensor-parallel ranks have, which one of them copies,
+    each counts its own here.
+    """
     if not config.checkpoint.in_background:
         return 0
+    if config.lora.is_used:
+        # Of the elements that have float32 masters, in the dtype of the run.
+        parts = 1 if config.parallel.zero_stage == 3 else topology.data_size
+        weights = masters * parts * getattr(torch, config.run.dtype).itemsize // torch.float32.itemsize
     return (
         masters + moments + averages + (weights if config.parallel.zero_stage == 3 else weights // topology.data_size)
     )

@@ -76,6 +76,7 @@ def measure(_rank: int, config: RunConfig, is_fused: bool) -> Measured:
     not_counted = _tensors()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         engine = engine_of(build_stages(config, VOCAB_SIZE, topology), config, topology, is_fused)
+        engine.quantise_frozen(config)
         for step in range(2):
             with record_function(f"step {step}"):
                 counts = count_targets(batch, topology)
@@ -88,7 +89,7 @@ def measure(_rank: int, config: RunConfig, is_fused: bool) -> Measured:
                 engine.step(config.optim.lr)
         left = addresses()
     stager = Stager(None, topology.device)
-    model = {f"model.{name}": value for name, value in engine.model_values().items()}
+    model = {f"model.{name}": value for name, value in engine.trained_values().items()}
     stager.prepare(model | engine.optimizer_values())
     return Measured(storages=storages, held=held, peak=allocated_peak(profiler, left), host_copy=stager.num_bytes)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
+from bitdance_scale.config.lora_schema import LoraSection
 from tests.distributed.measured_run import estimate, measure, wide_config
 from tests.distributed.spawn import run_ranks
 
@@ -37,7 +40,34 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("world_size", "parallel", "dtype", "is_fused"), LAYOUTS)
 def test_estimate_is_what_ranks_allocate(world_size, parallel, dtype, is_fused):
-    config = wide_config(dtype, **parallel)
+    _compare(wide_config(dtype, **parallel), world_size, is_fused)
+
+
+@pytest.mark.parametrize(
+    ("bits", "parallel"),
+    [
+        (16, {"recompute": "full"}),
+        (4, {"recompute": "full"}),
+        pytest.param(8, {"recompute": "none"}, marks=pytest.mark.large),
+        pytest.param(16, {"recompute": "selective", "tensor": 2}, marks=pytest.mark.large),
+        pytest.param(16, {"zero_stage": 3}, marks=pytest.mark.large),
+    ],
+)
+def test_estimate_of_a_run_with_adapters(bits, parallel):
+    """Frozen weights take no gradient, no master and no moment, and few bits where that is asked for."""
+    config = dataclasses.replace(wide_config("float32", **parallel), lora=LoraSection(rank=8, base_bits=bits))
+    world_size = 1 if parallel.keys() == {"recompute"} else 2
+    _compare(config, world_size, False)
+    whole = dataclasses.replace(config, lora=LoraSection())
+    frozen, trained = (run_ranks(1, estimate, each, world_size, 0, False)[0].held for each in (config, whole))
+    for kind in ("gradients", "masters", "moments"):
+        assert getattr(frozen, kind) < 0.25 * getattr(trained, kind)
+    if bits < 16:
+        # The tables of the vocabulary stay as they are.
+        assert frozen.weights < 0.65 * trained.weights
+
+
+def _compare(config, world_size, is_fused):
     measured = run_ranks(world_size, measure, config, is_fused, timeout_s=280)
     for rank in range(0, world_size, world_size // config.parallel.pipeline):
         found = run_ranks(1, estimate, config, world_size, rank, is_fused, timeout_s=280)[0]
@@ -53,8 +83,12 @@ def test_estimate_is_what_ranks_allocate(world_size, parallel, dtype, is_fused):
         # The measured rank makes its inputs before the measurement starts, and has no tokenizer.
         peak = found.peak.total - found.peak.inputs - found.peak.tokenizer
         assert peak == pytest.approx(real.peak, **within), f"rank {rank}"
-        assert found.host_copy == pytest.approx(real.host_copy, rel=HOST_COPY_BOUND)
-        if config.parallel.recompute == "none":
+        if config.lora.is_used and config.parallel.tensor > 1:
+            # The ranks share out the matrices that all of them have: half of an adapter.
+            assert 0.5 * found.host_copy < real.host_copy <= found.host_copy
+        else:
+            assert found.host_copy == pytest.approx(real.host_copy, rel=HOST_COPY_BOUND)
+        if config.parallel.recompute == "none" and not config.lora.is_used:
             # If parameters alone decided the comparison, it would say nothing about activations.
             assert found.peak.activations > 0.25 * peak
 

@@ -35,6 +35,7 @@ def test_a_recipe_has_all_stages(capsys) -> None:
     ("arguments", "message"),
     [
         (["demo"], "needs CONFIG and --gpus N"),
+        (["finetune_demo", "--gpus", "4"], "lora.rank = 16: the formulas of `bitdance plan` are those of training all"),
         (["demo", "--gpus", "4", "--gpu", "v100"], "--gpu v100: there is no such file"),
         (["ae_d16c32", "--gpus", "32"], "trains a tokenizer"),
         (["demo", "--gpus", "4", "parallel.tensor=3", "data.global_batch=7"], "data.global_batch = 7"),
