@@ -85,7 +85,7 @@ begin_start() {
     ((start > 0)) || return 0
     before=$(cat "$job_logs/$((start - 1))/decision" 2>/dev/null || true)
     if [[ -n $before && $before != "$EXIT_REQUEUE" ]]; then
-        # It was final, so somebody has started the job anew.
+        # It was final, so somebody has started the job again.
         rm -f "$job_logs/faults"
     elif [[ -z $before ]]; then
         # The machine was lost, or killed this script.

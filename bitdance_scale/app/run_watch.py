@@ -18,10 +18,10 @@ from bitdance_scale.observe.benchmark_scores import BENCHMARKS_FILE, OVERALL
 from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE
 from bitdance_scale.observe.overview import panel_pictures
 from bitdance_scale.observe.run_record import CONFIG_FILE, RunRecord, read_run
+from bitdance_scale.observe.sample_grids import sample_steps, samples_path
 from bitdance_scale.observe.tokenizer_overview import is_tokenizer_run, read_tokenizer_run, tokenizer_overview
 from bitdance_scale.train.run_lock import LOCK_FILE, STALE_S
 
-SAMPLES_PATTERN = "samples/step_*.png"
 READ_FILES = (METRICS_FILE, EVALUATION_FILE, BENCHMARKS_FILE, CONFIG_FILE)
 MOST_OF_THE_TIME = 0.1
 """Share of the time that drawing the curves may take: a run may be training on the same processor."""
@@ -101,15 +101,14 @@ class RunWatch:
 
     def sample_steps(self) -> list[int]:
         """Steps of which there is a grid of samples, newest first."""
-        found = [path.stem.removeprefix("step_") for path in self.folder.glob(SAMPLES_PATTERN)]
-        return sorted((int(step) for step in found if step.isdecimal()), reverse=True)
+        return sample_steps(self.folder)[::-1]
 
     def sample_png(self, step: int) -> bytes | None:
         """The grid of samples of a step; None: it is not there any more."""
-        for path in self.folder.glob(SAMPLES_PATTERN):
-            if path.stem.removeprefix("step_").isdecimal() and int(path.stem.removeprefix("step_")) == step:
-                return path.read_bytes()
-        return None
+        try:
+            return samples_path(self.folder, step).read_bytes()
+        except FileNotFoundError:
+            return None
 
     def _stamp(self) -> Stamp:
         found = []

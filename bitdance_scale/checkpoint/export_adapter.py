@@ -19,6 +19,7 @@ from bitdance_scale.checkpoint.conversion_folder import (
     misread,
     write_conversion_report,
 )
+from bitdance_scale.checkpoint.export_card import ShareOptions, adapter_facts
 from bitdance_scale.checkpoint.export_release import ExportedRun, run_of
 from bitdance_scale.checkpoint.frozen_base import digest_of
 from bitdance_scale.checkpoint.published_files import TensorFileWriter, file_digests
@@ -37,6 +38,7 @@ from bitdance_scale.model.adapter_folder import (
     tensor_names,
 )
 from bitdance_scale.model.published_names import Part
+from bitdance_scale.sharing.card import CardFacts, write_card
 from bitdance_scale.weight_files import TensorSpec
 
 
@@ -50,18 +52,24 @@ class _Tensor:
 
 
 def export_adapter(
-    adapters: RunAdapters, out: Path, *, dtypes: Mapping[Part, str] | None = None, is_forced: bool = False
-) -> ExportedRun | None:
-    """Writes the adapters of a checkpoint, and reads them back.
+    adapters: RunAdapters,
+    out: Path,
+    *,
+    dtypes: Mapping[Part, str] | None = None,
+    options: ShareOptions | None = None,
+    is_forced: bool = False,
+) -> tuple[ExportedRun, CardFacts]:
+    """Writes the adapters of a checkpoint with their card, and reads them back.
 
     Args:
         adapters: from `open_run_adapters`.
         out: the folder to make.
         dtypes: of the tensors of a part; float32 for the others. Query tokens are the backbone's.
+        options: what the user says of them to those with whom they are shared; None: nothing.
         is_forced: whether an earlier conversion there is replaced.
 
     Returns:
-        The run, and how far it is.
+        (the run, and how far it is; what the card says).
 
     Raises:
         CheckpointError: the run is of a network that PEFT cannot load, or has query tokens that its base lacks; the
@@ -78,6 +86,8 @@ def export_adapter(
     check_destination(out, is_forced=is_forced, num_bytes=num_bytes)
     adapters.stored.check_files(adapters.tensor_files())
     run = run_of(adapters.path, adapters.state)
+    assert run is not None, "adapters are of a run"
+    facts = adapter_facts(adapters, run, options or ShareOptions())
     with conversion_folder(out) as folder:
         digests = {}
         for file, tensors in files.items():
@@ -88,20 +98,21 @@ def export_adapter(
             if file_digests(folder / file) != writer.digests:
                 raise misread(file)
         _write_texts(adapters, folder)
+        write_card(folder, facts)
         write_conversion_report(
             folder,
             {
                 "source": str(adapters.path),
                 "kind": "adapters",
                 "step": adapters.state.step,
-                "run": None if run is None else vars(run) | {"is_finished": run.is_finished},
+                "run": vars(run) | {"is_finished": run.is_finished},
                 "weights": adapters.weights,
                 "version": bitdance_scale.__version__,
                 "reloaded": "every tensor, by the SHA-256 of what was written",
                 "tensor_sha256": digests,
             },
         )
-    return run
+    return run, facts
 
 
 def _check_shareable(adapters: RunAdapters) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import tomllib
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitdance_scale.checkpoint.remote_folder import is_remote
-from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME, read_run_section, read_state
+from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME, TrainState, read_run_section, read_state
 from bitdance_scale.checkpoint.shared_base import SharedBase, read_base
 from bitdance_scale.checkpoint.start_weights import find_checkpoint
 from bitdance_scale.checkpoint.step_names import CHECKPOINTS_DIR
@@ -24,7 +25,8 @@ from bitdance_scale.sharing.licences import stated_licence
 from bitdance_scale.sharing.run_facts import RunCounts, find_samples, hub_datasets, run_tables, score_table
 
 if TYPE_CHECKING:
-    from bitdance_scale.checkpoint.export_release import Export
+    from bitdance_scale.checkpoint.export_release import Export, ExportedRun
+    from bitdance_scale.checkpoint.run_adapters import RunAdapters
 
 MAX_STARTS = 16
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -66,43 +68,92 @@ def export_facts(export: Export, options: ShareOptions) -> CardFacts:
         DataError: a file of the run, or one of scores, is damaged.
     """
     base = read_base(export.state.release)
-    licence = stated_licence(
-        options.licence, options.licence_name, options.licence_file, base.licence if base is not None else None
+    known = _known(export.path, export.state, export.run, options)
+    has_text = export.network.model.parts.has_text
+    return dataclasses.replace(
+        known.facts,
+        summary=_summary(export, base),
+        library="diffusers" if export.layout is DIFFUSERS else "bitdance_scale",
+        pipeline_tag="text-to-image" if has_text else "",
+        tags=_tags("text-to-image" if has_text else "class-conditional", export.run),
+        usage=_usage(export, _size_px(export, known.config)),
+        base_relation="finetune" if export.run is not None else "",
+        limitations=tuple(_limitations(export.run, known.has_scores, export.beyond_release)),
     )
-    base_id = options.base_model or (base.hub_id if base is not None else "")
+
+
+def adapter_facts(adapters: RunAdapters, run: ExportedRun, options: ShareOptions) -> CardFacts:
+    """All that the card of a folder of adapters says; otherwise as `export_facts`."""
+    known = _known(adapters.path, adapters.state, run, options)
+    source = adapters.source
+    others = ["the whole projector of the bits"] if source.projector else []
+    others += [f"changes of {source.num_queries} query tokens"] if source.num_queries else []
+    beside = f" With them come {' and '.join(others)}." if others else ""
+    height, width = known.config["sample"]["size_px"]
+    command = f'bitdance sample BASE --adapter FOLDER --prompt "a red circle" --size {height}x{width} --out pictures'
+    return dataclasses.replace(
+        known.facts,
+        summary=f"These are adapters for {code(adapters.base.name)}, a model of the {_PAPER} family: low-rank changes "
+        f"(LoRA, rank {adapters.section.rank}) of {len(source.matrices)} of its linears.{beside} Without that model "
+        f"they are of no use. {_trained_weights(adapters.weights, run)}",
+        library="peft",
+        pipeline_tag="text-to-image",
+        tags=("lora", *_tags("text-to-image", run)),
+        usage=f"```\n{command}\n```\n\n`bitdance` is the command of bitdance_scale; BASE is the folder of the model. "
+        "PEFT loads what is of the language model; head, projector and query tokens are in files of their own.",
+        base_relation="adapter",
+        limitations=tuple(_limitations(run, known.has_scores, {})),
+    )
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What cards of all kinds of exports say.
+
+    Attributes:
+        facts: without what is particular to a kind.
+        config: of the checkpoint.
+        has_scores: whether there are scores among the tables.
+    """
+
+    facts: CardFacts
+    config: Mapping[str, Any]
+    has_scores: bool
+
+
+def _known(path: Path, state: TrainState, run: ExportedRun | None, options: ShareOptions) -> _Known:
+    """What the files of a checkpoint, of its run and the user say; otherwise as `export_facts`."""
+    base = read_base(state.release)
     if options.base_model and not _HUB_ID.fullmatch(options.base_model):
         raise ConfigError(
             f"--base-model {options.base_model!r}: must be an id of Hugging Face's, such as Qwen/Qwen3-14B"
         )
-    name = options.model_name or (export.run.name if export.run is not None else base.name if base else "BitDance")
-    config = tomllib.loads((export.path / CONFIG_NAME).read_text(encoding="utf-8"))
-    folder = export.path.parents[1] if export.path.parent.name == CHECKPOINTS_DIR else None
-    tables: list[Table] = []
-    if export.run is None:
-        # What is beside an import is not of a run.
-        folder = None
-    else:
-        tables += run_tables(config, _counts(export), folder)
-    samples, prompts = find_samples(config, folder, export.state.step)
-    scores = score_table(config, folder, export.state.step, options.scores)
-    return CardFacts(
-        title=name,
-        summary=_summary(export, base),
-        library="diffusers" if export.layout is DIFFUSERS else "bitdance_scale",
-        pipeline_tag="text-to-image" if export.network.model.parts.has_text else "",
-        tags=_tags(export),
-        licence=licence,
-        usage=_usage(export, _size_px(export, config)),
+    base_id = options.base_model or (base.hub_id if base is not None else "")
+    config = tomllib.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+    # What is beside an import is not of a run.
+    folder = path.parents[1] if run is not None and path.parent.name == CHECKPOINTS_DIR else None
+    tables: list[Table] = [] if run is None else [*run_tables(config, _counts(state, run), folder)]
+    samples, prompts = find_samples(config, folder, state.step)
+    scores = score_table(config, folder, state.step, options.scores)
+    facts = CardFacts(
+        title=options.model_name or (run.name if run is not None else base.name if base else "BitDance"),
+        summary="",
+        library="",
+        pipeline_tag="",
+        tags=(),
+        licence=stated_licence(
+            options.licence, options.licence_name, options.licence_file, base.licence if base is not None else None
+        ),
+        usage="",
         authors=options.authors,
         base_models=(base_id,) if base_id else (),
-        base_relation="finetune" if export.run is not None else "",
         datasets=hub_datasets(config),
-        origin=tuple(starts_of(export.path, base)),
+        origin=tuple(starts_of(path, base)),
         tables=(*tables, *([scores] if scores is not None else [])),
         prompts=prompts,
         samples=samples,
-        limitations=tuple(_limitations(export, has_scores=scores is not None)),
     )
+    return _Known(facts, config, scores is not None)
 
 
 def starts_of(checkpoint: Path, base: SharedBase | None) -> Iterator[str]:
@@ -151,9 +202,7 @@ def _start_name(start: str) -> str:
     return parts[-3] if len(parts) > 2 and parts[-2] == CHECKPOINTS_DIR else parts[-1]
 
 
-def _counts(export: Export) -> RunCounts:
-    state, run = export.state, export.run
-    assert run is not None
+def _counts(state: TrainState, run: ExportedRun) -> RunCounts:
     return RunCounts(
         state.step, run.num_steps, state.images, state.tokens, state.images_by_resolution, state.skipped_samples
     )
@@ -170,20 +219,22 @@ def _summary(export: Export, base: SharedBase | None) -> str:
     if export.run is None:
         how = f"These are the weights of {code(base.name)}, converted and not trained any further." if base else ""
     else:
-        how = (
-            f"The weights are the {export.stated_weights} ones of run {code(export.run.name)} "
-            f"({STAGES[export.run.stage].title}) after {export.run.step:,} of {export.run.num_steps:,} steps."
-        )
+        how = _trained_weights(export.stated_weights, export.run)
     return f"This is {kind} of the {_PAPER} family. {drawn} {how}".rstrip()
+
+
+def _trained_weights(kind: str, run: ExportedRun) -> str:
+    stage = STAGES[run.stage].title
+    after = f"after {run.step:,} of {run.num_steps:,} steps"
+    return f"The weights are the {kind} ones of run {code(run.name)} ({stage}) {after}."
 
 
 def _num_elements(export: Export) -> int:
     return sum(math.prod(spec.shape) for _, spec in export.tensors(export.weights))
 
 
-def _tags(export: Export) -> tuple[str, ...]:
-    kind = "text-to-image" if export.network.model.parts.has_text else "class-conditional"
-    stage = (export.run.stage,) if export.run is not None else ()
+def _tags(kind: str, run: ExportedRun | None) -> tuple[str, ...]:
+    stage = (run.stage,) if run is not None else ()
     return ("bitdance", "autoregressive", "binary-tokens", kind, *stage, "arxiv:2602.14041")
 
 
@@ -227,13 +278,13 @@ def _size_px(export: Export, config: Mapping[str, Any]) -> tuple[int, int]:
     return side_px, side_px
 
 
-def _limitations(export: Export, *, has_scores: bool) -> Iterator[str]:
-    if export.run is not None and not export.run.is_finished:
-        yield f"The run had not finished: the weights are at {code(str(export.run))}."
+def _limitations(run: ExportedRun | None, has_scores: bool, beyond_release: Mapping[str, Any]) -> Iterator[str]:
+    if run is not None and not run.is_finished:
+        yield f"The run had not finished: the weights are at {code(str(run))}."
     if not has_scores:
         yield "No score of a benchmark was with the run, so how good its pictures are is not stated here."
-    if extra := export.beyond_release:
-        names = ", ".join(code(name) for name in extra)
+    if beyond_release:
+        names = ", ".join(code(name) for name in beyond_release)
         yield f"Sizes that the published BitDance code does not know ({names}): that code refuses this folder."
     yield "Nothing filters prompts or pictures. What the training data showed, wrongly or harmfully, can come back."
     yield "Words in pictures, numbers of things and positions are where such models are known to fail."

@@ -34,9 +34,11 @@ from bitdance_scale.train.process import EXIT_COMPLETE
 from bitdance_scale.wording import file_size
 
 if TYPE_CHECKING:
+    from bitdance_scale.checkpoint.export_card import ShareOptions
     from bitdance_scale.checkpoint.export_release import Export
     from bitdance_scale.checkpoint.run_adapters import RunAdapters
     from bitdance_scale.model.published_names import Part
+    from bitdance_scale.sharing.card import CardFacts
 
 # The names of `generate.published_layout.LAYOUTS`, which imports torch.
 LAYOUTS = ("release", "diffusers")
@@ -168,15 +170,18 @@ def _export_adapter(options: argparse.Namespace) -> int:
     """Writes the adapters of a run."""
     from bitdance_scale.checkpoint.export_adapter import export_adapter
 
-    _refuse_unused(options, ("layout", *SHARED), "a folder of adapters has none; leave it out, or add --merge")
+    _refuse_unused(options, ("layout",), "a folder of adapters has none; leave it out, or add --merge")
     adapters = _open_adapters(options)
-    run = export_adapter(adapters, options.out, dtypes=_dtypes(options), is_forced=options.force)
-    if run is not None and not run.is_finished:
+    run, facts = export_adapter(
+        adapters, options.out, dtypes=_dtypes(options), options=_shared(options), is_forced=options.force
+    )
+    if not run.is_finished:
         print(f"warning: {adapters.path} is at {run}: the run has not finished", file=sys.stderr)
     print(
         f"{options.out}: adapters of {len(adapters.source.matrices)} linears, rank {adapters.section.rank}, "
         f"{adapters.weights} weights, step {adapters.state.step} of {adapters.path}; --merge writes the whole model"
     )
+    _tell_licence(options.out, facts)
     return EXIT_COMPLETE
 
 
@@ -215,10 +220,29 @@ def _refuse_unused(options: argparse.Namespace, names: Sequence[str], reason: st
 def _export(options: argparse.Namespace, export: Export) -> int:
     from tqdm import tqdm
 
-    from bitdance_scale.checkpoint.export_card import ShareOptions
     from bitdance_scale.checkpoint.export_release import export_release
 
-    said = ShareOptions(
+    if export.warning:
+        print(f"warning: {export.warning}", file=sys.stderr)
+    with tqdm(total=2 * export.num_bytes, unit="B", unit_scale=True, desc="write, read back", mininterval=0.5) as bar:
+        facts = export_release(
+            export, options.out, options=_shared(options), is_forced=options.force, on_bytes=bar.update
+        )
+    size, source = file_size(export.num_bytes), f"step {export.state.step} of {export.path}"
+    is_chosen = options.weights or export.stated_weights == "trained" or not export.network.model.parts.has_text
+    other = "" if is_chosen else "; --weights trained writes the others"
+    print(f"{options.out}: {size}, {export.stated_weights} weights, {source}{other}")
+    _tell_licence(options.out, facts)
+    if extra := export.beyond_release:
+        print(f"note: it has {extra}, {_EXTRA[export.network.model.parts.has_text]}", file=sys.stderr)
+    return EXIT_COMPLETE
+
+
+def _shared(options: argparse.Namespace) -> ShareOptions:
+    """What the user says of an export to those with whom it is shared."""
+    from bitdance_scale.checkpoint.export_card import ShareOptions
+
+    return ShareOptions(
         licence=options.license,
         licence_name=options.license_name,
         licence_file=options.license_file,
@@ -227,20 +251,10 @@ def _export(options: argparse.Namespace, export: Export) -> int:
         authors=tuple(options.authors),
         scores=tuple(options.scores),
     )
-    if export.warning:
-        print(f"warning: {export.warning}", file=sys.stderr)
-    with tqdm(total=2 * export.num_bytes, unit="B", unit_scale=True, desc="write, read back", mininterval=0.5) as bar:
-        facts = export_release(export, options.out, options=said, is_forced=options.force, on_bytes=bar.update)
-    size, source = file_size(export.num_bytes), f"step {export.state.step} of {export.path}"
-    is_chosen = options.weights or export.stated_weights == "trained" or not export.network.model.parts.has_text
-    other = "" if is_chosen else "; --weights trained writes the others"
-    print(f"{options.out}: {size}, {export.stated_weights} weights, {source}{other}")
+
+
+def _tell_licence(out: Path, facts: CardFacts) -> None:
     licence = facts.licence.name or facts.licence.id
-    print(
-        f"{options.out}/README.md: a generated card, licence {licence}; read and correct it before you share the folder"
-    )
+    print(f"{out}/README.md: a generated card, licence {licence}; read and correct it before you share the folder")
     if not facts.licence.is_stated:
         print("note: no licence is stated; say which with --license (docs/sharing.md)", file=sys.stderr)
-    if extra := export.beyond_release:
-        print(f"note: it has {extra}, {_EXTRA[export.network.model.parts.has_text]}", file=sys.stderr)
-    return EXIT_COMPLETE

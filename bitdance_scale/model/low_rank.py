@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -78,24 +77,14 @@ def initial_bound(in_size: int) -> float:
     return in_size**-0.5
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of the inputs of linears.
-
-    Attributes:
-        keys: int64 [N], one per row.
-    """
-
-    keys: torch.Tensor
-
-
-_rows: list[_Rows | None] = [None]
+# One for the process: a backward pass, which computes layers again, may be in another thread.
+_rows: list[torch.Tensor | None] = [None]
 
 
 @contextlib.contextmanager
 def dropout_rows(keys: torch.Tensor | None) -> Iterator[None]:
     """Within it the rows of the inputs of adapters have these keys, int64 [N]; None: nothing is dropped."""
-    before, _rows[0] = _rows[0], None if keys is None else _Rows(keys)
+    before, _rows[0] = _rows[0], keys
     try:
         yield
     finally:
@@ -104,7 +93,7 @@ def dropout_rows(keys: torch.Tensor | None) -> Iterator[None]:
 
 def current_rows() -> torch.Tensor | None:
     """The keys of the rows that pass through the network now, for a function that is called a second time."""
-    return None if _rows[0] is None else _rows[0].keys
+    return _rows[0]
 
 
 def name_key(name: str) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
 
 from bitdance_scale.config.lora_schema import LoraSection
 from bitdance_scale.config.schema import NetworkConfig, RunConfig
@@ -23,14 +22,6 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 def adapted_linears(network: NetworkConfig, vocab_size: int, section: LoraSection) -> tuple[AdaptableLinear, ...]:
     """The linears that have an adapter."""
     return tuple(targets(network, vocab_size, section.targets))
-
-
-def adapter_elements(config: RunConfig, vocab_size: int) -> Mapping[Part, int]:
-    """Elements of the two matrices of all adapters, by part."""
-    elements = dict.fromkeys(Part, 0)
-    for linear in adapted_linears(config.network, vocab_size, config.lora):
-        elements[linear.part] += config.lora.rank * (linear.in_size + linear.out_size)
-    return elements
 
 
 def adapter_flops(config: RunConfig, vocab_size: int, num_positions: int, num_predicted: int, num_blocks: int) -> int:
@@ -61,6 +52,7 @@ def backward_share(config: RunConfig, vocab_size: int) -> float:
 
 def trained_elements(config: RunConfig, vocab_size: int, projector: int) -> int:
     """Elements of all that is trained; `projector`: those of the projector."""
-    total = sum(adapter_elements(config, vocab_size).values())
+    linears = adapted_linears(config.network, vocab_size, config.lora)
+    total = sum(config.lora.rank * (linear.in_size + linear.out_size) for linear in linears)
     total += projector if config.lora.train_projector else 0
     return total + (config.vision.block_tokens - 1) * config.model.hidden_size * int(config.lora.train_queries)

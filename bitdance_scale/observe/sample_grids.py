@@ -33,9 +33,14 @@ def samples_path(run_folder: Path, step: int) -> Path:
 
 def newest_samples(run_folder: Path) -> Path | None:
     """The grid of the last step that has one; None: there is none."""
-    grids = (run_folder / SAMPLES_DIR).glob("step_*.png")
-    # By number: the millionth step has a digit more than those before.
-    return max(grids, key=lambda path: int(path.stem.removeprefix("step_")), default=None)
+    steps = sample_steps(run_folder)
+    return samples_path(run_folder, steps[-1]) if steps else None
+
+
+def sample_steps(run_folder: Path) -> list[int]:
+    """Steps of which there is a grid, in order."""
+    found = [path.stem.removeprefix("step_") for path in (run_folder / SAMPLES_DIR).glob("step_*.png")]
+    return sorted(int(step) for step in found if step.isdecimal())
 
 
 def has_start(run_folder: Path) -> bool:

@@ -71,15 +71,11 @@ def _make_adapter(
     out_size, in_size = tensor.shape
     if split is Split.INPUT:
         a = Placement.split((rank, placement.local_shape[1]), 1, topology.tensor_rank, topology.tensor_size)
-        whole_out = {name: Placement.replicated((num_rows, rank)) for name, num_rows in _sizes(tensor).items()}
     else:
         a = Placement.replicated((rank, in_size))
-        whole_out = {}
+    num_rows = {part.published: part.out_size for part in linears_of(tensor)}
     own = _own_rows(tensor, placement if split is Split.OUTPUT else Placement.replicated((out_size, in_size)))
-    parts = [
-        AdaptedPart(key, a, whole_out.get(name) or _rows_placement(own[name], _sizes(tensor)[name], rank))
-        for name, key in keys.items()
-    ]
+    parts = [AdaptedPart(key, a, _rows_placement(own[name], num_rows[name], rank)) for name, key in keys.items()]
     name = tensor.name.removesuffix(".weight")
     facts = AdaptedLinear(
         name=name,
@@ -92,11 +88,6 @@ def _make_adapter(
     dropout = 0.0 if ".time_embed." in name else config.lora.dropout
     dtype = getattr(torch, config.run.dtype)
     return Adapter(facts, parts, config.lora.scale, dropout, dtype, topology.tensor_rank, topology.tensor_size)
-
-
-def _sizes(tensor: NamedTensor) -> dict[str, int]:
-    """Published tensor -> rows, of those that one of ours stacks."""
-    return {linear.published: linear.out_size for linear in linears_of(tensor)}
 
 
 def _own_rows(tensor: NamedTensor, placement: Placement) -> dict[str, list[tuple[int, int]]]:

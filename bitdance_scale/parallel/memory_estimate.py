@@ -14,7 +14,7 @@ import dataclasses
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from bitdance_scale.parallel.build import build_stages, engine_of
 from bitdance_scale.parallel.engine import TrainingEngine
 from bitdance_scale.parallel.fake_ranks import join_fake_job, no_memory
 from bitdance_scale.parallel.memory_parts import Bytes, num_in_flight
+from bitdance_scale.parallel.partition import ShardedValue
 from bitdance_scale.parallel.step import accumulate_gradients, count_targets
 from bitdance_scale.parallel.storage_log import Peak, StorageLog
 from bitdance_scale.parallel.topology import Topology
@@ -120,6 +121,7 @@ def estimate_memory_here(
         building_peak = log.peak(0, log.position).total
         batch, _kept = ([_copy(made[id(pack)], log) for pack in group] for group in (packs, waiting))
         held, peak, most_activations = _run_steps(log, engine, batch, config, topology)
+        host_copy = _host_copy(engine, config, topology)
     tokenizer = _tokenizer_bytes(config.vision)
     largest = next(storage for storage in peak.storages if storage.role in ("buffers", "activations"))
     return MemoryEstimate(
@@ -130,27 +132,29 @@ def estimate_memory_here(
         largest=(largest.maker, largest.nbytes),
         num_micro_batches=len(packs) + len(waiting),
         num_in_flight=min(in_flight, (len(packs) + len(waiting)) * config.parallel.virtual_stages),
-        host_copy=_host_copy(config, topology, **held),
+        host_copy=host_copy,
     )
 
 
-def _host_copy(
-    config: RunConfig, topology: Topology, *, weights: int, masters: int, moments: int, averages: int = 0, **_: int
-) -> int:
-    """Every element is copied by one rank: replicas share the weights out, unless ZeRO-3 has done so already.
+def _host_copy(engine: TrainingEngine, config: RunConfig, topology: Topology) -> int:
+    """Bytes of what a checkpoint has, each element of which is copied by one rank.
 
-    A run with adapters saves what it trains. Of matrices that all tensor-parallel ranks have, which one of them copies,
-    each counts its own here.
+    Replicas share the weights out, unless ZeRO-3 has done so already, and tensor-parallel ranks what all of them have.
     """
     if not config.checkpoint.in_background:
         return 0
-    if config.lora.is_used:
-        # Of the elements that have float32 masters, in the dtype of the run.
-        parts = 1 if config.parallel.zero_stage == 3 else topology.data_size
-        weights = masters * parts * getattr(torch, config.run.dtype).itemsize // torch.float32.itemsize
-    return (
-        masters + moments + averages + (weights if config.parallel.zero_stage == 3 else weights // topology.data_size)
-    )
+
+    def held(values: Mapping[str, ShardedValue], num_replicas: int) -> float:
+        total = 0.0
+        for name, value in values.items():
+            # Those of the optimiser are called by kind and parameter.
+            located = engine.parameters.get(name) or engine.parameters[name.partition(".")[2]]
+            num_holders = num_replicas * (topology.tensor_size if located.placement.dim is None else 1)
+            total += sum(piece.tensor.nbytes for piece in value.pieces) / num_holders
+        return total
+
+    num_replicas = 1 if config.parallel.zero_stage == 3 else topology.data_size
+    return round(held(engine.trained_values(), num_replicas) + held(engine.optimizer_values(), 1))
 
 
 def packs_to_run(config: RunConfig, num_replicas: int, in_flight: int) -> tuple[list[Pack], list[Pack]]:

@@ -178,6 +178,18 @@ def _training_rows(config: Mapping[str, Any], counts: RunCounts) -> Iterator[Row
             "average_decay": "decay of averaged weights",
         },
     )
+    lora = config.get("lora", {})
+    if lora.get("rank"):
+        yield from _named_rows(
+            lora,
+            {
+                "rank": "rank of the adapters",
+                "alpha": "alpha of the adapters",
+                "dropout": "inputs dropped before the adapters",
+                "base_bits": "bits of the frozen linears",
+            },
+        )
+        yield "adapted linears", ", ".join(lora.get("targets", []))
     if {"beta1", "beta2", "eps"} <= optim.keys():
         yield "AdamW", f"betas {optim['beta1']:g} and {optim['beta2']:g}, eps {optim['eps']:g}"
     yield from _named_rows(

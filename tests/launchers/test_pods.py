@@ -124,7 +124,7 @@ def test_pods_that_crash_are_started_again_until_they_crash_too_often(tmp_path, 
     assert "gave up at fault 2, 1 allowed" in cluster.text()
 
 
-def test_a_lost_machine_is_a_fault_and_its_pods_are_made_anew(tmp_path, pods):
+def test_a_lost_machine_is_a_fault_and_its_pods_are_replaced(tmp_path, pods):
     cluster = Cluster(tmp_path, JOBSET)
     container_of(cluster.jobset)["args"] = ["pt", "tests/slurm/stand_in.py"]
     waits = tmp_path / "waits"

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from bitdance_scale.checkpoint.export_adapter import export_adapter
+from bitdance_scale.checkpoint.export_card import ShareOptions
 from bitdance_scale.checkpoint.named_adapters import parse_adapters
 from bitdance_scale.checkpoint.run_adapters import open_run_adapters
 from bitdance_scale.errors import CheckpointError, ConfigError
@@ -54,6 +56,8 @@ def from_peft(copy) -> Path:
 def test_what_an_export_holds(published, run, folder):
     names = {path.name for path in folder.iterdir()}
     assert names == {
+        "LICENSE",
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "bitdance_adapter.json",
@@ -75,6 +79,20 @@ def test_what_an_export_holds(published, run, folder):
     assert facts["base"]["sizes"]["vision.block_side"] == 4
     report = read_json(folder / "conversion_report.json")
     assert (report["weights"], report["step"], report["run"]["is_finished"]) == ("trained", 3, True)
+
+
+def test_its_card_says_what_it_is_and_whose(folder, run, tmp_path):
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    fields = yaml.safe_load(card.split("---\n")[1])
+    assert fields["library_name"] == "peft" and "lora" in fields["tags"] and "base_model" not in fields
+    assert "rank 3" in card and "| rank of the adapters | 3 |" in card and "No licence is stated" in card
+    out = tmp_path / "named"
+    options = ShareOptions(licence="apache-2.0", model_name="Corners", base_model="someone/base", authors=("A. B.",))
+    _, facts = export_adapter(open_run_adapters(run), out, options=options)
+    card = (out / "README.md").read_text(encoding="utf-8")
+    fields = yaml.safe_load(card.split("---\n")[1])
+    assert (fields["base_model"], fields["base_model_relation"]) == (["someone/base"], "adapter")
+    assert fields["license"] == facts.licence.id == "apache-2.0" and "# Corners" in card and "A. B." in card
 
 
 def test_which_weights_and_dtypes(run, folder, tmp_path):

@@ -51,7 +51,7 @@ def jobset(request):
         ([127], [], FAIL_JOBSET),
     ],
 )
-def test_exit_code_decides_whether_pods_are_made_anew(jobset, codes, conditions, action):
+def test_exit_code_decides_whether_pods_are_replaced(jobset, codes, conditions, action):
     reason = job_failure(job_of(jobset), codes, conditions)
     assert jobset_action(jobset, reason) == action
 
