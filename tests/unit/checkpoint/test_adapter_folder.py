@@ -91,7 +91,7 @@ def test_its_card_says_what_it_is_and_whose(folder, run, tmp_path):
     _, facts = export_adapter(open_run_adapters(run), out, options=options)
     card = (out / "README.md").read_text(encoding="utf-8")
     fields = yaml.safe_load(card.split("---\n")[1])
-    assert (fields["base_model"], fields["base_model_relation"]) == (["someone/base"], "adapter")
+    assert (fields["base_model"], fields["base_model_relation"]) == ("someone/base", "adapter")
     assert fields["license"] == facts.licence.id == "apache-2.0" and "# Corners" in card and "A. B." in card
 
 
@@ -117,7 +117,7 @@ def test_only_adapters_of_the_backbone_or_the_head(imported, tmp_path):
         run = write_adapted_run(imported, tmp_path / f"{name}_run", dataclasses.replace(LORA, targets=targets))
         export_adapter(open_run_adapters(run), tmp_path / name)
         found = {path.name for path in (tmp_path / name).iterdir()}
-        assert found == files | {"bitdance_adapter.json", "conversion_report.json"}
+        assert found == files | {"bitdance_adapter.json", "conversion_report.json", "LICENSE", "README.md"}
         assert len(open_adapter_folder(tmp_path / name).matrices) == (2 if name == "head" else 4)
 
 
