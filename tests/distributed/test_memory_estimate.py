@@ -46,7 +46,7 @@ def test_estimate_is_what_ranks_allocate(world_size, parallel, dtype, is_fused):
 @pytest.mark.parametrize(
     ("bits", "parallel"),
     [
-        (16, {"recompute": "full"}),
+        pytest.param(16, {"recompute": "full"}, marks=pytest.mark.large),
         (4, {"recompute": "full"}),
         pytest.param(8, {"recompute": "none"}, marks=pytest.mark.large),
         pytest.param(16, {"recompute": "selective", "tensor": 2}, marks=pytest.mark.large),
