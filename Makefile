@@ -46,8 +46,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt tests/transformers-4.57.txt t
 	@touch $@
 
 demo-data: setup
-	$(BIN)/bitdance demo-data data/demo --images 4000
-	$(BIN)/bitdance demo-data data/demo_held_out --images 200 --seed 1000
+	$(BIN)/bitdance demo-data data/demo data/demo_held_out
 
 pretrain: demo-data  ## draw the demo images, train on them; ARGS= overrides settings, NPROC= processes
 	$(BIN)/bitdance train $(CONFIG) --nproc $(NPROC) $(ARGS)

@@ -16,7 +16,16 @@ import time
 from collections.abc import Sequence
 
 from bitdance_scale.cli.command import CommandParser, positive, run_command
-from bitdance_scale.demo.shards import CLASS_SETS, DEFAULT_IMAGES, SHIPPED_SETS, STYLES, write_folder, write_shards
+from bitdance_scale.demo.shards import (
+    CLASS_SETS,
+    DEFAULT_IMAGES,
+    MIX_NAMES,
+    SHIPPED_SETS,
+    STYLES,
+    ShippedSet,
+    write_folder,
+    write_shards,
+)
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.train.process import EXIT_COMPLETE
 
@@ -37,22 +46,29 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument("--classes", action="store_true", help="small scenes of classes by colour and shape")
     parser.add_argument("--folder", action="store_true", help="a folder of .jpg and .txt files instead of shards")
     parser.add_argument("--style", choices=STYLES, default="", help="of all pictures (default: none)")
+    parser.add_argument(
+        "--mix", choices=MIX_NAMES, help="all kinds of scenes, or one large object (default: that of a set of the demo)"
+    )
     parser.add_argument("--force", action="store_true", help="replace a demo data set of other arguments")
     return run_command(parser, arguments, _run)
 
 
 def _run(options: argparse.Namespace) -> int:
     for out in options.out or DEMO_FOLDERS:
-        num_images, seed = SHIPPED_SETS.get(out, (DEFAULT_IMAGES, 0))
-        num_images = options.images or num_images
-        seed = seed if options.seed is None else options.seed
+        shipped = SHIPPED_SETS.get(out, ShippedSet(DEFAULT_IMAGES, 0))
+        num_images, mix = options.images or shipped.num_images, options.mix or shipped.mix
+        seed = shipped.seed if options.seed is None else options.seed
         start_s = time.monotonic()
         has_classes = options.classes or out in CLASS_SETS
+        if has_classes and options.mix:
+            raise ConfigError(f"{out}: --mix {options.mix}: class scenes have no mix; leave it out")
         if options.folder:
             _refuse_classes(out, has_classes)
-            is_new = write_folder(out, num_images, seed, options.force, options.style)
+            is_new = write_folder(out, num_images, seed, options.force, options.style, mix)
         else:
-            is_new = write_shards(out, num_images, options.per_shard, seed, options.force, has_classes, options.style)
+            is_new = write_shards(
+                out, num_images, options.per_shard, seed, options.force, has_classes, options.style, mix
+            )
         if is_new:
             print(f"{out}: {num_images} images written in {time.monotonic() - start_s:.1f} s")
         else:

@@ -58,6 +58,9 @@ class RunBenchmark:
         48,
         doc="At most so many of its prompts: the same ones in every run, spread evenly over the categories. 0: all.",
     )
+    categories: tuple[str, ...] = setting(
+        (), doc="Its categories that are drawn; empty: all.", example='["single_object", "colors"]'
+    )
     num_images: int = setting(1, doc="Images of each prompt.")
     batch_size: int = setting(
         8, doc="Images that a replica draws together, whatever the number of replicas; it changes their last bits."

@@ -9,12 +9,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What a set of scenes is made of.
+
+    Attributes:
+        shares: of the categories; they add up to 1.
+        aspects: widths over heights, all equally frequent.
+        shaded_share: share of the pictures whose background is shaded.
+    """
+
+    shares: Mapping[str, float]
+    aspects: tuple[float, ...]
+    shaded_share: float
+
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
@@ -92,6 +109,22 @@ CATEGORY_SHARES = {
     "words": 0.08,
 }
 ASPECTS = (1.0, 1.0, 1.0, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 2.0, 1 / 2)
+# Four in five pictures are square.
+OBJECT_ASPECTS = (*(1.0,) * 24, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 2.0, 1 / 2)
+OBJECT_SHARES = {
+    "single_object": 0.4,
+    "two_objects": 0.03,
+    "counting": 0.05,
+    "colors": 0.45,
+    "position": 0.04,
+    "color_attribution": 0.02,
+    "words": 0.01,
+}
+MIXES: dict[str, Mix] = {
+    "scenes": Mix(CATEGORY_SHARES, ASPECTS, shaded_share=0.5),
+    "objects": Mix(OBJECT_SHARES, OBJECT_ASPECTS, shaded_share=0.1),
+}
+"""What a set of scenes is made of: everything alike, or mostly one large object on a plain square picture."""
 MIN_CONTRAST = 120.0
 # Of class scenes. The two shapes left out are not told apart in the tokenizer's picture of so few pixels.
 CLASS_COLORS = ("red", "yellow", "green", "blue")
@@ -146,9 +179,9 @@ class Scene:
         return dataclasses.asdict(self)
 
 
-def make_scene(seed: int, index: int) -> Scene:
-    """Scene `index` of `seed`; scenes of different seeds are independent draws."""
-    return _Composer(np.random.default_rng([seed, index])).compose()
+def make_scene(seed: int, index: int, mix: str = "scenes") -> Scene:
+    """Scene `index` of `seed` of one of `MIXES`; scenes of different seeds are independent draws."""
+    return _Composer(np.random.default_rng([seed, index]), MIXES[mix]).compose()
 
 
 def class_names() -> list[str]:
@@ -201,15 +234,17 @@ def render(scene: Scene) -> Image.Image:
 class _Composer:
     """Draws one scene's random choices in a fixed order."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
-        self.rng = rng
+    def __init__(self, rng: np.random.Generator, mix: Mix) -> None:
+        self.rng, self.mix = rng, mix
         self.size_px = self._size_px()
         self.background = self._pick(tuple(BACKGROUNDS))
         self.colors = colors_on(self.background)
-        self.shading = (0.0, 0.0) if rng.random() < 0.5 else tuple(np.round(rng.uniform(-1, 1, 2), 3).tolist())
+        self.shading = (
+            (0.0, 0.0) if rng.random() < 1 - mix.shaded_share else tuple(np.round(rng.uniform(-1, 1, 2), 3).tolist())
+        )
 
     def compose(self) -> Scene:
-        category = str(self.rng.choice(list(CATEGORY_SHARES), p=list(CATEGORY_SHARES.values())))
+        category = str(self.rng.choice(list(self.mix.shares), p=list(self.mix.shares.values())))
         if category == "words":
             word, color = self._pick(WORDS), self._pick(self.colors)
             template = self._pick(('the word "{}" in {}', 'the word "{}" in {} letters', 'a sign that says "{}" in {}'))
@@ -267,7 +302,7 @@ class _Composer:
 
     def _size_px(self) -> tuple[int, int]:
         """(width, height): short side 48..224, long side 64..320; two in five are at least 128 px in both."""
-        aspect = ASPECTS[self.rng.integers(len(ASPECTS))]
+        aspect = self.mix.aspects[self.rng.integers(len(self.mix.aspects))]
         low, high = ((48, 64), (64, 128), (128, 225))[self.rng.choice(3, p=[0.12, 0.46, 0.42])]
         long_over_short = max(aspect, 1 / aspect)
         short = min(int(self.rng.integers(low, high)), int(320 / long_over_short))

@@ -13,6 +13,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bitdance_scale.atomic_files import new_folder, write_bytes, write_text
@@ -20,16 +21,30 @@ from bitdance_scale.errors import DataError
 
 STYLES = ("corners",)
 """What `styles.py` draws; named here, as that file imports numpy."""
+MIX_NAMES = ("scenes", "objects")
+"""The keys of `scenes.MIXES`; named here for the same reason."""
 DEFAULT_IMAGES = 4000
-SHIPPED_SETS: Mapping[str, tuple[int, int]] = {
-    "data/demo": (DEFAULT_IMAGES, 0),
-    "data/demo_held_out": (200, 1000),
-    "data/demo_classes": (9600, 0),
-    "data/demo_classes_held_out": (480, 1000),
-    "data/tokenizer": (12000, 100),
-    "data/tokenizer_held_out": (512, 101),
+
+
+@dataclass(frozen=True)
+class ShippedSet:
+    """A data set of a configuration that comes with the package."""
+
+    num_images: int
+    seed: int
+    mix: str = "scenes"
+
+
+SHIPPED_SETS: Mapping[str, ShippedSet] = {
+    "data/demo": ShippedSet(8000, 0, "objects"),
+    "data/demo_scenes": ShippedSet(8000, 1),
+    "data/demo_held_out": ShippedSet(200, 1000),
+    "data/demo_classes": ShippedSet(9600, 0),
+    "data/demo_classes_held_out": ShippedSet(480, 1000),
+    "data/tokenizer": ShippedSet(12000, 100),
+    "data/tokenizer_held_out": ShippedSet(512, 101),
 }
-"""Data set of a configuration that comes with the package -> (images, seed)."""
+"""Folder -> what is in it."""
 CLASS_SETS = ("data/demo_classes", "data/demo_classes_held_out")
 """Those of them that are class scenes."""
 
@@ -63,6 +78,7 @@ def write_shards(
     is_forced: bool = False,
     has_classes: bool = False,
     style: str = "",
+    mix: str = "scenes",
 ) -> bool:
     """Writes the shards of `num_images` scenes into the folder `out`, unless they are there already.
 
@@ -77,6 +93,7 @@ def write_shards(
         is_forced: whether an earlier data set of other arguments is replaced.
         has_classes: whether the scenes are class scenes.
         style: one of `STYLES`; empty: none.
+        mix: one of `MIX_NAMES`, what the scenes are made of; class scenes have none.
 
     Returns:
         True if shards were written, False if `out` was complete for the same arguments.
@@ -86,12 +103,12 @@ def write_shards(
     """
     _check_numbers(num_images, per_shard, seed)
     kind = CLASS_KIND if has_classes else KIND
-    arguments = _arguments(style, kind=kind, num_images=num_images, per_shard=per_shard, seed=seed)
+    arguments = _arguments(style, mix, kind=kind, num_images=num_images, per_shard=per_shard, seed=seed)
 
     def write(scratch: Path) -> None:
         for shard, first in enumerate(range(0, num_images, per_shard)):
             indices = range(first, min(first + per_shard, num_images))
-            _write_shard(scratch / f"{shard:05d}.tar", shard, indices, seed, has_classes, style)
+            _write_shard(scratch / f"{shard:05d}.tar", shard, indices, seed, has_classes, style, mix)
         if has_classes:
             # Imported late, as below.
             from bitdance_scale.demo.scenes import class_names
@@ -101,17 +118,19 @@ def write_shards(
     return _write_unless_complete(Path(out), arguments, is_forced, write)
 
 
-def write_folder(out: str | Path, num_images: int, seed: int, is_forced: bool = False, style: str = "") -> bool:
+def write_folder(
+    out: str | Path, num_images: int, seed: int, is_forced: bool = False, style: str = "", mix: str = "scenes"
+) -> bool:
     """Writes `num_images` scenes as NNNNN.jpg with their captions as NNNNN.txt, unless they are there already.
 
     The rest is as of `write_shards`.
     """
     _check_numbers(num_images, 1, seed)
-    arguments = _arguments(style, kind=FOLDER_KIND, num_images=num_images, seed=seed)
+    arguments = _arguments(style, mix, kind=FOLDER_KIND, num_images=num_images, seed=seed)
 
     def write(scratch: Path) -> None:
         for index in range(num_images):
-            files = _sample_files(f"{index:05d}", seed, index, False, style)
+            files = _sample_files(f"{index:05d}", seed, index, False, style, mix)
             for extension in ("jpg", "txt"):
                 write_bytes(scratch / f"{index:05d}.{extension}", files[extension])
 
@@ -126,9 +145,9 @@ def _check_numbers(num_images: int, per_shard: int, seed: int) -> None:
         )
 
 
-def _arguments(style: str, **arguments: object) -> dict[str, object]:
-    """What a marker states; nothing of a style that is not there."""
-    return arguments | ({"style": style} if style else {})
+def _arguments(style: str, mix: str, **arguments: object) -> dict[str, object]:
+    """What a marker states; nothing of a style that is not there, nor of the usual mix."""
+    return arguments | ({"style": style} if style else {}) | ({"mix": mix} if mix != "scenes" else {})
 
 
 def _write_unless_complete(
@@ -166,17 +185,19 @@ def _is_complete(out: Path, arguments: dict[str, object], is_forced: bool) -> bo
     )
 
 
-def _write_shard(path: Path, shard: int, indices: Sequence[int], seed: int, has_classes: bool, style: str) -> None:
+def _write_shard(
+    path: Path, shard: int, indices: Sequence[int], seed: int, has_classes: bool, style: str, mix: str
+) -> None:
     with tarfile.open(path, "w") as tar:
         for offset, index in enumerate(indices):
             key = f"{shard:05d}{offset:04d}"
-            for extension, payload in _sample_files(key, seed, index, has_classes, style).items():
+            for extension, payload in _sample_files(key, seed, index, has_classes, style, mix).items():
                 member = tarfile.TarInfo(f"{key}.{extension}")
                 member.size = len(payload)
                 tar.addfile(member, io.BytesIO(payload))
 
 
-def _sample_files(key: str, seed: int, index: int, has_classes: bool, style: str) -> dict[str, bytes]:
+def _sample_files(key: str, seed: int, index: int, has_classes: bool, style: str, mix: str) -> dict[str, bytes]:
     """Contents of one sample by extension."""
     # Imported late: drawing needs numpy, Pillow and a font of matplotlib, the check of a run does not.
     import numpy as np
@@ -184,7 +205,7 @@ def _sample_files(key: str, seed: int, index: int, has_classes: bool, style: str
     from bitdance_scale.demo.scenes import class_names, class_scene, make_scene, render
     from bitdance_scale.demo.styles import styled
 
-    scene = class_scene(seed, index) if has_classes else make_scene(seed, index)
+    scene = class_scene(seed, index) if has_classes else make_scene(seed, index, mix)
     buffer = io.BytesIO()
     quality = int(np.random.default_rng([seed, index, 1]).integers(88, 97))
     image = render(scene)

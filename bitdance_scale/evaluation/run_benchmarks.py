@@ -22,10 +22,18 @@ def read_run_benchmark(section: RunBenchmark) -> list[Prompt]:
     """The prompts that a run draws of a benchmark, the same ones in every run.
 
     Raises:
-        ConfigError: the file of prompts cannot be read, or is of another benchmark.
+        ConfigError: the file of prompts cannot be read, or is of another benchmark; the benchmark lacks a category.
     """
     benchmark = dataclasses.replace(find_benchmark(section.benchmark), num_images=section.num_images)
     prompts = read_prompts(benchmark, Path(section.prompts) if section.prompts else None)
+    if section.categories:
+        known = tuple(dict.fromkeys(prompt.category for prompt in prompts))
+        if unknown := [name for name in section.categories if name not in known]:
+            raise ConfigError(
+                f"categories has {', '.join(map(repr, unknown))}: must be of those of {section.benchmark}, which are "
+                f"{', '.join(known)}"
+            )
+        prompts = [prompt for prompt in prompts if prompt.category in section.categories]
     return choose_prompts(prompts, section.num_prompts)
 
 

@@ -13,6 +13,7 @@ from bitdance_scale.demo.scenes import (
     BACKGROUNDS,
     CATEGORY_SHARES,
     COLORS,
+    MIXES,
     NUMBERS,
     SHAPES,
     WORDS,
@@ -20,6 +21,7 @@ from bitdance_scale.demo.scenes import (
     make_scene,
     render,
 )
+from bitdance_scale.demo.shards import MIX_NAMES
 
 SCENES = [make_scene(5, index) for index in range(600)]
 
@@ -28,6 +30,18 @@ def test_a_scene_depends_on_seed_and_index_alone():
     assert make_scene(5, 17) == SCENES[17]
     assert np.array_equal(np.asarray(render(make_scene(5, 17))), np.asarray(render(SCENES[17])))
     assert make_scene(6, 17) != SCENES[17]
+
+
+def test_the_mix_of_objects_is_mostly_one_object_on_a_square():
+    scenes = [make_scene(5, index, "objects") for index in range(600)]
+    counts = Counter(scene.category for scene in scenes)
+    assert set(counts) == set(CATEGORY_SHARES)
+    # Three standard deviations of 600 draws are 5 %.
+    assert 0.8 < (counts["single_object"] + counts["colors"]) / len(scenes) < 0.9
+    assert 0.75 < np.mean([scene.size_px[0] == scene.size_px[1] for scene in scenes]) < 0.86
+    assert 0.05 < np.mean([scene.shading != (0.0, 0.0) for scene in scenes]) < 0.15
+    assert all(sum(mix.shares.values()) == pytest.approx(1) for mix in MIXES.values())
+    assert tuple(MIXES) == MIX_NAMES
 
 
 def test_every_category_size_and_aspect_occurs():

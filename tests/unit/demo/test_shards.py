@@ -153,3 +153,18 @@ def test_a_style_changes_the_pictures_and_not_the_captions(tmp_path: Path, capsy
         assert json.loads(tar.extractfile("000000001.json").read())["style"] == "corners"
     assert main([str(tmp_path / "classes"), "--folder", "--classes"]) == 2
     assert "--folder" in capsys.readouterr().err
+
+
+def test_a_mix_is_that_of_the_set_or_the_one_that_is_asked_for(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["data/demo", "--folder", "--images", "4"]) == 0
+    assert main(["own", "--folder", "--images", "4", "--mix", "objects"]) == 0
+    objects = contents(tmp_path / "own")
+    assert objects == contents(tmp_path / "data/demo") and json.loads(objects["dataset.json"])["mix"] == "objects"
+    assert [objects[f"0000{i}.txt"].decode() for i in range(4)] == [
+        make_scene(0, i, "objects").caption for i in range(4)
+    ]
+    with pytest.raises(DataError, match=r"mix 'objects' \(wanted None\)"):
+        write_folder(tmp_path / "own", 4, 0)
+    assert main(["classes", "--classes", "--mix", "objects"]) == 2
+    assert "--mix objects: class scenes have no mix; leave it out" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -42,6 +43,16 @@ def test_prompts_are_those_of_the_benchmark(tmp_path: Path) -> None:
     prompts = read_run_benchmark(section)
     assert [prompt.category for prompt in prompts].count("counting") == 2 and len(prompts) == 4
     assert {prompt.num_images for prompt in prompts} == {2}
+
+
+def test_prompts_may_be_of_some_categories() -> None:
+    some = RunBenchmark(
+        benchmark="demo-scenes", metrics=("scenes",), categories=("colors", "single_object"), num_prompts=10
+    )
+    prompts = read_run_benchmark(some)
+    assert sorted(prompt.category for prompt in prompts) == ["colors"] * 5 + ["single_object"] * 5
+    with pytest.raises(ConfigError, match=r"categories has 'color', 'words': must be .* of demo-scenes, .*, colors,"):
+        read_run_benchmark(dataclasses.replace(some, categories=("color", "words", "colors")))
 
 
 def of_run(*tables: str, config: str = "demo"):
