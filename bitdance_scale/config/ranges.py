@@ -258,6 +258,7 @@ CONSTRAINTS: Mapping[str, Constraint] = {
     "evaluate.benchmarks[].metrics": NonEmpty(),
     "evaluate.benchmarks[].metrics[]": Choice(tuple(RUN_METRICS)),
     "evaluate.benchmarks[].every_steps": _COUNT,
+    "evaluate.benchmarks[].categories[]": NonEmpty(),
     "evaluate.benchmarks[].num_prompts": _NOT_NEGATIVE,
     "evaluate.benchmarks[].num_images": _COUNT,
     "evaluate.benchmarks[].batch_size": _COUNT,
