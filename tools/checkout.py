@@ -24,7 +24,9 @@ def find_commit() -> Commit | None:
     """The commit of this checkout; None: it is none of git's."""
     try:
         head, status = (
-            subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            subprocess.run(
+                ["git", *command], cwd=ROOT, capture_output=True, encoding="utf-8", check=True
+            ).stdout.strip()
             for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
         )
     except (OSError, subprocess.CalledProcessError):

@@ -221,9 +221,11 @@ def _differences(stages: Sequence[StageReport], scores: Sequence[ScoredModel]) -
         if len(found) < 2 or not all(found):
             continue
         overall = differences(*found, SCENES.combine)[OVERALL]
-        names = f"{stages[-1].label} minus {stages[-2].label}"
-        interval = estimate_text(overall.estimate, 3, "+")
-        yield page.paragraph(f"{names} at {side_px} px: {interval}, paired, over {overall.num_prompts} prompts.")
+        names = f"{stages[-1].label} minus {stages[-2].label} at {side_px} px"
+        interval = f"{estimate_text(overall.estimate, 3, '+')}, paired, over {overall.num_prompts} prompts"
+        # Without a difference there is nothing to resample.
+        differs = overall.num_better or overall.num_worse
+        yield page.paragraph(f"{names}: {interval if differs else f'none on any of {overall.num_prompts} prompts'}.")
 
 
 def _score_figure(stages: Sequence[StageReport], scores: Sequence[ScoredModel]) -> str:

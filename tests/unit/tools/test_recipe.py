@@ -143,7 +143,9 @@ def test_the_report_shows_sweeps_apart(tmp_path: Path) -> None:
         ScoredModel("ct", score(tmp_path / f"s{number}", 6, steps=steps, guidance=guidance), is_sweep=True)
         for number, (steps, guidance) in enumerate(((10, 3.0), (50, 3.0), (25, 1.0)), 1)
     ]
+    scores.append(ScoredModel("pt", score(tmp_path / "same", 12)))
     page = a_report(tmp_path, scores).read_text()
+    assert "CT minus PT at 64 px: none on any of 12 prompts." in page
     assert page.count("data:image/png;base64,") == 3 and "overall score over guidance scale" in page
     before, after = page.split("Sampling steps and guidance")
     assert before.count("<td>CT</td>") == 1 + 1 and "<tr><td>CT</td><td>64</td><td>10</td><td>3</td>" in after
