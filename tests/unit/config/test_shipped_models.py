@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from ship_demo_model import MAX_BYTES
 
 from bitdance_scale.cli.sample import main as sample
 from bitdance_scale.config import shipped_models
@@ -15,7 +16,6 @@ from bitdance_scale.config.shipped_models import model_path
 from bitdance_scale.vision.weights import weights_digest
 
 DEMO = ASSETS / "demo"
-MAX_BYTES = 6_000_000
 # What training needs and is not of the model.
 TOKENIZERS = ("ae.safetensors", "ae_config.json", "tokenizer.model")
 
