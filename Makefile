@@ -1,8 +1,8 @@
-# make pretrain   the demo, end to end      make test   the tests      make help   all targets
+# make sample     pictures of a trained model      make pretrain   the demo, end to end      make test   the tests      make help   all targets
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo-data pretrain recipe lint test test-newest test-slurm test-launchers test-container test-large img2dataset test-guide test-finetune drills fake-cuda gpu-check gpu-wheels docs clean
+.PHONY: help setup sample demo-data pretrain recipe lint test test-newest test-slurm test-launchers test-container test-large img2dataset test-guide test-finetune drills fake-cuda gpu-check gpu-wheels docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -44,6 +44,9 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt tests/transformers-4.57.txt t
 	@$(PIP) install --no-deps --upgrade --target $(VENV)/app --requirement tests/app.txt
 	@$(PIP) install --no-deps --upgrade --target $(VENV)/adapters --requirement tests/adapters.txt
 	@touch $@
+
+sample: setup  ## draw the demo's prompts with the trained model that comes with the package; ARGS= goes to bitdance sample
+	$(BIN)/bitdance sample demo $(ARGS)
 
 demo-data: setup
 	$(BIN)/bitdance demo-data data/demo data/demo_held_out

@@ -5,36 +5,40 @@
 
 The configurations are runs of demo scenes in the order of the stages, each starting from the one before. What is done
 already is not done again: a run that is complete, an export and a score of the same checkpoint. In OUT: a folder per
-stage with its published model and scores, and report.html, which needs no other file.
+stage with its published model and scores, times.json, and report.html, which needs no other file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from recipe_report import ScoredModel, StageReport, write_report
+from score_scenes import ScoreRequest, make_score
 
 from bitdance_scale.atomic_files import new_folder, write_text
-from bitdance_scale.cli.command import CommandParser, run_command
+from bitdance_scale.checkpoint.export_release import export_release, open_checkpoint
+from bitdance_scale.cli.command import CommandParser, positive, run_command
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import RunConfig
-from bitdance_scale.config.training_stages import STAGES
 from bitdance_scale.errors import BitDanceError, ConfigError
 from bitdance_scale.train.process import EXIT_COMPLETE
 
-TOOLS = Path(__file__).resolve().parent
 STEPS, GUIDANCE = (10, 25, 50), (1.0, 2.0, 3.0, 5.0, 7.5)
 USUAL_STEPS, USUAL_GUIDANCE = 25, 3.0
+SCORING = "scores"
+"""Name of the time that all scores took together."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,10 @@ class Job:
     Attributes:
         stage: name of the stage's folder.
         side_px: side of the pictures.
+        per_category: pictures of each category.
         steps: sampling steps per block.
         guidance: guidance scale.
         real: whether the pictures are real ones, encoded and decoded.
-        per_category: pictures of each category.
     """
 
     stage: str
@@ -63,6 +67,16 @@ class Job:
         if self.real:
             return f"real_{self.side_px}px"
         return f"{self.side_px}px_{self.steps}steps_guidance{self.guidance:g}"
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether it is drawn with other settings than the scores of the stages."""
+        return not self.real and (self.steps, self.guidance) != (USUAL_STEPS, USUAL_GUIDANCE)
+
+    def request(self, published: Path) -> ScoreRequest:
+        """What is drawn and judged, with a published folder."""
+        size_px = (self.side_px, self.side_px)
+        return ScoreRequest(published, self.real, size_px, self.per_category, self.steps, self.guidance)
 
 
 def plan_jobs(
@@ -121,20 +135,20 @@ class Recipe:
 
     def train(self, number: int, overrides: Sequence[str] = ()) -> Path:
         """Runs a stage to its end and returns its folder."""
-        config = self.configs[number]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc_per_node={self.num_processes}", STAGES[config.run.stage].entry_point]
-        _run([*command, str(self.paths[number]), *overrides], TOOLS.parent)
-        return run_folder(config)
+        config = load_config(self.paths[number], overrides)
+        folder, begun_s = run_folder(config), time.monotonic()
+        before = _newest(folder)
+        command = [sys.executable, "-m", "bitdance_scale.cli", "train", str(self.paths[number])]
+        _run([*command, "--nproc", str(self.num_processes), *overrides])
+        if _newest(folder) != before:
+            self._add_time(folder.name, begun_s)
+        return folder
 
     def train_untrained(self) -> Path:
         """A run of one step of warm-up, for a model that has learned nothing."""
-        config = self.configs[0]
-        folder = Path(config.run.root) / f"{config.run.name}_untrained"
-        keep = ["run.steps=1", f"run.name={folder.name}", "optim.lr=1e-9", "sample.every_steps=0"]
-        keep += ["evaluate.shards=[]", "evaluate.benchmarks=[]"]
-        self.train(0, keep)
-        return folder
+        keep = ["run.steps=1", f"run.name={self.configs[0].run.name}_untrained", "optim.lr=1e-9"]
+        keep += ["sample.every_steps=0", "evaluate.shards=[]", "evaluate.benchmarks=[]"]
+        return self.train(0, keep)
 
     def export(self, stage: str, run: Path) -> None:
         """Writes the published folder of a run's newest checkpoint, unless that is there."""
@@ -154,38 +168,58 @@ class Recipe:
             return
         shutil.rmtree(folder)
         folder.mkdir()
-        _run([sys.executable, str(TOOLS / "convert_to_hf.py"), str(run), str(folder / "published")])
+        export_release(open_checkpoint(run), folder / "published")
         write_text(marker, json.dumps(source, indent=2) + "\n")
 
     def score(self, jobs: Sequence[Job]) -> None:
-        """Makes the scores that are not there yet, one per core at a time."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(self._score, jobs))
+        """Makes the scores that are not there yet."""
+        missing = [job for job in jobs if not self._is_scored(job)]
+        if not missing:
+            return
+        begun_s = time.monotonic()
+        # The longest first, so that no core waits for one at the end.
+        missing.sort(key=lambda job: -job.per_category * job.side_px**2 * (1 if job.real else job.steps))
+        score_side_by_side([(job, self.out / job.stage) for job in missing])
+        self._add_time(SCORING, begun_s)
 
-    def _score(self, job: Job) -> None:
-        folder = self.out / job.stage
-        out = folder / job.name
-        if (out / "score.json").is_file():
-            if (
-                json.loads((out / "score.json").read_text(encoding="utf-8"))["settings"]["per_category"]
-                == job.per_category
-            ):
-                return
-            shutil.rmtree(out)
-        command = [sys.executable, str(TOOLS / "score_scenes.py"), str(folder / "published")]
-        command += ["--size", f"{job.side_px}x{job.side_px}", "--steps", str(job.steps)]
-        command += ["--guidance", str(job.guidance), "--per-category", str(job.per_category), "--no-pictures"]
-        with new_folder(out) as writing:
-            _run([*command, "--out", str(writing), *(["--real"] if job.real else [])])
+    def _is_scored(self, job: Job) -> bool:
+        """Whether a score is there; one of another number of pictures is removed."""
+        out = self.out / job.stage / job.name
+        if not (out / "score.json").is_file():
+            return False
+        score = json.loads((out / "score.json").read_text(encoding="utf-8"))
+        if score["settings"]["per_category"] == job.per_category:
+            return True
+        shutil.rmtree(out)
+        return False
 
-    def report(self, jobs: Sequence[Job]) -> Path:
+    def _add_time(self, name: str, begun_s: float) -> None:
+        """Adds the time since `begun_s` to what a run, or all scores, took before."""
+        path = self.out / "times.json"
+        times = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        times[name] = round(times.get(name, 0.0) + time.monotonic() - begun_s, 1)
+        write_text(path, json.dumps(times, indent=2) + "\n")
+
+    def report(self, jobs: Sequence[Job], command: str) -> Path:
         """Writes report.html from what is there."""
-        stages = [
-            StageReport(config.run.stage, STAGES[config.run.stage].title, run_folder(config), config)
-            for config in self.configs
-        ]
-        scores = [ScoredModel(job.stage, job.name, self.out / job.stage / job.name) for job in jobs]
-        return write_report(self.out / "report.html", stages, scores)
+        stages = [StageReport(config.run.stage, run_folder(config), config) for config in self.configs]
+        scores = [ScoredModel(job.stage, self.out / job.stage / job.name, job.is_sweep) for job in jobs]
+        times = json.loads((self.out / "times.json").read_text(encoding="utf-8"))
+        return write_report(self.out / "report.html", stages, scores, times, command)
+
+
+def score_side_by_side(tasks: Sequence[tuple[Job, Path]]) -> None:
+    """Makes scores, one per core at a time, each in the folder of its stage. Processes are kept from score to score."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(len(tasks), os.cpu_count() or 1), context) as pool:
+        for (job, folder), summary in zip(tasks, pool.map(_score, *zip(*tasks, strict=True)), strict=True):
+            print(f"\n{folder / job.name}\n{summary}", flush=True)
+
+
+def _score(job: Job, folder: Path) -> str:
+    """Makes one score in a process of its own; returns its summary."""
+    with new_folder(folder / job.name) as writing:
+        return make_score(job.request(folder / "published"), writing, keeps_pictures=False, shows_progress=False)
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -199,13 +233,13 @@ def sides_of(config: RunConfig) -> list[int]:
     return list(dict.fromkeys([config.sample.size_px[0], largest]))
 
 
-def _newest(run: Path) -> str:
-    return (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+def _newest(run: Path) -> str | None:
+    latest = run / "checkpoints" / "latest"
+    return latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
 
 
-def _run(command: Sequence[str], folder: Path | None = None) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    done = subprocess.run(command, cwd=folder, env=environment, check=False)
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, check=False)
     if done.returncode:
         raise BitDanceError(f"exit status {done.returncode} of: {' '.join(command)}")
 
@@ -215,14 +249,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandParser(None, __doc__)
     parser.add_argument("configs", type=Path, nargs="+", help="configurations in the order of the stages")
     parser.add_argument("--out", type=Path, default=Path("runs/recipe"), help="results (default: %(default)s)")
-    parser.add_argument("--nproc", type=int, default=2, help="processes of each run (default: %(default)s)")
-    parser.add_argument("--per-category", type=int, default=10, help="pictures per category (default: %(default)s)")
+    parser.add_argument("--nproc", type=positive, default=2, help="processes of each run (default: %(default)s)")
+    parser.add_argument(
+        "--per-category", type=positive, default=10, help="pictures per category (default: %(default)s)"
+    )
     parser.add_argument("--thorough", action="store_true", help="an untrained model and the sweeps as well")
-    parser.add_argument("--sweep-per-category", type=int, default=20, help="the same in sweeps (default: %(default)s)")
-    return run_command(parser, arguments, _make)
+    parser.add_argument(
+        "--sweep-per-category", type=positive, default=20, help="the same in sweeps (default: %(default)s)"
+    )
+    given = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "tools/recipe.py", *given])
+    return run_command(parser, arguments, lambda options: _make(options, command))
 
 
-def _make(options: argparse.Namespace) -> int:
+def _make(options: argparse.Namespace, command: str) -> int:
+    # One thread per process: the processes already take the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     begun_s = time.monotonic()
     recipe = Recipe(options.configs, options.out, options.nproc)
     names, sides = [], {}
@@ -239,7 +281,7 @@ def _make(options: argparse.Namespace) -> int:
     sweep_per_category = options.sweep_per_category if options.thorough else None
     jobs = plan_jobs(names, sides, options.per_category, sweep_per_category)
     recipe.score(jobs)
-    path = recipe.report(jobs)
+    path = recipe.report(jobs, command)
     print(f"{path}: {(time.monotonic() - begun_s) / 60:.1f} minutes")
     return EXIT_COMPLETE
 

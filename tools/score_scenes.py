@@ -7,7 +7,7 @@
 Prompts are those of the benchmark `demo-scenes`, the scorer is `bitdance_scale/evaluation/scenes`. Written are
 OUT/score.json (shares right by category), OUT/pictures.jsonl (prompt, score and what was seen, per picture),
 OUT/grid.png and, unless --no-pictures, the pictures. The overall score is the mean of the categories, as in GenEval
-(arXiv 2310.11513), with a bootstrap interval over prompts.
+(arXiv 2310.11513), with an interval of 95 % (`share_intervals.py`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from share_intervals import shares
 from tqdm import tqdm
 
-from bitdance_scale.cli.command import CommandParser, run_command
+from bitdance_scale.cli.command import CommandParser, positive, run_command
+from bitdance_scale.config.shipped_models import model_path
 from bitdance_scale.demo.scenes import Scene, render
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.evaluation.benchmarks.demo_scenes import CATEGORIES, DemoScenes, choose_scenes
@@ -45,6 +47,43 @@ GRID_PER_CATEGORY = 6
 
 
 @dataclass(frozen=True)
+class ScoreRequest:
+    """What is to be scored.
+
+    Attributes:
+        folder: published folder; None: the scenes as drawn.
+        is_real: whether the pictures are the scenes themselves, of a folder encoded and decoded by its tokenizer.
+        size_px: (height, width) of the pictures; of real ones the shorter side counts.
+        per_category: pictures of each category.
+        steps: sampling steps per block.
+        guidance: guidance scale; 1 is none.
+        seed: of the first picture.
+        batch_size: pictures drawn together.
+    """
+
+    folder: Path | None
+    is_real: bool
+    size_px: tuple[int, int]
+    per_category: int
+    steps: int = 25
+    guidance: float = 3.0
+    seed: int = 0
+    batch_size: int = 25
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """As score.json has them."""
+        settings: dict[str, object] = {
+            "size": "{}x{}".format(*self.size_px),
+            "per_category": self.per_category,
+            "real": self.is_real,
+        }
+        if not self.is_real:
+            settings |= {"steps": self.steps, "guidance": self.guidance, "seed": self.seed}
+        return settings
+
+
+@dataclass(frozen=True)
 class Scored:
     """One picture, its prompt and its score."""
 
@@ -62,14 +101,31 @@ def score_pictures(prompts: Sequence[Prompt], images: Iterator[Image.Image]) -> 
     return scored
 
 
+def make_score(request: ScoreRequest, out: Path, *, keeps_pictures: bool, shows_progress: bool = True) -> str:
+    """Draws, judges and writes the files that the module's description names; returns the summary as lines of text."""
+    scenes = choose_scenes(request.per_category)
+    prompts = DemoScenes(per_category=request.per_category).read(None)
+    with tqdm(total=len(scenes), unit="picture", mininterval=5, disable=not shows_progress) as bar:
+        scored = score_pictures(prompts, _counted(_images(request, scenes), bar))
+    write_results(out, scored, request.settings, keeps_pictures)
+    return format_summary(summarize(scored))
+
+
+def _counted(images: Iterator[Image.Image], bar: tqdm) -> Iterator[Image.Image]:
+    for image in images:
+        yield image
+        bar.update()
+
+
 def summarize(scored: Sequence[Scored]) -> dict[str, object]:
     """Shares of right pictures: `overall` with its interval, and by category; and what else the metric has."""
     found = estimates([item.score for item in scored], SCENES.combine)
-    overall = found[OVERALL]
+    correct = {category: found[category].value for category in CATEGORIES if category in found}
+    overall = shares(correct, len(scored))[OVERALL]
     return {
         "overall": round(overall.value, 4),
         "interval": [round(overall.low, 4), round(overall.high, 4)],
-        "correct": {category: round(found[category].value, 4) for category in CATEGORIES if category in found},
+        "correct": {category: round(value, 4) for category, value in correct.items()},
         "exact": round(found[EXACT].value, 4),
         "background": round(found[BACKGROUND].value, 4) if BACKGROUND in found else None,
         "num_pictures": len(scored),
@@ -86,14 +142,12 @@ def draw_pictures(
     batch_size: int,
 ) -> Iterator[Image.Image]:
     """A picture of each prompt, in order; picture i from seed `seed` + i. `size` is (height, width)."""
-    with tqdm(total=len(prompts), unit="picture", mininterval=5) as bar:
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            generators = [torch.Generator().manual_seed(seed + start + place) for place in range(len(batch))]
-            yield from pipeline(
-                batch, *size, num_inference_steps=steps, guidance_scale=guidance, generator=generators
-            ).images
-            bar.update(len(batch))
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        generators = [torch.Generator().manual_seed(seed + start + place) for place in range(len(batch))]
+        yield from pipeline(
+            batch, *size, num_inference_steps=steps, guidance_scale=guidance, generator=generators
+        ).images
 
 
 def real_pictures(scenes: Sequence[Scene], vision: VisionTokenizer | None, side_px: int) -> Iterator[Image.Image]:
@@ -150,54 +204,58 @@ def format_summary(summary: dict[str, object]) -> str:
     )
 
 
-def _images(arguments: argparse.Namespace, scenes: Sequence[Scene]) -> Iterator[Image.Image]:
-    size = parse_size(arguments.size)
-    if arguments.folder is None:
-        return real_pictures(scenes, None, min(size))
-    pipeline = BitDancePipeline.from_pretrained(arguments.folder)
-    if arguments.real:
-        return real_pictures(scenes, pipeline.model.vision, min(size))
+def _images(request: ScoreRequest, scenes: Sequence[Scene]) -> Iterator[Image.Image]:
+    if request.folder is None:
+        return real_pictures(scenes, None, min(request.size_px))
+    pipeline = BitDancePipeline.from_pretrained(request.folder)
+    if request.is_real:
+        return real_pictures(scenes, pipeline.model.vision, min(request.size_px))
     return draw_pictures(
         pipeline,
         [scene.caption for scene in scenes],
-        size,
-        arguments.steps,
-        arguments.guidance,
-        arguments.seed,
-        arguments.batch_size,
+        request.size_px,
+        request.steps,
+        request.guidance,
+        request.seed,
+        request.batch_size,
     )
 
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.folder is None and not arguments.real:
         raise ConfigError("name a published folder, or pass --real")
-    for name in ("per_category", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1")
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise ConfigError(f"--out {arguments.out}: is there already; name a new folder")
-    scenes = choose_scenes(arguments.per_category)
-    prompts = DemoScenes(per_category=arguments.per_category).read(None)
-    scored = score_pictures(prompts, _images(arguments, scenes))
-    names = ("size", "per_category") if arguments.real else ("size", "per_category", "steps", "guidance", "seed")
-    settings = {name: getattr(arguments, name) for name in names} | {"real": arguments.real}
-    write_results(arguments.out, scored, settings, arguments.pictures)
-    print(format_summary(summarize(scored)))
+    request = ScoreRequest(
+        arguments.folder,
+        arguments.real,
+        parse_size(arguments.size),
+        arguments.per_category,
+        arguments.steps,
+        arguments.guidance,
+        arguments.seed,
+        arguments.batch_size,
+    )
+    print(make_score(request, arguments.out, keeps_pictures=arguments.pictures))
     return EXIT_COMPLETE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = CommandParser(None, __doc__)
-    parser.add_argument("folder", type=Path, nargs="?", help="published folder of a model of demo scenes")
+    parser.add_argument("folder", type=model_path, nargs="?", help="published folder of a model of scenes, or demo")
     parser.add_argument("--real", action="store_true", help="score the scenes themselves")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, which must not be there yet")
     parser.add_argument("--size", default="64x64", help="HEIGHTxWIDTH in pixels (default: %(default)s)")
-    parser.add_argument("--per-category", type=int, default=50, help="pictures per category (default: %(default)s)")
+    parser.add_argument(
+        "--per-category", type=positive, default=50, help="pictures per category (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=25, help="sampling steps per block (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale, 1 for none (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=25, help="pictures drawn together (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=positive, default=25, help="pictures drawn together (default: %(default)s)"
+    )
     parser.add_argument("--no-pictures", dest="pictures", action="store_false", help="write no single pictures")
     return run_command(parser, arguments, _run)
 

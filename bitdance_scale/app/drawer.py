@@ -26,15 +26,13 @@ from bitdance_scale.generate.image_sizes import known_sizes
 from bitdance_scale.generate.pipeline import BitDancePipeline
 from bitdance_scale.generate.published_model import load_published
 from bitdance_scale.generate.sampler import FlowSolver
+from bitdance_scale.generate.sampling_file import Sampling, read_sampling
 from bitdance_scale.model.adapter_source import WeightedAdapter
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.train.run import joined_ranks
 from bitdance_scale.train.sampling import BatchDrawer
 from bitdance_scale.train.still_run import load_still_run
 from bitdance_scale.vision.tokenizer import VisionTokenizer
-
-PUBLISHED_STEPS, PUBLISHED_GUIDANCE = 50, 7.5
-"""Of the release; a folder does not say with what its model draws best."""
 
 
 class Drawer(Protocol):
@@ -96,13 +94,17 @@ class PublishedDrawer:
         model = self._pipeline.model
         self._dtype, self._device = model.backbone.dtype, model.backbone.device
         self.vision = model.vision
-        section = self.vision.section
+        section, own = self.vision.section, read_sampling(folder)
+        sampling, sizes_px = own or Sampling(), known_sizes(section)
+        if own is not None:
+            sizes_px = list(dict.fromkeys([own.size_px, *sizes_px]))
         self.facts = ModelFacts(
             folder.resolve().name,
             section,
-            known_sizes(section),
-            PUBLISHED_STEPS,
-            PUBLISHED_GUIDANCE,
+            sizes_px,
+            sampling.num_steps,
+            sampling.guidance,
+            sampling.sampler,
             adapters=dict(self._weights),
         )
 

@@ -135,7 +135,7 @@ class RunWatch:
             return RunView(name, "no step logged yet", problem, [], None, None, stamp)
         except (BitDanceError, OSError, ValueError) as error:
             return RunView(name, "", f"The files of the run cannot be read: {error}", [], None, None, stamp)
-        panels = [Shown(panel.title, _png(panel.pixels)) for panel in panel_pictures(run)]
+        panels = [Shown(panel.title, _png(panel.pixels)) for panel in panel_pictures([run])]
         return RunView(run.name, run.summary(), "", panels, _held_out(run), _scores(run), stamp)
 
 

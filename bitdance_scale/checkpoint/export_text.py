@@ -15,10 +15,12 @@ from bitdance_scale.atomic_files import write_text
 from bitdance_scale.checkpoint.conversion_folder import OnBytes, misread
 from bitdance_scale.checkpoint.integrity import tensor_bytes
 from bitdance_scale.checkpoint.published_files import PublishedTensors, TensorFileWriter, part_file, row_chunks
+from bitdance_scale.checkpoint.run_checkpoint import read_section
 from bitdance_scale.config.published_backbone import published_model
 from bitdance_scale.config.published_head import published_head
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.generate.published_layout import INDEX_NAME, RELEASE, PublishedLayout, projector_config
+from bitdance_scale.generate.sampling_file import write_sampling
 from bitdance_scale.model.published_names import Part
 from bitdance_scale.sequence.tokenizer_files import write_tokenizer
 from bitdance_scale.sequence.tokens import TextTokenizer
@@ -61,6 +63,8 @@ def write_text_files(export: Export, folder: Path, on_bytes: OnBytes) -> dict[st
     for file, content in configs.items():
         if file:
             _write_json(folder / file, component_config(file, content) if layout is not RELEASE else content)
+    if export.run is not None:
+        write_sampling(folder, read_section(export.path, "sample"))
     if layout is not RELEASE:
         _write_json(folder / INDEX_NAME, pipeline_index())
         copy_pipeline(folder)

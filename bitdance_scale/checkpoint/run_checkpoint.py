@@ -226,10 +226,15 @@ def _write_texts(path: Path, state: StepState, config_text: str) -> None:
     write_text(path / CONFIG_NAME, config_text)
 
 
+def read_section(path: Path, name: str) -> dict[str, Any]:
+    """A section of a checkpoint's configuration as it is stored; empty if it has none."""
+    section: dict[str, Any] = tomllib.loads((path / CONFIG_NAME).read_text(encoding="utf-8")).get(name, {})
+    return section
+
+
 def read_run_section(path: Path) -> dict[str, Any]:
     """The [run] section of a checkpoint's configuration; that of an import has no steps, name or stage."""
-    run: dict[str, Any] = tomllib.loads((path / CONFIG_NAME).read_text(encoding="utf-8")).get("run", {})
-    return run
+    return read_section(path, "run")
 
 
 def earlier_context(path: Path) -> str | None:

@@ -1,5 +1,6 @@
 """Opens a page in the browser to draw with a model, and to watch a training run.
 
+    bitdance app demo                        # the small model that comes with the package
     bitdance app MODEL                       # a published folder, a run, a checkpoint or an import
     bitdance app published --size 64x64 --guidance 3
     bitdance app published --adapter style   # with a field for how much of the adapters acts
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitdance_scale.cli.command import CommandParser, add_adapter_argument, positive, run_command
+from bitdance_scale.config.shipped_models import model_path
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.train.process import EXIT_COMPLETE
 
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     """The command line; returns the exit code."""
     parser = CommandParser(prog, __doc__)
     parser.add_argument(
-        "model", type=Path, nargs="?", metavar="MODEL", help="published folder, run, checkpoint, import"
+        "model", type=model_path, nargs="?", metavar="MODEL", help="published folder, run, checkpoint, import; or demo"
     )
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings of a run, such as its files"

@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from bitdance_scale.cli.command import CommandParser, add_adapter_argument, positive, run_command
 from bitdance_scale.config.ranges import CONSTRAINTS, Choice
+from bitdance_scale.config.shipped_models import model_path
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.train.process import EXIT_COMPLETE
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     contexts = CONSTRAINTS["vision.context"]
     assert isinstance(contexts, Choice)
     parser = CommandParser(prog, __doc__)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="published folder")
+    parser.add_argument("folder", type=model_path, metavar="FOLDER", help="published folder, or demo")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="file, or folder of images")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines to write (default: captions are printed)")
     parser.add_argument("--force", action="store_true", help="replace FILE")

@@ -23,6 +23,7 @@ from bitdance_scale.cli.launch import add_rank_arguments, find_replicas, launch,
 from bitdance_scale.config.parallel_schema import ParallelSection
 from bitdance_scale.config.ranges import CONSTRAINTS, Choice
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.config.shipped_models import model_path
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.evaluation.benchmarks.benchmark import Benchmark
 from bitdance_scale.evaluation.benchmarks.catalogue import BENCHMARKS, find_benchmark, read_prompts
@@ -51,7 +52,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser = CommandParser(prog, __doc__)
     names = [benchmark.name for benchmark in BENCHMARKS]
     parser.add_argument("benchmark", metavar="BENCHMARK", help=", ".join(names))
-    parser.add_argument("model", type=Path, metavar="MODEL", help="published folder, run, checkpoint or import")
+    parser.add_argument(
+        "model", type=model_path, metavar="MODEL", help="published folder, run, checkpoint or import; or demo"
+    )
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings of a run, such as its layout"
     )

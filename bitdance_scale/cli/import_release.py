@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitdance_scale.cli.command import CommandParser, run_command
+from bitdance_scale.config.shipped_models import model_path
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.train.process import EXIT_COMPLETE
 from bitdance_scale.wording import file_size
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     """The command line; returns the exit code."""
     parser = CommandParser(prog, __doc__)
     parser.add_argument(
-        "source", type=Path, metavar="SOURCE", help="published BitDance folder or .pt file, or Qwen3 folder"
+        "source", type=model_path, metavar="SOURCE", help="published BitDance folder or .pt file, Qwen3 folder; or demo"
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     parser.add_argument("--force", action="store_true", help="replace an earlier import at OUT")

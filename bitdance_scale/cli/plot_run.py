@@ -10,10 +10,11 @@ alone.
 from __future__ import annotations
 
 import argparse
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from bitdance_scale.atomic_files import write_bytes
+from bitdance_scale.atomic_files import replacing, write_bytes
 from bitdance_scale.cli.command import CommandParser, run_command
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.train.process import EXIT_COMPLETE
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     """The command line; returns the exit code."""
     parser = CommandParser(prog, __doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="PNG to write")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".png or .webp to write")
     parser.add_argument("--one-after-another", action="store_true", help="the runs are stages, in this order")
     return run_command(parser, arguments, _run)
 
@@ -39,13 +40,24 @@ def _run(options: argparse.Namespace) -> int:
     try:
         if tokenizers:
             tokenizer = read_tokenizer_run(tokenizers[0])
-            write_bytes(options.out, tokenizer_overview(tokenizer))
+            _write(options.out, tokenizer_overview(tokenizer))
             print(f"{tokenizer.name}: {tokenizer.summary()}")
             return EXIT_COMPLETE
         runs = [read_run(folder) for folder in options.runs]
     except FileNotFoundError as error:
         raise ConfigError(f"{error.filename} does not exist; name folders of runs, such as runs/demo") from error
-    write_bytes(options.out, overview(runs, one_after_another=options.one_after_another))
+    _write(options.out, overview(runs, one_after_another=options.one_after_another))
     for run in runs:
         print(f"{run.name}: {run.summary()}")
     return EXIT_COMPLETE
+
+
+def _write(out: Path, page: bytes) -> None:
+    """Writes a page, given as PNG, as the suffix of the file says."""
+    if out.suffix != ".webp":
+        write_bytes(out, page)
+        return
+    from PIL import Image
+
+    with replacing(out) as aside:
+        Image.open(io.BytesIO(page)).convert("RGB").save(aside, format="WEBP", quality=85, method=6)

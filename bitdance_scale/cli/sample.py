@@ -1,8 +1,14 @@
-"""Draws images of prompts with a published BitDance folder.
+"""Draws images of prompts with a published BitDance folder, or with the small model that comes with the package.
 
-    bitdance sample FOLDER --prompts prompts.txt --out samples --size 1024x1024
-    bitdance sample FOLDER --prompt "a red cube on a blue ball" --out samples --seed 7
-    bitdance sample FOLDER --prompt "a red cube" --out samples --adapter my_style=0.8
+    bitdance sample demo                                             # the demo's model and its prompts
+    bitdance sample demo --prompt "two green stars"
+    bitdance sample FOLDER --prompts prompts.txt --out drawn --size 1024x1024
+    bitdance sample FOLDER --prompt "a red cube on a blue ball" --out drawn --seed 7
+    bitdance sample FOLDER --prompt "a red cube" --out drawn --adapter my_style=0.8
+
+The export of a run draws its prompts with its size, steps and guidance unless told otherwise (sampling.json in FOLDER);
+a folder of the release draws at 1024x1024 with 50 steps and guidance 7.5. A folder named `demo` here comes before the
+package's model.
 
 A prompt file is text with one prompt per line, or .jsonl with {"prompt": .., "seed": .., "height": .., "width": ..} per
 line, of which only the prompt is required. Image i has the seed --seed + i unless its line gives one. An image depends
@@ -13,6 +19,8 @@ grid.png with the first 64 images, and requests.jsonl with one line per image as
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +28,13 @@ from typing import TYPE_CHECKING
 
 from bitdance_scale.cli.command import CommandParser, add_adapter_argument, run_command
 from bitdance_scale.config.ranges import CONSTRAINTS, Choice
+from bitdance_scale.config.shipped_models import model_path
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.train.process import EXIT_COMPLETE
 
 if TYPE_CHECKING:
     from bitdance_scale.generate.requests import Request
+    from bitdance_scale.generate.sampling_file import Sampling
 
 DTYPES = ("float32", "bfloat16")
 
@@ -34,16 +44,16 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     samplers = CONSTRAINTS["sample.sampler"]
     assert isinstance(samplers, Choice)
     parser = CommandParser(prog, __doc__)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="published folder")
-    wanted = parser.add_mutually_exclusive_group(required=True)
+    parser.add_argument("folder", type=model_path, metavar="FOLDER", help="published folder, or demo")
+    wanted = parser.add_mutually_exclusive_group()
     wanted.add_argument("--prompts", type=Path, metavar="FILE", help="prompt file, text or .jsonl")
     wanted.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, which must be empty")
+    parser.add_argument("--out", type=Path, help="folder to write, which must be empty (default: a new one in samples)")
     parser.add_argument("--force", action="store_true", help="replace the images of an earlier run in OUT")
-    parser.add_argument("--size", default="1024x1024", help="HEIGHTxWIDTH in pixels (default: 1024x1024)")
-    parser.add_argument("--steps", type=int, default=50, help="sampling steps per block (default: 50)")
-    parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale, 1 for none (default: 7.5)")
-    parser.add_argument("--sampler", choices=samplers.values, default=samplers.values[0], help="default: %(default)s")
+    parser.add_argument("--size", metavar="HxW", help="in pixels (default: FOLDER's)")
+    parser.add_argument("--steps", type=int, help="sampling steps per block (default: FOLDER's)")
+    parser.add_argument("--guidance", type=float, help="guidance scale, 1 for none (default: FOLDER's)")
+    parser.add_argument("--sampler", choices=samplers.values, help="default: FOLDER's")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: 0)")
     parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="images drawn together (default: 4)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, float32 elsewhere")
@@ -59,14 +69,19 @@ def _run(options: argparse.Namespace) -> int:
     from bitdance_scale.generate.image_sizes import beyond_published, check_size
     from bitdance_scale.generate.pipeline import BitDancePipeline
     from bitdance_scale.generate.published_model import read_sections
-    from bitdance_scale.generate.requests import check_out, clear_out, draw_requests
+    from bitdance_scale.generate.requests import GRID_NAME, check_out, clear_out, draw_requests
     from bitdance_scale.generate.sampler import FlowSolver
+    from bitdance_scale.generate.sampling_file import Sampling, read_sampling
 
     # What can be refused is, before minutes of loading.
-    check_out(options.out, is_forced=options.force)
-    FlowSolver(options.steps, options.guidance, options.sampler)
-    requests = _requests(options)
+    out = options.out or _new_folder(options.folder.resolve().name)
+    check_out(out, is_forced=options.force)
+    sampling = _chosen(options, read_sampling(options.folder) or Sampling())
+    FlowSolver(sampling.num_steps, sampling.guidance, sampling.sampler)
+    requests = _requests(options, sampling)
     vision = read_sections(options.folder).vision
+    if not requests:
+        raise ConfigError(f"{options.folder}: has no prompts of its own; name some with --prompt or --prompts")
     for size in sorted({(request.height, request.width) for request in requests}):
         check_size(*size, vision)
         if note := beyond_published(*size, vision):
@@ -74,29 +89,44 @@ def _run(options: argparse.Namespace) -> int:
     adapters = parse_adapters(options.adapter)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     pipeline = BitDancePipeline.from_pretrained(options.folder, dtype, options.device, adapters)
-    clear_out(options.out)
+    clear_out(out)
     draw_requests(
         pipeline,
         requests,
-        options.out,
-        steps=options.steps,
-        guidance=options.guidance,
-        sampler=options.sampler,
+        out,
+        steps=sampling.num_steps,
+        guidance=sampling.guidance,
+        sampler=sampling.sampler,
         batch_size=options.batch_size,
         record={"folder": str(options.folder)} | ({"adapters": options.adapter} if adapters else {}),
     )
-    print(f"wrote {options.out}")
+    print(f"wrote {out}: {len(requests)} pictures, and {out / GRID_NAME} with their prompts under them")
     return EXIT_COMPLETE
 
 
-def _requests(options: argparse.Namespace) -> list[Request]:
-    from bitdance_scale.generate.requests import Request, parse_size, read_requests
+def _new_folder(name: str) -> Path:
+    """A folder for the pictures of a model that is not there yet: samples/NAME, samples/NAME-2 and so on."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(path for path in (Path("samples") / name for name in names) if not path.exists())
 
-    size = parse_size(options.size)
+
+def _chosen(options: argparse.Namespace, usual: Sampling) -> Sampling:
+    """The settings of the folder where no option gives others."""
+    from bitdance_scale.generate.requests import parse_size
+
+    given = {"num_steps": options.steps, "guidance": options.guidance, "sampler": options.sampler}
+    given["size_px"] = None if options.size is None else parse_size(options.size)
+    return dataclasses.replace(usual, **{name: value for name, value in given.items() if value is not None})
+
+
+def _requests(options: argparse.Namespace, sampling: Sampling) -> list[Request]:
+    from bitdance_scale.generate.requests import Request, read_requests
+
+    size, prompts = sampling.size_px, options.prompt or sampling.prompts
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size {options.batch_size}: must be at least 1")
     if not 0 <= options.seed < 2**62:
         raise ConfigError(f"--seed {options.seed}: must be from 0 to 2^62 - 1")
     if options.prompts is not None:
         return read_requests(options.prompts, size, options.seed)
-    return [Request(number, text, options.seed + number, *size) for number, text in enumerate(options.prompt)]
+    return [Request(number, text, options.seed + number, *size) for number, text in enumerate(prompts)]

@@ -20,12 +20,14 @@ class TrainingStage:
     """A stage of training.
 
     Attributes:
+        label: what tables and plots call it.
         title: what it is called in words.
         follows: the stage whose weights it starts from; empty for the first.
         entry_point: the script that runs it.
         changes_block_side: whether its blocks may be larger than those of its start.
     """
 
+    label: str
     title: str
     follows: str
     entry_point: str
@@ -33,10 +35,10 @@ class TrainingStage:
 
 
 STAGES: Mapping[str, TrainingStage] = {
-    "pt": TrainingStage("pretraining", "", "pipelines/pretrain.py"),
-    "ct": TrainingStage("continued training", "pt", "pipelines/continue_train.py"),
-    "sft": TrainingStage("supervised fine-tuning", "ct", "pipelines/sft.py"),
-    "distill": TrainingStage("distillation", "sft", "pipelines/distill.py", changes_block_side=True),
+    "pt": TrainingStage("PT", "pretraining", "", "pipelines/pretrain.py"),
+    "ct": TrainingStage("CT", "continued training", "pt", "pipelines/continue_train.py"),
+    "sft": TrainingStage("SFT", "supervised fine-tuning", "ct", "pipelines/sft.py"),
+    "distill": TrainingStage("distillation", "distillation", "sft", "pipelines/distill.py", changes_block_side=True),
 }
 
 

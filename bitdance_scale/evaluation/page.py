@@ -89,9 +89,9 @@ def captioned(content: bytes, media_type: str, caption: str) -> str:
     return f"<figure>{shown}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def figure(content: bytes, description: str) -> str:
-    """A drawing of values, given as PNG, with what it shows for those who cannot see it."""
-    return _embedded(content, "image/png", f' class="figure" alt="{html.escape(description)}"')
+def figure(content: bytes, description: str, media_type: str = "image/png") -> str:
+    """A drawing of values, or a large picture, given as a file, with what it shows for those who cannot see it."""
+    return _embedded(content, media_type, f' class="figure" alt="{html.escape(description)}"')
 
 
 def comparison(caption: str, image: np.ndarray, other: np.ndarray) -> str:

@@ -141,9 +141,16 @@ def draw_requests(
                 if request.number < MAX_GRID_IMAGES:
                     pictures[request.number] = np.asarray(image)
             lines.flush()
-    columns = min(MAX_GRID_COLUMNS, math.ceil(math.sqrt(len(pictures))))
     captions = [requests[number].prompt for number in sorted(pictures)]
-    image_grid([pictures[number] for number in sorted(pictures)], captions, out / GRID_NAME, columns)
+    image_grid(
+        [pictures[number] for number in sorted(pictures)], captions, out / GRID_NAME, _num_columns(len(pictures))
+    )
+
+
+def _num_columns(num_images: int) -> int:
+    """Columns of a grid that is about as wide as high: of two such numbers the one that leaves fewer places empty."""
+    least = math.ceil(math.sqrt(num_images))
+    return min((least, least + 1), key=lambda columns: (columns > MAX_GRID_COLUMNS, -num_images % columns))
 
 
 def _count_blocks(bar: tqdm[Any], num_images: int, _: Sequence[torch.Tensor]) -> None:

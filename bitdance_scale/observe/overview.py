@@ -89,9 +89,9 @@ class PanelPicture:
     pixels: np.ndarray
 
 
-def panel_pictures(run: RunRecord) -> list[PanelPicture]:
-    """The panels of the page of one run (`overview`), cut out of it, in its order."""
-    figure, panels = _draw_page([run], one_after_another=False)
+def panel_pictures(runs: Sequence[RunRecord], *, one_after_another: bool = False) -> list[PanelPicture]:
+    """The panels of the page of some runs, cut out of it, in its order; arguments as `overview`."""
+    figure, panels = _draw_page(runs, one_after_another)
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
     canvas.draw()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -14,9 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bitdance_scale.cli.stage import main
+from bitdance_scale.config.shipped import ASSETS
+from bitdance_scale.generate.published_model import load_published
+from bitdance_scale.generate.sampling_file import read_sampling
 from bitdance_scale.observe.benchmark_scores import BENCHMARKS_FILE, read_scores_of_run
 from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE, read_metrics
 from bitdance_scale.train.process import EXIT_REFUSED, EXIT_REQUEUE
@@ -152,6 +158,27 @@ def test_complete_run_says_so_and_makes_what_is_missing(finished):
         dataclasses.replace(line, drawn_s=0) for line in scored
     ]
     assert "is complete at step 20" in result.stdout and "run.steps=40" in result.stdout
+
+
+def test_its_model_goes_into_the_package(finished, tmp_path):
+    shipped = shutil.copytree(ASSETS / "demo", tmp_path / "shipped")
+    done = _run([sys.executable, "tools/ship_demo_model.py", finished[0], "--assets", shipped, "--per-category", "1"])
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "the model of step 20 of 20 of run demo, stage pt" in done.stdout
+    files = {path.name for path in shipped.iterdir()}
+    assert {"model.safetensors", "vision_head_config.json", "sampling.json", "tokenizer.model"} < files
+    assert not files & {"README.md", "LICENSE", "samples.png", "conversion_report.json"}
+    assert filecmp.cmp(shipped / "ae.safetensors", ASSETS / "demo" / "ae.safetensors", shallow=False)
+    model = load_published(shipped, torch.float32, torch.device("cpu"))
+    assert model.vision.section.num_bits == 32 and read_sampling(shipped).size_px == (64, 64)
+    provenance = json.loads((shipped / "provenance.json").read_text())
+    assert (provenance["run"], provenance["steps"], provenance["images"]) == ("demo", 20, 200)
+    assert provenance["scene_score"]["num_pictures"] == 6
+    # A run with another autoencoder would need a second one in the package.
+    others = shutil.copytree(ASSETS / "demo_4x", tmp_path / "others")
+    done = _run([sys.executable, "tools/ship_demo_model.py", finished[0], "--assets", others])
+    assert done.returncode == EXIT_REFUSED and "is not that of" in done.stderr
+    assert {path.name for path in others.iterdir()} == {path.name for path in (ASSETS / "demo_4x").iterdir()}
 
 
 def test_stopped_run_saves_and_goes_on(shards, tmp_path):

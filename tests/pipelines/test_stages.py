@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from bitdance_scale.cli.stage import main
 from bitdance_scale.config.training_stages import STAGES
@@ -56,10 +57,12 @@ def test_pretraining_to_the_pictures_of_the_distilled_model(tmp_path):
     done = _run("tools/convert_to_hf.py", tmp_path / before, published)
     assert done.returncode == 0, done.stderr
     assert json.loads((published / "vision_head_config.json").read_text())["parallel_num"] == 64
-    arguments = ("--prompt", "a red circle", "--size", "64x128", "--steps", "3", "--out", tmp_path / "pictures")
+    # The size is that of the run's own pictures.
+    arguments = ("--prompt", "a red circle", "--steps", "3", "--out", tmp_path / "pictures")
     done = _run("tools/sample.py", published, *arguments)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "pictures" / "00000.png").exists()
+    size_px = json.loads((published / "sampling.json").read_text())["size_px"]
+    assert Image.open(tmp_path / "pictures" / "00000.png").size == (size_px[1], size_px[0])
 
 
 @pytest.mark.parametrize("stage", ["ct", "sft", "distill"])

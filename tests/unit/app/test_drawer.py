@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import threading
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from bitdance_scale.config.schema import ParallelSection
 from bitdance_scale.errors import CheckpointError, ConfigError
 from bitdance_scale.evaluation.benchmarks.solving import Solving, drawing_config
 from bitdance_scale.generate.pipeline import BitDancePipeline
+from bitdance_scale.generate.sampling_file import write_sampling
 from bitdance_scale.train.prompt_models import RunPrompts
 from bitdance_scale.train.run import joined_ranks
 from tests.adapted import write_adapted_run
@@ -58,6 +60,15 @@ def test_a_published_folder_draws_as_its_pipeline_does_watched_or_not(published)
     for image, other, wanted in zip(watched, unwatched, expected, strict=True):
         assert (image == other).all() and (image == np.asarray(wanted)).all()
     assert (watched[0] != watched[1]).any()
+
+
+def test_a_published_folder_may_say_how_it_is_drawn_with(published, tmp_path):
+    own = shutil.copytree(published, tmp_path / "own")
+    write_sampling(own, {"size_px": [64, 96], "num_steps": 20, "guidance": 3.0, "sampler": "euler"})
+    with open_drawer(own, device="cpu") as drawer:
+        facts = drawer.facts
+    assert (facts.steps, facts.guidance, facts.sampler) == (20, 3.0, "euler")
+    assert facts.sizes_px == [(64, 96), (32, 32), (64, 64), (128, 128)]
 
 
 def test_a_checkpoint_draws_as_benchmarks_do_watched_or_not(published, tmp_path):

@@ -14,6 +14,9 @@ def test_a_page_of_two_stages_is_written(tmp_path, capsys):
     out = tmp_path / "figures" / "stages.png"
     assert main([*folders, "--one-after-another", "--out", str(out)]) == 0
     assert Image.open(out).size == (2040, 1260)
+    assert main([*folders, "--one-after-another", "--out", str(out.with_suffix(".webp"))]) == 0
+    small = Image.open(out.with_suffix(".webp"))
+    assert (small.format, small.size) == ("WEBP", (2040, 1260))
     assert capsys.readouterr().out.splitlines()[1] == "ct: 2 steps, 16 images, 900 tokens, 0:00:01 of training"
 
 

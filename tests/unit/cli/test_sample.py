@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from bitdance_scale.cli import caption, evaluate_draw, import_release
 from bitdance_scale.cli.sample import main
+from bitdance_scale.config import shipped_models
+from bitdance_scale.generate.requests import _num_columns
 from tests.released import write_published
 
 FAST = ["--steps", "2", "--guidance", "2", "--size", "32x48", "--device", "cpu"]
@@ -113,6 +117,59 @@ def test_faulty_prompt_files_are_refused(folder, tmp_path, capsys, content, mess
 def test_faulty_arguments_are_refused(folder, tmp_path, capsys, arguments, message):
     assert run(folder, "--prompt", "a", "--out", tmp_path / "out", *FAST, *arguments) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_folder_that_says_how_it_is_drawn_with(folder, tmp_path, capsys, monkeypatch):
+    own = tmp_path / "assets" / "small"
+    shutil.copytree(folder, own)
+    section = {"size_px": [32, 48], "num_steps": 2, "guidance": 2.0, "prompts": ["a red circle", "a blue one"]}
+    (own / "sampling.json").write_text(json.dumps(section))
+    monkeypatch.setattr(shipped_models, "ASSETS", tmp_path / "assets")
+    monkeypatch.chdir(tmp_path)
+    assert run("small") == 0
+    assert "wrote samples/small: 2 pictures, and samples/small/grid.png" in capsys.readouterr().out
+    found = records(Path("samples/small"))
+    assert [line["prompt"] for line in found] == ["a red circle", "a blue one"]
+    drawn_with = {"height": 32, "width": 48, "steps": 2, "guidance": 2.0, "sampler": "euler_maruyama"}
+    assert all(line.items() >= (drawn_with | {"folder": str(own)}).items() for line in found)
+    assert run("small", "--prompt", "a blue one", "--seed", 1, "--steps", 1) == 0
+    (line,) = records(Path("samples/small-2"))
+    assert (line["prompt"], line["seed"], line["steps"], line["guidance"]) == ("a blue one", 1, 1, 2.0)
+    (own / "sampling.json").write_text('{"num_steps": 0}')
+    assert run("small") == 2
+    assert re.search("sampling.json: num_steps = 0: must be at least 1", capsys.readouterr().err)
+    assert not Path("samples/small-3").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (
+            evaluate_draw,
+            ["demo-scenes", "small", "--weights", "averaged", "--out", "out"],
+            "assets/small is a published",
+        ),
+        (caption, ["small", "absent.png"], "this model has 4 px a cell"),
+        (import_release, ["small", "small-run/out"], "small-run/out: there is no folder small-run"),
+    ],
+)
+def test_other_commands_find_it_too(folder, tmp_path, capsys, monkeypatch, command, arguments, message):
+    shutil.copytree(folder, tmp_path / "assets" / "small")
+    monkeypatch.setattr(shipped_models, "ASSETS", tmp_path / "assets")
+    monkeypatch.chdir(tmp_path)
+    assert command.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_prompts(folder, tmp_path, capsys):
+    assert run(folder, "--out", tmp_path / "out", *FAST) == 2
+    assert re.search("has no prompts of its own; name some with --prompt or --prompts", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("num_images", "columns"), [(1, 1), (3, 3), (6, 3), (8, 4), (9, 3), (10, 5), (64, 8)])
+def test_grids_have_few_empty_places(num_images, columns):
+    assert _num_columns(num_images) == columns
 
 
 def test_no_folder_and_no_prompt_file(tmp_path, capsys):

@@ -129,7 +129,7 @@ def test_the_newest_pictures_of_a_run_with_a_start_are_below_the_panels(tmp_path
     assert is_red.sum() == 2 * 256 * 256, "the picture and the start's, each of 256 px"
     two = page.overview([run, dataclasses.replace(run, name="other")])
     assert Image.open(io.BytesIO(two)).size == (2040, 1260)
-    assert len(page.panel_pictures(run)) == len(page.panel_pictures(dataclasses.replace(run, pictures=None)))
+    assert len(page.panel_pictures([run])) == len(page.panel_pictures([dataclasses.replace(run, pictures=None)]))
 
 
 @pytest.mark.parametrize("num_runs", [1, 5])
@@ -212,7 +212,7 @@ def test_runs_over_each_other_have_a_colour_each(tmp_path, drawn):
 def test_the_panels_are_cut_out_of_the_page(tmp_path):
     run = read_run(write_run(tmp_path / "demo", [point(step) for step in range(1, 30)]))
     page_px = np.asarray(Image.open(io.BytesIO(page.overview([run]))).convert("RGB"))
-    panels = page.panel_pictures(run)
+    panels = page.panel_pictures([run])
     assert len(panels) == 12 and panels[0].title == "Flow loss, training" and panels[5].title == "Learning rate"
     for panel in panels:
         height, width = panel.pixels.shape[:2]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import recipe
 import score_scenes
+import share_intervals
 from recipe import Job, Recipe, plan_jobs, sides_of
 from recipe_report import ScoredModel, StageReport, write_report
 
@@ -18,6 +20,7 @@ from bitdance_scale.demo.scenes import render
 from bitdance_scale.errors import BitDanceError, ConfigError
 from bitdance_scale.evaluation.benchmarks.demo_scenes import DemoScenes, choose_scenes
 from bitdance_scale.observe.metrics import METRICS_FILE, Evaluation, StepMetrics, append_evaluation
+from tests.released import write_published
 
 DEMO = [CONFIGS / f"{name}.toml" for name in ("demo", "ct_demo", "sft_demo", "distill_demo")]
 
@@ -53,12 +56,13 @@ def write_run(folder: Path, evaluates: bool) -> Path:
     return folder
 
 
-def score(folder: Path, num_right: int) -> Path:
+def score(folder: Path, num_right: int, **settings: object) -> Path:
     """A score of 12 pictures, the last of which are of other scenes."""
     scenes = choose_scenes(2)
     shown = scenes[:num_right] + scenes[:1] * (12 - num_right)
     scored = score_scenes.score_pictures(DemoScenes(per_category=2).read(None), (render(scene) for scene in shown))
-    score_scenes.write_results(folder, scored, {"per_category": 2}, keeps_pictures=False)
+    usual = {"size": "64x64", "per_category": 2, "real": False, "steps": 25, "guidance": 3.0}
+    score_scenes.write_results(folder, scored, usual | settings, keeps_pictures=False)
     return folder
 
 
@@ -91,47 +95,109 @@ def test_jobs_cover_stages_limits_and_sweeps_once() -> None:
     assert Job("sft", 64, 10) in thorough and Job("sft", 64, 4) not in thorough
 
 
-def test_the_report_holds_everything(tmp_path: Path) -> None:
+def a_report(folder: Path, scores: Sequence[ScoredModel]) -> Path:
+    """The page of a run with evaluations and one without."""
     stages = [
-        StageReport("pt", "pretraining", write_run(tmp_path / "a", evaluates=True), load_config(DEMO[0])),
-        StageReport("ct", "continued training", write_run(tmp_path / "b", evaluates=False), load_config(DEMO[1])),
+        StageReport("pt", write_run(folder / "a", evaluates=True), load_config(DEMO[0])),
+        StageReport("ct", write_run(folder / "b", evaluates=False), load_config(DEMO[1])),
     ]
+    return write_report(folder / "report.html", stages, scores, {"a": 80.0, "b": 20.0, "scores": 90.0}, "make all")
+
+
+def test_the_report_holds_everything(tmp_path: Path) -> None:
     scores = [
-        ScoredModel("pt", "64px_25steps_guidance3", score(tmp_path / "s1", 6)),
-        ScoredModel("ct", "64px_25steps_guidance3", score(tmp_path / "s2", 12)),
+        ScoredModel("pt", score(tmp_path / "s1", 6)),
+        ScoredModel("ct", score(tmp_path / "s2", 12)),
+        ScoredModel("ct", score(tmp_path / "s3", 12, real=True)),
     ]
-    path = write_report(tmp_path / "report.html", stages, scores)
-    page = path.read_text()
+    page = (path := a_report(tmp_path, scores)).read_text()
     # Nothing is fetched from elsewhere.
     assert not re.search(r'(src|href)="(?!data:)', page)
-    assert page.count("data:image/webp;base64,") == 3
+    # Two sheets of curves and the scored pictures of two stages; a figure of the scores.
+    assert page.count("data:image/webp;base64,") == 4 and page.count("data:image/png;base64,") == 1
     tables = json.loads(path.with_suffix(".json").read_text())
-    assert [row["overall"] for row in tables["scores"]] == [0.5, 1.0]
+    assert [(row["model"], row["px"], row["overall"]) for row in tables["scores"]] == [
+        ("PT", 64, 0.5),
+        ("CT", 64, 1.0),
+        ("real scenes", 64, 1.0),
+    ]
+    low, high = tables["scores"][0]["interval"]
+    assert low < 0.5 < high and "Drawn with 25 sampling steps a block and guidance 3." in page
     first, second = tables["stages"]
-    assert (
-        first["steps"] == 40 and first["images"] == 400 and first["held out after"] == 0.25 and first["64 px"] == 0.25
-    )
-    assert first["flow loss"] == pytest.approx((2 / 39 + 2 / 40) / 2, abs=1e-4)
-    assert "held out after" not in second
+    assert (first["stage"], first["steps"], first["images"], first["after"]) == ("PT", 40, 400, 0.25)
+    assert second["stage"] == "CT" and "after" not in second
+    # The same prompts: half of them are right for the second stage alone.
+    assert re.search(r"CT minus PT at 64 px: \+0\.500 \[\+0\.\d+, \+\d\.\d+\], paired, over 12 prompts", page)
+    assert "command: make all" in page and re.search("processor: .*, [0-9]+ cores", page)
+    # 40 steps of half a second, of 80 seconds.
+    assert "<tr><td>PT</td><td>0.3</td><td>1</td></tr>" in page
+    # Settings of pretraining that are no defaults, and what the next stage changes.
+    assert "<tr><td>optim.lr</td><td>0.0001</td><td>0.002</td><td>0.001</td></tr>" in page
+    assert "<tr><td>sample.guidance</td><td>7.5</td><td>3.0</td><td></td></tr>" in page
+    assert "optim.eps" not in page
+
+
+def test_the_report_shows_sweeps_apart(tmp_path: Path) -> None:
+    scores = [ScoredModel("ct", score(tmp_path / "s0", 12))]
+    scores += [
+        ScoredModel("ct", score(tmp_path / f"s{number}", 6, steps=steps, guidance=guidance), is_sweep=True)
+        for number, (steps, guidance) in enumerate(((10, 3.0), (50, 3.0), (25, 1.0)), 1)
+    ]
+    scores.append(ScoredModel("pt", score(tmp_path / "same", 12)))
+    page = a_report(tmp_path, scores).read_text()
+    assert "CT minus PT at 64 px: none on any of 12 prompts." in page
+    assert page.count("data:image/png;base64,") == 3 and "overall score over guidance scale" in page
+    before, after = page.split("Sampling steps and guidance")
+    assert before.count("<td>CT</td>") == 1 + 1 and "<tr><td>CT</td><td>64</td><td>10</td><td>3</td>" in after
 
 
 def test_scores_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+    made: list[Job] = []
 
-    def run(command: list[str], folder: Path | None = None) -> None:
-        calls.append(command)
-        score(Path(command[command.index("--out") + 1]), 12)
+    def score_side_by_side(tasks: Sequence[tuple[Job, Path]]) -> None:
+        for job, folder in tasks:
+            made.append(job)
+            score(folder / job.name, 12, real=job.real, per_category=job.per_category)
 
-    monkeypatch.setattr(recipe, "_run", run)
-    (tmp_path / "pt").mkdir()
-    made = Recipe(DEMO[:1], tmp_path, 2)
-    jobs = [Job("pt", 64, 2), Job("pt", 64, 2, real=True)]
-    made.score(jobs)
-    made.score(jobs)
-    assert len(calls) == 2 and sum("--real" in command for command in calls) == 1
-    assert (tmp_path / "pt" / jobs[0].name / "score.json").is_file()
-    made.score([Job("pt", 64, 3)])
-    assert len(calls) == 3
+    monkeypatch.setattr(recipe, "score_side_by_side", score_side_by_side)
+    tool = Recipe(DEMO[:1], tmp_path, 2)
+    jobs = [Job("pt", 64, 2, real=True), Job("pt", 64, 2), Job("pt", 128, 2)]
+    tool.score(jobs)
+    tool.score(jobs)
+    assert made == [jobs[2], jobs[1], jobs[0]], "the longest first, and each once"
+    assert json.loads((tmp_path / "times.json").read_text()).keys() == {"scores"}
+    tool.score([Job("pt", 64, 3)])
+    assert made[3:] == [Job("pt", 64, 3)]
+
+
+def test_a_score_is_made_in_another_process(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_published(tmp_path / "pt" / "published")
+    job = Job("pt", 32, 1, steps=1, guidance=1.0)
+    recipe.score_side_by_side([(job, tmp_path / "pt")])
+    found = json.loads((tmp_path / "pt" / job.name / "score.json").read_text())
+    assert found["num_pictures"] == 6
+    assert found["settings"] == {
+        "size": "32x32",
+        "per_category": 1,
+        "real": False,
+        "steps": 1,
+        "guidance": 1.0,
+        "seed": 0,
+    }
+    assert (tmp_path / "pt" / job.name / "grid.png").is_file() and "overall" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("value", "num_pictures", "low", "high"),
+    # Wilson's interval, as Brown, Cai and DasGupta have it (2001, 10.1214/ss/1009213286).
+    [(0.5, 10, 0.2366, 0.7634), (0.0, 10, 0.0, 0.2775), (1.0, 50, 0.9287, 1.0)],
+)
+def test_shares_have_intervals_even_at_their_ends(value: float, num_pictures: int, low: float, high: float) -> None:
+    found = share_intervals.share(value, num_pictures)
+    assert (found.low, found.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+    mean = share_intervals.shares({"a": value, "b": value}, 2 * num_pictures)["overall"]
+    assert mean.value - mean.low == pytest.approx((found.value - found.low) / 2**0.5)
+    assert mean.high - mean.value == pytest.approx((found.high - found.value) / 2**0.5)
 
 
 def test_a_stage_that_fails_ends_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
