@@ -89,15 +89,13 @@ class Case:
         return tensor + parallel.tensor * (data + num_replicas * stage)
 
     def chosen_ranks(self) -> list[int]:
-        """First and last of every axis, mostly the middle too in large worlds, and of a pipeline every stage.
+        """First and last of every axis, in large worlds the middle too, and of a pipeline every stage.
 
         They are all combinations of these, so that whoever has a group with one of them has it with another.
         """
         parallel = self.run.parallel
-        # Walks with virtual stages are the longest: the middle replica is left to plain pipelines.
-        has_middle = self.world >= 256 and parallel.virtual_stages == 1
-        tensor = _ends(parallel.tensor, has_middle=has_middle)
-        data = _ends(self.world // (parallel.tensor * parallel.pipeline), has_middle=has_middle)
+        tensor = _ends(parallel.tensor, has_middle=self.world >= 256)
+        data = _ends(self.world // (parallel.tensor * parallel.pipeline), has_middle=self.world >= 256)
         return sorted(self.rank_at(*place) for place in itertools.product(tensor, data, range(parallel.pipeline)))
 
     def first_ranks(self) -> list[int]:
