@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitdance_scale.config.parallel_schema import ParallelSection
-from bitdance_scale.parallel import replicated
+from bitdance_scale.parallel import replicated, weight_gradients
 from bitdance_scale.parallel.storage_log import StorageLog
 from bitdance_scale.parallel.topology import Topology, make_topology
 
@@ -108,6 +108,13 @@ class Buckets(nn.Module):
         self._log.assign([parameter.grad], "gradients")
         view.copy_(parameter.grad)
         parameter.grad = view
+
+
+@contextlib.contextmanager
+def products_of_cuda() -> Iterator[None]:
+    """Within it weight gradients on the CPU are added to float32 sums as on CUDA, without a product beside the sum."""
+    with mock.patch.object(weight_gradients, "adds_in_float32", lambda _: True):
+        yield
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ to rounding and fragmentation.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -26,7 +27,7 @@ from bitdance_scale.data.plan.synthetic_packs import typical_packs
 from bitdance_scale.model.inputs import PackInputs, make_inputs
 from bitdance_scale.parallel.build import build_stages, engine_of
 from bitdance_scale.parallel.engine import TrainingEngine
-from bitdance_scale.parallel.fake_ranks import join_fake_job, no_memory
+from bitdance_scale.parallel.fake_ranks import join_fake_job, no_memory, products_of_cuda
 from bitdance_scale.parallel.memory_parts import Bytes, num_in_flight
 from bitdance_scale.parallel.partition import ShardedValue
 from bitdance_scale.parallel.step import accumulate_gradients, count_targets
@@ -81,7 +82,8 @@ def estimate_memory(
         vocab_size: entries of the tokenizer.
         world_size: ranks of the job.
         rank: which of them. Under ZeRO-3 it must be 0; there all ranks need the same.
-        is_fused: whether AdamW is one kernel without temporary tensors, as on CUDA.
+        is_fused: whether AdamW, and the product that adds to a float32 gradient, are one kernel each without temporary
+            tensors, as on CUDA.
 
     Raises:
         ConfigError: the global batch cannot be divided among the replicas.
@@ -116,7 +118,7 @@ def estimate_memory_here(
         packs, waiting = packs_to_run(config, topology.data_size, in_flight)
     # Packs are small: they are made of real tensors, then copied into tensors without memory.
     made = {id(pack): _inputs(pack, config) for pack in [*packs, *waiting]}
-    with no_memory() as log:
+    with no_memory() as log, products_of_cuda() if is_fused else contextlib.nullcontext():
         engine = build_logged(log, config, vocab_size, topology, is_fused)
         building_peak = log.peak(0, log.position).total
         batch, _kept = ([_copy(made[id(pack)], log) for pack in group] for group in (packs, waiting))

@@ -14,6 +14,11 @@ import torch
 from megatron.core.tensor_parallel import layers
 
 
+def adds_in_float32(device: torch.device) -> bool:
+    """Whether a device has the kernel that multiplies in one dtype and adds in another."""
+    return device.type == "cuda"
+
+
 class AccumulatedProduct:
     """What Megatron-core calls of Apex's `fused_weight_gradient_mlp_cuda`."""
 
@@ -28,10 +33,9 @@ class AccumulatedProduct:
         """
         if total_input.dtype == main_grad.dtype:
             main_grad.addmm_(grad_output.t(), total_input)
-        elif main_grad.is_cuda:
+        elif adds_in_float32(main_grad.device):
             torch.addmm(main_grad, grad_output.t(), total_input, out_dtype=main_grad.dtype, out=main_grad)
         else:
-            # The kernel that multiplies in one dtype and adds in another exists for CUDA alone.
             main_grad.add_(grad_output.t().matmul(total_input))
 
 

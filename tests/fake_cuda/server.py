@@ -35,6 +35,7 @@ _MODULES = {
 }
 _POLL_S = 0.05
 _NUM_FRAMES = 24
+_STARTING = threading.Lock()
 
 
 class ForkServer:
@@ -187,9 +188,15 @@ def _printed(call: _Call) -> str:
     return Path(f"{call.answer}.log").read_bytes()[-2000:].decode(errors="replace")
 
 
-@functools.cache
 def server(kind: str) -> ForkServer:
     """The server of this process, which ends with it."""
+    # Several threads may want the first one at once.
+    with _STARTING:
+        return _started(kind)
+
+
+@functools.cache
+def _started(kind: str) -> ForkServer:
     import atexit
 
     started = ForkServer(kind)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 
 from tests.fake_cuda.device import B200, H100
+from tests.fake_cuda.server import in_parallel
 from tests.fake_cuda.triton_builds import Build
 from tests.fake_cuda.triton_runs import (
     FLEX,
@@ -54,6 +56,8 @@ def check(choices: Sequence[Build], gpu: str, most_bytes: int = MAX_SPILL_BYTES)
 
 def checked(cases: tuple[str, ...], case: str, gpu: str, lengths: tuple[int, ...]) -> dict[str, list[Build]]:
     """Builds of the kernels of a case, which is compiled once and launches all of them for every length."""
+    # Those of the other GPU are tested next.
+    in_parallel([partial(run, "builds", cases, each, lengths) for each in GPUS])
     kernels = builds(cases, gpu, lengths)[case]
     most_bytes = MAX_RAGGED_SPILL_BYTES if lengths == RAGGED else MAX_SPILL_BYTES
     for choices in kernels.values():

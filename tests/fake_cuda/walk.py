@@ -90,9 +90,13 @@ def choose_packs(config: Any, data_size: int, is_uneven: bool) -> list[Any]:
     from bitdance_scale.data.plan.synthetic_packs import typical_packs
     from bitdance_scale.parallel import memory_estimate
 
-    packs, _ = memory_estimate.packs_to_run(config, data_size, memory_estimate.num_in_flight(config.parallel, 0))
+    in_flight = memory_estimate.num_in_flight(config.parallel, 0)
+    packs, _ = memory_estimate.packs_to_run(config, data_size, in_flight)
     if not is_uneven:
         return packs
+    if config.parallel.virtual_stages == 1:
+        # Only virtual stages take packs in rounds of the pipeline.
+        packs = packs[: max(2, in_flight + 1)]
     by_length = sorted(typical_packs(config, data_size), key=lambda pack: -pack.num_positions)
     return [by_length[place * (len(by_length) - 1) // max(len(packs) - 1, 1)] for place in range(len(packs))]
 

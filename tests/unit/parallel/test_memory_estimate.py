@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.parallel_schema import ParallelSection
 from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.observe.cost import count_parameters
+from bitdance_scale.parallel.fake_ranks import no_memory, products_of_cuda
 from bitdance_scale.parallel.memory_estimate import MemoryEstimate, estimate_memory_here
 from bitdance_scale.parallel.memory_parts import Bytes, num_in_flight
+from bitdance_scale.parallel.weight_gradients import AccumulatedProduct
 from bitdance_scale.parallel.zero import deepspeed_config
 from tests.distributed.spawn import run_ranks
 from tests.distributed.toy import toy_config
@@ -43,6 +47,17 @@ def test_passes_in_flight(pipeline, virtual_stages, expected):
 def test_reduction_buffer_is_no_larger_than_the_model(num_elements, expected):
     settings = deepspeed_config(toy_config(reduce_bucket_elements=5000), data_size=2, num_elements=num_elements)
     assert settings["zero_optimization"]["reduce_bucket_size"] == expected
+
+
+@pytest.mark.parametrize(("on_cuda", "expected"), [(False, 30 * 20 * 2), (True, 0)])
+def test_a_weight_gradient_is_added_to_its_sum_as_on_the_device(on_cuda, expected):
+    """On a CPU the product of bfloat16 matrices lies beside the float32 sum for a moment; on CUDA it never exists."""
+    with no_memory() as log, products_of_cuda() if on_cuda else contextlib.nullcontext():
+        entered, arrived = (torch.empty(64, size, dtype=torch.bfloat16) for size in (20, 30))
+        total = torch.zeros(30, 20)
+        before, start = sum(storage.nbytes for storage in log.alive()), log.position
+        AccumulatedProduct.wgrad_gemm_accum_fp32(entered, arrived, total)
+        assert log.peak(start, log.position).total - before == expected
 
 
 def _large(_rank: int) -> tuple[MemoryEstimate, int, int]:
