@@ -55,6 +55,7 @@ pretrain: demo-data  ## draw the demo images, train on them; ARGS= overrides set
 	$(BIN)/bitdance train $(CONFIG) --nproc $(NPROC) $(ARGS)
 
 recipe: demo-data  ## all four stages of the demo, export, scene scores and a report; ARGS= goes to tools/recipe.py
+	$(BIN)/bitdance demo-data data/demo_scenes
 	$(BIN)/python tools/recipe.py demo ct_demo sft_demo distill_demo --nproc $(NPROC) $(ARGS)
 
 lint: setup  ## format, rules of style, types, layers
@@ -161,5 +162,5 @@ docs: setup  ## regenerate docs/config.md and docs/rules.md
 	$(BIN)/python tools/write_config_docs.py
 
 clean:  ## remove the environment, caches and the demo's images
-	rm -rf $(VENV) $(NEWEST) $(IMG2DATASET) $(LAUNCHERS) data/demo data/demo_held_out build *.egg-info .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(NEWEST) $(IMG2DATASET) $(LAUNCHERS) data/demo data/demo_scenes data/demo_held_out build *.egg-info .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
