@@ -109,15 +109,15 @@ CATEGORY_SHARES = {
     "words": 0.08,
 }
 ASPECTS = (1.0, 1.0, 1.0, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 2.0, 1 / 2)
-# Four in five pictures are square.
-OBJECT_ASPECTS = (*(1.0,) * 24, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 2.0, 1 / 2)
+# Nine in ten pictures are square.
+OBJECT_ASPECTS = (*(1.0,) * 54, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 2.0, 1 / 2)
 OBJECT_SHARES = {
-    "single_object": 0.4,
-    "two_objects": 0.03,
-    "counting": 0.05,
-    "colors": 0.45,
-    "position": 0.04,
-    "color_attribution": 0.02,
+    "single_object": 0.42,
+    "two_objects": 0.01,
+    "counting": 0.03,
+    "colors": 0.5,
+    "position": 0.02,
+    "color_attribution": 0.01,
     "words": 0.01,
 }
 MIXES: dict[str, Mix] = {

@@ -31,7 +31,7 @@ def test_on_an_unknown_device_no_time_is_claimed():
     config = load_config("demo")
     ranks = SimpleNamespace(tensor_size=1, pipeline_size=1, data_size=2, world_size=2, device_name="cpu")
     text = _summary(config, ranks, 755, resumed_step=100)
-    assert "steps 100 to 1400, 20 images" in text and "days" not in text
+    assert "steps 100 to 1150, 20 images" in text and "days" not in text
 
 
 def test_sources_say_what_the_run_takes_of_them():
