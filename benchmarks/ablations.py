@@ -4,10 +4,10 @@
     PYTHONPATH=. python benchmarks/ablations.py distillation --steps 100 --teacher runs/sft_demo
 
 Every variant trains as under `torchrun pipelines/..`, from the demo's configuration with the overrides below, for as
-many steps and about as many tokens as the others. Then its weights are evaluated without bit flips, on the same
-held-out images, resolutions, noise and flow times as every other variant, so that only the weights make the losses
-differ. It prints a table in Markdown, and JSON; ratios are to the first variant of the same seed. `make demo-data`
-draws the images.
+many steps and about as many tokens as the others, and its pictures of the configuration's benchmark are scored at the
+end. Then its weights are evaluated without bit flips, on the same held-out images, resolutions, noise and flow times as
+every other variant, so that only the weights make the losses differ; the bit-wise head has no flow loss. It prints a
+table in Markdown, and JSON; ratios are to the first variant of the same seed. `make demo-data` draws the images.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launch import run_ranks
 
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.training_stages import STAGES
+from bitdance_scale.observe.benchmark_scores import read_scores_of_run
 from bitdance_scale.observe.metrics import EVALUATION_FILE, Evaluation, read_evaluations
 
 ONLY_64_PX = "data.resolutions=[{side_px=64, share=1, buckets_px=[[64, 64], [64, 96], [64, 128]]}]"
+BIT_WISE = "head.kind=bitwise"
+SCORE = "score: "
+"""Begins the columns that are shares of pictures."""
 QUIET = ("observe.wandb_mode=disabled", "sample.every_steps=0")
 
 
@@ -49,8 +54,12 @@ STUDIES = {
             "as configured": (),
             "no text loss": ("loss.text_weight=0",),
             "no bit flips": ("vision.flip_max=0",),
+            "one draw of noise": ("head.diff_batch_mul=1",),
+            "times as published": ("head.time_shift=1",),
             "constant rate": ("optim.decay_steps=0",),
+            "bit-wise head": (BIT_WISE, "head.diff_batch_mul=1"),
             "fully causal mask": ("model.mask=causal",),
+            "raster order": ("vision.order=raster",),
             # An image of 64 px has about as many tokens as one of the mix.
             "64 px alone": (ONLY_64_PX,),
         },
@@ -78,46 +87,61 @@ def judge(config: str, run: Path, variant: Sequence[str], num_processes: int) ->
     """Held-out losses of a run's weights under the conditions of `config`, without bit flips.
 
     They are the losses before the first step of a new run that starts from these weights. Only the settings of the
-    model are the variant's.
+    model and the order of its tokens are the variant's.
     """
-    overrides = [*(setting for setting in variant if setting.startswith("model."))]
+    overrides = [*(setting for setting in variant if setting.startswith(("model.", "vision.order=")))]
+    overrides += ["evaluate.benchmarks=[]"]
     overrides += [f"run.start_from={run}", "run.start_from_any=true", "run.steps=1", "optim.lr=1e-12"]
     judged = train(config, run.with_name(f"{run.name}_judged"), [*overrides, "vision.flip_max=0"], num_processes)
     return read_evaluations(judged / EVALUATION_FILE)[0]
 
 
-def run_study(study: Study, options: argparse.Namespace) -> list[dict[str, object]]:
+def scores(run: Path) -> dict[str, float]:
+    """What a run scored last, by column; nothing if it has no benchmark."""
+    found = read_scores_of_run(run)
+    return {f"{SCORE}{name}": value for name, value in found[-1].values.items()} if found else {}
+
+
+def run_study(study: Study, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per variant and seed."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for seed in options.seeds:
         for number, (name, overrides) in enumerate(study.variants.items()):
             common = [f"run.steps={options.steps}", f"run.seed={seed}", f"evaluate.every_steps={options.steps}"]
-            common += ["evaluate.benchmarks=[]"]
             if options.teacher is not None:
                 common += [f"run.start_from={options.teacher}"]
             folder = options.root / f"{options.study}_{number}_seed{seed}"
             train(study.config, folder, [*common, *overrides], options.nproc)
-            found = judge(study.config, folder, overrides, options.nproc)
-            losses = {f"{side} px": loss for side, loss in found.vision_by_resolution.items()}
-            rows.append({"variant": name, "seed": seed, "flow": found.vision} | losses | {"text": found.text})
+            rows.append({"variant": name, "seed": seed} | scores(folder))
+            if BIT_WISE not in overrides:
+                found = judge(study.config, folder, overrides, options.nproc)
+                losses = {f"{side} px": loss for side, loss in found.vision_by_resolution.items()}
+                rows[-1] |= {"flow": found.vision} | losses | {"text": found.text}
             print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
-def table(rows: Sequence[dict[str, object]]) -> str:
-    """Markdown: means over the seeds, and their ratio to the first variant with its range over the seeds."""
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: means over the seeds; of losses the ratio to the first variant, of scores the range over the seeds."""
     columns = [name for name in rows[0] if name not in ("variant", "seed")]
     first = {row["seed"]: row for row in rows if row["variant"] == rows[0]["variant"]}
     lines = [f"| variant | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name in dict.fromkeys(row["variant"] for row in rows):
-        cells = []
-        for column in columns:
-            own = [row for row in rows if row["variant"] == name]
-            ratios = [row[column] / first[row["seed"]][column] for row in own]
-            cell = f"{statistics.fmean(row[column] for row in own):.4f} ({statistics.fmean(ratios):.3f}"
-            cells.append(cell + (f", {min(ratios):.3f} to {max(ratios):.3f})" if len(ratios) > 1 else ")"))
+        own = [row for row in rows if row["variant"] == name]
+        cells = [_cell(column, [row[column] for row in own if column in row], own, first) for column in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(column: str, values: list[float], own: list[dict[str, Any]], first: dict[int, dict[str, Any]]) -> str:
+    """A mean with, in brackets, what it is over the seeds or against the first variant."""
+    if not values:
+        return ""
+    if column.startswith(SCORE):
+        return f"{statistics.fmean(values):.3f} ({min(values):.2f} to {max(values):.2f})"
+    ratios = [row[column] / first[row["seed"]][column] for row in own]
+    spread = f", {min(ratios):.3f} to {max(ratios):.3f}" if len(ratios) > 1 else ""
+    return f"{statistics.fmean(values):.4f} ({statistics.fmean(ratios):.3f}{spread})"
 
 
 def main() -> None:
