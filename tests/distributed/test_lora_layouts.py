@@ -16,10 +16,13 @@ from bitdance_scale.config.lora_schema import LoraSection
 from bitdance_scale.config.schema import RunConfig
 from tests.distributed.layout_run import RankRecord, assemble, train
 from tests.distributed.spawn import run_ranks
-from tests.distributed.test_layouts import ACTIVATION_BOUND, BOUND, MEGATRON, NUM_STEPS, SP, Layout, params
+from tests.distributed.test_layouts import BOUND, MEGATRON, NUM_STEPS, SP, Layout, params
 from tests.distributed.toy import VOCAB_SIZE
 
 TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "head.*")
+# Gradients of adapters are products of two small matrices, and a projector's bias sums over all cells: both round more
+# than those of whole weights. Up to 3.4e-6 was measured, the most on processors with AVX-512.
+ADAPTER_BOUND = 8e-6
 LORA = LoraSection(
     rank=3, alpha=6.0, dropout=0.25, targets=TARGETS, train_projector=True, train_queries=True, rank_stabilized=True
 )
@@ -65,13 +68,12 @@ LAYOUTS = [
 def test_layout_equals_one_process(layout: Layout) -> None:
     """Losses, norms and averages of three steps, and every first gradient."""
     records, expected = _run(layout), reference(layout.is_tied, layout.num_kv_heads)
-    bound = ACTIVATION_BOUND if layout.parallel.get("tensor", 1) > 1 else BOUND
     for field in ("gradients", "averages"):
         found, wanted = assemble(records, field), assemble([expected], field)
         assert found.keys() == wanted.keys()
         for name in wanted:
             error = float((found[name] - wanted[name]).norm() / wanted[name].norm())
-            assert error < bound, f"{field} of {name}: {error:.1e}"
+            assert error < ADAPTER_BOUND, f"{field} of {name}: {error:.1e}"
     for record in records:
         for step, losses in enumerate(record.losses):
             assert losses == pytest.approx(expected.losses[step], rel=BOUND), f"step {step}"
@@ -131,7 +133,7 @@ def test_gradients_are_those_of_the_whole_weights() -> None:
             assert torch.allclose(gradient, expected[name], rtol=1e-4, atol=1e-7), name
             continue
         error = float((gradient - expected[name]).norm() / expected[name].norm())
-        assert error < 3 * BOUND, f"{name}: {error:.1e}"
+        assert error < ADAPTER_BOUND, f"{name}: {error:.1e}"
         checked += 1
     assert checked == 2 * (4 * 7 + 4 * 2 + 1 + 4 + 2)
 

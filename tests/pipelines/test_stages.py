@@ -43,6 +43,7 @@ def test_pretraining_to_the_pictures_of_the_distilled_model(tmp_path):
         for setting in small_demo(tmp_path, num_steps=2, save_every=2)
         if not setting.startswith("data.global_batch")
     ]
+    settings.append("data.sources=[]")
     before = None
     for stage, config in CONFIGS.items():
         start = [f"run.start_from='{tmp_path / before}'"] if before else []
