@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 from PIL import Image
 from ship_demo_model import MAX_BYTES
 
@@ -37,7 +36,6 @@ def test_a_name_is_found_from_any_folder_and_a_folder_of_that_name_comes_first(t
     assert model_path("small") == Path("small")
 
 
-@pytest.mark.skipif("demo" not in shipped_models.shipped_models(), reason="no model is in the package yet")
 class TestDemo:
     def test_it_is_small_and_says_where_it_is_from(self):
         model = [path for path in DEMO.iterdir() if path.name not in TOKENIZERS]
