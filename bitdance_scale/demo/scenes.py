@@ -26,11 +26,13 @@ class Mix:
         shares: of the categories; they add up to 1.
         aspects: widths over heights, all equally frequent.
         shaded_share: share of the pictures whose background is shaded.
+        named_share: share of the captions that name the background.
     """
 
     shares: Mapping[str, float]
     aspects: tuple[float, ...]
     shaded_share: float
+    named_share: float
 
 
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -121,8 +123,8 @@ OBJECT_SHARES = {
     "words": 0.01,
 }
 MIXES: dict[str, Mix] = {
-    "scenes": Mix(CATEGORY_SHARES, ASPECTS, shaded_share=0.5),
-    "objects": Mix(OBJECT_SHARES, OBJECT_ASPECTS, shaded_share=0.1),
+    "scenes": Mix(CATEGORY_SHARES, ASPECTS, shaded_share=0.5, named_share=0.2),
+    "objects": Mix(OBJECT_SHARES, OBJECT_ASPECTS, shaded_share=0.1, named_share=0.5),
 }
 """What a set of scenes is made of: everything alike, or mostly one large object on a plain square picture."""
 MIN_CONTRAST = 120.0
@@ -295,7 +297,7 @@ class _Composer:
         text: str | None = None,
         color: str | None = None,
     ) -> Scene:
-        if self.rng.random() < 0.2:
+        if self.rng.random() < self.mix.named_share:
             phrase = f"{phrase} on {_article(f'{self.background} background')}"
         opening = self._pick(("", "", "", "", "a picture of ", "a drawing of ", "an image showing "))
         return Scene(category, opening + phrase, self.size_px, self.background, self.shading, objects, text, color)

@@ -40,6 +40,7 @@ def test_the_mix_of_objects_is_mostly_one_object_on_a_square():
     assert 0.88 < (counts["single_object"] + counts["colors"]) / len(scenes) < 0.96
     assert 0.86 < np.mean([scene.size_px[0] == scene.size_px[1] for scene in scenes]) < 0.94
     assert 0.05 < np.mean([scene.shading != (0.0, 0.0) for scene in scenes]) < 0.15
+    assert 0.44 < np.mean([scene.caption.endswith("background") for scene in scenes]) < 0.56
     assert all(sum(mix.shares.values()) == pytest.approx(1) for mix in MIXES.values())
     assert tuple(MIXES) == MIX_NAMES
 
