@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from checkout import find_commit
 from PIL import Image
-from share_intervals import shares
 
 from bitdance_scale.atomic_files import write_text
 from bitdance_scale.config.resuming import settings
@@ -26,7 +25,7 @@ from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.config.training_stages import STAGES
 from bitdance_scale.evaluation import page
 from bitdance_scale.evaluation.metrics.catalogue import SCENES
-from bitdance_scale.evaluation.metrics.estimate import Estimate, differences
+from bitdance_scale.evaluation.metrics.estimate import Estimate, differences, estimates
 from bitdance_scale.evaluation.metrics.image_score import ImageScore
 from bitdance_scale.evaluation.metrics.metric import OVERALL
 from bitdance_scale.evaluation.report.figures import draw_categories, draw_sweep
@@ -107,14 +106,12 @@ class ScoredModel:
 
     def values(self) -> dict[str, Estimate]:
         """Share of right pictures: overall, and by category."""
-        summary = self.summary()
-        found = shares(summary["correct"], summary["num_pictures"])
+        found = estimates(self.pictures(), SCENES.combine)
         return {name.replace("_", " "): value for name, value in found.items()}
 
     def pictures(self) -> list[ImageScore]:
-        """What was found for each picture; nothing where its file is not at hand."""
-        path = self.folder / "pictures.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        """What was found for each picture."""
+        lines = (self.folder / "pictures.jsonl").read_text(encoding="utf-8").splitlines()
         found = [json.loads(line) for line in lines]
         return [
             ImageScore(str(line["number"]), 0, line["category"], line["score"], {line["category"]: (line["score"], 1)})

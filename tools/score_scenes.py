@@ -7,7 +7,7 @@
 Prompts are those of the benchmark `demo-scenes`, the scorer is `bitdance_scale/evaluation/scenes`. Written are
 OUT/score.json (shares right by category), OUT/pictures.jsonl (prompt, score and what was seen, per picture),
 OUT/grid.png and, unless --no-pictures, the pictures. The overall score is the mean of the categories, as in GenEval
-(arXiv 2310.11513), with an interval of 95 % (`share_intervals.py`).
+(arXiv 2310.11513), with an interval of 95 % over prompts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from share_intervals import shares
 from tqdm import tqdm
 
 from bitdance_scale.cli.command import CommandParser, positive, run_command
@@ -120,12 +119,11 @@ def _counted(images: Iterator[Image.Image], bar: tqdm) -> Iterator[Image.Image]:
 def summarize(scored: Sequence[Scored]) -> dict[str, object]:
     """Shares of right pictures: `overall` with its interval, and by category; and what else the metric has."""
     found = estimates([item.score for item in scored], SCENES.combine)
-    correct = {category: found[category].value for category in CATEGORIES if category in found}
-    overall = shares(correct, len(scored))[OVERALL]
+    overall = found[OVERALL]
     return {
         "overall": round(overall.value, 4),
         "interval": [round(overall.low, 4), round(overall.high, 4)],
-        "correct": {category: round(value, 4) for category, value in correct.items()},
+        "correct": {category: round(found[category].value, 4) for category in CATEGORIES if category in found},
         "exact": round(found[EXACT].value, 4),
         "background": round(found[BACKGROUND].value, 4) if BACKGROUND in found else None,
         "num_pictures": len(scored),

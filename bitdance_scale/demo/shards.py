@@ -102,13 +102,14 @@ def write_shards(
         DataError: arguments out of range; `out` holds a data set of other arguments, or files of unknown origin.
     """
     _check_numbers(num_images, per_shard, seed)
+    source = _Source(seed, has_classes, style, mix)
     kind = CLASS_KIND if has_classes else KIND
-    arguments = _arguments(style, mix, kind=kind, num_images=num_images, per_shard=per_shard, seed=seed)
+    arguments = {"kind": kind, "num_images": num_images, "per_shard": per_shard} | source.arguments()
 
     def write(scratch: Path) -> None:
         for shard, first in enumerate(range(0, num_images, per_shard)):
             indices = range(first, min(first + per_shard, num_images))
-            _write_shard(scratch / f"{shard:05d}.tar", shard, indices, seed, has_classes, style, mix)
+            _write_shard(scratch / f"{shard:05d}.tar", shard, indices, source)
         if has_classes:
             # Imported late, as below.
             from bitdance_scale.demo.scenes import class_names
@@ -126,15 +127,35 @@ def write_folder(
     The rest is as of `write_shards`.
     """
     _check_numbers(num_images, 1, seed)
-    arguments = _arguments(style, mix, kind=FOLDER_KIND, num_images=num_images, seed=seed)
+    source = _Source(seed, False, style, mix)
+    arguments = {"kind": FOLDER_KIND, "num_images": num_images} | source.arguments()
 
     def write(scratch: Path) -> None:
         for index in range(num_images):
-            files = _sample_files(f"{index:05d}", seed, index, False, style, mix)
+            files = _sample_files(f"{index:05d}", index, source)
             for extension in ("jpg", "txt"):
                 write_bytes(scratch / f"{index:05d}.{extension}", files[extension])
 
     return _write_unless_complete(Path(out), arguments, is_forced, write)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What decides a sample beside its index."""
+
+    seed: int
+    has_classes: bool
+    style: str
+    mix: str
+
+    def arguments(self) -> dict[str, object]:
+        """What a marker states; nothing of a style that is not there, nor of the usual mix."""
+        marks: dict[str, object] = {"seed": self.seed}
+        if self.style:
+            marks["style"] = self.style
+        if self.mix != "scenes":
+            marks["mix"] = self.mix
+        return marks
 
 
 def _check_numbers(num_images: int, per_shard: int, seed: int) -> None:
@@ -143,11 +164,6 @@ def _check_numbers(num_images: int, per_shard: int, seed: int) -> None:
             f"images {num_images}, per shard {per_shard}, seed {seed}: there must be at least 1 image, 1..10000 images "
             "per shard and a seed of 0 or more"
         )
-
-
-def _arguments(style: str, mix: str, **arguments: object) -> dict[str, object]:
-    """What a marker states; nothing of a style that is not there, nor of the usual mix."""
-    return arguments | ({"style": style} if style else {}) | ({"mix": mix} if mix != "scenes" else {})
 
 
 def _write_unless_complete(
@@ -185,19 +201,17 @@ def _is_complete(out: Path, arguments: dict[str, object], is_forced: bool) -> bo
     )
 
 
-def _write_shard(
-    path: Path, shard: int, indices: Sequence[int], seed: int, has_classes: bool, style: str, mix: str
-) -> None:
+def _write_shard(path: Path, shard: int, indices: Sequence[int], source: _Source) -> None:
     with tarfile.open(path, "w") as tar:
         for offset, index in enumerate(indices):
             key = f"{shard:05d}{offset:04d}"
-            for extension, payload in _sample_files(key, seed, index, has_classes, style, mix).items():
+            for extension, payload in _sample_files(key, index, source).items():
                 member = tarfile.TarInfo(f"{key}.{extension}")
                 member.size = len(payload)
                 tar.addfile(member, io.BytesIO(payload))
 
 
-def _sample_files(key: str, seed: int, index: int, has_classes: bool, style: str, mix: str) -> dict[str, bytes]:
+def _sample_files(key: str, index: int, source: _Source) -> dict[str, bytes]:
     """Contents of one sample by extension."""
     # Imported late: drawing needs numpy, Pillow and a font of matplotlib, the check of a run does not.
     import numpy as np
@@ -205,12 +219,13 @@ def _sample_files(key: str, seed: int, index: int, has_classes: bool, style: str
     from bitdance_scale.demo.scenes import class_names, class_scene, make_scene, render
     from bitdance_scale.demo.styles import styled
 
-    scene = class_scene(seed, index) if has_classes else make_scene(seed, index, mix)
+    seed = source.seed
+    scene = class_scene(seed, index) if source.has_classes else make_scene(seed, index, source.mix)
     buffer = io.BytesIO()
     quality = int(np.random.default_rng([seed, index, 1]).integers(88, 97))
     image = render(scene)
-    if style:
-        image = styled(image, style)
+    if source.style:
+        image = styled(image, source.style)
     image.save(buffer, "JPEG", quality=quality, subsampling=0)
     jpeg = buffer.getvalue()
     width, height = scene.size_px
@@ -227,6 +242,6 @@ def _sample_files(key: str, seed: int, index: int, has_classes: bool, style: str
         "exif": "{}",
         "sha256": hashlib.sha256(jpeg).hexdigest(),
         "scene": scene.record(),
-    } | ({"style": style} if style else {})
+    } | ({"style": source.style} if source.style else {})
     files = {"jpg": jpeg, "txt": scene.caption.encode(), "json": json.dumps(record).encode()}
-    return files | {"cls": str(index % len(class_names())).encode()} if has_classes else files
+    return files | {"cls": str(index % len(class_names())).encode()} if source.has_classes else files

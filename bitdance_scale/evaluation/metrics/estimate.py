@@ -2,6 +2,7 @@
 
 Intervals are those of the bootstrap over prompts within each category (Efron and Tibshirani 1993), since images of one
 prompt are alike. A difference is resampled with the same prompts on both sides, so that how hard a prompt is cancels.
+Where all prompts are right, or none is, resampling finds no spread: a share of 0 or 1 has Wilson's interval (1927).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import binomtest
 
 from bitdance_scale.evaluation.metrics.image_score import ImageScore
 from bitdance_scale.evaluation.metrics.metric import Combine
@@ -59,8 +61,9 @@ def estimates(images: Sequence[ImageScore], combine: Combine, seed: int = 0) -> 
     Raises:
         ValueError: there are no images.
     """
-    values = _resampled(_Prompts(images), combine, seed)
-    return {name: _estimate(row) for name, row in values.items()}
+    prompts = _Prompts(images)
+    values = _resampled(prompts, combine, seed)
+    return {name: _of_end(row, prompts.count(name)) or _estimate(row) for name, row in values.items()}
 
 
 def differences(
@@ -110,6 +113,11 @@ class _Prompts:
                 for name, added in image.parts.items():
                     self.parts[name][row] += added
 
+    def count(self, name: str) -> int:
+        """Prompts that a value is of: those that have the part of this name, or all."""
+        part = self.parts.get(name)
+        return len(self.values) if part is None else int((part[:, 1] > 0).sum())
+
 
 def _resampled(prompts: _Prompts, combine: Combine, seed: int) -> dict[str, np.ndarray]:
     """Values by name, float64 [1 + resamples]; the first is that of the prompts as they are."""
@@ -131,6 +139,15 @@ def _counts(categories: Sequence[str], seed: int) -> np.ndarray:
         (places,) = np.nonzero(names == category)
         counts[1:, places] = rng.multinomial(len(places), np.full(len(places), 1 / len(places)), size=_NUM_RESAMPLES)
     return counts
+
+
+def _of_end(values: np.ndarray, num_prompts: int) -> Estimate | None:
+    """Of a share that is 0, or 1, in every resample that has it; None: it is no such share."""
+    value = float(values[0])
+    if value not in (0.0, 1.0) or np.any(values[~np.isnan(values)] != value):
+        return None
+    interval = binomtest(round(value * num_prompts), num_prompts).proportion_ci(_LEVEL, "wilson")
+    return Estimate(value, float(interval.low), float(interval.high))
 
 
 def _estimate(values: np.ndarray) -> Estimate:

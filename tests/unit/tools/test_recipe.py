@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import recipe
 import score_scenes
-import share_intervals
 from recipe import Job, Recipe, plan_jobs, sides_of
 from recipe_report import ScoredModel, StageReport, write_report
 
@@ -185,19 +184,6 @@ def test_a_score_is_made_in_another_process(tmp_path: Path, capfd: pytest.Captur
         "seed": 0,
     }
     assert (tmp_path / "pt" / job.name / "grid.png").is_file() and "overall" in capfd.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("value", "num_pictures", "low", "high"),
-    # Wilson's interval, as Brown, Cai and DasGupta have it (2001, 10.1214/ss/1009213286).
-    [(0.5, 10, 0.2366, 0.7634), (0.0, 10, 0.0, 0.2775), (1.0, 50, 0.9287, 1.0)],
-)
-def test_shares_have_intervals_even_at_their_ends(value: float, num_pictures: int, low: float, high: float) -> None:
-    found = share_intervals.share(value, num_pictures)
-    assert (found.low, found.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
-    mean = share_intervals.shares({"a": value, "b": value}, 2 * num_pictures)["overall"]
-    assert mean.value - mean.low == pytest.approx((found.value - found.low) / 2**0.5)
-    assert mean.high - mean.value == pytest.approx((found.high - found.value) / 2**0.5)
 
 
 def test_a_stage_that_fails_ends_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,8 +20,8 @@ def test_the_overall_value_is_the_mean_of_the_named_parts():
     assert {name: one.value for name, one in found.items()} == pytest.approx(
         {OVERALL: 0.625, "a": 0.25, "b": 1, "c": 0}
     )
-    # A category without spread has none in its interval, because categories are resampled apart.
-    assert (found["b"].low, found["b"].high) == (1, 1)
+    # Wilson's interval of 2 of 2.
+    assert (found["b"].low, found["b"].high) == (pytest.approx(2 / (2 + 1.96**2), abs=1e-4), 1)
     with pytest.raises(ValueError, match="no images"):
         estimates([], mean_of(("a",)))
 
@@ -34,6 +34,18 @@ def test_a_part_is_a_sum_over_its_weight():
     found = estimates(images, as_parts)
     assert found[OVERALL].value == pytest.approx(7 / 8)
     assert (found["rare"].value, found["rare"].low, found["rare"].high) == (0.75, 0.75, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("value", "num_prompts", "low", "high"),
+    # As Brown, Cai and DasGupta have Wilson's interval (2001, 10.1214/ss/1009213286).
+    [(0, 10, 0.0, 0.2775), (1, 50, 0.9287, 1.0)],
+)
+def test_a_share_at_its_end_has_an_interval(value: int, num_prompts: int, low: float, high: float):
+    # Four images of a prompt are one observation.
+    found = estimates(images_of([value] * num_prompts, num_images=4), mean_of(("a",)))
+    for name in (OVERALL, "a"):
+        assert (found[name].low, found[name].high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
 
 
 def test_intervals_are_those_of_prompts():

@@ -17,9 +17,9 @@ def test_values_have_intervals_and_numbers_of_prompts():
     assert table == (
         "DPG-Bench of ours: 3 prompts, 6 images\n"
         "\n"
-        "dpg            value     95 % interval  prompts\n"
-        "overall       100.00  100.00 to 100.00        3\n"
-        "rare           50.00    50.00 to 50.00        2\n"
+        "dpg            value    95 % interval  prompts\n"
+        "overall       100.00  43.85 to 100.00        3\n"
+        "rare           50.00   50.00 to 50.00        2\n"
         "as published   88.28\n"
         "\n"
         "note: one\n"
@@ -41,4 +41,4 @@ def test_a_set_has_figures_alone():
 
 def test_shares_have_four_digits():
     table = format_scores(scores("geneval", (ImageScore("0", 0, "colors", 1.0, {"colors": (1.0, 1.0)}),)))
-    assert "colors   1.0000  1.0000 to 1.0000        1" in table
+    assert "colors   1.0000  0.2065 to 1.0000        1" in table
