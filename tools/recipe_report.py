@@ -53,6 +53,10 @@ SCORE_NOTE = (
     "of the categories. Prompts are in no data set. Real scenes are drawn ones, encoded and decoded by the tokenizer: "
     "the most that a model can reach. Exact: nothing else is in the picture. Intervals are of 95 %."
 )
+CHANCE_NOTE = (
+    "By chance: the same pictures, each judged by all the other prompts of its category. A model that draws such "
+    "scenes and does not read its prompts would score that."
+)
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,7 @@ def write_report(
         _table(score_rows),
         *_differences(stages, main),
         page.paragraph(f"{SCORE_NOTE} {_drawn_with(main)}"),
+        page.folded("By chance", [_table([_chance_row(score) for score in main]), page.paragraph(CHANCE_NOTE)]),
         _score_figure(stages, main),
         *_sweeps(main, [score for score in scores if score.is_sweep]),
         page.heading("Curves"),
@@ -199,6 +204,11 @@ def _score_row(score: ScoredModel) -> dict[str, object]:
         "exact": summary["exact"],
         "pictures": summary["num_pictures"],
     }
+
+
+def _chance_row(score: ScoredModel) -> dict[str, object]:
+    shares = score.summary()["by_chance"]
+    return {"model": score.label, "px": score.side_px} | {name.replace("_", " "): shares[name] for name in shares}
 
 
 def _drawn_with(scores: Sequence[ScoredModel]) -> str:

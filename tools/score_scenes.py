@@ -7,7 +7,8 @@
 Prompts are those of the benchmark `demo-scenes`, the scorer is `bitdance_scale/evaluation/scenes`. Written are
 OUT/score.json (shares right by category), OUT/pictures.jsonl (prompt, score and what was seen, per picture),
 OUT/grid.png and, unless --no-pictures, the pictures. The overall score is the mean of the categories, as in GenEval
-(arXiv 2310.11513), with an interval of 95 % over prompts.
+(arXiv 2310.11513), with an interval of 95 % over prompts. `by_chance` is what the same pictures score for the other
+prompts of their category: what a model would reach that draws such scenes and does not read its prompts.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from bitdance_scale.evaluation.metrics.catalogue import SCENES
 from bitdance_scale.evaluation.metrics.estimate import estimates
 from bitdance_scale.evaluation.metrics.image_score import ImageScore
 from bitdance_scale.evaluation.metrics.metric import OVERALL
-from bitdance_scale.evaluation.metrics.picture_scorer import DrawnImage
-from bitdance_scale.evaluation.scenes.scorer import BACKGROUND, EXACT, SceneScorer
+from bitdance_scale.evaluation.scenes.reading import SeenScene, read_scene
+from bitdance_scale.evaluation.scenes.scorer import BACKGROUND, EXACT, score_seen, shares_by_chance
 from bitdance_scale.generate.pipeline import BitDancePipeline
 from bitdance_scale.generate.requests import parse_size
 from bitdance_scale.observe.figures import image_grid
@@ -84,19 +85,20 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Scored:
-    """One picture, its prompt and its score."""
+    """One picture, its prompt, what it shows and its score."""
 
     prompt: Prompt
     image: Image.Image
+    seen: SeenScene
     score: ImageScore
 
 
 def score_pictures(prompts: Sequence[Prompt], images: Iterator[Image.Image]) -> list[Scored]:
     """Reads one picture per prompt and judges it by the prompt."""
-    scorer, scored = SceneScorer(), []
+    scored = []
     for prompt, image in zip(prompts, images, strict=True):
-        (score,) = scorer([DrawnImage(prompt, 0, np.asarray(image.convert("RGB")))])
-        scored.append(Scored(prompt, image, score))
+        seen = read_scene(image.convert("RGB"))
+        scored.append(Scored(prompt, image, seen, score_seen(prompt, 0, seen)))
     return scored
 
 
@@ -120,10 +122,12 @@ def summarize(scored: Sequence[Scored]) -> dict[str, object]:
     """Shares of right pictures: `overall` with its interval, and by category; and what else the metric has."""
     found = estimates([item.score for item in scored], SCENES.combine)
     overall = found[OVERALL]
+    chance = shares_by_chance([item.prompt.text for item in scored], [item.seen for item in scored])
     return {
         "overall": round(overall.value, 4),
         "interval": [round(overall.low, 4), round(overall.high, 4)],
         "correct": {category: round(found[category].value, 4) for category in CATEGORIES if category in found},
+        "by_chance": {category: round(chance[category], 4) for category in CATEGORIES if category in chance},
         "exact": round(found[EXACT].value, 4),
         "background": round(found[BACKGROUND].value, 4) if BACKGROUND in found else None,
         "num_pictures": len(scored),
@@ -193,9 +197,13 @@ def _first(scored: Sequence[Scored], category: str) -> list[Scored]:
 def format_summary(summary: dict[str, object]) -> str:
     """The summary as lines of text."""
     low, high = summary["interval"]
+    chance = {name: f"   (by chance {share:.3f})" for name, share in summary["by_chance"].items()}
     return "\n".join(
         [
-            *(f"{category:18s} {share:.3f}" for category, share in summary["correct"].items()),
+            *(
+                f"{category:18s} {share:.3f}{chance.get(category, '')}"
+                for category, share in summary["correct"].items()
+            ),
             f"{'overall':18s} {summary['overall']:.3f}   ({low:.3f} to {high:.3f}; {summary['num_pictures']} pictures)",
             f"{'nothing else':18s} {summary['exact']:.3f}",
         ]

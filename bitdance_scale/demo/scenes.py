@@ -122,11 +122,22 @@ OBJECT_SHARES = {
     "color_attribution": 0.01,
     "words": 0.01,
 }
+COMPOSITION_SHARES = {
+    "single_object": 0.08,
+    "two_objects": 0.18,
+    "counting": 0.2,
+    "colors": 0.12,
+    "position": 0.22,
+    "color_attribution": 0.18,
+    "words": 0.02,
+}
 MIXES: dict[str, Mix] = {
     "scenes": Mix(CATEGORY_SHARES, ASPECTS, shaded_share=0.5, named_share=0.2),
     "objects": Mix(OBJECT_SHARES, OBJECT_ASPECTS, shaded_share=0.1, named_share=0.5),
+    "compositions": Mix(COMPOSITION_SHARES, OBJECT_ASPECTS, shaded_share=0.1, named_share=0.5),
 }
-"""What a set of scenes is made of: everything alike, or mostly one large object on a plain square picture."""
+"""What a set of scenes is made of: everything alike; mostly one large object on a plain square picture; or mostly
+several objects on such a picture."""
 MIN_CONTRAST = 120.0
 # Of class scenes. The two shapes left out are not told apart in the tokenizer's picture of so few pixels.
 CLASS_COLORS = ("red", "yellow", "green", "blue")

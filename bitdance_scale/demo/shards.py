@@ -21,7 +21,7 @@ from bitdance_scale.errors import DataError
 
 STYLES = ("corners",)
 """What `styles.py` draws; named here, as that file imports numpy."""
-MIX_NAMES = ("scenes", "objects")
+MIX_NAMES = ("scenes", "objects", "compositions")
 """The keys of `scenes.MIXES`; named here for the same reason."""
 DEFAULT_IMAGES = 4000
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from PIL import Image
 
 from bitdance_scale.errors import DataError
+from bitdance_scale.evaluation.benchmarks.prompt import Prompt
 from bitdance_scale.evaluation.metrics.image_score import ImageScore
 from bitdance_scale.evaluation.metrics.metric import OVERALL
 from bitdance_scale.evaluation.metrics.picture_scorer import DrawnImage
-from bitdance_scale.evaluation.scenes.captions import judge, parse_caption
+from bitdance_scale.evaluation.scenes.captions import Asked, judge, parse_caption
 from bitdance_scale.evaluation.scenes.reading import SeenObject, SeenScene, read_scene
 from bitdance_scale.evaluation.scenes.style import MIN_SHARE, corner_shares
 
@@ -37,13 +38,48 @@ class SceneScorer:
         return [self._score(image) for image in images]
 
     def _score(self, image: DrawnImage) -> ImageScore:
-        asked, seen = parse_caption(image.prompt.text), read_scene(Image.fromarray(image.pixels))
-        verdict = judge(asked, seen)
-        parts = {asked.category: (float(verdict.is_correct), 1.0), EXACT: (float(verdict.is_exact), 1.0)}
-        if verdict.is_background_right is not None:
-            parts[BACKGROUND] = (float(verdict.is_background_right), 1.0)
-        value = float(verdict.is_correct)
-        return ImageScore(image.prompt.id, image.k, asked.category, value, parts, describe(seen))
+        return score_seen(image.prompt, image.k, read_scene(Image.fromarray(image.pixels)))
+
+
+def score_seen(prompt: Prompt, k: int, seen: SeenScene) -> ImageScore:
+    """The score of a picture that has been read: image k of a prompt.
+
+    Raises:
+        ConfigError: the prompt is no caption of the demo's grammar.
+    """
+    asked = parse_caption(prompt.text)
+    verdict = judge(asked, seen)
+    parts = {asked.category: (float(verdict.is_correct), 1.0), EXACT: (float(verdict.is_exact), 1.0)}
+    if verdict.is_background_right is not None:
+        parts[BACKGROUND] = (float(verdict.is_background_right), 1.0)
+    return ImageScore(prompt.id, k, asked.category, float(verdict.is_correct), parts, describe(seen))
+
+
+def shares_by_chance(captions: Sequence[str], pictures: Sequence[SeenScene]) -> dict[str, float]:
+    """How often pictures are right for the other captions of their category: what ignoring the captions would score.
+
+    Args:
+        captions: of the demo's grammar, one per picture.
+        pictures: as they were read.
+
+    Returns:
+        Category -> share of its pairs of a caption and a picture of another; no category of a single caption.
+    """
+    by_category: dict[str, list[tuple[Asked, SeenScene]]] = {}
+    for caption, seen in zip(captions, pictures, strict=True):
+        asked = parse_caption(caption)
+        by_category.setdefault(asked.category, []).append((asked, seen))
+    shares = {}
+    for category, pairs in by_category.items():
+        verdicts = [
+            judge(asked, seen).is_correct
+            for place, (asked, _) in enumerate(pairs)
+            for other, (_, seen) in enumerate(pairs)
+            if other != place
+        ]
+        if verdicts:
+            shares[category] = sum(verdicts) / len(verdicts)
+    return shares
 
 
 class ClassScorer:

@@ -120,6 +120,8 @@ def test_the_report_holds_everything(tmp_path: Path) -> None:
         ("CT", 64, 1.0),
         ("real scenes", 64, 1.0),
     ]
+    # Of two prompts a category, each is also judged by the other's picture.
+    assert re.search(r"By chance.*<tr><td>PT</td><td>64</td>(<td>0\.\d+</td>){6}</tr>", page, re.DOTALL)
     low, high = tables["scores"][0]["interval"]
     assert low < 0.5 < high and "Drawn with 25 sampling steps a block and guidance 3." in page
     first, second = tables["stages"]
@@ -147,7 +149,7 @@ def test_the_report_shows_sweeps_apart(tmp_path: Path) -> None:
     assert "CT minus PT at 64 px: none on any of 12 prompts." in page
     assert page.count("data:image/png;base64,") == 3 and "overall score over guidance scale" in page
     before, after = page.split("Sampling steps and guidance")
-    assert before.count("<td>CT</td>") == 1 + 1 and "<tr><td>CT</td><td>64</td><td>10</td><td>3</td>" in after
+    assert before.count("<td>CT</td>") == 1 + 1 + 1 and "<tr><td>CT</td><td>64</td><td>10</td><td>3</td>" in after
 
 
 def test_scores_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

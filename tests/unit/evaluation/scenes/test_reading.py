@@ -22,7 +22,7 @@ from bitdance_scale.evaluation.metrics.metric import OVERALL
 from bitdance_scale.evaluation.metrics.picture_scorer import DrawnImage
 from bitdance_scale.evaluation.scenes.captions import Asked, Wanted, judge, parse_caption
 from bitdance_scale.evaluation.scenes.reading import SeenObject, SeenScene, read_scene
-from bitdance_scale.evaluation.scenes.scorer import BACKGROUND, EXACT, ClassScorer, SceneScorer
+from bitdance_scale.evaluation.scenes.scorer import BACKGROUND, EXACT, ClassScorer, SceneScorer, shares_by_chance
 
 
 def as_jpeg(image: Image.Image) -> Image.Image:
@@ -158,6 +158,15 @@ def test_verdicts_follow_geneval() -> None:
     # One object cannot be both of two.
     twice = Asked("two_objects", (Wanted("star", None), Wanted("star", None)))
     assert not judge(twice, both).is_correct
+
+
+def test_chance_is_what_pictures_score_for_the_other_captions_of_their_category() -> None:
+    ball, box = ("circle", "red", (0.3, 0.5)), ("square", "blue", (0.7, 0.5))
+    red, blue, both = seen(ball), seen(box), seen(ball, box)
+    captions = ["a circle", "a square", "a red circle", "a blue square", "a red circle", "two red circles"]
+    # Of six pairs of colours, only the red picture is wrong, for the blue caption.
+    found = shares_by_chance(captions, [red, blue, both, both, red, both])
+    assert found == {"single_object": 0.0, "colors": 5 / 6}
 
 
 def test_a_circle_among_debris_is_not_right() -> None:
