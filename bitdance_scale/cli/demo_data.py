@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument("--folder", action="store_true", help="a folder of .jpg and .txt files instead of shards")
     parser.add_argument("--style", choices=STYLES, default="", help="of all pictures (default: none)")
     parser.add_argument(
-        "--mix", choices=MIX_NAMES, help="all kinds of scenes, or one large object (default: that of a set of the demo)"
+        "--mix",
+        choices=MIX_NAMES,
+        help="all kinds alike, mostly one large object, or mostly several (default: that of a set of the demo)",
     )
     parser.add_argument("--force", action="store_true", help="replace a demo data set of other arguments")
     return run_command(parser, arguments, _run)

@@ -37,7 +37,7 @@ class ShippedSet:
 
 SHIPPED_SETS: Mapping[str, ShippedSet] = {
     "data/demo": ShippedSet(8000, 0, "objects"),
-    "data/demo_scenes": ShippedSet(8000, 1),
+    "data/demo_scenes": ShippedSet(8000, 1, "compositions"),
     "data/demo_held_out": ShippedSet(200, 1000),
     "data/demo_classes": ShippedSet(9600, 0),
     "data/demo_classes_held_out": ShippedSet(480, 1000),

@@ -32,12 +32,15 @@ def test_a_scene_depends_on_seed_and_index_alone():
     assert make_scene(6, 17) != SCENES[17]
 
 
-def test_the_mix_of_objects_is_mostly_one_object_on_a_square():
-    scenes = [make_scene(5, index, "objects") for index in range(600)]
+# Of the compositions, those of one object in the middle are 20 %, and half of the positions have one object too.
+@pytest.mark.parametrize(("mix", "alone", "several"), [("objects", 0.92, 0.06), ("compositions", 0.2, 0.67)])
+def test_other_mixes_have_their_numbers_of_objects_on_a_plain_square(mix, alone, several):
+    scenes = [make_scene(5, index, mix) for index in range(600)]
     counts = Counter(scene.category for scene in scenes)
     assert set(counts) == set(CATEGORY_SHARES)
-    # Three standard deviations of 600 draws are 4 %.
-    assert 0.88 < (counts["single_object"] + counts["colors"]) / len(scenes) < 0.96
+    # Three standard deviations of 600 draws are 4 to 6 %.
+    assert (counts["single_object"] + counts["colors"]) / len(scenes) == pytest.approx(alone, abs=0.05)
+    assert np.mean([len(scene.objects) > 1 for scene in scenes]) == pytest.approx(several, abs=0.06)
     assert 0.86 < np.mean([scene.size_px[0] == scene.size_px[1] for scene in scenes]) < 0.94
     assert 0.05 < np.mean([scene.shading != (0.0, 0.0) for scene in scenes]) < 0.15
     assert 0.44 < np.mean([scene.caption.endswith("background") for scene in scenes]) < 0.56

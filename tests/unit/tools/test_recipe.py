@@ -133,7 +133,7 @@ def test_the_report_holds_everything(tmp_path: Path) -> None:
     # 40 steps of half a second, of 80 seconds.
     assert "<tr><td>PT</td><td>0.3</td><td>1</td></tr>" in page
     # Settings of pretraining that are no defaults, and what the next stage changes.
-    assert "<tr><td>optim.lr</td><td>0.0001</td><td>0.003</td><td>0.001</td></tr>" in page
+    assert "<tr><td>optim.lr</td><td>0.0001</td><td>0.003</td><td>0.002</td></tr>" in page
     assert "<tr><td>sample.guidance</td><td>7.5</td><td>3.0</td><td></td></tr>" in page
     assert "optim.eps" not in page
 
