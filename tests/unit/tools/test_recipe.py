@@ -14,6 +14,7 @@ from recipe import Job, Recipe, plan_jobs, sides_of
 from recipe_report import ScoredModel, StageReport, write_report
 
 from bitdance_scale.config.load import load_config
+from bitdance_scale.config.rules import check
 from bitdance_scale.config.shipped import CONFIGS
 from bitdance_scale.demo.scenes import render
 from bitdance_scale.errors import BitDanceError, ConfigError
@@ -22,6 +23,7 @@ from bitdance_scale.observe.metrics import METRICS_FILE, Evaluation, StepMetrics
 from tests.released import write_published
 
 DEMO = [CONFIGS / f"{name}.toml" for name in ("demo", "ct_demo", "sft_demo", "distill_demo")]
+EVIDENCE = Path(__file__).parents[3] / "docs" / "results" / "demo_cpu"
 
 
 def a_step(step: int, loss: float) -> StepMetrics:
@@ -69,6 +71,18 @@ def test_the_demo_configurations_make_a_recipe(tmp_path: Path) -> None:
     found = Recipe(DEMO, tmp_path, 2)
     assert [config.run.stage for config in found.configs] == ["pt", "ct", "sft", "distill"]
     assert [sides_of(config) for config in found.configs] == [[64, 128], [64, 128], [64, 128], [128]]
+
+
+def test_the_configurations_of_the_evidence_make_one_after_the_demo(tmp_path: Path) -> None:
+    found = Recipe([DEMO[0], *(EVIDENCE / f"{name}.toml" for name in ("ct", "sft", "distill"))], tmp_path, 2)
+    assert [(config.run.stage, config.vision.block_side) for config in found.configs] == [
+        ("pt", 4),
+        ("ct", 4),
+        ("sft", 4),
+        ("distill", 8),
+    ]
+    for config in found.configs:
+        check(config, 2)
 
 
 def test_a_stage_must_start_from_the_one_before(tmp_path: Path) -> None:
