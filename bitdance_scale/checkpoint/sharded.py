@@ -10,6 +10,7 @@ import contextlib
 import io
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ from bitdance_scale.checkpoint.tensor_index import StoredFile, TensorIndex, read
 from bitdance_scale.checkpoint.tensor_storage import SafetensorsReader, SafetensorsWriter, write_data_of
 from bitdance_scale.errors import CheckpointError, DamagedCheckpointError, DiskFullError
 from bitdance_scale.parallel.agreement import describe_failures, on_first_rank
-from bitdance_scale.parallel.partition import ShardedValue
+from bitdance_scale.parallel.partition import ConsumedValue, ShardedValue, whole_pieces
 from bitdance_scale.wording import first_few
 
 DEFAULT_MAX_FILE_BYTES = 128 * 2**20
@@ -141,7 +142,7 @@ def values_in(value: ShardedValue, box: Box) -> torch.Tensor:
 
 def load_sharded(
     folder: Path,
-    values: Mapping[str, ShardedValue],
+    values: Mapping[str, ShardedValue | ConsumedValue],
     group: dist.ProcessGroup | None = None,
     *,
     prefix: str = "",
@@ -153,7 +154,8 @@ def load_sharded(
 
     Args:
         folder: the folder.
-        values: what this rank holds now; names start with `prefix`.
+        values: what this rank holds now, or what takes a tensor once it is read; names start with `prefix`. The latter
+            are read last, one after the other.
         group: the ranks that take part; None: all, or this process alone without a process group.
         prefix: the part of the checkpoint that is wanted; each of its tensors must be held by some rank.
         converts_dtype: whether tensors of another dtype are converted instead of refused.
@@ -274,24 +276,36 @@ class _SavePieces(SavePlanner):
 
 
 class _LoadPieces(LoadPlanner):
-    """Plans which stored boxes fill the boxes held here, after checking that they are of the same model."""
+    """Plans which stored boxes fill the boxes held here, after checking that they are of the same model.
+
+    What is held is filled in the order of the files. What is handed over comes tensor by tensor, so that one at a time
+    is open.
+    """
 
     def __init__(
         self, index: TensorIndex, prefix: str, converts_dtype: bool, unread: Callable[[str], bool] | None
     ) -> None:
-        self._stored, self._unread = index.tensors, unread
+        self._index, self._stored, self._unread = index, index.tensors, unread
         self._prefix = prefix
         self._converts_dtype = converts_dtype
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        self._values: dict[str, ShardedValue] = state_dict
-        self._targets = {(name, p.offsets): p.tensor for name, value in state_dict.items() for p in value.pieces}
+        self._values: dict[str, ShardedValue | ConsumedValue] = state_dict
+        self._targets = {
+            (name, piece.offsets): piece.tensor
+            for name, value in self._values.items()
+            if isinstance(value, ShardedValue)
+            for piece in value.pieces
+        }
+        self._open: dict[str, torch.Tensor] = {}
+        self._num_left: Counter[str] = Counter()
 
     def create_local_plan(self) -> LoadPlan:
         _refuse([problem for name, value in self._values.items() for problem in self._differences(name, value)])
-        items: list[ReadItem] = []
+        held: list[ReadItem] = []
+        consumed: list[ReadItem] = []
         for name, value in self._values.items():
             chunks = [Box.of_piece(piece).chunk for piece in value.pieces]
             reads = create_read_items_for_chunk_list(name, self._stored[name], chunks)
@@ -299,8 +313,10 @@ class _LoadPieces(LoadPlanner):
             found = sum(math.prod(read.lengths) for read in reads)
             if found != wanted:
                 raise CheckpointError(f"tensor {name}: parts overlap or are missing; the checkpoint is damaged")
-            items.extend(reads)
-        return LoadPlan(items, planner_data=sorted(self._values))
+            (consumed if isinstance(value, ConsumedValue) else held).extend(reads)
+        self._num_left.update(item.dest_index.fqn for item in consumed)
+        held.sort(key=lambda item: self._index.files[item.storage_index].name)
+        return LoadPlan([*held, *consumed], planner_data=sorted(self._values))
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         wanted = {name for plan in global_plan for name in plan.planner_data}
@@ -316,16 +332,28 @@ class _LoadPieces(LoadPlanner):
         raise AssertionError("the index holds tensors only")
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        corner = read_item.dest_index.offset
+        name, corner = read_item.dest_index.fqn, read_item.dest_index.offset
         assert corner is not None, "the items of a plan say which piece they fill"
-        tensor = self._targets[read_item.dest_index.fqn, tuple(corner)]
+        value = self._values[name]
+        if isinstance(value, ConsumedValue) and name not in self._open:
+            self._open[name] = value.make_slice()
+            filled = whole_pieces(self._open[name], value.placement)
+            self._targets |= {(name, piece.offsets): piece.tensor for piece in filled.pieces}
+        tensor = self._targets[name, tuple(corner)]
         where = tuple(slice(o, o + n) for o, n in zip(read_item.dest_offsets, read_item.lengths, strict=True))
         return tensor.detach()[where]
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        pass
+        name = read_item.dest_index.fqn
+        value = self._values[name]
+        if isinstance(value, ConsumedValue):
+            self._num_left[name] -= 1
+            if not self._num_left[name]:
+                for piece in value.pieces:
+                    del self._targets[name, piece.offsets]
+                value.consume(self._open.pop(name))
 
-    def _differences(self, name: str, value: ShardedValue) -> Iterator[str]:
+    def _differences(self, name: str, value: ShardedValue | ConsumedValue) -> Iterator[str]:
         assert name.startswith(self._prefix), f"{name} does not start with {self._prefix}"
         stored = self._stored.get(name)
         if stored is None:

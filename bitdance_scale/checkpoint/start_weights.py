@@ -39,7 +39,7 @@ from bitdance_scale.generate.published_layout import INDEX_NAME
 from bitdance_scale.model.initial import named_generator
 from bitdance_scale.model.published_names import EMBEDDING, OUTPUT, our_tensors
 from bitdance_scale.parallel.agreement import all_ranks, on_first_rank
-from bitdance_scale.parallel.partition import Piece, ShardedValue
+from bitdance_scale.parallel.partition import ConsumedValue, Piece, ShardedValue
 from bitdance_scale.weight_files import PICKLED_SUFFIXES, check_tensors
 
 WHERE_AVERAGES_ARE = (
@@ -127,7 +127,7 @@ def check_network(path: Path, index: TensorIndex, network: NetworkConfig, vocab_
 
 def load_start_weights(
     path: Path,
-    model: Mapping[str, ShardedValue],
+    model: Mapping[str, ShardedValue | ConsumedValue],
     masters: Mapping[str, ShardedValue] | None,
     *,
     tokenizer_digest: str,
@@ -144,7 +144,7 @@ def load_start_weights(
 
     Args:
         path: a committed checkpoint.
-        model: what this rank holds of the parameters, by global name, in any dtype.
+        model: what this rank holds of the parameters, or what takes them, by global name, in any dtype.
         masters: what this rank holds of their float32 masters; None: a model that is not trained, on all ranks.
         tokenizer_digest: of the text tokenizer that the checkpoint must have been trained with.
         weights: `run.start_weights`: trained or averaged.
@@ -249,15 +249,21 @@ def fill_rows(value: ShardedValue, first_row: int, rows: torch.Tensor) -> None:
             piece.tensor[common.slices_in(box)] = rows[common.slices_in(filled)].to(value.dtype)
 
 
-def _known_rows(name: str, value: ShardedValue, new_queries: NewQueries | None) -> ShardedValue:
+def _known_rows(
+    name: str, value: ShardedValue | ConsumedValue, new_queries: NewQueries | None
+) -> ShardedValue | ConsumedValue:
     """The part of a value that the checkpoint has."""
     if new_queries is None or name not in (EMBEDDING, OUTPUT):
         return value
+    assert isinstance(value, ShardedValue), "tables of the vocabulary are held"
     return first_rows(value, new_queries.num_old_rows)
 
 
 def _fill_new_rows(
-    stored: StoredTensors, prefix: str, groups: Sequence[Mapping[str, ShardedValue]], new_queries: NewQueries
+    stored: StoredTensors,
+    prefix: str,
+    groups: Sequence[Mapping[str, ShardedValue | ConsumedValue]],
+    new_queries: NewQueries,
 ) -> None:
     num_old = new_queries.num_old_rows
     for name in (EMBEDDING, OUTPUT):
@@ -265,8 +271,9 @@ def _fill_new_rows(
             trained = stored.read_rows(prefix + name, num_old - new_queries.num_trained, num_old)
             rows = new_queries.rows(name, trained)
             for values in groups:
-                if name in values:
-                    fill_rows(values[name], num_old, rows)
+                held = values.get(name)
+                if isinstance(held, ShardedValue):
+                    fill_rows(held, num_old, rows)
 
 
 def _find(where: Path) -> Path | None:

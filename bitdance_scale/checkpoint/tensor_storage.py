@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -198,8 +199,8 @@ class SafetensorsReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copies each box of the plan from its mapped file to its place."""
-        for name, items in self._by_file(plan).items():
+        """Copies each box of the plan from its mapped file to its place, in the order of the plan."""
+        for name, items in itertools.groupby(plan.items, self._file_of):
             with opened(self._folder / name) as file:
                 for item in items:
                     where = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
@@ -209,6 +210,8 @@ class SafetensorsReader(StorageReader):
                     target = planner.resolve_tensor(item)
                     target.copy_(values)
                     planner.commit_tensor(item, target)
+                    # The planner may have handed its memory over, and make more for the next item.
+                    del target
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -221,8 +224,11 @@ class SafetensorsReader(StorageReader):
     def _by_file(self, plan: LoadPlan) -> dict[str, list[ReadItem]]:
         by_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
-            by_file.setdefault(self._index.files[item.storage_index].name, []).append(item)
+            by_file.setdefault(self._file_of(item), []).append(item)
         return by_file
+
+    def _file_of(self, item: ReadItem) -> str:
+        return self._index.files[item.storage_index].name
 
     def _check_header(self, file: Any, item: ReadItem) -> None:
         key, number = box_key(item.storage_index), item.storage_index.index

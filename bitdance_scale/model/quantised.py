@@ -10,6 +10,8 @@ Shape suffixes: R blocks, X bytes of the codes of a block (`BLOCK_SIZE` or half 
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from bitdance_scale.config.lora_schema import BLOCK_SIZE
@@ -80,6 +82,17 @@ def quantise(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
     encode = {8: _integers, 4: _nf4}[bits]
     parts = [encode(part, part.abs().amax(1)) for part in blocks.split(_BLOCKS_AT_ONCE)]
     return torch.cat([codes for codes, _ in parts]), torch.cat([scales for _, scales in parts])
+
+
+def empty_codes(
+    shape: tuple[int, ...], bits: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for what `quantise` returns of a weight of this shape and dtype."""
+    assert can_quantise(shape), f"the rows of {tuple(shape)} are not made of whole blocks"
+    num_blocks = math.prod(shape) // BLOCK_SIZE
+    code_dtype = {8: torch.int8, 4: torch.uint8}[bits]
+    codes = torch.empty(num_blocks, BLOCK_SIZE * bits // 8, dtype=code_dtype, device=device)
+    return codes, torch.empty(num_blocks, dtype=dtype, device=device)
 
 
 def _integers(blocks: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

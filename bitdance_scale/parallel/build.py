@@ -1,7 +1,8 @@
 """Builds the model of a rank: stages, initial weights, engine.
 
 Every parameter is drawn whole, from a generator seeded by the run's seed and the parameter's global name, and each
-rank keeps its slice. A model started under any layout is therefore the same model.
+rank keeps its slice. A model started under any layout is therefore the same model. Where frozen linears are quantised,
+each is as soon as it is drawn.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from bitdance_scale.model.initial import draw_initial
 from bitdance_scale.parallel.adapters import add_adapters
 from bitdance_scale.parallel.agreement import all_ranks
 from bitdance_scale.parallel.engine import TrainingEngine
-from bitdance_scale.parallel.parameter_names import Parameters, name_parameters
+from bitdance_scale.parallel.parameter_names import name_parameters, owners
+from bitdance_scale.parallel.partition import Placement
 from bitdance_scale.parallel.pipeline_stages import RankStages
+from bitdance_scale.parallel.quantised_linears import quantise_linear, quantised_weights
 from bitdance_scale.parallel.topology import Topology
 
 
@@ -33,7 +36,8 @@ def build_stages(config: RunConfig, vocab_size: int, topology: Topology) -> Rank
         stages = RankStages(config, vocab_size, topology).to(getattr(torch, config.run.dtype))
         if config.lora.is_used:
             add_adapters(stages, config, vocab_size, topology)
-    _draw_weights(name_parameters(stages, topology), config, topology.device)
+            _quantise_linears(stages, config, topology)
+    _draw_weights(stages, config, topology)
     return stages
 
 
@@ -50,7 +54,8 @@ def build_engine(config: RunConfig, vocab_size: int, topology: Topology) -> Trai
             check_compiler(topology.device)
     stages = build_stages(config, vocab_size, topology)
     _check_trained(stages, config, topology)
-    _check_exemptions(list(name_parameters(stages, topology)), config.optim.decay_exempt)
+    quantised = [base.name for base in quantised_weights(stages)]
+    _check_exemptions([*name_parameters(stages, topology), *quantised], config.optim.decay_exempt)
     return engine_of(stages, config, topology)
 
 
@@ -119,10 +124,24 @@ def _check_exemptions(own_names: list[str], patterns: Sequence[str]) -> None:
         )
 
 
-def _draw_weights(parameters: Parameters, config: RunConfig, device: torch.device) -> None:
-    """Fills every parameter in place; padded vocabulary rows become zero."""
-    seed, init_std = config.run.seed, config.model.init_std
+def _quantise_linears(stages: RankStages, config: RunConfig, topology: Topology) -> None:
+    """Gives the frozen linears that were made without weights quantised ones."""
+    modules = owners(stages.stages)
+    for name, (parameter, placement) in name_parameters(stages, topology).items():
+        if parameter.is_meta:
+            assert not parameter.requires_grad, "a linear with its own gradient"
+            quantise_linear(modules[name], name, placement, config, topology.device)
+
+
+def _draw_weights(stages: RankStages, config: RunConfig, topology: Topology) -> None:
+    """Fills every parameter in place; padded vocabulary rows become zero. Frozen linears are quantised one by one."""
+
+    def draw(name: str, placement: Placement) -> torch.Tensor:
+        whole = draw_initial(name, placement.global_shape, config.run.seed, config.model.init_std, topology.device)
+        return placement.local_part(whole)
+
     with torch.no_grad():
-        for name, (parameter, placement) in parameters.items():
-            whole = draw_initial(name, placement.global_shape, seed, init_std, device)
-            parameter.copy_(placement.local_part(whole))
+        for name, (parameter, placement) in name_parameters(stages, topology).items():
+            parameter.copy_(draw(name, placement))
+        for base in quantised_weights(stages):
+            base.keep(draw(base.name, base.placement).to(getattr(torch, config.run.dtype)))

@@ -23,9 +23,9 @@ from bitdance_scale.config.schema import OptimSection, RunConfig
 from bitdance_scale.model.inputs import PackInputs
 from bitdance_scale.parallel.averaged_weights import AveragedWeights
 from bitdance_scale.parallel.parameter_names import Parameters, name_parameters
-from bitdance_scale.parallel.partition import ShardedValue, fragment_pieces
+from bitdance_scale.parallel.partition import ConsumedValue, ShardedValue, fragment_pieces
 from bitdance_scale.parallel.pipeline_stages import RankStages, Stage
-from bitdance_scale.parallel.quantised_linears import quantise_frozen
+from bitdance_scale.parallel.quantised_linears import quantised_weights
 from bitdance_scale.parallel.tied import TiedEmbedding
 from bitdance_scale.parallel.topology import Topology
 
@@ -170,9 +170,10 @@ class TrainingEngine(abc.ABC):
         """`model_values` of what is trained."""
         return {name: value for name, value in self.model_values().items() if name in self.trained}
 
-    def quantise_frozen(self, config: RunConfig) -> None:
-        """Keeps the frozen linears in `lora.base_bits` from now on: they are no longer among `parameters`."""
-        quantise_frozen(self.stages, self.parameters, config)
+    def start_values(self) -> dict[str, ShardedValue | ConsumedValue]:
+        """`model_values` and, of frozen linears that are quantised, what quantises them as they are read."""
+        quantised = [base for stage in self.stages for base in quantised_weights(stage)]
+        return self.model_values() | {base.name: base.value for base in quantised}
 
     def restart_averages(self) -> None:
         """Begins the average again with the weights as they are, after others were loaded."""

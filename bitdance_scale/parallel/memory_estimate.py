@@ -30,6 +30,7 @@ from bitdance_scale.parallel.engine import TrainingEngine
 from bitdance_scale.parallel.fake_ranks import join_fake_job, no_memory, products_of_cuda
 from bitdance_scale.parallel.memory_parts import Bytes, num_in_flight
 from bitdance_scale.parallel.partition import ShardedValue
+from bitdance_scale.parallel.quantised_linears import quantised_weights
 from bitdance_scale.parallel.step import accumulate_gradients, count_targets
 from bitdance_scale.parallel.storage_log import Peak, StorageLog
 from bitdance_scale.parallel.topology import Topology
@@ -50,7 +51,8 @@ class MemoryEstimate:
     Attributes:
         held: bytes held between the last backward pass of a step and the optimiser's step.
         peak: bytes at the fullest moment of a step.
-        building_peak: the most bytes before the first step, initial weights and the engine's construction included.
+        building_peak: the most bytes before the first step: initial weights, the engine's construction, and frozen
+            linears that are quantised as they are loaded.
         most_activations: the most bytes of activations at any moment of a step; the peak may be another moment, such as
             the reduction of gradients.
         largest: name and bytes of the largest single activation or buffer at the peak.
@@ -191,7 +193,9 @@ def build_logged(
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(note)
     engine = engine_of(stages, config, topology, is_fused)
-    engine.quantise_frozen(config)
+    for base in (base for stage in engine.stages for base in quantised_weights(stage)):
+        # As a start does.
+        base.value.consume(base.value.make_slice())
     return engine
 
 

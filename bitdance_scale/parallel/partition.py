@@ -9,7 +9,7 @@ therefore neither knows the layout nor gathers a tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -120,6 +120,38 @@ class Placement:
         for local_start, global_start, length in self.blocks:
             part.narrow(self.dim, local_start, length).copy_(whole.narrow(self.dim, global_start, length))
         return part
+
+
+@dataclass(frozen=True)
+class ConsumedValue:
+    """A tensor that is handed over as soon as it is read, so that it need not be held.
+
+    Attributes:
+        placement: where this rank's slice of it lies.
+        dtype: in which the slice is handed over.
+        device: where it is handed over.
+        consume: takes the slice, `placement.local_shape`.
+    """
+
+    placement: Placement
+    dtype: torch.dtype
+    device: torch.device
+    consume: Callable[[torch.Tensor], None]
+
+    @property
+    def global_shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return self.placement.global_shape
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The boxes of the slice; their tensors have no memory."""
+        shape = torch.empty(self.placement.local_shape, dtype=self.dtype, device="meta")
+        return whole_pieces(shape, self.placement).pieces
+
+    def make_slice(self) -> torch.Tensor:
+        """Memory for the slice."""
+        return torch.empty(self.placement.local_shape, dtype=self.dtype, device=self.device)
 
 
 def whole_pieces(tensor: torch.Tensor, placement: Placement) -> ShardedValue:

@@ -36,6 +36,7 @@ from bitdance_scale.model.low_rank import dropout_rows
 from bitdance_scale.model.positions import axis_table, look_up_cells, raster_index
 from bitdance_scale.model.projector import PROJECTORS
 from bitdance_scale.parallel.backbone import RMSNorm, make_backbone, transformer_config
+from bitdance_scale.parallel.quantised_linears import without_weights
 from bitdance_scale.parallel.recomputing import recompute
 from bitdance_scale.parallel.stage_split import stage_layers
 from bitdance_scale.parallel.step_trace import StepTrace
@@ -129,16 +130,18 @@ class Stage(nn.Module):
             if self.parts.has_input_norm:
                 # Over the whole sequence, before tensor-parallel ranks divide it.
                 self.input_norm = RMSNorm(whole, self.hidden_size, config.model.norm_eps)
-        self.decoder = make_backbone(
-            self.config,
-            len(self.layers),
-            number // topology.pipeline_size,
-            self.is_first,
-            self.is_last,
-            config.parallel.recompute,
-        )
+        with without_weights(config.lora):
+            self.decoder = make_backbone(
+                self.config,
+                len(self.layers),
+                number // topology.pipeline_size,
+                self.is_first,
+                self.is_last,
+                config.parallel.recompute,
+            )
+            if self.is_last:
+                self.head = make_head(config, linears, is_compiled=config.parallel.compile)
         if self.is_last:
-            self.head = make_head(config, linears, is_compiled=config.parallel.compile)
             if config.parallel.recompute == "full" and isinstance(self.head, DiffusionHead):
                 self.head.recompute_blocks(recompute)
             if self.parts.head_cells == "learned":

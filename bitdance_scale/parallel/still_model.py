@@ -11,9 +11,9 @@ from typing import Protocol
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.parallel.build import build_stages
 from bitdance_scale.parallel.parameter_names import name_parameters
-from bitdance_scale.parallel.partition import ShardedValue, whole_pieces
+from bitdance_scale.parallel.partition import ConsumedValue, ShardedValue, whole_pieces
 from bitdance_scale.parallel.pipeline_stages import Stage
-from bitdance_scale.parallel.quantised_linears import quantise_frozen
+from bitdance_scale.parallel.quantised_linears import quantised_weights
 from bitdance_scale.parallel.tied import TiedEmbedding
 from bitdance_scale.parallel.topology import Topology
 
@@ -45,18 +45,14 @@ class StillModel:
     def __init__(self, config: RunConfig, vocab_size: int, topology: Topology) -> None:
         # Compiling would take longer than what it saves here, and need a compiler.
         plain = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, compile=False))
-        self._config = plain
         module = build_stages(plain, vocab_size, topology).requires_grad_(False)
         self.stages: list[Stage] = list(module.stages)
         self._parameters = name_parameters(module, topology)
         self.tied = TiedEmbedding(self.stages, topology) if config.model.tie_embeddings else None
 
-    def quantise_frozen(self) -> None:
-        """Keeps the linears in `lora.base_bits` from now on, as in training."""
-        quantise_frozen(self.stages, self._parameters, self._config)
-
-    def model_values(self) -> dict[str, ShardedValue]:
-        """The weights, as views to load into."""
-        return {
+    def start_values(self) -> dict[str, ShardedValue | ConsumedValue]:
+        """The weights, to load into: views, and what quantises linears in `lora.base_bits` as they are read."""
+        views = {
             name: whole_pieces(parameter.data, placement) for name, (parameter, placement) in self._parameters.items()
         }
+        return views | {base.name: base.value for stage in self.stages for base in quantised_weights(stage)}

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bitdance_scale.checkpoint.frozen_base import FrozenBase, check_base_digest, digest_of
 from bitdance_scale.checkpoint.remote_folder import is_remote
@@ -27,12 +27,14 @@ from bitdance_scale.model.adaptable import is_added, is_trained
 from bitdance_scale.model.adapter_folder import is_adapter_folder
 from bitdance_scale.parallel.agreement import on_first_rank
 from bitdance_scale.parallel.engine import TrainingEngine
-from bitdance_scale.parallel.partition import ShardedValue
+from bitdance_scale.parallel.partition import ConsumedValue, ShardedValue
 from bitdance_scale.sequence.condition import Condition
 from bitdance_scale.train.start_adapters import fill_from_folder
 from bitdance_scale.train.start_checks import Start, check_start
 
 logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value", bound=ShardedValue | ConsumedValue)
 
 _MASTER = "master."
 SAME = ("rank", "alpha", "rank_stabilized", "targets", "train_projector", "train_queries")
@@ -75,7 +77,7 @@ def load_base(engine: TrainingEngine, base: Base, config: RunConfig) -> dict[str
     masters = of_network(_masters(engine))
     release = load_start_weights(
         base.start.path,
-        of_network(engine.model_values()),
+        of_network(engine.start_values()),
         # None on all ranks, as only the first stage has the projector.
         masters if config.lora.train_projector or not config.lora.is_used else None,
         tokenizer_digest=base.start.tokenizer_digest,
@@ -84,7 +86,6 @@ def load_base(engine: TrainingEngine, base: Base, config: RunConfig) -> dict[str
         is_partial=base.start.is_partial,
         unread=functools.partial(_has_no_master, config.lora) if config.lora.is_used else None,
     )
-    engine.quantise_frozen(config)
     engine.restart_averages()
     logger.info("started from the weights of %s (%s)", base.start.path, config.run.start_weights)
     return release
@@ -145,7 +146,7 @@ def _masters(engine: TrainingEngine) -> Mapping[str, ShardedValue]:
     return {name.removeprefix(_MASTER): value for name, value in values.items() if name.startswith(_MASTER)}
 
 
-def of_network(values: Mapping[str, ShardedValue]) -> dict[str, ShardedValue]:
+def of_network(values: Mapping[str, Value]) -> dict[str, Value]:
     """Those of some parameters that a network without adapters has."""
     return {name: value for name, value in values.items() if not is_added(name)}
 

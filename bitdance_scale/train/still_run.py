@@ -10,7 +10,7 @@ from bitdance_scale.checkpoint.start_weights import load_start_weights
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.adaptable import is_trained
 from bitdance_scale.parallel.agreement import on_first_rank
-from bitdance_scale.parallel.partition import ShardedValue
+from bitdance_scale.parallel.partition import ConsumedValue, ShardedValue
 from bitdance_scale.parallel.still_model import StillModel
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.sequence.condition import Condition, load_condition
@@ -52,7 +52,7 @@ def load_still_run(config: RunConfig, checkpoint: Path, weights: str, topology: 
     vision = VisionTokenizer(config.vision, topology.device)
     digest = on_first_rank(lambda: vision_digest(config.vision))
     model = StillModel(config, condition.vocab_size, topology)
-    values = model.model_values()
+    values = model.start_values()
     run = replace(config.run, start_from_any=True)
     if config.lora.is_used:
         base = find_base(replace(config, run=run), checkpoint.absolute().parents[1], digest)
@@ -64,11 +64,10 @@ def load_still_run(config: RunConfig, checkpoint: Path, weights: str, topology: 
         run = replace(run, start_weights=weights, start_from=str(checkpoint))
         start = on_first_rank(lambda: check_start(checkpoint, replace(config, run=run), digest))
     _load(start, values, weights)
-    model.quantise_frozen()
     return StillRun(condition, vision, model)
 
 
-def _load(start: Start, values: Mapping[str, ShardedValue], weights: str) -> None:
+def _load(start: Start, values: Mapping[str, ShardedValue | ConsumedValue], weights: str) -> None:
     load_start_weights(
         start.path,
         values,

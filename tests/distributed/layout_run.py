@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.model.initial import draw_initial
 from bitdance_scale.model.inputs import PackInputs, make_inputs
 from bitdance_scale.parallel.topology import Topology, make_topology, start_process_group
 from bitdance_scale.sequence.noise import pack_noise
@@ -41,22 +42,31 @@ def make_engine(config: RunConfig) -> tuple[object, Topology]:
     start_process_group(timeout_s=120)
     topology = make_topology(config.parallel)
     from bitdance_scale.parallel.build import build_stages, engine_of
-    from bitdance_scale.parallel.parameter_names import name_parameters
 
     vocab_size = VOCAB_SIZE if config.model.parts.has_text else class_tokens(config).vocab_size
     stages = build_stages(config, vocab_size, topology)
-    _disturb(name_parameters(stages, topology))
-    engine = engine_of(stages, config, topology)
-    engine.quantise_frozen(config)
-    return engine, topology
+    _disturb(stages, config, topology)
+    return engine_of(stages, config, topology), topology
 
 
-def _disturb(parameters: dict[str, object]) -> None:
+def _disturb(stages: object, config: RunConfig, topology: Topology) -> None:
     """Moves every weight off its initial value: adaLN starts at zero, which makes the gradients before it zero."""
-    for name, (parameter, placement) in parameters.items():
+    from bitdance_scale.parallel.parameter_names import name_parameters
+    from bitdance_scale.parallel.quantised_linears import quantised_weights
+
+    def noise(name: str, placement: object) -> torch.Tensor:
         numbers = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        noise = torch.randn(placement.global_shape, generator=numbers) * 0.05
-        parameter.data.add_(placement.local_part(noise).to(parameter.dtype))
+        whole = torch.randn(placement.global_shape, generator=numbers) * 0.05
+        return placement.local_part(whole).to(getattr(torch, config.run.dtype))
+
+    for name, (parameter, placement) in name_parameters(stages, topology).items():
+        parameter.data.add_(noise(name, placement))
+    for base in quantised_weights(stages):
+        whole = draw_initial(
+            base.name, base.placement.global_shape, config.run.seed, config.model.init_std, topology.device
+        )
+        initial = base.placement.local_part(whole).to(getattr(torch, config.run.dtype))
+        base.keep(initial + noise(base.name, base.placement))
 
 
 def step_inputs(

@@ -76,7 +76,6 @@ def measure(_rank: int, config: RunConfig, is_fused: bool) -> Measured:
     not_counted = _tensors()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         engine = engine_of(build_stages(config, VOCAB_SIZE, topology), config, topology, is_fused)
-        engine.quantise_frozen(config)
         for step in range(2):
             with record_function(f"step {step}"):
                 counts = count_targets(batch, topology)
@@ -99,17 +98,24 @@ def addresses() -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in _tensors()}
 
 
-def allocated_peak(profiler: profile, left: set[int], scratch_of: tuple[str, ...] = ()) -> int:
-    """The most bytes alive during what is recorded as `step 1`, from the allocator's events.
+def allocated_peak(
+    profiler: profile,
+    left: set[int],
+    scratch_of: tuple[str, ...] = (),
+    since: str = "step 1",
+    mapped_sizes: frozenset[int] = frozenset(),
+) -> int:
+    """The most bytes alive since the beginning of what is recorded as `since`, from the allocator's events.
 
     Releases by gloo's threads are not reported. Their reference can be the last one only right after a collective, when
     this thread has let go already: a block without a reported release that is not in use at the end (`left`, addresses)
     counts as released at once. Otherwise such blocks would pile up.
 
-    What an operation of `scratch_of` (beginnings of names) takes and gives back before it ends is not counted.
+    What an operation of `scratch_of` (beginnings of names) takes and gives back before it ends is not counted. Nor are
+    blocks of `mapped_sizes`: a mapped file is reported as well.
     """
     events = list(_flatten(profiler.profiler.kineto_results.experimental_event_tree()))
-    begin = next(event.start_time_ns for event in events if event.name == "step 1")
+    begin = next(event.start_time_ns for event in events if event.name == since)
     allocations = sorted(
         (event for event in events if event.tag == _EventType.Allocation), key=lambda event: event.start_time_ns
     )
@@ -117,7 +123,7 @@ def allocated_peak(profiler: profile, left: set[int], scratch_of: tuple[str, ...
     changes = [
         (event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size)
         for number, event in enumerate(allocations)
-        if number not in scratch
+        if number not in scratch and abs(event.extra_fields.alloc_size) not in mapped_sizes
     ]
     # Going backwards, the next event reported about an address: True if it is a release.
     is_released_next: dict[int, bool] = dict.fromkeys(left, True)

@@ -135,6 +135,17 @@ def _draw(rank: int, root: str, overrides: list[str]) -> list[np.ndarray]:
     return draw_samples(run.model, config, run.condition, run.vision, topology)
 
 
+def test_quantised_weights_are_the_same_after_a_stop_and_in_a_drawing(lora, tmp_path):
+    quantised = [*lora, "lora.base_bits=4"]
+    whole = run_ranks(1, _train, str(tmp_path / "whole"), quantised)[0]
+    run_ranks(1, _train, str(tmp_path / "stopped"), quantised, 2)
+    resumed = run_ranks(1, _train, str(tmp_path / "stopped"), quantised)[0]
+    assert resumed["start_step"] == 2
+    assert resumed["after"] == whole["after"] and resumed["optimizer"] == whole["optimizer"]
+    drawn = run_ranks(1, _draw, str(tmp_path / "whole"), quantised)[0]
+    assert all(np.array_equal(*pair) for pair in zip(drawn, whole["pictures"], strict=True))
+
+
 def test_adapters_go_on_in_another_run(lora, uninterrupted, tmp_path):
     goes_on = [*lora, f"lora.start_from='{uninterrupted[0] / 'demo'}'", "run.steps=1"]
     record = run_ranks(1, _train, str(tmp_path), goes_on, 1)[0]

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import pytest
 import torch
 
 from bitdance_scale.config.lora_schema import LoraSection
 from bitdance_scale.config.schema import RunConfig
-from tests.distributed.layout_run import RankRecord, assemble, train
+from bitdance_scale.model.adaptable import linears_of
+from bitdance_scale.model.published_names import our_tensors
+from bitdance_scale.model.quantised import can_quantise
+from tests.distributed.layout_run import RankRecord, assemble, make_engine, train
 from tests.distributed.spawn import run_ranks
 from tests.distributed.test_layouts import BOUND, MEGATRON, SP, Layout
 from tests.distributed.test_lora_layouts import ADAPTER_BOUND
+from tests.distributed.toy import VOCAB_SIZE
 
 NUM_STEPS = 2
 NUM_QUANTISED = 2 * 4 + 2 * 4 + 1 + 2 + 2 + 1
@@ -59,20 +64,23 @@ def _train_rounded(rank: int, config: RunConfig, bits: int) -> RankRecord:
     """`train` on weights of the run's dtype that are what the codes mean."""
     from unittest import mock
 
-    from bitdance_scale.model.quantised import can_quantise
-    from bitdance_scale.parallel.engine import TrainingEngine
     from bitdance_scale.parallel.quantised_linears import QuantisedWeight
+    from tests.distributed import layout_run
 
-    def rounded(engine: TrainingEngine, config: RunConfig) -> None:
+    def rounded(config: RunConfig) -> tuple[object, object]:
+        engine, topology = make_engine(config)
         num_rounded = 0
         for name, (parameter, placement) in engine.parameters.items():
             is_frozen = name not in engine.trained and (".linear_" in name or name.startswith("head."))
             if is_frozen and can_quantise(placement.global_shape):
-                parameter.data.copy_(QuantisedWeight(parameter.data, bits, False).whole())
+                base = QuantisedWeight(name, placement, parameter.dtype, parameter.device, bits, False)
+                base.keep(parameter.data)
+                parameter.data.copy_(base.whole())
                 num_rounded += 1
         assert num_rounded == NUM_QUANTISED
+        return engine, topology
 
-    with mock.patch.object(TrainingEngine, "quantise_frozen", rounded):
+    with mock.patch.object(layout_run, "make_engine", rounded):
         return train(rank, config, 2, NUM_STEPS, True)
 
 
@@ -100,21 +108,19 @@ def test_layout_equals_one_process(layout: Layout) -> None:
 def test_what_is_held() -> None:
     """Half a byte per weight and two bytes for 64; of a weight nothing else is kept, of the input neither."""
     held = run_ranks(1, _held, quantised_config(Layout(1, 1, {}), 4, "bfloat16"))[0]
-    assert held["left"] == 0
     assert held["quantised"] == held["elements"] // 2 + 2 * held["elements"] // 64 + NUM_QUANTISED * 16 * 4
     assert held["kept"] == 0
 
 
 def _held(rank: int, config: RunConfig) -> dict[str, int]:
-    from bitdance_scale.parallel.quantised_linears import QuantisedWeight
-    from tests.distributed.layout_run import make_engine
+    from bitdance_scale.parallel.quantised_linears import quantised_weights
 
-    engine, _ = make_engine(dataclasses.replace(config, lora=dataclasses.replace(config.lora, base_bits=16)))
-    before = {name: located.parameter for name, located in engine.parameters.items()}
-    sizes = {name: parameter.numel() for name, parameter in before.items()}
-    engine.quantise_frozen(config)
-    gone = before.keys() - engine.parameters.keys()
-    bases = [part for stage in engine.stages for part in stage.modules() if isinstance(part, QuantisedWeight)]
+    engine, _ = make_engine(config)
+    bases = quantised_weights(engine.stages[0])
+    linears = [tensor for tensor in our_tensors(config.network, VOCAB_SIZE) if linears_of(tensor)]
+    quantised = {tensor.name: tensor.shape for tensor in linears if can_quantise(tensor.shape)}
+    assert {base.name: base.placement.global_shape for base in bases} == quantised
+    assert not quantised.keys() & engine.parameters.keys()
     linear = engine.stages[0].decoder.layers[0].mlp.linear_fc1
     kept: list[torch.Tensor] = []
     hidden = torch.randn(3, 1, 128, dtype=torch.bfloat16, requires_grad=True)
@@ -126,8 +132,7 @@ def _held(rank: int, config: RunConfig) -> dict[str, int]:
     assert torch.equal(hidden.grad, expected), "the weight is there again in the backward pass"
     assert linear.weight is None
     return {
-        "left": sum(before[name].numel() for name in gone),
-        "elements": sum(sizes[name] for name in gone),
+        "elements": sum(map(math.prod, quantised.values())),
         "quantised": sum(buffer.nbytes for base in bases for buffer in base.buffers()),
         "kept": len(kept),
     }

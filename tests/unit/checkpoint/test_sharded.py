@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import pickletools
+import weakref
 import zipfile
 
 import pytest
@@ -11,7 +12,14 @@ from safetensors.torch import load_file
 from bitdance_scale.checkpoint.sharded import load_sharded, save_sharded
 from bitdance_scale.checkpoint.tensor_index import read_index
 from bitdance_scale.errors import CheckpointError
-from bitdance_scale.parallel.partition import Piece, Placement, ShardedValue, fragment_pieces, whole_pieces
+from bitdance_scale.parallel.partition import (
+    ConsumedValue,
+    Piece,
+    Placement,
+    ShardedValue,
+    fragment_pieces,
+    whole_pieces,
+)
 
 
 def whole(tensor: torch.Tensor) -> ShardedValue:
@@ -62,6 +70,41 @@ def test_round_trip_into_other_pieces_is_bit_equal(tmp_path, max_file_bytes):
     load_sharded(tmp_path, values)
     for name, tensor in tensors.items():
         assert torch.equal(joined(values[name]), tensor)
+
+
+# In files of 40 bytes, of which a tensor has several, two ranks wrote parts of all tensors.
+def test_what_is_handed_over_is_whole_and_alone(tmp_path):
+    tensors = make_tensors() | {"other": torch.randn(6, 9, generator=torch.Generator().manual_seed(1))}
+    cuts = {"matrix": [3, 17, 18], "half": [1, 5, 6, 23], "other": [4, 30]}
+    saved = {name: fragments(tensor, cuts.get(name, [])) for name, tensor in tensors.items()}
+    save_sharded(tmp_path, saved, max_file_bytes=40)
+    alive: list[weakref.ref] = []
+    taken: dict[str, torch.Tensor] = {}
+
+    class Watched(ConsumedValue):
+        def make_slice(self) -> torch.Tensor:
+            assert not any(made() is not None for made in alive), "a tensor is held beside another"
+            tensor = super().make_slice()
+            alive.append(weakref.ref(tensor.untyped_storage()))
+            return tensor
+
+    # The second half of the rows or of the columns, as a tensor-parallel rank has it.
+    parts = {"half": (0, (2, 3, 2), (2, 2)), "other": (1, (6, 3), (6, 3)), "matrix": (None, (7, 5), None)}
+    values = cleared({name: whole(tensor.clone()) for name, tensor in tensors.items() if name not in parts})
+    for name, (dim, shape, block) in parts.items():
+        global_shape = tuple(tensors[name].shape)
+        placement = Placement(global_shape, shape, dim, ((0, *block),) if block else ())
+        dtype = torch.float64
+        values[name] = Watched(
+            placement, dtype, torch.device("cpu"), lambda part, name=name: taken.update({name: part.clone()})
+        )
+    load_sharded(tmp_path, values, converts_dtype=True)
+    assert len(alive) == 3
+    for name, value in values.items():
+        if name in parts:
+            assert torch.equal(taken[name], value.placement.local_part(tensors[name]).double())
+        else:
+            assert torch.equal(joined(value), tensors[name])
 
 
 def test_files_hold_no_more_than_asked_for(tmp_path):
