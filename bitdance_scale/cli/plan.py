@@ -96,11 +96,6 @@ def _load(name: str, overrides: Sequence[str]) -> RunConfig:
             f"{name}: trains a tokenizer, which has no layouts to choose from; `bitdance memory` says what it needs. "
             f"Plan a configuration with run.stage = {', '.join(STAGES)}."
         )
-    if config.lora.is_used:
-        raise ConfigError(
-            f"lora.rank = {config.lora.rank}: the formulas of `bitdance plan` are those of training all weights; ask "
-            "`bitdance memory` what the run needs under the layout that it names, or set lora.rank=0"
-        )
     return config
 
 

@@ -26,15 +26,29 @@ def adapted_linears(network: NetworkConfig, vocab_size: int, section: LoraSectio
 
 def adapter_flops(config: RunConfig, vocab_size: int, num_positions: int, num_predicted: int, num_blocks: int) -> int:
     """Forward FLOPs of all adapters; the counts are those of `PackCounts`."""
-    num_draws, total = config.head.diff_batch_mul, 0
-    for linear in adapted_linears(config.network, vocab_size, config.lora):
-        num_rows = num_positions
-        if linear.part is Part.HEAD:
-            num_rows = num_predicted * num_draws
-            num_rows = num_predicted if linear.name.endswith(".cond_embed") else num_rows
-            num_rows = num_blocks * num_draws if ".time_embed." in linear.name else num_rows
-        total += 2 * num_rows * config.lora.rank * (linear.in_size + linear.out_size)
-    return total
+    return round(
+        sum(
+            2 * adapter_weights(config, linear) * linear_rows(config, linear, num_positions, num_predicted, num_blocks)
+            for linear in adapted_linears(config.network, vocab_size, config.lora)
+        )
+    )
+
+
+def adapter_weights(config: RunConfig, linear: AdaptableLinear) -> int:
+    """Elements of both matrices of an adapter."""
+    return config.lora.rank * (linear.in_size + linear.out_size)
+
+
+def linear_rows(
+    config: RunConfig, linear: AdaptableLinear, num_positions: float, num_predicted: float, num_blocks: float
+) -> float:
+    """Rows that a linear multiplies; the counts are those of `PackCounts`."""
+    num_draws = config.head.diff_batch_mul
+    if linear.part is not Part.HEAD:
+        return num_positions
+    if linear.name.endswith(".cond_embed"):
+        return num_predicted
+    return num_draws * (num_blocks if ".time_embed." in linear.name else num_predicted)
 
 
 def backward_share(config: RunConfig, vocab_size: int) -> float:
@@ -53,6 +67,6 @@ def backward_share(config: RunConfig, vocab_size: int) -> float:
 def trained_elements(config: RunConfig, vocab_size: int, projector: int) -> int:
     """Elements of all that is trained; `projector`: those of the projector."""
     linears = adapted_linears(config.network, vocab_size, config.lora)
-    total = sum(config.lora.rank * (linear.in_size + linear.out_size) for linear in linears)
+    total = sum(adapter_weights(config, linear) for linear in linears)
     total += projector if config.lora.train_projector else 0
     return total + (config.vision.block_tokens - 1) * config.model.hidden_size * int(config.lora.train_queries)

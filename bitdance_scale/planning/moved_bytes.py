@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.planning.adapters import Linear, is_quantised, num_backward_layers, rank_linears
 from bitdance_scale.planning.parameters import RankStages
 from bitdance_scale.planning.rank_memory import (
     FLOAT_BYTES,
@@ -97,6 +98,8 @@ HEAD_BLOCK_KERNELS = {False: BothPasses(23, 66), True: BothPasses(13, 49)}
 REST_KERNELS = {False: BothPasses(122, 142), True: BothPasses(90, 101)}
 """Kernels of embedding, projector, the rest of the head, and losses, by whether formulas are compiled."""
 PARAMETERS_PER_LAYER, VECTORS_PER_LAYER = 8, 4
+FROZEN_LAYER_KERNELS = {False: 12, True: 4}
+"""Kernels of a backward pass that a layer of frozen weights lacks: products for them, and sums for those of norms."""
 
 
 def layer_bytes(config: RunConfig, num_positions: float) -> BothPasses:
@@ -136,6 +139,58 @@ def logits_bytes(config: RunConfig, vocab_size: int, num_text_targets: float) ->
     return BothPasses(*(num_logits * per for per in _LOGIT[config.parallel.compile, element_bytes(config)]))
 
 
+def adapter_bytes(config: RunConfig, linear: Linear, num_rows: float) -> BothPasses:
+    """Of the adapters of a linear: their products have so few channels that the memory limits them.
+
+    Forward the input is read, and the output read and written. Backward two products read the gradient of the output,
+    one the input; the gradient of the input is written and added to that of the linear.
+    """
+    if not linear.adapted:
+        return BothPasses(0.0, 0.0)
+    tensor = config.parallel.tensor
+    in_size = linear.in_size / (tensor if linear.divides_input else 1)
+    out_size = sum(part.out_size for part in linear.adapted) / (tensor if linear.divides_output else 1)
+    # Linears stacked with one that has an adapter get rows of zeros.
+    out_size = linear.out_size / (tensor if linear.divides_output else 1) if linear.num_parts > 1 else out_size
+    unit = num_rows * element_bytes(config)
+    return BothPasses(unit * (in_size + 2 * out_size), unit * (5 * in_size + 2 * out_size))
+
+
+def remade_bytes(config: RunConfig, linear: Linear) -> float:
+    """Of making a quantised weight of its codes once; scales left out."""
+    if not is_quantised(config, linear):
+        return 0.0
+    size, bits = element_bytes(config), config.lora.base_bits
+    # Compiled, codes are read and weights written. Otherwise the operators of `model/quantised.py` do so one by one.
+    operators = {8: 1 + 4 + 4 + 4, 4: 4 * 0.5 + 2 * 1 + 1 + 4 + 4 + 4 + 4 + 4}[bits] + (4 + size if size == 2 else 0)
+    per_element = bits / 8 + size if config.parallel.compile else operators
+    return linear.elements(config.parallel.tensor) * per_element
+
+
+def adapter_kernels(config: RunConfig, linear: Linear) -> BothPasses:
+    """Of the adapters of a linear, accumulation of their gradients included."""
+    num = len(linear.adapted)
+    if not num:
+        return BothPasses(0, 0)
+    accumulate = 2 * num * (2 if element_bytes(config) == 2 else 1)
+    if linear.num_parts == 1:
+        return BothPasses(2, 5 + accumulate)
+    # Their matrices are put into the rows of the stacked linear, and those of the input into one.
+    return BothPasses(5 + num if num > 1 else 5, 6 + num + accumulate)
+
+
+def remade_kernels(config: RunConfig, linear: Linear) -> int:
+    """Of making a quantised weight of its codes once."""
+    if not is_quantised(config, linear):
+        return 0
+    return 1 if config.parallel.compile else {8: 5, 4: 8}[config.lora.base_bits]
+
+
+def num_made(config: RunConfig) -> int:
+    """How often a quantised weight is made for a micro-batch: for both passes, and where a layer is computed again."""
+    return 3 if config.parallel.recompute == "full" else 2
+
+
 def accumulated_bytes(config: RunConfig, num_elements: float) -> float:
     """What accumulating the gradients of one micro-batch moves.
 
@@ -170,13 +225,23 @@ def optimiser_bytes(config: RunConfig, num_elements: float, data_size: int) -> f
     return moved + whole * (4 + 32 + 4)
 
 
-def micro_kernels(config: RunConfig, stages: RankStages) -> float:
+def micro_kernels(config: RunConfig, vocab_size: int, stages: RankStages) -> float:
     """Kernels of one micro-batch on a rank."""
     recompute, compiled = config.parallel.recompute, config.parallel.compile
-    accumulate = PARAMETERS_PER_LAYER * (2 if element_bytes(config) == 2 else 1)
-    if is_megatron_engine(config):
-        accumulate = VECTORS_PER_LAYER
-    kernels = sum(stages.num_layers) * (LAYER_KERNELS[compiled].training(recompute) + accumulate)
+    num_layers, layer = sum(stages.num_layers), LAYER_KERNELS[compiled]
+    if config.lora.is_used:
+        num_backward = num_backward_layers(config, vocab_size, stages)
+        of_backward = layer.training(recompute) - FROZEN_LAYER_KERNELS[compiled]
+        kernels = num_backward * of_backward + (num_layers - num_backward) * layer.forward
+        repeats = "full" if recompute == "full" else "none"
+        for linear in rank_linears(config, vocab_size, stages):
+            kernels += adapter_kernels(config, linear).training(repeats)
+            kernels += num_made(config) * remade_kernels(config, linear)
+    else:
+        accumulate = PARAMETERS_PER_LAYER * (2 if element_bytes(config) == 2 else 1)
+        if is_megatron_engine(config):
+            accumulate = VECTORS_PER_LAYER
+        kernels = num_layers * (layer.training(recompute) + accumulate)
     if stages.is_last:
         of_block = HEAD_BLOCK_KERNELS[compiled].training(recompute)
         kernels += config.head.num_blocks * of_block + REST_KERNELS[compiled].training("none")

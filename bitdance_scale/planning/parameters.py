@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from bitdance_scale.config.schema import (
@@ -21,12 +22,14 @@ class RankStages:
         num_layers: backbone layers of each of its stages, in the order in which a micro-batch passes through them.
         is_first: whether it holds embedding and projector.
         is_last: whether it holds the head and the projection to the vocabulary.
+        layers: numbers of its layers, counted over the whole backbone.
     """
 
     rank: int
     num_layers: tuple[int, ...]
     is_first: bool
     is_last: bool
+    layers: tuple[int, ...]
 
 
 def rank_stages(split: tuple[int, ...], pipeline: int) -> list[RankStages]:
@@ -36,7 +39,18 @@ def rank_stages(split: tuple[int, ...], pipeline: int) -> list[RankStages]:
         split: backbone layers of every stage (`parallel/stage_split.py`).
         pipeline: pipeline-parallel ranks.
     """
-    return [RankStages(rank, split[rank::pipeline], rank == 0, rank == pipeline - 1) for rank in range(pipeline)]
+    ends = [*itertools.accumulate(split)]
+    of_stage = [range(end - length, end) for end, length in zip(ends, split, strict=True)]
+    return [
+        RankStages(
+            rank=rank,
+            num_layers=split[rank::pipeline],
+            is_first=rank == 0,
+            is_last=rank == pipeline - 1,
+            layers=tuple(itertools.chain(*of_stage[rank::pipeline])),
+        )
+        for rank in range(pipeline)
+    ]
 
 
 def table_elements(config: RunConfig, vocab_size: int) -> int:
@@ -85,7 +99,7 @@ def head_elements(config: RunConfig) -> int:
 
 
 def rank_elements(config: RunConfig, vocab_size: int, stages: RankStages) -> int:
-    """Elements of all parameters that a rank trains."""
+    """Elements of all parameters of the network that a rank holds; adapters are beside it (`adapters.py`)."""
     parts, hidden = config.model.parts, config.model.hidden_size
     total = sum(stages.num_layers) * layer_elements(config)
     if stages.is_first:

@@ -6,11 +6,13 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bitdance_scale.config.coerce import toml_value
 from bitdance_scale.config.parallel_schema import ParallelSection
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.observe.cost import step_flops, utilisation
 from bitdance_scale.parallel.stage_split import StageCosts, balanced_split, stage_costs, stage_split
+from bitdance_scale.planning.adapters import rank_parameters
 from bitdance_scale.planning.layouts import Dropped, candidates, check_besides_layout, refusals, with_layout
 from bitdance_scale.planning.machine import Machine
 from bitdance_scale.planning.parameters import RankStages, rank_stages
@@ -24,6 +26,7 @@ GIB = 2**30
 DAY_S = 86_400
 HOUR_S = 3_600
 DOES_NOT_FIT = "What a rank needs is at most the memory of its GPU less what is reserved."
+NOTHING_TO_TRAIN = "Every rank of a pipeline has something to train."
 CANNOT_DIVIDE = "The global batch can be divided into packs for all replicas."
 
 
@@ -145,6 +148,14 @@ class Planner:
             num_gpus=self.num_gpus,
         )
 
+    def idle_rank(self, parallel: ParallelSection) -> int | None:
+        """The first pipeline rank of a layout on which all is frozen; None: there is none."""
+        config = with_layout(self.config, parallel)
+        for stages in rank_stages(self._split(config), parallel.pipeline):
+            if not rank_parameters(config, self.vocab_size, stages).trained:
+                return stages.rank
+        return None
+
     def _memory(self, config: RunConfig, pack: FullestPack, num_replicas: int, stages: RankStages) -> RankMemory:
         return rank_memory(config, self.vocab_size, pack, num_replicas, stages, self._tokenizer_bytes)
 
@@ -186,6 +197,10 @@ def make_plan(config: RunConfig, num_gpus: int, machine: Machine, num_entries: i
         if refused is not None:
             dropped.append(refused)
             continue
+        idle = planner.idle_rank(parallel)
+        if idle is not None:
+            dropped.append(Dropped(parallel, "illegal", NOTHING_TO_TRAIN, idle_reason(config, idle)))
+            continue
         try:
             prediction = planner.predict(parallel)
         except ConfigError as error:
@@ -198,6 +213,14 @@ def make_plan(config: RunConfig, num_gpus: int, machine: Machine, num_entries: i
             ranked.append(prediction)
     ranked.sort(key=lambda item: (item.time.total, item.memory.needed))
     return StagePlan(config, machine, num_gpus, ranked, too_large, dropped)
+
+
+def idle_reason(config: RunConfig, rank: int) -> str:
+    """Why a pipeline cannot have a rank on which all is frozen."""
+    return (
+        f"lora.targets = {toml_value(config.lora.targets)}: none of them is on rank {rank} of the pipeline, which "
+        "would have nothing to train; add linears of the backbone, or set parallel.pipeline=1"
+    )
 
 
 def memory_reason(prediction: Prediction, machine: Machine) -> str:

@@ -9,13 +9,16 @@ Shape letters as in `parallel/pipeline_stages.py`: S positions, D hidden size, V
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from bitdance_scale.config.data_rules import NUM_RESOLUTION_TOKENS
+from bitdance_scale.config.lora_schema import UNQUANTISED_BITS
 from bitdance_scale.config.schema import NUM_MODULATIONS, NUM_TOKEN_MODULATIONS, RunConfig
 from bitdance_scale.data.plan.synthetic_packs import fullest_typical_pack
 from bitdance_scale.parallel.memory_parts import Bytes, num_in_flight
-from bitdance_scale.planning.parameters import RankStages, rank_elements, table_elements
+from bitdance_scale.planning.adapters import Linear, rank_linears, rank_parameters
+from bitdance_scale.planning.parameters import RankStages, table_elements
 
 FLOAT_BYTES = 4
 # A weight that crosses the line up to which DeepSpeed's ZeRO-3 gathers ahead (`parallel.prefetch_elements`).
@@ -188,17 +191,20 @@ def rank_memory(
         tokenizer_bytes: of the frozen autoencoder.
     """
     zero, size = config.parallel.zero_stage, element_bytes(config)
-    elements = rank_elements(config, vocab_size, stages)
-    part = elements / data_size
+    parameters = rank_parameters(config, vocab_size, stages)
+    elements, part = parameters.trained, parameters.trained / data_size
+    weights = size * parameters.elements - parameters.saved_bytes
+    tables = size * position_elements(config, stages) + parameters.table_bytes
     held = {
-        "weights": size * ((part if zero == 3 else elements) + position_elements(config, stages)),
+        "weights": (weights / data_size if zero == 3 else weights) + tables,
         "gradients": FLOAT_BYTES * (elements if zero == 1 else part),
         "masters": FLOAT_BYTES * part,
         "moments": 2 * FLOAT_BYTES * part,
         "averages": FLOAT_BYTES * part if config.optim.average_decay else 0.0,
         "inputs": input_bytes(config, pack),
     }
-    moments = _moments(config, vocab_size, pack, stages, elements, part)
+    find = _adapter_moments if config.lora.is_used else _moments
+    moments = find(config, vocab_size, pack, stages, elements, part)
     fullest = max(moments, key=lambda moment: sum(moment.values()))
     peak = {role: held.get(role, 0.0) + fullest.get(role, 0.0) for role in {*held, *fullest}}
     drawn = 0.0
@@ -209,10 +215,10 @@ def rank_memory(
     # DeepSpeed's engine for bfloat16 under ZeRO-1 and Megatron-core's buffers hold gradients from the start.
     holds_gradients = scatters_gradients(config) or is_megatron_engine(config)
     started = sum(held.values()) - held["inputs"] - (0.0 if holds_gradients else held["gradients"])
-    building = max(size * elements + drawn, started)
+    building = max(weights + drawn, started)
     if is_megatron_engine(config):
-        # The weights of a stage are copied into its buffer, and are there twice until all of them are.
-        building = max(building, elements * (size + FLOAT_BYTES + size / config.parallel.virtual_stages))
+        # What is trained of a stage is copied into its buffer, and is there twice until all of it is.
+        building = max(building, weights + elements * (FLOAT_BYTES + size / config.parallel.virtual_stages))
     return RankMemory(
         peak=Bytes(**{role: round(value) for role, value in peak.items()}, tokenizer=tokenizer_bytes),
         building_peak=round(building) + tokenizer_bytes,
@@ -230,14 +236,111 @@ def scatters_gradients(config: RunConfig) -> bool:
     return is_zero1 and config.run.dtype == "bfloat16"
 
 
+def bucket_bytes(config: RunConfig, elements: int) -> int:
+    """Bytes of the buckets in which so many elements of gradients are reduced."""
+    parallel = config.parallel
+    if is_megatron_engine(config) or scatters_gradients(config):
+        return 0
+    # While one is sent, ZeRO-2 fills another.
+    num_buckets = 2 if parallel.zero_stage == 2 else 1
+    return element_bytes(config) * min(elements, parallel.reduce_bucket_elements) * num_buckets
+
+
+def passes_in_flight(config: RunConfig, pack: FullestPack, stages: RankStages) -> float:
+    """Forward passes through all stages of a rank whose activations it keeps at once."""
+    num_virtual = config.parallel.virtual_stages
+    return min(num_in_flight(config.parallel, stages.rank), pack.num_micro_batches * num_virtual) / num_virtual
+
+
+def _adapter_moments(
+    config: RunConfig, vocab_size: int, pack: FullestPack, stages: RankStages, elements: int, part: float
+) -> list[dict[str, float]]:
+    """`_moments` of a run with adapters: there is no gradient of a table or of a wide linear.
+
+    Then the ends of the passes of head and layers are the fullest.
+    """
+    parallel, size = config.parallel, element_bytes(config)
+    of_pass = stage_activation_bytes(config, pack, stages) + adapter_activation_bytes(config, vocab_size, pack, stages)
+    activations = of_pass * passes_in_flight(config, pack, stages)
+    whole = pack.num_positions * config.model.hidden_size * size if parallel.sequence_parallel else 0.0
+    engine = float(bucket_bytes(config, elements))
+    if parallel.zero_stage == 3:
+        held = rank_parameters(config, vocab_size, stages).elements
+        table = table_elements(config, vocab_size)
+        engine += size * min(held, table + parallel.prefetch_elements + ZERO3_CROSSING_ELEMENTS)
+    is_again = parallel.recompute == "full"
+
+    def weight_again(elements: int) -> float:
+        """A weight that is made of its codes."""
+        return size * elements / parallel.tensor if config.lora.base_bits < UNQUANTISED_BITS else 0.0
+
+    moments = []
+    if stages.is_last:
+        logits = logits_bytes(config, vocab_size, pack.num_text_targets)
+        moments.append({"activations": activations + logits + whole, "buffers": engine})
+    if stages.is_last and config.head.kind == "diffusion":
+        num_tokens = pack.num_predicted * config.head.diff_batch_mul
+        # Gradients within a block of the head: of its output, and of both halves before SwiGLU.
+        gradients = num_tokens * config.head.width * size * (1 + 2 * config.head.mlp_ratio / parallel.tensor)
+        gradients += weight_again(config.head.width * config.head.mlp_size)
+        again = head_block_bytes(config, num_tokens) if is_again else 0.0
+        moments.append({"activations": activations + again + gradients, "buffers": engine})
+    again = layer_activation_bytes(config, pack.num_positions) * (1.5 if is_again else 0.5)
+    again += weight_again(2 * config.model.hidden_size * config.model.ffn_size)
+    others = activations - (head_bytes(config, pack.num_predicted) if stages.is_last else 0.0)
+    moments.append({"activations": others + again, "gradients": whole, "buffers": engine})
+    return moments
+
+
+def adapter_activation_bytes(config: RunConfig, vocab_size: int, pack: FullestPack, stages: RankStages) -> float:
+    """What one forward pass keeps more with adapters than without.
+
+    Adapters keep what they make of their inputs, and their matrices in the rows of stacked linears. The frozen
+    projector, and frozen linears without an adapter, keep no input.
+    """
+    size, tensor, is_kept = element_bytes(config), config.parallel.tensor, config.parallel.recompute != "full"
+    lora, kept = config.lora, 0.0
+    if stages.is_first and not lora.train_projector:
+        kept -= projector_bytes(config, pack.num_vision)
+    num_tokens = pack.num_predicted * config.head.diff_batch_mul
+    for linear in rank_linears(config, vocab_size, stages):
+        num_rows = pack.num_positions if linear.layer is not None else num_tokens
+        if linear.adapted and is_kept:
+            num_ranks = lora.rank * len(linear.adapted)
+            kept += size * num_ranks * num_rows
+            kept += size * num_ranks * (linear.out_size // tensor + linear.in_size) * (linear.num_parts > 1)
+        elif not linear.adapted:
+            kept -= size * num_rows * _input_kept(config, linear)
+    return kept
+
+
+# Attention keeps its own output. The linears of the head's condition share an input, which counts once, as that of the
+# last of them; those of time and noise have few rows or features.
+_KEPT_ANYWAY = re.compile(r"\.(linear_proj|wo|cond_embed|input_proj|ada_ln_blocks\.\d+|time_embed\.mlp\.\d+)\.weight$")
+
+
+def _input_kept(config: RunConfig, linear: Linear) -> float:
+    """Features of a linear's input that are kept for the gradient of its weight alone."""
+    tensor = config.parallel.tensor
+    if _KEPT_ANYWAY.search(linear.name):
+        return 0
+    if linear.layer is None:
+        is_whole = config.parallel.recompute != "full" or not linear.is_in_block
+        return linear.in_size / (tensor if linear.divides_input else 1) if is_whole else 0
+    if config.parallel.recompute != "none":
+        return 0
+    if linear.divides_input:
+        return linear.in_size / tensor
+    return local_positions(config, 1) * linear.in_size
+
+
 def _moments(
     config: RunConfig, vocab_size: int, pack: FullestPack, stages: RankStages, elements: int, part: float
 ) -> list[dict[str, float]]:
     """The candidates for the fullest moment: what each has beside what is always held."""
     parallel, size, has_text = config.parallel, element_bytes(config), config.model.parts.has_text
-    passes = min(num_in_flight(parallel, stages.rank), pack.num_micro_batches * parallel.virtual_stages)
     of_pass = stage_activation_bytes(config, pack, stages)
-    activations = of_pass * passes / parallel.virtual_stages
+    activations = of_pass * passes_in_flight(config, pack, stages)
     whole = pack.num_positions * config.model.hidden_size * size if parallel.sequence_parallel else 0.0
     is_bfloat16_engine = scatters_gradients(config)
     # Gradients of that engine are sent where they lie, or all together in another dtype, in which their sums arrive;
@@ -245,8 +348,7 @@ def _moments(
     sent = size * (elements + part) if is_bfloat16_engine and reduced_bytes(config) == size else 0.0
     has_buckets = not (is_bfloat16_engine or is_megatron_engine(config))
     bucket = min(elements, parallel.reduce_bucket_elements) if has_buckets else 0
-    # While one is sent, ZeRO-2 fills another.
-    buckets = size * bucket * (2 if parallel.zero_stage == 2 else 1)
+    buckets = bucket_bytes(config, elements)
     table = table_elements(config, vocab_size)
     gathered = with_table = 0.0
     if parallel.zero_stage == 3:

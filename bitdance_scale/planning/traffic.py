@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from bitdance_scale.config.schema import NUM_MODULATIONS, NUM_TOKEN_MODULATIONS, RunConfig
+from bitdance_scale.planning.adapters import RankParameters
 from bitdance_scale.planning.machine import Machine
 from bitdance_scale.planning.parameters import RankStages
 from bitdance_scale.planning.rank_memory import (
@@ -116,16 +117,18 @@ def _data_rate(config: RunConfig, data_size: int, machine: Machine) -> float:
     return group_rate(data_size, stride, machine.gpus_per_node, machine.node_rate, machine.network_rate)[0]
 
 
-def data_micro_s(config: RunConfig, num_elements: float, data_size: int, stages: RankStages, machine: Machine) -> float:
+def data_micro_s(
+    config: RunConfig, parameters: RankParameters, data_size: int, stages: RankStages, machine: Machine
+) -> float:
     """Of one micro-batch between replicas, exposed or not (`exposed_s`).
 
     ZeRO-2 all-reduces every micro-batch's gradients. ZeRO-3 gathers the weights for the forward and for the backward
-    pass, linear by linear, and reduce-scatters the gradients.
+    pass, linear by linear, frozen ones as well, and reduce-scatters the gradients.
     """
     if data_size == 1:
         return 0.0
-    num_bytes, rate = num_elements * element_bytes(config), _data_rate(config, data_size, machine)
-    reduced = num_elements * reduced_bytes(config)
+    num_bytes, rate = parameters.elements * element_bytes(config), _data_rate(config, data_size, machine)
+    reduced = parameters.trained * reduced_bytes(config)
     if config.parallel.zero_stage == 2:
         return sum_s(reduced, data_size, rate, machine.message_s.value)
     if config.parallel.zero_stage == 3:

@@ -25,6 +25,11 @@ def test_it_prints_writes_and_draws(tmp_path: Path, capsys) -> None:
         assert image.width > 500 and len(image.convert("RGB").getcolors(maxcolors=2**24)) > 10
 
 
+def test_a_run_with_adapters_is_planned(capsys) -> None:
+    assert main(["finetune_demo", "--gpus", "2"]) == 0
+    assert "finetune_demo on 2 x H100 80 GB" in capsys.readouterr().out
+
+
 def test_a_recipe_has_all_stages(capsys) -> None:
     assert main(["demo", "--gpus", "2", "--stage", "all"]) == 0
     printed = capsys.readouterr().out
@@ -35,7 +40,6 @@ def test_a_recipe_has_all_stages(capsys) -> None:
     ("arguments", "message"),
     [
         (["demo"], "needs CONFIG and --gpus N"),
-        (["finetune_demo", "--gpus", "4"], "lora.rank = 16: the formulas of `bitdance plan` are those of training all"),
         (["demo", "--gpus", "4", "--gpu", "v100"], "--gpu v100: there is no such file"),
         (["ae_d16c32", "--gpus", "32"], "trains a tokenizer"),
         (["demo", "--gpus", "4", "parallel.tensor=3", "data.global_batch=7"], "data.global_batch = 7"),

@@ -13,15 +13,22 @@ from torch.utils._pytree import tree_leaves
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.plan.synthetic_packs import typical_packs
+from bitdance_scale.model.quantised import NF4_LEVELS, empty_codes, from_integers, from_nf4
+from bitdance_scale.planning.adapters import rank_linears
 from bitdance_scale.planning.moved_bytes import (
+    FROZEN_LAYER_KERNELS,
     LAYER_KERNELS,
     PARAMETERS_PER_LAYER,
     BothPasses,
     accumulated_bytes,
+    adapter_bytes,
+    adapter_kernels,
     head_block_bytes,
     layer_bytes,
+    remade_bytes,
+    remade_kernels,
 )
-from bitdance_scale.planning.parameters import layer_elements
+from bitdance_scale.planning.parameters import layer_elements, rank_stages
 from tests.distributed.spawn import run_ranks
 
 ENTRIES = 151940
@@ -81,11 +88,11 @@ def logged(_rank: int, config: RunConfig) -> tuple[BothPasses, BothPasses]:
     return BothPasses(num["forward"], num["backward"]), BothPasses(num_bytes["forward"], num_bytes["backward"])
 
 
-def difference(settings: tuple[str, ...], more: str) -> tuple[RunConfig, BothPasses, BothPasses]:
+def difference(settings: tuple[str, ...], more: str, name: str = "pt_14b") -> tuple[RunConfig, BothPasses, BothPasses]:
     """(configuration, kernels, bytes) of what a setting adds."""
-    config = load_config("pt_14b", [*BASE, *settings])
+    config = load_config(name, [*BASE, *settings])
     few = run_ranks(1, logged, config, timeout_s=280)[0]
-    many = run_ranks(1, logged, load_config("pt_14b", [*BASE, *settings, more]), timeout_s=280)[0]
+    many = run_ranks(1, logged, load_config(name, [*BASE, *settings, more]), timeout_s=280)[0]
     found = [
         BothPasses(after.forward - before.forward, after.backward - before.backward)
         for before, after in zip(few, many, strict=True)
@@ -136,6 +143,61 @@ def test_a_block_of_the_head_moves_what_its_kernels_read_and_write(settings):
     # Accumulated gradients of a block: 8.5 times the square of its width.
     accumulated = accumulated_bytes(config, 8.5 * config.head.width**2 / config.parallel.tensor)
     assert num_bytes.backward / 2 == pytest.approx(expected.backward + accumulated, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        pytest.param("['o_proj', 'down_proj']", marks=pytest.mark.large),
+        pytest.param("['q_proj']", marks=pytest.mark.large),
+        pytest.param("['gate_proj', 'up_proj']", marks=pytest.mark.large),
+        "['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']",
+    ],
+)
+def test_a_layer_with_adapters(targets):
+    """A product for a gradient of a frozen weight would be another kernel."""
+    settings = (*COMPILED, f"lora.targets={targets}")
+    config, kernels, num_bytes = difference(settings, "model.num_layers=2", "finetune_14b_lora")
+    num_positions = typical_packs(config, NUM_RANKS)[0].num_positions
+    layer, stages = layer_bytes(config, num_positions), rank_stages((1,), 1)[0]
+    linears = [item for item in rank_linears(config, ENTRIES, stages) if item.layer == 0]
+    assert num_bytes.forward == pytest.approx(layer.forward, rel=0.02)
+    # The gradient of an input is added to that of the linear; the rest of what adapters move is in their products.
+    added = sum(3 * 2 * num_positions * item.in_size for item in linears if item.adapted)
+    assert num_bytes.backward == pytest.approx(layer.backward + added, rel=0.05)
+    for item in linears:
+        reads = 2 * num_positions * (2 * item.in_size + 2 * item.out_size) if item.adapted else 0
+        of_adapter = adapter_bytes(config, item, num_positions)
+        assert of_adapter.backward == (reads + 3 * 2 * num_positions * item.in_size if item.adapted else 0)
+    expected = [adapter_kernels(config, item) for item in linears]
+    assert kernels.forward == LAYER_KERNELS[True].forward + sum(each.forward for each in expected)
+    backward = LAYER_KERNELS[True].backward - FROZEN_LAYER_KERNELS[True]
+    assert kernels.backward == backward + sum(each.backward for each in expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_weight_made_of_its_codes(bits, dtype):
+    config = load_config("finetune_14b_lora", [f"lora.base_bits={bits}", f"run.dtype={dtype}", *PLAIN])
+    (linear,) = [
+        item
+        for item in rank_linears(config, ENTRIES, rank_stages((40,), 1)[0])
+        if item.name == "decoder.layers.0.self_attention.linear_proj.weight"
+    ]
+    codes, scales = empty_codes((512, 640), bits, getattr(torch, dtype), torch.device("cpu"))
+    codes.zero_()
+    with KernelLog() as kernels:
+        if bits == 4:
+            from_nf4(codes, scales, torch.tensor(NF4_LEVELS), is_compiled=False)
+        else:
+            from_integers(codes, scales, is_compiled=False)
+    # Scales and levels are the rest.
+    share = 512 * 640 / (linear.in_size * linear.out_size)
+    assert kernels.num_bytes["forward"] == pytest.approx(share * remade_bytes(config, linear), rel=0.02)
+    if dtype == "bfloat16":
+        assert kernels.num["forward"] == remade_kernels(config, linear)
+    compiled = load_config("finetune_14b_lora", [f"lora.base_bits={bits}", f"run.dtype={dtype}", *COMPILED])
+    assert remade_bytes(compiled, linear) < 0.4 * remade_bytes(config, linear)
 
 
 def test_a_compiled_layer_of_14b_moves_less_than_half_in_less_than_half_of_the_kernels():

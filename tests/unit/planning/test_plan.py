@@ -12,7 +12,7 @@ from bitdance_scale.errors import ConfigError
 from bitdance_scale.planning.advice import changes, limit
 from bitdance_scale.planning.layouts import candidates, with_layout
 from bitdance_scale.planning.machine import load_machine
-from bitdance_scale.planning.plan import StagePlan, make_plan
+from bitdance_scale.planning.plan import NOTHING_TO_TRAIN, StagePlan, make_plan
 from bitdance_scale.planning.report import recipe_text, stage_document, stage_text
 
 NUM_GPUS = 64
@@ -106,3 +106,30 @@ def test_a_batch_that_does_not_fill_the_replicas_is_a_reason():
     assert kinds >= {"illegal"}
     reasons = [item.reason for item in plan.dropped if item.parallel.tensor == item.parallel.pipeline == 1]
     assert any("data.global_batch = 10: must be at least the 16" in reason for reason in reasons)
+
+
+@pytest.fixture(scope="module")
+def adapters() -> StagePlan:
+    # All adapters are in the last layers: a pipeline leaves ranks without any.
+    return make_plan(load_config("finetune_14b_lora", ["lora.targets=['layers.3[0-9].*']"]), 8, H100)
+
+
+def test_a_run_with_adapters_has_no_rank_without_one(adapters):
+    dropped = [item for item in adapters.dropped if item.rule == NOTHING_TO_TRAIN]
+    assert dropped and all(item.parallel.pipeline > 1 for item in dropped)
+    assert "none of them is on rank 0 of the pipeline" in dropped[0].reason
+    # With virtual stages every rank has some of the last layers.
+    assert all(item.parallel.pipeline == 1 or item.parallel.virtual_stages > 1 for item in adapters.ranked)
+    assert len({item.parallel for item in [*adapters.ranked, *adapters.dropped]}) == len(
+        candidates(adapters.config, 8, H100.gpus_per_node)
+    )
+
+
+def test_frozen_weights_in_few_bits_go_with_no_partition_of_them():
+    plan = make_plan(load_config("finetune_14b_lora", ["lora.base_bits=4"]), 1, H100)
+    assert plan.ranked and all(item.parallel.zero_stage < 3 for item in plan.ranked)
+    assert any("divides the frozen weights" in item.reason for item in plan.dropped)
+    # What `bitdance memory finetune_14b_lora lora.base_bits=4 --ranks 1` prints, within the bound of the formula.
+    assert plan.configured is not None
+    assert plan.configured.memory.peak.total / 2**30 == pytest.approx(18.55, rel=0.01)
+    assert plan.configured.memory.building_peak / 2**30 == pytest.approx(18.0, rel=0.01)

@@ -43,9 +43,40 @@ LAYOUTS = [
 ]
 
 
+SPLIT = ("parallel.tensor=2", "parallel.sequence_parallel=true", "parallel.recompute=selective")
+ADAPTERS = [
+    pytest.param((), 0, CLOSE, marks=pytest.mark.large),
+    (("lora.base_bits=4",), 0, CLOSE),
+    pytest.param(("parallel.recompute=selective",), 0, CLOSE, marks=pytest.mark.large),
+    pytest.param(("parallel.recompute=none",), 0, CLOSE, marks=pytest.mark.large),
+    pytest.param(SPLIT, 0, LOOSE, marks=pytest.mark.large),
+    pytest.param(("parallel.zero_stage=2",), 0, CLOSE, marks=pytest.mark.large),
+    # With two layers both tables of the vocabulary are gathered at once.
+    pytest.param(("parallel.zero_stage=3",), 0, LOOSE, marks=pytest.mark.large),
+    pytest.param(("parallel.optimizer=megatron",), 0, CLOSE, marks=pytest.mark.large),
+    pytest.param(("parallel.pipeline=2",), 1, CLOSE, marks=pytest.mark.large),
+    pytest.param(("lora.targets=['q_proj', 'v_proj']", "parallel.recompute=none"), 0, CLOSE, marks=pytest.mark.large),
+    pytest.param(
+        ("lora.base_bits=8", "lora.train_projector=true", "parallel.recompute=selective"),
+        0,
+        CLOSE,
+        marks=pytest.mark.large,
+    ),
+]
+
+
 @pytest.mark.parametrize(("settings", "pipeline_rank", "bound"), LAYOUTS)
 def test_the_formula_is_what_the_engines_hold(settings, pipeline_rank, bound):
-    config = on_gpu(load_config("pt_14b", [*SMALL, *settings]))
+    _compare("pt_14b", settings, pipeline_rank, bound)
+
+
+@pytest.mark.parametrize(("settings", "pipeline_rank", "bound"), ADAPTERS)
+def test_the_formula_is_what_a_run_with_adapters_holds(settings, pipeline_rank, bound):
+    _compare("finetune_14b_lora", settings, pipeline_rank, bound)
+
+
+def _compare(name, settings, pipeline_rank, bound):
+    config = on_gpu(load_config(name, [*SMALL, *settings]))
     entries, parallel = vocab_size(config), config.parallel
     num_replicas = NUM_RANKS // (parallel.tensor * parallel.pipeline)
     stages = rank_stages(stage_split(config, entries), parallel.pipeline)[pipeline_rank]
@@ -55,8 +86,11 @@ def test_the_formula_is_what_the_engines_hold(settings, pipeline_rank, bound):
     rank = pipeline_rank * NUM_RANKS // parallel.pipeline
     exact = estimate_memory(config, entries, NUM_RANKS, rank)
     assert pack.num_micro_batches == exact.num_micro_batches
+    # ZeRO-3 keeps small weights gathered, of which adapters are many.
+    is_divided = parallel.zero_stage == 3 and config.lora.is_used
     for role in ("weights", "masters", "moments", "tokenizer"):
-        assert getattr(found.peak, role) == pytest.approx(getattr(exact.peak, role), rel=2e-3), role
+        close = 1e-2 if is_divided and role == "weights" else 2e-3
+        assert getattr(found.peak, role) == pytest.approx(getattr(exact.peak, role), rel=close), role
     assert found.peak.total == pytest.approx(exact.peak.total, rel=bound)
     assert found.building_peak == pytest.approx(exact.building_peak, rel=CLOSE)
 

@@ -10,6 +10,7 @@ from bitdance_scale.config.load import load_config
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.observe.cost import TRAINING_OVER_FORWARD, encode_flops, step_flops, utilisation
 from bitdance_scale.parallel.stage_split import stage_split
+from bitdance_scale.planning.adapters import rank_parameters
 from bitdance_scale.planning.machine import Constant, Machine, load_machine
 from bitdance_scale.planning.parameters import rank_stages
 from bitdance_scale.planning.step_time import StepTime, step_time
@@ -148,3 +149,55 @@ def test_small_models_wait_for_the_host():
     config = load_config("pt_0p6b", [STORED])
     slow = dataclasses.replace(H100, kernel_launch_s=Constant(value=1e-3, source="a slow host"))
     assert predicted(config, slow)[0].launch > 10 * predicted(config)[0].launch
+
+
+def test_products_of_a_run_with_adapters_are_the_flops_of_the_utilisation():
+    """Frozen weights have no product for their own gradient."""
+    settings = [STORED, "parallel.recompute=none", "lora.train_projector=true"]
+    config = load_config("finetune_14b_lora", settings)
+    time, workload = predicted(config)
+    flops = step_flops(config, ENTRIES, workload.counts)
+    # Attention is a part of those, and has a rate of its own; padding is not, and is multiplied by weights too.
+    expected = flops.training - 3 * flops.attention
+    padding = workload.num_positions / workload.counts.num_positions - 1
+    expected += padding * 2 * flops.backbone
+    rate = H100.product_rate("bfloat16", 1)
+    assert time.gemm * NUM_GPUS * rate == pytest.approx(expected, rel=2e-3)
+    whole, _ = predicted(load_config("finetune_14b_lora", [STORED, "parallel.recompute=none", "lora.rank=0"]))
+    assert time.gemm < 0.7 * whole.gemm
+    assert time.attention == pytest.approx(whole.attention)
+
+
+def test_frozen_weights_are_not_accumulated_reduced_or_stepped():
+    config = load_config("finetune_14b_lora", [STORED])
+    time, _ = predicted(config)
+    whole, _ = predicted(load_config("finetune_14b_lora", [STORED, "lora.rank=0"]))
+    stages = rank_stages((40,), 1)[0]
+    found = rank_parameters(config, ENTRIES, stages)
+    share = found.trained / (found.elements - found.trained)
+    for part in ("accumulation", "optimiser"):
+        assert getattr(time, part) == pytest.approx(share * getattr(whole, part), rel=1e-6), part
+    # Messages have a fixed time beside their bytes.
+    assert time.data_traffic < 0.02 * whole.data_traffic
+    assert time.accumulation < 0.01 * whole.accumulation
+
+
+def test_frozen_layers_before_the_first_adapter_have_no_backward_pass():
+    settings = [STORED, "parallel.recompute=full"]
+    last, whole = (
+        predicted(load_config("finetune_14b_lora", [*settings, f"lora.targets={targets}"]))[0]
+        for targets in ("['layers.3[0-9].*']", "['layers.*']")
+    )
+    # Forward, again and backward of attention: 1 + 1 + 2.5 of ten layers, 1 of thirty.
+    assert last.attention / whole.attention == pytest.approx((10 * 4.5 + 30) / (40 * 4.5))
+    assert last.gemm < 0.7 * whole.gemm
+    assert last.elementwise < whole.elementwise
+
+
+def test_few_bits_cost_time_for_every_product():
+    times = [
+        predicted(load_config("finetune_14b_lora", [STORED, f"lora.base_bits={bits}"]))[0].elementwise
+        for bits in (16, 8, 4)
+    ]
+    # Fewer bytes of codes are read for the same weights.
+    assert times[0] < times[2] < times[1]
