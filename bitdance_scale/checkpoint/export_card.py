@@ -6,26 +6,32 @@ import dataclasses
 import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitdance_scale.checkpoint.remote_folder import is_remote
 from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME, TrainState, read_run_section, read_state
-from bitdance_scale.checkpoint.shared_base import SharedBase, read_base
+from bitdance_scale.checkpoint.shared_base import BASE, SharedBase, describe_base, read_base
 from bitdance_scale.checkpoint.start_weights import find_checkpoint
 from bitdance_scale.checkpoint.step_names import CHECKPOINTS_DIR
 from bitdance_scale.config.published_class import PICKLE_NAME
+from bitdance_scale.config.published_head import beyond_release
+from bitdance_scale.config.schema import NetworkConfig
 from bitdance_scale.config.training_stages import STAGES
 from bitdance_scale.errors import CheckpointError, ConfigError
-from bitdance_scale.generate.published_layout import DIFFUSERS
+from bitdance_scale.generate.published_layout import DIFFUSERS, PublishedLayout
+from bitdance_scale.generate.sampling_file import read_sampling
+from bitdance_scale.model.adapter_folder import is_adapter_folder
+from bitdance_scale.model.adapter_source import WeightedAdapter
 from bitdance_scale.sharing.card import CardFacts, Table, code
-from bitdance_scale.sharing.licences import stated_licence
+from bitdance_scale.sharing.licences import Licence, stated_licence
 from bitdance_scale.sharing.run_facts import RunCounts, find_samples, hub_datasets, run_tables, score_table
 
 if TYPE_CHECKING:
     from bitdance_scale.checkpoint.export_release import Export, ExportedRun
+    from bitdance_scale.checkpoint.release_source import Source
     from bitdance_scale.checkpoint.run_adapters import RunAdapters
 
 MAX_STARTS = 16
@@ -68,17 +74,66 @@ def export_facts(export: Export, options: ShareOptions) -> CardFacts:
         DataError: a file of the run, or one of scores, is damaged.
     """
     base = read_base(export.state.release)
-    known = _known(export.path, export.state, export.run, options)
-    has_text = export.network.model.parts.has_text
+    adapters = () if export.changes is None else export.changes.adapters
+    merged = [_merged(adapter) for adapter in adapters]
+    # Those of its own run are under what is said of the run.
+    others = [item for item in merged if item.adapter.source.where != str(export.path)]
+    known = _known(export.path, export.state, export.run, options, others)
+    network = export.network
+    has_text = network.model.parts.has_text
+    size_px = _own_size_px(known.config) if export.run is not None else None
+    relation = "finetune" if export.run is not None else "merge" if merged else ""
     return dataclasses.replace(
         known.facts,
-        summary=_summary(export, base),
-        library="diffusers" if export.layout is DIFFUSERS else "bitdance_scale",
+        summary=_summary(export, base, others),
+        library=_library(export.layout),
         pipeline_tag="text-to-image" if has_text else "",
         tags=_tags("text-to-image" if has_text else "class-conditional", export.run),
-        usage=_usage(export, _size_px(export, known.config)),
-        base_relation="finetune" if export.run is not None else "",
-        limitations=tuple(_limitations(export.run, known.has_scores, export.beyond_release)),
+        usage=_usage(network, export.layout, size_px or _release_size_px(network)),
+        base_relation=relation,
+        tables=(*([_adapter_table(merged)] if merged else []), *known.facts.tables),
+        limitations=(
+            *_limitations(export.run, known.has_scores, export.beyond_release),
+            *_limitations_of_merge(merged, others),
+        ),
+    )
+
+
+def merged_facts(source: Source, adapters: Sequence[WeightedAdapter], options: ShareOptions) -> CardFacts:
+    """All that the card of a published folder says into whose weights adapters were merged.
+
+    Args:
+        source: the folder, checked.
+        adapters: what is merged.
+        options: what the user says.
+
+    Raises:
+        ConfigError, DataError: as `export_facts`.
+    """
+    base = read_base({"kind": source.kind, BASE: describe_base(source.path, None)})
+    assert base is not None, "a folder has a name"
+    merged = [_merged(adapter) for adapter in adapters]
+    scores = score_table({}, None, 0, options.scores)
+    num_elements = sum(math.prod(spec.shape) for _, spec in source.tensors(source.parts))
+    sampling = read_sampling(source.path)
+    size_px = sampling.size_px if sampling is not None else _release_size_px(source.network)
+    return CardFacts(
+        title=options.model_name or f"{base.name} with {_listed(merged)}",
+        summary=f"{_description(source.network, num_elements)} {_merged_weights(base, merged)}",
+        library=_library(source.layout),
+        pipeline_tag="text-to-image",
+        tags=_tags("text-to-image", None),
+        licence=_licence(options, base, merged),
+        usage=_usage(source.network, source.layout, size_px),
+        authors=options.authors,
+        base_models=_base_ids(options, base, merged),
+        base_relation="merge",
+        origin=(*starts_of_merge(merged), _base_line(base)),
+        tables=(_adapter_table(merged), *([scores] if scores is not None else [])),
+        limitations=(
+            *_limitations(None, scores is not None, beyond_release(source.network.head)),
+            *_limitations_of_merge(merged, merged),
+        ),
     )
 
 
@@ -121,14 +176,42 @@ class _Known:
     has_scores: bool
 
 
-def _known(path: Path, state: TrainState, run: ExportedRun | None, options: ShareOptions) -> _Known:
-    """What the files of a checkpoint, of its run and the user say; otherwise as `export_facts`."""
+@dataclass(frozen=True)
+class _Merged:
+    """Adapters in the weights of an export.
+
+    Attributes:
+        adapter: the adapters and their weight.
+        name: of their folder, or of their run.
+        hub_id: Hugging Face's id of their folder; empty: not known.
+        licence: what their folder says, or the import that their run started from; None: nothing.
+    """
+
+    adapter: WeightedAdapter
+    name: str
+    hub_id: str
+    licence: Licence | None
+
+
+def _merged(adapter: WeightedAdapter) -> _Merged:
+    where = Path(adapter.source.where)
+    if is_adapter_folder(where):
+        content = describe_base(where, None)
+        found = read_base({"kind": "adapters", BASE: content})
+        assert found is not None, "a folder has a name"
+        return _Merged(adapter, found.name, found.hub_id, found.licence)
+    base = read_base(read_state(where).release)
+    return _Merged(adapter, _start_name(str(where.absolute())), "", base.licence if base is not None else None)
+
+
+def _known(
+    path: Path, state: TrainState, run: ExportedRun | None, options: ShareOptions, merged: Sequence[_Merged] = ()
+) -> _Known:
+    """What the files of a checkpoint, of its run and the user say; otherwise as `export_facts`.
+
+    `merged` are adapters of others in its weights.
+    """
     base = read_base(state.release)
-    if options.base_model and not _HUB_ID.fullmatch(options.base_model):
-        raise ConfigError(
-            f"--base-model {options.base_model!r}: must be an id of Hugging Face's, such as Qwen/Qwen3-14B"
-        )
-    base_id = options.base_model or (base.hub_id if base is not None else "")
     config = tomllib.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
     # What is beside an import is not of a run.
     folder = path.parents[1] if run is not None and path.parent.name == CHECKPOINTS_DIR else None
@@ -141,19 +224,42 @@ def _known(path: Path, state: TrainState, run: ExportedRun | None, options: Shar
         library="",
         pipeline_tag="",
         tags=(),
-        licence=stated_licence(
-            options.licence, options.licence_name, options.licence_file, base.licence if base is not None else None
-        ),
+        licence=_licence(options, base, merged),
         usage="",
         authors=options.authors,
-        base_models=(base_id,) if base_id else (),
+        base_models=_base_ids(options, base, merged),
         datasets=hub_datasets(config),
-        origin=tuple(starts_of(path, base)),
+        origin=(*starts_of_merge(merged), *starts_of(path, base)),
         tables=(*tables, *([scores] if scores is not None else [])),
         prompts=prompts,
         samples=samples,
     )
     return _Known(facts, config, scores is not None)
+
+
+def _licence(options: ShareOptions, base: SharedBase | None, merged: Sequence[_Merged]) -> Licence:
+    """What the user says, or what the base says and all adapters of others with it."""
+    found = base.licence if base is not None else None
+    if found is not None and any(item.licence is None or not found.is_same(item.licence) for item in merged):
+        found = None
+    return stated_licence(options.licence, options.licence_name, options.licence_file, found)
+
+
+def _base_ids(options: ShareOptions, base: SharedBase | None, merged: Sequence[_Merged]) -> tuple[str, ...]:
+    """Hugging Face's ids of what the weights came from: the user's, or those that are known."""
+    if options.base_model and not _HUB_ID.fullmatch(options.base_model):
+        raise ConfigError(
+            f"--base-model {options.base_model!r}: must be an id of Hugging Face's, such as Qwen/Qwen3-14B"
+        )
+    found = [options.base_model or (base.hub_id if base is not None else ""), *(item.hub_id for item in merged)]
+    return tuple(dict.fromkeys(filter(None, found)))
+
+
+def starts_of_merge(merged: Sequence[_Merged]) -> Iterator[str]:
+    """The adapters that were merged last, a line each."""
+    for item in merged:
+        known = f" ({item.hub_id})" if item.hub_id else ""
+        yield f"adapters {item.name}{known}, with weight {item.adapter.weight:g}, merged into the weights"
 
 
 def starts_of(checkpoint: Path, base: SharedBase | None) -> Iterator[str]:
@@ -179,9 +285,13 @@ def starts_of(checkpoint: Path, base: SharedBase | None) -> Iterator[str]:
     if base is None:
         yield "random initial weights"
         return
+    yield _base_line(base)
+
+
+def _base_line(base: SharedBase) -> str:
     known = f" ({base.hub_id})" if base.hub_id else ""
     what = "a plain language model, to which head and projector were added" if base.kind == "Qwen3" else base.kind
-    yield f"{base.name}{known}: {what}"
+    return f"{base.name}{known}: {what}"
 
 
 def _found_start(path: Path, start: str) -> Path | None:
@@ -208,19 +318,73 @@ def _counts(state: TrainState, run: ExportedRun) -> RunCounts:
     )
 
 
-def _summary(export: Export, base: SharedBase | None) -> str:
-    model, vision = export.network.model, export.network.vision
-    kind = "a text-to-image model" if model.parts.has_text else "a class-conditional image model"
-    drawn = (
-        f"It draws images token by token, {vision.block_tokens} tokens of {vision.num_bits} bits at a time, each token "
-        f"for {vision.downsample} x {vision.downsample} pixels. Its backbone has {model.num_layers} layers of width "
-        f"{model.hidden_size}; with head and projector it has {_num_elements(export) / 1e6:,.1f} M parameters."
-    )
-    if export.run is None:
-        how = f"These are the weights of {code(base.name)}, converted and not trained any further." if base else ""
-    else:
+def _summary(export: Export, base: SharedBase | None, others: Sequence[_Merged]) -> str:
+    if export.run is not None:
         how = _trained_weights(export.stated_weights, export.run)
-    return f"This is {kind} of the {_PAPER} family. {drawn} {how}".rstrip()
+        if others:
+            how += f" Beside those of the run, {_merged_into(others)}; nothing was trained after that."
+    elif others:
+        how = _merged_weights(base, others)
+    else:
+        how = f"These are the weights of {code(base.name)}, converted and not trained any further." if base else ""
+    num_elements = sum(math.prod(spec.shape) for _, spec in export.tensors(export.weights))
+    return f"{_description(export.network, num_elements)} {how}".rstrip()
+
+
+def _description(network: NetworkConfig, num_elements: int) -> str:
+    model, vision = network.model, network.vision
+    kind = "a text-to-image model" if model.parts.has_text else "a class-conditional image model"
+    return (
+        f"This is {kind} of the {_PAPER} family. It draws images token by token, {vision.block_tokens} tokens of "
+        f"{vision.num_bits} bits at a time, each token for {vision.downsample} x {vision.downsample} pixels. Its "
+        f"backbone has {model.num_layers} layers of width {model.hidden_size}; with head and projector it has "
+        f"{num_elements / 1e6:,.1f} M parameters."
+    )
+
+
+def _merged_weights(base: SharedBase | None, merged: Sequence[_Merged]) -> str:
+    whose = f"the weights of {code(base.name)}" if base is not None else "weights"
+    return f"These are {whose}, into which {_merged_into(merged)}; nothing was trained after that."
+
+
+def _merged_into(merged: Sequence[_Merged]) -> str:
+    were = "adapters were" if len(merged) > 1 else "an adapter was"
+    return f"{were} merged: {', '.join(f'{code(item.name)} times {item.adapter.weight:g}' for item in merged)}"
+
+
+def _listed(merged: Sequence[_Merged]) -> str:
+    return " and ".join(item.name for item in merged)
+
+
+def _adapter_table(merged: Sequence[_Merged]) -> Table:
+    """The adapters in the weights: how much of each, and its settings."""
+    return Table(
+        "Adapters in the weights",
+        ("adapter", "weight", "linears", "rank", "scale", "with them"),
+        tuple(_adapter_row(item) for item in merged),
+        "A linear is its weights and the sum of weight x scale x (B A) over its adapters.",
+    )
+
+
+def _adapter_row(item: _Merged) -> tuple[str, ...]:
+    source = item.adapter.source
+    ranks = sorted({found.rank for found in source.matrices.values()})
+    scales = sorted({found.scale for found in source.matrices.values()})
+    beside = ["the projector of the bits"] if source.projector else []
+    beside += [f"{source.num_queries} query tokens"] if source.num_queries else []
+    rank, scale = (
+        " to ".join(f"{end:g}" for end in dict.fromkeys([*ends[:1], *ends[-1:]])) for ends in (ranks, scales)
+    )
+    return item.name, f"{item.adapter.weight:g}", str(len(source.matrices)), rank, scale, " and ".join(beside)
+
+
+def _limitations_of_merge(merged: Sequence[_Merged], others: Sequence[_Merged]) -> Iterator[str]:
+    """Of adapters in the weights; `others` are those that are not of the exported run."""
+    if len(merged) > 1 or any(item.adapter.weight != 1 for item in merged):
+        yield "Adapters act together here, or with other weights than in training: no training has seen this mixture."
+    for item in others:
+        if item.adapter.source.base is None:
+            yield f"{code(item.name)} does not say beside which weights it was trained: only sizes were compared."
 
 
 def _trained_weights(kind: str, run: ExportedRun) -> str:
@@ -229,8 +393,8 @@ def _trained_weights(kind: str, run: ExportedRun) -> str:
     return f"The weights are the {kind} ones of run {code(run.name)} ({stage}) {after}."
 
 
-def _num_elements(export: Export) -> int:
-    return sum(math.prod(spec.shape) for _, spec in export.tensors(export.weights))
+def _library(layout: PublishedLayout) -> str:
+    return "diffusers" if layout is DIFFUSERS else "bitdance_scale"
 
 
 def _tags(kind: str, run: ExportedRun | None) -> tuple[str, ...]:
@@ -238,16 +402,16 @@ def _tags(kind: str, run: ExportedRun | None) -> tuple[str, ...]:
     return ("bitdance", "autoregressive", "binary-tokens", kind, *stage, "arxiv:2602.14041")
 
 
-def _usage(export: Export, size_px: tuple[int, int]) -> str:
+def _usage(network: NetworkConfig, layout: PublishedLayout, size_px: tuple[int, int]) -> str:
     """How the folder is used, in Markdown; `size_px` is height and width of the picture to draw."""
-    if not export.network.model.parts.has_text:
+    if not network.model.parts.has_text:
         return (
             f"```\nbitdance import {PICKLE_NAME} imported\n"
             "bitdance evaluate draw imagenet imported --out drawn\n```\n\n`bitdance` is the command of bitdance_scale."
         )
     height, width = size_px
     ours = f'```\nbitdance sample FOLDER --prompt "a red circle" --size {height}x{width} --out pictures\n```'
-    if export.layout is DIFFUSERS:
+    if layout is DIFFUSERS:
         return (
             f"{_diffusers_usage(height, width)}\n\n`trust_remote_code=True` runs the code in this folder "
             "(`bitdance_*.py`): read it first. bitdance_scale draws from the folder too, and runs none of its code:"
@@ -269,12 +433,16 @@ pipeline("a red circle", height={height}, width={width}).images[0].save("picture
 ```"""
 
 
-def _size_px(export: Export, config: Mapping[str, Any]) -> tuple[int, int]:
-    """(height, width) of the run's own pictures; of an import, 64 cells a side, as the release draws."""
-    if export.run is not None and len(size := config.get("sample", {}).get("size_px", [])) == 2:
-        return int(size[0]), int(size[1])
-    side = export.network.vision.block_side
-    side_px = max(1, 64 // side) * side * export.network.vision.downsample
+def _own_size_px(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(height, width) of a run's own pictures; None: it does not say."""
+    size = config.get("sample", {}).get("size_px", [])
+    return (int(size[0]), int(size[1])) if len(size) == 2 else None
+
+
+def _release_size_px(network: NetworkConfig) -> tuple[int, int]:
+    """(height, width) of 64 cells a side, as the release draws."""
+    side = network.vision.block_side
+    side_px = max(1, 64 // side) * side * network.vision.downsample
     return side_px, side_px
 
 
@@ -282,7 +450,8 @@ def _limitations(run: ExportedRun | None, has_scores: bool, beyond_release: Mapp
     if run is not None and not run.is_finished:
         yield f"The run had not finished: the weights are at {code(str(run))}."
     if not has_scores:
-        yield "No score of a benchmark was with the run, so how good its pictures are is not stated here."
+        where = "with the run" if run is not None else "at hand"
+        yield f"No score of a benchmark was {where}, so how good its pictures are is not stated here."
     if beyond_release:
         names = ", ".join(code(name) for name in beyond_release)
         yield f"Sizes that the published BitDance code does not know ({names}): that code refuses this folder."

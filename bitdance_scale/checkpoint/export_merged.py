@@ -21,6 +21,7 @@ from bitdance_scale.checkpoint.conversion_folder import (
     conversion_folder,
     write_conversion_report,
 )
+from bitdance_scale.checkpoint.export_card import ShareOptions, merged_facts
 from bitdance_scale.checkpoint.export_release import Export, checked_condition, open_checkpoint, run_of
 from bitdance_scale.checkpoint.export_text import read_back
 from bitdance_scale.checkpoint.frozen_base import FrozenBase, base_network, facts_of
@@ -36,8 +37,8 @@ from bitdance_scale.generate.published_layout import RELEASE, PublishedLayout
 from bitdance_scale.model.adapter_changes import AdapterChanges
 from bitdance_scale.model.adapter_source import WeightedAdapter, check_base, fingerprint
 from bitdance_scale.model.published_names import EMBEDDING, OUTPUT, PUBLISHED_EMBEDDING, PUBLISHED_OUTPUT, Part
-from bitdance_scale.sharing.card import SAMPLES_NAME
-from bitdance_scale.sharing.licences import CARD_NAME
+from bitdance_scale.sharing.card import SAMPLES_NAME, CardFacts, write_card
+from bitdance_scale.sharing.licences import CARD_NAME, LICENCE_FILES
 from bitdance_scale.vision.tokenizer import vision_digest
 from bitdance_scale.weight_files import TensorSpec
 
@@ -116,20 +117,22 @@ def merge_folder(
     adapters: Sequence[WeightedAdapter],
     out: Path,
     *,
+    options: ShareOptions | None = None,
     is_forced: bool = False,
     on_bytes: OnBytes = lambda _: None,
-) -> int:
+) -> tuple[int, CardFacts]:
     """Copies a published text-to-image folder with adapters merged into its weights, and reads it back.
 
     Args:
         folder: the published folder.
         adapters: what is merged.
         out: the folder to make.
+        options: what the user says of it to those with whom it is shared; None: nothing.
         is_forced: whether an earlier conversion there is replaced.
         on_bytes: called as bytes are written and read back.
 
     Returns:
-        Bytes of the weights but for the autoencoder's.
+        (bytes of the weights but for the autoencoder's; what its card says).
 
     Raises:
         BitDanceError: a file is damaged, adapters do not fit, or the folder cannot be written.
@@ -144,6 +147,7 @@ def merge_folder(
     for adapter in adapters:
         check_base(adapter.source, found, str(folder))
     check_destination(out, is_forced=is_forced, num_bytes=source.num_bytes + source.autoencoder.num_bytes)
+    facts = merged_facts(source, adapters, options or ShareOptions())
     with conversion_folder(out) as writing:
         for name in source.layout.folders:
             (writing / name).mkdir()
@@ -153,6 +157,7 @@ def merge_folder(
                 shutil.copyfile(folder / path, writing / path)
         for part in Part:
             read_back(writing, part, source.layout, digests[part], on_bytes)
+        write_card(writing, facts)
         write_conversion_report(
             writing,
             {
@@ -165,7 +170,7 @@ def merge_folder(
                 "tensor_sha256": {part.value: names for part, names in digests.items()},
             },
         )
-    return source.num_bytes
+    return source.num_bytes, facts
 
 
 def _write_part(source: Source, part: Part, changes: AdapterChanges, out: Path, on_bytes: OnBytes) -> dict[str, str]:
@@ -196,10 +201,10 @@ def _write_part(source: Source, part: Part, changes: AdapterChanges, out: Path, 
 
 
 def _beside_weights(folder: Path, layout: PublishedLayout) -> Iterator[Path]:
-    """The other files of a published folder: configurations, tokenizer, licence. Its card is not of what is made."""
+    """The other files of a published folder: configurations, tokenizer. Card and licence are those of what is made."""
     for place in ("", *layout.folders):
         for path in sorted((folder / place).iterdir()):
-            if path.is_file() and path.name not in (REPORT_NAME, CARD_NAME, SAMPLES_NAME):
+            if path.is_file() and path.name not in (REPORT_NAME, CARD_NAME, SAMPLES_NAME, *LICENCE_FILES):
                 yield path.relative_to(folder)
 
 

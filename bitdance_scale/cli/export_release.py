@@ -45,8 +45,6 @@ LAYOUTS = ("release", "diffusers")
 DTYPES = ("bfloat16", "float16", "float32")
 # The names of `model.published_names.Part`, which imports torch.
 PARTS = ("backbone", "head", "projector")
-# What is said of a whole model to those whom it is shared with.
-SHARED = ("license", "license_name", "license_file", "model_name", "base_model", "authors", "scores")
 _EXTRA = {
     True: "which the release's pipeline does not know and refuses; `bitdance sample` runs it",
     False: "which the release's program does not know; model_config.json says so to `bitdance import`",
@@ -194,19 +192,21 @@ def _merge_folder(options: argparse.Namespace) -> int:
 
     if not options.adapter:
         raise ConfigError(f"--merge: {options.checkpoint} is a published folder; name adapters with --adapter")
-    unused = ("weights", "tokenizer", "autoencoder", "base", "layout", *(f"{part}_dtype" for part in PARTS), *SHARED)
+    unused = ("weights", "tokenizer", "autoencoder", "base", "layout", *(f"{part}_dtype" for part in PARTS))
     _refuse_unused(
         options, unused, f"{options.checkpoint} is a published folder, which keeps what it has; leave it out"
     )
     with tqdm(unit="B", unit_scale=True, desc="write, read back", mininterval=0.5) as bar:
-        num_bytes = merge_folder(
+        num_bytes, facts = merge_folder(
             options.checkpoint,
             parse_adapters(options.adapter),
             options.out,
+            options=_shared(options),
             is_forced=options.force,
             on_bytes=bar.update,
         )
     print(f"{options.out}: {file_size(num_bytes)}, {options.checkpoint} with {', '.join(options.adapter)}")
+    _tell_licence(options.out, facts)
     return EXIT_COMPLETE
 
 

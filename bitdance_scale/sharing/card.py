@@ -66,7 +66,7 @@ class CardFacts:
         licence: under which it is shared.
         authors: whoever made it; empty: not said.
         base_models: Hugging Face's ids of the models that it came from, as far as they are known.
-        base_relation: what it is to them: finetune or adapter; empty: not said.
+        base_relation: what it is to them: finetune, adapter or merge; empty: not said.
         datasets: Hugging Face's ids of the data, as far as they are known.
         origin: what the training began from, oldest last.
         tables: data, settings, counts, scores.

@@ -22,7 +22,7 @@ OTHER, NOT_STATED = "other", "not-stated"
 """The id of a licence that Hugging Face has no id for; the name of one that nobody has stated."""
 APACHE = "apache-2.0"
 _TEXTS_DIR = Path(__file__).parents[1] / "assets" / "licences"
-_FILE_NAMES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "LICENCE.md")
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "LICENCE.md")
 _MAX_FILE_BYTES = 1 << 18
 # Hugging Face's ids of licences: https://huggingface.co/docs/hub/repositories-licenses
 _ID = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
@@ -50,6 +50,10 @@ class Licence:
     def is_stated(self) -> bool:
         """Whether anybody has said what the licence is."""
         return self.name != NOT_STATED
+
+    def is_same(self, other: Licence) -> bool:
+        """Whether another is the same licence; those without an id are compared by name and text."""
+        return (self.id, self.name) == (other.id, other.name) and (self.id != OTHER or self.text == other.text)
 
     def as_json(self) -> dict[str, str]:
         """What a checkpoint keeps of it (`TrainState.release`)."""
@@ -176,7 +180,7 @@ def _given_text(file: Path | None) -> str:
 
 def _file_text(folder: Path) -> str:
     """The text of a folder's licence file; empty if there is none that can be read."""
-    return next((text for name in _FILE_NAMES if (text := _read_short(folder / name)).strip()), "")
+    return next((text for name in LICENCE_FILES if (text := _read_short(folder / name)).strip()), "")
 
 
 def _read_short(path: Path) -> str:

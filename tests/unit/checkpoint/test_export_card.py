@@ -15,12 +15,16 @@ import torch
 import yaml
 
 from bitdance_scale.checkpoint.class_source import open_class_source
+from bitdance_scale.checkpoint.export_adapter import export_adapter
 from bitdance_scale.checkpoint.export_card import ShareOptions, export_facts
+from bitdance_scale.checkpoint.export_merged import merge_folder, merged_release, merged_run
 from bitdance_scale.checkpoint.export_release import export_release, open_checkpoint
 from bitdance_scale.checkpoint.import_release import import_release
 from bitdance_scale.checkpoint.integrity import write_manifest
+from bitdance_scale.checkpoint.named_adapters import parse_adapters
 from bitdance_scale.checkpoint.pickled_files import PickledFile
 from bitdance_scale.checkpoint.release_source import NewParts, open_source
+from bitdance_scale.checkpoint.run_adapters import open_run_adapters
 from bitdance_scale.checkpoint.start_weights import find_checkpoint
 from bitdance_scale.cli.export_release import main
 from bitdance_scale.errors import ConfigError, DataError
@@ -32,6 +36,7 @@ from bitdance_scale.observe.sample_grids import samples_path
 from bitdance_scale.sharing.card import card_text
 from bitdance_scale.sharing.licences import licence_text
 from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REFUSED
+from tests.adapted import LORA, write_adapted_run
 from tests.released import HEAD, as_a_run, class_file_content, write_autoencoder, write_plain_qwen3
 
 SETTINGS = """
@@ -245,6 +250,114 @@ class TestImport:
         fields, text = card_of(tmp_path / "imported")
         assert fields["license"] == expected
         assert "- qwen3: a plain language model, to which head and projector were added" in text
+
+
+@pytest.fixture(scope="module")
+def style(imported, tmp_path_factory) -> Path:
+    """A run with adapters beside the import."""
+    section = dataclasses.replace(LORA, train_projector=True, train_queries=True)
+    return write_adapted_run(imported, tmp_path_factory.mktemp("runs") / "style", section)
+
+
+@pytest.fixture(scope="module")
+def other(imported, tmp_path_factory) -> Path:
+    section = dataclasses.replace(LORA, targets=("q_proj",), rank=2, alpha=2.0)
+    return write_adapted_run(imported, tmp_path_factory.mktemp("runs") / "other", section, seed=1)
+
+
+def num_linears(run: Path) -> int:
+    return len(open_run_adapters(run).source.matrices)
+
+
+def adapters_of(run: Path, out: Path, **options) -> Path:
+    export_adapter(open_run_adapters(run), out, options=ShareOptions(**options))
+    return out
+
+
+def merged_card(published: Path, adapters: list[str], out: Path, **options) -> tuple[dict, str]:
+    merge_folder(published, parse_adapters(adapters), out, options=ShareOptions(**options))
+    text = (out / "README.md").read_text(encoding="utf-8")
+    return yaml.safe_load(text.split("---\n")[1]), text
+
+
+class TestMerged:
+    def test_a_folder_with_adapters_in_its_weights(self, published, style, other, tmp_path):
+        folder = adapters_of(style, tmp_path / "my_style")
+        scores = score_file(tmp_path)
+        fields, text = merged_card(
+            published,
+            [f"{folder}=0.5", f"{other}=-2"],
+            tmp_path / "out",
+            base_model="someone/BitDance-S",
+            authors=("A",),
+            scores=(scores,),
+        )
+        assert (fields["base_model"], fields["base_model_relation"]) == ("someone/BitDance-S", "merge")
+        assert (fields["license"], fields["license_name"]) == ("other", "not-stated")
+        assert (fields["pipeline_tag"], fields["library_name"]) == ("text-to-image", "bitdance_scale")
+        assert fields["model_name"] == f"{published.name} with my_style and other"
+        for words in (
+            "This card is generated.",
+            f"These are the weights of `{published.name}`, into which adapters were merged: `my_style` times 0.5,",
+            "`other` times -2; nothing was trained after that.",
+            "| adapter | weight | linears | rank | scale | with them |",
+            f"| my\\_style | 0.5 | {num_linears(style)} | 3 | 3.4641 | the projector of the bits and 15 query tokens |",
+            "| other | -2 | 4 | 2 | 1.41421 |  |",
+            "- adapters my\\_style, with weight 0.5, merged into the weights\n- adapters other, with weight -2, merged",
+            "no training has seen this mixture",
+            "| geneval | geneval | 0.5000",
+            "bitdance sample FOLDER",
+            "**No licence is stated.**",
+            "- A",
+        ):
+            assert words in text, words
+        assert "No licence has been stated" in (tmp_path / "out" / "LICENSE").read_text()
+        # It is a folder as any other, with a licence of its own.
+        import_release(open_source(tmp_path / "out", None), tmp_path / "again")
+        assert card_of(tmp_path / "again")[0]["license_name"] == "not-stated"
+
+    def test_one_adapter_as_it_was_trained(self, published, style, tmp_path):
+        _, text = merged_card(published, [str(style)], tmp_path / "out", model_name="Mine")
+        assert "# Mine\n" in text and "an adapter was merged: `style` times 1; nothing was trained" in text
+        assert "no training has seen" not in text and "only sizes were compared" not in text
+
+    @pytest.mark.parametrize(
+        ("of_adapters", "said", "expected"),
+        [("apache-2.0", "", "apache-2.0"), ("", "", "other"), ("", "apache-2.0", "apache-2.0")],
+    )
+    def test_a_licence_needs_that_of_all_parts(self, published, style, tmp_path, of_adapters, said, expected):
+        base = shutil.copytree(published, tmp_path / "base")
+        (base / "LICENSE.txt").write_text(licence_text("apache-2.0"))
+        folder = adapters_of(style, tmp_path / "style", licence=of_adapters)
+        fields, _ = merged_card(base, [str(folder)], tmp_path / "out", licence=said)
+        assert fields["license"] == expected
+        licence = (tmp_path / "out" / "LICENSE").read_text(encoding="utf-8")
+        assert (licence == licence_text("apache-2.0")) == (expected == "apache-2.0")
+        assert not (tmp_path / "out" / "LICENSE.txt").exists()
+
+    def test_what_does_not_say_its_base(self, published, style, tmp_path):
+        folder = adapters_of(style, tmp_path / "style")
+        (folder / "bitdance_adapter.json").unlink()
+        for name in ("head_adapter", "projector", "query_tokens"):
+            (folder / f"{name}.safetensors").unlink()
+        _, text = merged_card(published, [str(folder)], tmp_path / "out")
+        assert "`style` does not say beside which weights it was trained: only sizes were compared." in text
+
+    def test_a_run_with_adapters_of_others_beside_its_own(self, style, other):
+        export = merged_run(open_run_adapters(style), parse_adapters([f"{other}=2"]))
+        text = card_text(export_facts(export, ShareOptions()))
+        assert "of run `toy` " in text
+        assert "Beside those of the run, an adapter was merged: `other` times 2; nothing was trained" in text
+        row = f"| style | 1 | {num_linears(style)} | 3 |"
+        assert row in text and "| other | 2 | 4 | 2 |" in text
+        own = card_text(export_facts(merged_run(open_run_adapters(style)), ShareOptions()))
+        assert "Beside those" not in own and row in own and "only sizes" not in own
+
+    def test_an_import_with_adapters(self, imported, other):
+        export = merged_release(open_checkpoint(imported), parse_adapters([str(other)]))
+        text = card_text(export_facts(export, ShareOptions(base_model="x/y")))
+        assert "not trained any further" not in text and "an adapter was merged: `other` times 1" in text
+        assert "base_model_relation: merge" in text
 
 
 class TestRefusals:

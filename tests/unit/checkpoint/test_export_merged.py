@@ -143,7 +143,11 @@ def test_a_folder_of_adapters_merges_into_a_folder_and_an_import(published, impo
     export_release(merged_release(open_checkpoint(imported), adapters), tmp_path / "import")
     assert same_bytes(tensors_of(tmp_path / "import"), wanted) == []
     names = {path.name for path in published.iterdir()}
-    assert {path.name for path in (tmp_path / "folder").iterdir()} == names | {"conversion_report.json"}
+    assert {path.name for path in (tmp_path / "folder").iterdir()} == names | {
+        "conversion_report.json",
+        "README.md",
+        "LICENSE",
+    }
     # It is a folder as any other.
     open_source(tmp_path / "folder", None)
 

@@ -120,7 +120,10 @@ def test_bits_of_the_pipeline(root):
 
 
 def test_a_published_folder_takes_adapters(root, tmp_path, capsys):
-    assert run("export", root / "published", tmp_path / "out", "--merge", "--adapter", root / "style") == 0
+    named = ("--merge", "--adapter", root / "style", "--license", "apache-2.0", "--model-name", "Mine")
+    assert run("export", root / "published", tmp_path / "out", *named) == 0
+    assert "README.md: a generated card, licence apache-2.0" in capsys.readouterr().out
+    assert "# Mine\n" in (tmp_path / "out" / "README.md").read_text()
     found, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", root / "merged"))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
