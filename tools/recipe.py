@@ -92,9 +92,10 @@ def plan_jobs(
             sweeps.
     """
     jobs = [Job(stage, side, per_category) for stage in stages for side in sides_px[stage]]
-    last = stages[-1]
     every_side = sorted({side for sides in sides_px.values() for side in sides})
-    jobs += [Job(last, side, per_category, real=True) for side in every_side]
+    # All have the same tokenizer. Larger blocks, as distillation makes them, would round the sides of pictures that are
+    # not square, and bend their shapes.
+    jobs += [Job(stages[0], side, per_category, real=True) for side in every_side]
     if sweep_per_category is not None:
         for stage in stages[-2:]:
             side = sides_px[stage][0]
