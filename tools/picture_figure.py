@@ -1,6 +1,6 @@
 """Draws a figure of what a model draws: every prompt over pictures of the first seeds, none of them chosen.
 
-    python tools/picture_figure.py demo --out docs/images/demo_samples.webp
+    python tools/picture_figure.py demo --out docs/images/demo_samples.webp --prompts docs/images/demo_samples.txt
     python tools/picture_figure.py PUBLISHED --out FILE --prompts prompts.txt --per-prompt 4
 
 MODEL is a published folder, or the name of one that comes with the package. Size, steps, guidance and, unless a file
