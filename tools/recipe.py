@@ -184,12 +184,12 @@ class Recipe:
         self._add_time(SCORING, begun_s)
 
     def _is_scored(self, job: Job) -> bool:
-        """Whether a score is there; one of another number of pictures is removed."""
+        """Whether a score is there; one of another number of pictures, or of an earlier version, is removed."""
         out = self.out / job.stage / job.name
         if not (out / "score.json").is_file():
             return False
         score = json.loads((out / "score.json").read_text(encoding="utf-8"))
-        if score["settings"]["per_category"] == job.per_category:
+        if score["settings"]["per_category"] == job.per_category and "by_chance" in score:
             return True
         shutil.rmtree(out)
         return False

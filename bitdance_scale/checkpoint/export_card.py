@@ -128,7 +128,7 @@ def merged_facts(source: Source, adapters: Sequence[WeightedAdapter], options: S
         authors=options.authors,
         base_models=_base_ids(options, base, merged),
         base_relation="merge",
-        origin=(*starts_of_merge(merged), _base_line(base)),
+        origin=(*_starts_of_merge(merged), _base_line(base)),
         tables=(_adapter_table(merged), *([scores] if scores is not None else [])),
         limitations=(
             *_limitations(None, scores is not None, beyond_release(source.network.head)),
@@ -229,7 +229,7 @@ def _known(
         authors=options.authors,
         base_models=_base_ids(options, base, merged),
         datasets=hub_datasets(config),
-        origin=(*starts_of_merge(merged), *starts_of(path, base)),
+        origin=(*_starts_of_merge(merged), *starts_of(path, base)),
         tables=(*tables, *([scores] if scores is not None else [])),
         prompts=prompts,
         samples=samples,
@@ -255,7 +255,7 @@ def _base_ids(options: ShareOptions, base: SharedBase | None, merged: Sequence[_
     return tuple(dict.fromkeys(filter(None, found)))
 
 
-def starts_of_merge(merged: Sequence[_Merged]) -> Iterator[str]:
+def _starts_of_merge(merged: Sequence[_Merged]) -> Iterator[str]:
     """The adapters that were merged last, a line each."""
     for item in merged:
         known = f" ({item.hub_id})" if item.hub_id else ""

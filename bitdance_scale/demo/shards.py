@@ -8,6 +8,7 @@ Held-out images come from another seed.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -149,12 +150,19 @@ class _Source:
     mix: str
 
     def arguments(self) -> dict[str, object]:
-        """What a marker states; nothing of a style that is not there, nor of the usual mix."""
+        """What a marker states; nothing of a style that is not there, nor of the usual mix.
+
+        Another mix is stated with what it is made of, so that a set of an earlier version is not taken for one of this.
+        """
+        # Imported late, as below.
+        from bitdance_scale.demo.scenes import MIXES
+
         marks: dict[str, object] = {"seed": self.seed}
         if self.style:
             marks["style"] = self.style
         if self.mix != "scenes":
-            marks["mix"] = self.mix
+            made_of = json.dumps(dataclasses.asdict(MIXES[self.mix]), sort_keys=True)
+            marks |= {"mix": self.mix, "mix_sha256": hashlib.sha256(made_of.encode()).hexdigest()}
         return marks
 
 

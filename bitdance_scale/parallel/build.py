@@ -134,7 +134,11 @@ def _quantise_linears(stages: RankStages, config: RunConfig, topology: Topology)
 
 
 def _draw_weights(stages: RankStages, config: RunConfig, topology: Topology) -> None:
-    """Fills every parameter in place; padded vocabulary rows become zero. Frozen linears are quantised one by one."""
+    """Fills every parameter in place; padded vocabulary rows become zero.
+
+    Frozen linears are quantised one by one, unless a start hands their weights over, as that of every run with adapters
+    does (`lora_rules.py`).
+    """
 
     def draw(name: str, placement: Placement) -> torch.Tensor:
         whole = draw_initial(name, placement.global_shape, config.run.seed, config.model.init_std, topology.device)
@@ -143,5 +147,6 @@ def _draw_weights(stages: RankStages, config: RunConfig, topology: Topology) -> 
     with torch.no_grad():
         for name, (parameter, placement) in name_parameters(stages, topology).items():
             parameter.copy_(draw(name, placement))
-        for base in quantised_weights(stages):
-            base.keep(draw(base.name, base.placement).to(getattr(torch, config.run.dtype)))
+        if not config.run.start_from:
+            for base in quantised_weights(stages):
+                base.keep(draw(base.name, base.placement).to(getattr(torch, config.run.dtype)))

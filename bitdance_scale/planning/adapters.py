@@ -12,11 +12,16 @@ from bitdance_scale.model.adaptable import AdaptableLinear, linears_of
 from bitdance_scale.model.published_names import our_tensors
 from bitdance_scale.model.quantised import NF4_LEVELS, can_quantise
 from bitdance_scale.observe.adapter_cost import adapted_linears
-from bitdance_scale.planning.parameters import RankStages, projector_elements, rank_elements
+from bitdance_scale.planning.parameters import (
+    FLOAT_BYTES,
+    RankStages,
+    element_bytes,
+    projector_elements,
+    rank_elements,
+)
 
 ROW_BYTES = 8
 """Bytes of the place of a row in a linear that stacks several published ones (`parallel/adapter.py`)."""
-FLOAT_BYTES = 4
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 # What tensor-parallel ranks divide, by the last part of our names; of other linears of the head they divide the output
 # and gather it, or nothing.
@@ -152,7 +157,7 @@ def saved_bytes(config: RunConfig, linear: Linear) -> int:
     """What a rank's part of a linear takes less than in training dtype: codes, a scale per block, and the levels."""
     if not is_quantised(config, linear):
         return 0
-    size = 2 if config.run.dtype == "bfloat16" else FLOAT_BYTES
+    size = element_bytes(config)
     bits, elements = config.lora.base_bits, linear.elements(config.parallel.tensor)
     levels = FLOAT_BYTES * len(NF4_LEVELS) if bits == 4 else 0
     return elements * size - elements * bits // 8 - elements // BLOCK_SIZE * size - levels

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.planning.adapters import Linear, is_quantised, num_backward_layers, rank_linears
-from bitdance_scale.planning.parameters import RankStages
+from bitdance_scale.planning.parameters import FLOAT_BYTES, RankStages, element_bytes
 from bitdance_scale.planning.rank_memory import (
-    FLOAT_BYTES,
-    element_bytes,
     is_megatron_engine,
     local_positions,
     reduced_bytes,
@@ -149,9 +147,8 @@ def adapter_bytes(config: RunConfig, linear: Linear, num_rows: float) -> BothPas
         return BothPasses(0.0, 0.0)
     tensor = config.parallel.tensor
     in_size = linear.in_size / (tensor if linear.divides_input else 1)
-    out_size = sum(part.out_size for part in linear.adapted) / (tensor if linear.divides_output else 1)
     # Linears stacked with one that has an adapter get rows of zeros.
-    out_size = linear.out_size / (tensor if linear.divides_output else 1) if linear.num_parts > 1 else out_size
+    out_size = linear.out_size / (tensor if linear.divides_output else 1)
     unit = num_rows * element_bytes(config)
     return BothPasses(unit * (in_size + 2 * out_size), unit * (5 * in_size + 2 * out_size))
 

@@ -12,6 +12,8 @@ from bitdance_scale.config.schema import (
     RunConfig,
 )
 
+FLOAT_BYTES = 4
+
 
 @dataclass(frozen=True)
 class RankStages:
@@ -30,6 +32,11 @@ class RankStages:
     is_first: bool
     is_last: bool
     layers: tuple[int, ...]
+
+
+def element_bytes(config: RunConfig) -> int:
+    """Bytes of a weight or an activation."""
+    return 2 if config.run.dtype == "bfloat16" else FLOAT_BYTES
 
 
 def rank_stages(split: tuple[int, ...], pipeline: int) -> list[RankStages]:

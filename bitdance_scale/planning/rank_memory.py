@@ -18,9 +18,8 @@ from bitdance_scale.config.schema import NUM_MODULATIONS, NUM_TOKEN_MODULATIONS,
 from bitdance_scale.data.plan.synthetic_packs import fullest_typical_pack
 from bitdance_scale.parallel.memory_parts import Bytes, num_in_flight
 from bitdance_scale.planning.adapters import Linear, rank_linears, rank_parameters
-from bitdance_scale.planning.parameters import RankStages, table_elements
+from bitdance_scale.planning.parameters import FLOAT_BYTES, RankStages, element_bytes, table_elements
 
-FLOAT_BYTES = 4
 # A weight that crosses the line up to which DeepSpeed's ZeRO-3 gathers ahead (`parallel.prefetch_elements`).
 ZERO3_CROSSING_ELEMENTS = 225_000_000
 
@@ -76,11 +75,6 @@ def fullest_pack(config: RunConfig, num_replicas: int) -> FullestPack:
         num_text_targets=len(first.text_targets),
         num_micro_batches=num_packs,
     )
-
-
-def element_bytes(config: RunConfig) -> int:
-    """Bytes of a weight or an activation."""
-    return 2 if config.run.dtype == "bfloat16" else FLOAT_BYTES
 
 
 def reduced_bytes(config: RunConfig) -> int:
@@ -346,8 +340,6 @@ def _moments(
     # Gradients of that engine are sent where they lie, or all together in another dtype, in which their sums arrive;
     # those of Megatron-core's engine are sent where they lie.
     sent = size * (elements + part) if is_bfloat16_engine and reduced_bytes(config) == size else 0.0
-    has_buckets = not (is_bfloat16_engine or is_megatron_engine(config))
-    bucket = min(elements, parallel.reduce_bucket_elements) if has_buckets else 0
     buckets = bucket_bytes(config, elements)
     table = table_elements(config, vocab_size)
     gathered = with_table = 0.0
@@ -355,12 +347,13 @@ def _moments(
         with_table = size * min(elements, table + parallel.prefetch_elements)
         gathered = size * min(elements, table + parallel.prefetch_elements + ZERO3_CROSSING_ELEMENTS)
     engine = buckets + gathered
+    bucket = min(elements, parallel.reduce_bucket_elements)
 
     def copied(gradient: float) -> float:
         """Bytes of the float32 copies of a gradient: of that engine on the way to the accumulated one, else as sent."""
         if is_bfloat16_engine:
             return FLOAT_BYTES * gradient
-        return FLOAT_BYTES * max(gradient, bucket) if has_buckets and reduced_bytes(config) > size else 0.0
+        return FLOAT_BYTES * max(gradient, bucket) if buckets and reduced_bytes(config) > size else 0.0
 
     largest = 2 * config.model.ffn_size * config.model.hidden_size // parallel.tensor
     moments = [

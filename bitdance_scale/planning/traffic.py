@@ -7,10 +7,8 @@ from typing import Protocol
 from bitdance_scale.config.schema import NUM_MODULATIONS, NUM_TOKEN_MODULATIONS, RunConfig
 from bitdance_scale.planning.adapters import RankParameters
 from bitdance_scale.planning.machine import Machine
-from bitdance_scale.planning.parameters import RankStages
+from bitdance_scale.planning.parameters import FLOAT_BYTES, RankStages, element_bytes
 from bitdance_scale.planning.rank_memory import (
-    FLOAT_BYTES,
-    element_bytes,
     is_megatron_engine,
     local_positions,
     reduced_bytes,

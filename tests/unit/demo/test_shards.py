@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from bitdance_scale.cli.demo_data import main
-from bitdance_scale.demo.scenes import make_scene
+from bitdance_scale.demo.scenes import MIXES, make_scene
 from bitdance_scale.demo.shards import check_shipped_sets, write_folder, write_shards
 from bitdance_scale.errors import DataError
 from bitdance_scale.evaluation.scenes.style import corner_shares
@@ -168,3 +169,12 @@ def test_a_mix_is_that_of_the_set_or_the_one_that_is_asked_for(tmp_path: Path, m
         write_folder(tmp_path / "own", 4, 0)
     assert main(["classes", "--classes", "--mix", "objects"]) == 2
     assert "--mix objects: class scenes have no mix; leave it out" in capsys.readouterr().err
+
+
+def test_a_set_of_a_mix_that_has_changed_since_is_another(tmp_path: Path, monkeypatch):
+    assert write_folder(tmp_path / "own", 2, 0, mix="objects") and not write_folder(
+        tmp_path / "own", 2, 0, mix="objects"
+    )
+    monkeypatch.setitem(MIXES, "objects", dataclasses.replace(MIXES["objects"], named_share=0.2))
+    with pytest.raises(DataError, match="mix_sha256 .* replace it with --force"):
+        write_folder(tmp_path / "own", 2, 0, mix="objects")

@@ -184,6 +184,13 @@ def test_scores_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert json.loads((tmp_path / "times.json").read_text()).keys() == {"scores"}
     tool.score([Job("pt", 64, 3)])
     assert made[3:] == [Job("pt", 64, 3)]
+    # Scores of earlier versions do not say what chance would be.
+    file = tmp_path / "pt" / jobs[2].name / "score.json"
+    file.write_text(
+        json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != "by_chance"})
+    )
+    tool.score(jobs[2:])
+    assert made[4:] == jobs[2:]
 
 
 def test_a_score_is_made_in_another_process(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
