@@ -2,12 +2,14 @@
 
     PYTHONPATH=. python benchmarks/ablations.py pretraining --steps 800 --seeds 1 2
     PYTHONPATH=. python benchmarks/ablations.py distillation --steps 100 --teacher runs/sft_demo
+    PYTHONPATH=. python benchmarks/ablations.py pretraining --steps 600 --seeds 1 2 3 --only "bit-wise head"
 
 Every variant trains as under `torchrun pipelines/..`, from the demo's configuration with the overrides below, for as
-many steps and about as many tokens as the others, and its pictures of the configuration's benchmark are scored at the
-end. Then its weights are evaluated without bit flips, on the same held-out images, resolutions, noise and flow times as
-every other variant, so that only the weights make the losses differ; the bit-wise head has no flow loss. It prints a
-table in Markdown, and JSON; ratios are to the first variant of the same seed. `make demo-data` draws the images.
+many steps and about as many tokens as the others, with a rate that falls to the last step, and its pictures of the
+configuration's benchmark are scored at the end. Then its weights are evaluated without bit flips, on the same held-out
+images, resolutions, noise and flow times as every other variant, so that only the weights make the losses differ; the
+bit-wise head has no flow loss. It prints a table in Markdown, and JSON; ratios are to the first variant of the same
+seed. `make demo-data` draws the images.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from bitdance_scale.observe.metrics import EVALUATION_FILE, Evaluation, read_eva
 
 ONLY_64_PX = "data.resolutions=[{side_px=64, share=1, buckets_px=[[64, 64], [64, 96], [64, 128]]}]"
 BIT_WISE = "head.kind=bitwise"
+JUDGED_IMAGES = 200
+"""Held-out images of the last evaluation: all that the demo has."""
 SCORE = "score: "
 """Begins the columns that are shares of pictures."""
 QUIET = ("observe.wandb_mode=disabled", "sample.every_steps=0")
@@ -92,6 +96,7 @@ def judge(config: str, run: Path, variant: Sequence[str], num_processes: int) ->
     overrides = [*(setting for setting in variant if setting.startswith(("model.", "vision.order=")))]
     overrides += ["evaluate.benchmarks=[]"]
     overrides += [f"run.start_from={run}", "run.start_from_any=true", "run.steps=1", "optim.lr=1e-12"]
+    overrides += [f"evaluate.images={JUDGED_IMAGES}"]
     judged = train(config, run.with_name(f"{run.name}_judged"), [*overrides, "vision.flip_max=0"], num_processes)
     return read_evaluations(judged / EVALUATION_FILE)[0]
 
@@ -105,13 +110,18 @@ def scores(run: Path) -> dict[str, float]:
 def run_study(study: Study, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per variant and seed."""
     rows: list[dict[str, Any]] = []
+    falling = options.steps - load_config(study.config).optim.warmup_steps
     for seed in options.seeds:
         for number, (name, overrides) in enumerate(study.variants.items()):
+            # The first is what the others are compared with.
+            if number and options.only and name not in options.only:
+                continue
             common = [f"run.steps={options.steps}", f"run.seed={seed}", f"evaluate.every_steps={options.steps}"]
+            common += [f"optim.decay_steps={falling}"]
             if options.teacher is not None:
                 common += [f"run.start_from={options.teacher}"]
             folder = options.root / f"{options.study}_{number}_seed{seed}"
-            train(study.config, folder, [*common, *overrides], options.nproc)
+            train(study.config, folder, [*common, *options.set, *overrides], options.nproc)
             rows.append({"variant": name, "seed": seed} | scores(folder))
             if BIT_WISE not in overrides:
                 found = judge(study.config, folder, overrides, options.nproc)
@@ -151,9 +161,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True, help="optimiser steps of every variant")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="seeds of weights, data order and noise")
     parser.add_argument("--teacher", type=Path, help="run that distillation starts from, if not the demo's")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="variants beside the first (default: all)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="settings of all runs")
     parser.add_argument("--root", type=Path, default=Path("runs/ablations"), help="folder of the runs")
     parser.add_argument("--nproc", type=int, default=2, help="processes of each run (default: %(default)s)")
     options = parser.parse_args()
+    unknown = set(options.only or ()) - set(STUDIES[options.study].variants)
+    if unknown:
+        known = ", ".join(STUDIES[options.study].variants)
+        parser.error(f"--only {sorted(unknown)[0]}: no variant of {options.study}; name some of {known}")
     rows = run_study(STUDIES[options.study], options)
     print(f"\n{table(rows)}\n")
     print(json.dumps({"study": options.study, "steps": options.steps, "rows": rows}))

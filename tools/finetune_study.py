@@ -3,7 +3,7 @@
     python tools/finetune_study.py imported --out runs/finetune_study              # every setting of SETTINGS
     python tools/finetune_study.py imported --out OUT --only lora16 full           # some of them
 
-`imported` is an import of the exported demo run; data/finetune and data/finetune/held_out are packed from a folder of
+`imported` is an import of the model `demo`; data/finetune and data/finetune/held_out are packed from a folder of
 styled scenes (docs/finetune.md). The start and the end of every setting draw the prompts of `demo-scenes` with the same
 seeds. Style and scene score are read by image analysis; the differences from the start are over the same prompts. What
 is done already is not done again. In OUT: runs/, drawn/, and study.md with the table of docs/finetune.md.

@@ -25,9 +25,7 @@ TINY = (
     'evaluate.images=10 sample.num_steps=1 \'sample.prompts=["a red circle", "a blue square"]\''
 )
 CHANGES = {
-    "bitdance demo-data\n": "bitdance demo-data data/demo data/demo_held_out --images 24\n",
     "--images 100 ": "--images 30 ",
-    "train demo --nproc 2": "train demo --nproc 1" + TINY,
     "train finetune_demo --nproc 2": "train finetune_demo --nproc 1" + TINY,
     "--steps 10 --batch-size 25": "--steps 1 --batch-size 60",
 }

@@ -109,6 +109,8 @@ def test_a_user_is_told_at_which_flow_times_a_run_would_train():
     config = {key: value for key, value in HEAD_64X.items() if key != "P_std"}
     note = time_note(read_head(config, "here", 5120, 32)[0])
     assert "P_mean -0.8, P_std 1.0" in note and "head.time_mean=-0.8 head.time_std=0.8" in note
+    ours = HeadSection(width=128, head_dim=32, time_shift=3.0)
+    assert time_note(ours).endswith("time_shift 3.0, as vision_head_config.json says")
 
 
 def test_a_head_that_the_release_cannot_be_told_says_so():
