@@ -29,7 +29,6 @@ from bitdance_scale.evaluation.metrics.estimate import Estimate, differences, es
 from bitdance_scale.evaluation.metrics.image_score import ImageScore
 from bitdance_scale.evaluation.metrics.metric import OVERALL
 from bitdance_scale.evaluation.metrics.score_file import read_scores, scores_path
-from bitdance_scale.evaluation.scenes.scorer import BACKGROUND
 from bitdance_scale.observe.metrics import EVALUATION_FILE, read_evaluations
 from bitdance_scale.train.process import EXIT_COMPLETE
 
@@ -37,7 +36,7 @@ METRICS = (SCENES, STYLE)
 CONFIG = "finetune_demo"
 START = "start"
 SIZE, SOLVER_STEPS, BATCH_SIZE = "64x64", 10, 25
-SHOWN_PARTS = ("single_object", "colors", BACKGROUND)
+SHOWN_PARTS = ("single_object", "colors", "counting", "position")
 """Parts of the scene score that the demo's model is good enough at to lose something."""
 
 
@@ -65,6 +64,7 @@ SETTINGS = (
     Setting("slow", "rate 5e-4", ("optim.lr=5e-4",)),
     Setting("fast", "rate 8e-3", ("optim.lr=8e-3",)),
     Setting("full", "all weights, rate 5e-4", ("lora.rank=0", "optim.lr=5e-4")),
+    Setting("short", "100 steps", ("run.steps=100", "optim.decay_steps=50")),
     Setting("long", "600 steps", ("run.steps=600", "checkpoint.keep=20"), (50, 100, 300)),
 )
 """The first is the shipped configuration; each of the others says what it changes."""
