@@ -10,7 +10,8 @@ import gradio as gr
 
 from bitdance_scale.app import fragments
 from bitdance_scale.app.desk import Desk, DrawView
-from bitdance_scale.app.settings import Fields, ModelFacts, shown_size
+from bitdance_scale.app.settings import Fields, shown_size
+from bitdance_scale.generate.drawer import ModelFacts
 
 # A click on a drawing of the history tells the server its number.
 _PICK_AN_ENTRY = """

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bitdance_scale.app.drawer import Drawer
 from bitdance_scale.app.settings import DrawSettings
 from bitdance_scale.errors import BitDanceError, ConfigError
+from bitdance_scale.generate.drawer import Drawer
 from bitdance_scale.generate.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class Studio:
 
         if stop.is_set():
             raise _StoppedError
-        drawn = self.drawer.draw(settings, look)
+        drawn = self.drawer.draw(settings.batch(self.drawer.facts), look)
         images = [vision.decode(bits, grid).numpy() for bits in drawn]
         events.put(Progress(0, num_blocks, num_blocks, time.perf_counter() - begun_s, images, is_finished=True))
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from bitdance_scale.app.history import Entry
 from bitdance_scale.app.run_watch import RunView, Shown
-from bitdance_scale.app.settings import DrawSettings, ModelFacts, shown_size
+from bitdance_scale.app.settings import DrawSettings, shown_size
+from bitdance_scale.generate.drawer import ModelFacts
 
 PICTURES_PATH = "pictures"
 """Where the page's server has the files of the picture folder, relative to the page."""

@@ -17,8 +17,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import bitdance_scale
-from bitdance_scale.config.schema import VisionSection
 from bitdance_scale.errors import ConfigError
+from bitdance_scale.generate.drawer import Batch, ModelFacts
 from bitdance_scale.generate.image_sizes import check_size
 
 SETTINGS_KEY = "bitdance"
@@ -27,38 +27,6 @@ MAX_SEED = 2**53 - 1
 """JavaScript's numbers hold every integer up to here."""
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_STEPS = 1000
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the page has to know of a model.
-
-    Attributes:
-        name: what the page and the pictures call it.
-        vision: pixels per cell, block side, and what a token is.
-        sizes_px: (height, width) that it was made for; the first is offered first.
-        steps: solver steps per block that it draws with unless told.
-        guidance: likewise; 1 is none.
-        sampler: the solver.
-        num_classes: it draws from; 0: from a prompt in words.
-        class_names: of all classes in order, or none.
-        adapters: weight at first of each that can be added to its weights, by name.
-    """
-
-    name: str
-    vision: VisionSection
-    sizes_px: Sequence[tuple[int, int]]
-    steps: int
-    guidance: float
-    sampler: str = "euler_maruyama"
-    num_classes: int = 0
-    class_names: Sequence[str] = ()
-    adapters: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def subject(self) -> str:
-        """What a picture is drawn from."""
-        return "Class" if self.num_classes else "Prompt"
 
 
 @dataclass(frozen=True)
@@ -93,6 +61,11 @@ class DrawSettings:
     def seeds(self) -> list[int]:
         """Of each picture."""
         return [self.seed + number for number in range(self.images)]
+
+    def batch(self, facts: ModelFacts) -> Batch:
+        """What a model is asked for."""
+        prompts = [self.prompt] * self.images
+        return Batch(prompts, self.seeds, self.size_px, self.steps, self.guidance, facts.sampler, self.adapters)
 
     def record(self, facts: ModelFacts, number: int) -> dict[str, Any]:
         """What the picture of this number says of itself."""

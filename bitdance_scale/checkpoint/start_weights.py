@@ -21,6 +21,7 @@ from bitdance_scale.checkpoint.checkpoint_folder import CheckpointFolder
 from bitdance_scale.checkpoint.integrity import MANIFEST_NAME
 from bitdance_scale.checkpoint.run_checkpoint import (
     AVERAGE_PREFIX,
+    CONFIG_NAME,
     MASTER_PREFIX,
     MODEL_PREFIX,
     TENSORS_DIR,
@@ -28,14 +29,14 @@ from bitdance_scale.checkpoint.run_checkpoint import (
     read_fitting_state,
 )
 from bitdance_scale.checkpoint.sharded import load_sharded
-from bitdance_scale.checkpoint.step_names import CHECKPOINTS_DIR, LATEST_NAME
+from bitdance_scale.checkpoint.step_names import CHECKPOINTS_DIR, LATEST_NAME, step_of
 from bitdance_scale.checkpoint.tensor_index import TensorIndex, read_index
 from bitdance_scale.checkpoint.tensor_storage import StoredTensors
 from bitdance_scale.config.published_backbone import MODEL_CONFIG_NAME
 from bitdance_scale.config.published_class import PICKLE_NAME, SIZES_NAME
 from bitdance_scale.config.schema import NetworkConfig
-from bitdance_scale.errors import CheckpointError
-from bitdance_scale.generate.published_layout import INDEX_NAME
+from bitdance_scale.errors import CheckpointError, ConfigError
+from bitdance_scale.generate.published_layout import INDEX_NAME, is_published
 from bitdance_scale.model.initial import named_generator
 from bitdance_scale.model.published_names import EMBEDDING, OUTPUT, our_tensors
 from bitdance_scale.parallel.agreement import all_ranks, on_first_rank
@@ -45,6 +46,7 @@ from bitdance_scale.weight_files import PICKLED_SUFFIXES, check_tensors
 WHERE_AVERAGES_ARE = (
     "Checkpoints of runs with optim.average_decay have them; an import has one set of weights, which may be averages"
 )
+_WAIT = "wait for the run's first (checkpoint.every_steps), or name a run that has saved one"
 NEW_ROW_SPREAD = 0.1
 """Spread of rows that start around the mean of other rows, as a share of the spread of those rows."""
 
@@ -99,6 +101,8 @@ def around_mean(mean: torch.Tensor, spread: torch.Tensor, noise: torch.Tensor) -
 def find_checkpoint(where: str | Path, group: dist.ProcessGroup | None = None) -> Path:
     """The checkpoint that a path refers to; a collective over `group`.
 
+    A command that takes published folders too asks `model_checkpoint`.
+
     Args:
         where: a checkpoint (`step_00001000`); or a folder of checkpoints, a run folder or an imported release, whose
             latest checkpoint is taken.
@@ -109,6 +113,30 @@ def find_checkpoint(where: str | Path, group: dist.ProcessGroup | None = None) -
     """
     where = Path(where)
     return on_first_rank(lambda: _find(where), group, other=CheckpointError) or _latest(where, group)
+
+
+def model_checkpoint(
+    model: Path, named: str = "MODEL", kinds: str = "a published folder, a run, a checkpoint or an import"
+) -> Path | None:
+    """The checkpoint of what a command is given as a model; None: it is a published text-to-image folder.
+
+    Args:
+        model: path of any kind.
+        named: what the command calls it.
+        kinds: what it takes, for the message.
+
+    Raises:
+        ConfigError: it is neither; says what else it is.
+        CheckpointError: it is a run without a checkpoint yet, or damaged, or is to be imported first.
+    """
+    if is_published(model):
+        return None
+    if not model.exists():
+        raise ConfigError(f"{named} {model}: no such folder; name {kinds}")
+    if _way_out(model) is None and not ((model / MANIFEST_NAME).is_file() or _checkpoints(model).is_dir()):
+        is_what = "is an empty folder" if model.is_dir() and not any(model.iterdir()) else "is no model"
+        raise ConfigError(f"{named} {model}: {is_what}; name {kinds}, or demo, which comes with the package")
+    return find_checkpoint(model)
 
 
 def check_network(path: Path, index: TensorIndex, network: NetworkConfig, vocab_size: int) -> None:
@@ -282,15 +310,21 @@ def _find(where: Path) -> Path | None:
         return where
     if _checkpoints(where).is_dir():
         return None
-    if (where / MODEL_CONFIG_NAME).is_file() or (where / INDEX_NAME).is_file():
-        fix = f"it is a Hugging Face folder: import it first with `bitdance import {where} OUT`"
-    elif (where / SIZES_NAME).is_file():
-        fix = f"it is an export: import its {PICKLE_NAME} first with `bitdance import {where / PICKLE_NAME} OUT`"
-    elif where.suffix in PICKLED_SUFFIXES and where.is_file():
-        fix = f"it is a published file: import it first with `bitdance import {where} OUT`"
-    else:
-        fix = "name a run folder, an imported release or one checkpoint of them (checkpoints/step_...)"
+    fix = _way_out(where) or "name a run folder, an imported release or one checkpoint of them (checkpoints/step_...)"
     raise CheckpointError(f"{where}: no checkpoint is there; {fix}")
+
+
+def _way_out(where: Path) -> str | None:
+    """What to do with a path that is another thing than a checkpoint or a folder of them; None: nothing known."""
+    if (where / MODEL_CONFIG_NAME).is_file() or (where / INDEX_NAME).is_file():
+        return f"it is a Hugging Face folder: import it first with `bitdance import {where} OUT`"
+    if (where / SIZES_NAME).is_file():
+        return f"it is an export: import its {PICKLE_NAME} first with `bitdance import {where / PICKLE_NAME} OUT`"
+    if where.suffix in PICKLED_SUFFIXES and where.is_file():
+        return f"it is a published file: import it first with `bitdance import {where} OUT`"
+    if (where / CONFIG_NAME).is_file() and step_of(where.name) is None:
+        return f"it is a run that has saved none yet; {_WAIT}"
+    return None
 
 
 def _checkpoints(where: Path) -> Path:
@@ -301,5 +335,5 @@ def _latest(where: Path, group: dist.ProcessGroup | None) -> Path:
     root = on_first_rank(lambda: _checkpoints(where), group, other=CheckpointError)
     latest = CheckpointFolder(root, keep=1, group=group).latest()
     if latest is None:
-        raise CheckpointError(f"{root}: no checkpoint was committed there; name a run that has saved one")
+        raise CheckpointError(f"{root}: no checkpoint was committed there yet; {_WAIT}")
     return latest

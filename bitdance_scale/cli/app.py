@@ -26,7 +26,8 @@ from bitdance_scale.errors import ConfigError
 from bitdance_scale.train.process import EXIT_COMPLETE
 
 if TYPE_CHECKING:
-    from bitdance_scale.app.settings import Fields, ModelFacts
+    from bitdance_scale.app.settings import Fields
+    from bitdance_scale.generate.drawer import ModelFacts
 
 _DTYPES = ("float32", "bfloat16")
 _CONFIG_FILE = "config.toml"
@@ -73,25 +74,24 @@ def _run(options: argparse.Namespace) -> int:
         bound = opened.enter_context(bind(options.host, options.port))
 
         from bitdance_scale.app.desk import Desk
-        from bitdance_scale.app.drawer import open_drawer
         from bitdance_scale.app.drawing import Studio
         from bitdance_scale.app.history import PictureFolder
         from bitdance_scale.app.run_watch import RunWatch
         from bitdance_scale.app.server import serve
+        from bitdance_scale.train.drawer import find_model
 
         folder = opened.enter_context(PictureFolder())
         desk = start = None
         if options.model is not None:
-            drawer = opened.enter_context(
-                open_drawer(
-                    options.model,
-                    dtype=options.dtype,
-                    device=options.device,
-                    overrides=options.overrides,
-                    config_name=options.config,
-                    adapters=options.adapter,
-                )
+            model = find_model(
+                options.model,
+                dtype=options.dtype,
+                device=options.device,
+                overrides=options.overrides,
+                config_name=options.config,
+                adapters=options.adapter,
             )
+            drawer = opened.enter_context(model.load())
             start = _first_fields(options, drawer.facts)
             desk = Desk(Studio(drawer), folder, options.max_images)
         serve(bound, options.host, folder, desk, start, None if run is None else RunWatch(run))

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from bitdance_scale.cli.command import CommandParser, add_adapter_argument, positive, run_command
 from bitdance_scale.config.ranges import CONSTRAINTS, Choice
@@ -119,33 +118,26 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ConfigError(f"--out {options.out}: is there already; {way_out}")
     if options.out is not None and not options.out.parent.is_dir():
         raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}; make it, or name another")
-    from bitdance_scale.config.published_head import HEAD_CONFIG_NAME
-
-    if not (options.folder / HEAD_CONFIG_NAME).is_file():
-        _refuse_model(options.folder)
+    _check_model(options.folder)
 
 
-def _refuse_model(folder: Path) -> NoReturn:
-    """Says what something is that is no published text-to-image folder, and what to do with it."""
+def _check_model(folder: Path) -> None:
+    """Refuses what is no published text-to-image folder; says what it is, and what to do with it."""
+    # Imported late: torch takes seconds, and a refused option should not wait for it.
     from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME
-    from bitdance_scale.checkpoint.start_weights import find_checkpoint
+    from bitdance_scale.checkpoint.start_weights import model_checkpoint
     from bitdance_scale.config.load import load_network
     from bitdance_scale.config.published_class import SIZES_NAME
-    from bitdance_scale.errors import CheckpointError
+    from bitdance_scale.weight_files import PICKLED_SUFFIXES
 
-    if not folder.exists():
-        raise ConfigError(f"FOLDER {folder}: no such folder; name a published BitDance folder")
-    if folder.is_file() or (folder / SIZES_NAME).is_file():
+    if (folder.is_file() and folder.suffix in PICKLED_SUFFIXES) or (folder / SIZES_NAME).is_file():
         raise ConfigError(
             f"FOLDER {folder}: is no published text-to-image folder. A class-conditional network has no words, so it "
             "cannot describe an image; name the folder of a text-to-image model"
         )
-    try:
-        checkpoint = find_checkpoint(folder)
-    except CheckpointError:
-        raise ConfigError(
-            f"FOLDER {folder}: is neither a published BitDance folder nor a run; name the former"
-        ) from None
+    checkpoint = model_checkpoint(folder, "FOLDER", "a published folder, as `bitdance export RUN FOLDER` writes it")
+    if checkpoint is None:
+        return
     if not load_network(checkpoint / CONFIG_NAME).model.parts.has_text:
         raise ConfigError(
             f"FOLDER {folder}: is a run of a class-conditional network, which has no words and cannot describe an "

@@ -87,8 +87,9 @@ def _run(options: argparse.Namespace) -> int:
     # A wrong file of texts is named before the model is looked at; classes are the model's.
     prompts = read_prompts(benchmark, options.prompts) if benchmark.condition == "text" else []
     config = None
-    if not _is_published(options):
-        config = _config(options)
+    checkpoint = _find(options)
+    if checkpoint is not None:
+        config = _config(options, checkpoint)
     _check_condition(options.model, benchmark, config)
     if not prompts:
         assert config is not None, "no published folder has classes"
@@ -128,13 +129,14 @@ def _benchmark(options: argparse.Namespace) -> Benchmark:
     return benchmark
 
 
-def _is_published(options: argparse.Namespace) -> bool:
-    from bitdance_scale.config.published_head import HEAD_CONFIG_NAME
+def _find(options: argparse.Namespace) -> Path | None:
+    """The checkpoint of a run or an import that is there now; None: the model is a published folder."""
+    # Imported late: torch takes seconds, and a refused option should not wait for it.
+    from bitdance_scale.checkpoint.start_weights import model_checkpoint
 
     model = options.model
-    if not model.exists():
-        raise ConfigError(f"MODEL {model}: no such folder; name a published folder, a run or a checkpoint")
-    is_published = (model / HEAD_CONFIG_NAME).is_file()
+    checkpoint = model_checkpoint(model)
+    is_published = checkpoint is None
     unused = {"config": options.config, "weights": options.weights} if is_published else {"dtype": options.dtype}
     for name, value in unused.items():
         if value is not None:
@@ -146,18 +148,16 @@ def _is_published(options: argparse.Namespace) -> bool:
             f"--adapter {options.adapter[0]}: {model} is no published folder, and adapters are added to one; make it "
             f"with `bitdance export {model} FOLDER`"
         )
-    return is_published
+    return checkpoint
 
 
-def _config(options: argparse.Namespace) -> RunConfig:
-    """The configuration of a run or an import; the model becomes the checkpoint that is there now."""
-    # Imported late: torch takes seconds, and a refused option should not wait for it.
-    from bitdance_scale.checkpoint.start_weights import find_checkpoint
+def _config(options: argparse.Namespace, checkpoint: Path) -> RunConfig:
+    """The configuration of a run or an import; the model becomes its checkpoint."""
     from bitdance_scale.checkpoint.stored_config import stored_config
 
     # Found once: the run may write a newer checkpoint while the ranks start.
-    options.model = find_checkpoint(options.model)
-    return stored_config(options.model, options.overrides, options.config)
+    options.model = checkpoint
+    return stored_config(checkpoint, options.overrides, options.config)
 
 
 def _check_condition(model: Path, benchmark: Benchmark, config: RunConfig | None) -> None:

@@ -12,7 +12,7 @@ from bitdance_scale.renames import RENAMED_COMMANDS
 
 COMMANDS: Mapping[str, Command] = {
     "train": Command("train a model or a tokenizer on this machine, or on several", "train"),
-    "sample": Command("draw images of prompts with a published model", "sample"),
+    "sample": Command("draw images of prompts with a published model or a run", "sample"),
     "caption": Command("describe images with a published model", "caption"),
     "import": Command(
         "make a checkpoint of released weights: of BitDance, or of a Qwen3 to pretrain", "import_release"

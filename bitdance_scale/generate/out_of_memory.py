@@ -30,7 +30,10 @@ def refused_batch_size(batch_size: int, remark: str = "") -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         if batch_size == 1:
-            fix = "take smaller images (--size), or run under more tensor-parallel ranks (parallel.tensor) with a run"
+            fix = (
+                "take smaller images (--size), or draw with a run and `bitdance evaluate draw` under more "
+                "tensor-parallel ranks (parallel.tensor)"
+            )
         else:
             fix = f"try --batch-size {batch_size // 2}{remark}"
         raise ConfigError(

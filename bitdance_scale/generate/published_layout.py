@@ -92,6 +92,11 @@ DIFFUSERS = PublishedLayout(
 LAYOUTS: Mapping[str, PublishedLayout] = {layout.name: layout for layout in (RELEASE, DIFFUSERS)}
 
 
+def is_published(folder: Path) -> bool:
+    """Whether a path is a published text-to-image folder of either layout, by one file of it."""
+    return any((folder / name).is_file() for name in (RELEASE.head_config, INDEX_NAME))
+
+
 def layout_of(folder: Path) -> PublishedLayout:
     """The layout of a published folder, by whether it has a `model_index.json`.
 

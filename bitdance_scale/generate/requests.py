@@ -6,7 +6,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from bitdance_scale.errors import ConfigError
+from bitdance_scale.generate.drawer import Batch, Drawer
 from bitdance_scale.generate.out_of_memory import refused_batch_size
-from bitdance_scale.generate.pipeline import BitDancePipeline
+from bitdance_scale.generate.sampling_file import Sampling
 from bitdance_scale.observe.figures import image_grid
 from bitdance_scale.text_files import read_utf8
 
@@ -88,58 +90,68 @@ def batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[Reque
             yield group[start : start + batch_size]
 
 
+def batch_of(requests: Sequence[Request], sampling: Sampling, adapters: Mapping[str, float]) -> Batch:
+    """What a model is asked for.
+
+    Args:
+        requests: of one size.
+        sampling: the solver's settings.
+        adapters: weight of each adapter of the model.
+    """
+    return Batch(
+        [request.prompt for request in requests],
+        [request.seed for request in requests],
+        (requests[0].height, requests[0].width),
+        sampling.num_steps,
+        sampling.guidance,
+        sampling.sampler,
+        adapters,
+    )
+
+
 def draw_requests(
-    pipeline: BitDancePipeline,
+    drawer: Drawer,
     requests: Sequence[Request],
     out: Path,
     *,
-    steps: int,
-    guidance: float,
-    sampler: str,
+    sampling: Sampling,
     batch_size: int,
-    record: dict[str, object],
+    record: Mapping[str, object],
 ) -> None:
     """Draws all requests to a folder: an image each, a line each as it is finished, and a grid of the first.
 
     Args:
-        pipeline: the model.
+        drawer: the model; its adapters have the weights that it was opened with.
         requests: what to draw; an image depends on its own seed, prompt and settings only.
         out: folder, which exists.
-        steps: solver steps per block.
-        guidance: classifier-free guidance scale; 1 for none.
-        sampler: name of the solver.
+        sampling: the solver's settings.
         batch_size: images drawn together.
         record: what the line of every image says beside its request and these settings.
 
     Raises:
-        ConfigError: the device has too little memory for `batch_size` images.
+        ConfigError: the device has too little memory for `batch_size` images, or the model cannot draw so.
     """
-    vision = pipeline.model.vision.section
+    vision = drawer.vision.section
     block_px = (vision.downsample * vision.block_side) ** 2
-    settings = {"steps": steps, "guidance": guidance, "sampler": sampler}
+    settings = {"steps": sampling.num_steps, "guidance": sampling.guidance, "sampler": sampling.sampler}
     pictures: dict[int, np.ndarray] = {}
     total = sum(request.height * request.width // block_px for request in requests)
     with tqdm(total=total, unit="block") as bar, (out / REQUESTS_NAME).open("w", encoding="utf-8") as lines:
-        for batch in batches(requests, batch_size):
+        for group in batches(requests, batch_size):
             begun_s = time.perf_counter()
+            grid = group[0].height // vision.downsample, group[0].width // vision.downsample
             with refused_batch_size(batch_size):
-                images = pipeline(
-                    [request.prompt for request in batch],
-                    batch[0].height,
-                    batch[0].width,
-                    num_inference_steps=steps,
-                    guidance_scale=guidance,
-                    sampler=sampler,
-                    generator=[torch.Generator().manual_seed(request.seed) for request in batch],
-                    on_block=partial(_count_blocks, bar, len(batch)),
-                ).images
-            seconds = (time.perf_counter() - begun_s) / len(batch)
-            for request, image in zip(batch, images, strict=True):
-                image.save(out / request.file)
-                line = asdict(request) | settings | record | {"file": request.file, "seconds": round(seconds, 3)}
+                drawn = drawer.draw(
+                    batch_of(group, sampling, drawer.facts.adapters), partial(_count_blocks, bar, len(group))
+                )
+                images = [drawer.vision.decode(tokens, grid).numpy() for tokens in drawn]
+            seconds = (time.perf_counter() - begun_s) / len(group)
+            for request, image in zip(group, images, strict=True):
+                Image.fromarray(image).save(out / request.file)
+                line = asdict(request) | settings | {**record, "file": request.file, "seconds": round(seconds, 3)}
                 lines.write(json.dumps(line, ensure_ascii=False) + "\n")
                 if request.number < MAX_GRID_IMAGES:
-                    pictures[request.number] = np.asarray(image)
+                    pictures[request.number] = image
             lines.flush()
     captions = [requests[number].prompt for number in sorted(pictures)]
     image_grid(

@@ -22,6 +22,7 @@ from bitdance_scale.errors import ConfigError
 from bitdance_scale.evaluation.benchmarks.solving import Solving
 from bitdance_scale.generate.image_sizes import check_size
 from bitdance_scale.generate.pipeline import BitDancePipeline
+from bitdance_scale.generate.published_layout import layout_of
 from bitdance_scale.generate.published_model import read_sections
 from bitdance_scale.generate.sampler import FlowSolver
 from bitdance_scale.model.adapter_source import WeightedAdapter
@@ -181,7 +182,9 @@ def run_source(config: RunConfig, checkpoint: Path) -> ModelSource:
 
 def _folder_digest(folder: Path, adapters: Sequence[WeightedAdapter] = ()) -> str:
     """SHA-256 over what decides the images of a published folder: configurations, weights, tokenizer, adapters."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix in _DECIDING)
+    roots = [folder, *(folder / name for name in layout_of(folder).folders)]
+    found = [path for root in roots for path in root.iterdir() if path.is_file() and path.suffix in _DECIDING]
+    names = sorted(path.relative_to(folder).as_posix() for path in found)
     lines = [f"{name} {file_digest(folder / name)}" for name in names]
     lines += [f"{adapter.weight} {adapter.source.digest()}" for adapter in adapters]
     return text_digest("\n".join(lines))

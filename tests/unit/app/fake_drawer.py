@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from bitdance_scale.app.settings import DrawSettings, ModelFacts
 from bitdance_scale.config.schema import VisionSection
 from bitdance_scale.generate.block_decode import OnBlock
+from bitdance_scale.generate.drawer import Batch, ModelFacts
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 from tests.released import AUTOENCODER, write_autoencoder
 
@@ -24,7 +24,7 @@ class FakeDrawer:
     Attributes:
         pace: every block waits for it, if it is cleared.
         error: raised in place of a drawing.
-        drawn: settings of all drawings, in the order in which they began.
+        drawn: batches of all drawings, in the order in which they began.
     """
 
     def __init__(self, folder: Path, **facts: object) -> None:
@@ -35,23 +35,23 @@ class FakeDrawer:
         self.pace = threading.Event()
         self.pace.set()
         self.error: Exception | None = None
-        self.drawn: list[DrawSettings] = []
+        self.drawn: list[Batch] = []
 
-    def bits(self, settings: DrawSettings) -> torch.Tensor:
+    def bits(self, batch: Batch) -> torch.Tensor:
         """What it draws, float32 [I, h * w, C]."""
-        num_cells = settings.height * settings.width // 16
+        num_cells = batch.size_px[0] * batch.size_px[1] // 16
         rows = [
             torch.randint(0, 2, (num_cells, 16), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
-            for seed in settings.seeds
+            for seed in batch.seeds
         ]
         return torch.stack(rows)
 
-    def draw(self, settings: DrawSettings, on_block: OnBlock) -> torch.Tensor:
+    def draw(self, batch: Batch, on_block: OnBlock) -> torch.Tensor:
         """As in `Drawer`."""
-        self.drawn.append(settings)
+        self.drawn.append(batch)
         if self.error is not None:
             raise self.error
-        bits, blocks = self.bits(settings), []
+        bits, blocks = self.bits(batch), []
         for block in bits.split(4, dim=1):
             assert self.pace.wait(30)
             blocks.append(block)

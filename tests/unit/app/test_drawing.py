@@ -91,7 +91,7 @@ def test_drawings_wait_for_each_other_in_order(drawer):
     drawer.pace.set()
     for thread in threads:
         thread.join(30)
-    assert order == [0, 1, 2] and [settings.prompt for settings in drawer.drawn] == ["0", "1", "2"]
+    assert order == [0, 1, 2] and [batch.prompts for batch in drawer.drawn] == [["0"], ["1"], ["2"]]
     assert [event.num_ahead for event in progress[0]] == [0] * len(progress[0])
     waited = [event.num_ahead for event in progress[2] if event.num_ahead]
     assert waited[0] == 2 and waited == sorted(waited, reverse=True)

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from bitdance_scale.app import drawer, server
+from bitdance_scale.app import server
 from bitdance_scale.app.desk import Desk
 from bitdance_scale.app.run_watch import RunWatch
 from bitdance_scale.app.settings import Fields
 from bitdance_scale.cli.app import main
+from bitdance_scale.generate.sampling_file import Sampling
+from bitdance_scale.train import drawer
 from tests.unit.app.fake_drawer import FakeDrawer
 
 Served = tuple[str, Desk | None, Fields | None, RunWatch | None]
@@ -28,13 +30,13 @@ def seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Served]:
         assert bound.getsockname()[0] == host and folder.path.is_dir()
         found.append((host, *page))
 
-    @contextlib.contextmanager
-    def open_drawer(model: Path, **options: object) -> Any:
-        yield FakeDrawer(tmp_path / "ae")
+    def find_model(model: Path, **options: object) -> drawer.FoundModel:
+        fake = FakeDrawer(tmp_path / "ae")
+        return drawer.FoundModel(fake.facts, Sampling(), {}, print, lambda: contextlib.nullcontext(fake))
 
     monkeypatch.setattr(server, "check_gradio", lambda: None)
     monkeypatch.setattr(server, "serve", serve)
-    monkeypatch.setattr(drawer, "open_drawer", open_drawer)
+    monkeypatch.setattr(drawer, "find_model", find_model)
     return found
 
 

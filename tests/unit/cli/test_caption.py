@@ -134,8 +134,11 @@ def test_other_models_are_told_what_they_are(folder, pictures, tmp_path, capsys)
     torch.save({"model": class_file_content()}, tmp_path / "classes.pt")
     import_release(open_class_source(PickledFile(tmp_path / "classes.pt")), tmp_path / "class_run")
     assert "is a run of a class-conditional network, which has no words" in refusal(tmp_path / "class_run")
-    assert "absent: no such folder" in refusal(tmp_path / "absent")
-    assert "pictures: is neither a published BitDance folder nor a run" in refusal(pictures)
+    fix = "name a published folder, as `bitdance export RUN FOLDER` writes it"
+    assert f"FOLDER {tmp_path / 'absent'}: no such folder; {fix}" in refusal(tmp_path / "absent")
+    assert f"FOLDER {pictures}: is no model; {fix}" in refusal(pictures)
+    (pictures / "config.toml").write_text("", encoding="utf-8")
+    assert "pictures: no checkpoint is there; it is a run that has saved none yet" in refusal(pictures)
     for name in ("BitDance_B_4x.pt", "classes/model_config.json"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)

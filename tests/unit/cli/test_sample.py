@@ -112,6 +112,8 @@ def test_faulty_prompt_files_are_refused(folder, tmp_path, capsys, content, mess
         (["--steps", "0"], "steps = 0"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--seed", "-1"], "--seed -1"),
+        (["a red circle"], "'a red circle': is no section.key=value; give a prompt with --prompt 'a red circle'"),
+        (["sample.num_steps=3"], "is a published folder, .* leave out sample.num_steps=3"),
     ],
 )
 def test_faulty_arguments_are_refused(folder, tmp_path, capsys, arguments, message):
@@ -172,8 +174,8 @@ def test_grids_have_few_empty_places(num_images, columns):
     assert _num_columns(num_images) == columns
 
 
-def test_no_folder_and_no_prompt_file(tmp_path, capsys):
+def test_no_folder_and_no_prompt_file(folder, tmp_path, capsys):
     assert run("nowhere", "--prompt", "a", "--out", tmp_path / "out") == 2
-    assert re.search("nowhere: no such folder", capsys.readouterr().err)
-    assert run("nowhere", "--prompts", "none.txt", "--out", tmp_path / "out") == 2
+    assert re.search("MODEL nowhere: no such folder; name a published folder, a run", capsys.readouterr().err)
+    assert run(folder, "--prompts", "none.txt", "--out", tmp_path / "out") == 2
     assert re.search("none.txt: no such file", capsys.readouterr().err)

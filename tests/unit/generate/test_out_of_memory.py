@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from bitdance_scale.errors import ConfigError
+from bitdance_scale.generate.block_decode import OnBlock
+from bitdance_scale.generate.drawer import Batch, ModelFacts
 from bitdance_scale.generate.out_of_memory import refused_batch_size
-from bitdance_scale.generate.pipeline import BitDancePipeline
 from bitdance_scale.generate.requests import Request, draw_requests
+from bitdance_scale.generate.sampling_file import Sampling
+from bitdance_scale.vision.tokenizer import VisionTokenizer
 
 
 def too_much() -> torch.Tensor:
@@ -30,10 +35,20 @@ def test_other_errors_stay_what_they_are():
         torch.zeros(2, 3) @ torch.zeros(2, 3)
 
 
-def test_drawing_requests_says_so(model, tmp_path, monkeypatch):
-    pipeline = BitDancePipeline(model)
-    monkeypatch.setattr(pipeline, "_draw_bits", lambda *arguments: too_much())
+@dataclass
+class HungryDrawer:
+    """Needs more memory than there is."""
+
+    vision: VisionTokenizer
+    facts: ModelFacts
+
+    def draw(self, batch: Batch, on_block: OnBlock) -> torch.Tensor:
+        """As in `Drawer`."""
+        return too_much()
+
+
+def test_drawing_requests_says_so(model, tmp_path):
+    drawer = HungryDrawer(model.vision, ModelFacts("hungry", model.vision.section, [(32, 48)], 2, 2.0))
     requests = [Request(number, "a red circle", number, 32, 48) for number in range(3)]
-    settings = {"steps": 2, "guidance": 2.0, "sampler": "euler", "batch_size": 6, "record": {}}
     with pytest.raises(ConfigError, match="--batch-size 6: .* try --batch-size 3"):
-        draw_requests(pipeline, requests, tmp_path, **settings)
+        draw_requests(drawer, requests, tmp_path, sampling=Sampling(), batch_size=6, record={})
