@@ -12,6 +12,7 @@ is done already is not done again. In OUT: runs/, drawn/, and study.md with the 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 from bitdance_scale.atomic_files import write_text
 from bitdance_scale.checkpoint.step_names import CHECKPOINTS_DIR
 from bitdance_scale.cli.command import CommandParser, run_command
+from bitdance_scale.config.lora_schema import BACKBONE_TARGETS, HEAD_TARGETS
 from bitdance_scale.errors import BitDanceError
 from bitdance_scale.evaluation.benchmarks.demo_scenes import DemoScenes
 from bitdance_scale.evaluation.metrics.catalogue import SCENES, STYLE
@@ -64,6 +66,8 @@ SETTINGS = (
     Setting("slow", "rate 5e-4", ("optim.lr=5e-4",)),
     Setting("fast", "rate 8e-3", ("optim.lr=8e-3",)),
     Setting("full", "all weights, rate 5e-4", ("lora.rank=0", "optim.lr=5e-4")),
+    Setting("head", "rank 16 beside the head alone", (f"lora.targets={json.dumps(HEAD_TARGETS)}",)),
+    Setting("backbone", "rank 16 beside the backbone alone", (f"lora.targets={json.dumps(BACKBONE_TARGETS)}",)),
     Setting("short", "100 steps", ("run.steps=100", "optim.decay_steps=50")),
     Setting("long", "600 steps", ("run.steps=600", "checkpoint.keep=20"), (50, 100, 300)),
 )
