@@ -88,7 +88,8 @@ def test_the_commands_work(tmp_path: Path) -> None:
     # The first of the row is the start's, each pixel a square.
     assert (before.repeat(4, axis=0).repeat(4, axis=1) == shown[12 : 12 + 256, 12 : 12 + 256]).all()
     assert (tmp_path / "corners" / "adapter_config.json").is_file()
-    assert (tmp_path / "samples" / "00000.png").is_file()
+    for pictures in ("tried", "samples"):
+        assert (tmp_path / pictures / "00000.png").is_file()
     for metric in ("style", "scenes"):
         scores = read_scores(scores_path(tmp_path / "drawn", metric))
         assert scores.model == "finetune_demo" and len(scores.images) == 300
