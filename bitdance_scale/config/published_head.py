@@ -119,8 +119,8 @@ def time_note(section: HeadSection) -> str:
     """One line on the flow times that a run with this head is trained at, for the user who starts one from it.
 
     The release's training configurations have P_mean -0.8 and P_std 0.8, which are the defaults of `HeadSection`; its
-    class has other defaults, so a file that says nothing asks for others. A head that the release cannot run was trained
-    by this program, which writes all of them.
+    class has other defaults, so a file that says nothing asks for others. A head that the release cannot run is from
+    this program, which writes all of them.
     """
     trained = HeadSection(width=section.width)
     asked = f"time_schedule {section.time_schedule}"
