@@ -128,7 +128,7 @@ $(IMG2DATASET_STAMP): constraints-img2dataset.txt
 test-guide: setup $(IMG2DATASET_STAMP)  ## the commands of docs/from_nothing_to_shards.md, with the real img2dataset; ARGS= goes to pytest
 	$(BIN)/python -m pytest tests/guide/test_from_nothing_to_shards.py -m guide $(ARGS)
 
-test-finetune: setup  ## the commands of docs/finetune.md at their full size (half an hour); ARGS= goes to pytest
+test-finetune: setup  ## the commands of docs/finetune.md at their full size (six minutes); ARGS= goes to pytest
 	$(BIN)/python -m pytest tests/guide/test_finetune.py -m guide $(ARGS)
 
 drills: setup  ## let everything go wrong that a run promises to survive (an hour); ARGS= goes to tests/faults/drills.py
