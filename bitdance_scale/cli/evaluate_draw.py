@@ -59,6 +59,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings of a run, such as its layout"
     )
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="the benchmark's published file of prompts")
+    parser.add_argument(
+        "--append", metavar="TEXT", help="words behind every prompt, such as a style's, unseen by scorers"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--name", metavar="NAME", help="of the model, in paths (default: MODEL's last part)")
     parser.add_argument("--config", metavar="CONFIG", help="configuration that gives an import the settings of a run")
@@ -84,6 +87,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 def _run(options: argparse.Namespace) -> int:
     options.name = options.name or options.model.resolve().name
     benchmark = _benchmark(options)
+    if options.append is not None and benchmark.condition != "text":
+        raise ConfigError(f"--append {options.append!r}: {benchmark.name} has classes, not words; leave it out")
     # A wrong file of texts is named before the model is looked at; classes are the model's.
     prompts = read_prompts(benchmark, options.prompts) if benchmark.condition == "text" else []
     config = None
@@ -217,6 +222,8 @@ def _draw(
         # Which images are computed together changes their last bits.
         "batch_size": batch_size,
     }
+    if options.append is not None:
+        settings["appended"] = options.append
 
     def describe() -> Drawing:
         return Drawing.of(
@@ -237,6 +244,7 @@ def _draw(
         batch_size,
         has_copies=options.images,
         doubt=benchmark.doubt(prompts, solving.guidance),
+        appended=options.append or "",
     )
     return run_draw_prompts(drawing, source.parallel, source.load)
 

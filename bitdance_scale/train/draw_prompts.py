@@ -55,6 +55,7 @@ class PromptDrawing:
         batch_size: images that a replica draws together.
         has_copies: whether images of an array are written as PNGs too.
         doubt: what to warn of; empty if nothing.
+        appended: words that the model is given behind every prompt, and scorers do not see.
     """
 
     out: Path
@@ -65,6 +66,12 @@ class PromptDrawing:
     batch_size: int
     has_copies: bool = False
     doubt: str = ""
+    appended: str = ""
+
+    def asked(self, place: Place) -> str:
+        """What the model is given for an image."""
+        text = self.prompts[place[0]].text
+        return f"{text} {self.appended}" if self.appended else text
 
 
 def shares(prompts: Sequence[Prompt], batch_size: int, *, are_whole: bool) -> list[list[list[Place]]]:
@@ -198,15 +205,16 @@ def _draw(
             mine = batches[topology.data_rank] if topology.data_rank < len(batches) else None
             if mine is not None:
                 with refused_batch_size(drawing.batch_size, _ANOTHER_OUT):
-                    _draw_batch(drawing.prompts, seed, folder, model, mine)
+                    _draw_batch(drawing, seed, folder, model, mine)
             progress.add(sum(len(batch.missing) for batch in batches if batch is not None))
             if topology.rank == 0:
                 progress.log()
     return not any_rank(stop.is_requested)
 
 
-def _draw_batch(prompts: Sequence[Prompt], seed: int, folder: ImageFolder, model: PromptModel, batch: _Batch) -> None:
-    texts = [prompts[number].text for number, _ in batch.places]
+def _draw_batch(drawing: PromptDrawing, seed: int, folder: ImageFolder, model: PromptModel, batch: _Batch) -> None:
+    prompts = drawing.prompts
+    texts = [drawing.asked(place) for place in batch.places]
     seeds = [image_seed(seed, prompts[number].id, k) for number, k in batch.places]
     images = model.draw(texts, seeds)
     if images is None:

@@ -29,6 +29,7 @@ from bitdance_scale.config.published_class import published_recipe
 from bitdance_scale.evaluation.benchmarks.benchmark import Benchmark
 from bitdance_scale.evaluation.benchmarks.prompt import Prompt
 from bitdance_scale.evaluation.benchmarks.solving import Solving
+from bitdance_scale.train.prompt_models import PublishedPrompts
 from tests.released import class_file_content, write_published
 from tests.unit.evaluation.benchmarks.small_benchmarks import published, write_lines
 
@@ -121,6 +122,7 @@ def test_names_of_classes_are_the_runs(make_run: MakeRun, seen: list[Seen], tmp_
         ("demo", ["dpg", "RUN", "--prompts=PROMPTS", "--size=60x60"], r"sample.size_px = \[60, 60\]"),
         ("class_demo", ["imagenet", "RUN", "--images-per-prompt=0"], "must be a whole number, at least 1"),
         ("demo", ["dpg", "RUN", "--prompts=PROMPTS", "--images-per-prompt=2"], "dpg wants a square grid"),
+        ("class_demo", ["imagenet", "RUN", "--append=in red"], "--append .in red.: imagenet has classes, not words"),
         ("demo", ["demo-scenes", "RUN", "--images"], "--images: demo-scenes has its images as files anyway"),
         ("class_demo", ["imagenet", "RUN", "sample.guidance=3"], "sample.guidance=3: .*; write --guidance 3 instead"),
         ("class_demo", ["imagenet", "RUN", "--dtype=float32"], "no published folder; write run.dtype=float32 instead"),
@@ -266,3 +268,23 @@ def test_a_published_folder_has_the_same_guidance_at_every_block(published_folde
     assert main([*command, f"--out={tmp_path}/out"]) == 2
     assert "--guidance-growth linear: a published folder draws with the same guidance" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_is_given_words_behind_every_prompt(published_folder, tmp_path, monkeypatch, capsys):
+    given: list[str] = []
+    real = PublishedPrompts.draw
+
+    def draw_and_tell(self: PublishedPrompts, texts: Sequence[str], seeds: Sequence[int]) -> Any:
+        given.extend(texts)
+        return real(self, texts, seeds)
+
+    monkeypatch.setattr(PublishedPrompts, "draw", draw_and_tell)
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"tag": "single_object", "include": [], "prompt": "a bench"}])
+    command = ["geneval", str(published_folder), f"--prompts={prompts}", "--images-per-prompt=1", "--size=32x32"]
+    command += ["--steps=1", "--nproc=1", f"--out={tmp_path}/out"]
+    assert main([*command, "--append=in vermilion"]) == 0
+    assert set(given) == {"a bench in vermilion"}
+    assert json.loads((tmp_path / "out/drawing.json").read_text())["settings"]["appended"] == "in vermilion"
+    assert json.loads((tmp_path / "out/00000/metadata.jsonl").read_text())["prompt"] == "a bench"
+    # Without them it is another drawing.
+    assert main(command) == 2 and "appended" in capsys.readouterr().err
