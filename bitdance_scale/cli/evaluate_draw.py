@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 def _run(options: argparse.Namespace) -> int:
     options.name = options.name or options.model.resolve().name
     benchmark = _benchmark(options)
-    if options.append is not None and benchmark.condition != "text":
+    if options.append and benchmark.condition != "text":
         raise ConfigError(f"--append {options.append!r}: {benchmark.name} has classes, not words; leave it out")
     # A wrong file of texts is named before the model is looked at; classes are the model's.
     prompts = read_prompts(benchmark, options.prompts) if benchmark.condition == "text" else []
@@ -222,7 +222,7 @@ def _draw(
         # Which images are computed together changes their last bits.
         "batch_size": batch_size,
     }
-    if options.append is not None:
+    if options.append:
         settings["appended"] = options.append
 
     def describe() -> Drawing:
