@@ -139,6 +139,31 @@ def model_checkpoint(
     return find_checkpoint(model)
 
 
+def refuse_published_options(
+    model: Path, adapters: Sequence[str] = (), dtype: str | None = None, device: str | None = None
+) -> None:
+    """Refuses options of a published folder for what is a checkpoint.
+
+    Args:
+        model: the path that was given.
+        adapters: `FOLDER[=WEIGHT]` each.
+        dtype: None: not given.
+        device: None: not given.
+
+    Raises:
+        ConfigError: one is given; says what to write instead.
+    """
+    if adapters:
+        raise ConfigError(
+            f"--adapter {adapters[0]}: {model} is no published folder, and adapters are added to one; make it with "
+            f"`bitdance export {model} FOLDER`"
+        )
+    if dtype is not None:
+        raise ConfigError(f"--dtype {dtype}: {model} is no published folder; write run.dtype={dtype} instead")
+    if device is not None:
+        raise ConfigError(f"--device {device}: {model} is no published folder; leave it out")
+
+
 def check_network(path: Path, index: TensorIndex, network: NetworkConfig, vocab_size: int) -> None:
     """Compares the parameters of a checkpoint with those of a network, by name and shape.
 

@@ -137,23 +137,18 @@ def _benchmark(options: argparse.Namespace) -> Benchmark:
 def _find(options: argparse.Namespace) -> Path | None:
     """The checkpoint of a run or an import that is there now; None: the model is a published folder."""
     # Imported late: torch takes seconds, and a refused option should not wait for it.
-    from bitdance_scale.checkpoint.start_weights import model_checkpoint
+    from bitdance_scale.checkpoint.start_weights import model_checkpoint, refuse_published_options
 
-    model = options.model
-    checkpoint = model_checkpoint(model)
-    is_published = checkpoint is None
-    unused = {"config": options.config, "weights": options.weights} if is_published else {"dtype": options.dtype}
-    for name, value in unused.items():
+    checkpoint = model_checkpoint(options.model)
+    if checkpoint is not None:
+        refuse_published_options(options.model, options.adapter, options.dtype)
+        return checkpoint
+    for name, value in (("config", options.config), ("weights", options.weights)):
         if value is not None:
-            fix = "leave it out" if is_published else f"write run.dtype={value} instead"
-            what = "is a published folder, which has one of its own" if is_published else "is no published folder"
-            raise ConfigError(f"--{name} {value}: {model} {what}; {fix}")
-    if options.adapter and not is_published:
-        raise ConfigError(
-            f"--adapter {options.adapter[0]}: {model} is no published folder, and adapters are added to one; make it "
-            f"with `bitdance export {model} FOLDER`"
-        )
-    return checkpoint
+            raise ConfigError(
+                f"--{name} {value}: {options.model} is a published folder, which has one of its own; leave it out"
+            )
+    return None
 
 
 def _config(options: argparse.Namespace, checkpoint: Path) -> RunConfig:

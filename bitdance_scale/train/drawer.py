@@ -14,7 +14,11 @@ import torch
 
 from bitdance_scale.checkpoint.named_adapters import parse_adapters
 from bitdance_scale.checkpoint.run_checkpoint import TENSORS_DIR, has_averages
-from bitdance_scale.checkpoint.start_weights import WHERE_AVERAGES_ARE, model_checkpoint
+from bitdance_scale.checkpoint.start_weights import (
+    WHERE_AVERAGES_ARE,
+    model_checkpoint,
+    refuse_published_options,
+)
 from bitdance_scale.checkpoint.stored_config import stored_config
 from bitdance_scale.checkpoint.tensor_index import read_index
 from bitdance_scale.config.class_map import ClassLabels
@@ -177,15 +181,7 @@ def find_model(
                 f"{(config_name and '--config') or overrides[0]}"
             )
         return _find_published(model, dtype, device, adapters)
-    if adapters:
-        raise ConfigError(
-            f"--adapter {adapters[0]}: {model} is no published folder, and adapters are added to one; make it with "
-            f"`bitdance export {model} FOLDER`"
-        )
-    for option, value in (("--dtype", dtype), ("--device", device)):
-        if value is not None:
-            fix = f"write run.dtype={value} instead" if option == "--dtype" else "leave it out"
-            raise ConfigError(f"{option} {value}: {model} is no published folder; {fix}")
+    refuse_published_options(model, adapters, dtype, device)
     for override in overrides:
         if override.strip().startswith("parallel."):
             raise ConfigError(
