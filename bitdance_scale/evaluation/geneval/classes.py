@@ -20,5 +20,17 @@ COCO_CLASSES = (
 # What COCO's names leave to guess. Source: djghosh13/geneval, evaluation/object_names.txt.
 _RENAMED: Mapping[str, str] = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
 
+ALSO_NAMED: Mapping[str, str] = {
+    "motorcycle": "motorbike",
+    "airplane": "aeroplane",
+    "couch": "sofa",
+    "potted plant": "pottedplant",
+    "dining table": "diningtable",
+    "tv": "tvmonitor",
+}
+"""Names of VOC that published detectors of COCO's classes have in `config.json`, by COCO's name.
+
+Source: the labels of huggingface/transformers' converted Mask2Formers (`coco-detection-mmdet-id2label.json`)."""
+
 CLASSES = tuple(_RENAMED.get(name, name) for name in COCO_CLASSES)
 """Names in GenEval's prompts, by the index of the class in COCO's order."""

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from bitdance_scale.errors import CheckpointError
-from bitdance_scale.evaluation.geneval.classes import CLASSES, COCO_CLASSES
+from bitdance_scale.evaluation.geneval.classes import ALSO_NAMED, CLASSES, COCO_CLASSES
 from bitdance_scale.evaluation.geneval.mmdet_weights import mmdet_network
 from bitdance_scale.evaluation.geneval.preprocessing import Preprocessing
 from bitdance_scale.evaluation.geneval.rules import CONFIDENCE, Detection
@@ -128,7 +128,7 @@ def _label_fault(labels: dict[int, str]) -> str | None:
     """Why these are not COCO's classes in their order."""
     if len(labels) != len(CLASSES):
         return f"it knows {len(labels)} classes, expected {len(CLASSES)}"
-    for index, expected in enumerate(zip(COCO_CLASSES, CLASSES, strict=True)):
-        if labels[index] not in expected:
-            return f"its class {index} is {labels[index]!r}, expected {expected[0]!r}"
+    for index, (name, in_prompts) in enumerate(zip(COCO_CLASSES, CLASSES, strict=True)):
+        if labels[index] not in (name, in_prompts, ALSO_NAMED.get(name)):
+            return f"its class {index} is {labels[index]!r}, expected {name!r}"
     return None

@@ -167,6 +167,18 @@ def test_a_folder_of_transformers(mask2former_folder):
     assert len({tuple(sorted(objects)) for objects in found}) > 1
 
 
+def test_labels_as_published_detectors_spell_them(tmp_path):
+    # config.json of transformers' Mask2Formers for instances of COCO has VOC's names of six classes.
+    classes = list(COCO_CLASSES)
+    for index, name in ((3, "motorbike"), (4, "aeroplane"), (57, "sofa"), (62, "tvmonitor")):
+        classes[index] = name
+    classes[58], classes[60] = "pottedplant", "diningtable"
+    load_detector(str(save_mask2former(tmp_path / "published", tuple(classes))))
+    classes[57] = "tvmonitor"
+    with pytest.raises(CheckpointError, match="swapped: its class 57 is 'tvmonitor', expected 'couch'"):
+        load_detector(str(save_mask2former(tmp_path / "swapped", tuple(classes))))
+
+
 def test_folders_that_are_no_detector(mask2former_folder, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
         load_detector(str(tmp_path / "nowhere"))
