@@ -11,6 +11,7 @@ import concurrent.futures
 import http.client
 import io
 import json
+import logging
 import os
 import random
 import threading
@@ -28,11 +29,18 @@ from bitdance_scale.credentials import HIDDEN, find_credentials
 from bitdance_scale.errors import BitDanceError, ConfigError
 from bitdance_scale.evaluation.questions.judge import Asked, Judge, JudgeError, Remembered
 
+logger = logging.getLogger(__name__)
+
 _MAX_WAIT_S = 60.0
 _MAX_ANSWER_BYTES = 1 << 24
 _SHOWN_CHARACTERS = 300
 # What a server says where the same request may succeed later.
 _PASSING = frozenset({408, 409, 425, 429})
+# What it says of a picture or question that it does not take, and of requests that are wrong altogether.
+_OF_CONTENT = frozenset({400, 413, 422})
+_REFUSED = "(refused)"
+_PLAIN = np.full((64, 64, 3), 128, dtype=np.uint8)
+_PLAIN_QUESTION = "Is this picture grey? Answer with one word, yes or no."
 
 
 @dataclass(frozen=True)
@@ -52,8 +60,15 @@ class Patience:
     first_wait_s: float = 1.0
 
 
+class _ContentRefusal(JudgeError):
+    """The endpoint refuses a request with a status that may be due to its picture or question."""
+
+
 class EndpointJudge(Judge):
     """A model that is asked through HTTP, at temperature 0.
+
+    An endpoint may refuse a single picture, by a filter of content or by size. If it still answers a question about a
+    plain grey one, the refusal is the answer, "(refused)"; otherwise it is an error.
 
     Args:
         base_url: address up to the version, such as "https://api.openai.com/v1" or "http://localhost:8000/v1".
@@ -136,6 +151,22 @@ class EndpointJudge(Judge):
         return json.dumps({"model": self.model, "messages": messages, "temperature": 0}).encode()
 
     def _ask(self, body: bytes, stop: threading.Event) -> str:
+        """The text of one answer, or that this picture or question is refused.
+
+        Raises:
+            JudgeError: the endpoint refuses all, or the last try failed.
+        """
+        try:
+            return self._try(body, stop)
+        except _ContentRefusal as refusal:
+            try:
+                self._try(self._request_body(_data_url(_PLAIN), _PLAIN_QUESTION), stop)
+            except _ContentRefusal:
+                raise refusal from None
+            logger.warning("%s; it answers a question about a plain picture, so this one counts as refused", refusal)
+            return _REFUSED
+
+    def _try(self, body: bytes, stop: threading.Event) -> str:
         """The text of one answer, after as many tries as it takes; none follows once `stop` is set.
 
         Raises:
@@ -187,7 +218,8 @@ class EndpointJudge(Judge):
         described = f"{error.code} {error.reason}: {' '.join(said.split())}"
         if error.code not in _PASSING and error.code < 500:
             fix = "name the address that it leads to" if error.code < 400 else "check the address and the model's name"
-            raise JudgeError(f"{self._url}: refuses the request, {self._hidden(described)}; {fix}")
+            kind = _ContentRefusal if error.code in _OF_CONTENT else JudgeError
+            raise kind(f"{self._url}: refuses the request, {self._hidden(described)}; {fix}")
         try:
             return described, float(error.headers.get("Retry-After", 0))
         except ValueError:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from bitdance_scale.errors import ConfigError, DataError
 from bitdance_scale.evaluation.questions.endpoint import EndpointJudge, Patience
-from bitdance_scale.evaluation.questions.judge import JudgeError, KeptAnswers
+from bitdance_scale.evaluation.questions.judge import JudgeError, KeptAnswers, yes_or_no
 from tests.unit.evaluation.questions.stub_endpoint import Server, running_server
 
 KEY = "sk-very-secret-0123456789"
@@ -170,7 +170,8 @@ def test_a_refused_key_is_an_error_without_the_key(server, monkeypatch, tmp_path
         "400": (400, f"bad header Bearer {KEY} for model"),
         "200": (200, "x" * 280 + KEY),
     }
-    server.behave = lambda count, question: refusals[question]
+    # A refused request is followed by one about a plain picture.
+    server.behave = lambda count, question: refusals.get(question, refusals["400"])
     messages = []
     for question in refusals:
         with (
@@ -184,7 +185,28 @@ def test_a_refused_key_is_an_error_without_the_key(server, monkeypatch, tmp_path
     assert "no chat completion" in messages[3]
     seen = " ".join([*messages, caplog.text, path.read_text(encoding="utf-8"), *capfd.readouterr()])
     assert KEY[:8] not in seen
-    assert len(server.requests) == 4
+    assert len(server.requests) == 5
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_one_refused_picture_counts_as_unclear(server, tmp_path, caplog, status):
+    server.behave = lambda count, question: (status, "content filter: no") if question == "2" else "yes"
+    questions = [str(number) for number in range(10)]
+    expected = ["(refused)" if question == "2" else "yes" for question in questions]
+    assert yes_or_no("(refused)") is None
+    for asked in (10, 0):
+        with KeptAnswers(judge_at(server), tmp_path / "a.jsonl") as kept:
+            assert kept.answer([image()] * 10, questions) == expected
+            assert kept.num_asked == asked
+    # Ten questions, and one about a plain picture.
+    assert len(server.requests) == 11
+    assert f"refuses the request, {status}" in caplog.text and "counts as refused" in caplog.text
+
+
+def test_an_address_that_is_wrong_is_an_error_even_after_answers(server):
+    server.behave = lambda count, question: (404, "no such model") if question == "2" else "yes"
+    with pytest.raises(JudgeError, match="refuses the request, 404 .*; check the address and the model's name"):
+        judge_at(server).answer([image()] * 3, ["1", "2", "3"])
 
 
 def test_the_key_does_not_follow_a_redirection(server, monkeypatch):
