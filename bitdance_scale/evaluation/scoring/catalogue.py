@@ -53,7 +53,7 @@ def choose_scorings(drawn: Drawn, names: Sequence[str]) -> list[type[Scoring]]:
         return found
     usable = [one.metric.name for one in SCORINGS if not one.metric.benchmarks]
     if isinstance(benchmark, OneIG):
-        own = own_scorer(benchmark.name, drawn.root, drawn.model, drawn.size_px)
+        own = own_scorer(benchmark, drawn.root, drawn.model, drawn.size_px)
         raise ConfigError(
             f"--metric: the scorer of {benchmark.name} is not reproduced here. {own}. What is scored here is --metric "
             "text, the words of the category Text_Rendering, and --metric clip-score"

@@ -124,7 +124,7 @@ class Scoring(ABC):
         benchmark = self.drawn.benchmark
         if benchmark is None or benchmark.name not in (*self.metric.benchmarks, *self.default_of):
             return ""
-        return own_scorer(benchmark.name, self.drawn.root, self.drawn.model, self.drawn.size_px)
+        return own_scorer(benchmark, self.drawn.root, self.drawn.model, self.drawn.size_px)
 
     def found(
         self,

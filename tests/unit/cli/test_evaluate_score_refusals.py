@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from bitdance_scale.cli import evaluate_score
+from bitdance_scale.evaluation.benchmarks.catalogue import find_benchmark
+from bitdance_scale.evaluation.scoring.own_scorers import own_scorer
 from bitdance_scale.train.process import EXIT_REFUSED
 from tests.unit.evaluation.benchmarks.small_benchmarks import NAMES, TIIF, published, write_lines
 from tests.unit.evaluation.distributions.small_network import use_few_features
@@ -113,10 +117,24 @@ def test_oneig_is_scored_by_its_own_scorer(tmp_path, refused, name):
     assert "--metric text" in message and "--metric clip-score" in message
 
 
+@pytest.mark.parametrize(
+    ("name", "num_images", "says"),
+    [
+        ("oneig-en", 1, "image_grid=1 in run_overall.sh"),
+        ("oneig-en", 9, "image_grid=3 in run_overall.sh"),
+        ("dpg", 1, "GPUs (PROCESSES=, 8)) takes this folder: PIC_NUM=1 bash dpg_bench/dist_eval.sh /drawn 16"),
+        ("dpg", 9, "and scores 4 of the 9 images of a prompt) takes this folder: PIC_NUM=4 bash dpg"),
+    ],
+)
+def test_own_scorers_are_told_how_many_images_a_picture_has(name, num_images, says):
+    benchmark = dataclasses.replace(find_benchmark(name), num_images=num_images)
+    assert says in own_scorer(benchmark, Path("/drawn"), "ours", (16, 24))
+
+
 def test_questions_and_judges(tmp_path, refused, monkeypatch):
     root, prompts, _ = draw(tmp_path, "dpg")
     arguments = [root, "--prompts", prompts]
-    own = f"bash dpg_bench/dist_eval.sh {root} 16"
+    own = f"PIC_NUM=4 bash dpg_bench/dist_eval.sh {root} 16"
     message = refused(*arguments)
     assert "ConfigError: --questions: DPG-Bench is scored by its published questions; name dpg_bench.csv" in message
     assert own in message
