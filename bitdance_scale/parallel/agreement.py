@@ -44,11 +44,7 @@ def all_ranks(group: dist.ProcessGroup | None = None, *, other: type[BitDanceErr
     except Exception as caught:  # noqa: BLE001  # The other ranks must hear of every error.
         error = caught
     if any_rank(error is not None, group):
-        errors = [_portable(error, other)]
-        if dist.is_initialized():
-            errors = [None] * dist.get_world_size(group)
-            dist.all_gather_object(errors, _portable(error, other), group=group)
-        raise _first(errors) from error
+        raise _first(from_all_ranks(_portable(error, other), group)) from error
 
 
 def on_first_rank(
@@ -90,6 +86,15 @@ def any_rank_each(are_true: Sequence[bool], group: dist.ProcessGroup | None = No
     flags = torch.tensor([int(flag) for flag in are_true], dtype=torch.int32, device="cuda" if is_nccl else "cpu")
     dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
     return [bool(flag) for flag in flags.tolist()]
+
+
+def from_all_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """What the ranks of a group have, in their order, on all of them; it travels pickled, in a collective."""
+    values = [value]
+    if dist.is_initialized():
+        values *= dist.get_world_size(group)
+        dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def largest_number(value: int, group: dist.ProcessGroup | None = None) -> int:

@@ -14,14 +14,13 @@ import shutil
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 
 from bitdance_scale.compilers import COMPILERS, find_compiler
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.model.initial import draw_initial
 from bitdance_scale.parallel.adapters import add_adapters
-from bitdance_scale.parallel.agreement import all_ranks
+from bitdance_scale.parallel.agreement import all_ranks, from_all_ranks
 from bitdance_scale.parallel.engine import TrainingEngine
 from bitdance_scale.parallel.parameter_names import name_parameters, owners
 from bitdance_scale.parallel.partition import Placement
@@ -112,9 +111,7 @@ def _check_exemptions(own_names: list[str], patterns: Sequence[str]) -> None:
     """Looks for the parameters of every pattern on all ranks, as a stage of a pipeline holds only some."""
     if not patterns:
         return
-    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, own_names)
-    names = sorted({name for part in gathered for name in part})
+    names = sorted({name for part in from_all_ranks(own_names) for name in part})
     unmatched = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
     if unmatched:
         near = difflib.get_close_matches(unmatched[0], names, n=3, cutoff=0.3)

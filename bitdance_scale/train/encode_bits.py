@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,15 +33,18 @@ from bitdance_scale.data.plan.plan import Plan
 from bitdance_scale.data.reader import ShardReader
 from bitdance_scale.data.storage.stores import Stores
 from bitdance_scale.errors import DataError
-from bitdance_scale.parallel.agreement import all_ranks, any_rank
+from bitdance_scale.parallel.agreement import all_ranks, any_rank, from_all_ranks
+from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopRequest
 from bitdance_scale.train.run import joined_ranks
 from bitdance_scale.train.shared_index import training_index
 from bitdance_scale.vision.tokenizer import VisionTokenizer
+from bitdance_scale.wording import first_few
 
 logger = logging.getLogger(__name__)
 
 IMAGES_AT_ONCE = 64
+_MAX_FAILURES = 10
 _WAIT_S = 14 * 24 * 3600.0
 
 
@@ -65,24 +68,34 @@ class Encoder:
         self._reader = ShardReader(Stores(config.data.s3))
         self.recipe = recipe(config.data, config.vision)
 
-    def encode(self, row: int) -> bool:
-        """Makes the bit shard of a row of the shard table; returns False where it is there already.
+    def is_done(self, row: int) -> bool:
+        """Whether the bit shard of a row of the shard table is there, whole and of these images and settings."""
+        path = self._folder / shard_file(row)
+        if not path.exists():
+            return False
+        try:
+            return read_tables(path)[0] == shard_meta(self._index, row, self.recipe)
+        except DataError as error:
+            logger.warning("%s It is made again.", error)
+            return False
+
+    def encode(self, row: int) -> None:
+        """Makes the bit shard of a row of the shard table.
 
         Raises:
-            DataError: the bits written are not those that encoding gives again.
+            DataError: an image cannot be read for now, or the bits written are not those that encoding gives again;
+                then there is no bit shard.
         """
         path, meta = self._folder / shard_file(row), shard_meta(self._index, row, self.recipe)
-        if path.exists():
-            try:
-                if read_tables(path)[0] == meta:
-                    return False
-            except DataError as error:
-                logger.warning("%s It is made again.", error)
         samples = self._index.shard_samples(row)
         resolutions = {side_px: list(self._encoded(samples, side_px)) for side_px in recipe_sides_px(self.recipe)}
         write_bit_shard(path, meta, resolutions)
-        self._verify(path, samples, row)
-        return True
+        try:
+            self._verify(path, samples, row)
+        except DataError:
+            # It would count as done.
+            path.unlink(missing_ok=True)
+            raise
 
     def _encoded(self, samples: range, side_px: int) -> Iterator[Bits]:
         """The bits of a shard's samples in a class, in order, every view of each."""
@@ -104,7 +117,7 @@ class Encoder:
                         yield from [None] * num_views if views is None else (next(bits).tobytes() for _ in views)
 
     def _check_lasting(self, sample: int, error: SampleError) -> None:
-        """A bad image stays bad, and is stored as such; a failed read may succeed tomorrow, and stops the encoding."""
+        """A bad image stays bad, and is stored as such; a failed read may succeed tomorrow, and is none."""
         if error.cause in (ErrorCause.READ_FAILED, ErrorCause.SHARD_CHANGED):
             raise DataError(
                 f"{self._index.shard_path(sample)}: sample {self._index.name(sample)}: {error}. Restore the shard and "
@@ -143,9 +156,42 @@ class Encoder:
                         name = self._index.name(samples.start + place)
                         raise DataError(
                             f"{path}: sample {name} at {side_px} px: encoding it alone gives other bits than together "
-                            "with others, by more than rounding, or the file is damaged. Delete it and run again; if "
-                            "it comes back, the device does not compute reproducibly: encode on another."
+                            "with others, by more than rounding, or the file was damaged. It was removed: run again; "
+                            "if that comes back, the device does not compute reproducibly: encode on another."
                         )
+
+
+def encode_rows(encoder: Encoder, rows: Sequence[int], rank: int, stop: StopRequest) -> list[str]:
+    """Makes the bit shards of some rows; returns why some could not be made.
+
+    One that fails leaves the others to be made, unless so many do that the reason is none of theirs.
+
+    Args:
+        encoder: makes one.
+        rows: of the shard table.
+        rank: of this process, for the log.
+        stop: whether to leave the rest.
+    """
+    failures: list[str] = []
+    for number, row in enumerate(rows, start=1):
+        if stop.is_requested or len(failures) == _MAX_FAILURES:
+            break
+        try:
+            encoder.encode(row)
+        except DataError as error:
+            # Said now: the others may take days.
+            logger.error("rank %d: %d of %d shards, failed: %s", rank, number, len(rows), error)
+            failures.append(str(error))
+        else:
+            logger.info("rank %d: %d of %d shards, encoded", rank, number, len(rows))
+    return failures
+
+
+def _missing(encoder: Encoder, num_rows: int, topology: Topology) -> list[int]:
+    """The rows that have no bit shard yet, on all ranks; a collective."""
+    with all_ranks():
+        mine = [row for row in range(topology.rank, num_rows, topology.world_size) if not encoder.is_done(row)]
+    return sorted(row for rows in from_all_ranks(mine) for row in rows)
 
 
 def run_encode(config: RunConfig, folder: Path, num_verified: int) -> int:
@@ -172,17 +218,18 @@ def run_encode(config: RunConfig, folder: Path, num_verified: int) -> int:
         with all_ranks():
             folder.mkdir(parents=True, exist_ok=True)
             encoder = Encoder(config, index, VisionTokenizer(config.vision, topology.device), folder, num_verified)
-            rows = range(topology.rank, len(index.shards), topology.world_size)
-            for done, row in enumerate(rows, start=1):
-                if stop.is_requested:
-                    break
-                is_new = encoder.encode(row)
-                what = "encoded" if is_new else "there already"
-                logger.info("rank %d: %d of %d shards, %s", topology.rank, done, len(rows), what)
+        missing = _missing(encoder, len(index.shards), topology)
+        if topology.rank == 0:
+            num_shards = len(index.shards)
+            logger.info("%d of %d shards are there already", num_shards - len(missing), num_shards)
+        with all_ranks():
+            failures = encode_rows(encoder, missing[topology.rank :: topology.world_size], topology.rank, stop)
         if any_rank(stop.is_requested):
             logger.warning("stopped on request; run again to encode the rest")
             return EXIT_REQUEUE
         with all_ranks():
+            if failures:
+                raise DataError(first_few(failures))
             if topology.rank == 0:
                 write_table(folder, index, encoder.recipe)
                 logger.info("%d samples in %s; train with data.bits_dir=%s", len(index), folder, folder)

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from bitdance_scale.config.schema import LossSection
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.model.flow import combine_losses
 from bitdance_scale.model.inputs import PackInputs
 from bitdance_scale.observe.faults import FAULTS_FILE, Fault, append_faults, describe_faults
+from bitdance_scale.parallel.agreement import from_all_ranks
 from bitdance_scale.parallel.engine import TrainingEngine
 from bitdance_scale.parallel.step import forward_only
 from bitdance_scale.parallel.step_trace import MicroValues, StepTrace, tracing
@@ -96,8 +96,7 @@ class StepFaults:
             num_differing=sum(any(sign.differs for sign in reading.signs) for reading in readings),
             readings=tuple(chosen[:MAX_READINGS]),
         )
-        reports: list[RankReport] = [report] * topology.world_size
-        dist.all_gather_object(reports, report)
+        reports = from_all_ranks(report)
         return reports if topology.rank == 0 else []
 
     def _write(self, step: int, kind: str, headline: str, found: Sequence[MicroFault]) -> list[Fault]:

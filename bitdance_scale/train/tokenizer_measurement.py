@@ -25,7 +25,7 @@ from bitdance_scale.errors import TrainingError
 from bitdance_scale.evaluation.frechet import FeatureStatistics, frechet_distance
 from bitdance_scale.evaluation.inception import NUM_FEATURES, Inception, load_inception
 from bitdance_scale.evaluation.pixels import psnr_db, ssim
-from bitdance_scale.parallel.agreement import all_ranks, any_rank
+from bitdance_scale.parallel.agreement import all_ranks, any_rank, from_all_ranks
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.train.process import StopRequest
 from bitdance_scale.train.tokenizer_evaluation import BATCH_PX, DecodedBatch, decode_batch, to_pixels
@@ -211,9 +211,7 @@ class _Part:
     def joined(self) -> SizeResult | None:
         """What all ranks have measured, on the first; a collective."""
         images, topology = self._images, self._measurer.topology
-        parts: list[dict[int, dict[str, float]]] = [{}] * topology.world_size
-        dist.all_gather_object(parts, self._values)
-        values = {sample: row for rows in parts for sample, row in rows.items()}
+        values = {sample: row for rows in from_all_ranks(self._values) for sample, row in rows.items()}
         samples, worst = sorted(values), self._worst(values.keys(), values)
         counts = self._code_counts.to(self._device)
         dist.all_reduce(counts)

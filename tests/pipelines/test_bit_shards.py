@@ -22,6 +22,7 @@ from bitdance_scale.data.augment import Augmentation, stored_views
 from bitdance_scale.data.bit_shards import BitStore, read_tables, recipe, shard_file
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.image_decode import decode_image
+from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.loader import Loader
 from bitdance_scale.data.reader import ShardReader
 from bitdance_scale.errors import DataError
@@ -139,7 +140,8 @@ def test_two_processes_share_the_work_and_go_on(overrides: list[str], bits: Path
     (tmp_path / shard_file(1)).write_bytes(b"half a shard")
     done = run(["tools/encode_shards.py", DEMO, *overrides, "--out", tmp_path], 2)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("there already") == 1 and "It is made again" in done.stderr
+    assert "1 of 2 shards are there already" in done.stderr and "It is made again" in done.stderr
+    assert done.stderr.count("1 of 1 shards, encoded") == 1
     for path in sorted(bits.iterdir()):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -187,7 +189,7 @@ def test_damage_is_a_skipped_sample_and_what_was_left_out_is_refused(
         store.read(left_out, 64)
 
 
-def test_an_image_that_cannot_be_read_stops_the_encoding(overrides: list[str], tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_leaves_its_shard_undone(overrides: list[str], tmp_path: Path) -> None:
     """It may be there again tomorrow; the bits would never be."""
     config = config_of(overrides)
     index = training_index(config.data)
@@ -201,3 +203,33 @@ def test_an_image_that_cannot_be_read_stops_the_encoding(overrides: list[str], t
     finally:
         shutil.copy2(moved, index.shards[0].path)
     assert not list(tmp_path.glob("0*.tar"))
+
+
+def test_a_shard_that_cannot_be_read_leaves_the_others(
+    overrides: list[str], bits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, read = config_of(overrides), ShardReader.image
+
+    def image(reader: ShardReader, index: Index, sample: int) -> bytes:
+        if sample in index.shard_samples(0):
+            raise SampleError(ErrorCause.READ_FAILED, "Input/output error")
+        return read(reader, index, sample)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardReader, "image", image)
+        with pytest.raises(DataError, match="Input/output error. Restore the shard and run again"):
+            encode_bits.run_encode(config, tmp_path, 0)
+    assert [path.name for path in tmp_path.iterdir()] == [shard_file(1)]
+    assert encode_bits.run_encode(config, tmp_path, 0) == 0
+    assert all((tmp_path / path.name).read_bytes() == path.read_bytes() for path in bits.iterdir())
+
+
+def test_bits_that_encoding_does_not_give_again_are_removed(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(overrides)
+    index, vision = training_index(config.data), VisionTokenizer(config.vision, CPU)
+    monkeypatch.setattr(VisionTokenizer, "is_of", lambda *details: False)
+    with pytest.raises(DataError, match="gives other bits than together with others.*It was removed: run again"):
+        encode_bits.Encoder(config, index, vision, tmp_path, num_verified=30).encode(0)
+    assert not list(tmp_path.iterdir())
