@@ -11,6 +11,7 @@ import torch.distributed as dist
 from bitdance_scale.checkpoint.boxes import Box
 from bitdance_scale.checkpoint.sharded import planned_boxes, values_in
 from bitdance_scale.parallel.partition import Piece, ShardedValue
+from bitdance_scale.parallel.pinned import in_blocks
 
 _ALIGNMENT_BYTES = 64
 
@@ -41,7 +42,7 @@ class Stager:
 
     @property
     def num_bytes(self) -> int:
-        """Host memory that is held."""
+        """Host memory that is filled; pinned, it takes `pinned_bytes` of it and what is left free in blocks."""
         return sum(place.room.nbytes for place in self._places)
 
     def prepare(self, values: Mapping[str, ShardedValue]) -> None:
@@ -83,12 +84,11 @@ class Stager:
     def _make_room(self, values: Mapping[str, ShardedValue]) -> list[_Place]:
         boxes = planned_boxes(values, self._group)
         sizes = [(name, box, box.num_elements * values[name].dtype.itemsize) for name in boxes for box in boxes[name]]
-        total = sum(-(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for _, _, size in sizes)
+        starts, used = in_blocks([-(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for _, _, size in sizes])
         # Zeros: the pages are there from now on.
-        memory = torch.zeros(total, dtype=torch.uint8, pin_memory=self._is_cuda)
-        places, start = [], 0
-        for name, box, size in sizes:
-            room = memory[start : start + size].view(values[name].dtype).view(box.sizes)
+        blocks = [torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=self._is_cuda) for num_bytes in used]
+        places = []
+        for (name, box, size), (block, start) in zip(sizes, starts, strict=True):
+            room = blocks[block][start : start + size].view(values[name].dtype).view(box.sizes)
             places.append(_Place(name, box, room))
-            start += -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         return places

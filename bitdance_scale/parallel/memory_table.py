@@ -12,6 +12,7 @@ from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.attention import uses_flex
 from bitdance_scale.parallel.memory_estimate import MemoryEstimate, estimate_memory
 from bitdance_scale.parallel.memory_parts import Bytes
+from bitdance_scale.parallel.pinned import pinned_bytes
 from bitdance_scale.wording import in_columns
 
 GIB = 2**30
@@ -64,7 +65,7 @@ def remark(lines: Sequence[StageLine]) -> str:
     """What the table does not say, in a sentence."""
     building = ", ".join(f"{line.estimate.building_peak / GIB:.1f}" for line in lines)
     in_flight = ", ".join(str(line.estimate.num_in_flight) for line in lines)
-    copies = ", ".join(f"{line.estimate.host_copy / GIB:.1f}" for line in lines)
+    copies = ", ".join(f"{pinned_bytes(line.estimate.host_copy) / GIB:.1f}" for line in lines)
     return (
         f"{lines[0].estimate.num_micro_batches} micro-batches per replica and step; activations of {in_flight} at "
         f"once (by stage); at most {building} GiB while the model is built; {copies} GiB of host memory per rank for "
