@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from bitdance_scale.checkpoint.conversion_folder import REPORT_NAME
-from bitdance_scale.checkpoint.integrity import MANIFEST_NAME, read_manifest
+from bitdance_scale.checkpoint.integrity import MANIFEST_NAME, find_damage, read_manifest
 from bitdance_scale.checkpoint.published_files import published_rows
 from bitdance_scale.checkpoint.remote_folder import is_remote
 from bitdance_scale.checkpoint.run_checkpoint import (
@@ -20,7 +20,8 @@ from bitdance_scale.checkpoint.run_checkpoint import (
     TrainState,
     read_run_section,
 )
-from bitdance_scale.checkpoint.start_weights import find_checkpoint, start_prefix
+from bitdance_scale.checkpoint.start_weights import find_checkpoint, start_files, start_prefix
+from bitdance_scale.checkpoint.step_names import START_DIR, STEP_NAME
 from bitdance_scale.checkpoint.tensor_index import read_index
 from bitdance_scale.checkpoint.tensor_storage import StoredTensors
 from bitdance_scale.config.load import load_network
@@ -71,6 +72,27 @@ def check_base_digest(path: Path, state: TrainState, base: Path, digest: str) ->
         )
 
 
+def fetched_base(path: Path, state: TrainState, weights: str) -> Path | None:
+    """The frozen weights of a checkpoint with adapters in its run's folder, which fetched them from S3 once.
+
+    Args:
+        path: the checkpoint.
+        state: how far it is.
+        weights: which of the frozen weights are wanted: trained or averaged.
+
+    Returns:
+        The partial checkpoint; None where the folder has none that is whole and the very same.
+    """
+    for base in sorted((path.absolute().parents[1] / START_DIR).glob("*")):
+        # Its small files first, which say what else it must have.
+        is_whole = STEP_NAME.fullmatch(base.name) and find_damage(base, ()) is None
+        if is_whole and digest_of(base) == state.base_digest:
+            files = start_files(base, read_index(base / TENSORS_DIR), weights)
+            if find_damage(base, files) is None:
+                return base
+    return None
+
+
 def find_frozen_base(path: Path, state: TrainState, named: Path | None = None) -> FrozenBase:
     """The frozen weights of a checkpoint with adapters.
 
@@ -85,10 +107,12 @@ def find_frozen_base(path: Path, state: TrainState, named: Path | None = None) -
     run = read_run_section(path)
     where = run["start_from"]
     if named is None and is_remote(where):
-        raise CheckpointError(
-            f"{path}: its frozen weights are on S3 ({where}); name a copy of them on this machine with --base, such as "
-            f"the one that the run fetched, in start/ of its folder"
-        )
+        named = fetched_base(path, state, run.get("start_weights", "trained"))
+        if named is None:
+            raise CheckpointError(
+                f"{path}: its frozen weights are on S3 ({where}), and {path.absolute().parents[1] / START_DIR} has no "
+                "whole copy of them; name one on this machine with --base"
+            )
     try:
         base = find_checkpoint(named or where)
     except CheckpointError as error:

@@ -20,7 +20,7 @@ from bitdance_scale.checkpoint.remote_copies import RemoteCopies
 from bitdance_scale.checkpoint.remote_folder import RemoteCheckpoint, RemoteFolder, find_start, parse_start
 from bitdance_scale.checkpoint.run_checkpoint import TENSORS_DIR
 from bitdance_scale.checkpoint.start_weights import start_files
-from bitdance_scale.checkpoint.step_names import STEP_NAME, step_name
+from bitdance_scale.checkpoint.step_names import START_DIR, STEP_NAME, step_name
 from bitdance_scale.checkpoint.tensor_index import read_index
 from bitdance_scale.config.schema import CheckpointSection
 from bitdance_scale.errors import CheckpointError
@@ -28,8 +28,6 @@ from bitdance_scale.parallel.agreement import all_ranks, on_first_rank
 from bitdance_scale.wording import file_size
 
 logger = logging.getLogger(__name__)
-
-START_DIR = "start"
 
 
 def find_latest(checkpoints: CheckpointFolder, remote: RemoteCopies | None, *, falls_back: bool = False) -> Path | None:

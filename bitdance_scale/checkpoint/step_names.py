@@ -6,6 +6,8 @@ import re
 
 CHECKPOINTS_DIR = "checkpoints"
 """Folder of the checkpoints in that of a run."""
+START_DIR = "start"
+"""Folder, in that of a run, of what was fetched from S3 to start from."""
 LATEST_NAME = "latest"
 """Names the checkpoint that a run goes on from."""
 STEP_NAME = re.compile(r"step_(\d{8,})")

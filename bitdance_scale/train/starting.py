@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bitdance_scale.checkpoint.frozen_base import FrozenBase, check_base_digest, digest_of
+from bitdance_scale.checkpoint.frozen_base import FrozenBase, check_base_digest, digest_of, fetched_base
 from bitdance_scale.checkpoint.remote_folder import is_remote
 from bitdance_scale.checkpoint.remote_restore import fetch_start
 from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME, read_state
@@ -54,18 +54,27 @@ class Base:
     digest: str
 
 
-def find_base(config: RunConfig, run_folder: Path, vision_digest: str) -> Base:
+def find_base(config: RunConfig, run_folder: Path, vision_digest: str, adapters: Path | None = None) -> Base:
     """What `run.start_from` means, and whether the run can start from it; a collective.
+
+    Args:
+        config: the run.
+        run_folder: its folder.
+        vision_digest: of its vision tokenizer.
+        adapters: its own checkpoint, of adapters, that is to be loaded beside the start; None: a run that begins. S3 is
+            not asked for what the folder has: the copy may be gone, and `run.start_from` may mean a later one by now.
 
     Raises:
         BitDanceError: on every rank: it cannot.
     """
-    where = config.run.start_from
-    if is_remote(where):
-        path = fetch_start(where, config.checkpoint, run_folder, weights=config.run.start_weights)
-    else:
+    where, weights = config.run.start_from, config.run.start_weights
+    path: Path | None = None
+    if not is_remote(where):
         path = find_checkpoint(where)
-    return on_first_rank(lambda: Base(check_start(path, config, vision_digest), digest_of(path)))
+    elif adapters is not None:
+        path = on_first_rank(lambda: fetched_base(adapters, read_state(adapters), weights))
+    found = path or fetch_start(where, config.checkpoint, run_folder, weights=weights)
+    return on_first_rank(lambda: Base(check_start(found, config, vision_digest), digest_of(found)))
 
 
 def load_base(engine: TrainingEngine, base: Base, config: RunConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bitdance_scale.checkpoint.run_checkpoint import check_vision, read_state
 from bitdance_scale.checkpoint.start_weights import load_start_weights
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.model.adaptable import is_trained
@@ -46,16 +47,19 @@ def load_still_run(config: RunConfig, checkpoint: Path, weights: str, topology: 
         topology: the ranks.
 
     Raises:
-        BitDanceError: on all ranks: the checkpoint does not fit, or does not have these weights.
+        BitDanceError: on all ranks: the checkpoint does not fit, does not have these weights, or is of another vision
+            tokenizer.
     """
     condition = load_condition(config)
     vision = VisionTokenizer(config.vision, topology.device)
     digest = on_first_rank(lambda: vision_digest(config.vision))
+    # Its own run is no start that may be forced: with another decoder, its bits are other images.
+    on_first_rank(lambda: check_vision(checkpoint, read_state(checkpoint), digest))
     model = StillModel(config, condition.vocab_size, topology)
     values = model.start_values()
     run = replace(config.run, start_from_any=True)
     if config.lora.is_used:
-        base = find_base(replace(config, run=run), checkpoint.absolute().parents[1], digest)
+        base = find_base(replace(config, run=run), checkpoint.absolute().parents[1], digest, checkpoint)
         on_first_rank(lambda: check_base(checkpoint, base))
         _load(base.start, of_network(values), config.run.start_weights)
         values = {name: value for name, value in values.items() if is_trained(name, config.lora)}

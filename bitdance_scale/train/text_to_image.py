@@ -101,7 +101,7 @@ class TextToImageJob(Job):
             on_first_rank(lambda: check_resume(latest, config))
         base = None
         if config.run.start_from and (latest is None or config.lora.is_used):
-            base = find_base(config, run_folder, self._vision_digest)
+            base = find_base(config, run_folder, self._vision_digest, latest)
             if config.lora.is_used:
                 on_first_rank(lambda: list(targets(config.network, self._condition.vocab_size, config.lora.targets)))
         self._evaluator = (

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from bitdance_scale.checkpoint.class_source import open_class_source
 from bitdance_scale.checkpoint.import_release import import_release
@@ -106,6 +108,38 @@ def test_a_run_has_its_own_settings_and_prompts(imported, tmp_path, capsys, monk
     assert records(Path("other"))[0]["steps"] == 1
     assert run(folder, *own, "sample.weights=averaged", "optim.average_decay=0.9") == 2
     assert "has no averaged weights. Checkpoints of runs with optim.average_decay" in capsys.readouterr().err
+
+
+def test_another_vision_tokenizer_is_refused(imported, tmp_path, capsys):
+    weights, other = load_file(imported / "ae.safetensors"), tmp_path / "other.safetensors"
+    save_file({name: -tensor if name.startswith("decoder") else tensor for name, tensor in weights.items()}, other)
+    same = tmp_path / "same.safetensors"
+    same.write_bytes((imported / "ae.safetensors").read_bytes())
+    adapted = write_adapted_run(imported, tmp_path / "style")
+    trainable = ["data.resolutions=[{side_px=16, share=1, buckets_px=[[16, 16]]}]", "data.max_pack_tokens=1024"]
+    for model in ([imported, "--config", "demo"], [adapted, *trainable]):
+        ask = [*model, "--prompt", "a", *FAST]
+        assert run(*ask, f"vision.weights={other}", "--out", tmp_path / "none") == 2
+        assert "trained with another vision tokenizer" in capsys.readouterr().err
+        assert not list(tmp_path.glob("none/*.png"))
+        assert run(*ask, f"vision.weights={same}", "--out", tmp_path / model[0].name) == 0
+
+
+def test_frozen_weights_that_a_run_has_fetched_are_taken_without_s3(imported, tmp_path, capsys):
+    folder, base = write_adapted_run(imported, tmp_path / "style"), find_checkpoint(imported)
+    trainable = ["data.resolutions=[{side_px=16, share=1, buckets_px=[[16, 16]]}]", "data.max_pack_tokens=1024"]
+    ask = [folder, *trainable, "--prompt", "a red circle", *FAST]
+    assert run(*ask, "--out", tmp_path / "beside") == 0
+    ask += ["run.start_from='s3://a-bucket/gone'", "checkpoint.upload_endpoint_url='http://localhost:9'"]
+    fetched = folder / "start" / base.name
+    # An unfinished one, and one that is damaged.
+    shutil.copytree(base, fetched.with_name(base.name + ".writing"))
+    damaged = shutil.copytree(base, fetched.with_name("step_00000007"))
+    (damaged / "manifest.json").write_text("{}")
+    shutil.copytree(base, fetched)
+    assert run(*ask, "--out", tmp_path / "fetched") == 0
+    (first,), (second,) = drawn(tmp_path / "beside"), drawn(tmp_path / "fetched")
+    assert (first == second).all()
 
 
 def test_classes_are_drawn_by_number(classes, tmp_path, capsys):
