@@ -38,12 +38,14 @@ class CropStream:
         num_ranks: ranks that share each step.
         num_steps: length of the stream.
         num_threads: threads that read and decode.
-        max_skipped_share: share of unreadable images above which the stream stops (after 1000 images).
+        max_skipped_share: share of unreadable images that `error_counter` allows.
         first_step: step that the stream begins with.
 
     Attributes:
         samples: positions in the index of the images that were yielded last.
         slots: their numbers within the step, over all ranks.
+        error_counter: images that could not be read since it started; whoever takes the steps checks them over all
+            ranks.
 
     Raises:
         DataError: no image is large enough for one of the sizes.
@@ -77,7 +79,7 @@ class CropStream:
         self._first_step = first_step
         self.samples: tuple[int, ...] = ()
         self.slots: tuple[int, ...] = ()
-        self._error_counter = ErrorCounter(max_skipped_share)
+        self.error_counter = ErrorCounter(max_skipped_share)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="crops")
 
     def __enter__(self) -> CropStream:
@@ -93,7 +95,7 @@ class CropStream:
         """uint8 [n, height, width, 3] per step; unreadable images are left out.
 
         Raises:
-            DataError: too many images are unreadable.
+            DataError: no image of this rank's part of a step can be read.
         """
         ahead: list[list[tuple[int, Future[np.ndarray]]]] = []
         for step in range(self._first_step, len(self._size_of_step)):
@@ -128,17 +130,16 @@ class CropStream:
     def _collect(self, tasks: Sequence[tuple[int, Future[np.ndarray]]]) -> np.ndarray:
         images, samples, slots = [], [], []
         for number, (sample, future) in enumerate(tasks):
-            self._error_counter.record_read()
+            self.error_counter.record_read()
             try:
                 images.append(future.result())
                 samples.append(sample)
                 slots.append(self._rank + number * self._num_ranks)
             except SampleError as error:
-                self._error_counter.record_skipped(error, self._index.shard_path(sample), self._index.name(sample))
-        self._error_counter.check()
+                self.error_counter.record_skipped(error, self._index.shard_path(sample), self._index.name(sample))
         if not images:
             raise DataError(
-                f"no image of a step could be read: {self._error_counter.summary()}. Repair or remove these shards."
+                f"no image of a step could be read: {self.error_counter.summary()}. Repair or remove these shards."
             )
         self.samples, self.slots = tuple(samples), tuple(slots)
         return np.stack(images)

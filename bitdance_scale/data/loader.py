@@ -137,12 +137,11 @@ class Loader:
 
     Attributes:
         plan: the plan it follows.
-        error_counter: sample errors met since it started.
+        error_counter: sample errors met since it started; whoever takes the steps checks them over all replicas.
 
     Raises:
         CheckpointError: `state` is of another data set, seed or plan.
-        DataError: a resolution or a source has no samples; a store cannot be made ready. While iterating: too
-            many skipped samples.
+        DataError: a resolution or a source has no samples; a store cannot be made ready.
         ConfigError: the shards do not fit the node's cache; while iterating, a batch that does not fit the packs (see
             `packing.partition_batch`).
     """
@@ -340,7 +339,6 @@ class Loader:
             else:
                 kept.append(sample)
                 images.append(result)
-        self.error_counter.check()
         if not kept:
             # Every rank must run every pack of the step, so an empty one cannot be skipped.
             kept, images = [without_targets(samples[0])], [self._nothing(samples[0])]

@@ -91,13 +91,13 @@ class StreamLoader:
         state: where to go on; None starts at step 0.
 
     Attributes:
-        error_counter: sample errors met since it started.
+        error_counter: sample errors met since it started; whoever takes the steps checks them over all replicas.
         state: resumes after the last step that was taken.
 
     Raises:
         ConfigError: the replicas cannot have equal parts of a global batch.
-        DataError: a spec names no stream, or there are fewer than replicas. While stepping: too many skipped samples,
-            or streams that give nothing that can be trained.
+        DataError: a spec names no stream, or there are fewer than replicas. While stepping: streams that give nothing
+            that can be trained.
         CheckpointError: `state` is of other streams or settings.
     """
 
@@ -176,7 +176,6 @@ class StreamLoader:
             if not number:
                 loaded = dataclasses.replace(loaded, sample_errors=loaded.sample_errors + errors, wait_s=wait_s)
             packs.append(loaded)
-        self.error_counter.check()
         batch = self._config.data.global_batch
         step = LoadedStep(
             step=flight.step,

@@ -29,7 +29,7 @@ from bitdance_scale.errors import CheckpointError, ConfigError
 from bitdance_scale.observe.cost import memory_bytes, peak_flops, utilisation
 from bitdance_scale.observe.metrics import append_evaluation
 from bitdance_scale.observe.tokenizer_cost import tokenizer_flops
-from bitdance_scale.parallel.agreement import all_ranks, first_rank_numbers, on_first_rank
+from bitdance_scale.parallel.agreement import all_ranks, first_rank_numbers, from_all_ranks, on_first_rank
 from bitdance_scale.parallel.partition import ShardedValue
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.phases import Phase, phase
@@ -168,12 +168,14 @@ class TokenizerJob(Job):
 
     def read(self) -> None:
         """Takes the crops of the next step."""
-        begun_s = time.monotonic()
-        with all_ranks(), phase(Phase.READING):
+        assert self._stream is not None, "steps are taken within a session"
+        begun_s, counter = time.monotonic(), self._stream.error_counter
+        sums = [0, 0, 0]
+        with all_ranks(sums=sums), phase(Phase.READING):
             self._images = next(self._crops)
-        num_read = torch.tensor(len(self._images), device=self.topology.device)
-        dist.all_reduce(num_read)
-        self._num_images_of_step = int(num_read)
+            sums[:] = len(self._images), *counter.totals
+        self._num_images_of_step, *totals = sums
+        counter.check(totals, from_all_ranks)
         self._wait_s += time.monotonic() - begun_s
 
     def take_step(self) -> bool:

@@ -21,6 +21,7 @@ from bitdance_scale.data.loader_state import LoaderState
 from bitdance_scale.data.stream import StreamLoader
 from bitdance_scale.data.stream_sampling import SourceStream, read_sample
 from bitdance_scale.errors import CheckpointError, ConfigError, DataError
+from bitdance_scale.parallel.agreement import from_all_ranks
 from tests.unit.data.small_data import encode_image, sample_members, write_tar
 
 PLAIN = {"text_drop": 0.0, "mode": "stream", "stream_buffer": 4}
@@ -212,6 +213,7 @@ def test_too_many_broken_streams_stop_the_run(make_stream, data_set, tokenizer, 
     ):
         for _ in range(20):
             streams.next_step()
+            streams.error_counter.check(streams.error_counter.totals, from_all_ranks)
 
 
 def test_streams_that_give_nothing_are_an_error(make_stream, tokenizer, tmp_path, monkeypatch):
