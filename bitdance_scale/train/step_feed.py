@@ -63,8 +63,9 @@ class StepReader:
         self._vision, self._topology = vision, topology
         self._loader: Loader | StreamLoader | None = None
         self._is_stream = index is None
-        # Of a rank that does not read it stays empty.
-        self._error_counter = ErrorCounter(config.data.max_skipped_share)
+        # Of a rank that does not read they stay empty. Streams have one more (`StreamLoader.error_counters`).
+        num_counters = 2 if self._is_stream else 1
+        self._error_counters = tuple(ErrorCounter(config.data.max_skipped_share) for _ in range(num_counters))
         with all_ranks():
             if topology.is_reader:
                 resumed = None if state is None else LoaderState.from_dict(state)
@@ -73,7 +74,7 @@ class StepReader:
                     self._loader = StreamLoader(config, condition, *replica, resumed)
                 else:
                     self._loader = Loader(config, condition, index, *replica, resumed)
-                self._error_counter = self._loader.error_counter
+                self._error_counters = self._loader.error_counters
 
     def __enter__(self) -> StepReader:
         return self
@@ -97,12 +98,13 @@ class StepReader:
             BitDanceError: on all ranks, what is wrong with the data; a `DataError` if too many samples were skipped.
         """
         read = None
-        totals = [0, 0]
+        totals = [0, 0] * len(self._error_counters)
         with all_ranks(sums=totals), phase(Phase.READING):
             if self._loader is not None:
                 read = self._loader.next_step()
-                totals[:] = self._error_counter.totals
-        self._error_counter.check(totals, from_all_ranks)
+                totals[:] = [total for counter in self._error_counters for total in counter.totals]
+        for counter, num_read, num_skipped in zip(self._error_counters, totals[::2], totals[1::2], strict=True):
+            counter.check((num_read, num_skipped), from_all_ranks)
         if self._is_stream:
             # Streams are not planned for all replicas, but all of them must run the same number of packs.
             num_packs = largest_number(0 if read is None else len(read.packs))

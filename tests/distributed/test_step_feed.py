@@ -59,6 +59,7 @@ def _read(rank: int, num_bad: tuple[int, int]) -> tuple[int, str]:
 
         def __init__(self, config: Any, condition: Any, index: Any, data_rank: int, *_: Any) -> None:
             self.error_counter = ErrorCounter(config.data.max_skipped_share)
+            self.error_counters = (self.error_counter,)
             self.replica, self.step = data_rank, 0
 
         def next_step(self) -> int:
