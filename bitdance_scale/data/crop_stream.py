@@ -1,13 +1,15 @@
 """Crops of images without captions, to train and evaluate the visual tokenizer.
 
-Which images a step has and how they are cropped depends on (seed, step) alone, not on the number of ranks or on what
-was read before.
+Which images a step has and how they are cropped depends on (seed, step) and on which images can be read, not on the
+number of ranks or on what was read before. In the place of an image that cannot be read comes another one, drawn by
+(seed, step, place), so that every rank has its whole part of every step: a rank with one image a step would have none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
@@ -20,6 +22,24 @@ from bitdance_scale.data.reader import ShardReader
 from bitdance_scale.errors import DataError
 
 NUM_STEPS_AHEAD = 2
+MAX_SUBSTITUTES = 64
+"""Images that are tried in the place of one that cannot be read. If half of all images are bad, none of so many can be
+read in one of 4e19 places."""
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What came of one place of a step.
+
+    Attributes:
+        sample: position in the index of the image that was tried last.
+        crop: uint8 [height, width, 3] of it; None if it cannot be read either.
+        failures: (position in the index, what is wrong) of all that cannot be read.
+    """
+
+    sample: int
+    crop: np.ndarray | None
+    failures: list[tuple[int, SampleError]]
 
 
 class CropStream:
@@ -38,12 +58,14 @@ class CropStream:
         num_ranks: ranks that share each step.
         num_steps: length of the stream.
         num_threads: threads that read and decode.
-        max_skipped_share: share of unreadable images above which the stream stops (after 1000 images).
+        max_skipped_share: share of unreadable images that `error_counter` allows.
         first_step: step that the stream begins with.
 
     Attributes:
         samples: positions in the index of the images that were yielded last.
         slots: their numbers within the step, over all ranks.
+        error_counter: images that could not be read since it started; whoever takes the steps checks them over all
+            ranks.
 
     Raises:
         DataError: no image is large enough for one of the sizes.
@@ -77,7 +99,7 @@ class CropStream:
         self._first_step = first_step
         self.samples: tuple[int, ...] = ()
         self.slots: tuple[int, ...] = ()
-        self._error_counter = ErrorCounter(max_skipped_share)
+        self.error_counter = ErrorCounter(max_skipped_share)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="crops")
 
     def __enter__(self) -> CropStream:
@@ -90,18 +112,18 @@ class CropStream:
         self._reader.close()
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """uint8 [n, height, width, 3] per step; unreadable images are left out.
+        """uint8 [n, height, width, 3] per step.
 
         Raises:
-            DataError: too many images are unreadable.
+            DataError: neither an image nor any of `MAX_SUBSTITUTES` others in its place can be read.
         """
-        ahead: list[list[tuple[int, Future[np.ndarray]]]] = []
+        ahead: list[list[Future[_Cut]]] = []
         for step in range(self._first_step, len(self._size_of_step)):
             stop = min(step + NUM_STEPS_AHEAD + 1, len(self._size_of_step))
             ahead += [self._start(later) for later in range(step + len(ahead), stop)]
             yield self._collect(ahead.pop(0))
 
-    def _start(self, step: int) -> list[tuple[int, Future[np.ndarray]]]:
+    def _start(self, step: int) -> list[Future[_Cut]]:
         """Hands the images of a step to the threads."""
         size = int(self._size_of_step[step])
         num_images = self._images_of_size[size]
@@ -111,9 +133,22 @@ class CropStream:
             epoch, position = divmod(first + slot, len(self._eligible[size]))
             order = Permutation(len(self._eligible[size]), (self._seed, size, epoch))
             sample = int(self._eligible[size][order(np.array([position]))[0]])
-            rng = np.random.default_rng([self._seed, 1, step, slot])
-            tasks.append((sample, self._threads.submit(self._crop, sample, self._sizes_px[size], rng)))
+            tasks.append(self._threads.submit(self._cut, size, step, slot, sample))
         return tasks
+
+    def _cut(self, size: int, step: int, slot: int, sample: int) -> _Cut:
+        """The crop of an image, or of another one in its place; runs in the threads."""
+        rng = np.random.default_rng([self._seed, 1, step, slot])
+        failures: list[tuple[int, SampleError]] = []
+        while True:
+            try:
+                return _Cut(sample, self._crop(sample, self._sizes_px[size], rng), failures)
+            except SampleError as error:
+                failures.append((sample, error))
+            if len(failures) > MAX_SUBSTITUTES:
+                return _Cut(sample, None, failures)
+            rng = np.random.default_rng([self._seed, 2, step, slot, len(failures)])
+            sample = int(rng.choice(self._eligible[size]))
 
     def _crop(self, sample: int, crop_px: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
         stored = self._index.size_px(sample)
@@ -125,23 +160,21 @@ class CropStream:
         top, left = (int(rng.integers(side - crop + 1)) for side, crop in zip(scaled, crop_px, strict=True))
         return image[top : top + crop_px[0], left : left + crop_px[1]]
 
-    def _collect(self, tasks: Sequence[tuple[int, Future[np.ndarray]]]) -> np.ndarray:
-        images, samples, slots = [], [], []
-        for number, (sample, future) in enumerate(tasks):
-            self._error_counter.record_read()
-            try:
-                images.append(future.result())
-                samples.append(sample)
-                slots.append(self._rank + number * self._num_ranks)
-            except SampleError as error:
-                self._error_counter.record_skipped(error, self._index.shard_path(sample), self._index.name(sample))
-        self._error_counter.check()
-        if not images:
+    def _collect(self, tasks: Sequence[Future[_Cut]]) -> np.ndarray:
+        counter, cuts = self.error_counter, [task.result() for task in tasks]
+        for cut in cuts:
+            counter.record_read(len(cut.failures) + (cut.crop is not None))
+            for sample, error in cut.failures:
+                counter.record_skipped(error, self._index.shard_path(sample), self._index.name(sample))
+        crops = [cut.crop for cut in cuts if cut.crop is not None]
+        if len(crops) < len(cuts):
             raise DataError(
-                f"no image of a step could be read: {self._error_counter.summary()}. Repair or remove these shards."
+                f"an image cannot be read, nor can {MAX_SUBSTITUTES} others in its place: {counter.summary()}. Repair "
+                "or remove these shards."
             )
-        self.samples, self.slots = tuple(samples), tuple(slots)
-        return np.stack(images)
+        self.samples = tuple(cut.sample for cut in cuts)
+        self.slots = tuple(range(self._rank, self._rank + len(cuts) * self._num_ranks, self._num_ranks))
+        return np.stack(crops)
 
 
 def large_enough(index: Index, crop_px: tuple[int, int]) -> np.ndarray:

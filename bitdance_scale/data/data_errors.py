@@ -1,14 +1,15 @@
 """What can be wrong with a sample, and how often it was: every sample error is counted by cause and shard.
 
 A bad sample must neither stop a run of a month nor vanish without a trace. It is skipped: its place in the plan stays,
-but it is left out of its pack and counted. If more than `data.max_skipped_share` of the samples are skipped, the run
-stops and names the shards.
+but it is left out of its pack and counted. If more than `data.max_skipped_share` of the samples of all replicas are
+skipped, the run stops and names the shards.
 """
 
 from __future__ import annotations
 
 import enum
 from collections import Counter
+from collections.abc import Callable, Sequence
 
 from bitdance_scale.errors import DataError
 
@@ -57,8 +58,8 @@ class ErrorCounter:
     """Counts the sample errors of one loader since it started; only the thread that takes its packs may use it.
 
     Args:
-        max_skipped_share: largest share of skipped samples among the samples read. `check` stops the run above it, but
-            not before `MIN_SAMPLES_FOR_STOP` samples, because a share of few samples says little.
+        max_skipped_share: largest share of skipped samples among those that all replicas have read. `check` stops the
+            run above it, but not before `MIN_SAMPLES_FOR_STOP` samples, because a share of few samples says little.
 
     Attributes:
         num_read: samples that were read, or that should have been.
@@ -71,6 +72,11 @@ class ErrorCounter:
         self._example = ""
         self.num_read = 0
         self.num_skipped = 0
+
+    @property
+    def totals(self) -> tuple[int, int]:
+        """(samples read, samples skipped)."""
+        return self.num_read, self.num_skipped
 
     def record_read(self, num_samples: int = 1) -> None:
         """Counts samples that were read, or that should have been."""
@@ -100,16 +106,35 @@ class ErrorCounter:
             parts.append(f"{cause} {sum(shards.values())} in {named}{others}")
         return "; ".join(parts)
 
-    def check(self) -> None:
-        """Stops the run if too many samples are skipped.
+    def check(self, totals: Sequence[int], from_all_ranks: Callable[[ErrorCounter], Sequence[ErrorCounter]]) -> None:
+        """Stops the run if too many samples are skipped; all ranks call it alike, and decide alike.
+
+        A replica alone has read too few samples: of many replicas that skip a tenth of what is allowed, one would soon
+        have two bad samples among its first thousand.
+
+        Args:
+            totals: the sums of all ranks' `totals`.
+            from_all_ranks: gives the counters of all ranks, in their order; called if the run stops.
 
         Raises:
-            DataError: more samples are skipped than allowed; names counts, causes, shards and the latest sample.
+            DataError: on all ranks the same: more samples are skipped than allowed. Names counts, causes and shards of
+                all ranks, and the latest sample of one.
         """
-        if self.num_read < MIN_SAMPLES_FOR_STOP or self.num_skipped <= self._max_skipped_share * self.num_read:
+        num_read, num_skipped = totals
+        if num_read < MIN_SAMPLES_FOR_STOP or num_skipped <= self._max_skipped_share * num_read:
             return
+        run = ErrorCounter(self._max_skipped_share)
+        for counter in from_all_ranks(self):
+            run._add(counter)
         raise DataError(
-            f"{self.summary()}. That is more than data.max_skipped_share={self._max_skipped_share:g} allows. Latest: "
-            f"{self._example}. Repair or remove these shards, or raise data.max_skipped_share if training without "
+            f"{run.summary()}. That is more than data.max_skipped_share={self._max_skipped_share:g} allows. Latest: "
+            f"{run._example}. Repair or remove these shards, or raise data.max_skipped_share if training without "
             "these samples is acceptable."
         )
+
+    def _add(self, other: ErrorCounter) -> None:
+        self.num_read += other.num_read
+        self.num_skipped += other.num_skipped
+        for cause, shards in other._counts.items():
+            self._counts.setdefault(cause, Counter()).update(shards)
+        self._example = other._example or self._example

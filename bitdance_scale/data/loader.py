@@ -91,7 +91,7 @@ class LoadedStep:
         state: resumes after the step.
         images_by_resolution: planned samples of the *global* batch, by side of the resolution in pixels.
         images_by_source: planned samples of the global batches of the run up to this one, by name of the source.
-        sample_errors: cause -> samples of this replica with it.
+        sample_errors: cause -> samples of this replica with it; of streams also those that could not be planned.
         num_ready: steps read ahead of this one, all of their images included, when it was taken.
         wait_s: seconds the consumer waited for the packs.
     """
@@ -107,7 +107,7 @@ class LoadedStep:
 
     @property
     def num_skipped(self) -> int:
-        """Samples of this replica that could not be used."""
+        """Planned samples of this replica that could not be used and are left out."""
         return sum(pack.num_skipped for pack in self.packs)
 
 
@@ -141,8 +141,7 @@ class Loader:
 
     Raises:
         CheckpointError: `state` is of another data set, seed or plan.
-        DataError: a resolution or a source has no samples; a store cannot be made ready. While iterating: too
-            many skipped samples.
+        DataError: a resolution or a source has no samples; a store cannot be made ready.
         ConfigError: the shards do not fit the node's cache; while iterating, a batch that does not fit the packs (see
             `packing.partition_batch`).
     """
@@ -191,6 +190,11 @@ class Loader:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    @property
+    def error_counters(self) -> tuple[ErrorCounter, ...]:
+        """What whoever takes the steps checks over all replicas."""
+        return (self.error_counter,)
 
     def close(self) -> None:
         """Ends the threads; reads that were not begun are dropped."""
@@ -340,7 +344,6 @@ class Loader:
             else:
                 kept.append(sample)
                 images.append(result)
-        self.error_counter.check()
         if not kept:
             # Every rank must run every pack of the step, so an empty one cannot be skipped.
             kept, images = [without_targets(samples[0])], [self._nothing(samples[0])]

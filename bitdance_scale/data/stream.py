@@ -67,11 +67,13 @@ class _StepInFlight:
     Attributes:
         step: the optimiser step.
         packs: samples of each pack, with where they are from and the image to come.
-        problems: what went wrong in the streams since the step before it.
+        num_read: samples that were read from the streams since the step before it.
+        problems: what went wrong with some of them.
     """
 
     step: int
     packs: list[list[tuple[Sample, StreamSample, Future[_Image]]]]
+    num_read: int
     problems: list[StreamProblem]
 
     @property
@@ -91,13 +93,15 @@ class StreamLoader:
         state: where to go on; None starts at step 0.
 
     Attributes:
-        error_counter: sample errors met since it started.
+        error_counter: errors of the samples that were drawn since it started, as with an index.
+        stream_counter: errors of all samples that the streams gave, or should have, those that filters leave out
+            included; an index counts them before a run. What a resume skips is counted by neither.
         state: resumes after the last step that was taken.
 
     Raises:
         ConfigError: the replicas cannot have equal parts of a global batch.
-        DataError: a spec names no stream, or there are fewer than replicas. While stepping: too many skipped samples,
-            or streams that give nothing that can be trained.
+        DataError: a spec names no stream, or there are fewer than replicas. While stepping: streams that give nothing
+            that can be trained.
         CheckpointError: `state` is of other streams or settings.
     """
 
@@ -116,6 +120,7 @@ class StreamLoader:
                 "replicas with data.mode = 'stream', because each takes an equal part; change one of the two"
             )
         self.error_counter = ErrorCounter(data.max_skipped_share)
+        self.stream_counter = ErrorCounter(data.max_skipped_share)
         self._config, self._condition = config, condition
         self._replica = (data_rank, num_data_ranks)
         self._resolutions = [resolution for resolution in data.resolutions if resolution.share > 0]
@@ -151,6 +156,11 @@ class StreamLoader:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @property
+    def error_counters(self) -> tuple[ErrorCounter, ...]:
+        """What whoever takes the steps checks over all replicas."""
+        return self.error_counter, self.stream_counter
+
     def close(self) -> None:
         """Ends the threads and the commands that are being read."""
         self._is_closed = True
@@ -169,14 +179,9 @@ class StreamLoader:
         images = [[self._wait_for(source, image) for _, source, image in pack] for pack in flight.packs]
         wait_s = time.monotonic() - begun_s
         self.state = dataclasses.replace(self.state, step=flight.step + 1)
-        errors = self._count_problems(flight.problems)
-        packs = []
-        for number, (planned, results) in enumerate(zip(flight.packs, images, strict=True)):
-            loaded = self._assemble(flight.step, planned, results)
-            if not number:
-                loaded = dataclasses.replace(loaded, sample_errors=loaded.sample_errors + errors, wait_s=wait_s)
-            packs.append(loaded)
-        self.error_counter.check()
+        errors = self._count_read(flight)
+        packs = [self._assemble(flight.step, *planned) for planned in zip(flight.packs, images, strict=True)]
+        packs[0] = dataclasses.replace(packs[0], wait_s=wait_s)
         batch = self._config.data.global_batch
         step = LoadedStep(
             step=flight.step,
@@ -184,7 +189,7 @@ class StreamLoader:
             state=self.state,
             images_by_resolution=self._images_by_resolution(flight.step * batch, (flight.step + 1) * batch),
             images_by_source=self._images_by_source((flight.step + 1) * batch),
-            sample_errors=sum((pack.sample_errors for pack in packs), Counter()),
+            sample_errors=sum((pack.sample_errors for pack in packs), errors),
             num_ready=sum(1 for ahead in list(self._ahead) if ahead.is_read),
             wait_s=wait_s,
         )
@@ -203,8 +208,9 @@ class StreamLoader:
     def _start_step(self, step: int) -> _StepInFlight:
         """Draws the samples of a step and starts decoding them; runs in a thread."""
         while self._next_read < step:
-            # Skipped: drawn as before, so that the same ones come next.
+            # Skipped: drawn as before, so that the same ones come next, and counted when they were trained.
             self._draw(self._next_read)
+            self._take_counts()
             self._next_read += 1
         drawn = self._draw(step)
         self._next_read = step + 1
@@ -220,10 +226,14 @@ class StreamLoader:
             [(samples[place], drawn[place].sample, self._submit(drawn[place], step)) for place in places]
             for places in places_of_packs
         ]
-        problems = [problem for stream in self._streams for problem in stream.take_problems()]
-        flight = _StepInFlight(step, packs, problems)
+        flight = _StepInFlight(step, packs, *self._take_counts())
         self._ahead.append(flight)
         return flight
+
+    def _take_counts(self) -> tuple[int, list[StreamProblem]]:
+        """Samples read from all streams since the last call, and what went wrong with some of them."""
+        counts = [stream.take_counts() for stream in self._streams]
+        return sum(num_read for num_read, _ in counts), [problem for _, problems in counts for problem in problems]
 
     def _submit(self, drawn: _Drawn, step: int) -> Future[_Image]:
         # Streams have no epochs.
@@ -284,12 +294,13 @@ class StreamLoader:
             except TimeoutError:
                 logger.warning("decoding sample %s of %s takes longer than %.0f s", source.name, source.shard, STALL_S)
 
-    def _count_problems(self, problems: Sequence[StreamProblem]) -> Counter[ErrorCause]:
+    def _count_read(self, flight: _StepInFlight) -> Counter[ErrorCause]:
+        """Counts what was read from the streams for a step; returns what went wrong, by cause."""
         errors: Counter[ErrorCause] = Counter()
-        for problem in problems:
-            self.error_counter.record_read(problem.num_samples)
+        self.stream_counter.record_read(flight.num_read)
+        for problem in flight.problems:
             for _ in range(problem.num_samples):
-                self.error_counter.record_skipped(problem.error, problem.shard, problem.name)
+                self.stream_counter.record_skipped(problem.error, problem.shard, problem.name)
             errors[problem.error.cause] += problem.num_samples
         return errors
 

@@ -98,6 +98,7 @@ class SourceStream:
         self._filters = SourceFilters(cast(Index, self._scores), source, data.filters)
         self._buckets = {r.side_px: resolution_buckets(r) for r in data.resolutions if r.share > 0}
         self._buffer: list[tuple[StreamSample, dict[int, tuple[int, int]]]] = []
+        self._num_read = 0
         self._problems: list[StreamProblem] = []
         self._open: TarStream | None = None
         self._is_stopped = threading.Event()
@@ -117,10 +118,14 @@ class SourceStream:
         if self._open is not None:
             self._open.stop()
 
-    def take_problems(self) -> list[StreamProblem]:
-        """What went wrong since the last call."""
-        problems, self._problems = self._problems, []
-        return problems
+    def take_counts(self) -> tuple[int, list[StreamProblem]]:
+        """Samples that were read since the last call, or that should have been, and what went wrong with some of them.
+
+        Those that the filters leave out have been read, too.
+        """
+        counts = self._num_read, self._problems
+        self._num_read, self._problems = 0, []
+        return counts
 
     def draw(self, resolution: Resolution) -> tuple[StreamSample, tuple[int, int]]:
         """A sample for a resolution, at random out of the buffer, and its bucket.
@@ -186,6 +191,7 @@ class SourceStream:
         """The samples that can be trained and pass the filters, without end."""
         num_fruitless, last = 0, ""
         for url, members in self._members():
+            self._num_read += 1
             try:
                 sample = read_sample(members, url, self._captions)
                 last = f"{url}: the filters leave out {sample.name}"
@@ -225,6 +231,7 @@ class SourceStream:
                 problem = str(error)
                 # What a broken stream lacks cannot be counted: as many as it has fewer than the whole ones so far.
                 num_lost = max(1, round(self._mean_samples) - num_samples)
+                self._num_read += num_lost
                 logger.warning("%s: broke after %d samples (last: %s): %s", url, num_samples, name or "none", error)
                 self._problems.append(
                     StreamProblem(SampleError(ErrorCause.READ_FAILED, problem), url, name or "(first)", num_lost)

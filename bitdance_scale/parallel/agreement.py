@@ -25,7 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def all_ranks(group: dist.ProcessGroup | None = None, *, other: type[BitDanceError] | None = None) -> Iterator[None]:
+def all_ranks(
+    group: dist.ProcessGroup | None = None,
+    *,
+    other: type[BitDanceError] | None = None,
+    sums: list[int] | None = None,
+) -> Iterator[None]:
     """Runs a block that may fail on some ranks, and raises on every rank when it failed on any.
 
     One number is summed; the errors themselves travel only when there are any. The block must not communicate in the
@@ -34,6 +39,8 @@ def all_ranks(group: dist.ProcessGroup | None = None, *, other: type[BitDanceErr
     Args:
         group: ranks that take part; None: all.
         other: type that errors which are not ours, such as an OSError, are raised as; None: their own.
+        sums: numbers of this rank, as many on every rank, which the block may set; after it they are the sums over the
+            ranks. They travel with the number that is summed anyway.
 
     Raises:
         BitDanceError: of the type of the first failing rank's error; the message names the ranks.
@@ -43,8 +50,11 @@ def all_ranks(group: dist.ProcessGroup | None = None, *, other: type[BitDanceErr
         yield
     except Exception as caught:  # noqa: BLE001  # The other ranks must hear of every error.
         error = caught
-    if any_rank(error is not None, group):
+    num_failed, *totals = summed_numbers([int(error is not None), *(sums or ())], group)
+    if num_failed:
         raise _first(from_all_ranks(_portable(error, other), group)) from error
+    if sums is not None:
+        sums[:] = totals
 
 
 def on_first_rank(
@@ -86,6 +96,17 @@ def any_rank_each(are_true: Sequence[bool], group: dist.ProcessGroup | None = No
     flags = torch.tensor([int(flag) for flag in are_true], dtype=torch.int32, device="cuda" if is_nccl else "cpu")
     dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
     return [bool(flag) for flag in flags.tolist()]
+
+
+def summed_numbers(values: Sequence[int], group: dist.ProcessGroup | None = None) -> list[int]:
+    """The sums over the ranks of a group of their numbers, as many on each; one collective."""
+    if not dist.is_initialized():
+        return list(values)
+    is_nccl = dist.get_backend(group) == "nccl"
+    numbers = torch.tensor(values, dtype=torch.int64, device="cuda" if is_nccl else "cpu")
+    dist.all_reduce(numbers, group=group)
+    result: list[int] = numbers.tolist()
+    return result
 
 
 def from_all_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:

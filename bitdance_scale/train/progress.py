@@ -80,20 +80,20 @@ class StepMeter:
         flops = step_flops(self._config, self._vocab_size, counts).training
         sample_errors = [loaded.sample_errors[cause] for cause in ErrorCause]
         totals = torch.tensor(
-            [counts.num_positions, num_padding, flops, *sample_errors],
+            [counts.num_positions, num_padding, flops, loaded.num_skipped, *sample_errors],
             dtype=torch.float64,
             device=self._topology.device,
         )
         dist.all_reduce(totals, group=self._topology.data_group)
-        positions, padding, total_flops, *sample_errors = totals.tolist()
+        positions, padding, total_flops, num_left_out, *sample_errors = totals.tolist()
         by_cause = {cause: int(count) for cause, count in zip(ErrorCause, sample_errors, strict=True) if count}
-        skipped_samples = sum(count for cause, count in by_cause.items() if cause.is_skipped)
-        planned = sum(loaded.images_by_resolution.values())
+        # Not those of `by_cause`: samples that streams have lost were never planned.
+        num_trained = sum(loaded.images_by_resolution.values()) - int(num_left_out)
         progress = self.progress
         progress.step += 1
-        progress.images += planned - skipped_samples
+        progress.images += num_trained
         progress.tokens += int(positions)
-        progress.skipped_samples += skipped_samples
+        progress.skipped_samples += sum(count for cause, count in by_cause.items() if cause.is_skipped)
         for cause, count in by_cause.items():
             progress.sample_errors[str(cause)] = progress.sample_errors.get(str(cause), 0) + count
         progress.skipped_steps += int(is_skipped)
@@ -103,7 +103,7 @@ class StepMeter:
         self.stragglers.add(flops)
         self._num_steps += 1
         self._wait_s += ready.wait_s
-        self._images += planned - skipped_samples
+        self._images += num_trained
         self._num_ready = loaded.num_ready
         self._positions += int(positions)
         self._padding += int(padding)

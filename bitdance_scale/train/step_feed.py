@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.data.data_errors import ErrorCounter
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.loader import LoadedStep, Loader
 from bitdance_scale.data.loader_state import LoaderState
@@ -24,7 +25,7 @@ from bitdance_scale.data.plan.plan import StreamUse
 from bitdance_scale.data.stream import StreamLoader
 from bitdance_scale.errors import BitDanceError
 from bitdance_scale.model.inputs import PackInputs
-from bitdance_scale.parallel.agreement import all_ranks, largest_number
+from bitdance_scale.parallel.agreement import all_ranks, from_all_ranks, largest_number
 from bitdance_scale.parallel.broadcast import share_step
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.phases import Phase, phase
@@ -39,7 +40,7 @@ Prepare = Callable[[Sequence[Pack], int], list[PackInputs]]
 class StepReader:
     """The packs of every step, read by one rank of each replica and known to all of its ranks; a context manager.
 
-    An error of any reader is raised on all ranks of the job.
+    An error of any reader is raised on all ranks of the job, as is one about samples that all of them together skip.
 
     Args:
         config: the run.
@@ -62,6 +63,9 @@ class StepReader:
         self._vision, self._topology = vision, topology
         self._loader: Loader | StreamLoader | None = None
         self._is_stream = index is None
+        # Of a rank that does not read they stay empty. Streams have one more (`StreamLoader.error_counters`).
+        num_counters = 2 if self._is_stream else 1
+        self._error_counters = tuple(ErrorCounter(config.data.max_skipped_share) for _ in range(num_counters))
         with all_ranks():
             if topology.is_reader:
                 resumed = None if state is None else LoaderState.from_dict(state)
@@ -70,6 +74,7 @@ class StepReader:
                     self._loader = StreamLoader(config, condition, *replica, resumed)
                 else:
                     self._loader = Loader(config, condition, index, *replica, resumed)
+                self._error_counters = self._loader.error_counters
 
     def __enter__(self) -> StepReader:
         return self
@@ -87,11 +92,19 @@ class StepReader:
         return self._loader.plan.filter_counts() if isinstance(self._loader, Loader) else {}
 
     def next_step(self) -> LoadedStep:
-        """The packs of the next step with their images encoded; a collective."""
+        """The packs of the next step with their images encoded; a collective.
+
+        Raises:
+            BitDanceError: on all ranks, what is wrong with the data; a `DataError` if too many samples were skipped.
+        """
         read = None
-        with all_ranks(), phase(Phase.READING):
+        totals = [0, 0] * len(self._error_counters)
+        with all_ranks(sums=totals), phase(Phase.READING):
             if self._loader is not None:
                 read = self._loader.next_step()
+                totals[:] = [total for counter in self._error_counters for total in counter.totals]
+        for counter, num_read, num_skipped in zip(self._error_counters, totals[::2], totals[1::2], strict=True):
+            counter.check((num_read, num_skipped), from_all_ranks)
         if self._is_stream:
             # Streams are not planned for all replicas, but all of them must run the same number of packs.
             num_packs = largest_number(0 if read is None else len(read.packs))

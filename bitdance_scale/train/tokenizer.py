@@ -29,7 +29,7 @@ from bitdance_scale.errors import CheckpointError, ConfigError
 from bitdance_scale.observe.cost import memory_bytes, peak_flops, utilisation
 from bitdance_scale.observe.metrics import append_evaluation
 from bitdance_scale.observe.tokenizer_cost import tokenizer_flops
-from bitdance_scale.parallel.agreement import all_ranks, first_rank_numbers, on_first_rank
+from bitdance_scale.parallel.agreement import all_ranks, first_rank_numbers, from_all_ranks, on_first_rank
 from bitdance_scale.parallel.partition import ShardedValue
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.phases import Phase, phase
@@ -112,7 +112,8 @@ class TokenizerJob(Job):
         self._stream: CropStream | None = None
         self._crops: Iterator[np.ndarray] = iter(())
         self._images = np.empty((0, 0, 0, 3), dtype=np.uint8)
-        self._num_images_of_step = 0
+        # Images that could not be read: before this process, and since.
+        self._skipped_before, self._num_skipped = self._state.skipped_samples, 0
         self._peak = peak_flops(topology.device_name, config.run.dtype)
         self._begun_s, self._num_steps, self._num_images = time.monotonic(), 0, 0
         self._wait_s, self._flops = 0.0, 0
@@ -168,12 +169,14 @@ class TokenizerJob(Job):
 
     def read(self) -> None:
         """Takes the crops of the next step."""
-        begun_s = time.monotonic()
-        with all_ranks(), phase(Phase.READING):
+        assert self._stream is not None, "steps are taken within a session"
+        begun_s, counter = time.monotonic(), self._stream.error_counter
+        totals = [0, 0]
+        with all_ranks(sums=totals), phase(Phase.READING):
             self._images = next(self._crops)
-        num_read = torch.tensor(len(self._images), device=self.topology.device)
-        dist.all_reduce(num_read)
-        self._num_images_of_step = int(num_read)
+            totals[:] = counter.totals
+        counter.check(totals, from_all_ranks)
+        self._num_skipped = totals[1]
         self._wait_s += time.monotonic() - begun_s
 
     def take_step(self) -> bool:
@@ -198,6 +201,11 @@ class TokenizerJob(Job):
                 self._explain(spike)
         self._count(is_skipped=not is_finite)
         return is_skipped
+
+    @property
+    def _num_images_of_step(self) -> int:
+        """Images of the step that was read, over all ranks."""
+        return self.config.data.images_px // math.prod(self._images.shape[1:3])
 
     def _step_crops(self) -> Crops:
         assert self._stream is not None, "steps are taken within a session"
@@ -348,13 +356,12 @@ class TokenizerJob(Job):
         self._wait_s, self._flops = 0.0, 0
 
     def _count(self, is_skipped: bool) -> None:
-        num_planned = self.config.data.images_px // math.prod(self._images.shape[1:3])
         num_images, state = self._num_images_of_step, self._state
         self._state = dataclasses.replace(
             state,
             step=state.step + 1,
             images=state.images + num_images,
-            skipped_samples=state.skipped_samples + num_planned - num_images,
+            skipped_samples=self._skipped_before + self._num_skipped,
             skipped_steps=state.skipped_steps + int(is_skipped),
         )
         self._num_steps += 1

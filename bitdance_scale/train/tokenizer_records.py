@@ -19,7 +19,7 @@ class TokenizerState(StepState):
 
     Attributes:
         images: images trained on.
-        skipped_samples: images that could not be read and were left out, on all ranks.
+        skipped_samples: images that could not be read, on all ranks; each had another one in its place.
         skipped_steps: steps whose gradient was not finite and changed nothing.
         data_digest: digest of all that decides which crops make up a step.
         guards: what the rules on skipped steps and spikes remember (`train/step_guards.py`); JSON values.
@@ -55,7 +55,7 @@ class TokenizerMetrics(StepRecord):
         images_per_s: images per second of all ranks together.
         mfu: model FLOPs utilisation in 0..1 (`observe/tokenizer_cost.py`); None where the device's peak is unknown.
         memory_bytes: highest memory in use on any rank so far.
-        skipped_samples: images since the start of the run that could not be read and were left out.
+        skipped_samples: images since the start of the run that could not be read; each had another one in its place.
         skipped_steps: steps since the start of the run whose gradient was not finite and changed nothing.
         spikes: steps since the start of the run with a loss or gradient norm far above its course
             (`train/step_guards.py`), taken or not.

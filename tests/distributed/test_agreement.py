@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from bitdance_scale.errors import BitDanceError, CheckpointError, ConfigError, DataError
-from bitdance_scale.parallel.agreement import all_ranks, any_rank, on_first_rank
+from bitdance_scale.parallel.agreement import all_ranks, any_rank, from_all_ranks, on_first_rank, summed_numbers
 from tests.distributed.spawn import run_ranks
 
 
@@ -43,6 +43,14 @@ def every_kind(rank: int) -> None:
         fail_on(rank, (0, 1, 2), Unpicklable("a", "b"))
     with all_ranks():
         pass
+    sums = [0, 0]
+    with all_ranks(sums=sums):
+        sums[:] = rank, 2**40
+    assert sums == [3, 3 * 2**40]
+    with pytest.raises(DataError, match="rank 1: wrong"), all_ranks(sums=sums):
+        fail_on(rank, (1,), DataError("wrong"))
+        sums[:] = 1, 1
+    assert summed_numbers([rank, 1]) == [3, 3] and from_all_ranks(str(rank)) == ["0", "1", "2"]
     assert any_rank(rank == 2) and not any_rank(False)
     assert on_first_rank(lambda: rank) == 0
     with pytest.raises(ConfigError, match="^first$"):
@@ -61,4 +69,8 @@ def test_without_a_process_group_they_are_plain_calls() -> None:
         raise ConfigError("wrong")
     with pytest.raises(CheckpointError, match="^OSError: disk$"), all_ranks(other=CheckpointError):
         raise OSError("disk")
+    sums = [4]
+    with all_ranks(sums=sums):
+        sums[0] += 1
+    assert sums == [5] == summed_numbers([5]) == from_all_ranks(5)
     assert on_first_rank(lambda: 3) == 3 and any_rank(True) and not any_rank(False)

@@ -19,6 +19,7 @@ from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE, read_r
 from bitdance_scale.train.process import EXIT_REQUEUE
 from bitdance_scale.train.tokenizer_records import TokenizerEvaluation, TokenizerMetrics
 from tests.distributed.spawn import run_ranks
+from tests.unit.data.small_data import sample_members, write_tar
 
 DEMO = CONFIGS / "demo_tokenizer.toml"
 
@@ -58,6 +59,27 @@ def test_gradients_of_two_ranks_are_those_of_one(settings: list[str], tmp_path: 
     # the weights (Adam's first steps have the full rate whatever the gradient), hence the wider bound.
     np.testing.assert_allclose(norms[2][0], norms[1][0], rtol=1e-5)
     np.testing.assert_allclose(norms[2], norms[1], rtol=0.05)
+
+
+def test_a_damaged_image_ends_no_rank_that_has_one_image_a_step(settings: list[str], tmp_path: Path):
+    samples = {f"{number}": sample_members(40, 40, "a", number) for number in range(4)}
+    samples["3"]["jpg"] = samples["3"]["jpg"][:-300]
+    write_tar(tmp_path / "damaged" / "0.tar", samples)
+    settings = [*settings, f'data.shards=["{tmp_path / "damaged"}"]', "data.images_px=512"]
+    results = {}
+    for num_ranks in (1, 2):
+        root = tmp_path / f"runs_{num_ranks}"
+        assert run_ranks(num_ranks, train, [*settings, f"run.root={root}"]) == [0] * num_ranks
+        records = read_records(root / "demo_tokenizer" / METRICS_FILE, TokenizerMetrics)
+        assert [record.images for record in records] == [2, 4, 6]
+        results[num_ranks] = [(record.skipped_samples, record.grad_norm) for record in records]
+    counts, norms = zip(*results[1], strict=True)
+    other_counts, other_norms = zip(*results[2], strict=True)
+    # The four images are those of the first two steps.
+    assert counts == other_counts and counts[1] >= 1
+    # As above.
+    np.testing.assert_allclose(other_norms[0], norms[0], rtol=1e-5)
+    np.testing.assert_allclose(other_norms, norms, rtol=0.05)
 
 
 def train_with_a_stop(rank: int, settings: list[str], last_step: int) -> int:

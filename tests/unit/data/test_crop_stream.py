@@ -71,14 +71,48 @@ def test_images_are_never_enlarged(index: Index):
         batches(index, sizes_px=((512, 512),), images_px=512 * 512)
 
 
-def test_unreadable_images_are_left_out_and_stop_the_stream_when_nothing_is_left(tmp_path: Path):
-    good, bad = sample_members(32, 32, "a", 1), sample_members(32, 32, "b", 2)
-    bad["jpg"] = bad["jpg"][:200]
-    one_bad = build_index([str(write_tar(tmp_path / "a" / "0.tar", {"1": good, "2": bad}))], tmp_path / "a")
-    steps = batches(one_bad, sizes_px=((32, 32),), images_px=2048, num_steps=3, max_skipped_share=0.9)
-    assert [len(batch) for batch in steps] == [1, 1, 1]
-    all_bad = build_index([str(write_tar(tmp_path / "b" / "0.tar", {"1": bad}))], tmp_path / "b")
-    with pytest.raises(DataError, match=r"no image of a step could be read.*bad_image"):
+def damaged_index(folder: Path, num_good: int, num_bad: int) -> Index:
+    """One shard of 32 px images, of which the first can be read and the others cannot."""
+    samples = {}
+    for number in range(num_good + num_bad):
+        samples[f"{number}"] = sample_members(32, 32, "a", number)
+        if number >= num_good:
+            samples[f"{number}"]["jpg"] = samples[f"{number}"]["jpg"][:200]
+    return build_index([str(write_tar(folder / "0.tar", samples))], folder)
+
+
+def test_another_image_takes_the_place_of_an_unreadable_one(tmp_path: Path):
+    settings = {"sizes_px": ((32, 32),), "images_px": 4096, "num_steps": 6}
+    index = damaged_index(tmp_path, num_good=4, num_bad=2)
+    whole = batches(index, **settings)
+    good = centre_crops(damaged_index(tmp_path / "good", num_good=4, num_bad=0), (32, 32), 4)
+    assert [len(batch) for batch in whole] == [4] * 6
+    # Crops of 32 px images are the images themselves.
+    assert all((image == good).all(axis=(1, 2, 3)).any() for batch in whole for image in batch)
+    # One image per rank and step.
+    for rank in range(4):
+        part = batches(index, rank, 4, **settings)
+        assert all(np.array_equal(images, batch[rank:][:1]) for images, batch in zip(part, whole, strict=True))
+    resumed = batches(index, first_step=4, **settings)
+    assert len(resumed) == 2 and all(np.array_equal(*pair) for pair in zip(resumed, whole[4:], strict=True))
+
+
+def test_unreadable_images_are_counted_by_draw(tmp_path: Path):
+    index = damaged_index(tmp_path, num_good=4, num_bad=2)
+    with CropStream(
+        index, sizes_px=((32, 32),), images_px=4096, max_zoom=1.0, seed=7, rank=0, num_ranks=1, num_steps=6,
+        num_threads=2, max_skipped_share=0.0,
+    ) as stream:  # fmt: skip
+        for _ in stream:
+            assert len(stream.samples) == len(stream.slots) == 4 and max(stream.samples) < 4
+    num_read, num_skipped = stream.error_counter.totals
+    # Four epochs of 6 images, 2 of them bad: 8 at least.
+    assert num_read == 24 + num_skipped and 8 <= num_skipped < 24
+
+
+def test_a_place_without_any_readable_image_stops_the_stream(tmp_path: Path):
+    all_bad = damaged_index(tmp_path, num_good=0, num_bad=1)
+    with pytest.raises(DataError, match=r"nor can 64 others in its place: 65 of 65 samples were skipped; bad_image 65"):
         batches(all_bad, sizes_px=((32, 32),), images_px=1024)
-    with pytest.raises(DataError, match=r"0\.tar: sample 1: bad_image"):
+    with pytest.raises(DataError, match=r"0\.tar: sample 0: bad_image"):
         centre_crops(all_bad, (32, 32), 1)

@@ -21,6 +21,7 @@ from bitdance_scale.data.loader_state import LoaderState
 from bitdance_scale.data.stream import StreamLoader
 from bitdance_scale.data.stream_sampling import SourceStream, read_sample
 from bitdance_scale.errors import CheckpointError, ConfigError, DataError
+from bitdance_scale.parallel.agreement import from_all_ranks
 from tests.unit.data.small_data import encode_image, sample_members, write_tar
 
 PLAIN = {"text_drop": 0.0, "mode": "stream", "stream_buffer": 4}
@@ -165,6 +166,46 @@ def test_skipping_resumes_exactly_and_restarting_does_not(make_stream, tokenizer
         assert is_same == (resume == "skip")
 
 
+def test_what_is_skipped_is_not_counted_again(make_stream, data_set, tokenizer, tmp_path):
+    empty = write_tar(tmp_path / "empty.tar", {"empty": {"txt": b"no image"}})
+    config = make_stream(shards=(*data_set, str(empty)), stream_resume="skip")
+    steps, totals = [], []
+    with StreamLoader(config, tokenizer, 0, 1) as streams:
+        for _ in range(15):
+            steps.append(streams.next_step())
+            totals.append([counter.totals for counter in streams.error_counters])
+    with StreamLoader(config, tokenizer, 0, 1, steps[8].state) as streams:
+        resumed = [streams.next_step() for _ in range(6)]
+        counted = [counter.totals for counter in streams.error_counters]
+    assert [step.sample_errors for step in resumed] == [step.sample_errors for step in steps[9:]]
+    assert min(totals[8][1][1], counted[1][1]) >= 2, "the bad sample is met before the resume and after it"
+    assert counted == [
+        (all_read - read, all_skipped - skipped)
+        for (all_read, all_skipped), (read, skipped) in zip(totals[14], totals[8], strict=True)
+    ]
+
+
+def test_samples_that_filters_leave_out_have_been_read(make_stream, tokenizer, tmp_path):
+    """Of 20 samples the filter keeps 2; one of these cannot be decoded, and a 21st, the last, has no image."""
+    samples = {
+        f"{number:02d}": {
+            "jpg": encode_image(40, 40, number)[: -40 if number == 1 else None],
+            "json": json.dumps({"width": 40, "height": 40, "punsafe": number}).encode(),
+            "txt": b"text",
+        }
+        for number in range(20)
+    } | {"99": {"txt": b"no image"}}
+    shard = str(write_tar(tmp_path / "0.tar", samples))
+    config = make_stream(shards=(shard,), filters=(DataFilter(column="punsafe", max=1.5),))
+    with StreamLoader(config, tokenizer, 0, 1) as streams:
+        for _ in range(4):
+            streams.next_step()
+        (num_drawn, num_broken), (num_read, num_lost) = (counter.totals for counter in streams.error_counters)
+    # At most 4 samples that were read wait in the buffer, and those of the chunk that filled it.
+    assert num_drawn == 40 and 10 <= num_broken <= 30
+    assert num_lost >= 19 and num_read // 21 == num_lost
+
+
 def test_resumes_that_cannot_be_exact_are_refused(make_stream, data_set, tokenizer):
     config = make_stream(stream_resume="skip")
     with StreamLoader(config, tokenizer, 0, 1) as streams:
@@ -188,15 +229,22 @@ def test_broken_streams_and_samples_are_counted(make_stream, data_set, tokenizer
     other = write_tar(tmp_path / "other.tar", samples)
     config = make_stream(shards=(str(cut), str(other), data_set[1]), max_skipped_share=1.0)
     errors: Counter[str] = Counter()
+    num_skipped = 0
     with StreamLoader(config, tokenizer, 0, 1) as streams:
         for _ in range(8):
             step = streams.next_step()
             errors += Counter({str(cause): count for cause, count in step.sample_errors.items()})
-        counts = streams.error_counter.counts()
-    assert counts["read_failed"].keys() == {str(cut)}
-    assert counts["size_mismatch"].keys() == {str(other)}
-    assert counts["bad_image"].keys() == {str(other)}
-    assert {cause: sum(shards.values()) for cause, shards in counts.items()} == dict(errors)
+            num_skipped += step.num_skipped
+        assert num_skipped == streams.error_counter.num_skipped, "of those drawn alone"
+        drawn, given = (counter.counts() for counter in streams.error_counters)
+    assert given["read_failed"].keys() == {str(cut)}
+    assert given["size_mismatch"].keys() == {str(other)}
+    assert given["bad_image"].keys() == drawn["bad_image"].keys() == {str(other)}
+    assert drawn.keys() == {"bad_image"}
+    counted: Counter[str] = Counter()
+    for counts in (drawn, given):
+        counted.update({cause: sum(shards.values()) for cause, shards in counts.items()})
+    assert counted == errors
     assert "broke after" in caplog.text and str(cut) in caplog.text
 
 
@@ -212,6 +260,8 @@ def test_too_many_broken_streams_stop_the_run(make_stream, data_set, tokenizer, 
     ):
         for _ in range(20):
             streams.next_step()
+            for counter in streams.error_counters:
+                counter.check(counter.totals, from_all_ranks)
 
 
 def test_streams_that_give_nothing_are_an_error(make_stream, tokenizer, tmp_path, monkeypatch):
