@@ -100,9 +100,9 @@ begin_start() {
 join_nodes() {
     local joined
     joined=$(mktemp)
-    run_step "$python" -m cluster.join --nodes "$num_nodes" --rank "$rank" --name "${NODE_NAME:-$(uname -n)}" \
+    run_step "$python" -m cluster.join "$joined" --nodes "$num_nodes" --rank "$rank" --name "${NODE_NAME:-$(uname -n)}" \
         --head "$head" --port "$((port + 6))" --start "${start:-0}" \
-        --timeout "$((rank == 0 ? JOIN_S : JOIN_S + LATER_S))" >"$joined"
+        --timeout "$((rank == 0 ? JOIN_S : JOIN_S + LATER_S))"
     ((is_stop_asked == 0)) || start_again "stopped on request before all nodes had started"
     if ((step_code != 0)); then
         ((rank != 0)) || end_by_fault "not all of the $num_nodes nodes have started within $JOIN_S s" 1

@@ -19,8 +19,10 @@ PYTHON = """#!/bin/bash
 printf '%s|' "$@" >>"$CALLS"; echo >>"$CALLS"
 case $2 in
 cluster.join)
+    joined=$3
     while [[ $1 != --start ]]; do shift; done
-    printf '%s\\n' "${START:-$2}" n0 n1
+    [[ -z ${GREETING:-} ]] || echo "$GREETING"
+    printf '%s\\n' "${START:-$2}" n0 n1 >"$joined"
     ;;
 cluster.preflight)
     [[ -n ${BAD_NODES:-} ]] || exit 0
@@ -101,6 +103,11 @@ def test_the_trainer_gets_its_settings_and_its_place(node):
     assert "|--node-rank|0|--node-name|n0|--|pipelines/pretrain.py|mine.toml|checkpoint.fall_back=true|" in train
     assert train.endswith("|run.steps=3|data.shards=['a b']|")
     assert printed in (node.logs / "0" / "0-n0.log").read_text()
+
+
+def test_what_a_library_prints_is_no_name_of_a_node(node):
+    code, printed = node.run(OUTCOME="0", GREETING="a library says hello", PREFLIGHT="0")
+    assert code == 0 and "a library says hello" in printed and "start 1: node 0 of 1, n0" in printed, printed
 
 
 @pytest.mark.parametrize(
