@@ -152,7 +152,7 @@ if [[ ${PREFLIGHT:-1} != 0 ]]; then
     fi
 fi
 
-run_step "$python" -m cluster.node --nodes "$num_nodes" --procs "$num_procs" --head "$head" --port "$port" \
+run_trainer --nodes "$num_nodes" --procs "$num_procs" --head "$head" --port "$port" \
     --id "$JOB.$start" --logs "$logs" --node-rank "$rank" --node-name "${nodes[rank]}" \
     -- "$entry_point" "$config" checkpoint.fall_back=true "$@"
 

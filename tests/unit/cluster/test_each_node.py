@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -33,15 +34,25 @@ cluster.preflight)
     ;;
 cluster.node)
     if [[ ${OUTCOME:-} == wait ]]; then
-        trap 'echo 75 >"$BITDANCE_EXIT_RECORD"; exit 1' USR1
-        touch "$CALLS.waits"
-        for _ in {1..600}; do sleep 0.1; done
+        exec "$REAL_PYTHON" -c "$WAITING"
     fi
     [[ -z ${STEP:-} ]] || echo "$STEP" >"$BITDANCE_EXIT_RECORD.step"
     [[ -z ${OUTCOME:-} ]] || echo "$OUTCOME" >"$BITDANCE_EXIT_RECORD"
     [[ ${OUTCOME:-} == 0 ]]
     ;;
 esac
+"""
+# A trainer that listens. A shell cannot, to a signal that it was started to ignore.
+WAITING = """
+import os, pathlib, signal, sys, time
+
+def stop(number, frame):
+    pathlib.Path(os.environ["BITDANCE_EXIT_RECORD"]).write_text("75\\n")
+    sys.exit(1)
+
+signal.signal(signal.SIGUSR1, stop)
+pathlib.Path(os.environ["CALLS"] + ".waits").touch()
+time.sleep(60)
 """
 
 
@@ -65,6 +76,8 @@ class Node:
         environment = {
             "PATH": f"{self._python.parent}:{os.environ['PATH']}",
             "CALLS": str(self.calls),
+            "REAL_PYTHON": sys.executable,
+            "WAITING": WAITING,
             "LOG_ROOT": str(self.logs.parent),
             "JOB": "job",
             "GPUS_PER_NODE": "8",
