@@ -100,9 +100,9 @@ begin_start() {
 join_nodes() {
     local joined
     joined=$(mktemp)
-    run_step "$python" -m cluster.join --nodes "$num_nodes" --rank "$rank" --name "${NODE_NAME:-$(uname -n)}" \
+    run_step "$python" -m cluster.join "$joined" --nodes "$num_nodes" --rank "$rank" --name "${NODE_NAME:-$(uname -n)}" \
         --head "$head" --port "$((port + 6))" --start "${start:-0}" \
-        --timeout "$((rank == 0 ? JOIN_S : JOIN_S + LATER_S))" >"$joined"
+        --timeout "$((rank == 0 ? JOIN_S : JOIN_S + LATER_S))"
     ((is_stop_asked == 0)) || start_again "stopped on request before all nodes had started"
     if ((step_code != 0)); then
         ((rank != 0)) || end_by_fault "not all of the $num_nodes nodes have started within $JOIN_S s" 1
@@ -152,7 +152,7 @@ if [[ ${PREFLIGHT:-1} != 0 ]]; then
     fi
 fi
 
-run_step "$python" -m cluster.node --nodes "$num_nodes" --procs "$num_procs" --head "$head" --port "$port" \
+run_trainer --nodes "$num_nodes" --procs "$num_procs" --head "$head" --port "$port" \
     --id "$JOB.$start" --logs "$logs" --node-rank "$rank" --node-name "${nodes[rank]}" \
     -- "$entry_point" "$config" checkpoint.fall_back=true "$@"
 

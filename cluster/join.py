@@ -1,9 +1,9 @@
 """Brings the nodes of one start together, where their launcher does not tell them about each other.
 
-    python -m cluster.join --nodes N --rank R --name NAME --head ADDRESS --port PORT --start S --timeout SECONDS
+    python -m cluster.join FILE --nodes N --rank R --name NAME --head ADDRESS --port PORT --start S --timeout SECONDS
 
-Every node runs it. It prints the number of the start, which the first node says, and the names of all nodes in the
-order of their ranks, a line each. A node whose name another one has too gets its rank behind it.
+Every node runs it. It writes to FILE the number of the start, which the first node says, and the names of all nodes in
+the order of their ranks, a line each. A node whose name another one has too gets its rank behind it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch.distributed import TCPStore
 
@@ -61,8 +62,9 @@ def _reach(options: argparse.Namespace, deadline_s: float) -> TCPStore:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the start and the names; returns 1 if not all nodes came."""
+    """Writes the start and the names; returns 1 if not all nodes came."""
     parser = argparse.ArgumentParser(description="Brings the nodes of one start of a job together.")
+    parser.add_argument("file", type=Path, help="file for the start and the names")
     parser.add_argument("--nodes", type=int, required=True, help="nodes of the job")
     parser.add_argument("--rank", type=int, required=True, help="number of this node, from 0")
     parser.add_argument("--name", required=True, help="name of this node")
@@ -76,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"join: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         return 1
-    print(start, *names, sep="\n", flush=True)
+    # Not to standard output, where a library may print as it is imported.
+    options.file.write_text("\n".join([str(start), *names]) + "\n", encoding="utf-8")
     return 0
 
 

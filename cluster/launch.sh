@@ -65,7 +65,8 @@ if ((restart == 0)) && [[ ${CHAIN:-0} == 1 ]]; then
 fi
 
 on_nodes=(
-    srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1
+    # Until it has made the step, which takes a busy controller seconds, srun does not forward signals.
+    "${deaf_at_first[@]}" srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1
     # The one task of a node gets all its cores; srun does not inherit this from the job.
     --cpus-per-task="$SLURM_CPUS_ON_NODE"
     # Nodes end seconds apart. The first one must not kill the others while they still write their logs.
@@ -95,7 +96,7 @@ if [[ ${PREFLIGHT:-1} != 0 ]]; then
     ((step_code == 0)) || end_by_bad_nodes
 fi
 
-run_step "$python" -m cluster.node --nodes "${#nodes[@]}" --procs "$num_procs" --head "$head" --port "$port" \
+run_trainer --nodes "${#nodes[@]}" --procs "$num_procs" --head "$head" --port "$port" \
     --id "$SLURM_JOB_ID.$restart" --logs "$logs" -- "$entry_point" "$config" checkpoint.fall_back=true "$@"
 
 end_by_outcome

@@ -4,7 +4,8 @@
 
 Of another launcher than Slurm, cluster/each_node.sh calls it with --node-rank and --node-name. Slurm signals every
 process of a step. As in `bitdance train`, only this process hears the signals, and it sends SIGUSR1
-to the ranks until they end (`cli/launch.py` says why).
+to the ranks until they end (`cli/launch.py` says why). start.sh starts it with the signals ignored: until it listens,
+they would kill it.
 """
 
 from __future__ import annotations

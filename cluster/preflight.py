@@ -142,9 +142,10 @@ class Preflight:
         """Bus bandwidth in GB/s of an all-reduce over the processes of `num_nodes` nodes; `node` is this node's index.
 
         Raises:
-            RuntimeError: a process failed, or the all-reduce took too long.
+            RuntimeError: a process failed, the first one left no bandwidth, or the all-reduce took too long.
         """
         procs = self._options.procs
+        result = self._options.folder / f"{self.report.node}.gbs"
         processes = []
         for local_rank in range(procs):
             variables = {
@@ -154,18 +155,11 @@ class Preflight:
                 "MASTER_ADDR": head,
                 "MASTER_PORT": str(port),
                 "PROBE_TIMEOUT_S": str(TIMEOUT_S / 2),
+                "PROBE_RESULT": str(result),
                 "OMP_NUM_THREADS": "1",
             }
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "cluster.probe"],
-                    env=os.environ | variables,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    encoding="utf-8",
-                    errors="replace",
-                )
-            )
+            # Its standard output is the node's log: NCCL says its version there, and more with NCCL_DEBUG=INFO.
+            processes.append(subprocess.Popen([sys.executable, "-m", "cluster.probe"], env=os.environ | variables))
         deadline_s = time.monotonic() + TIMEOUT_S
         try:
             while any(process.poll() is None for process in processes):
@@ -177,11 +171,13 @@ class Preflight:
             failed = [str(rank) for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
             if failed:
                 raise RuntimeError(f"process {', '.join(failed)} of the node failed")
-            return float(processes[0].communicate()[0])
+            return _read_bandwidth(result)
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
+            # The next all-reduce must not find it.
+            result.unlink(missing_ok=True)
 
 
 def wait_for_reports(folder: Path, nodes: Sequence[str], timeout_s: float) -> dict[str, Report | None]:
@@ -230,6 +226,22 @@ def _read(path: Path) -> Report | None:
         return Report.from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+
+
+def _read_bandwidth(path: Path) -> float:
+    """What the first process of a probe has left, in GB/s.
+
+    Raises:
+        RuntimeError: it has left nothing, or no number.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        raise RuntimeError(f"process 0 of the node ended without writing its bandwidth to {path}") from None
+    try:
+        return float(text)
+    except ValueError:
+        raise RuntimeError(f"process 0 of the node wrote {text!r} as its bandwidth to {path}, no number") from None
 
 
 def _own_address(other: str, port: int) -> str:

@@ -1,8 +1,9 @@
 """One process of a timed all-reduce; the pre-flight starts one per GPU.
 
-RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT and PROBE_TIMEOUT_S come from the environment. The process with
-LOCAL_RANK 0 prints the bus bandwidth in GB/s: the load of each link, which is comparable between numbers of ranks
-(nccl-tests, PERFORMANCE.md).
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, PROBE_TIMEOUT_S and PROBE_RESULT come from the environment. The
+process with LOCAL_RANK 0 writes the bus bandwidth in GB/s into the file that PROBE_RESULT names: the load of each link,
+which is comparable between numbers of ranks (nccl-tests, PERFORMANCE.md). What it prints is for the node's log, where
+NCCL prints too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import datetime
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -47,7 +49,8 @@ def main() -> int:
     _synchronise(device)
     seconds = (time.perf_counter() - begun_s) / NUM_TIMED
     if os.environ["LOCAL_RANK"] == "0":
-        print(f"{bus_gbs(num_bytes, dist.get_world_size(), seconds):.3f}", flush=True)
+        gbs = bus_gbs(num_bytes, dist.get_world_size(), seconds)
+        Path(os.environ["PROBE_RESULT"]).write_text(f"{gbs:.3f}\n", encoding="utf-8")
     dist.destroy_process_group()
     if not is_right:
         print("the sum of the all-reduce is wrong", file=sys.stderr, flush=True)

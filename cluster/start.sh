@@ -22,6 +22,10 @@ job_logs="" logs="" # folder of the job, and of this start
 stage="" config="" python="" head="" port=0 num_gpus=0 num_procs=0 nodes=()
 on_nodes=() # the command that runs another on all nodes; nothing: on this one
 
+# Starts a command that ignores requests to stop until it installs handlers of its own. Requests are repeated.
+# shellcheck disable=SC2016,SC2034 # the inner shell expands it; launch.sh uses it too
+readonly deaf_at_first=(sh -c 'trap "" USR1 TERM; exec "$@"' sh)
+
 is_stop_asked=0
 trap 'is_stop_asked=1' USR1 TERM
 
@@ -34,13 +38,13 @@ run_step() {
     "${on_nodes[@]}" "$@" &
     step=$!
     while kill -0 "$step" 2>/dev/null; do
-        # Repeated, because the first signal may come before the tasks listen.
-        ((is_stop_asked == 0)) || kill -USR1 "$step" 2>/dev/null || true
         ! is_overdue || end_step "$step"
         sleep "$REPEAT_S" &
         timer=$!
         wait -n "$step" "$timer" || true
         kill "$timer" 2>/dev/null || true
+        # Not at once, as the command may not even ignore it yet. Repeated, because it may come before the tasks listen.
+        ((is_stop_asked == 0)) || kill -USR1 "$step" 2>/dev/null || true
     done
     step_code=0
     wait "$step" || step_code=$?
@@ -67,6 +71,11 @@ run_preflight() { # options of the launcher for cluster.preflight, --, settings 
     run_step "$python" -m cluster.preflight "$logs/preflight" --nodes "${nodes[@]}" --head "$head" \
         --port "$((port + 1))" --gpus "$num_gpus" --procs "$num_procs" "${options[@]}" "${limits[@]}"
     ((is_stop_asked == 0)) || start_again "stopped on request during the pre-flight"
+}
+
+# Trains. A request to stop while Python starts would kill it, and an end without an exit code counts as a fault.
+run_trainer() { # arguments of cluster.node
+    run_step "${deaf_at_first[@]}" "$python" -m cluster.node "$@"
 }
 
 say_verdict() {

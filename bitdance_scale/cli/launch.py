@@ -36,7 +36,7 @@ from bitdance_scale.train.process import (
 
 POLL_S = 0.2
 REPEAT_S = 5.0
-_COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
+_COUNT_GPUS = "import sys, torch; print(torch.cuda.device_count(), file=open(sys.argv[1], 'w'))"
 
 
 @dataclass(frozen=True)
@@ -170,15 +170,11 @@ def _texts(value: object) -> list[str]:
 
 def _count_gpus() -> int:
     """GPUs of this machine, counted in a process of its own: this one stays small for as long as the job runs."""
-    done = subprocess.run(
-        [sys.executable, "-c", _COUNT_GPUS],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-    )
-    return int(done.stdout) if done.returncode == 0 else 0
+    with tempfile.TemporaryDirectory(prefix="bitdance-") as folder:
+        # Not from its standard output, where a library may print as it is imported.
+        count = Path(folder) / "count"
+        done = subprocess.run([sys.executable, "-c", _COUNT_GPUS, str(count)], capture_output=True, check=False)
+        return int(count.read_text(encoding="utf-8")) if done.returncode == 0 else 0
 
 
 def launch(ranks: Ranks, module: str, arguments: Sequence[str]) -> int:

@@ -31,6 +31,8 @@ Mode = Literal["online", "offline", "disabled"]
 DEFAULT_KEY_HOST = "api.wandb.ai"
 # Training waits for the server only at the start; later, wandb buffers and retries by itself.
 INIT_TIMEOUT_S = 30.0
+# And at the end, when all ranks wait for the one that uploads.
+FINISH_TIMEOUT_S = 60.0
 
 
 class WandbSink:
@@ -39,6 +41,9 @@ class WandbSink:
     Without a network or a key the run is offline; `wandb sync` on its folder uploads it later. A resumed run keeps its
     id. Offline, every start makes a folder of its own: sync the oldest first, then the later ones with
     `wandb sync --append`. It never asks at the terminal, and offline it does not touch the network.
+
+    After the start nothing of W&B is an error: where its service, a process that the system may end, is gone, or the
+    server takes no data at the end, a warning says so and how to upload them later.
 
     Args:
         section: project and mode. `auto` follows WANDB_MODE if it is set; otherwise it is online if an API key is
@@ -65,6 +70,7 @@ class WandbSink:
         summaries: Mapping[str, str] = SUMMARIES,
     ) -> None:
         self._run: wandb.Run | None = None
+        self._folder = run_folder / "wandb"
         self._summaries = summaries
         self.mode: Mode = "disabled"
         if section.wandb_mode == "disabled":
@@ -90,7 +96,8 @@ class WandbSink:
             # wandb's service process still holds the id of the run that it could not start.
             wandb.teardown()
             self._run = self._start(section, run_folder, config, run_id)
-        where = self._run.url if self.mode == "online" else Path(self._run.dir).parent
+        self._folder = Path(self._run.dir).parent
+        where = self._run.url if self.mode == "online" else self._folder
         logger.info("W&B run %s (%s): %s", run_id, self.mode, where)
 
     def log(self, record: StepRecord, panels: Mapping[str, str], images: int | None = None) -> None:
@@ -103,7 +110,8 @@ class WandbSink:
         """
         if self._run is not None:
             x_axis = {} if images is None else {IMAGES: images}
-            self._run.log(panel_values(record, panels) | x_axis, step=record.step)
+            with self._served():
+                self._run.log(panel_values(record, panels) | x_axis, step=record.step)
 
     def log_image(self, step: int, name: str, path: Path, caption: str) -> None:
         """Adds a picture file under `name`."""
@@ -111,7 +119,8 @@ class WandbSink:
             return
         import wandb
 
-        self._run.log({name: wandb.Image(str(path), caption=caption)}, step=step)
+        with self._served():
+            self._run.log({name: wandb.Image(str(path), caption=caption)}, step=step)
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Adds a table under `name`; its pictures are kept in the run's folder until they are uploaded.
@@ -127,14 +136,39 @@ class WandbSink:
 
         data = [[wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows]
         # wandb copies what it has to upload into a folder of the user's, which another machine may not have.
-        with _environment("WANDB_DATA_DIR", str(Path(self._run.dir).parent)):
+        with self._served(), _environment("WANDB_DATA_DIR", str(self._folder)):
             self._run.log({name: wandb.Table(columns=list(columns), data=data)})
 
     def finish(self) -> None:
-        """Waits until everything is written or uploaded, and closes the run."""
-        if self._run is not None:
-            self._run.finish()
+        """Waits until everything is written or uploaded, for `FINISH_TIMEOUT_S` at most, and closes the run."""
+        if self._run is None:
+            return
+        with self._served():
+            try:
+                self._run.finish()
+            except TimeoutError:
+                logger.warning(
+                    "W&B has not taken all data within %.0f s; they are on the disk, and `wandb sync %s` uploads them",
+                    FINISH_TIMEOUT_S,
+                    self._folder,
+                )
+        self._run = None
+
+    @contextlib.contextmanager
+    def _served(self) -> Iterator[None]:
+        """Where the block finds W&B's service gone, it is warned of, and nothing is logged from then on."""
+        from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
+
+        try:
+            yield
+        except (ConnectionError, HandleAbandonedError, MailboxClosedError) as error:
             self._run = None
+            logger.warning(
+                "W&B's service has ended (%s), perhaps for want of memory; nothing more goes to W&B until the next "
+                "start, and nothing else changes. `wandb sync %s` uploads what it had written",
+                type(error).__name__,
+                self._folder,
+            )
 
     def _start(self, section: ObserveSection, run_folder: Path, config: Mapping[str, object], run_id: str) -> wandb.Run:
         """Starts the run in `self.mode`, with everything off that wandb captures besides the metrics."""
@@ -150,7 +184,13 @@ class WandbSink:
             mode=self.mode,
             config=dict(config),
             settings=wandb.Settings(
-                silent=True, console="off", disable_git=True, disable_code=True, init_timeout=INIT_TIMEOUT_S
+                silent=True,
+                console="off",
+                disable_git=True,
+                disable_code=True,
+                init_timeout=INIT_TIMEOUT_S,
+                finish_timeout=FINISH_TIMEOUT_S,
+                finish_timeout_raises=True,
             ),
         )
         run.define_metric(STEP, hidden=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.sequence.condition import Condition
 from bitdance_scale.sequence.noise import PackNoise, Purpose, pack_noise
 from bitdance_scale.sequence.pack import Pack
-from bitdance_scale.train.shared_index import labelled_index
+from bitdance_scale.train.shared_index import held_out_index_dir, labelled_index
 from bitdance_scale.train.step_feed import StepReader
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 
@@ -57,8 +56,7 @@ class Evaluator:
         """
         held_out = held_out_run(config)
         data = held_out.data
-        # Beside the shards, or where the run's own index is: the shards may be in a place that is read only.
-        index_dir = str(Path(config.data.index_dir) / "held_out") if config.data.index_dir else ""
+        index_dir = held_out_index_dir(config.data.index_dir)
         index = labelled_index(dataclasses.replace(held_out, data=dataclasses.replace(data, index_dir=index_dir)))
         with StepReader(held_out, index, condition, vision, topology, None) as reader:
             if repeated := [use for use in reader.uses(1) if use.num_images > use.num_samples]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from bitdance_scale.config.data_schema import DataSection
 from bitdance_scale.config.schema import RunConfig
@@ -52,6 +53,14 @@ def labelled_index(config: RunConfig) -> Index:
     if not config.model.parts.has_text:
         on_first_rank(lambda: check_labels(index, config))
     return index
+
+
+def held_out_index_dir(index_dir: str) -> str:
+    """The index folder of the images that `[evaluate]` names, for that of the data; empty: beside their first shard.
+
+    It lies in that of the data, because the shards may be in a place that is read-only.
+    """
+    return str(Path(index_dir) / "held_out") if index_dir else ""
 
 
 def image_index(specs: Sequence[str], index_dir: str, max_skipped_share: float) -> Index:

@@ -164,6 +164,19 @@ def test_fault_is_not_repeated_for_ever(tmp_path):
     assert "gave up at fault 2, 1 allowed" in (tmp_path / "job.log").read_text()
 
 
+def test_a_stop_while_python_starts_is_no_fault(tmp_path):
+    slow = tmp_path / "python"
+    slow.write_text(f'#!/bin/bash\ntouch "{tmp_path}/starts"\nsleep 4\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o755)
+    job, log = submit_stand_in(tmp_path, "wait", PYTHON=str(slow), MAX_FAULTS="0"), tmp_path / "job.log"
+    wait_until((tmp_path / "starts").exists, log)
+    slurm("scancel", "--signal=USR1", "--batch", job)
+    wait_until(lambda: re.search("start 2|gave up", log.read_text()) is not None, log)
+    assert "stopped on request and saved; requeued" in log.read_text()
+    slurm("scancel", job)
+    wait_for_end(job, log)
+
+
 def test_a_hang_is_named_and_counts_as_a_fault(tmp_path):
     job = submit_stand_in(tmp_path, "hang", MAX_FAULTS="0")
     end = wait_for_end(job, tmp_path / "job.log")

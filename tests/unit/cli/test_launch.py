@@ -56,6 +56,15 @@ def test_a_rank_killed_by_a_signal_has_the_code_of_a_shell(monkeypatch):
     assert launch.launch(Ranks(1), "unused", []) == 128 + signal.SIGKILL
 
 
+@pytest.mark.parametrize(("then", "count"), [("", 3), ("raise OSError", 0)])
+def test_gpus_are_counted_whatever_a_library_prints(then, count, tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text(
+        f"print('hello from a plugin')\nclass cuda:\n    device_count = lambda: 3\n{then}\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert launch._count_gpus() == count
+
+
 # A rank that takes its time before it listens, ends with 75 when it is asked to, and shows that it lives.
 LISTENER = (
     RECORD

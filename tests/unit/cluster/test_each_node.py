@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,8 +20,10 @@ PYTHON = """#!/bin/bash
 printf '%s|' "$@" >>"$CALLS"; echo >>"$CALLS"
 case $2 in
 cluster.join)
+    joined=$3
     while [[ $1 != --start ]]; do shift; done
-    printf '%s\\n' "${START:-$2}" n0 n1
+    [[ -z ${GREETING:-} ]] || echo "$GREETING"
+    printf '%s\\n' "${START:-$2}" n0 n1 >"$joined"
     ;;
 cluster.preflight)
     [[ -n ${BAD_NODES:-} ]] || exit 0
@@ -31,15 +34,25 @@ cluster.preflight)
     ;;
 cluster.node)
     if [[ ${OUTCOME:-} == wait ]]; then
-        trap 'echo 75 >"$BITDANCE_EXIT_RECORD"; exit 1' USR1
-        touch "$CALLS.waits"
-        for _ in {1..600}; do sleep 0.1; done
+        exec "$REAL_PYTHON" -c "$WAITING"
     fi
     [[ -z ${STEP:-} ]] || echo "$STEP" >"$BITDANCE_EXIT_RECORD.step"
     [[ -z ${OUTCOME:-} ]] || echo "$OUTCOME" >"$BITDANCE_EXIT_RECORD"
     [[ ${OUTCOME:-} == 0 ]]
     ;;
 esac
+"""
+# A trainer that listens. A shell cannot, to a signal that it was started to ignore.
+WAITING = """
+import os, pathlib, signal, sys, time
+
+def stop(number, frame):
+    pathlib.Path(os.environ["BITDANCE_EXIT_RECORD"]).write_text("75\\n")
+    sys.exit(1)
+
+signal.signal(signal.SIGUSR1, stop)
+pathlib.Path(os.environ["CALLS"] + ".waits").touch()
+time.sleep(60)
 """
 
 
@@ -63,6 +76,8 @@ class Node:
         environment = {
             "PATH": f"{self._python.parent}:{os.environ['PATH']}",
             "CALLS": str(self.calls),
+            "REAL_PYTHON": sys.executable,
+            "WAITING": WAITING,
             "LOG_ROOT": str(self.logs.parent),
             "JOB": "job",
             "GPUS_PER_NODE": "8",
@@ -101,6 +116,11 @@ def test_the_trainer_gets_its_settings_and_its_place(node):
     assert "|--node-rank|0|--node-name|n0|--|pipelines/pretrain.py|mine.toml|checkpoint.fall_back=true|" in train
     assert train.endswith("|run.steps=3|data.shards=['a b']|")
     assert printed in (node.logs / "0" / "0-n0.log").read_text()
+
+
+def test_what_a_library_prints_is_no_name_of_a_node(node):
+    code, printed = node.run(OUTCOME="0", GREETING="a library says hello", PREFLIGHT="0")
+    assert code == 0 and "a library says hello" in printed and "start 1: node 0 of 1, n0" in printed, printed
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from cluster.join import distinct, join
+from cluster.join import distinct, join, main
 from tests.unit.cluster.test_preflight import free_port
 
 
@@ -34,6 +34,13 @@ def test_all_learn_the_start_and_the_names_in_whatever_order_they_come():
     for thread in threads:
         thread.join(timeout=60)
     assert found == dict.fromkeys(range(3), (4, ["head", "twin-1", "twin-2"]))
+
+
+def test_a_node_leaves_the_start_and_the_names_in_a_file(tmp_path, capsys):
+    options = {"nodes": 1, "rank": 0, "name": "n0", "head": "127.0.0.1", "port": free_port(), "start": 4, "timeout": 30}
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    assert main([str(tmp_path / "joined"), *arguments]) == 0
+    assert (tmp_path / "joined").read_text() == "4\nn0\n" and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -120,7 +120,7 @@ def test_container_takes_the_place_of_the_environment(slurm):
             f"|--container-image=train.sqsh|--container-workdir={ROOT}|--container-env=PYTHONPATH|--container-mounts={ROOT}:{ROOT},"
             in call
         )
-        assert ",/data:/data|python3|-m|cluster." in call
+        assert ",/data:/data|" in call and "|python3|-m|cluster." in call
 
 
 @pytest.mark.parametrize(

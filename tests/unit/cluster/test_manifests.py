@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -80,6 +81,9 @@ def test_root_may_be_read_only(jobset):
     assert container["securityContext"]["readOnlyRootFilesystem"]
     writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
     assert writable == {"/opt/bitdance/runs", "/dev/shm", "/tmp"}
+    # The first start builds the index of the data.
+    settings = dict(argument.split("=", 1) for argument in container["args"][2:])
+    assert any(Path("/opt/bitdance", settings["data.index_dir"]).is_relative_to(folder) for folder in writable)
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in job_of(jobset)["template"]["spec"]["volumes"]}
 

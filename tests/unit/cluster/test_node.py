@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from bitdance_scale.cli.launch import children
 from cluster.node import torchrun_command
@@ -71,6 +74,61 @@ def test_request_reaches_a_worker_that_does_not_listen_yet(tmp_path):
         finally:
             process.kill()
             process.wait()
+
+
+# As launch.sh and each_node.sh train, with a stand-in for torchrun whose rank listens at once.
+TRAINING = """
+set -euo pipefail
+source cluster/start.sh
+python=$PYTHON is_stop_asked=$IS_ASKED
+run_trainer --nodes 1 --procs 1 --head 127.0.0.1 --port 1 --id 1 --logs "$LOGS" --node-rank 0 --node-name n0 \\
+    -- "$PROGRAM"
+exit "$step_code"
+"""
+TORCHRUN = """
+import subprocess, sys
+sys.exit(subprocess.run([sys.executable, "-c", sys.argv[-1]], start_new_session=True).returncode)
+"""
+PROGRAM = "import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)); time.sleep(60)"
+
+
+def python_under(pid: int) -> int:
+    """The Python that a shell starts, at the moment when it is there."""
+    deadline_s = time.monotonic() + 60
+    while time.monotonic() < deadline_s:
+        for child in children(pid):
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{child}/exe").resolve() == Path(sys.executable).resolve():
+                    return child
+        time.sleep(0.001)
+    raise AssertionError("no Python was started")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, None])
+def test_a_request_before_the_trainer_listens_is_no_fault(number, tmp_path):
+    run = tmp_path / "torch" / "distributed" / "run.py"
+    run.parent.mkdir(parents=True)
+    run.write_text(TORCHRUN)
+    for folder in (run.parent, run.parent.parent):
+        (folder / "__init__.py").touch()
+    variables = {"PYTHON": sys.executable, "PYTHONPATH": f"{tmp_path}:{ROOT}", "LOGS": str(tmp_path)}
+    # Without a signal to it: the launcher was asked before.
+    environment = os.environ | variables | {"PROGRAM": PROGRAM, "IS_ASKED": "1" if number is None else "0"}
+    process = subprocess.Popen(["bash", "-c", TRAINING], cwd=ROOT, env=environment)
+    try:
+        node = python_under(process.pid)
+        if number is not None:
+            # As Slurm does: every process of the step. The launcher repeats its own request.
+            os.kill(node, number)
+        deadline_s = time.monotonic() + 60
+        while process.poll() is None:
+            assert time.monotonic() < deadline_s
+            process.send_signal(signal.SIGUSR1)
+            time.sleep(0.5)
+        assert process.returncode == 75
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_children_of_a_process_that_has_ended_are_none():

@@ -85,6 +85,46 @@ def test_failed_process_of_the_probe_is_an_error(tmp_path, monkeypatch):
         preflight.Preflight(options, 0)._all_reduce("localhost", 1, 0, 1)
 
 
+# In the place of Python: prints as NCCL does, more than a pipe holds, and leaves what it is told to leave.
+NOISY = """#!/bin/bash
+echo "NCCL version 2.29.3+cuda13.0"
+head --bytes=102400 /dev/zero | tr '\\0' 'x'
+echo
+[[ $LOCAL_RANK != 0 || -z $LEFT ]] || echo "$LEFT" >"$PROBE_RESULT"
+"""
+
+
+@pytest.fixture
+def noisy_probe(tmp_path, monkeypatch):
+    """Runs an all-reduce whose processes print a lot, and the first leaves `left`; returns the bandwidth."""
+    (tmp_path / "python").write_text(NOISY)
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(preflight.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(preflight, "TIMEOUT_S", 20.0)
+    options = preflight.argparse.Namespace(nodes=["n0"], procs=2, folder=tmp_path, port=1)
+
+    def run(left: str) -> float:
+        monkeypatch.setenv("LEFT", left)
+        return preflight.Preflight(options, 0)._all_reduce("localhost", 1, 0, 1)
+
+    return run
+
+
+def test_what_nccl_prints_is_no_bandwidth(noisy_probe, capfd):
+    assert noisy_probe("123.456") == 123.456
+    # It is in the node's log.
+    assert capfd.readouterr().out.count("NCCL version") == 2
+
+
+def test_a_probe_that_leaves_no_bandwidth_is_an_error(noisy_probe):
+    noisy_probe("1.5")
+    # That of the all-reduce before is not taken for it.
+    with pytest.raises(RuntimeError, match="process 0 of the node ended without writing its bandwidth to .*n0.gbs"):
+        noisy_probe("")
+    with pytest.raises(RuntimeError, match="process 0 of the node wrote 'fast.*' as its bandwidth to .*n0.gbs, no"):
+        noisy_probe("fast")
+
+
 class OneGpu(preflight.Preflight):
     """A pre-flight that finds a GPU and looks at nothing but it and the compiler."""
 

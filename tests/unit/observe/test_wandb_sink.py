@@ -1,4 +1,4 @@
-"""The W&B sink offline: no prompt, no network, one folder that can be synced."""
+"""The W&B sink: offline without a prompt or the network, and whatever ends or falls silent, one folder to be synced."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import wandb
 from wandb.proto import wandb_internal_pb2
 from wandb.proto.wandb_internal_pb2 import HistoryItem, SummaryItem
 
@@ -35,6 +38,7 @@ from bitdance_scale.observe.metrics import Evaluation, StepMetrics, StepRecord
 from bitdance_scale.observe.wandb_sink import WandbSink
 from tests.unit.observe.test_metrics import POINT
 
+ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import dataclasses
 import sys
@@ -234,6 +238,138 @@ def test_online_is_refused_when_the_server_does_not_answer(tmp_path):
     result = start_without_a_server(tmp_path, "online")
     assert result.returncode == 1
     assert "ConfigError: observe.wandb_mode = online: W&B refused the run" in result.stderr
+
+
+LOST_SERVICE = """
+import dataclasses, logging, os, signal, sys, time
+from pathlib import Path
+from bitdance_scale.cli.launch import children
+from bitdance_scale.config.schema import ObserveSection
+from bitdance_scale.observe.metric_sink import STEP_PANELS
+from bitdance_scale.observe.wandb_sink import WandbSink
+from tests.unit.observe.test_metrics import POINT
+
+logging.basicConfig(format="%(message)s")
+sink = WandbSink(ObserveSection(), Path(sys.argv[1]), {}, run_id="abc123")
+sink.log(POINT, STEP_PANELS)
+(service,) = (pid for pid in children(os.getpid()) if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes())
+os.kill(service, signal.SIGKILL)
+os.waitid(os.P_PID, service, os.WEXITED | os.WNOWAIT)
+# wandb notices it a moment later.
+for step in range(2, 2 + int(sys.argv[2])):
+    sink.log(dataclasses.replace(POINT, step=step), STEP_PANELS)
+    time.sleep(0.1)
+sink.finish()
+sink.log_image(9, "samples", Path("absent.png"), "nothing")
+print("went on")
+"""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("num_logged", [10, 0])
+def test_a_run_goes_on_without_the_service_of_wandb(tmp_path, num_logged):
+    # The system ends the largest processes where memory is short.
+    result = subprocess.run(
+        [sys.executable, "-c", LOST_SERVICE, str(tmp_path / "demo"), str(num_logged)],
+        cwd=ROOT, env=bare_environment(tmp_path), capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0 and result.stdout == "went on\n", result.stderr
+    assert result.stderr.count("W&B's service has ended") == 1, result.stderr
+    (folder,) = (tmp_path / "demo" / "wandb").glob("offline-run-*-abc123")
+    assert f"`wandb sync {folder}`" in result.stderr
+
+
+class SilentServer(ThreadingHTTPServer):
+    """A W&B server that accepts a run and then answers nothing any more."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answers)
+        self.is_over = threading.Event()
+        self.queries: list[str] = []
+
+
+class _Answers(BaseHTTPRequestHandler):
+    server: SilentServer
+
+    def do_POST(self) -> None:
+        """Answers the queries of a start; everything else waits until the test is over."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        query = json.loads(body).get("query", "") if self.path == "/graphql" else self.path
+        self.server.queries.append(query)
+        project = {"name": "bitdance_scale", "entity": {"name": "tester"}}
+        run = {"id": "UnVuOjE=", "name": "abc123", "displayName": "demo", "historyLineCount": 0, "project": project}
+        answers = {
+            "query Viewer": {"viewer": {"id": "VXNlcjox", "entity": "tester", "flags": "{}"}},
+            "query ServerFeaturesQuery": {"serverInfo": {"features": []}},
+            "query RunResumeStatus": {"model": {"id": "1", "name": "bitdance_scale", "entity": {}, "bucket": None}},
+            "mutation UpsertBucket": {"upsertBucket": {"bucket": run, "inserted": True}},
+        }
+        for start, data in answers.items():
+            if query.startswith(start):
+                self._send({"data": data})
+                return
+        self.server.is_over.wait(100)
+
+    def _send(self, content: object) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        """Nothing is printed."""
+
+
+OUTAGE = """
+import logging, sys, time
+from pathlib import Path
+from bitdance_scale.config.schema import ObserveSection
+from bitdance_scale.observe import wandb_sink
+from bitdance_scale.observe.metric_sink import STEP_PANELS
+from tests.unit.observe.test_metrics import POINT
+
+logging.basicConfig(format="%(message)s")
+wandb_sink.FINISH_TIMEOUT_S = 2.0
+sink = wandb_sink.WandbSink(ObserveSection(wandb_mode="online"), Path(sys.argv[1]), {}, run_id="abc123")
+sink.log(POINT, STEP_PANELS)
+begun_s = time.monotonic()
+sink.finish()
+print(sink.mode, time.monotonic() - begun_s < 30)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_the_end_does_not_wait_for_a_server_that_answers_no_more(tmp_path):
+    with SilentServer() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        try:
+            result = subprocess.run(
+                [sys.executable, "-c", OUTAGE, str(tmp_path / "demo")],
+                cwd=ROOT, env=bare_environment(tmp_path, WANDB_API_KEY="k" * 40, WANDB_BASE_URL=address),
+                capture_output=True, text=True, timeout=90, check=False,
+            )  # fmt: skip
+        finally:
+            server.is_over.set()
+            server.shutdown()
+    assert result.returncode == 0 and result.stdout == "online True\n", (result.stderr, server.queries)
+    (folder,) = (tmp_path / "demo" / "wandb").glob("run-*-abc123")
+    assert f"W&B has not taken all data within 2 s; they are on the disk, and `wandb sync {folder}`" in result.stderr
+
+
+def test_the_end_of_a_run_has_a_limit(tmp_path, monkeypatch):
+    given = {}
+    run = SimpleNamespace(define_metric=lambda *args, **options: None)
+    monkeypatch.setattr(wandb, "init", lambda **options: given.update(options) or run)
+    sink = WandbSink(ObserveSection(wandb_mode="disabled"), tmp_path, {}, "x")
+    sink.mode = "online"
+    assert sink._start(ObserveSection(), tmp_path, {}, "x") is run
+    assert given["settings"].finish_timeout == wandb_sink.FINISH_TIMEOUT_S > 0
+    assert given["settings"].finish_timeout_raises
 
 
 def test_disabled_never_imports_wandb(tmp_path):

@@ -60,6 +60,13 @@ def records(out: Path) -> list[TokenizerMetrics]:
     return read_records(out / "demo_tokenizer" / METRICS_FILE, TokenizerMetrics)
 
 
+def test_the_index_of_held_out_images_lies_in_that_of_the_run(shards: Path, tmp_path: Path):
+    # Where the shards are may be read-only.
+    _held_out_images(small_config(shards, tmp_path))
+    assert (tmp_path / "index" / "held_out" / "index.json").is_file()
+    assert not (shards / "held_out" / ".bitdance_index").exists()
+
+
 def test_a_run_learns_and_leaves_weights_that_the_tokenizer_loads(shards: Path, tmp_path: Path):
     assert run_tokenizer(small_config(shards, tmp_path, "run.steps=40")) == 0
     losses = [record.l1 for record in records(tmp_path)]
