@@ -11,7 +11,9 @@ import difflib
 import json
 import math
 import re
+import reprlib
 import shlex
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -30,6 +32,8 @@ _SCALARS: Mapping[object, tuple[str, str]] = {
     str: ("string", "strings"),
 }
 _INVALID = object()
+# Those that every TOML reader has; nothing that a setting is read into holds more.
+_INTEGERS = range(-(2**63), 2**63)
 _WORD = re.compile(r"(?!(?:true|false|inf|nan)$)[A-Za-z_][\w./:-]*")
 
 
@@ -142,10 +146,10 @@ class Coercion(Generic[Schema]):
         if is_schema(hint):
             return self._table(value, hint, path)
         if hint in _SCALARS:
-            if hint is float and type(value) is int:
+            if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
                 value = float(value)
-            # `type`, not isinstance: true is no integer. Infinities and NaN are TOML, but no setting means them.
-            is_right = type(value) is hint and not (isinstance(value, float) and not math.isfinite(value))
+            # `type`, not isinstance: true is no integer.
+            is_right = type(value) is hint and not _is_beyond(value)
             return value if is_right else self._wrong_type(value, hint, path)
         if isinstance(hint, types.UnionType):
             # A word or a list: what the value looks like decides which of the two is meant.
@@ -160,10 +164,9 @@ class Coercion(Generic[Schema]):
         return tuple(self._value(item, item_hint, (*path, str(index))) for index, item in enumerate(value))
 
     def _wrong_type(self, value: object, hint: object, path: Path) -> object:
-        is_infinite = isinstance(value, float) and not math.isfinite(value)
-        expected = "a finite number" if is_infinite and hint is float else _with_article(hint)
+        shown = reprlib.repr(value) if type(value) is int else repr(value)
         self.problems.append(
-            f"{self._source_of(path)}: {dotted(path)} = {value!r}: expected {expected}"
+            f"{self._source_of(path)}: {dotted(path)} = {shown}: expected {_expected(value, hint)}"
             f"{self._example(value, hint, path)}; got {_found(value, hint)}"
         )
         return _INVALID
@@ -202,6 +205,11 @@ def dotted(path: Path) -> str:
     return text
 
 
+def _is_beyond(value: object) -> bool:
+    """Whether it is infinite, not a number, or too large an integer: a file may hold it, and no setting means it."""
+    return value not in _INTEGERS if type(value) is int else isinstance(value, float) and not math.isfinite(value)
+
+
 def _list_items(hint: object) -> tuple[object, int | None]:
     """(type of the items, how many there must be, None for any number) of a tuple type."""
     assert typing.get_origin(hint) is tuple, f"a schema field of type {hint} cannot come from TOML"
@@ -219,6 +227,15 @@ def _with_article(hint: object) -> str:
     )
 
 
+def _expected(value: object, hint: object) -> str:
+    """What a value should have been, in words."""
+    if _is_beyond(value) and hint is float:
+        return "a finite number"
+    if _is_beyond(value) and hint is type(value):
+        return "an integer from -2^63 to 2^63 - 1"
+    return _with_article(hint)
+
+
 def _found(value: object, hint: object) -> str:
     """A value's kind in words."""
     if isinstance(value, Mapping):
@@ -227,7 +244,8 @@ def _found(value: object, hint: object) -> str:
         return f"a list of {len(value)}" if value else "an empty list"
     if isinstance(value, str):
         return "a string" if hint in _SCALARS or is_schema(hint) else "one string"
-    return _with_article(type(value)) if type(value) in _SCALARS else f"a {type(value).__name__}"
+    kind = _with_article(type(value)) if type(value) in _SCALARS else f"a {type(value).__name__}"
+    return f"{kind} of {value.bit_length()} bits" if type(value) is int and _is_beyond(value) else kind
 
 
 def _suggestion(key: str, path: Path, schema: type[Any], root: type[Any]) -> str:

@@ -173,7 +173,8 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
 def _parse_value(text: str) -> object:
     try:
         document = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except ValueError:
+        # No TOML, or an integer of more digits than Python reads.
         return text
     # A line break inside the text could smuggle in further keys.
     return document["value"] if len(document) == 1 else text

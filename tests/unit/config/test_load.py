@@ -146,6 +146,29 @@ def test_wrong_type_is_refused(config_path: Path, override: str, expected: str) 
     assert f"command line: {expected}" in refusal(config_path, override)
 
 
+def test_the_largest_numbers_are_read(config_path: Path) -> None:
+    config = load_config(config_path, [f"run.steps={2**63 - 1}", f"optim.lr=1{'0' * 308}"])
+    assert (config.run.steps, config.optim.lr) == (2**63 - 1, 1e308)
+
+
+def test_too_large_an_integer_is_refused(config_path: Path) -> None:
+    large = f"1{'0' * 400}"
+    shown = "100000000000000000...0000000000000000000: expected a finite number"
+    bounds = "expected an integer from -2^63 to 2^63 - 1"
+    message = refusal(config_path, f"optim.lr={large}", f"run.steps={2**63}", f"run.seed={-(2**63) - 1}")
+    assert f"optim.lr = {shown}, such as optim.lr=0.0001; got an integer of 1329 bits" in message
+    assert f"run.steps = {2**63}: {bounds}, such as run.steps=1; got an integer of 64 bits" in message
+    assert f"run.seed = {-(2**63) - 1}: {bounds}" in message
+    # More digits than Python reads.
+    assert "optim.lr = '1000" in refusal(config_path, f"optim.lr=1{'0' * 5000}")
+    config_path.write_text(f"{config_path.read_text()}num_steps = {2**70}\nguidance = {large}\n")
+    message = refusal(config_path)
+    assert f"{config_path}: sample.num_steps = {2**70}: {bounds}" in message
+    assert f"{config_path}: sample.guidance = {shown}" in message
+    config_path.write_text(f"{config_path.read_text()}seed = 1{'0' * 5000}\n")
+    assert f"{config_path}: Exceeds the limit" in refusal(config_path)
+
+
 def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
     path.write_text('[run]\nsteps = "many"\nnam = "x"\n[optim]\nlr = "1"\n')
