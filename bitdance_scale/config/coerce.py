@@ -16,10 +16,13 @@ import shlex
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeGuard, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeGuard, TypeVar
 
 from bitdance_scale.renames import RENAMED_SETTINGS
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Path = tuple[str, ...]
 Schema = TypeVar("Schema")
@@ -62,6 +65,17 @@ def type_name(hint: object, *, is_plural: bool = False) -> str:
     return f"list{s} of {items}" if length is None else f"pair{s} of {items}"
 
 
+def written_fields(table: DataclassInstance) -> Iterator[tuple[str, Any]]:
+    """(name, value) of the fields of a table that are written as TOML: all but the open ends of a range.
+
+    An open end is a default that is infinite: no file needs to say it.
+    """
+    for field in dataclasses.fields(table):
+        value = getattr(table, field.name)
+        if not _is_open_end(value, field):
+            yield field.name, value
+
+
 def toml_value(value: object) -> str:
     """A setting's value as TOML on one line.
 
@@ -77,8 +91,8 @@ def toml_value(value: object) -> str:
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
         return f"[{', '.join(toml_value(item) for item in value)}]"
-    assert dataclasses.is_dataclass(value), f"{value!r} has no TOML form"
-    pairs = (f"{field.name} = {toml_value(getattr(value, field.name))}" for field in dataclasses.fields(value))
+    assert dataclasses.is_dataclass(value) and not isinstance(value, type), f"{value!r} has no TOML form"
+    pairs = (f"{name} = {toml_value(item)}" for name, item in written_fields(value))
     return f"{{ {', '.join(pairs)} }}"
 
 
@@ -133,7 +147,10 @@ class Coercion(Generic[Schema]):
         for field in dataclasses.fields(schema):
             field_path, hint = (*path, field.name), types[field.name]
             if field.name in values:
-                arguments[field.name] = self._value(values[field.name], hint, field_path)
+                value = values[field.name]
+                # Earlier versions wrote open ends into run folders and checkpoints.
+                is_read = _is_open_end(value, field)
+                arguments[field.name] = value if is_read else self._value(value, hint, field_path)
             elif is_schema(hint):
                 # An absent section has its defaults; what it requires is then reported by name.
                 arguments[field.name] = self._table({}, hint, field_path)
@@ -203,6 +220,10 @@ def dotted(path: Path) -> str:
     for part in path:
         text += f"[{part}]" if part.isdigit() else f".{part}" if text else part
     return text
+
+
+def _is_open_end(value: object, field: dataclasses.Field[Any]) -> bool:
+    return isinstance(value, float) and math.isinf(value) and value == field.default
 
 
 def _is_beyond(value: object) -> bool:
