@@ -233,3 +233,29 @@ def _every_replica_has_an_image(config: RunConfig, world_size: int) -> Iterator[
             f"data.global_batch = {config.data.global_batch}: must be at least the {num_replicas} replicas (ranks / "
             f"tensor / pipeline); use data.global_batch >= {num_replicas} or fewer ranks"
         )
+
+
+@RULES.rank_rule(
+    "evaluate.images", "evaluate.shards", "parallel.tensor", "parallel.pipeline", "parallel.virtual_stages"
+)
+def _every_replica_has_a_held_out_image(config: RunConfig, world_size: int) -> Iterator[str]:
+    """With `evaluate.shards`, `evaluate.images` is at least the number of replicas, with virtual stages x pipeline.
+
+    Every data-parallel rank takes part in every evaluation with at least one image, and the interleaved schedule runs
+    micro-batches in groups of `parallel.pipeline`.
+    """
+    if config.evaluate.shards:
+        yield from held_out_faults(config, world_size)
+
+
+def held_out_faults(config: RunConfig, world_size: int) -> Iterator[str]:
+    """What is wrong with the number of held-out images for so many ranks, whatever is computed of them."""
+    parallel, images = config.parallel, config.evaluate.images
+    num_replicas = world_size // (parallel.tensor * parallel.pipeline)
+    needed = num_replicas * parallel.packs_multiple
+    if images < needed:
+        groups = f" x parallel.pipeline = {parallel.pipeline}" if parallel.packs_multiple > 1 else ""
+        yield (
+            f"evaluate.images = {images}: must be at least {needed} for {num_replicas} replicas (ranks / tensor / "
+            f"pipeline){groups}; use evaluate.images >= {needed} or fewer ranks"
+        )
