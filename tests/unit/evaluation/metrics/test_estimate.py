@@ -81,6 +81,36 @@ def test_a_difference_is_of_the_shared_prompts():
         differences(images_of([1]), images_of([1], first=1), mean_of(("a",)))
 
 
+@pytest.mark.parametrize(("num_prompts", "is_clear"), [(4, False), (5, False), (6, True), (10, True)])
+def test_few_prompts_that_all_change_alike_may_do_so_by_chance(num_prompts: int, is_clear: bool):
+    # With a probability of 2 / 2^n, which is 0.125 of four prompts and 0.031 of six.
+    others = images_of([0.5, 0.7] * 10, "b")
+    before, after = (images_of([value] * num_prompts, num_images=4) + others for value in (0.25, 0.75))
+    for sides, sign in (((before, after), 1), ((after, before), -1)):
+        found = differences(*sides, mean_of(("a", "b")))
+        assert vars(found["a"].estimate) == {"value": 0.5 * sign, "low": 0.5 * sign, "high": 0.5 * sign}
+        # Prompts of the category alone; the overall value is of all of them, and those that are equal say nothing.
+        assert (found["a"].num_better + found["a"].num_worse, found["a"].num_prompts) == (num_prompts, num_prompts)
+        assert found[OVERALL].num_prompts == num_prompts + 20
+        assert found["a"].is_clear == found[OVERALL].is_clear == is_clear
+        assert not found["b"].is_clear
+
+
+def test_a_mean_that_few_prompts_raise_is_not_clear():
+    # 30 of 100 prompts are far better, and 70 a little worse.
+    changes = np.array([1.0] * 30 + [-0.01] * 70)
+    found = differences(images_of(np.zeros(100)), images_of(changes), mean_of(("a",)))[OVERALL]
+    assert found.estimate.low > 0 and (found.num_better, found.num_worse) == (30, 70)
+    assert not found.is_clear
+
+
+def test_a_share_of_several_parts_has_wilsons_interval_of_their_prompts():
+    images = images_of([1] * 3, "a") + images_of([1] * 2, "b") + images_of([0, 1] * 50, "c")
+    found = estimates(images, mean_of(("a", "b")))[OVERALL]
+    # Of the five prompts of both, none of which are of "c".
+    assert (found.low, found.high) == (pytest.approx(5 / (5 + 1.96**2), abs=1e-4), 1)
+
+
 def test_intervals_depend_on_the_seed_alone():
     images = images_of([index % 3 == 0 for index in range(97)], "a") + images_of([0, 1, 1], "b")
     first, again, other = (estimates(images, mean_of(("a", "b")), seed)[OVERALL] for seed in (0, 0, 1))
