@@ -2,6 +2,7 @@
 
 Intervals are those of the bootstrap over prompts within each category (Efron and Tibshirani 1993), since images of one
 prompt are alike. A difference is resampled with the same prompts on both sides, so that how hard a prompt is cancels.
+Prompts with the same questions are one (`ImageScore.unit`).
 
 The bootstrap says too little of few prompts. Where all are right, or none is, it finds no spread: a share of 0 or 1 has
 Wilson's interval (1927). Where all differences have one sign, so has every resample: only a difference that a sign test
@@ -10,7 +11,7 @@ finds as well is clear.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,7 +75,7 @@ def estimates(images: Sequence[ImageScore], combine: Combine, seed: int = 0) -> 
     Raises:
         ValueError: there are no images.
     """
-    prompts = _Prompts(images)
+    prompts = _Prompts(images, _units(images))
     values, parts = _resampled(prompts, combine, seed), _parts_of_values(prompts, combine)
     return {name: _of_end(row, int(prompts.has(parts[name]).sum())) or _estimate(row) for name, row in values.items()}
 
@@ -94,7 +95,10 @@ def differences(
         ValueError: no prompt is in both.
     """
     shared = {image.prompt_id for image in first} & {image.prompt_id for image in second}
-    before, after = (_Prompts([image for image in side if image.prompt_id in shared]) for side in (first, second))
+    units = _units([*first, *second])
+    before, after = (
+        _Prompts([image for image in side if image.prompt_id in shared], units) for side in (first, second)
+    )
     old, new = (_resampled(side, combine, seed) for side in (before, after))
     old_parts, new_parts = (_parts_of_values(side, combine) for side in (before, after))
     found = {}
@@ -105,22 +109,32 @@ def differences(
     return found
 
 
+def _units(images: Sequence[ImageScore]) -> dict[str, str]:
+    """What every prompt is resampled with; an earlier version's scores lack it where today's have it."""
+    own = {image.prompt_id: image.prompt_id for image in images}
+    return own | {image.prompt_id: image.unit for image in images if image.unit}
+
+
 class _Prompts:
-    """Images summed up by prompt, in the order of prompt ids.
+    """Images summed up by prompt, in the order of prompt ids; prompts of a unit are one.
 
     Attributes:
-        categories: of each prompt.
+        categories: of each prompt; of several, all of theirs.
         parts: by name, float64 [prompts, 2], sums and weights.
+
+    Args:
+        images: one or more.
+        units: of every prompt id.
     """
 
-    def __init__(self, images: Sequence[ImageScore]) -> None:
+    def __init__(self, images: Sequence[ImageScore], units: Mapping[str, str]) -> None:
         if not images:
             raise ValueError("there are no images to summarise")
-        by_prompt: dict[str, list[ImageScore]] = {}
+        by_unit: dict[str, list[ImageScore]] = {}
         for image in images:
-            by_prompt.setdefault(image.prompt_id, []).append(image)
-        prompts = [by_prompt[name] for name in sorted(by_prompt)]
-        self.categories = [found[0].category for found in prompts]
+            by_unit.setdefault(units[image.prompt_id], []).append(image)
+        prompts = [by_unit[name] for name in sorted(by_unit)]
+        self.categories = ["\n".join(sorted({image.category for image in found})) for found in prompts]
         names = dict.fromkeys(name for image in images for name in image.parts)
         self.parts = {name: np.zeros((len(prompts), 2)) for name in names}
         for row, found in enumerate(prompts):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -109,6 +111,24 @@ def test_a_share_of_several_parts_has_wilsons_interval_of_their_prompts():
     found = estimates(images, mean_of(("a", "b")))[OVERALL]
     # Of the five prompts of both, none of which are of "c".
     assert (found.low, found.high) == (pytest.approx(5 / (5 + 1.96**2), abs=1e-4), 1)
+
+
+def test_prompts_of_a_unit_are_resampled_as_one():
+    values = [0, 1, 1, 0, 1, 0, 0, 1, 1, 1]
+    apart = images_of(values, "a") + images_of(values, "b")
+    together = [replace(image, unit=image.prompt_id[1:]) for image in apart]
+    found, wider = (estimates(images, mean_of(("a", "b"))) for images in (apart, together))
+    assert vars(wider[OVERALL]) == vars(wider["a"]) == vars(wider["b"])
+    assert found[OVERALL].value == wider[OVERALL].value
+    # Two halves of equal spread: sqrt(2) narrower if they were drawn apart, up to a step of the quantiles.
+    assert found[OVERALL].high - found[OVERALL].low < 0.85 * (wider[OVERALL].high - wider[OVERALL].low)
+
+
+def test_scores_of_an_earlier_version_are_compared_in_the_units_of_today():
+    earlier = images_of([0.2, 0.4, 0.6], "a") + images_of([0.2, 0.4, 0.6], "b")
+    today = [replace(image, parts={image.category: (1.0, 1.0)}, unit=image.prompt_id[1:]) for image in earlier]
+    found = differences(earlier, today, mean_of(("a", "b")))[OVERALL]
+    assert (found.estimate.value, found.num_better, found.num_prompts) == (pytest.approx(0.6), 3, 3)
 
 
 def test_intervals_depend_on_the_seed_alone():
