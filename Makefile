@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */  make \1\t/' | expand -t 24
 
 setup: $(STAMP)  ## .venv with the pinned dependencies
 
@@ -48,7 +48,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt tests/transformers-4.57.txt t
 sample: setup  ## draw the demo's prompts with the trained model that comes with the package; ARGS= goes to bitdance sample
 	$(BIN)/bitdance sample demo $(ARGS)
 
-demo-data: setup
+demo-data: setup  ## draw the demo's images: data/demo and data/demo_held_out
 	$(BIN)/bitdance demo-data data/demo data/demo_held_out
 
 pretrain: demo-data  ## draw the demo images, train on them; ARGS= overrides settings, NPROC= processes

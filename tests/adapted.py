@@ -13,6 +13,7 @@ from bitdance_scale.checkpoint.run_adapters import QUERIES, matrices_of
 from bitdance_scale.checkpoint.run_checkpoint import CONFIG_NAME, read_state, save_checkpoint
 from bitdance_scale.checkpoint.start_weights import find_checkpoint
 from bitdance_scale.checkpoint.step_names import CHECKPOINTS_DIR
+from bitdance_scale.config.data_schema import DataFilter
 from bitdance_scale.config.load import dump_toml, load_network
 from bitdance_scale.config.lora_schema import LoraSection
 from bitdance_scale.config.schema import RunConfig
@@ -44,13 +45,15 @@ def write_adapted_run(
     seed: int = 0,
     is_averaged: bool = False,
     block_side: int | None = None,
+    filters: tuple[DataFilter, ...] = (),
 ) -> Path:
     """A run folder whose checkpoint at step 3 has random adapters; returns it.
 
     The masters are in float32, the weights their bfloat16, the averages others. With `block_side` the run has distilled
-    the import to larger blocks.
+    the import to larger blocks. `filters` are those of its data.
     """
     config = adapted_config(imported, lora, **({"stage": "distill", "new_queries": "mean"} if block_side else {}))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, filters=filters))
     if block_side:
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, block_side=block_side))
     base = find_checkpoint(imported)

@@ -16,8 +16,8 @@ from bitdance_scale.cli.command import CommandParser, run_command
 from bitdance_scale.cli.launch import add_rank_arguments, find_replicas, launch
 from bitdance_scale.config.load import load_config
 from bitdance_scale.config.named_files import check_named_files
+from bitdance_scale.config.parallel_rules import held_out_faults
 from bitdance_scale.config.rules import check
-from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.errors import ConfigError
 
 DEFAULT_TIMES = "0,0.25,0.5,0.75,0.95"
@@ -59,7 +59,8 @@ def _run(options: argparse.Namespace) -> int:
     check_named_files(config)
     where = options.where or str(Path(config.run.root) / config.run.name)
     num_ranks, starting = find_replicas(options, config.parallel)
-    _check_images(config, num_ranks)
+    if faults := [*held_out_faults(config, num_ranks)]:
+        raise ConfigError("\n".join(faults))
     if starting is not None:
         values = [f"--out={options.out}", f"--from={where}", f"--times={','.join(map(repr, options.times))}"]
         return launch(starting, "bitdance_scale.cli.histogram", [options.config, *options.overrides, *values])
@@ -67,18 +68,6 @@ def _run(options: argparse.Namespace) -> int:
     from bitdance_scale.train.prediction_histogram import run_histogram
 
     return run_histogram(config, where, options.times, options.out)
-
-
-def _check_images(config: RunConfig, num_ranks: int) -> None:
-    parallel = config.parallel
-    num_replicas = num_ranks // (parallel.tensor * parallel.pipeline)
-    # The interleaved schedule runs micro-batches in groups.
-    needed = num_replicas * (parallel.pipeline if parallel.virtual_stages > 1 else 1)
-    if config.evaluate.images < needed:
-        raise ConfigError(
-            f"evaluate.images = {config.evaluate.images}: must be at least {needed} for {num_replicas} replicas; use "
-            "more images or fewer ranks"
-        )
 
 
 def _times(text: str) -> tuple[float, ...]:

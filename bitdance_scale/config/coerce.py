@@ -11,13 +11,18 @@ import difflib
 import json
 import math
 import re
+import reprlib
 import shlex
+import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeGuard, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeGuard, TypeVar
 
 from bitdance_scale.renames import RENAMED_SETTINGS
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Path = tuple[str, ...]
 Schema = TypeVar("Schema")
@@ -30,6 +35,8 @@ _SCALARS: Mapping[object, tuple[str, str]] = {
     str: ("string", "strings"),
 }
 _INVALID = object()
+# Those that every TOML reader has; nothing that a setting is read into holds more.
+_INTEGERS = range(-(2**63), 2**63)
 _WORD = re.compile(r"(?!(?:true|false|inf|nan)$)[A-Za-z_][\w./:-]*")
 
 
@@ -58,6 +65,17 @@ def type_name(hint: object, *, is_plural: bool = False) -> str:
     return f"list{s} of {items}" if length is None else f"pair{s} of {items}"
 
 
+def written_fields(table: DataclassInstance) -> Iterator[tuple[str, Any]]:
+    """(name, value) of the fields of a table that are written as TOML: all but the open ends of a range.
+
+    An open end is a default that is infinite: no file needs to say it.
+    """
+    for field in dataclasses.fields(table):
+        value = getattr(table, field.name)
+        if not _is_open_end(value, field):
+            yield field.name, value
+
+
 def toml_value(value: object) -> str:
     """A setting's value as TOML on one line.
 
@@ -73,8 +91,8 @@ def toml_value(value: object) -> str:
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
         return f"[{', '.join(toml_value(item) for item in value)}]"
-    assert dataclasses.is_dataclass(value), f"{value!r} has no TOML form"
-    pairs = (f"{field.name} = {toml_value(getattr(value, field.name))}" for field in dataclasses.fields(value))
+    assert dataclasses.is_dataclass(value) and not isinstance(value, type), f"{value!r} has no TOML form"
+    pairs = (f"{name} = {toml_value(item)}" for name, item in written_fields(value))
     return f"{{ {', '.join(pairs)} }}"
 
 
@@ -129,7 +147,10 @@ class Coercion(Generic[Schema]):
         for field in dataclasses.fields(schema):
             field_path, hint = (*path, field.name), types[field.name]
             if field.name in values:
-                arguments[field.name] = self._value(values[field.name], hint, field_path)
+                value = values[field.name]
+                # Earlier versions wrote open ends into run folders and checkpoints.
+                is_read = _is_open_end(value, field)
+                arguments[field.name] = value if is_read else self._value(value, hint, field_path)
             elif is_schema(hint):
                 # An absent section has its defaults; what it requires is then reported by name.
                 arguments[field.name] = self._table({}, hint, field_path)
@@ -142,10 +163,10 @@ class Coercion(Generic[Schema]):
         if is_schema(hint):
             return self._table(value, hint, path)
         if hint in _SCALARS:
-            if hint is float and type(value) is int:
+            if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
                 value = float(value)
-            # `type`, not isinstance: true is no integer. Infinities and NaN are TOML, but no setting means them.
-            is_right = type(value) is hint and not (isinstance(value, float) and not math.isfinite(value))
+            # `type`, not isinstance: true is no integer.
+            is_right = type(value) is hint and not _is_beyond(value)
             return value if is_right else self._wrong_type(value, hint, path)
         if isinstance(hint, types.UnionType):
             # A word or a list: what the value looks like decides which of the two is meant.
@@ -160,10 +181,9 @@ class Coercion(Generic[Schema]):
         return tuple(self._value(item, item_hint, (*path, str(index))) for index, item in enumerate(value))
 
     def _wrong_type(self, value: object, hint: object, path: Path) -> object:
-        is_infinite = isinstance(value, float) and not math.isfinite(value)
-        expected = "a finite number" if is_infinite and hint is float else _with_article(hint)
+        shown = reprlib.repr(value) if type(value) is int else repr(value)
         self.problems.append(
-            f"{self._source_of(path)}: {dotted(path)} = {value!r}: expected {expected}"
+            f"{self._source_of(path)}: {dotted(path)} = {shown}: expected {_expected(value, hint)}"
             f"{self._example(value, hint, path)}; got {_found(value, hint)}"
         )
         return _INVALID
@@ -202,6 +222,15 @@ def dotted(path: Path) -> str:
     return text
 
 
+def _is_open_end(value: object, field: dataclasses.Field[Any]) -> bool:
+    return isinstance(value, float) and math.isinf(value) and value == field.default
+
+
+def _is_beyond(value: object) -> bool:
+    """Whether it is infinite, not a number, or too large an integer: a file may hold it, and no setting means it."""
+    return value not in _INTEGERS if type(value) is int else isinstance(value, float) and not math.isfinite(value)
+
+
 def _list_items(hint: object) -> tuple[object, int | None]:
     """(type of the items, how many there must be, None for any number) of a tuple type."""
     assert typing.get_origin(hint) is tuple, f"a schema field of type {hint} cannot come from TOML"
@@ -219,6 +248,15 @@ def _with_article(hint: object) -> str:
     )
 
 
+def _expected(value: object, hint: object) -> str:
+    """What a value should have been, in words."""
+    if _is_beyond(value) and hint is float:
+        return "a finite number"
+    if _is_beyond(value) and hint is type(value):
+        return "an integer from -2^63 to 2^63 - 1"
+    return _with_article(hint)
+
+
 def _found(value: object, hint: object) -> str:
     """A value's kind in words."""
     if isinstance(value, Mapping):
@@ -227,7 +265,8 @@ def _found(value: object, hint: object) -> str:
         return f"a list of {len(value)}" if value else "an empty list"
     if isinstance(value, str):
         return "a string" if hint in _SCALARS or is_schema(hint) else "one string"
-    return _with_article(type(value)) if type(value) in _SCALARS else f"a {type(value).__name__}"
+    kind = _with_article(type(value)) if type(value) in _SCALARS else f"a {type(value).__name__}"
+    return f"{kind} of {value.bit_length()} bits" if type(value) is int and _is_beyond(value) else kind
 
 
 def _suggestion(key: str, path: Path, schema: type[Any], root: type[Any]) -> str:

@@ -47,8 +47,7 @@ def check_any(config: AnyConfig, world_size: int | None) -> None:
     if isinstance(config, RunConfig):
         check(config, world_size)
     else:
-        # The tokenizer's rules ask that no rank is without images, which one rank never is.
-        check_tokenizer(config, world_size or 1)
+        check_tokenizer(config, world_size)
 
 
 def shards_of(config: AnyConfig) -> list[str]:

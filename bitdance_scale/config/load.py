@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from bitdance_scale.config.coerce import Coercion, field_types, toml_value
+from bitdance_scale.config.coerce import Coercion, field_types, toml_value, written_fields
 from bitdance_scale.config.lora_schema import LoraOnly, LoraSection
 from bitdance_scale.config.presets import PRESETS
 from bitdance_scale.config.schema import ModelSection, NetworkConfig, RunConfig
@@ -106,7 +106,7 @@ def load_lora(path: str | Path) -> LoraSection:
 
 
 def dump_toml(config: DataclassInstance) -> str:
-    """The whole tree as TOML that `load_config` reads back to an equal tree."""
+    """The whole tree as TOML that `load_config` reads back to an equal tree; open ends of ranges are left out."""
     return "\n".join(_toml_lines(config, "")).strip() + "\n"
 
 
@@ -173,7 +173,8 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
 def _parse_value(text: str) -> object:
     try:
         document = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except ValueError:
+        # No TOML, or an integer of more digits than Python reads.
         return text
     # A line break inside the text could smuggle in further keys.
     return document["value"] if len(document) == 1 else text
@@ -224,15 +225,15 @@ def _fill_in_preset(values: dict[str, object], schema: type, sources: Mapping[tu
 def _toml_lines(table: DataclassInstance, prefix: str) -> list[str]:
     """A dataclass as TOML: its own values first, then its tables and lists of tables under their headers."""
     own, below = [], []
-    for field in dataclasses.fields(table):
-        value, name = getattr(table, field.name), f"{prefix}{field.name}"
+    for key, value in written_fields(table):
+        name = f"{prefix}{key}"
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             below += ["", f"[{name}]", *_toml_lines(value, f"{name}.")]
         elif isinstance(value, tuple) and value and all(dataclasses.is_dataclass(item) for item in value):
             for item in value:
                 below += ["", f"[[{name}]]", *_toml_lines(item, f"{name}.")]
         else:
-            own.append(f"{field.name} = {toml_value(value)}")
+            own.append(f"{key} = {toml_value(value)}")
     return own + below
 
 

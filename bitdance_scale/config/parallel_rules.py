@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from bitdance_scale.config.rule import RuleSet, divisors, nearest_multiples
-from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.config.schema import ObserveSection, RunConfig
 
 RULES = RuleSet()
 
@@ -33,12 +33,7 @@ def _profiled_ranks_exist(config: RunConfig, world_size: int) -> Iterator[str]:
 
     Ranks count from 0; another one would write no trace, and nobody would hear of it.
     """
-    unknown = [rank for rank in config.observe.profile_ranks if rank >= world_size]
-    if unknown and config.observe.profile_steps:
-        yield (
-            f"observe.profile_ranks = {list(config.observe.profile_ranks)}: {unknown[0]} is no rank of {world_size}; "
-            f"use 0 to {world_size - 1}"
-        )
+    yield from profile_faults(config.observe, world_size)
 
 
 @RULES.rule("parallel.pipeline", "parallel.virtual_stages", "model.num_layers")
@@ -232,4 +227,40 @@ def _every_replica_has_an_image(config: RunConfig, world_size: int) -> Iterator[
         yield (
             f"data.global_batch = {config.data.global_batch}: must be at least the {num_replicas} replicas (ranks / "
             f"tensor / pipeline); use data.global_batch >= {num_replicas} or fewer ranks"
+        )
+
+
+@RULES.rank_rule(
+    "evaluate.images", "evaluate.shards", "parallel.tensor", "parallel.pipeline", "parallel.virtual_stages"
+)
+def _every_replica_has_a_held_out_image(config: RunConfig, world_size: int) -> Iterator[str]:
+    """With `evaluate.shards`, `evaluate.images` is at least the number of replicas, with virtual stages x pipeline.
+
+    Every data-parallel rank takes part in every evaluation with at least one image, and the interleaved schedule runs
+    micro-batches in groups of `parallel.pipeline`.
+    """
+    if config.evaluate.shards:
+        yield from held_out_faults(config, world_size)
+
+
+def profile_faults(section: ObserveSection, world_size: int) -> Iterator[str]:
+    """Ranks that are to write traces and are none of so many, in any kind of training."""
+    unknown = [rank for rank in section.profile_ranks if rank >= world_size]
+    if unknown and section.profile_steps:
+        yield (
+            f"observe.profile_ranks = {list(section.profile_ranks)}: {unknown[0]} is no rank of {world_size}; "
+            f"use 0 to {world_size - 1}"
+        )
+
+
+def held_out_faults(config: RunConfig, world_size: int) -> Iterator[str]:
+    """What is wrong with the number of held-out images for so many ranks, whatever is computed of them."""
+    parallel, images = config.parallel, config.evaluate.images
+    num_replicas = world_size // (parallel.tensor * parallel.pipeline)
+    needed = num_replicas * parallel.packs_multiple
+    if images < needed:
+        groups = f" x parallel.pipeline = {parallel.pipeline}" if parallel.packs_multiple > 1 else ""
+        yield (
+            f"evaluate.images = {images}: must be at least {needed} for {num_replicas} replicas (ranks / tensor / "
+            f"pipeline){groups}; use evaluate.images >= {needed} or fewer ranks"
         )

@@ -10,11 +10,15 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from bitdance_scale.config.benchmark_schema import RUN_BENCHMARKS, RUN_METRICS
 from bitdance_scale.config.families import FAMILIES
-from bitdance_scale.config.schema import MIN_SPIKE_WINDOW, SCHEDULES, SPIKE_ACTIONS, WEIGHTS, RunConfig
+from bitdance_scale.config.schema import MIN_SPIKE_WINDOW, SCHEDULES, SPIKE_ACTIONS, WEIGHTS
 from bitdance_scale.config.training_stages import NEW_QUERIES, STAGES
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -290,14 +294,14 @@ def demand(constraint: Constraint) -> str:
     return "must not be empty" if isinstance(constraint, NonEmpty) else f"must be {constraint}"
 
 
-def range_violations(config: RunConfig) -> dict[str, str]:
-    """Setting -> message, for every setting that is illegal by itself.
+def range_violations(config: DataclassInstance, constraints: Mapping[str, Constraint] = CONSTRAINTS) -> dict[str, str]:
+    """Setting -> message, for every setting of a tree that is illegal by itself.
 
     The key names the offending value (`data.resolutions[1].share`), the message states value, rule and fix.
     """
     violations: dict[str, str] = {}
     for path, pattern, value in _values(config, "", ""):
-        constraint = CONSTRAINTS.get(pattern)
+        constraint = constraints.get(pattern)
         if constraint is not None and value not in constraint:
             violations[path] = f"{path} = {value!r}: {demand(constraint)}{_nearest(value, constraint)}"
     return violations

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import enum
 import tomllib
+import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bitdance_scale.config.coerce import toml_value
+from bitdance_scale.config.coerce import field_types, is_schema, toml_value
 from bitdance_scale.config.kinds import AnyConfig
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.renames import EARLIER_VALUES
@@ -203,8 +204,9 @@ def effect_of(setting: str, effects: Mapping[str, Effect]) -> Effect:
 def changes(old_text: str, config: AnyConfig) -> list[Change]:
     """Settings whose values differ between a checkpoint's configuration and the one that is to go on with it.
 
-    A setting that the checkpoint's version did not have had the value of today's default, or of `EARLIER_VALUES`. A
-    section that it lacks as a whole says nothing: an imported release has no run.
+    A setting that the checkpoint's version did not have, or did not write, had the value of today's default, or of
+    `EARLIER_VALUES`; so had one of a row. A section that it lacks as a whole says nothing: an imported release has no
+    run.
 
     Args:
         old_text: configuration of the checkpoint, as TOML.
@@ -217,10 +219,12 @@ def changes(old_text: str, config: AnyConfig) -> list[Change]:
     tables = tomllib.loads(old_text)
     if "steps" not in tables.get("run", {}):
         tables.pop("run", None)
-    old = dict(_leaves(tables))
+    old, rows = dict(_leaves(tables)), dict(_row_schemas(type(config)))
     found = []
     for setting, value, default in settings(config):
         before = old.get(setting, EARLIER_VALUES.get(setting, default))
+        if setting in rows and isinstance(before, list):
+            before = [_defaults(rows[setting]) | row if isinstance(row, dict) else row for row in before]
         if setting.partition(".")[0] not in tables or before is dataclasses.MISSING or before == value:
             continue
         effect = effect_of(setting, effects)
@@ -252,6 +256,21 @@ def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _row_schemas(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, type[Any]]]:
+    """(`section.key`, schema of a row) of every setting that is a list of tables."""
+    for name, hint in field_types(schema).items():
+        if is_schema(hint):
+            yield from _row_schemas(hint, f"{prefix}{name}.")
+        for item in typing.get_args(hint):
+            if is_schema(item):
+                yield f"{prefix}{name}", item
+
+
+def _defaults(schema: type[Any]) -> dict[str, Any]:
+    fields = dataclasses.fields(schema)
+    return {field.name: _plain(field.default) for field in fields if field.default is not dataclasses.MISSING}
 
 
 def _plain(value: Any) -> Any:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from bitdance_scale.config.optim_rules import average_faults, fall_faults, floor_faults
-from bitdance_scale.config.ranges import FolderName, demand
-from bitdance_scale.config.schema import MIN_SPIKE_WINDOW, SCHEDULES, SPIKE_ACTIONS, WEIGHTS
+from bitdance_scale.config.parallel_rules import profile_faults
+from bitdance_scale.config.ranges import CONSTRAINTS, Choice, Constraint, NonEmpty, Range, range_violations
+from bitdance_scale.config.schema import WEIGHTS
 from bitdance_scale.config.storage_rules import credential_faults, upload_faults
 from bitdance_scale.config.tokenizer_schema import (
     OUTPUT_DTYPES,
@@ -20,10 +21,49 @@ from bitdance_scale.errors import ConfigError
 
 _FINE_PX = 3
 """Least side of what the last two convolutions of the discriminator see: each takes a pixel off."""
+_COUNT = Range(1)
+_NOT_NEGATIVE = Range(0)
+_POSITIVE = Range(0, is_low_open=True)
+_BELOW_ONE = Range(0, 1, is_high_open=True)
+
+TOKENIZER_CONSTRAINTS: Mapping[str, Constraint] = {
+    **CONSTRAINTS,
+    "run.output": NonEmpty(),
+    "run.output_weights": Choice(("auto", *WEIGHTS)),
+    "run.output_dtype": Choice(OUTPUT_DTYPES),
+    "run.trains": Choice(TRAINED_PARTS),
+    "quantiser.temperature": _POSITIVE,
+    "quantiser.entropy_weight": _NOT_NEGATIVE,
+    "quantiser.entropy_ramp": _NOT_NEGATIVE,
+    "quantiser.entropy_ramp_steps": _COUNT,
+    "quantiser.commit_weight": _NOT_NEGATIVE,
+    "quantiser.flip_max": _BELOW_ONE,
+    "reconstruction.l1_weight": _NOT_NEGATIVE,
+    "reconstruction.l2_weight": _NOT_NEGATIVE,
+    "reconstruction.edge_weight": _NOT_NEGATIVE,
+    "reconstruction.lpips_weight": _NOT_NEGATIVE,
+    "adversarial.weight": _NOT_NEGATIVE,
+    "adversarial.start_step": _NOT_NEGATIVE,
+    "adversarial.channels": _COUNT,
+    "adversarial.num_layers": _COUNT,
+    "adversarial.lecam_weight": _NOT_NEGATIVE,
+    "adversarial.lecam_decay": _BELOW_ONE,
+    "adversarial.rate_factor": _POSITIVE,
+    "parallel.recompute": Choice(RECOMPUTED),
+    "data.shards": NonEmpty(),
+    "data.max_zoom": Range(1),
+    "data.max_skipped_share": _BELOW_ONE,
+    # Every gradient is clipped, and a run may stop at the first skipped step.
+    "optim.clip_norm": _POSITIVE,
+    "optim.max_skipped_steps": _NOT_NEGATIVE,
+    "evaluate.shards": NonEmpty(),
+    "evaluate.num_images": _COUNT,
+}
+"""Setting -> what it may be, as `ranges.CONSTRAINTS`, whose settings mean the same here but for those named again."""
 
 
-def check_tokenizer(config: TokenizerConfig, world_size: int) -> None:
-    """Refuses what cannot be trained, before any process group exists.
+def check_tokenizer(config: TokenizerConfig, world_size: int | None) -> None:
+    """Refuses what cannot be trained, before any process group exists; `world_size` as in `rules.check`.
 
     Raises:
         ConfigError: lists every broken rule: where, what value, the rule and the fix.
@@ -32,7 +72,7 @@ def check_tokenizer(config: TokenizerConfig, world_size: int) -> None:
         *credential_faults(config),
         *upload_faults(config.checkpoint),
         *_network_faults(config),
-        *_range_faults(config),
+        *range_violations(config, TOKENIZER_CONSTRAINTS).values(),
         *floor_faults(config.optim),
         *fall_faults(config.optim),
         *average_faults(
@@ -40,7 +80,9 @@ def check_tokenizer(config: TokenizerConfig, world_size: int) -> None:
             {"run.output_weights": config.run.output_weights, "evaluate.weights": config.evaluate.weights},
         ),
         *_stage_faults(config),
-        *_size_faults(config, world_size),
+        # One rank is never without images.
+        *_size_faults(config, world_size or 1),
+        *(() if world_size is None else profile_faults(config.observe, world_size)),
     ]
     if faults:
         raise ConfigError("the tokenizer configuration cannot be used:\n" + "\n".join(f"- {fault}" for fault in faults))
@@ -68,90 +110,6 @@ def _network_faults(config: TokenizerConfig) -> Iterator[str]:
             f"quantiser.num_groups = {quantiser.num_groups}: groups share the {network.num_bits} bits equally, at most "
             f"16 each (the entropy loss enumerates 2^bits codes); use {max(1, network.num_bits // 8)}"
         )
-    if config.run.dtype not in ("float32", "bfloat16"):
-        yield f"run.dtype = {config.run.dtype!r}: must be float32 or bfloat16"
-
-
-def _range_faults(config: TokenizerConfig) -> Iterator[str]:
-    if config.run.name not in (legal := FolderName()):
-        yield f"run.name = {config.run.name!r}: {demand(legal)}"
-    at_least_one = {
-        "run.steps": config.run.steps,
-        "observe.log_every_steps": config.observe.log_every_steps,
-        "data.max_zoom": config.data.max_zoom,
-        "data.read_threads": config.data.read_threads,
-        "evaluate.num_images": config.evaluate.num_images,
-        "evaluate.every_steps": config.evaluate.every_steps,
-        "optim.skipped_window": config.optim.skipped_window,
-        "checkpoint.every_steps": config.checkpoint.every_steps,
-        "checkpoint.keep": config.checkpoint.keep,
-        "quantiser.entropy_ramp_steps": config.quantiser.entropy_ramp_steps,
-        "adversarial.channels": config.adversarial.channels,
-        "adversarial.num_layers": config.adversarial.num_layers,
-    }
-    yield from (f"{name} = {value}: must be 1 or more" for name, value in at_least_one.items() if value < 1)
-    above_zero = {
-        "quantiser.temperature": config.quantiser.temperature,
-        "run.long_timeout_s": config.run.long_timeout_s,
-        "optim.lr": config.optim.lr,
-        "optim.clip_norm": config.optim.clip_norm,
-        "adversarial.rate_factor": config.adversarial.rate_factor,
-    }
-    yield from (f"{name} = {value}: must be above 0" for name, value in above_zero.items() if value <= 0)
-    not_negative = {
-        "run.seed": config.run.seed,
-        "quantiser.entropy_weight": config.quantiser.entropy_weight,
-        "quantiser.commit_weight": config.quantiser.commit_weight,
-        "reconstruction.l1_weight": config.reconstruction.l1_weight,
-        "reconstruction.l2_weight": config.reconstruction.l2_weight,
-        "quantiser.entropy_ramp": config.quantiser.entropy_ramp,
-        "reconstruction.edge_weight": config.reconstruction.edge_weight,
-        "reconstruction.lpips_weight": config.reconstruction.lpips_weight,
-        "adversarial.weight": config.adversarial.weight,
-        "adversarial.start_step": config.adversarial.start_step,
-        "adversarial.lecam_weight": config.adversarial.lecam_weight,
-        "optim.weight_decay": config.optim.weight_decay,
-        "optim.warmup_steps": config.optim.warmup_steps,
-        "optim.lr_min": config.optim.lr_min,
-        "optim.decay_steps": config.optim.decay_steps,
-        "optim.max_skipped_steps": config.optim.max_skipped_steps,
-        "run.timeout_s": config.run.timeout_s,
-        "checkpoint.keep_every_steps": config.checkpoint.keep_every_steps,
-        "optim.spike_deviations": config.optim.spike_deviations,
-        "checkpoint.upload_keep": config.checkpoint.upload_keep,
-        "checkpoint.upload_mb_per_s": config.checkpoint.upload_mb_per_s,
-    }
-    yield from (f"{name} = {value}: must not be negative" for name, value in not_negative.items() if value < 0)
-    below_one = {
-        "quantiser.flip_max": config.quantiser.flip_max,
-        "optim.beta1": config.optim.beta1,
-        "optim.beta2": config.optim.beta2,
-        "optim.average_decay": config.optim.average_decay,
-        "adversarial.lecam_decay": config.adversarial.lecam_decay,
-        "data.max_skipped_share": config.data.max_skipped_share,
-    }
-    if any(rank < 0 for rank in config.observe.profile_ranks):
-        yield f"observe.profile_ranks = {list(config.observe.profile_ranks)}: ranks count from 0"
-    if any(step < 1 for step in config.observe.profile_steps):
-        yield f"observe.profile_steps = {list(config.observe.profile_steps)}: steps count from 1"
-    yield from (f"{name} = {value}: must be in [0, 1)" for name, value in below_one.items() if not 0 <= value < 1)
-    optim = config.optim
-    if not 0 < optim.max_skipped_share <= 1:
-        yield f"optim.max_skipped_share = {optim.max_skipped_share}: must be in (0, 1]"
-    if optim.spike_window < MIN_SPIKE_WINDOW:
-        yield f"optim.spike_window = {optim.spike_window}: must be {MIN_SPIKE_WINDOW} or more"
-    choices = {
-        "run.output_weights": (config.run.output_weights, ("auto", *WEIGHTS)),
-        "run.output_dtype": (config.run.output_dtype, OUTPUT_DTYPES),
-        "optim.schedule": (optim.schedule, SCHEDULES),
-        "optim.spike_action": (optim.spike_action, SPIKE_ACTIONS),
-        "evaluate.weights": (config.evaluate.weights, WEIGHTS),
-        "run.trains": (config.run.trains, TRAINED_PARTS),
-        "parallel.recompute": (config.parallel.recompute, RECOMPUTED),
-    }
-    for name, (value, words) in choices.items():
-        if value not in words:
-            yield f"{name} = {value!r}: must be one of {', '.join(words)}"
 
 
 def _stage_faults(config: TokenizerConfig) -> Iterator[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import logging
+import re
 import statistics
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +67,19 @@ def test_entry_points_only_enter() -> None:
 
 def test_names_say_what_is_inside() -> None:
     assert [str(path) for path in SOURCES if path.name in VAGUE_NAMES] == []
+
+
+def test_make_help_has_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (declared,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    # Files, such as stamps, are named by variables.
+    assert {*declared.split()} == {*re.findall(r"^([a-z][\w-]*):(?!=)", makefile, re.MULTILINE)}
+    printed = subprocess.run(
+        ["make", "--no-print-directory", "-C", str(ROOT), "help"], check=True, capture_output=True, encoding="utf-8"
+    ).stdout
+    lines = [line.split(maxsplit=2) for line in printed.splitlines()]
+    assert all(command == "make" and meaning for command, _, meaning in lines)
+    assert sorted(target for _, target, _ in lines) == sorted(declared.split())
 
 
 def places_in_the_locales_encoding(source: str) -> Iterator[int]:

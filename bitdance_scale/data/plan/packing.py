@@ -87,9 +87,9 @@ def partition_batch(
         num_packs += packs_multiple
     if not all(packs):
         raise ConfigError(
-            f"data.global_batch={len(lengths)}: {num_packs} packs on each of {num_ranks} data-parallel replicas need "
-            f"at least {num_packs * num_ranks} samples. Raise data.global_batch or data.max_pack_tokens "
-            f"({max_pack_tokens}), or run on fewer replicas."
+            f"data.global_batch={len(lengths)} (evaluate.images where they are held out): {num_packs} packs on each of "
+            f"{num_ranks} data-parallel replicas need at least {num_packs * num_ranks} samples. Raise it or "
+            f"data.max_pack_tokens ({max_pack_tokens}), or run on fewer replicas."
         )
     # Without regard to the cap, costs are evenest. If exchanges cannot bring all packs under it, the cap comes first.
     even = _fill_cheapest(_longest_first(lengths), lengths.tolist(), costs.tolist(), len(packs), int(lengths.sum()))

@@ -18,6 +18,8 @@ class ImageScore:
         parts: by name, (sum, weight) that the image adds to a part of the metric, such as (right answers, questions).
             A part is the sum over images divided by their weight.
         reason: why the value is what it is, for readers; may be empty.
+        unit: prompts with the same one are no independent observations, and are resampled as one, such as two wordings
+            with the same questions; empty: the prompt is one by itself.
     """
 
     prompt_id: str
@@ -26,3 +28,4 @@ class ImageScore:
     value: float
     parts: Mapping[str, tuple[float, float]] = field(repr=False)
     reason: str = ""
+    unit: str = ""

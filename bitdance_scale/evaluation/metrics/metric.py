@@ -11,7 +11,10 @@ OVERALL = "overall"
 """The value that a metric is quoted by."""
 
 Combine = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
-"""Values by name from parts by name, float64 [n] each; `OVERALL` is one of the values."""
+"""Values by name from parts by name, float64 [n] each; `OVERALL` is one of the values.
+
+A value is not a number where a part that it is made of is none.
+"""
 
 
 @dataclass(frozen=True)

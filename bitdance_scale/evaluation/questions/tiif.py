@@ -220,6 +220,8 @@ def ask_tiif(
 def image_scores(items: Mapping[str, TiifItem], answers: Mapping[str, Sequence[bool | None]]) -> list[ImageScore]:
     """Scores of images: the share of right answers, which is a part such as "short: action+2d".
 
+    The short and the long prompt of an item are one unit, as they have its questions.
+
     Args:
         items: by prompt id.
         answers: by prompt id.
@@ -234,7 +236,8 @@ def image_scores(items: Mapping[str, TiifItem], answers: Mapping[str, Sequence[b
         wrong = [f"{question} {words[answer]}" for question, answer, wanted in asked if answer is not wanted]
         right = float(len(asked) - len(wrong))
         parts = {name: (right, float(len(asked)))}
-        scores.append(ImageScore(prompt_id, 0, name, right / len(asked), parts, first_few(wrong)))
+        unit = f"{item.dimension}/{item.index}"
+        scores.append(ImageScore(prompt_id, 0, name, right / len(asked), parts, first_few(wrong), unit))
     return scores
 
 

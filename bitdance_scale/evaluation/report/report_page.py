@@ -158,7 +158,7 @@ def _differences(section: Section) -> Iterator[str]:
         rows.append(["prompts worse", *(str(one.num_worse) for one in counts)])
         rows.append(["prompts compared", *(str(one.num_prompts) for one in counts)])
         yield page.Table(header, rows).html()
-        yield page.paragraph("Clear: the interval of 95 % leaves out zero.")
+        yield page.paragraph("Clear: the interval of 95 % leaves out zero, and a sign test over prompts has p < 0.05.")
     unpaired = [
         f"{pair.model} and {pair.baseline} are not paired: {'; '.join(pair.reasons)}."
         for pair in section.pairs

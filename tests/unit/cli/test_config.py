@@ -10,7 +10,7 @@ from bitdance_scale.config.presets import PRESETS
 from bitdance_scale.config.rules import RULES
 from bitdance_scale.config.shipped import shipped_configs
 
-NUM_RANK_RULES = 4
+NUM_RANK_RULES = 5
 
 
 @pytest.mark.parametrize("name", shipped_configs())

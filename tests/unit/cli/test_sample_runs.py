@@ -21,6 +21,7 @@ from bitdance_scale.checkpoint.release_source import open_source
 from bitdance_scale.checkpoint.start_weights import find_checkpoint
 from bitdance_scale.checkpoint.stored_config import stored_config
 from bitdance_scale.cli.sample import main
+from bitdance_scale.config.data_schema import DataFilter
 from bitdance_scale.config.schema import ParallelSection, RunConfig
 from bitdance_scale.evaluation.benchmarks.solving import Solving, drawing_config
 from bitdance_scale.train.prompt_models import RunPrompts
@@ -90,7 +91,8 @@ def test_an_import_draws_as_benchmarks_do(imported, tmp_path):
 
 
 def test_a_run_has_its_own_settings_and_prompts(imported, tmp_path, capsys, monkeypatch):
-    folder = write_adapted_run(imported, tmp_path / "style")
+    # The open end of a range has no number in TOML.
+    folder = write_adapted_run(imported, tmp_path / "style", filters=(DataFilter(column="aspect", max=2.0),))
     trainable = ["data.resolutions=[{side_px=16, share=1, buckets_px=[[16, 16]]}]", "data.max_pack_tokens=1024"]
     own = [*trainable, "sample.prompts=['a red circle','a blue one']", "sample.size_px=[32,48]", "sample.num_steps=2"]
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitdance_scale.config.data_schema import Resolution
+from bitdance_scale.config.data_schema import DataFilter, Resolution
 from bitdance_scale.config.describe import describe, setting_docs
 from bitdance_scale.config.load import dump_toml, load_config
 from bitdance_scale.config.presets import PRESETS
@@ -146,6 +147,29 @@ def test_wrong_type_is_refused(config_path: Path, override: str, expected: str) 
     assert f"command line: {expected}" in refusal(config_path, override)
 
 
+def test_the_largest_numbers_are_read(config_path: Path) -> None:
+    config = load_config(config_path, [f"run.steps={2**63 - 1}", f"optim.lr=1{'0' * 308}"])
+    assert (config.run.steps, config.optim.lr) == (2**63 - 1, 1e308)
+
+
+def test_too_large_an_integer_is_refused(config_path: Path) -> None:
+    large = f"1{'0' * 400}"
+    shown = "100000000000000000...0000000000000000000: expected a finite number"
+    bounds = "expected an integer from -2^63 to 2^63 - 1"
+    message = refusal(config_path, f"optim.lr={large}", f"run.steps={2**63}", f"run.seed={-(2**63) - 1}")
+    assert f"optim.lr = {shown}, such as optim.lr=0.0001; got an integer of 1329 bits" in message
+    assert f"run.steps = {2**63}: {bounds}, such as run.steps=1; got an integer of 64 bits" in message
+    assert f"run.seed = {-(2**63) - 1}: {bounds}" in message
+    # More digits than Python reads.
+    assert "optim.lr = '1000" in refusal(config_path, f"optim.lr=1{'0' * 5000}")
+    config_path.write_text(f"{config_path.read_text()}num_steps = {2**70}\nguidance = {large}\n")
+    message = refusal(config_path)
+    assert f"{config_path}: sample.num_steps = {2**70}: {bounds}" in message
+    assert f"{config_path}: sample.guidance = {shown}" in message
+    config_path.write_text(f"{config_path.read_text()}seed = 1{'0' * 5000}\n")
+    assert f"{config_path}: Exceeds the limit" in refusal(config_path)
+
+
 def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
     path.write_text('[run]\nsteps = "many"\nnam = "x"\n[optim]\nlr = "1"\n')
@@ -201,19 +225,36 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_dump_loads_back_to_an_equal_tree(config_path: Path, preset: str) -> None:
-    config = load_config(config_path, [f"model.preset={preset}", "data.text_drop=0", 'run.root="caf\u00e9 \\u007f"'])
+    filters = 'data.filters=[{column="aspect", max=2}, {column="punsafe", min=0.5}, {column="width_px", min=8, max=16}]'
+    changes = [f"model.preset={preset}", "data.text_drop=0", 'run.root="caf\u00e9 \\u007f"', filters]
+    config = load_config(config_path, changes)
     dumped = config_path.parent / "dumped.toml"
     dumped.write_text(dump_toml(config), encoding="utf-8")
     again = load_config(dumped)
     assert again == config
 
 
-@given(name=st.text(st.characters(exclude_categories=["Cs"])), lr=st.floats(allow_nan=False, allow_infinity=False))
-def test_dump_round_trips_any_string_and_number(tmp_path_factory: pytest.TempPathFactory, name: str, lr: float) -> None:
+def test_an_open_end_may_be_written_and_another_infinity_may_not(config_path: Path) -> None:
+    """As earlier versions wrote it; today's files leave it out."""
+    (written,) = load_config(config_path, ['data.filters=[{column="aspect", min=-inf, max=2.0}]']).data.filters
+    assert written == DataFilter(column="aspect", max=2.0) and written.min == -math.inf
+    message = refusal(config_path, 'data.filters=[{column="aspect", max=-inf}]', "optim.lr=nan")
+    assert "data.filters[0].max = -inf: expected a finite number; got a number" in message
+    assert "optim.lr = nan: expected a finite number" in message
+
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(name=st.text(st.characters(exclude_categories=["Cs"])), lr=FINITE, high=FINITE | st.just(math.inf))
+def test_dump_round_trips_any_string_and_number(
+    tmp_path_factory: pytest.TempPathFactory, name: str, lr: float, high: float
+) -> None:
     @dataclass(frozen=True, kw_only=True)
     class Inner:
         name: str = setting(doc="")
         lr: float = setting(doc="")
+        high: float = setting(math.inf, doc="")
 
     @dataclass(frozen=True, kw_only=True)
     class Outer:
@@ -221,9 +262,9 @@ def test_dump_round_trips_any_string_and_number(tmp_path_factory: pytest.TempPat
         rows: tuple[Inner, ...] = setting(doc="")
 
     # Local classes cannot be resolved from annotations given as strings.
-    Inner.__annotations__ = {"name": str, "lr": float}
+    Inner.__annotations__ = {"name": str, "lr": float, "high": float}
     Outer.__annotations__ = {"inner": Inner, "rows": tuple[Inner, ...]}
-    inner = Inner(name=name, lr=lr)
+    inner = Inner(name=name, lr=lr, high=high)
     path = tmp_path_factory.mktemp("dump") / "dump.toml"
     # Without newline translation, as tomllib reads text whose line ends are data.
     path.write_bytes(dump_toml(Outer(inner=inner, rows=(inner, inner))).encode())

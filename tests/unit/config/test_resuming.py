@@ -123,3 +123,26 @@ def test_context_images_of_an_earlier_version_had_queries(config_path, config):
         assert (str(change), change.effect) == ('vision.context "queries" -> "plain"', effect)
     kept = load_config(config_path, ["data.image_to_text_share=0.1", "vision.context=queries"])
     assert changes(earlier, kept) == []
+
+
+def test_an_open_end_of_a_filter_is_no_change(config_path, config):
+    """Whether it is left out, or written as earlier versions did."""
+    one_sided = load_config(config_path, ["data.filters=[{column='aspect', max=2.0}]"])
+    text = dump_toml(one_sided)
+    old = text.replace('column = "aspect"\n', 'column = "aspect"\nmin = -inf\n')
+    assert "-inf" not in text and old != text
+    earlier = config_path.with_name("earlier.toml")
+    earlier.write_text(old)
+    assert load_config(earlier) == one_sided
+    for before in (text, old):
+        assert changes(before, one_sided) == []
+        (change,) = changes(before, load_config(config_path, ["data.filters=[{column='aspect', max=1.5}]"]))
+        assert (change.setting, change.effect) == ("data.filters", Effect.BY_CONTENT)
+        assert [change.setting for change in changes(before, config)] == ["data.filters"]
+
+
+def test_a_setting_of_a_row_that_the_checkpoint_lacks_had_its_default(config_path):
+    run = load_config(config_path, ["evaluate.benchmarks=[{benchmark='demo-scenes', metrics=['scenes']}]"])
+    text = dump_toml(run)
+    earlier = text.replace("batch_size = 8\n", "")
+    assert earlier != text and changes(earlier, run) == []

@@ -338,6 +338,16 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
     "bucket of another resolution": ([ONE_CLASS.format("[128, 128]")], 1, ["[128, 128]", "4 times", "0.5 to 2"]),
     "shares": (["data.global_batch=25"], 1, ["data.global_batch = 25", "multiple of 10", "2:7:1", "use 20 or 30"]),
     "replicas without images": (["data.global_batch=10"], 20, ["global_batch = 10", "20 replicas", "fewer ranks"]),
+    "replicas without held-out images": (
+        ["evaluate.shards=['held_out']", "evaluate.images=10"],
+        20,
+        ["evaluate.images = 10: must be at least 20 for 20 replicas", "use evaluate.images >= 20 or fewer ranks"],
+    ),
+    "interleaved with too few held-out images": (
+        ["evaluate.shards=['held_out']", "evaluate.images=10", "parallel.pipeline=2", "parallel.virtual_stages=2"],
+        20,
+        ["evaluate.images = 10: must be at least 20 for 10 replicas", "x parallel.pipeline = 2", "images >= 20"],
+    ),
     "pack cap": (
         ["data.max_pack_tokens=1024"],
         1,
@@ -457,6 +467,15 @@ def test_rules_over_ranks_wait_until_ranks_are_known(config_path: Path) -> None:
     check(config, None)
     with pytest.raises(ConfigError, match="must divide the 3 ranks"):
         check(config, 3)
-    assert sum(rule.needs_ranks for rule in RULES) == 4
+    assert sum(rule.needs_ranks for rule in RULES) == 5
     with pytest.raises(ConfigError, match=r"parallel.tensor = 3: must divide"):
         check(load_config(config_path, ["parallel.tensor=3"]), None)
+
+
+def test_held_out_images_are_counted_where_there_are_any(config_path: Path) -> None:
+    layout = ["parallel.tensor=1", "parallel.sequence_parallel=false", "parallel.zero_stage=3"]
+    check(load_config("ct_14b", layout), 512)
+    held_out = ["evaluate.shards=['held_out']"]
+    with pytest.raises(ConfigError, match="evaluate.images = 256: must be at least 512 for 512 replicas"):
+        check(load_config("ct_14b", [*layout, *held_out]), 512)
+    check(load_config(config_path, [*held_out, "evaluate.images=20"]), 20)

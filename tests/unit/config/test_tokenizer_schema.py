@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from bitdance_scale.config.describe import setting_docs
+from bitdance_scale.config.kinds import check_any
 from bitdance_scale.config.load import dump_toml, load_config
+from bitdance_scale.config.ranges import CONSTRAINTS, Choice, NonEmpty, Range, demand
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.config.shipped import CONFIGS
-from bitdance_scale.config.tokenizer_rules import check_tokenizer
+from bitdance_scale.config.tokenizer_rules import TOKENIZER_CONSTRAINTS, check_tokenizer
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.errors import ConfigError
 
@@ -40,8 +43,17 @@ def test_the_demo_run_uses_the_sizes_of_the_demo_tokenizer():
     ("override", "message"),
     [
         ('run.name="a\\nb"', r"run.name = 'a\\nb': must be a plain folder name"),
-        ("observe.profile_steps=[0]", r"observe.profile_steps = \[0\]: steps count from 1"),
-        ("observe.profile_ranks=[-1]", r"observe.profile_ranks = \[-1\]: ranks count from 0"),
+        ("observe.profile_steps=[0]", r"observe.profile_steps\[0\] = 0: must be at least 1"),
+        ("observe.profile_ranks=[-1]", r"observe.profile_ranks\[0\] = -1: must be at least 0"),
+        (
+            "observe.wandb_mode=disable",
+            r"observe.wandb_mode = 'disable': must be one of auto, .*; did you mean 'disabled'\?",
+        ),
+        ("run.root=", r"run.root = '': must not be empty"),
+        ("run.output=", r"run.output = '': must not be empty"),
+        ("data.shards=[]", r"data.shards = \(\): must not be empty"),
+        ("evaluate.shards=['']", r"evaluate.shards\[0\] = '': must not be empty"),
+        ("run.seed=2147483648", r"run.seed = 2147483648: must be in \[0, 2.14748e\+09\)"),
         ("run.name=../x", r"run.name = '../x': must be a plain folder name"),
         ("run.name=", r"run.name = '': must be a plain folder name"),
         ("autoencoder.num_bits=12", r"autoencoder.num_bits = 12: bits fill whole bytes; use a multiple of 8"),
@@ -49,13 +61,13 @@ def test_the_demo_run_uses_the_sizes_of_the_demo_tokenizer():
         ("autoencoder.channel_mult=[]", r"autoencoder.channel_mult = \[\]"),
         ("autoencoder.num_res_blocks=0", r"autoencoder.num_res_blocks = 0"),
         ("quantiser.num_groups=3", r"quantiser.num_groups = 3: .*use 2"),
-        ("quantiser.temperature=0.0", r"quantiser.temperature = 0.0: must be above 0"),
+        ("quantiser.temperature=0.0", r"quantiser.temperature = 0.0: must be greater than 0"),
         ("quantiser.flip_max=1.0", r"quantiser.flip_max = 1.0: must be in \[0, 1\)"),
-        ("quantiser.entropy_weight=-0.1", r"quantiser.entropy_weight = -0.1: must not be negative"),
+        ("quantiser.entropy_weight=-0.1", r"quantiser.entropy_weight = -0.1: must be at least 0"),
         ("optim.max_skipped_share=0.0", r"optim.max_skipped_share = 0.0: must be in \(0, 1\]"),
-        ("optim.skipped_window=0", r"optim.skipped_window = 0: must be 1 or more"),
-        ("optim.spike_deviations=-1.0", r"optim.spike_deviations = -1.0: must not be negative"),
-        ("optim.spike_window=7", r"optim.spike_window = 7: must be 8 or more"),
+        ("optim.skipped_window=0", r"optim.skipped_window = 0: must be at least 1"),
+        ("optim.spike_deviations=-1.0", r"optim.spike_deviations = -1.0: must be at least 0"),
+        ("optim.spike_window=7", r"optim.spike_window = 7: must be at least 8"),
         ("optim.spike_action=stop", r"optim.spike_action = 'stop': must be one of log, skip"),
         ("run.output_weights=both", r"run.output_weights = 'both': must be one of auto, trained, averaged"),
         ("run.output_weights=averaged", r"run.output_weights = 'averaged': optim.average_decay = 0, .*=trained"),
@@ -63,10 +75,10 @@ def test_the_demo_run_uses_the_sizes_of_the_demo_tokenizer():
         ("optim.average_decay=1.0", r"optim.average_decay = 1.0: must be in \[0, 1\)"),
         ("optim.schedule=step", r"optim.schedule = 'step': must be one of constant, linear, cosine"),
         ("optim.lr_min=1.0", r"optim.lr_min = 1: must be at most optim.lr"),
-        ("optim.lr_min=-1.0", r"optim.lr_min = -1.0: must not be negative"),
+        ("optim.lr_min=-1.0", r"optim.lr_min = -1.0: must be at least 0"),
         ("optim.decay_steps=5", r"optim.decay_steps = 5: optim.schedule = 'cosine' falls from"),
-        ("run.dtype=float16", r"run.dtype = 'float16': must be float32 or bfloat16"),
-        ("run.steps=0", r"run.steps = 0: must be 1 or more"),
+        ("run.dtype=float16", r"run.dtype = 'float16': must be one of float32, bfloat16; did you mean 'bfloat16'"),
+        ("run.steps=0", r"run.steps = 0: must be at least 1"),
         ("data.sizes_px=[[34, 32]]", r"data.sizes_px: 34 x 32 px: sides must be multiples of the downsampling, 4 px"),
         ("data.sizes_px=[[4, 4]]", r"more than one cell"),
         (
@@ -76,23 +88,23 @@ def test_the_demo_run_uses_the_sizes_of_the_demo_tokenizer():
         ("data.images_px=1024", r"a step of 32 x 32 px has 1 images, fewer than the 2 ranks; use 2048 or more"),
         ("evaluate.sizes_px=[]", r"evaluate.sizes_px is empty"),
         ("quantiser.num_groups=-1", r"quantiser.num_groups = -1: groups share the 16 bits equally.*use 2"),
-        ("quantiser.entropy_ramp=-1.0", r"quantiser.entropy_ramp = -1.0: must not be negative"),
-        ("quantiser.entropy_ramp_steps=0", r"quantiser.entropy_ramp_steps = 0: must be 1 or more"),
-        ("reconstruction.l1_weight=-1.0", r"reconstruction.l1_weight = -1.0: must not be negative"),
-        ("reconstruction.l2_weight=-1.0", r"reconstruction.l2_weight = -1.0: must not be negative"),
-        ("reconstruction.edge_weight=-1.0", r"reconstruction.edge_weight = -1.0: must not be negative"),
-        ("reconstruction.lpips_weight=-1.0", r"reconstruction.lpips_weight = -1.0: must not be negative"),
+        ("quantiser.entropy_ramp=-1.0", r"quantiser.entropy_ramp = -1.0: must be at least 0"),
+        ("quantiser.entropy_ramp_steps=0", r"quantiser.entropy_ramp_steps = 0: must be at least 1"),
+        ("reconstruction.l1_weight=-1.0", r"reconstruction.l1_weight = -1.0: must be at least 0"),
+        ("reconstruction.l2_weight=-1.0", r"reconstruction.l2_weight = -1.0: must be at least 0"),
+        ("reconstruction.edge_weight=-1.0", r"reconstruction.edge_weight = -1.0: must be at least 0"),
+        ("reconstruction.lpips_weight=-1.0", r"reconstruction.lpips_weight = -1.0: must be at least 0"),
         (
             "reconstruction.lpips_weight=1.0",
             r"lpips_weight = 1.0 without reconstruction.lpips_weights: .*vgg16-397923af",
         ),
-        ("adversarial.weight=-1.0", r"adversarial.weight = -1.0: must not be negative"),
-        ("adversarial.start_step=-1", r"adversarial.start_step = -1: must not be negative"),
-        ("adversarial.channels=0", r"adversarial.channels = 0: must be 1 or more"),
-        ("adversarial.num_layers=0", r"adversarial.num_layers = 0: must be 1 or more"),
-        ("adversarial.lecam_weight=-1.0", r"adversarial.lecam_weight = -1.0: must not be negative"),
+        ("adversarial.weight=-1.0", r"adversarial.weight = -1.0: must be at least 0"),
+        ("adversarial.start_step=-1", r"adversarial.start_step = -1: must be at least 0"),
+        ("adversarial.channels=0", r"adversarial.channels = 0: must be at least 1"),
+        ("adversarial.num_layers=0", r"adversarial.num_layers = 0: must be at least 1"),
+        ("adversarial.lecam_weight=-1.0", r"adversarial.lecam_weight = -1.0: must be at least 0"),
         ("adversarial.lecam_decay=1.0", r"adversarial.lecam_decay = 1.0: must be in \[0, 1\)"),
-        ("adversarial.rate_factor=0.0", r"adversarial.rate_factor = 0.0: must be above 0"),
+        ("adversarial.rate_factor=0.0", r"adversarial.rate_factor = 0.0: must be greater than 0"),
         ("run.trains=encoder", r"run.trains = 'encoder': must be one of all, decoder"),
         ("run.trains=decoder", r'run.trains = "decoder" without run.start_from: encoder and bits would stay random'),
         ("parallel.recompute=all", r"parallel.recompute = 'all': must be one of none, blocks"),
@@ -103,6 +115,59 @@ def test_mistakes_are_named(override: str, message: str):
     config = load_config(DEMO, [*SIZES, override], TokenizerConfig)
     with pytest.raises(ConfigError, match=message):
         check_tokenizer(config, 2)
+
+
+# Either truth value, names that their readers check, or what has rules of its own.
+UNCONSTRAINED = {
+    "run.start_from",
+    "autoencoder.num_bits",
+    "autoencoder.channels",
+    "autoencoder.channel_mult",
+    "autoencoder.num_res_blocks",
+    "autoencoder.norm_groups",
+    "autoencoder.gan_decoder",
+    "quantiser.num_groups",
+    "reconstruction.lpips_weights",
+    "parallel.shard_optimizer",
+    "parallel.channels_last",
+    "data.index_dir",
+    "data.sizes_px",
+    "data.images_px",
+    "evaluate.sizes_px",
+    "checkpoint.in_background",
+    "checkpoint.fall_back",
+    "checkpoint.upload",
+    "checkpoint.upload_endpoint_url",
+    "checkpoint.upload_profile",
+    "observe.tensorboard",
+}
+# A value that each kind of constraint refuses, as TOML.
+ILLEGAL = {Choice: '"neither"', NonEmpty: '""', Range: "-1"}
+SHARED = [path for path in CONSTRAINTS if path.startswith(("checkpoint.", "observe."))]
+
+
+@pytest.mark.parametrize("path", SHARED)
+def test_shared_sections_have_the_constraints_of_text_to_image(path: str):
+    value = ILLEGAL[type(CONSTRAINTS[path])]
+    override = f"{path.removesuffix('[]')}={f'[{value}]' if path.endswith('[]') else value}"
+    for config in (load_config(CONFIGS / "demo.toml", [override]), load_config(DEMO, [override], TokenizerConfig)):
+        with pytest.raises(ConfigError) as caught:
+            check_any(config, 1)
+        (line,) = str(caught.value).splitlines()[1:]
+        assert line.startswith(f"- {path.replace('[]', '[0]')} = ") and demand(CONSTRAINTS[path]) in line
+
+
+def test_every_setting_is_constrained_or_checked_elsewhere():
+    settings = {doc.path for doc in setting_docs(TokenizerConfig)}
+    assert {path for path in settings if not {path, f"{path}[]"} & TOKENIZER_CONSTRAINTS.keys()} == UNCONSTRAINED
+
+
+def test_profiled_ranks_are_of_the_job():
+    config = load_config(DEMO, ["observe.profile_steps=[3]", "observe.profile_ranks=[0, 2]"], TokenizerConfig)
+    # The number of ranks is not known.
+    check_any(config, None)
+    with pytest.raises(ConfigError, match=r"observe.profile_ranks = \[0, 2\]: 2 is no rank of 2; use 0 to 1"):
+        check_any(config, 2)
 
 
 def test_crops_too_small_for_a_loss_are_named():

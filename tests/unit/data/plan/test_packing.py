@@ -201,7 +201,10 @@ def test_one_rank_saves_padding_among_its_packs() -> None:
 def test_refusals() -> None:
     with pytest.raises(ConfigError, match=r"data.max_pack_tokens=100: a sample of the batch has 101 positions"):
         partition_batch(np.array([5, 101]), 1, 100, COST)
-    with pytest.raises(ConfigError, match=r"data.global_batch=3: 1 packs on each of 4 .* need at least 4 samples"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data.global_batch=3 \(evaluate.images .*\): 1 packs on each of 4 .* need at least 4 samples",
+    ):
         partition_batch(np.array([5, 5, 5]), 4, 100, COST)
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -79,6 +81,54 @@ def test_a_difference_is_of_the_shared_prompts():
     assert not found.is_clear
     with pytest.raises(ValueError, match="no images"):
         differences(images_of([1]), images_of([1], first=1), mean_of(("a",)))
+
+
+@pytest.mark.parametrize(("num_prompts", "is_clear"), [(4, False), (5, False), (6, True), (10, True)])
+def test_few_prompts_that_all_change_alike_may_do_so_by_chance(num_prompts: int, is_clear: bool):
+    # With a probability of 2 / 2^n, which is 0.125 of four prompts and 0.031 of six.
+    others = images_of([0.5, 0.7] * 10, "b")
+    before, after = (images_of([value] * num_prompts, num_images=4) + others for value in (0.25, 0.75))
+    for sides, sign in (((before, after), 1), ((after, before), -1)):
+        found = differences(*sides, mean_of(("a", "b")))
+        assert vars(found["a"].estimate) == {"value": 0.5 * sign, "low": 0.5 * sign, "high": 0.5 * sign}
+        # Prompts of the category alone; the overall value is of all of them, and those that are equal say nothing.
+        assert (found["a"].num_better + found["a"].num_worse, found["a"].num_prompts) == (num_prompts, num_prompts)
+        assert found[OVERALL].num_prompts == num_prompts + 20
+        assert found["a"].is_clear == found[OVERALL].is_clear == is_clear
+        assert not found["b"].is_clear
+
+
+def test_a_mean_that_few_prompts_raise_is_not_clear():
+    # 30 of 100 prompts are far better, and 70 a little worse.
+    changes = np.array([1.0] * 30 + [-0.01] * 70)
+    found = differences(images_of(np.zeros(100)), images_of(changes), mean_of(("a",)))[OVERALL]
+    assert found.estimate.low > 0 and (found.num_better, found.num_worse) == (30, 70)
+    assert not found.is_clear
+
+
+def test_a_share_of_several_parts_has_wilsons_interval_of_their_prompts():
+    images = images_of([1] * 3, "a") + images_of([1] * 2, "b") + images_of([0, 1] * 50, "c")
+    found = estimates(images, mean_of(("a", "b")))[OVERALL]
+    # Of the five prompts of both, none of which are of "c".
+    assert (found.low, found.high) == (pytest.approx(5 / (5 + 1.96**2), abs=1e-4), 1)
+
+
+def test_prompts_of_a_unit_are_resampled_as_one():
+    values = [0, 1, 1, 0, 1, 0, 0, 1, 1, 1]
+    apart = images_of(values, "a") + images_of(values, "b")
+    together = [replace(image, unit=image.prompt_id[1:]) for image in apart]
+    found, wider = (estimates(images, mean_of(("a", "b"))) for images in (apart, together))
+    assert vars(wider[OVERALL]) == vars(wider["a"]) == vars(wider["b"])
+    assert found[OVERALL].value == wider[OVERALL].value
+    # Two halves of equal spread: sqrt(2) narrower if they were drawn apart, up to a step of the quantiles.
+    assert found[OVERALL].high - found[OVERALL].low < 0.85 * (wider[OVERALL].high - wider[OVERALL].low)
+
+
+def test_scores_of_an_earlier_version_are_compared_in_the_units_of_today():
+    earlier = images_of([0.2, 0.4, 0.6], "a") + images_of([0.2, 0.4, 0.6], "b")
+    today = [replace(image, parts={image.category: (1.0, 1.0)}, unit=image.prompt_id[1:]) for image in earlier]
+    found = differences(earlier, today, mean_of(("a", "b")))[OVERALL]
+    assert (found.estimate.value, found.num_better, found.num_prompts) == (pytest.approx(0.6), 3, 3)
 
 
 def test_intervals_depend_on_the_seed_alone():

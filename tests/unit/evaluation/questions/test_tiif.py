@@ -118,6 +118,16 @@ def test_scores_are_means_of_questions_then_dimensions_then_groups():
     assert missing_dimensions(by_prompt) == []
 
 
+def test_both_prompts_of_an_item_are_one_observation():
+    # Answers of the short and the long prompt are the same; one item in three is answered wrong.
+    items = [TiifItem(name, index, ("?",), (True,)) for name in ("style", "text") for index in range(9)]
+    by_prompt = items_by_prompt(items)
+    answers = {prompt_id: [item.index % 3 > 0] for prompt_id, item in by_prompt.items()}
+    found = estimates(image_scores(by_prompt, answers), TIIF.combine)
+    assert found[OVERALL].high > found[OVERALL].low
+    assert vars(found[OVERALL]) == vars(found["short: overall"]) == vars(found["long: overall"])
+
+
 def test_what_has_no_prompts_is_left_out():
     by_prompt = items_by_prompt([TiifItem("shape+color", 0, ("A?", "B?"), (True, True))])
     found = values_of(by_prompt, {"shape+color/long_description/0": [True, None]})
