@@ -37,7 +37,7 @@ from bitdance_scale.sharing.card import card_text
 from bitdance_scale.sharing.licences import licence_text
 from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REFUSED
 from tests.adapted import LORA, write_adapted_run
-from tests.released import HEAD, as_a_run, class_file_content, write_autoencoder, write_plain_qwen3
+from tests.released import HEAD, as_a_run, class_file_content, read_json, write_autoencoder, write_plain_qwen3
 
 SETTINGS = """
 [data]
@@ -278,6 +278,26 @@ def merged_card(published: Path, adapters: list[str], out: Path, **options) -> t
     merge_folder(published, parse_adapters(adapters), out, options=ShareOptions(**options))
     text = (out / "README.md").read_text(encoding="utf-8")
     return yaml.safe_load(text.split("---\n")[1]), text
+
+
+class TestAdapters:
+    """Which base the card and PEFT's configuration name."""
+
+    def bases(self, start: Path, tmp_path: Path, **options) -> tuple[str, str | None]:
+        """(PEFT's base, the card's) of adapters that were trained beside `start`."""
+        run = write_adapted_run(start, tmp_path / "adapted", dataclasses.replace(LORA, targets=("q_proj",)))
+        folder = adapters_of(run, tmp_path / "out", **options)
+        fields = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+        return read_json(folder / "adapter_config.json")["base_model_name_or_path"], fields.get("base_model")
+
+    def test_of_an_import_it_is_the_folder_in_the_cache(self, licensed, tmp_path):
+        assert self.bases(licensed, tmp_path) == ("someone/BitDance-S", "someone/BitDance-S")
+
+    @pytest.mark.parametrize("said", ["", "me/trained"])
+    def test_of_weights_that_a_run_has_trained_it_is_that_run(self, licensed, tmp_path, said):
+        trained = as_a_run(licensed, tmp_path / "trained", 10)
+        (trained / "conversion_report.json").unlink()
+        assert self.bases(trained, tmp_path, base_model=said) == (said or str(trained), said or None)
 
 
 class TestMerged:
