@@ -25,6 +25,7 @@ from bitdance_scale.checkpoint.named_adapters import parse_adapters
 from bitdance_scale.checkpoint.pickled_files import PickledFile
 from bitdance_scale.checkpoint.release_source import NewParts, open_source
 from bitdance_scale.checkpoint.run_adapters import open_run_adapters
+from bitdance_scale.checkpoint.shared_base import describe_base
 from bitdance_scale.checkpoint.start_weights import find_checkpoint
 from bitdance_scale.cli.export_release import main
 from bitdance_scale.errors import ConfigError, DataError
@@ -250,6 +251,14 @@ class TestImport:
         fields, text = card_of(tmp_path / "imported")
         assert fields["license"] == expected
         assert "- qwen3: a plain language model, to which head and projector were added" in text
+
+    @pytest.mark.parametrize(("beside", "is_kept"), [("Terms", True), ("Other terms", False)])
+    def test_licences_without_an_id_are_compared_by_their_text(self, tmp_path, beside, is_kept):
+        for name, text in (("qwen3", "Terms"), ("ae", beside)):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "LICENSE").write_text(text)
+        kept = describe_base(tmp_path / "qwen3", tmp_path / "ae")["licence"]
+        assert (kept is not None) == is_kept
 
 
 @pytest.fixture(scope="module")
