@@ -25,7 +25,7 @@ from bitdance_scale.model.published_names import our_tensors, published_tensors
 from bitdance_scale.sequence.condition import load_condition
 from bitdance_scale.vision.autoencoder import Autoencoder
 from bitdance_scale.vision.tokenizer import VisionTokenizer
-from tests.released import CLASS_AUTOENCODER, class_file_content, read_json
+from tests.released import CLASS_AUTOENCODER, class_file_content, read_json, write_autoencoder
 
 Content = dict[str, dict[str, torch.Tensor]]
 INT8 = torch.int8
@@ -341,3 +341,11 @@ class TestRefused:
         path = saved(tmp_path / "a.pt", {"model": content})
         assert main([str(path), str(tmp_path / "run"), "--seed", "3"]) == 2
         assert "--seed: " in capsys.readouterr().err
+
+    def test_safetensors_by_themselves(self, tmp_path, capsys):
+        path = write_autoencoder(tmp_path / "ae")
+        assert main([str(path), str(tmp_path / "run")]) == 2
+        printed = capsys.readouterr().err
+        for words in ("ae.safetensors: safetensors are not", "vision.weights=FILE", "--autoencoder", "model.pt"):
+            assert words in printed
+        assert not (tmp_path / "run").exists()
