@@ -21,7 +21,7 @@ from bitdance_scale.weight_files import TensorSpec, check_tensors, dtype_name, f
 from bitdance_scale.wording import first_few
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_SAFETENSORS_SUFFIX = ".safetensors"
+SAFETENSORS_SUFFIX = ".safetensors"
 _ARCHIVE_START = b"PK\x03\x04"
 _FETCH = "fetch it again"
 
@@ -139,7 +139,7 @@ class StateFile:
     def __init__(self, path: Path, has: Callable[[str], bool] = lambda _: True) -> None:
         self.path = path
         self._content: Mapping[str, Any] | None = None
-        if path.suffix == _SAFETENSORS_SUFFIX:
+        if path.suffix == SAFETENSORS_SUFFIX:
             self.specs = {name: spec for name, spec in read_header(path).items() if has(name)}
             return
         problem = find_irregular(path.resolve())

@@ -20,16 +20,14 @@ from bitdance_scale.checkpoint.conversion_folder import (
     write_conversion_report,
 )
 from bitdance_scale.checkpoint.integrity import file_digest
-from bitdance_scale.checkpoint.pickled_files import PickledFile, PickledTensors
+from bitdance_scale.checkpoint.pickled_files import STATE_ENTRY, PickledFile, PickledTensors
 from bitdance_scale.checkpoint.published_files import TensorFileWriter, file_digests, row_chunks
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.generate.published_layout import RELEASE, PublishedLayout, read_part
 from bitdance_scale.vision.autoencoder import Autoencoder, deduced_sizes, published_config, published_sizes
 from bitdance_scale.vision.weights import CONFIG_NAME, WEIGHTS_NAME, check_weights, config_beside
 from bitdance_scale.weight_files import PICKLED_SUFFIXES, check_tensors, read_json
-
-STATE_ENTRY = "state_dict"
-"""The dictionary with the weights in a published autoencoder's pickle."""
+from bitdance_scale.wording import first_few
 
 
 class AutoencoderSource(Protocol):
@@ -189,7 +187,7 @@ def pickled_autoencoder(tensors: PickledTensors) -> PickledAutoencoder:
 def _of_state(file: PickledFile) -> PickledAutoencoder:
     if [*file.entries] != [STATE_ENTRY]:
         raise CheckpointError(
-            f"{file.path}: holds {', '.join(file.entries) or 'no tensors'}, expected `{STATE_ENTRY}`, the weights of "
-            "an autoencoder; name the file of the autoencoder"
+            f"{file.path}: holds {first_few([*file.entries, *file.ignored]) or 'nothing'}, expected `{STATE_ENTRY}`, "
+            "the weights of an autoencoder; name the file of the autoencoder"
         )
     return pickled_autoencoder(PickledTensors(file, STATE_ENTRY))

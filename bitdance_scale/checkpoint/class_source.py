@@ -13,7 +13,7 @@ from bitdance_scale.checkpoint.autoencoder_source import (
     pickled_autoencoder,
 )
 from bitdance_scale.checkpoint.integrity import tensor_bytes
-from bitdance_scale.checkpoint.pickled_files import PickledFile, PickledTensors
+from bitdance_scale.checkpoint.pickled_files import AVERAGED_ENTRY, TRAINED_ENTRY, PickledFile, PickledTensors
 from bitdance_scale.checkpoint.release_source import Source
 from bitdance_scale.config.load import load_network
 from bitdance_scale.config.published_class import deduced_network, described, read_class_config
@@ -24,7 +24,6 @@ from bitdance_scale.sequence.condition import load_condition
 from bitdance_scale.weight_files import read_json
 from bitdance_scale.wording import first_few
 
-TRAINED_ENTRY, AVERAGED_ENTRY = "model", "ema"
 ENTRIES: Mapping[str, str] = {"trained": TRAINED_ENTRY, "averaged": AVERAGED_ENTRY}
 """Kind of weights -> the dictionary of a published file that has them."""
 VAE_PREFIX = "vae."

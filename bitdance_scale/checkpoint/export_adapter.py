@@ -24,7 +24,6 @@ from bitdance_scale.checkpoint.export_release import ExportedRun, run_of
 from bitdance_scale.checkpoint.frozen_base import digest_of
 from bitdance_scale.checkpoint.published_files import TensorFileWriter, file_digests
 from bitdance_scale.checkpoint.run_adapters import RunAdapters
-from bitdance_scale.checkpoint.shared_base import read_base
 from bitdance_scale.config.published_adapter import ADAPTER_CONFIG_NAME, published_adapter
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.model.adaptable import HEAD_PREFIX
@@ -97,7 +96,7 @@ def export_adapter(
             digests[file] = writer.digests
             if file_digests(folder / file) != writer.digests:
                 raise misread(file)
-        _write_texts(adapters, folder)
+        _write_texts(adapters, folder, next(iter(facts.base_models), adapters.base.name))
         write_card(folder, facts)
         write_conversion_report(
             folder,
@@ -149,14 +148,12 @@ def _files(adapters: RunAdapters) -> dict[str, dict[str, _Tensor]]:
     return files
 
 
-def _write_texts(adapters: RunAdapters, folder: Path) -> None:
-    """The JSON files: PEFT's, of adapters of the backbone, and our own."""
+def _write_texts(adapters: RunAdapters, folder: Path, base_name: str) -> None:
+    """The JSON files: PEFT's, of adapters of the backbone, which names their base, and our own."""
     section, source = adapters.section, adapters.source
     backbone = [*_of_backbone(source.matrices)]
     if backbone:
-        shared = read_base(adapters.state.release)
-        name = shared.hub_id if shared is not None and shared.hub_id else adapters.base.name
-        content = published_adapter(section, name, backbone, adapters.network.model.num_layers)
+        content = published_adapter(section, base_name, backbone, adapters.network.model.num_layers)
         _write_json(folder / ADAPTER_CONFIG_NAME, content)
     base = {
         "checkpoint": str(adapters.base.path),

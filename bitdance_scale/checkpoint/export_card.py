@@ -156,6 +156,8 @@ def adapter_facts(adapters: RunAdapters, run: ExportedRun, options: ShareOptions
         tags=("lora", *_tags("text-to-image", run)),
         usage=f"```\n{command}\n```\n\n`bitdance` is the command of bitdance_scale; BASE is the folder of the model. "
         "PEFT loads what is of the language model; head, projector and query tokens are in files of their own.",
+        # Beside weights that a run has trained, the adapters are of no use to whoever has the release alone.
+        base_models=_base_ids(options, read_base(adapters.state.release) if adapters.base.is_import else None, ()),
         base_relation="adapter",
         limitations=tuple(_limitations(run, known.has_scores, {})),
     )

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from bitdance_scale.atomic_files import write_text
-from bitdance_scale.checkpoint.class_source import AVERAGED_ENTRY, ENTRIES, TRAINED_ENTRY, VAE_PREFIX
+from bitdance_scale.checkpoint.class_source import ENTRIES, VAE_PREFIX
 from bitdance_scale.checkpoint.conversion_folder import OnBytes, misread
 from bitdance_scale.checkpoint.integrity import tensor_bytes
-from bitdance_scale.checkpoint.pickled_files import PickledFile
+from bitdance_scale.checkpoint.pickled_files import AVERAGED_ENTRY, TRAINED_ENTRY, PickledFile
 from bitdance_scale.checkpoint.published_files import TensorFileWriter, file_digests, row_chunks
 from bitdance_scale.checkpoint.tensor_storage import opened
 from bitdance_scale.config.published_class import PICKLE_NAME, SIZES_NAME, WEIGHTS_NAME, published_class_config

@@ -46,6 +46,11 @@ class FrozenBase:
     weights: str
     name: str
 
+    @property
+    def is_import(self) -> bool:
+        """Whether they are those of the published folder, which no run has trained."""
+        return "steps" not in read_run_section(self.path)
+
 
 def digest_of(checkpoint: Path) -> str:
     """Two checkpoints share it only if all their files are equal."""

@@ -17,11 +17,16 @@ from bitdance_scale.model.published_names import Part, PublishedTensor
 from bitdance_scale.pickled_weights import check_archive, check_globals, pickled_specs, unpickle
 from bitdance_scale.weight_files import TensorSpec, check_tensors, dtype_name, refuse
 
+TRAINED_ENTRY, AVERAGED_ENTRY = "model", "ema"
+"""The dictionaries of a published class-conditional file: its weights and their averages."""
+STATE_ENTRY = "state_dict"
+"""The dictionary with the weights in a published autoencoder's file."""
+_READ_ENTRIES = (TRAINED_ENTRY, AVERAGED_ENTRY, STATE_ENTRY)
 _MAX_RESIDENT_BYTES = 128 * 2**20
 
 
 class PickledFile:
-    """The tensors of a file of torch.save, which holds dictionaries of them by name.
+    """The tensors of a file of torch.save, which holds dictionaries of them by name: `model`, `ema` or `state_dict`.
 
     Args:
         path: the file.
@@ -29,11 +34,11 @@ class PickledFile:
     Attributes:
         path: the file.
         entries: name of a dictionary -> name of a tensor in it -> shape and dtype.
-        ignored: names of what else the file holds.
+        ignored: names of what else the file holds, such as the state of an optimiser.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, of an old format, or needs more than tensors; or a
-            dictionary has something in it that is no tensor of weights.
+        CheckpointError: there is no such file, it is damaged, of an old format, or needs more than tensors; or one of
+            these dictionaries has something in it that is no tensor of weights.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,8 +51,9 @@ class PickledFile:
         self._num_read = 0
         self._open()
         for name, value in self._content.items():
-            if isinstance(value, Mapping) and any(isinstance(item, torch.Tensor) for item in value.values()):
-                self.entries[str(name)] = dict(pickled_specs(Path(f"{path}, `{name}`"), value))
+            has_tensors = isinstance(value, Mapping) and any(isinstance(item, torch.Tensor) for item in value.values())
+            if has_tensors and name in _READ_ENTRIES:
+                self.entries[name] = dict(pickled_specs(Path(f"{path}, `{name}`"), value))
             else:
                 self.ignored.append(str(name))
 
@@ -65,8 +71,8 @@ class PickledFile:
         content = unpickle(self.path)
         if not isinstance(content, Mapping):
             raise CheckpointError(
-                f"{self.path}: holds {type(content).__name__}, expected a dictionary with `model`, `ema` or "
-                "`state_dict`"
+                f"{self.path}: holds {type(content).__name__}, expected a dictionary with `{TRAINED_ENTRY}`, "
+                f"`{AVERAGED_ENTRY}` or `{STATE_ENTRY}`"
             )
         self._content = content
 

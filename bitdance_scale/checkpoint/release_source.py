@@ -26,7 +26,14 @@ from bitdance_scale.config.published_backbone import (
 from bitdance_scale.config.published_head import inert_head_settings, read_head, time_note
 from bitdance_scale.config.schema import HeadSection, NetworkConfig, TextSection, VisionSection
 from bitdance_scale.errors import CheckpointError, ConfigError
-from bitdance_scale.generate.published_layout import RELEASE, PublishedLayout, check_projector, layout_of, read_part
+from bitdance_scale.generate.published_layout import (
+    RELEASE,
+    PublishedLayout,
+    check_entries,
+    check_projector,
+    layout_of,
+    read_part,
+)
 from bitdance_scale.model.published_names import (
     EMBEDDING,
     OUTPUT,
@@ -259,19 +266,9 @@ def _check_tied(backbone: PublishedTensors, layout: PublishedLayout) -> None:
 
 def _check(source: Source, tokenizer: TextTokenizer, num_rows: int) -> None:
     """Compares the tokenizer, the embedding and every tensor with the network."""
-    block_tokens, folder, layout = source.network.vision.block_tokens, source.path, source.layout
+    folder, layout = source.path, source.layout
     if source.new_parts is None:
-        found, wanted = tokenizer.num_query_entries - tokenizer.num_new_entries, block_tokens - 1
-        if found != wanted:
-            raise CheckpointError(
-                f"{folder}: its tokenizer has {max(found, 0)} query tokens, blocks of parallel_num = {block_tokens} "
-                f"tokens ({layout.head_config}) need {wanted}; take both files from one release"
-            )
-        if num_rows != tokenizer.vocab_size:
-            raise CheckpointError(
-                f"{folder}: vocab_size = {num_rows} in {layout.model_config}, its tokenizer has {tokenizer.vocab_size} "
-                "entries; they must be equal. Take both files from one release"
-            )
+        check_entries(folder, layout, tokenizer, num_rows)
     elif tokenizer.num_new_entries != len(tokenizer.added_entries):
         raise CheckpointError(
             f"{folder}: its tokenizer has resolution or query tokens already, but there is no {layout.head_config}; "

@@ -49,7 +49,7 @@ def describe_base(folder: Path, other_parts: Path | None) -> dict[str, Any]:
     licence = find_licence(folder)
     if licence is not None and other_parts is not None:
         other = find_licence(other_parts)
-        licence = licence if other is not None and other.id == licence.id and other.name == licence.name else None
+        licence = licence if other is not None and licence.is_same(other) else None
     parts = [folder.name, *(parent.name for parent in folder.resolve().parents)]
     cached = next((match for part in parts if (match := _CACHED.fullmatch(part))), None)
     hub_id = f"{cached[1]}/{cached[2]}" if cached is not None else ""

@@ -29,7 +29,7 @@ from bitdance_scale.cli.command import CommandParser, run_command
 from bitdance_scale.config.shipped_models import model_path
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.train.process import EXIT_COMPLETE
-from bitdance_scale.wording import file_size
+from bitdance_scale.wording import file_size, first_few
 
 if TYPE_CHECKING:
     from bitdance_scale.checkpoint.pickled_files import PickledFile
@@ -70,13 +70,15 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 def _run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from bitdance_scale.checkpoint.autoencoder_source import STATE_ENTRY, import_autoencoder
+    from bitdance_scale.checkpoint.autoencoder_source import import_autoencoder
     from bitdance_scale.checkpoint.import_release import import_release
-    from bitdance_scale.checkpoint.pickled_files import PickledFile
+    from bitdance_scale.checkpoint.pickled_files import STATE_ENTRY
 
-    file = PickledFile(options.source) if options.source.is_file() else None
+    file = _pickled(options.source)
     if file is not None and STATE_ENTRY in file.entries:
         _refuse_options(options, (*_CLASS_OPTIONS, *_NEW_PARTS), "an autoencoder by itself")
+        if file.ignored:
+            print(f"note: {file.path}: not read: {first_few(file.ignored)}", file=sys.stderr)
         import_autoencoder(file, options.out, is_forced=options.force)
         print(f"{options.out}: an autoencoder; name it with vision.weights={options.out}/ae.safetensors")
         return EXIT_COMPLETE
@@ -88,6 +90,23 @@ def _run(options: argparse.Namespace) -> int:
         import_release(source, options.out, is_forced=options.force, on_bytes=bar.update)
     print(f"{options.out}: {file_size(source.num_bytes)}; start a run from it with run.start_from={options.out}")
     return EXIT_COMPLETE
+
+
+def _pickled(source: Path) -> PickledFile | None:
+    """The file of torch.save that is to be imported; None: it is a folder."""
+    from bitdance_scale.checkpoint.pickled_files import PickledFile
+    from bitdance_scale.config.published_class import PICKLE_NAME
+    from bitdance_scale.pickled_weights import SAFETENSORS_SUFFIX
+
+    if not source.is_file():
+        return None
+    if source.suffix == SAFETENSORS_SUFFIX:
+        raise ConfigError(
+            f"{source}: safetensors are not imported by themselves. An autoencoder needs no import: name it with "
+            "vision.weights=FILE, or with --autoencoder beside a Qwen3 folder. Of a class-conditional export name "
+            f"{PICKLE_NAME}, of any other model its folder"
+        )
+    return PickledFile(source)
 
 
 def _open(options: argparse.Namespace, file: PickledFile | None) -> Source:

@@ -18,6 +18,7 @@ from typing import Any
 from bitdance_scale.config.published_backbone import MODEL_CONFIG_NAME
 from bitdance_scale.config.published_head import HEAD_CONFIG_NAME
 from bitdance_scale.errors import CheckpointError
+from bitdance_scale.sequence.tokens import TextTokenizer
 from bitdance_scale.vision.weights import CONFIG_NAME as AE_CONFIG_NAME
 from bitdance_scale.vision.weights import WEIGHTS_NAME as AE_WEIGHTS_NAME
 from bitdance_scale.weight_files import BACKBONE_WEIGHTS_NAME, HEAD_WEIGHTS_NAME, PROJECTOR_WEIGHTS_NAME, read_json
@@ -147,6 +148,35 @@ def check_projector(folder: Path, layout: PublishedLayout, num_bits: int, hidden
                 f"{path}: {key} = {config.get(key)!r}, expected {wanted!r} for this autoencoder and language model; "
                 "take all components from one folder"
             )
+
+
+def check_entries(folder: Path, layout: PublishedLayout, tokenizer: TextTokenizer, num_rows: int) -> None:
+    """Compares the entries of a folder's text tokenizer with the blocks of its head and the rows of its embedding.
+
+    The release adds the query tokens of its blocks to the tokenizer and resizes the embedding to that (published
+    release). Where another head or tokenizer was put into a folder, all tensors can still fit.
+
+    Args:
+        folder: the folder.
+        layout: where its files are.
+        tokenizer: loaded from it for blocks of `parallel_num` tokens.
+        num_rows: `vocab_size` of the backbone's configuration.
+
+    Raises:
+        CheckpointError: there are other query tokens than the blocks have, or other rows than entries.
+    """
+    block_tokens = tokenizer.image_tokens.block_tokens
+    found, wanted = tokenizer.num_query_entries - tokenizer.num_new_entries, block_tokens - 1
+    if found != wanted:
+        raise CheckpointError(
+            f"{folder}: its tokenizer has {max(found, 0)} query tokens, blocks of parallel_num = {block_tokens} "
+            f"tokens ({layout.head_config}) need {wanted}; take both files from one release"
+        )
+    if num_rows != tokenizer.vocab_size:
+        raise CheckpointError(
+            f"{folder}: vocab_size = {num_rows} in {layout.model_config}, its tokenizer has {tokenizer.vocab_size} "
+            "entries; they must be equal. Take both files from one release"
+        )
 
 
 def projector_config(num_bits: int, hidden_size: int) -> dict[str, Any]:

@@ -23,7 +23,13 @@ from bitdance_scale.config.published_head import read_head
 from bitdance_scale.config.schema import HeadSection, ModelSection, NetworkConfig, TextSection, VisionSection
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.generate.merged_adapters import check_adapters, merge
-from bitdance_scale.generate.published_layout import PublishedLayout, check_projector, layout_of, read_part
+from bitdance_scale.generate.published_layout import (
+    PublishedLayout,
+    check_entries,
+    check_projector,
+    layout_of,
+    read_part,
+)
 from bitdance_scale.model.adapter_changes import AdapterChanges
 from bitdance_scale.model.adapter_source import WeightedAdapter
 from bitdance_scale.model.diffusion_head import DiffusionHead
@@ -204,18 +210,13 @@ class _Opened:
 
 
 def _open(folder: Path, context: str | None = None) -> _Opened:
-    """Compares names and shapes of all tensors with the configuration files, before anything large is loaded."""
+    """Compares all files with each other, by names, shapes and entries, before anything large is loaded."""
     sections = read_sections(folder)
     vision = dataclasses.replace(sections.vision, context=context or sections.vision.context)
     layout = sections.layout
     section = TextSection(path=str(folder / layout.tokenizer), max_caption_tokens=MAX_PROMPT_TOKENS)
     text = load_text_tokenizer(section, vision.block_tokens, has_context_queries=vision.context == "queries")
-    if text.vocab_size > sections.vocab_size:
-        raise CheckpointError(
-            f"{folder}: the tokenizer with its resolution and {vision.block_tokens - 1} query tokens has "
-            f"{text.vocab_size} entries, {layout.model_config} gives the embedding {sections.vocab_size} rows, which "
-            f"are too few; {_FIX}"
-        )
+    check_entries(folder, layout, text, sections.vocab_size)
     with torch.device("meta"):
         num_bits, hidden_size = vision.num_bits, sections.model.hidden_size
         head = DiffusionHead(sections.head, hidden_size, num_bits, vision.block_tokens, PlainLinears())

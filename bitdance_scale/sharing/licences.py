@@ -28,6 +28,11 @@ _MAX_FILE_BYTES = 1 << 18
 _ID = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _FRONT_MATTER = re.compile(r"\A\s*---\n(.*?)\n---(?:\n|\Z)", re.DOTALL)
 _UNKNOWN_IDS = (OTHER, "unknown")
+# Between the terms of Apache 2.0 and what it says of applying them; in the latter, where a name is filled in.
+_END_OF_TERMS, _HOLDER = "END OF TERMS AND CONDITIONS", "Copyright [yyyy] [name of copyright owner]"
+# One sentence that begins as such lines do: a second one may be a condition.
+_COPYRIGHT_LINE = re.compile(r"\W*(copyright|\(c\)|©)[^.;:]*\.?(\s*all rights reserved\.?)?", re.IGNORECASE)
+_MAX_COPYRIGHT_WORDS = 40
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,14 @@ class Licence:
 def find_licence(folder: Path) -> Licence | None:
     """What a folder of weights says of its licence: in the first lines of its README.md, or in a file of its own.
 
-    None if it says nothing, if the two contradict each other, or if they cannot be read.
+    None if it says nothing, if the two contradict each other, or if they cannot be read. A licence that README.md gives
+    a name, as those without an id have, is another one than a text that is recognised.
     """
     card = read_front_matter(folder)
     stated = card.get("license")
     stated = stated.lower() if isinstance(stated, str) and _ID.fullmatch(stated.lower()) else ""
     name = card.get("license_name")
+    name = name if isinstance(name, str) else ""
     text = _file_text(folder)
     known = recognised(text)
     if stated and stated not in _UNKNOWN_IDS:
@@ -81,9 +88,9 @@ def find_licence(folder: Path) -> Licence | None:
             return None
         return Licence(stated, text=text or licence_text(stated))
     if known:
-        return Licence(known, text=text)
+        return Licence(known, text=text) if name.lower() in ("", NOT_STATED, known) else None
     if text:
-        return Licence(OTHER, name if isinstance(name, str) and name else "as-in-license-file", text)
+        return Licence(OTHER, name or "as-in-license-file", text)
     return None
 
 
@@ -100,9 +107,20 @@ def read_front_matter(folder: Path) -> dict[str, Any]:
 
 
 def recognised(text: str) -> str:
-    """The id of a licence by its text; empty for one that this program does not have."""
-    terms = _words(licence_text(APACHE)).partition("end of terms and conditions")[0]
-    return APACHE if terms in _words(text) else ""
+    """The id of a licence by its text; empty for one that this program does not have, or that says more than it.
+
+    Beside the terms there may be how to apply them, and lines of copyright. Anything else can take back what the terms
+    give, as a rider on commercial use does.
+    """
+    terms, notes = licence_text(APACHE).split(_END_OF_TERMS)
+    how_to, notice = notes.split(_HOLDER)
+    rest, num_found = _wording(terms).subn("\n", text)
+    for part in (_END_OF_TERMS, how_to, notice):
+        rest = _wording(part).sub("\n", rest)
+    if num_found != 1 or len(rest.split()) > _MAX_COPYRIGHT_WORDS:
+        return ""
+    lines = [line.strip() for line in rest.splitlines()]
+    return APACHE if all(_COPYRIGHT_LINE.fullmatch(line) for line in lines if line) else ""
 
 
 def licence_text(licence_id: str) -> str:
@@ -141,7 +159,7 @@ def stated_licence(licence_id: str, name: str, file: Path | None, inherited: Lic
         )
     if text and (known := recognised(text)) and known != licence_id:
         raise ConfigError(f"--license-file {file}: is the text of {known}, and --license says {licence_id}; give one")
-    same = inherited.text if inherited is not None and inherited.id == licence_id else ""
+    same = inherited.text if inherited is not None and (inherited.id, inherited.name) == (licence_id, name) else ""
     text = text or same or licence_text(licence_id)
     if not text:
         raise ConfigError(
@@ -191,5 +209,8 @@ def _read_short(path: Path) -> str:
         return ""
 
 
-def _words(text: str) -> str:
-    return " ".join(text.lower().split())
+def _wording(part: str) -> re.Pattern[str]:
+    """Finds a part of a licence, however it is broken into lines; some copies have braces for brackets, or https."""
+    words = r"\s+".join(map(re.escape, part.split()))
+    words = words.replace(r"\[", r"[\[{]").replace(r"\]", r"[\]}]").replace("http:", "https?:")
+    return re.compile(words, re.IGNORECASE)

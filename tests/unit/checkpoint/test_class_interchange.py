@@ -25,10 +25,16 @@ from bitdance_scale.model.published_names import our_tensors, published_tensors
 from bitdance_scale.sequence.condition import load_condition
 from bitdance_scale.vision.autoencoder import Autoencoder
 from bitdance_scale.vision.tokenizer import VisionTokenizer
-from tests.released import CLASS_AUTOENCODER, class_file_content, read_json
+from tests.released import CLASS_AUTOENCODER, class_file_content, read_json, write_autoencoder
 
 Content = dict[str, dict[str, torch.Tensor]]
 INT8 = torch.int8
+UNREAD = {
+    "steps": 7,
+    "rng": {"torch": torch.zeros(8, dtype=torch.uint8)},
+    "optimizer": {"exp_avg.x": torch.zeros(2), "step": 5},
+}
+"""What a training script saves beside weights."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +73,8 @@ class TestRoundTrip:
     def test_every_tensor_comes_back(self, tmp_path, block_side):
         trained = class_file_content(block_side=block_side)
         wanted = {"model": trained, "ema": averages_of(trained)}
-        _, out = converted(saved(tmp_path / "a.pt", wanted | {"steps": 7}), tmp_path)
+        run, out = converted(saved(tmp_path / "a.pt", wanted | UNREAD), tmp_path)
+        assert read_json(run / "conversion_report.json")["notes"][0].endswith("a.pt: not read: steps; rng; optimizer")
         assert_same(torch.load(out / "model.pt", weights_only=True), wanted)
         # Of the two, the averages are what is drawn with.
         network = {
@@ -179,10 +186,11 @@ class TestImport:
         with pytest.raises(CheckpointError, match="has no averaged weights to export"):
             open_checkpoint(tmp_path / "plain", weights="averaged")
 
-    def test_an_autoencoder_by_itself(self, tmp_path):
+    def test_an_autoencoder_by_itself(self, tmp_path, capsys):
         state = Autoencoder(**CLASS_AUTOENCODER).state_dict()
-        path = saved(tmp_path / "ae.pt", {"state_dict": state})
+        path = saved(tmp_path / "ae.pt", {"state_dict": state} | UNREAD)
         assert main([str(path), str(tmp_path / "ae")]) == 0
+        assert f"note: {path}: not read: steps; rng; optimizer" in capsys.readouterr().err
         assert_same({"": load_file(tmp_path / "ae/ae.safetensors")}, {"": state})
         source = open_autoencoder(tmp_path / "ae/ae.safetensors")
         assert source.sizes == CLASS_AUTOENCODER | {"gan_decoder": False, "norm_groups": 32}
@@ -333,3 +341,11 @@ class TestRefused:
         path = saved(tmp_path / "a.pt", {"model": content})
         assert main([str(path), str(tmp_path / "run"), "--seed", "3"]) == 2
         assert "--seed: " in capsys.readouterr().err
+
+    def test_safetensors_by_themselves(self, tmp_path, capsys):
+        path = write_autoencoder(tmp_path / "ae")
+        assert main([str(path), str(tmp_path / "run")]) == 2
+        printed = capsys.readouterr().err
+        for words in ("ae.safetensors: safetensors are not", "vision.weights=FILE", "--autoencoder", "model.pt"):
+            assert words in printed
+        assert not (tmp_path / "run").exists()

@@ -25,6 +25,7 @@ from bitdance_scale.checkpoint.named_adapters import parse_adapters
 from bitdance_scale.checkpoint.pickled_files import PickledFile
 from bitdance_scale.checkpoint.release_source import NewParts, open_source
 from bitdance_scale.checkpoint.run_adapters import open_run_adapters
+from bitdance_scale.checkpoint.shared_base import describe_base
 from bitdance_scale.checkpoint.start_weights import find_checkpoint
 from bitdance_scale.cli.export_release import main
 from bitdance_scale.errors import ConfigError, DataError
@@ -37,7 +38,7 @@ from bitdance_scale.sharing.card import card_text
 from bitdance_scale.sharing.licences import licence_text
 from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REFUSED
 from tests.adapted import LORA, write_adapted_run
-from tests.released import HEAD, as_a_run, class_file_content, write_autoencoder, write_plain_qwen3
+from tests.released import HEAD, as_a_run, class_file_content, read_json, write_autoencoder, write_plain_qwen3
 
 SETTINGS = """
 [data]
@@ -251,6 +252,14 @@ class TestImport:
         assert fields["license"] == expected
         assert "- qwen3: a plain language model, to which head and projector were added" in text
 
+    @pytest.mark.parametrize(("beside", "is_kept"), [("Terms", True), ("Other terms", False)])
+    def test_licences_without_an_id_are_compared_by_their_text(self, tmp_path, beside, is_kept):
+        for name, text in (("qwen3", "Terms"), ("ae", beside)):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "LICENSE").write_text(text)
+        kept = describe_base(tmp_path / "qwen3", tmp_path / "ae")["licence"]
+        assert (kept is not None) == is_kept
+
 
 @pytest.fixture(scope="module")
 def style(imported, tmp_path_factory) -> Path:
@@ -278,6 +287,26 @@ def merged_card(published: Path, adapters: list[str], out: Path, **options) -> t
     merge_folder(published, parse_adapters(adapters), out, options=ShareOptions(**options))
     text = (out / "README.md").read_text(encoding="utf-8")
     return yaml.safe_load(text.split("---\n")[1]), text
+
+
+class TestAdapters:
+    """Which base the card and PEFT's configuration name."""
+
+    def bases(self, start: Path, tmp_path: Path, **options) -> tuple[str, str | None]:
+        """(PEFT's base, the card's) of adapters that were trained beside `start`."""
+        run = write_adapted_run(start, tmp_path / "adapted", dataclasses.replace(LORA, targets=("q_proj",)))
+        folder = adapters_of(run, tmp_path / "out", **options)
+        fields = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+        return read_json(folder / "adapter_config.json")["base_model_name_or_path"], fields.get("base_model")
+
+    def test_of_an_import_it_is_the_folder_in_the_cache(self, licensed, tmp_path):
+        assert self.bases(licensed, tmp_path) == ("someone/BitDance-S", "someone/BitDance-S")
+
+    @pytest.mark.parametrize("said", ["", "me/trained"])
+    def test_of_weights_that_a_run_has_trained_it_is_that_run(self, licensed, tmp_path, said):
+        trained = as_a_run(licensed, tmp_path / "trained", 10)
+        (trained / "conversion_report.json").unlink()
+        assert self.bases(trained, tmp_path, base_model=said) == (said or str(trained), said or None)
 
 
 class TestMerged:

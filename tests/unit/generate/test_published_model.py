@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
 from bitdance_scale.errors import CheckpointError
-from bitdance_scale.generate.published_model import load_published
-from tests.released import edit_config, write_published
+from bitdance_scale.generate.published_model import load_describer, load_published
+from tests.released import edit_config, qwen_like, write_published
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32):
@@ -124,11 +124,33 @@ def test_tensors_that_do_not_fit_are_named(folder, file, changes, message):
         load(folder)
 
 
-def test_an_embedding_too_small_for_the_tokenizer_is_refused(folder):
-    config = json.loads((folder / "config.json").read_text())
-    edit_config(folder, vocab_size=config["vocab_size"] - 1)
-    with pytest.raises(CheckpointError, match="15 query tokens has .* entries, config.json gives the embedding"):
+@pytest.mark.parametrize("num_more", [-1, 5])
+def test_an_embedding_of_other_rows_than_entries_is_refused(folder, num_more):
+    num_rows = json.loads((folder / "config.json").read_text())["vocab_size"] + num_more
+    edit_config(folder, vocab_size=num_rows)
+    with pytest.raises(CheckpointError, match=f"vocab_size = {num_rows} in config.json, its tokenizer has .* entries"):
         load(folder)
+
+
+@pytest.mark.parametrize("block_tokens", [1, 4, 64])
+@pytest.mark.parametrize("load", [load, lambda folder: load_describer(folder, torch.float32, torch.device("cpu"))])
+def test_a_head_of_other_blocks_than_the_tokenizers_is_refused(folder, block_tokens, load):
+    """Its tensors fit: their shapes do not depend on the size of a block."""
+    edit_config(folder, "vision_head_config.json", parallel_num=block_tokens)
+    message = f"15 query tokens, blocks of parallel_num = {block_tokens} tokens .* need {block_tokens - 1}"
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+def test_a_tokenizer_without_the_added_tokens_is_refused(folder):
+    qwen_like().save_pretrained(folder)
+    with pytest.raises(CheckpointError, match="its tokenizer has 0 query tokens, .* need 15"):
+        load(folder)
+
+
+@pytest.mark.parametrize("block_side", [1, 2, 8])
+def test_blocks_of_every_size_load(tmp_path, block_side):
+    assert load(write_published(tmp_path, block_side=block_side)).vision.section.block_side == block_side
 
 
 def test_one_file_beside_an_index_of_others_is_refused(folder):

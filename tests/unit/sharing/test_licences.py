@@ -21,6 +21,16 @@ from bitdance_scale.sharing.licences import (
 
 ROOT = Path(__file__).parents[3]
 CARD = "---\nlicense: {}\ntags:\n- x\n---\n\n# Model\n"
+NAMED_CARD = "---\nlicense: other\nlicense_name: {}\n---\n"
+TEXT = licence_text(APACHE)
+RIDERS = {
+    "after": f'{TEXT}\n"Commons Clause" License Condition v1.0\n\nThe License does not include the right to sell.',
+    "before": f"Code: Apache 2.0, as below. Weights: non-commercial use only.\n\n{TEXT}",
+    "between": TEXT.replace("   APPENDIX:", "   Not for military use.\n\n   APPENDIX:"),
+    "behind a copyright": f"Copyright 2026 someone. Not for commercial use.\n\n{TEXT}",
+    "long": f"Copyright 2026 someone {'and also ' * 20}\n{TEXT}",
+}
+"""Texts that hold the terms of Apache 2.0 and take some of them back."""
 
 
 def folder_with(folder: Path, **files: str) -> Path:
@@ -63,6 +73,34 @@ class TestFolder:
         terms, _, appendix = licence_text(APACHE).partition("APPENDIX")
         assert appendix and recognised(terms) == APACHE
         assert recognised(licence_text(APACHE)[:5000]) == recognised("") == ""
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            TEXT.replace("[yyyy] [name of copyright owner]", "2024 A Company"),
+            TEXT.replace("[", "{").replace("]", "}").replace("http://", "https://"),
+            f"Copyright 2018- The team, Inc. All rights reserved.\n(c) 2026 someone\n\n{TEXT}",
+            TEXT.partition("END OF TERMS")[0],
+        ],
+    )
+    def test_forms_of_one_text(self, text):
+        assert recognised(text) == APACHE
+
+    @pytest.mark.parametrize("where", RIDERS)
+    def test_terms_with_a_rider_are_another_licence(self, tmp_path, where):
+        text = RIDERS[where]
+        assert recognised(text) == ""
+        folder = folder_with(tmp_path, LICENSE=text)
+        assert find_licence(folder) == Licence(OTHER, "as-in-license-file", text)
+        folder_with(folder, README__md=NAMED_CARD.format("their-terms"))
+        assert find_licence(folder) == Licence(OTHER, "their-terms", text)
+
+    @pytest.mark.parametrize(
+        ("name", "expected"), [("their-terms", None), (NOT_STATED, APACHE), ("Apache-2.0", APACHE)]
+    )
+    def test_a_name_is_not_overridden_by_a_text_that_is_recognised(self, tmp_path, name, expected):
+        found = find_licence(folder_with(tmp_path, README__md=NAMED_CARD.format(name), LICENSE=TEXT))
+        assert (found and found.id) == expected
 
     def test_a_contradiction_says_nothing(self, tmp_path):
         assert find_licence(folder_with(tmp_path, README__md=CARD.format("mit"), LICENSE=licence_text(APACHE))) is None
@@ -108,6 +146,21 @@ class TestStated:
         file = tmp_path / "ours.txt"
         file.write_text("Ours")
         assert stated(licence_id=OTHER, name="ours-1.0", file=file).name == "ours-1.0"
+
+    @pytest.mark.parametrize("where", RIDERS)
+    def test_terms_with_a_rider_are_stated_by_name(self, tmp_path, where):
+        file = tmp_path / "LICENSE"
+        file.write_text(RIDERS[where], encoding="utf-8")
+        licence = stated(licence_id=OTHER, name="their-terms", file=file)
+        assert (licence.id, licence.name, licence_file(licence)) == (OTHER, "their-terms", RIDERS[where])
+        with pytest.raises(ConfigError, match="a licence needs its id"):
+            stated(file=file)
+
+    def test_a_text_is_not_taken_for_another_name(self):
+        theirs = Licence(OTHER, "theirs", "Terms of theirs")
+        assert stated(licence_id=OTHER, name="theirs", inherited=theirs).text == "Terms of theirs"
+        with pytest.raises(ConfigError, match="--license other: .* name the text with --license-file"):
+            stated(licence_id=OTHER, name="ours", inherited=theirs)
 
     @pytest.mark.parametrize(
         ("options", "message"),
