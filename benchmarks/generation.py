@@ -135,7 +135,7 @@ def random_networks(
 
 def waiter(device: torch.device) -> Callable[[], None]:
     """The function that waits for the device to finish its work."""
-    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    return functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
 
 
 def measure(function: Callable[[], torch.Tensor], wait: Callable[[], None]) -> tuple[float, float, torch.Tensor]:
@@ -196,7 +196,7 @@ def compare(model: PublishedModel, task: Task, num_images: int, has_baseline: bo
     total = sum(parts.values())
     print("breakdown: " + ", ".join(f"{name} {value:.3f} s ({value / total:.0%})" for name, value in parts.items()))
     if device.type == "cuda":
-        print(f"peak memory: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+        print(f"peak memory: {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB")
 
 
 def main() -> None:

@@ -24,6 +24,23 @@ def read_utf8(path: Path) -> str:
     return decode_utf8(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
 
 
+def split_lines(text: str) -> list[str]:
+    r"""The lines of a text that `read_utf8` has read; one `\n` at its end begins no further line.
+
+    Only `\n` ends lines: `str.splitlines` also cuts at other separators of Unicode, which texts and JSON may hold.
+    """
+    return text.removesuffix("\n").split("\n")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can encode a text: JSON, file names and arguments of commands can hold lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def decode_utf8(content: bytes) -> str:
     """Text from its bytes; a byte order mark, which some editors write, is no part of it.
 

@@ -140,7 +140,16 @@ class Desk:
             where = f"after block {last.num_drawn} of {last.num_blocks}" if last.num_drawn else "before the first block"
             yield DrawView(status=fragments.note(f"Stopped {where}"))
             return
-        entry = visitor.add(settings, self._write(settings, last.images), last.seconds)
+        try:
+            written = self._write(settings, last.images)
+        except OSError as error:
+            lost = (
+                f"The pictures cannot be kept ({error.strerror or error}): see that {self._folder.path} is there and "
+                "has room, and draw them again"
+            )
+            yield DrawView(_unsaved(settings, last.images), fragments.problem(lost))
+            return
+        entry = visitor.add(settings, written, last.seconds)
         pictures = "1 picture" if settings.images == 1 else f"{settings.images} pictures"
         yield DrawView(
             _finished(entry),
@@ -154,20 +163,32 @@ class Desk:
         status = fragments.progress(progress.num_drawn, progress.num_blocks, progress.seconds)
         if not progress.images:
             return DrawView(status=status, is_drawing=True)
-        shown = [
-            fragments.ShownPicture(fragments.preview_source(image), seed)
-            for image, seed in zip(progress.images, settings.seeds, strict=True)
-        ]
-        return DrawView(fragments.pictures(shown, settings), status, is_drawing=True)
+        return DrawView(_unsaved(settings, progress.images), status, is_drawing=True)
 
     def _write(self, settings: DrawSettings, images: Sequence[np.ndarray]) -> list[Picture]:
+        """Writes the pictures of a drawing.
+
+        Raises:
+            OSError: one cannot be written; none is left then.
+        """
         words = "_".join(re.findall(r"\w+", settings.prompt))[:_NAME_CHARACTERS] or "picture"
-        return [
-            Picture(
-                self._folder.add(png_of(image, settings.record(self.facts, number))), f"{words}_seed{seed}.png", seed
-            )
-            for number, (image, seed) in enumerate(zip(images, settings.seeds, strict=True))
-        ]
+        written: list[Picture] = []
+        try:
+            for number, (image, seed) in enumerate(zip(images, settings.seeds, strict=True)):
+                file = self._folder.add(png_of(image, settings.record(self.facts, number)))
+                written.append(Picture(file, f"{words}_seed{seed}.png", seed))
+        except OSError:
+            self._folder.remove([picture.file for picture in written])
+            raise
+        return written
+
+
+def _unsaved(settings: DrawSettings, images: Sequence[np.ndarray]) -> str:
+    shown = [
+        fragments.ShownPicture(fragments.preview_source(image), seed)
+        for image, seed in zip(images, settings.seeds, strict=True)
+    ]
+    return fragments.pictures(shown, settings)
 
 
 def _finished(entry: Entry) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import shutil
 import tempfile
@@ -33,15 +34,24 @@ class PictureFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def add(self, content: bytes, suffix: str = ".png") -> str:
-        """Writes a file; returns its name."""
+        """Writes a file; returns its name.
+
+        Raises:
+            OSError: it cannot be written, as on a full disk; nothing of it is left.
+        """
         name = secrets.token_urlsafe(16) + suffix
-        (self.path / name).write_bytes(content)
+        try:
+            (self.path / name).write_bytes(content)
+        except OSError:
+            self.remove([name])
+            raise
         return name
 
     def remove(self, names: Sequence[str]) -> None:
-        """Removes files, if they are there."""
+        """Removes files, if they are there; one that cannot be removed stays until the end."""
         for name in names:
-            (self.path / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (self.path / name).unlink()
 
 
 @dataclass(frozen=True)

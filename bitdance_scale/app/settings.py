@@ -20,6 +20,7 @@ import bitdance_scale
 from bitdance_scale.errors import ConfigError
 from bitdance_scale.generate.drawer import Batch, ModelFacts
 from bitdance_scale.generate.image_sizes import check_size
+from bitdance_scale.text_files import is_utf8
 
 SETTINGS_KEY = "bitdance"
 """Keyword of the text chunk of a PNG that holds the settings of the picture, as JSON in ASCII."""
@@ -174,6 +175,8 @@ def _prompt(text: str | None, facts: ModelFacts) -> str:
         raise ConfigError(
             f"{facts.subject} has {len(prompt):,} characters: must have at most {MAX_PROMPT_CHARACTERS:,}; shorten it"
         )
+    if not is_utf8(prompt):
+        raise ConfigError(f"{facts.subject} holds half of a character (a lone surrogate); write it again")
     return prompt
 
 

@@ -29,6 +29,7 @@ from bitdance_scale.evaluation.benchmarks.benchmark import Benchmark
 from bitdance_scale.evaluation.benchmarks.catalogue import BENCHMARKS, find_benchmark, read_prompts
 from bitdance_scale.evaluation.benchmarks.prompt import Prompt
 from bitdance_scale.evaluation.benchmarks.solving import Asked, Solving, choose_solving, drawing_config
+from bitdance_scale.text_files import is_utf8
 
 if TYPE_CHECKING:
     from bitdance_scale.evaluation.benchmarks.manifest import Drawing
@@ -89,6 +90,8 @@ def _run(options: argparse.Namespace) -> int:
     benchmark = _benchmark(options)
     if options.append and benchmark.condition != "text":
         raise ConfigError(f"--append {options.append!r}: {benchmark.name} has classes, not words; leave it out")
+    if options.append and not is_utf8(options.append):
+        raise ConfigError(f"--append {options.append!r}: holds what is no character in UTF-8; write it as UTF-8 text")
     # A wrong file of texts is named before the model is looked at; classes are the model's.
     prompts = read_prompts(benchmark, options.prompts) if benchmark.condition == "text" else []
     config = None

@@ -129,7 +129,7 @@ def _chosen(options: argparse.Namespace, usual: Sampling) -> Sampling:
 
 
 def _requests(options: argparse.Namespace, sampling: Sampling) -> list[Request]:
-    from bitdance_scale.generate.requests import Request, read_requests
+    from bitdance_scale.generate.requests import Request, check_prompt, read_requests
 
     size, prompts = sampling.size_px, options.prompt or sampling.prompts
     if options.batch_size < 1:
@@ -138,4 +138,6 @@ def _requests(options: argparse.Namespace, sampling: Sampling) -> list[Request]:
         raise ConfigError(f"--seed {options.seed}: must be from 0 to 2^62 - 1")
     if options.prompts is not None:
         return read_requests(options.prompts, size, options.seed)
+    for text in prompts:
+        check_prompt("--prompt" if options.prompt else f"{options.model}: prompts", text)
     return [Request(number, text, options.seed + number, *size) for number, text in enumerate(prompts)]

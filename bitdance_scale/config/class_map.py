@@ -13,7 +13,7 @@ from typing import Any
 
 from bitdance_scale.config.schema import ClassesSection
 from bitdance_scale.errors import ConfigError
-from bitdance_scale.text_files import read_utf8
+from bitdance_scale.text_files import is_utf8, read_utf8, split_lines
 
 CLASSES_FILE = "classes.txt"
 """The class map that `bitdance pack` writes beside the shards, and that a run keeps in its folder."""
@@ -131,13 +131,11 @@ def read_class_map(path: Path, named: str = "") -> ClassMap:
 def _is_line(name: str) -> bool:
     if not name or name.strip() != name or len(name.splitlines()) > 1 or "\0" in name:
         return False
-    # JSON and file names can contain lone surrogates, which UTF-8 cannot encode.
-    return not any("\ud800" <= character <= "\udfff" for character in name)
+    return is_utf8(name)
 
 
 def _names_of_lines(text: str) -> list[str]:
-    # Only line feeds end lines (`read_utf8` has made the other two forms to them).
-    lines = text.removesuffix("\n").split("\n") if text.strip() else []
+    lines = split_lines(text) if text.strip() else []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             raise ValueError(f"line {number} is empty; every line names a class, in order of their numbers")

@@ -394,7 +394,7 @@ class SampleSection:
     guidance_growth: str = setting(
         "constant",
         doc="Guidance over the blocks of an image: constant, or linear (grows from 1 at the first block towards the "
-        "scale; class-conditional release).",
+        "scale; the unconditional sequence draws a first block of its own; class-conditional release).",
     )
     sampler: str = setting("euler_maruyama", doc="euler_maruyama (release) or euler (Eq. 4).")
     use_cache: bool = setting(True, doc="Whether keys and values of earlier blocks are kept.")

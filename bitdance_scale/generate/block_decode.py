@@ -1,7 +1,8 @@
 """Block-by-block decoding of images, with any implementation of the backbone.
 
 Prompts of different length are padded on the left, so that all images of a batch predict the same block at the same
-time. With guidance, the unconditional prompts are the second half of the batch and share the bits of the first half.
+time. With guidance, the unconditional prompts are the second half of the batch and share the bits of the first half,
+but for blocks at which the scale is 1 (`FlowSolver.guidance_growth`): those each half draws and reads for itself.
 
 Shape suffixes: B sequences, I images (B / 2 under guidance), L prefix positions, S positions, P vision tokens per
 block, T key slots, C bits, D hidden size, K draws.
@@ -136,7 +137,8 @@ def lay_out(
 
 
 Draw = Callable[[], torch.Tensor]
-"""Returns the noise of the next block, N(0, 1), float32 [K, I, P, C]: a start tensor, then one per stochastic step."""
+"""Returns the noise of the next block of every image, N(0, 1), float32 [K, I, P, C]: a start tensor, then one per
+stochastic step."""
 
 
 OnBlock = Callable[[Sequence[torch.Tensor]], None]
@@ -168,7 +170,7 @@ def decode_blocks(model: BlockModel, layout: DecodeLayout, draw: Draw, on_block:
     Args:
         model: backbone and head.
         layout: the sequences of the batch.
-        draw: the noise, called once per block.
+        draw: the noise, called once per block; twice where the unconditional prompts draw blocks of their own.
         on_block: sees every block as soon as it is drawn; it must not change them.
 
     Returns:

@@ -23,6 +23,7 @@ from bitdance_scale.generate.caption_decode import TokenChoice
 from bitdance_scale.generate.caption_pipeline import Caption, CaptionPipeline
 from bitdance_scale.generate.image_sizes import PUBLISHED_DOWNSAMPLE, PUBLISHED_SIZES, check_size
 from bitdance_scale.generate.out_of_memory import refused_batch_size
+from bitdance_scale.text_files import is_utf8
 from bitdance_scale.wording import first_few
 
 
@@ -104,10 +105,13 @@ def plan_captions(paths: Sequence[Path], buckets: np.ndarray, max_upscale: float
         max_upscale: largest enlargement.
 
     Raises:
-        DataError: files are not images, or too small; names them.
+        DataError: files are not images, too small, or have names that are not UTF-8; names them.
     """
     sizes, faults = {}, []
     for path in paths:
+        if not is_utf8(str(path)):
+            faults.append(f"{str(path)!r}: its name is not UTF-8")
+            continue
         try:
             sizes[path] = read_size_px(path.read_bytes())
         except (SampleError, OSError) as error:

@@ -173,26 +173,33 @@ class CapturedCall:
     function is called on the examples before it is recorded, more than once: anything that it writes in addition to its
     result must depend on its inputs only. It must not wait for the GPU or draw random numbers.
 
+    It is recorded and run on the device of its inputs, whatever the thread's current device is.
+
     Args:
         function: what is recorded.
-        examples: inputs of the shapes and dtypes that it will be called with.
+        examples: inputs of the shapes and dtypes that it will be called with, all on one device.
     """
 
     def __init__(self, function: Callable[..., torch.Tensor], *examples: torch.Tensor) -> None:
         self._inputs = [example.clone(memory_format=torch.contiguous_format) for example in examples]
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(NUM_WARM_UPS):
-                function(*self._inputs)
-        current.wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._output = function(*self._inputs)
+        self._device = self._inputs[0].device
+        # Streams and graphs are those of the thread's current device.
+        with torch.cuda.device(self._device):
+            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                for _ in range(NUM_WARM_UPS):
+                    function(*self._inputs)
+            current.wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            # The stream that `graph` would take by itself is one for all devices, and lies on the first.
+            with torch.cuda.graph(self._graph, stream=side):
+                self._output = function(*self._inputs)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Runs the function on `inputs`; the result is in memory of its own."""
-        for buffer, value in zip(self._inputs, inputs, strict=True):
-            buffer.copy_(value)
-        self._graph.replay()
-        return self._output.clone()
+        with torch.cuda.device(self._device):
+            for buffer, value in zip(self._inputs, inputs, strict=True):
+                buffer.copy_(value)
+            self._graph.replay()
+            return self._output.clone()

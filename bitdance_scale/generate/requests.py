@@ -22,7 +22,7 @@ from bitdance_scale.generate.drawer import Batch, Drawer
 from bitdance_scale.generate.out_of_memory import refused_batch_size
 from bitdance_scale.generate.sampling_file import Sampling
 from bitdance_scale.observe.figures import image_grid
-from bitdance_scale.text_files import read_utf8
+from bitdance_scale.text_files import is_utf8, read_utf8, split_lines
 
 GRID_NAME, REQUESTS_NAME = "grid.png", "requests.jsonl"
 MAX_GRID_IMAGES = 64
@@ -54,6 +54,16 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def check_prompt(where: str, prompt: str) -> None:
+    """Refuses a prompt that no tokenizer can read and no record can hold.
+
+    Raises:
+        ConfigError: UTF-8 cannot encode it: JSON and arguments of commands can hold lone surrogates.
+    """
+    if not is_utf8(prompt):
+        raise ConfigError(f"{where} = {prompt!r}: holds what is no character in UTF-8; write it as UTF-8 text")
+
+
 def read_requests(path: Path, size: tuple[int, int], seed: int) -> list[Request]:
     """The images that a prompt file asks for, in its order; empty lines are skipped.
 
@@ -64,7 +74,7 @@ def read_requests(path: Path, size: tuple[int, int], seed: int) -> list[Request]
         raise ConfigError(f"--prompts {path}: no such file")
     requests: list[Request] = []
     try:
-        lines = read_utf8(path).splitlines()
+        lines = split_lines(read_utf8(path))
     except OSError as error:
         raise ConfigError(f"--prompts {path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
@@ -204,6 +214,7 @@ def _parse_line(where: str, line: str) -> dict[str, Any]:
         is_right = isinstance(value, kinds[key]) and not isinstance(value, bool)
         if not is_right or (key == "seed" and not 0 <= int(value) < 2**63):
             raise ConfigError(f"{where}: {key} = {value!r}: must be {_describe(key)}")
+    check_prompt(f"{where}: prompt", fields["prompt"])
     return fields
 
 

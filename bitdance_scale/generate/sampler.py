@@ -6,8 +6,8 @@ steps at once (`HeadSteps`), and on CUDA the whole solution is one graph.
 The noise of one block, in the order of the published release: a start tensor, then one tensor per stochastic step. All
 of it is drawn before the first step.
 
-Shape suffixes: I images (one block each), B blocks (2 I under guidance), P tokens per block, C bits, K draws per block,
-D head width, Z condition size, T flow times.
+Shape suffixes: I images (one block each), B blocks (2 I under guidance), R blocks that are drawn (I, or B where nothing
+is guided), P tokens per block, C bits, K draws per block, D head width, Z condition size, T flow times.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class FlowSolver:
         sampler: `euler_maruyama` or `euler`.
         time_shift: s, of the head (`head.time_shift`); 1 leaves the steps uniform.
         guidance_growth: the scale over the M blocks of an image: constant, or linear, 1 + (s - 1) m / M at block m,
-            counted from 0 (class-conditional release).
+            counted from 0 (class-conditional release). A scale of 1 guides nothing, so that at block 0 each of the two
+            sequences of an image draws a block of its own, and reads it for all that follow.
 
     Raises:
         ConfigError: an unknown sampler, no step, a guidance that is not finite, or a shift that is not above 0.
@@ -89,6 +90,10 @@ class FlowSolver:
         if self.guidance_growth == "constant":
             return self.guidance
         return 1 + (self.guidance - 1) * block / num_blocks
+
+    def guides(self, block: int, num_blocks: int) -> bool:
+        """Whether the two sequences of an image draw a block together; else each sequence draws its own."""
+        return self.guidance_at(block, num_blocks) != 1.0
 
     @property
     def num_draws(self) -> int:
@@ -142,69 +147,69 @@ def num_draws(config: RunConfig) -> int:
 
 @torch.no_grad()
 def sample_block(
-    predict: Predict, noise_KIPC: torch.Tensor, solver: FlowSolver, guidance: float | None = None
+    predict: Predict, noise_KRPC: torch.Tensor, solver: FlowSolver, guidance: float | None = None
 ) -> torch.Tensor:
-    """Draws the bits of one block of each image: the signs of `solve_flow`, which has the same arguments.
+    """Draws the bits of blocks: the signs of `solve_flow`, which has the same arguments.
 
     Returns:
-        float32 [I, P, C] of -1 and 1.
+        float32 [R, P, C] of -1 and 1.
     """
-    x_IPC = solve_flow(predict, noise_KIPC, solver, guidance)
-    return _signs(x_IPC > 0)
+    x_RPC = solve_flow(predict, noise_KRPC, solver, guidance)
+    return _signs(x_RPC > 0)
 
 
 def solve_flow(
-    predict: Predict, noise_KIPC: torch.Tensor, solver: FlowSolver, guidance: float | None = None
+    predict: Predict, noise_KRPC: torch.Tensor, solver: FlowSolver, guidance: float | None = None
 ) -> torch.Tensor:
     """Solves the flow from noise to (nearly) bits, or to continuous latents.
 
     Args:
-        predict: the head. Under guidance it is called with 2 I blocks, the same states twice, and must apply the
-            captions' conditions to the first I and the unconditional condition to the last I.
-        noise_KIPC: N(0, 1), float32, `solver.num_draws` tensors: the start, then one for each stochastic step.
+        predict: the head. With a scale other than 1 it is called with 2 R blocks, the same states twice, and must
+            apply the captions' conditions to the first R and the unconditional condition to the last R.
+        noise_KRPC: N(0, 1), float32, `solver.num_draws` tensors: the start, then one for each stochastic step.
         solver: steps, guidance and kind.
         guidance: the scale of these blocks, where it is another than the solver's.
 
     Returns:
-        float32 [I, P, C], the state at t = 1.
+        float32 [R, P, C], the state at t = 1.
     """
     scale = solver.guidance if guidance is None else guidance
-    x_IPC = noise_KIPC[0]
+    x_RPC = noise_KRPC[0]
     for step in range(len(solver.times)):
         keep, pull, kick = solver.weights(step)
-        clean_IPC = _guided(predict(torch.cat([x_IPC, x_IPC]) if solver.is_guided else x_IPC, step), solver, scale)
-        x_IPC = torch.add(keep * x_IPC, clean_IPC, alpha=pull)
+        clean_RPC = _guided(predict(x_RPC if scale == 1.0 else torch.cat([x_RPC, x_RPC]), step), scale)
+        x_RPC = torch.add(keep * x_RPC, clean_RPC, alpha=pull)
         if kick:
-            x_IPC = torch.add(x_IPC, noise_KIPC[step + 1], alpha=kick)
-    return x_IPC
+            x_RPC = torch.add(x_RPC, noise_KRPC[step + 1], alpha=kick)
+    return x_RPC
 
 
-def _guided(predicted_BPC: torch.Tensor, solver: FlowSolver, scale: float) -> torch.Tensor:
-    """Guided predictions u + s (c - u), float32 [I, P, C]; c are the first half of the batch, u the second.
+def _guided(predicted_BPC: torch.Tensor, scale: float) -> torch.Tensor:
+    """Guided predictions u + s (c - u), float32 [R, P, C]; c are the first half of the batch, u the second.
 
-    Of clean bits, it is what has the guided velocity, and may be beyond -1 and 1.
+    Of clean bits, it is what has the guided velocity, and may be beyond -1 and 1. A scale of 1 changes nothing.
     """
-    if not solver.is_guided:
+    if scale == 1.0:
         return predicted_BPC.float()
     conditional, unconditional = predicted_BPC.float().chunk(2)
     return torch.lerp(unconditional, conditional, scale)
 
 
-def _signs(is_one_IPC: torch.Tensor) -> torch.Tensor:
+def _signs(is_one_RPC: torch.Tensor) -> torch.Tensor:
     # `torch.where` of two numbers copies them to the device, which a CUDA graph cannot record.
-    return is_one_IPC.float() * 2 - 1
+    return is_one_RPC.float() * 2 - 1
 
 
 class BlockSampler(Protocol):
     """Draws blocks from a head; begun for every batch of images."""
 
-    def draw(self, cond_BPZ: torch.Tensor, noise_KIPC: torch.Tensor, guidance: float) -> torch.Tensor:
-        """Bits of one block of each image, float32 [I, P, C] of -1 and 1, or its continuous latents.
+    def draw(self, cond_BPZ: torch.Tensor, noise_KRPC: torch.Tensor, guidance: float) -> torch.Tensor:
+        """Bits of blocks, float32 [R, P, C] of -1 and 1, or their continuous latents.
 
         Args:
-            cond_BPZ: the head's condition, of I blocks, or of 2 I under guidance.
-            noise_KIPC: N(0, 1), float32, `num_draws` tensors.
-            guidance: the scale at this block.
+            cond_BPZ: the head's condition: of 2 R blocks, those of the captions first; with a scale of 1 of R.
+            noise_KRPC: N(0, 1), float32, `num_draws` tensors.
+            guidance: the scale of these blocks.
         """
         ...
 
@@ -214,12 +219,12 @@ def block_sampler(head: Head, solver: FlowSolver, device: torch.device, latents:
 
     Args:
         head: of either kind.
-        solver: guidance; for a diffusion head, how the flow is solved.
+        solver: how the flow is solved; a bit-wise head has none.
         device: of the head.
         latents: what is drawn, `vision.latents`; a bit-wise head draws bits only.
     """
     if isinstance(head, BitHead):
-        return BitSampler(head, solver)
+        return BitSampler(head)
     return FlowSampler(head, solver, device, latents)
 
 
@@ -230,9 +235,9 @@ class FlowSampler:
         self._steps, self._solver = HeadSteps(head, solver, device), solver
         self._draw = sample_block if latents == "bits" else solve_flow
 
-    def draw(self, cond_BPZ: torch.Tensor, noise_KIPC: torch.Tensor, guidance: float) -> torch.Tensor:
+    def draw(self, cond_BPZ: torch.Tensor, noise_KRPC: torch.Tensor, guidance: float) -> torch.Tensor:
         """As in `BlockSampler`."""
-        return self._draw(self._steps.bind(cond_BPZ), noise_KIPC, self._solver, guidance)
+        return self._draw(self._steps.bind(cond_BPZ), noise_KRPC, self._solver, guidance)
 
 
 class BitSampler:
@@ -240,15 +245,15 @@ class BitSampler:
 
     num_draws = 1
 
-    def __init__(self, head: BitHead, solver: FlowSolver) -> None:
-        self._head, self._solver = head, solver
+    def __init__(self, head: BitHead) -> None:
+        self._head = head
 
     @torch.no_grad()
-    def draw(self, cond_BPZ: torch.Tensor, noise_KIPC: torch.Tensor, guidance: float) -> torch.Tensor:
+    def draw(self, cond_BPZ: torch.Tensor, noise_KRPC: torch.Tensor, guidance: float) -> torch.Tensor:
         """As in `BlockSampler`."""
-        odds_IPC = _guided(self._head(cond_BPZ), self._solver, guidance)
+        odds_RPC = _guided(self._head(cond_BPZ), guidance)
         # The distribution function of the normal makes uniform numbers of the noise.
-        return _signs(torch.special.ndtr(noise_KIPC[0]) < torch.sigmoid(odds_IPC))
+        return _signs(torch.special.ndtr(noise_KRPC[0]) < torch.sigmoid(odds_RPC))
 
 
 class HeadSteps:

@@ -3,7 +3,8 @@
 All ranks of a replica call the same methods in the same order. Hidden states travel down the pipeline; the last stage
 draws the bits and broadcasts them. Tensor-parallel ranks draw the same noise and hence the same bits.
 
-Shape suffixes: S new positions, B sequences, I images, P vision tokens per block, C bits, D hidden size.
+Shape suffixes: S new positions, B sequences, I images, R blocks that are drawn or read (I; B where every sequence has
+its own), P vision tokens per block, C bits, D hidden size, K draws.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class StageDecoder:
         self._memory: KeyValueMemory | None = None
         self._embedded: list[torch.Tensor] = []
         self._hidden: torch.Tensor | None = None
+        self._own_bits: torch.Tensor | None = None
 
     @property
     def last_hidden(self) -> torch.Tensor | None:
@@ -63,7 +65,7 @@ class StageDecoder:
     def start(self, layout: DecodeLayout) -> None:
         """Reads the prefixes [B, L]."""
         self._layout = layout
-        self._num_read, self._embedded = 0, []
+        self._num_read, self._embedded, self._own_bits = 0, [], None
         if self._last.is_last and self._sampler is None:
             self._sampler = block_sampler(
                 self._last.head, self._solver, self._topology.device, self._config.vision.latents
@@ -78,28 +80,40 @@ class StageDecoder:
         self._read(rows, layout.prefix_length)
 
     def extend(self, bits: torch.Tensor, cells: torch.Tensor) -> None:
-        """Reads a block, bits [I, P, C] at cells [P, 2]; under guidance both halves of the batch read it."""
+        """Reads a block, bits [I, P, C] at cells [P, 2].
+
+        Under guidance the unconditional sequences read it too, or the block that they have drawn themselves.
+        """
+        if self._own_bits is not None:
+            bits, self._own_bits = torch.cat([bits, self._own_bits]), None
         rows = None
         if self._first.is_first:
-            rows_PID = self._first.enter(self._first.embed_bits(bits, cells).transpose(0, 1))
-            rows = rows_PID.repeat(1, self._layout.num_sequences // len(bits), 1)
+            rows_PRD = self._first.enter(self._first.embed_bits(bits, cells).transpose(0, 1))
+            rows = rows_PRD.repeat(1, self._layout.num_sequences // len(bits), 1)
         self._read(rows, len(cells))
 
     def draw_block(self, cells: torch.Tensor, draw: Draw) -> torch.Tensor:
-        """Draws the next block of every image on the last stage and broadcasts it; float32 [I, P, C]."""
+        """Draws the next block of every image on the last stage and broadcasts it; float32 [I, P, C].
+
+        Where nothing is guided, the unconditional sequences draw blocks of their own, with a further `draw()`.
+        """
+        layout, solver = self._layout, self._solver
+        block = (self._num_read - layout.prefix_length) // layout.block_tokens
+        num_images = layout.num_sequences // (2 if solver.is_guided else 1)
+        num_drawn = num_images if solver.guides(block, layout.num_blocks) else layout.num_sequences
         if self._last.is_last:
             assert self._hidden is not None and self._sampler is not None, "start() comes first"
             # In order: a product with rows that lie apart would be computed sequence by sequence.
             condition_BPD = self._last.conditions(self._hidden.transpose(0, 1).contiguous(), cells)
-            block = (self._num_read - self._layout.prefix_length) // self._layout.block_tokens
-            bits = self._sampler.draw(condition_BPD, draw(), self._solver.guidance_at(block, self._layout.num_blocks))
+            noise_KRPC = torch.cat([draw() for _ in range(num_drawn // num_images)], dim=1)
+            bits = self._sampler.draw(condition_BPD, noise_KRPC, solver.guidance_at(block, layout.num_blocks))
         else:
-            num_images = self._layout.num_sequences // (2 if self._solver.is_guided else 1)
-            shape = (num_images, self._layout.block_tokens, self._config.vision.num_bits)
+            shape = (num_drawn, layout.block_tokens, self._config.vision.num_bits)
             bits = torch.empty(shape, dtype=torch.float32, device=self._topology.device)
         if self._topology.pipeline_size > 1:
             dist.broadcast(bits, self._topology.last_stage_rank, group=self._topology.pipeline_group)
-        return bits
+        self._own_bits = bits[num_images:] if num_drawn > num_images else None
+        return bits[:num_images]
 
     def _read(self, rows: torch.Tensor | None, num_rows: int) -> None:
         """Runs the stages over new rows [S, B, D] (first stage) and keeps the last P hidden states (last stage)."""

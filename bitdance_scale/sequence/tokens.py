@@ -85,6 +85,10 @@ class TextTokenizer(abc.ABC):
         """Ids of a text, none of them special."""
 
     @abc.abstractmethod
+    def _text_entries(self) -> Sequence[int]:
+        """The ids that `_encode` may give."""
+
+    @abc.abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids; special tokens appear by name."""
 
@@ -128,10 +132,15 @@ class TextTokenizer(abc.ABC):
         )
 
     def caption_entries(self) -> np.ndarray:
-        """Bool [vocab_size], entries that a reply in words is made of: no markup but `<|im_end|>`, which ends it."""
+        """Bool [vocab_size], entries that a reply in words is made of: those of text, and `<|im_end|>`, which ends it.
+
+        Captions of training have no others: neither markup nor what else the tokenizer has of its own.
+        """
         tokens, markup = self.image_tokens, [int(self.user_turn_ids[0])]
-        is_word = np.ones(self.vocab_size, dtype=bool)
+        is_word = np.zeros(self.vocab_size, dtype=bool)
+        is_word[self._text_entries()] = True
         is_word[[*markup, tokens.vision_start, tokens.vision_end, *tokens.resolution, *tokens.queries]] = False
+        is_word[self.turn_end_ids] = True
         return is_word
 
     def describing_prompt(self, key: int, grid: tuple[int, int]) -> Sample:
@@ -229,6 +238,9 @@ class _HuggingFaceTokenizer(TextTokenizer):
     def _encode(self, text: str) -> list[int]:
         return self._plain.encode(text, add_special_tokens=False).ids
 
+    def _text_entries(self) -> Sequence[int]:
+        return list(self._plain.get_vocab(with_added_tokens=False).values())
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=False)
 
@@ -244,6 +256,10 @@ class _SentencePieceTokenizer(TextTokenizer):
 
     def _encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
+
+    def _text_entries(self) -> Sequence[int]:
+        every = range(self._processor.vocab_size())
+        return [index for index in every if not (self._processor.is_control(index) or self._processor.is_unused(index))]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         num_pieces = self._processor.vocab_size()

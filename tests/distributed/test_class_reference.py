@@ -1,7 +1,10 @@
-"""The class-conditional network against the formulas written out: the loss, and the gradient of every parameter."""
+"""The class-conditional network against the formulas written out: loss, gradient of every parameter, drawing."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,10 @@ from bitdance_scale.checkpoint.pickled_files import PickledFile
 from bitdance_scale.checkpoint.start_weights import find_checkpoint, load_start_weights
 from bitdance_scale.config.load import dump_toml
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.generate.sampler import ImageNoise
 from bitdance_scale.model.flow import draw_time
 from bitdance_scale.model.inputs import make_inputs
+from bitdance_scale.sequence.condition import load_condition
 from bitdance_scale.sequence.noise import pack_noise
 from bitdance_scale.train.start_checks import check_start
 from bitdance_scale.vision.autoencoder import Autoencoder
@@ -143,3 +148,95 @@ def test_loss_and_gradients_are_those_of_the_formulas(block_side):
 @pytest.mark.parametrize("block_side", [1, 2])
 def test_an_imported_file_computes_what_the_formulas_compute(tmp_path, block_side):
     assert run_ranks(1, _compare, class_config(block_side), tmp_path)[0] < 1e-5
+
+
+LABELS, STREAMS = (1, 4, 0), (7, 8, 9)
+
+
+def _growing(config: RunConfig, use_cache: bool = True) -> RunConfig:
+    section = dataclasses.replace(config.sample, guidance=9.0, guidance_growth="linear", use_cache=use_cache)
+    return dataclasses.replace(config, sample=section)
+
+
+def draw_as_released(
+    network: ClassNetwork, noise: Callable[[], torch.Tensor], num_steps: int, guidance: float, shares_first: bool
+) -> torch.Tensor:
+    """The release's loop, its head at every step of every block and the network from the beginning for every block.
+
+    A scale of 1, that of block 0, draws all rows for themselves, those without a class too.
+
+    Args:
+        network: the formulas.
+        noise: [K, N, P, C] of the next draws.
+        num_steps: stochastic steps.
+        guidance: the scale that the blocks grow towards.
+        shares_first: as the release does not: the rows without a class read the first block of those with one.
+
+    Returns:
+        [N, V, C].
+    """
+    num_images, size, num_vision = len(LABELS), network.p**2, network.grid**2
+    rows = torch.tensor([*LABELS, *[CLASSES.num_classes] * num_images])
+    drawn = torch.zeros(len(rows), num_vision, network.proj_in.w1.in_features)
+    for start in range(0, num_vision, size):
+        block = slice(start, start + size)
+        z = network.conditions(rows, drawn)[:, block]
+        scale = 1.0 + (guidance - 1.0) * start / num_vision
+        copies = 2 if scale > 1.0 else 1
+        draws = torch.cat([noise() for _ in range(3 - copies)], dim=1)
+        x = draws[0]
+        for step in range(num_steps + 1):
+            t, dt = (step * 0.95 / num_steps, 0.95 / num_steps) if step < num_steps else (0.95, 0.05)
+            both = torch.cat([x] * copies)
+            v = (network.head.net(both, torch.full((len(both),), t), z) - both) / max(1 - t, 0.05)
+            if copies == 2:
+                with_class, without = v.chunk(2)
+                v = without + scale * (with_class - without)
+            if step < num_steps:
+                score = (t * v - x) / ((1 - t) ** 2 + t * (1 - t))
+                x = x + (v + (1 - t) * score) * dt + math.sqrt(2 * (1 - t) * dt) * draws[step + 1]
+            else:
+                x = x + v * dt
+        drawn[:, block] = torch.cat([x] * copies).sign()
+        if shares_first:
+            drawn[num_images:, block] = drawn[:num_images, block]
+    return drawn[:num_images]
+
+
+def _ours(engine: object, topology: object, config: RunConfig) -> torch.Tensor:
+    from bitdance_scale.train.sampling import BatchDrawer
+
+    condition = load_condition(config)
+    prompts = [condition.prompt_ids(str(label)) for label in LABELS]
+    return BatchDrawer(engine, config, condition, topology).draw(prompts, STREAMS)
+
+
+def _draw(rank: int, config: RunConfig) -> torch.Tensor:
+    return _ours(*make_engine(config), config)
+
+
+@torch.no_grad()
+def _draw_all_ways(rank: int, config: RunConfig) -> list[torch.Tensor]:
+    """Ours with memory and without, the release's, and the same with a first block that both halves read."""
+    engine, topology = make_engine(config)
+    found = [_ours(engine, topology, _growing(config, use_cache)) for use_cache in (True, False)]
+    network = _reference(config)
+    weights = {name: located.parameter.detach().clone() for name, located in engine.parameters.items()}
+    network.load_state_dict(_to_published(weights, config), strict=True)
+    sample = config.sample
+    for shares_first in (False, True):
+        shape = (sample.num_steps + 1, config.vision.block_tokens, config.vision.num_bits)
+        noise = ImageNoise(sample.seed, STREAMS, shape, topology.device)
+        found.append(draw_as_released(network, noise, sample.num_steps, sample.guidance, shares_first))
+    return found
+
+
+@pytest.mark.parametrize("block_side", [1, 2])
+def test_classes_are_drawn_as_the_release_draws_them(block_side):
+    config = _growing(class_config(block_side))
+    ours, without_memory, released, shared = run_ranks(1, _draw_all_ways, config)[0]
+    assert torch.equal(ours, released) and torch.equal(without_memory, released)
+    assert not torch.equal(shared, released), "the first block of the rows without a class must matter here"
+    if block_side == 2:
+        for drawn in run_ranks(2, _draw, _growing(class_config(block_side, pipeline=2))):
+            assert torch.equal(drawn, released)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
+import numpy as np
 import pytest
 import torch
 
 from bitdance_scale.generate.block_decode import decode_blocks, lay_out
 from bitdance_scale.generate.caption_decode import TokenChoice, decode_captions, lay_out_contexts
+from bitdance_scale.generate.caption_pipeline import CaptionPipeline
 from bitdance_scale.generate.pipeline import BitDancePipeline
 from bitdance_scale.generate.published_model import load_describer, load_published
 from bitdance_scale.generate.qwen3_blocks import Qwen3Blocks
@@ -66,6 +70,30 @@ def test_graphs_draw_the_bits_of_plain_calls(folder, dtype):
         assert torch.equal(found[:, :16], expected[:, :16])
         if dtype is torch.float32:
             assert (found == expected).float().mean() > 0.99
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_second_gpu_draws_and_describes_as_the_first(folder):
+    """In threads of their own, as the app draws: a thread begins with the first device as its current one."""
+    found: dict[str, tuple[object, str]] = {}
+
+    def work(device: str) -> None:
+        pipeline = BitDancePipeline.from_pretrained(folder, torch.float32, device)
+        generators = [torch.Generator().manual_seed(n) for n in (1, 2)]
+        settings = {"height": 32, "width": 48, "num_inference_steps": 6, "output_type": "bits"}
+        drawn = [pipeline(list(PROMPTS), generator=generators, **settings).images for _ in range(2)]
+        picture = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+        captions = CaptionPipeline.from_pretrained(folder, torch.float32, device)
+        found[device] = drawn, captions([picture], max_tokens=20)[0].text
+        assert torch.cuda.current_device() == 0
+
+    for device in ("cuda:0", "cuda:1"):
+        thread = threading.Thread(target=work, args=[device])
+        thread.start()
+        thread.join()
+    (drawn, caption), (second_drawn, second_caption) = found["cuda:0"], found["cuda:1"]
+    assert all((first == second).all() for first, second in zip(drawn, second_drawn, strict=True))
+    assert caption == second_caption
 
 
 def test_a_generator_of_the_cpu_gives_the_image_of_the_cpu(folder):

@@ -48,7 +48,7 @@ class Literal:
         self._projector = load_file(folder / "projector.safetensors")
         self._autoencoder = autoencoder
         vocabulary = self._tokenizer.get_vocab()
-        is_markup = ("<|im_start|>", "<|vision_", "<|res_", "<|query_")
+        is_markup = ("<|im_start|>", "<|vision_", "<|res_", "<|query_", "<|endoftext|>", "<think>", "</think>")
         self._markup = [index for name, index in vocabulary.items() if name.startswith(is_markup)]
         self.end = vocabulary["<|im_end|>"]
 

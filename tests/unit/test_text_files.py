@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from bitdance_scale.config.load import load_config
 from bitdance_scale.errors import BitDanceError, CheckpointError, ConfigError
 from bitdance_scale.generate.requests import read_requests
-from bitdance_scale.text_files import decode_utf8, read_utf8
+from bitdance_scale.text_files import decode_utf8, is_utf8, read_utf8, split_lines
 from bitdance_scale.weight_files import read_json
 
 TEXT = "红色的圆, café"
@@ -48,20 +49,43 @@ def test_line_ends_are_those_of_text(tmp_path):
     assert read_utf8(tmp_path / "file") == "a\nb\nc\n"
 
 
+def test_only_line_feeds_end_lines():
+    text = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\nh\n"
+    assert split_lines(text) == ["a\u2028b\u2029c\x85d\x0be\x0cf\x1cg", "h"]
+    assert split_lines("a\n\n") == ["a", ""] and split_lines("a") == ["a"]
+
+
+def test_half_of_a_surrogate_pair_is_no_text():
+    assert is_utf8(TEXT) and is_utf8("\U0001f600") and not is_utf8("a \ud83d") and not is_utf8("\udcff")
+
+
 def prompts_of(path: Path) -> list[str]:
     return [request.prompt for request in read_requests(path, (64, 64), 0)]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_all_that_a_user_hands_in_may_begin_with_a_mark(tmp_path, encoding):
-    toml, json, text, lines = (tmp_path / name for name in ("a.toml", "b.json", "c.txt", "d.jsonl"))
+    toml, record, text, lines = (tmp_path / name for name in ("a.toml", "b.json", "c.txt", "d.jsonl"))
     toml.write_text(f'extends = "demo"\n[sample]\nprompts = ["{TEXT}"]\n', encoding=encoding)
-    json.write_text(f'{{"key": "{TEXT}"}}', encoding=encoding)
+    record.write_text(f'{{"key": "{TEXT}"}}', encoding=encoding)
     text.write_text(f"{TEXT}\nb\n", encoding=encoding)
     lines.write_text(f'{{"prompt": "{TEXT}"}}\n', encoding=encoding)
     assert load_config(toml).sample.prompts == (TEXT,)
-    assert read_json(json) == {"key": TEXT}
+    assert read_json(record) == {"key": TEXT}
     assert prompts_of(text) == [TEXT, "b"] and prompts_of(lines) == [TEXT]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "b.jsonl"])
+def test_a_prompt_may_hold_other_separators(tmp_path, name):
+    prompts = [f"a{separator}b" for separator in "\u2028\u2029\x85\x7f"]
+    if name == "a.txt":
+        # JSON has these as escapes alone.
+        prompts += [f"a{separator}b" for separator in "\x0b\x0c\x1c\x1d\x1e"]
+    lines = prompts if name == "a.txt" else [json.dumps({"prompt": text}, ensure_ascii=False) for text in prompts]
+    (tmp_path / name).write_bytes("\r\n".join(lines).encode())
+    found = read_requests(tmp_path / name, (64, 64), 7)
+    assert [request.prompt for request in found] == prompts
+    assert [request.seed for request in found] == [*range(7, 7 + len(prompts))]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bitdance_scale.errors import ConfigError
+from bitdance_scale.text_files import is_utf8
 
 _NAME = re.compile(r"[A-Za-z0-9_+-]+")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*")
@@ -102,7 +103,7 @@ def check_model_name(benchmark: str, value: str) -> str:
 
 
 def check_prompts(path: Path, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts, if there are any, all have a text, and no two the same id.
+    """The prompts, if there are any, all have a text that UTF-8 can encode, and no two the same id.
 
     Raises:
         ConfigError: otherwise; names the ids.
@@ -113,6 +114,11 @@ def check_prompts(path: Path, prompts: Sequence[Prompt]) -> list[Prompt]:
     for prompt in prompts:
         if not prompt.text.strip():
             raise ConfigError(f"{path}: prompt {prompt.id} is empty; take the published file as it is")
+        if not is_utf8(prompt.text):
+            raise ConfigError(
+                f"{path}: prompt {prompt.id} holds half of a surrogate pair, which is no character; take the published "
+                "file as it is"
+            )
         # Some file systems do not tell small letters from capitals.
         if prompt.id.lower() in seen:
             raise ConfigError(f"{path}: prompt {prompt.id} comes twice, and one picture would replace the other's")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bitdance_scale.errors import ConfigError
-from bitdance_scale.text_files import read_utf8
+from bitdance_scale.text_files import read_utf8, split_lines
 
 
 def read_text(path: Path | None, what: str) -> str:
@@ -42,8 +42,7 @@ def read_json_lines(path: Path | None, what: str) -> list[dict[str, Any]]:
     """
     text = read_text(path, what)
     records = []
-    # Only line feeds end lines: texts may hold the other separators of Unicode.
-    for number, line in enumerate(text.rstrip("\n").split("\n"), 1):
+    for number, line in enumerate(split_lines(text.rstrip("\n")), 1):
         if not line.strip():
             raise ConfigError(f"{path}:{number}: is empty, and pictures have the numbers of their lines; name {what}")
         records.append(_object(f"{path}:{number}", line, what))

@@ -28,7 +28,7 @@ from bitdance_scale.errors import DataError
 from bitdance_scale.evaluation.metrics.image_score import ImageScore
 from bitdance_scale.evaluation.metrics.metric import OVERALL
 from bitdance_scale.evaluation.questions.judge import Asked, Judge, Unclear, ask_yes_no
-from bitdance_scale.text_files import read_utf8
+from bitdance_scale.text_files import read_utf8, split_lines
 from bitdance_scale.wording import first_few
 
 LENGTHS: Mapping[str, str] = {"short": "short_description", "long": "long_description"}
@@ -109,7 +109,7 @@ def read_questions(source: Path) -> list[TiifItem]:
     homes: dict[str, Path] = {}
     for path in paths:
         try:
-            lines = [(number, line) for number, line in enumerate(read_utf8(path).split("\n"), 1) if line.strip()]
+            lines = [(number, line) for number, line in enumerate(split_lines(read_utf8(path)), 1) if line.strip()]
         except ValueError as error:
             raise DataError(f"{path}: {error}") from error
         if not lines:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,6 +128,26 @@ def test_a_failure_is_told_and_the_page_goes_on(desk, drawer):
     drawer.error = KeyError("fault")
     assert "The drawing failed (KeyError" in list(desk.draw(visitor, "tab", FIELDS))[-1].status
     drawer.error = None
+    assert "2 pictures" in list(desk.draw(visitor, "tab", FIELDS))[-1].status
+
+
+def test_a_full_disk_is_told_and_the_page_goes_on(desk, folder, monkeypatch):
+    visitor, _ = desk.welcome(None)
+    write_bytes, written = Path.write_bytes, []
+
+    def fill_the_disk(path: Path, content: bytes) -> int:
+        written.append(path)
+        if len(written) == 2:
+            write_bytes(path, content[:10])
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", fill_the_disk)
+    last = list(desk.draw(visitor, "tab", FIELDS))[-1]
+    assert "The pictures cannot be kept (No space left on device): see that" in last.status and not last.is_drawing
+    # They are to be seen, without a file that they could be saved from.
+    assert last.pictures.count('src="data:image/png;base64,') == 2 and "download" not in last.pictures
+    assert len(written) == 2 and not any(folder.path.iterdir()) and desk.restore(visitor, 1) is None
     assert "2 pictures" in list(desk.draw(visitor, "tab", FIELDS))[-1].status
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import stat
+from pathlib import Path
 
 from bitdance_scale.app import history
 from bitdance_scale.app.history import Picture, PictureFolder, Visitors
@@ -26,6 +28,20 @@ def test_the_folder_is_of_this_user_and_goes_at_the_end():
         assert files(folder) == names and stat.S_IMODE(path.stat().st_mode) == 0o700
         assert all(len(name) > 20 for name in names)
     assert not path.exists()
+
+
+def test_a_file_that_cannot_be_removed_is_left_to_the_end(folder, monkeypatch):
+    name = folder.add(b"one")
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", unlink)
+        folder.remove([name, "gone"])
+    assert files(folder) == {name}
+    folder.remove([name, "gone"])
+    assert files(folder) == set()
 
 
 def test_the_newest_drawings_are_kept(folder, monkeypatch):

@@ -36,6 +36,7 @@ def test_weights_of_adapters_come_by_name(drawer):
         ({"prompt": None}, "^Prompt is empty: write what the picture should show$"),
         ({"prompt": "  \n"}, "^Prompt is empty"),
         ({"prompt": "a" * 10_001}, "^Prompt has 10,001 characters: must have at most 10,000; shorten it$"),
+        ({"prompt": "a \ud83d"}, "^Prompt holds half of a character .*; write it again$"),
         ({"size": ""}, "^Size '': must be height x width in pixels, such as 32 x 32$"),
         ({"size": "large"}, "^Size 'large': must be height x width in pixels"),
         ({"size": "33 x 32"}, "^height = 33, width = 32: both must be multiples of 8 px .* use height 32, width 32$"),

@@ -109,6 +109,9 @@ def test_what_cannot_be_described_is_named(folder, pictures, tmp_path, capsys):
     (pictures / "broken.png").write_bytes(whole[: len(whole) // 2])
     assert "broken.png: bad_image" in refusal(folder, pictures, *FAST)
     (pictures / "broken.png").unlink()
+    (pictures / "fl\udcf6te.png").write_bytes(whole)
+    assert r"fl\udcf6te.png': its name is not UTF-8" in refusal(folder, pictures, *FAST)
+    (pictures / "fl\udcf6te.png").unlink()
     small = refusal(folder, pictures, "--size", "48x64", "--device", "cpu")
     assert "wide.png: 40 x 70 px. The sizes are 48x64, 64x48" in small and "--max-upscale" in small
     assert run(folder, pictures, "--size", "48x64", "--max-upscale", "1.5", "--max-tokens", "1") == 0

@@ -123,6 +123,7 @@ def test_names_of_classes_are_the_runs(make_run: MakeRun, seen: list[Seen], tmp_
         ("class_demo", ["imagenet", "RUN", "--images-per-prompt=0"], "must be a whole number, at least 1"),
         ("demo", ["dpg", "RUN", "--prompts=PROMPTS", "--images-per-prompt=2"], "dpg wants a square grid"),
         ("class_demo", ["imagenet", "RUN", "--append=in red"], "--append .in red.: imagenet has classes, not words"),
+        ("", ["demo-scenes", "FOLDER", "--append=fl\udcf6te"], "--append 'fl.udcf6te': holds what is no character"),
         ("demo", ["demo-scenes", "RUN", "--images"], "--images: demo-scenes has its images as files anyway"),
         ("class_demo", ["imagenet", "RUN", "sample.guidance=3"], "sample.guidance=3: .*; write --guidance 3 instead"),
         ("class_demo", ["imagenet", "RUN", "--dtype=float32"], "no published folder; write run.dtype=float32 instead"),

@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def records(out: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (out / "requests.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "requests.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")]
     return sorted(lines, key=lambda line: line["number"])
 
 
@@ -42,11 +42,12 @@ def test_a_prompt_file(folder, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     lines = [
         {"prompt": "a red circle"},
-        {"prompt": "two blue squares", "height": 32, "width": 32},
+        {"prompt": "two blue\u2028squares", "height": 32, "width": 32},
         {"prompt": "a blue circle", "seed": 7},
         {"prompt": "a red square and a blue one"},
     ]
-    prompts.write_text("\n\n".join(json.dumps(line) for line in lines))
+    content = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    prompts.write_text(content, encoding="utf-8")
     out = tmp_path / "out"
     assert run(folder, "--prompts", prompts, "--out", out, "--seed", 3, "--batch-size", 2, *FAST) == 0
     names = {path.name for path in out.iterdir()}
@@ -91,6 +92,7 @@ def test_only_an_empty_folder_is_written_to(folder, tmp_path, capsys):
         ('{"prompt": "a"}\n{"text": "b"}', ":2: must be an object with prompt"),
         ('{"prompt": "a", "steps": 3}', ":1: must be an object"),
         ('{"prompt": 3}', "prompt = 3: must be text"),
+        ('{"prompt": "a"}\n{"prompt": "b \\ud83d"}', r":2: prompt = 'b \\ud83d': holds what is no character in UTF-8"),
         ('{"prompt": "a", "seed": -1}', "seed = -1: must be an integer"),
         ('{"prompt": "a", "height": "32"}', "height = '32': must be a number of pixels"),
         ('{"prompt": "a", "height": 31}', "height = 31"),
@@ -119,6 +121,18 @@ def test_faulty_prompt_files_are_refused(folder, tmp_path, capsys, content, mess
 def test_faulty_arguments_are_refused(folder, tmp_path, capsys, arguments, message):
     assert run(folder, "--prompt", "a", "--out", tmp_path / "out", *FAST, *arguments) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_prompts_that_are_no_text_are_refused(folder, tmp_path, capsys):
+    # So Python has an argument of bytes that are not UTF-8.
+    assert run(folder, "--prompt", "a", "--prompt", "fl\udcf6te", "--out", tmp_path / "out", *FAST) == 2
+    assert r"--prompt = 'fl\udcf6te': holds what is no character in UTF-8" in capsys.readouterr().err
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    (own / "sampling.json").write_text('{"prompts": ["a \\ud83d"]}')
+    assert run(own, "--out", tmp_path / "out", *FAST) == 2
+    assert r"own: prompts = 'a \ud83d': holds what is no character" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_says_how_it_is_drawn_with(folder, tmp_path, capsys, monkeypatch):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import ClassVar
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -35,6 +38,69 @@ class StandInForCapture:
             assert buffer.shape == value.shape and buffer.dtype == value.dtype
             buffer.copy_(value)
         return self._function(*self._inputs).clone()
+
+
+class FakeCuda:
+    """The current device and stream, and what ran where: ("warm-up", "capture" or "replay", device, stream)."""
+
+    def __init__(self) -> None:
+        self.device, self.streams, self.capturing = "cuda:0", {}, False
+        self.ran: list[tuple[str, str, str]] = []
+
+    def current_stream(self) -> Mock:
+        return self.streams.get(self.device) or self.stream_of("default")
+
+    def stream_of(self, kind: str) -> Mock:
+        stream = Mock()
+        stream.name, stream.device = f"{kind} of {self.device}", self.device
+        return stream
+
+    @contextlib.contextmanager
+    def switch(self, device: object) -> Iterator[None]:
+        before, self.device = self.device, str(device)
+        yield
+        self.device = before
+
+    @contextlib.contextmanager
+    def stream(self, stream: Mock) -> Iterator[None]:
+        with self.switch(stream.device):
+            self.streams[self.device] = stream
+            yield
+            del self.streams[self.device]
+
+    @contextlib.contextmanager
+    def graph(self, graph: Mock, stream: Mock) -> Iterator[None]:
+        graph.replay = lambda: self.tell("replay")
+        self.capturing = True
+        with self.stream(stream):
+            yield
+        self.capturing = False
+
+    def tell(self, what: str) -> None:
+        self.ran.append((what, self.device, self.current_stream().name))
+
+
+def test_a_graph_is_recorded_and_run_on_the_device_of_its_inputs(monkeypatch):
+    cuda = FakeCuda()
+    for name, stand_in in {
+        "device": cuda.switch,
+        "current_stream": cuda.current_stream,
+        "Stream": lambda: cuda.stream_of("side"),
+        "stream": cuda.stream,
+        "CUDAGraph": Mock,
+        "graph": cuda.graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def function(value: torch.Tensor) -> torch.Tensor:
+        cuda.tell("capture" if cuda.capturing else "warm-up")
+        return value + 1
+
+    # The device of no numbers in place of a second GPU.
+    call = qwen3_memory.CapturedCall(function, torch.zeros(3, device="meta"))
+    assert cuda.ran == [("warm-up", "meta", "side of meta")] * 2 + [("capture", "meta", "side of meta")]
+    assert call(torch.ones(3, device="meta")).shape == (3,)
+    assert cuda.ran[3:] == [("replay", "meta", "default of meta")] and cuda.device == "cuda:0"
 
 
 def layout_of(model: PublishedModel, *prompts: str) -> DecodeLayout:

@@ -56,17 +56,19 @@ class TestFlowSolver:
         assert [FlowSolver(1, guidance=5.0).guidance_at(block, 4) for block in range(4)] == [5.0] * 4
         solver = FlowSolver(1, guidance=5.0, guidance_growth="linear")
         assert [solver.guidance_at(block, 4) for block in range(4)] == [1.0, 2.0, 3.0, 4.0]
+        assert [solver.guides(block, 4) for block in range(4)] == [False, True, True, True]
+        assert FlowSolver(1, guidance=5.0).guides(0, 4) and not FlowSolver(1, guidance_growth="linear").guides(3, 4)
 
     def test_a_block_may_have_a_scale_of_its_own(self, head):
         noise = torch.randn(5, 2, BLOCK_TOKENS, NUM_BITS)
         condition = torch.randn(4, BLOCK_TOKENS, COND_SIZE)
         growing = block_sampler(head, FlowSolver(4, guidance=9.0, guidance_growth="linear"), CPU)
-        for scale in (1.0, 3.0):
-            own = block_sampler(head, FlowSolver(4, guidance=3.0), CPU).draw(condition, noise, scale)
-            assert torch.equal(growing.draw(condition, noise, scale), own)
-        # A scale of 1 is the condition alone, though both halves are computed.
-        alone = block_sampler(head, FlowSolver(4, guidance=1.0), CPU).draw(condition[:2], noise, 1.0)
-        assert torch.equal(growing.draw(condition, noise, 1.0), alone)
+        own = block_sampler(head, FlowSolver(4, guidance=3.0), CPU).draw(condition, noise, 3.0)
+        assert torch.equal(growing.draw(condition, noise, 3.0), own)
+        # With a scale of 1 every block has its own noise and its own condition, those of both halves alike.
+        noise = torch.cat([noise, torch.randn_like(noise)], dim=1)
+        alone = block_sampler(head, FlowSolver(4, guidance=1.0), CPU).draw(condition, noise, 1.0)
+        assert torch.equal(growing.draw(condition, noise, 1.0), alone) and len(alone) == 4
 
     def test_continuous_latents_are_the_state_itself(self, head):
         noise, condition = torch.randn(5, 2, BLOCK_TOKENS, NUM_BITS), torch.randn(4, BLOCK_TOKENS, COND_SIZE)

@@ -204,7 +204,37 @@ def test_captions_are_made_of_words_and_their_end(tokenizer: TextTokenizer) -> N
     assert is_word.shape == (tokenizer.vocab_size,)
     assert is_word[tokenizer.encode("a red circle")].all() and is_word[tokenizer.turn_end_ids].all()
     left_out = {int(tokenizer.user_turn_ids[0]), tokens.vision_start, tokens.vision_end}
-    assert {*np.flatnonzero(~is_word).tolist()} == left_out | {*tokens.resolution, *tokens.queries}
+    assert not is_word[[*left_out, *tokens.resolution, *tokens.queries]].any()
+
+
+def test_no_caption_has_what_text_is_never_encoded_to(qwen_folder: Path) -> None:
+    tokenizer = load_text_tokenizer(section(qwen_folder), 16)
+    ours = {*tokenizer.image_tokens.resolution, *tokenizer.image_tokens.queries}
+    left_out = {*np.flatnonzero(~tokenizer.caption_entries()).tolist()} - ours
+    names = {tokenizer.decode([index]) for index in left_out}
+    assert names == {*MARKUP_TOKENS, "<|endoftext|>", "<think>", "</think>"} - {"<|im_end|>"}
+
+
+def test_no_caption_has_control_pieces(tmp_path: Path) -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["user assistant a red circle"] * 8),
+        model_writer=model,
+        vocab_size=300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        user_defined_symbols=["\n"],
+        minloglevel=2,
+    )
+    (tmp_path / "a.model").write_bytes(model.getvalue())
+    tokenizer = load_text_tokenizer(section(tmp_path / "a.model", "sentencepiece"), 4)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    is_word = tokenizer.caption_entries()
+    left_out = [pieces.id_to_piece(int(index)) for index in np.flatnonzero(~is_word[: pieces.vocab_size()])]
+    assert left_out == ["<s>", "</s>"]
 
 
 def refusal(text: TextSection) -> str:

@@ -155,6 +155,7 @@ def bad_line(**changes: object) -> list[object]:
         ("geneval", "", ":1: is empty"),
         ("dpg", "{}", "holds no prompt"),
         ("dpg", '{"a": "x", "a": "y"}', "'a' comes twice"),
+        ("dpg", '{"a": "x \\ud83d"}', "prompt a holds half of a surrogate pair"),
         ("dpg", '{"a": "x", "A": "y"}', "prompt A comes twice, and one picture would replace the other's"),
         ("dpg", '{"../a": "x"}', r"id = '../a': becomes the name of a file, so it must be letters"),
         ("dpg", '{"a.b": "x"}', "id = 'a.b': becomes the name of a file"),
