@@ -32,7 +32,7 @@ from bitdance_scale.data.plan.buckets import content_px
 from bitdance_scale.data.plan.plan import Plan
 from bitdance_scale.data.reader import ShardReader
 from bitdance_scale.data.storage.stores import Stores
-from bitdance_scale.errors import DataError
+from bitdance_scale.errors import DataError, UnreadableError
 from bitdance_scale.parallel.agreement import all_ranks, any_rank
 from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopRequest
 from bitdance_scale.train.run import joined_ranks
@@ -69,6 +69,7 @@ class Encoder:
         """Makes the bit shard of a row of the shard table; returns False where it is there already.
 
         Raises:
+            UnreadableError: what is there cannot be read now.
             DataError: the bits written are not those that encoding gives again.
         """
         path, meta = self._folder / shard_file(row), shard_meta(self._index, row, self.recipe)
@@ -76,6 +77,8 @@ class Encoder:
             try:
                 if read_tables(path)[0] == meta:
                     return False
+            except UnreadableError:
+                raise
             except DataError as error:
                 logger.warning("%s It is made again.", error)
         samples = self._index.shard_samples(row)
