@@ -92,8 +92,10 @@ def test_equal_seeds_give_equal_weights(shards: Path, tmp_path: Path):
 
 
 def test_held_out_shards_must_be_held_out(shards: Path, tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"evaluate\.shards: .*00000\.tar is in data\.shards as well"):
-        run_tokenizer(small_config(shards, tmp_path, f'evaluate.shards=["{shards / "train"}"]'))
+    (tmp_path / "linked").symlink_to(shards / "train")
+    for folder in (shards / "train", tmp_path / "linked"):
+        with pytest.raises(ConfigError, match=rf"evaluate\.shards: {folder}/00000\.tar is trained on as well"):
+            run_tokenizer(small_config(shards, tmp_path, f'evaluate.shards=["{folder}"]'))
 
 
 def test_missing_shards_are_named(shards: Path, tmp_path: Path):
