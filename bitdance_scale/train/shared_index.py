@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from bitdance_scale.config.data_schema import DataSection
 from bitdance_scale.config.schema import RunConfig
@@ -27,9 +28,15 @@ from bitdance_scale.parallel.agreement import all_ranks, on_first_rank
 
 @dataclass(frozen=True)
 class _Built:
-    """What the first rank has built."""
+    """What the first rank has built.
 
-    index_dir: str
+    Attributes:
+        table: file of the table.
+        hash: of the index.
+        shards_per_source: shards of each source.
+    """
+
+    table: Path
     hash: str
     shards_per_source: list[int]
 
@@ -86,6 +93,17 @@ def image_index(specs: Sequence[str], index_dir: str, max_skipped_share: float, 
     return _open(on_first_rank(lambda: _build_images(specs, index_dir, held_out)), max_skipped_share)
 
 
+def held_out_index_dir(index_dir: str) -> str:
+    """Where the index of held-out shards lies, as `index_dir` of a section.
+
+    Beside the shards, or where the run's own index is: the shards may be in a place that is read only.
+
+    Args:
+        index_dir: `data.index_dir` of the run.
+    """
+    return str(Path(index_dir) / "held_out") if index_dir else ""
+
+
 def _build_sources(data: DataSection, held_out: Sequence[str]) -> _Built:
     # Tar headers are read once: nothing for a cache.
     stores, sources = Stores(dataclasses.replace(data.s3, cache_dir="")), data.active_sources
@@ -101,7 +119,7 @@ def _build_sources(data: DataSection, held_out: Sequence[str]) -> _Built:
     index = build_index(shards, index_dir, captions=captions, stores=stores)
     num_shards = [len(paths) for paths in by_source]
     store_selection(index.divided(num_shards), data)
-    return _Built(index_dir, index.hash, num_shards)
+    return _built(index, num_shards)
 
 
 def _build_images(specs: Sequence[str], index_dir: str, held_out: Sequence[str]) -> _Built:
@@ -109,7 +127,12 @@ def _build_images(specs: Sequence[str], index_dir: str, held_out: Sequence[str])
     _check_held_out(held_out, shards, stores)
     index_dir = index_dir or default_index_dir(shards)
     index = build_index(shards, index_dir, captions=[DEFAULT_SOURCE], stores=stores)
-    return _Built(index_dir, index.hash, [len(shards)])
+    return _built(index, [len(shards)])
+
+
+def _built(index: Index, shards_per_source: list[int]) -> _Built:
+    assert index.table is not None, "a built index is in a folder"
+    return _Built(index.table, index.hash, shards_per_source)
 
 
 def _check_streams(config: RunConfig) -> None:
@@ -140,11 +163,11 @@ def _check_held_out(held_out: Sequence[str], trained: Iterable[str], stores: Sto
 
 def _open(built: _Built, max_skipped_share: float) -> Index:
     with all_ranks():
-        index = open_index(built.index_dir, is_verified=True)
+        index = open_index(built.table, is_verified=True)
         if index.hash != built.hash:
             raise DataError(
-                f"{built.index_dir}: another job builds its index there, and has replaced this run's while it started. "
-                "Start again, or set data.index_dir to a folder of this run's own."
+                f"{built.table}: another job indexes the same shards, which have changed, and has replaced this run's "
+                "index while it started. Start again."
             )
         check_skipped(index, max_skipped_share)
     return index

@@ -38,7 +38,7 @@ from bitdance_scale.train.job import Job, Schedule
 from bitdance_scale.train.learning_rate import learning_rate
 from bitdance_scale.train.run import run_job
 from bitdance_scale.train.run_sinks import RunSinks
-from bitdance_scale.train.shared_index import image_index
+from bitdance_scale.train.shared_index import held_out_index_dir, image_index
 from bitdance_scale.train.start_checks import check_resume
 from bitdance_scale.train.step_faults import StepFaults, index_names
 from bitdance_scale.train.step_guards import Spike
@@ -392,5 +392,5 @@ def _held_out_images(config: TokenizerConfig) -> dict[tuple[int, int], np.ndarra
     """uint8 [n, H, W, 3] by (height, width)."""
     section = config.evaluate
     shards = expand_shards(section.shards, "evaluate.shards")
-    index = build_index(shards, default_index_dir(shards))
+    index = build_index(shards, held_out_index_dir(config.data.index_dir) or default_index_dir(shards))
     return {size: centre_crops(index, size, section.num_images) for size in section.sizes_px}

@@ -21,7 +21,8 @@ from bitdance_scale.data.index.index import Index, ShardEntry
 from bitdance_scale.data.plan.apportion import Apportionment
 from bitdance_scale.data.plan.plan import Plan, PlannedBatch
 from bitdance_scale.errors import ConfigError, DataError
-from bitdance_scale.train.shared_index import run_index, training_index
+from bitdance_scale.train.evaluation import held_out_run
+from bitdance_scale.train.shared_index import labelled_index, run_index, training_index
 from tests.unit.data.small_data import bare_index
 
 SIDES_PX = (16, 32, 64)
@@ -310,10 +311,25 @@ def test_held_out_shards_that_are_trained_on_are_refused(
     assert (run_index(holding) is None) == (mode == "stream")
 
 
+def test_held_out_shards_in_the_folder_of_the_others_are_indexed_once(
+    data_set, make_config, tmp_path: Path, scanned: list[str]
+) -> None:
+    """However often a run starts: the two lists have one folder, and neither takes the place of the other."""
+    shards = [shutil.copy2(path, tmp_path) for path in data_set]
+    config = make_config(shards[:2])
+    config = dataclasses.replace(config, evaluate=EvaluateSection(shards=(shards[2],), images=5))
+    for _ in range(2):
+        assert len(run_index(config)) == 12 and len(labelled_index(held_out_run(config))) == 9
+        assert scanned == shards
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {".bitdance_index"}
+    elsewhere = dataclasses.replace(config, data=dataclasses.replace(config.data, index_dir=str(tmp_path / "index")))
+    assert labelled_index(held_out_run(elsewhere)).table.parent == tmp_path / "index" / "held_out"
+
+
 def test_an_index_that_another_job_replaced_is_refused(data_set, source_section, monkeypatch) -> None:
     data = source_section({"a": (1, [0]), "b": (1, [1])})
     monkeypatch.setattr(
-        "bitdance_scale.train.shared_index.open_index", lambda folder, **_: build_index(data_set, folder)
+        "bitdance_scale.train.shared_index.open_index", lambda table, **_: build_index(data_set, table.parent)
     )
-    with pytest.raises(DataError, match="has replaced this run's while it started"):
+    with pytest.raises(DataError, match="has replaced this run's index while it started. Start again"):
         training_index(data)
