@@ -26,7 +26,8 @@ from bitdance_scale.config.data_schema import DataFilter, DataSection
 from bitdance_scale.config.load import load_config
 from bitdance_scale.data.index import build
 from bitdance_scale.data.index.column_file import write_columns
-from bitdance_scale.data.index.index import Index, ShardEntry, open_index, read_table
+from bitdance_scale.data.index.index import Index, ShardEntry, open_index, read_table, table_paths
+from bitdance_scale.data.index.known_shards import KnownShard, earlier_shards, version_of
 from bitdance_scale.data.index.segment import GROUP, Piece, text_columns
 from bitdance_scale.data.index.shard_scan import shard_digests
 from bitdance_scale.data.plan.buckets import EligibleSamples, assign_buckets, resolution_buckets
@@ -38,7 +39,7 @@ SCORES = ("punsafe", "pwatermark", "similarity", "aesthetic", "clip", "nsfw", "t
 MAX_OPEN_FILES = 1024
 
 
-def template(folder: Path, number: int, count: int) -> build.KnownShard:
+def template(folder: Path, number: int, count: int) -> KnownShard:
     """The part of one synthetic shard."""
     numbers = np.random.default_rng(number)
     short = numbers.integers(200, 1600, count)
@@ -60,10 +61,10 @@ def template(folder: Path, number: int, count: int) -> build.KnownShard:
     digests = shard_digests(columns)
     path = folder / f"template_{number}.safetensors"
     write_columns(path, columns, {"shards": [digests]})
-    return build.KnownShard(ShardEntry("", 0, "", count, {}), Piece(path, 0, count), digests)
+    return KnownShard(ShardEntry("", 0, "", count, {}), Piece(path, 0, count), digests)
 
 
-def synthetic_shards(folder: Path, count: int, shard_samples: int) -> list[build.KnownShard]:
+def synthetic_shards(folder: Path, count: int, shard_samples: int) -> list[KnownShard]:
     """So many shards, whose samples are those of a few templates."""
     templates = [template(folder, number, shard_samples) for number in range(NUM_TEMPLATES)]
     found = []
@@ -103,30 +104,33 @@ def row(name: str, value: str) -> None:
     print(f"| {name} | {value} |", flush=True)
 
 
-def bench_build(folder: Path, shards: list[build.KnownShard]) -> Path:
-    """Joining all parts, and one changed shard."""
+def bench_build(folder: Path, shards: list[KnownShard]) -> Path:
+    """Joining all parts; returns the table."""
     index_dir, num_samples = folder / "index", sum(shard.entry.num_samples for shard in shards)
     elapsed = seconds(lambda: build.write_index(shards, ["caption"], index_dir, [], 1))
-    text = text_bytes(index_dir)
+    (table,) = table_paths(index_dir)
+    text = text_bytes(table)
     # Of equal segments, which only synthetic data have, there is one file.
-    segments = read_table(index_dir).segments
+    segments = read_table(table).segments
     size = sum(segment.num_bytes for segment in segments)
     row("joining the parts, one process", f"{elapsed:.1f} s, {num_samples / elapsed / 1e6:.1f} M samples/s")
     row("on the disk, without the texts of captions", f"{(size - text) / num_samples:.1f} bytes a sample")
     row("on the disk, all", f"{size / num_samples:.1f} bytes a sample in {len(segments)} segments")
-    return index_dir
+    return table
 
 
-def text_bytes(index_dir: Path) -> int:
+def text_bytes(table: Path) -> int:
     """Bytes of all captions."""
-    index = open_index(index_dir)
+    index = open_index(table)
     return sum(len(segment.columns["caption.caption.text"]) for segment in index.segments)
 
 
-def bench_change(folder: Path, index_dir: Path, shards: list[build.KnownShard]) -> None:
+def bench_change(folder: Path, path: Path, shards: list[KnownShard]) -> None:
     """Another tar takes the place of one in the middle."""
-    table = read_table(index_dir)
-    known = list(build.known_shards(index_dir, table, set()).values())
+    index_dir, table = path.parent, read_table(path)
+    versions = [version_of(entry) for entry in table.shards]
+    usable = earlier_shards(index_dir, [table], versions, ["caption"]).usable
+    known = [usable[version] for version in versions]
     middle = len(known) // 2
     changed = template(folder, NUM_TEMPLATES, shards[middle].entry.num_samples)
     known[middle] = dataclasses.replace(changed, entry=dataclasses.replace(shards[middle].entry, tag="changed"))
@@ -137,16 +141,16 @@ def bench_change(folder: Path, index_dir: Path, shards: list[build.KnownShard]) 
     row(f"one changed shard of {len(shards):,}", f"{elapsed:.1f} s, {len(written)} file of {num_bytes / 1e6:,.0f} MB")
 
 
-def bench_start(index_dir: Path, data: DataSection) -> Index:
+def bench_start(table: Path, data: DataSection) -> Index:
     """Selecting the samples of all streams, and what every rank does."""
-    drop_pages(index_dir)
-    index = open_index(index_dir)
+    drop_pages(table.parent)
+    index = open_index(table)
     count = len(index)
     cold = seconds(lambda: store_selection(index, data))
-    for path in index_dir.glob("selection_*"):
+    for path in table.parent.glob("selection_*"):
         path.unlink()
     warm = seconds(lambda: store_selection(index, data))
-    every = seconds(lambda: Plan(0, open_index(index_dir, is_verified=True), data))
+    every = seconds(lambda: Plan(0, open_index(table, is_verified=True), data))
     buckets = [resolution_buckets(resolution) for resolution in data.resolutions]
 
     def one_by_one() -> None:
@@ -167,12 +171,12 @@ def bench_start(index_dir: Path, data: DataSection) -> Index:
     return index
 
 
-def bench_captions(index_dir: Path, data: DataSection) -> None:
+def bench_captions(table: Path, data: DataSection) -> None:
     """Bytes read from the disk for the captions of one batch."""
-    plan = Plan(0, open_index(index_dir, is_verified=True), data)
+    plan = Plan(0, open_index(table, is_verified=True), data)
     samples = plan.batch(0).samples
-    drop_pages(index_dir)
-    index = open_index(index_dir, is_verified=True)
+    drop_pages(table.parent)
+    index = open_index(table, is_verified=True)
     begun_bytes, begun = read_bytes(), time.monotonic()
     texts = index.texts("caption", samples)
     elapsed, found = time.monotonic() - begun, read_bytes() - begun_bytes
@@ -180,27 +184,27 @@ def bench_captions(index_dir: Path, data: DataSection) -> None:
     row("captions of a batch, pages cold", f"{found / 1e6:.1f} MB read for {useful / 1e3:.0f} kB, {elapsed:.2f} s")
     # Other maps of the same files, as numpy makes them: the system reads ahead.
     del index, plan
-    drop_pages(index_dir)
+    drop_pages(table.parent)
     begun_bytes, begun = read_bytes(), time.monotonic()
-    read_with_numpy(index_dir, samples)
+    read_with_numpy(table, samples)
     elapsed, found = time.monotonic() - begun, read_bytes() - begun_bytes
     row("before: with the system's read-ahead", f"{found / 1e6:,.1f} MB read, {elapsed:.2f} s")
 
 
-def read_with_numpy(index_dir: Path, samples: np.ndarray) -> None:
+def read_with_numpy(table: Path, samples: np.ndarray) -> None:
     """The starts and texts of captions in the order of the batch, from maps without advice."""
-    entries = read_table(index_dir).segments
+    entries = read_table(table).segments
     begins = np.cumsum([0, *(entry.num_samples for entry in entries)])
     maps = []
     for entry in entries:
-        with open(index_dir / entry.file, "rb") as file:
+        with open(table.parent / entry.file, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
         columns = []
         for part, dtype in (("base", np.int64), ("start", np.uint32), ("text", np.uint8)):
             begin, end = header[f"caption.caption.{part}"]["data_offsets"]
             shape = (end - begin) // np.dtype(dtype).itemsize
-            columns.append(np.memmap(index_dir / entry.file, dtype, "r", 8 + length + begin, shape))
+            columns.append(np.memmap(table.parent / entry.file, dtype, "r", 8 + length + begin, shape))
         maps.append(columns)
     for sample in samples.tolist():
         number = int(np.searchsorted(begins, sample, side="right")) - 1
@@ -225,10 +229,10 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         shards = synthetic_shards(Path(folder), options.samples // options.shard_samples, options.shard_samples)
-        index_dir = bench_build(Path(folder), shards)
-        bench_start(index_dir, data)
-        bench_captions(index_dir, data)
-        bench_change(Path(folder), index_dir, shards)
+        table = bench_build(Path(folder), shards)
+        bench_start(table, data)
+        bench_captions(table, data)
+        bench_change(Path(folder), table, shards)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ class DataError(BitDanceError):
     """Training data that is missing, damaged or against the configuration."""
 
 
+class UnreadableError(DataError):
+    """A file that cannot be read now: its storage fails, or it is another user's. It need not be damaged."""
+
+
 class CheckpointError(BitDanceError):
     """A checkpoint that is missing, incomplete, damaged or of another model."""
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from bitdance_scale.cli.command import CommandParser, positive, run_command
 from bitdance_scale.config.data_schema import S3Section
+from bitdance_scale.errors import DataError
 from bitdance_scale.train.process import EXIT_COMPLETE
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _run(options: argparse.Namespace) -> int:
     captions = tuple(dict.fromkeys((DEFAULT_SOURCE, *options.captions)))
     index_dir = options.index_dir or default_index_dir(shards)
     if options.verify:
-        return _verify(options, index_dir, stores)
+        return _verify(options, Path(index_dir), shards, stores)
     with tqdm(total=len(shards), unit="shard", disable=None) as bar:
 
         def progress(entry: ShardEntry) -> None:
@@ -91,21 +92,27 @@ def _run(options: argparse.Namespace) -> int:
     return EXIT_SAMPLES_LOST if skipped_samples(index) else EXIT_COMPLETE
 
 
-def _verify(options: argparse.Namespace, index_dir: str, stores: Stores) -> int:
-    """Reads the index and all of its shards again."""
+def _verify(options: argparse.Namespace, index_dir: Path, shards: Sequence[str], stores: Stores) -> int:
+    """Reads the index of these shards again, and the shards."""
     from tqdm import tqdm
 
     from bitdance_scale.data.index.comparison import changed_shards
-    from bitdance_scale.data.index.index import open_index, read_table
+    from bitdance_scale.data.index.index import find_table, open_index
     from bitdance_scale.data.index.verification import find_damage
 
-    damaged = find_damage(Path(index_dir), read_table(Path(index_dir)).segments, is_whole=True)
+    table = find_table(index_dir, shards)
+    if table is None:
+        raise DataError(
+            f"{index_dir}: no usable index of these {len(shards)} shards. Name the DATASET as training does, or build "
+            "the index: `bitdance index` without --verify."
+        )
+    damaged = find_damage(index_dir, table.segments, is_whole=True)
     for entry, damage in damaged.items():
-        print(f"{Path(index_dir) / entry.file}: {damage}")
+        print(f"{index_dir / entry.file}: {damage}")
     if damaged:
         print(f"{len(damaged)} segments of the index are damaged; `bitdance index` reads their shards again")
         return EXIT_SAMPLES_LOST
-    index, num_changed = open_index(index_dir, is_verified=True), 0
+    index, num_changed = open_index(table.path, is_verified=True), 0
     with tqdm(total=len(index.shards), unit="shard", disable=None) as bar:
         for change in changed_shards(index, stores, options.workers):
             bar.update()

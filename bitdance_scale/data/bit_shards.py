@@ -39,6 +39,7 @@ from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.image_decode import DECODE_VERSION
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.plan.buckets import resolution_buckets
+from bitdance_scale.data.storage.faults import MISSING, unreadable
 from bitdance_scale.errors import DataError
 from bitdance_scale.vision.codes import code_bytes
 
@@ -48,6 +49,7 @@ TABLE_NAME = "bits.json"
 META_NAME = "meta.json"
 HAS_BITS, NOT_ENCODED = 0, 255
 MAX_OPEN_SHARDS = 256
+_SETTING = "data.bits_dir"
 _CAUSES = tuple(ErrorCause)
 
 SHARD_ROW = np.dtype([("start", "<i8"), ("num_bytes", "<u4"), ("checksum", "<u4"), ("error_code", "u1")])
@@ -138,7 +140,8 @@ def read_tables(path: Path) -> tuple[dict[str, Any], dict[int, np.ndarray]]:
     """Meta and tables of a bit shard: `side_px` -> `SHARD_ROW` [samples * views].
 
     Raises:
-        DataError: the bit shard is missing, damaged or of another format.
+        UnreadableError: the bit shard cannot be read now.
+        DataError: it is missing, damaged or of another format.
     """
     again = "Delete it and run `bitdance encode` again."
     try:
@@ -155,8 +158,10 @@ def read_tables(path: Path) -> tuple[dict[str, Any], dict[int, np.ndarray]]:
             if any(len(table) != meta["num_samples"] * num_views for table in tables.values()):
                 views = f", {num_views} views of each" if num_views > 1 else ""
                 raise ValueError(f"a table has not the {meta['num_samples']} samples of the shard{views}")
-    except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
+    except (*MISSING, tarfile.TarError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: no usable bit shard ({error!r}). {again}") from error
+    except OSError as error:
+        raise unreadable(path, error, _SETTING) from error
     return meta, tables
 
 
@@ -218,6 +223,7 @@ class BitStore:
         recipe: the recipe that the bits must have (`recipe`).
 
     Raises:
+        UnreadableError: their tables cannot be read now.
         DataError: there are no bits, or they were made from other images or with another recipe.
     """
 
@@ -231,8 +237,10 @@ class BitStore:
         try:
             table = json.loads(path.read_text(encoding="utf-8"))
             found, index_hash, version = table["recipe"], table["index"], table["format"]
-        except (OSError, ValueError, KeyError) as error:
+        except (*MISSING, ValueError, KeyError) as error:
             raise DataError(f"data.bits_dir: {path}: no bits are there ({error!r}). {again}") from error
+        except OSError as error:
+            raise unreadable(path, error, _SETTING) from error
         if version != FORMAT:
             raise DataError(
                 f"data.bits_dir: {path}: bits of format {version}; this version reads {FORMAT}. Delete the folder. "
@@ -295,8 +303,10 @@ class BitStore:
         try:
             # As a plain array: reading a row of an np.memmap takes ten times as long.
             table = np.asarray(np.load(path, mmap_mode="r"))
-        except (OSError, ValueError) as error:
+        except (*MISSING, ValueError) as error:
             raise DataError(f"data.bits_dir: {path}: the table is damaged ({error}). {again}") from error
+        except OSError as error:
+            raise unreadable(path, error, _SETTING) from error
         num_rows = len(self._index) * self._num_views
         if table.dtype != ROW or table.shape != (num_rows,):
             raise DataError(

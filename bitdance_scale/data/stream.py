@@ -37,7 +37,7 @@ from bitdance_scale.data.plan.permutation import uniform
 from bitdance_scale.data.plan.plan import PlannedBatch
 from bitdance_scale.data.prefetch import Prefetcher
 from bitdance_scale.data.sample_builder import SampleBuilder
-from bitdance_scale.data.storage.streams import expand_streams
+from bitdance_scale.data.storage.streams import expand_stream_sources
 from bitdance_scale.data.stream_sampling import SourceStream, StreamProblem, StreamSample
 from bitdance_scale.errors import CheckpointError, ConfigError
 from bitdance_scale.sequence.condition import Condition
@@ -126,10 +126,7 @@ class StreamLoader:
         self._resolutions = [resolution for resolution in data.resolutions if resolution.share > 0]
         self._mix = Apportionment([resolution.share for resolution in self._resolutions])
         self._source_mix = Apportionment([source.share for source in data.active_sources])
-        urls = [
-            expand_streams(source.shards, f"shards of source {source.name!r}" if source.name else "data.shards")
-            for source in data.active_sources
-        ]
+        urls = expand_stream_sources(data.active_sources)
         start = LoaderState(config.run.seed, *_hashes(config, urls), 0, 0, num_data_ranks)
         if state is not None:
             _check(state, start, data.stream_resume)

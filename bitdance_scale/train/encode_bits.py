@@ -32,7 +32,7 @@ from bitdance_scale.data.plan.buckets import content_px
 from bitdance_scale.data.plan.plan import Plan
 from bitdance_scale.data.reader import ShardReader
 from bitdance_scale.data.storage.stores import Stores
-from bitdance_scale.errors import DataError
+from bitdance_scale.errors import DataError, UnreadableError
 from bitdance_scale.parallel.agreement import all_ranks, any_rank, from_all_ranks
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.train.process import EXIT_COMPLETE, EXIT_REQUEUE, StopRequest
@@ -69,12 +69,18 @@ class Encoder:
         self.recipe = recipe(config.data, config.vision)
 
     def is_done(self, row: int) -> bool:
-        """Whether the bit shard of a row of the shard table is there, whole and of these images and settings."""
+        """Whether the bit shard of a row of the shard table is there, whole and of these images and settings.
+
+        Raises:
+            UnreadableError: what is there cannot be read now.
+        """
         path = self._folder / shard_file(row)
         if not path.exists():
             return False
         try:
             return read_tables(path)[0] == shard_meta(self._index, row, self.recipe)
+        except UnreadableError:
+            raise
         except DataError as error:
             logger.warning("%s It is made again.", error)
             return False

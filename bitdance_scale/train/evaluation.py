@@ -55,14 +55,12 @@ class Evaluator:
             DataError: on every rank, what is wrong with the shards.
         """
         held_out = held_out_run(config)
-        data = held_out.data
-        index_dir = held_out_index_dir(config.data.index_dir)
-        index = labelled_index(dataclasses.replace(held_out, data=dataclasses.replace(data, index_dir=index_dir)))
+        index = labelled_index(held_out)
         with StepReader(held_out, index, condition, vision, topology, None) as reader:
             if repeated := [use for use in reader.uses(1) if use.num_images > use.num_samples]:
                 logger.info(
                     "held-out images are too few for evaluate.images=%d, and count several times: %s",
-                    data.global_batch,
+                    held_out.data.global_batch,
                     ", ".join(f"{use.num_images} of {use.num_samples} at {use.side_px} px" for use in repeated),
                 )
             return cls(config, [loaded.pack for loaded in reader.next_step().packs], topology)
@@ -135,6 +133,7 @@ def held_out_run(config: RunConfig) -> RunConfig:
         config.data,
         shards=section.shards,
         sources=(),
+        index_dir=held_out_index_dir(config.data.index_dir),
         global_batch=section.images,
         text_drop=0.0,
         image_to_text_share=0.0,

@@ -44,7 +44,7 @@ from bitdance_scale.train.run_observer import (
     write_result,
 )
 from bitdance_scale.train.sampling import draw_samples
-from bitdance_scale.train.shared_index import labelled_index
+from bitdance_scale.train.shared_index import run_index
 from bitdance_scale.train.start_checks import check_resume
 from bitdance_scale.train.starting import Base, check_base, find_base, load_adapters, load_base
 from bitdance_scale.train.step_faults import StepFaults, compute_again, index_names, read_trace
@@ -94,7 +94,7 @@ class TextToImageJob(Job):
         # Hashed once for all ranks: 1.5 s for the 1.8 GB of the published one.
         self._vision_digest = on_first_rank(lambda: vision_digest(config.vision))
         # Before the model, which takes minutes to build at full size.
-        self._index = labelled_index(config) if config.data.mode == "indexed" else None
+        self._index = run_index(config)
         latest = self.newest_checkpoint()
         on_first_rank(lambda: keep_class_names(run_folder, config.classes, is_resumed=latest is not None))
         if latest is not None:

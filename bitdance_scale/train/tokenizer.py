@@ -93,7 +93,8 @@ class TokenizerJob(Job):
     def __init__(self, config: TokenizerConfig, topology: Topology, run_folder: Path) -> None:
         super().__init__(config, topology, run_folder)
         self.config = config
-        self._index = image_index(config.data.shards, config.data.index_dir, config.data.max_skipped_share)
+        data, held_out = config.data, config.evaluate.shards
+        self._index = image_index(data.shards, data.index_dir, data.max_skipped_share, held_out)
         # The held-out images are read on rank 0 only, which evaluates alone.
         self._held_out: dict[tuple[int, int], np.ndarray] = {}
         with all_ranks():
@@ -397,9 +398,6 @@ class TokenizerJob(Job):
 def _held_out_images(config: TokenizerConfig) -> dict[tuple[int, int], np.ndarray]:
     """uint8 [n, H, W, 3] by (height, width)."""
     section = config.evaluate
-    shards = expand_shards(section.shards)
-    shared = set(shards) & set(expand_shards(config.data.shards))
-    if shared:
-        raise ConfigError(f"evaluate.shards: {sorted(shared)[0]} is in data.shards as well; hold other shards out")
+    shards = expand_shards(section.shards, "evaluate.shards")
     index = build_index(shards, held_out_index_dir(config.data.index_dir) or default_index_dir(shards))
     return {size: centre_crops(index, size, section.num_images) for size in section.sizes_px}

@@ -20,7 +20,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from bitdance_scale.data.index.index import open_index
+from bitdance_scale.data.index.index import find_table, open_index
+from bitdance_scale.data.storage.shards import expand_shards
 from bitdance_scale.observe.metrics import METRICS_FILE, read_metrics
 from tests.unit.data.shard_writing.small_sources import records_of, samples_of, skipped_of
 
@@ -209,5 +210,8 @@ def test_originals_keep_their_orientation(walk):
     assert packed["wide.png"][1]["png"] == pictures["wide.png"], "by its content, not by its name"
     assert record["punsafe"] == 0.1 and members["txt"] == b"alt text of large_rotated.jpg"
     assert sorted(skipped_of(folder / "originals_shards").values()) == ["bad_image", "unsupported_format"]
-    index = open_index(folder / "originals_shards" / ".bitdance_index")
+    shards = expand_shards([str(folder / "originals_shards")])
+    table = find_table(folder / "originals_shards" / ".bitdance_index", shards)
+    assert table is not None
+    index = open_index(table.path)
     assert len(index) == len(records_of(folder / "originals_shards"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from bitdance_scale.data.image_decode import decode_image
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.loader import Loader
 from bitdance_scale.data.reader import ShardReader
-from bitdance_scale.errors import DataError
+from bitdance_scale.errors import DataError, UnreadableError
 from bitdance_scale.observe.metrics import METRICS_FILE, read_metrics
 from bitdance_scale.sequence.tokens import load_text_tokenizer
 from bitdance_scale.train import encode_bits
@@ -187,6 +189,25 @@ def test_damage_is_a_skipped_sample_and_what_was_left_out_is_refused(
     assert fault.value.cause == ErrorCause.READ_FAILED
     with pytest.raises(DataError, match="has no bits for resolution 64 px: filters left it out"):
         store.read(left_out, 64)
+
+
+def test_bits_that_cannot_be_read_now_are_not_made_again(
+    overrides: list[str], bits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, path = config_of(overrides), Path(shutil.copy2(bits / shard_file(0), tmp_path))
+    encoder = encode_bits.Encoder(
+        config, training_index(config.data), VisionTokenizer(config.vision, CPU), tmp_path, num_verified=0
+    )
+    content = path.read_bytes()
+
+    def fail(*_: object) -> NoReturn:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tarfile.open", fail)
+        with pytest.raises(UnreadableError, match=f"{path}: cannot be read now .Input/output error."):
+            encoder.is_done(0)
+    assert path.read_bytes() == content and encoder.is_done(0)
 
 
 def test_an_image_that_cannot_be_read_leaves_its_shard_undone(overrides: list[str], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@
     verification.py  segments                -> which of them are not what was written
     workers.py       the processes of a scan
     build.py         shards, index folder    -> the index, in parallel, only what is new or has changed
+    known_shards.py  tables in a folder      -> what they know of shards, whichever lists they are of
     index.py         index folder            -> Index: every sample of the data set
     comparison.py    Index, shards           -> what has changed since they were indexed
     report.py        Index                   -> what to tell a person, and whether training may start

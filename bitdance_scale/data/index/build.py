@@ -1,9 +1,9 @@
 """Builds the index of a data set: in parallel, only from shards that are new or have changed, and resumable.
 
 Every shard that is scanned becomes a part, a segment of one shard in a file of its own, so that a build that was
-stopped goes on from there. Then the shards are divided into segments. A segment of an earlier index whose shards are
-still neighbours stays as it is; the others are joined from the parts and from earlier segments. Workers scan and join;
-this process only keeps the tables. At no time are more than a few files open.
+stopped goes on from there. Then the shards are divided into segments. A segment of an earlier index, of this list of
+shards or of another, whose shards are still neighbours stays as it is; the others are joined from the parts and from
+earlier segments. Workers scan and join; this process only keeps the tables. At no time are more than a few files open.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import hashlib
 import itertools
 import logging
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,13 +32,23 @@ from bitdance_scale.data.captions import DEFAULT_SOURCE, KEY_SOURCES
 from bitdance_scale.data.index.column_file import write_columns
 from bitdance_scale.data.index.index import (
     FORMAT,
-    TABLE_NAME,
     Index,
     IndexTable,
     ShardEntry,
     entry_of_table,
+    find_table,
     open_index,
-    read_table,
+    stored_path,
+    table_path,
+)
+from bitdance_scale.data.index.known_shards import (
+    KnownShard,
+    ShardVersion,
+    drop_tables,
+    earlier_shards,
+    mark_used,
+    readable_tables,
+    version_of,
 )
 from bitdance_scale.data.index.segment import SCORE, Piece, Segment, join_pieces
 from bitdance_scale.data.index.shard_errors import ShardError, advised
@@ -52,8 +61,9 @@ from bitdance_scale.data.index.shard_scan import (
     shard_digests,
 )
 from bitdance_scale.data.index.tar_scan import BLOCK_BYTES, WINDOW_BYTES
-from bitdance_scale.data.index.verification import SegmentEntry, find_damage, is_full, write_stamps
+from bitdance_scale.data.index.verification import SETTING, SegmentEntry, find_damage, write_stamps
 from bitdance_scale.data.index.workers import default_workers, in_processes
+from bitdance_scale.data.storage.faults import is_full
 from bitdance_scale.data.storage.store_contract import ReadError, ShardState
 from bitdance_scale.data.storage.stores import Stores
 from bitdance_scale.errors import DataError
@@ -65,28 +75,12 @@ MIN_SEGMENT_SAMPLES = 1 << 20
 MAX_SEGMENTS = 256
 """A segment has at least the one, or so many samples that there are at most about this many segments."""
 _PARTS_NAME = ".parts"
+_PART_SUFFIX = ".safetensors"
 _LOCK_NAME = ".lock"
 _REMOTE_WINDOW_BYTES = 16 << 20
 # The place of an image counts blocks in 32 bits.
 _MAX_SHARD_BYTES = BLOCK_BYTES << 32
 _Progress = Callable[[ShardEntry], None]
-
-
-@dataclass(frozen=True)
-class _Task:
-    """A shard to scan."""
-
-    path: str
-    state: ShardState
-
-
-@dataclass(frozen=True)
-class KnownShard:
-    """A shard that has been scanned, and where its samples are."""
-
-    entry: ShardEntry
-    piece: Piece
-    digests: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -114,35 +108,41 @@ def build_index(
 ) -> Index:
     """Brings the index of a list of shards up to date and opens it. Only one process of a job may call this.
 
-    Shards that the index in the folder has with the same path, length and tag are not read again.
+    Shards that were indexed in the folder with the same path, length and tag are not read again, whatever list they
+    were in. The indexes of other lists stay as they are.
 
     Args:
         shards: paths of tars, as `shards.expand_shards` gives them; their order is the order of the samples.
         index_dir: folder of the index, created if missing.
-        captions: caption sources to keep (`captions.CaptionSource`), besides those that the index already has. Parts of
-            the key are not kept, because the index has the key.
+        captions: caption sources to keep (`captions.CaptionSource`), besides those that the index of this list already
+            has. Parts of the key are not kept, because the index has the key.
         num_workers: processes that scan; None: depends on the amount to read, and little is read in this process.
         progress: called for every shard that has been scanned.
         stores: how to read shards; None: with default settings.
 
     Raises:
+        UnreadableError: what was indexed in the folder cannot be read now; nothing is read again because of it.
         DataError: a shard is missing or cannot be read, no shard holds an image, or the folder cannot be written.
     """
     index_dir = Path(index_dir)
     stores = stores or Stores()
     captions = [source for source in captions if source not in KEY_SOURCES] or [DEFAULT_SOURCE]
-    tasks = [_Task(path, state) for path, state in zip(shards, stores.states(shards), strict=True)]
+    tasks = [ShardVersion(path, state) for path, state in zip(shards, stores.states(shards), strict=True)]
     try:
+        # Without waiting for a job that builds the index of another list.
+        index = _open_current(find_table(index_dir, shards), tasks, captions)
+        if index is not None:
+            return index
         with _only_builder(index_dir):
             return _build(tasks, index_dir, captions, num_workers, progress, stores)
     except OSError as error:
-        way_out = "Raise the limit (`ulimit -n`)" if is_full(error) else "Set data.index_dir to a writable folder"
+        way_out = "Raise the limit (`ulimit -n`)" if is_full(error) else f"Set {SETTING} to a writable folder"
         raise DataError(f"{index_dir}: cannot write the index ({error}). {way_out}.") from error
 
 
 @contextmanager
 def _only_builder(index_dir: Path) -> Iterator[None]:
-    """Waits until no other process builds this index: it may be the very one. A process that dies frees the lock."""
+    """Waits until no other process builds in this folder: it may be the very index. A dying process frees the lock."""
     with contextlib.ExitStack() as stack:
         # A folder that cannot be written, or a file system without locks: nobody else can be waited for.
         with contextlib.suppress(OSError):
@@ -151,34 +151,43 @@ def _only_builder(index_dir: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                logger.warning("%s: another process builds this index; waiting for it", index_dir)
+                logger.warning("%s: another process builds an index there; waiting for it", index_dir)
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
+def _open_current(table: IndexTable | None, tasks: Sequence[ShardVersion], captions: Sequence[str]) -> Index | None:
+    """The index of a table; None if it lacks anything, or a shard has changed, or a segment is damaged."""
+    if table is None or not set(captions) <= set(table.captions):
+        return None
+    if [version_of(entry) for entry in table.shards] != tasks or find_damage(table.path.parent, table.segments):
+        return None
+    mark_used(table.path)
+    return open_index(table.path, is_verified=True)
+
+
 def _build(
-    tasks: Sequence[_Task],
+    tasks: Sequence[ShardVersion],
     index_dir: Path,
     captions: Sequence[str],
     num_workers: int | None,
     progress: _Progress | None,
     stores: Stores,
 ) -> Index:
-    old, damaged = _open_old(index_dir)
-    if old is not None:
-        captions = tuple(dict.fromkeys((*old.captions, *captions)))
-        if old.captions == captions and not damaged and [_task_of(entry) for entry in old.shards] == tasks:
-            return open_index(index_dir, is_verified=True)
-    indexed = known_shards(index_dir, old, damaged) if old is not None else {}
-    known = dict(indexed) if old is not None and set(captions) <= set(old.captions) else {}
-    tasks_now = set(tasks)
+    own = find_table(index_dir, [task.path for task in tasks])
+    if (current := _open_current(own, tasks, captions)) is not None:
+        return current
+    if own is not None:
+        captions = tuple(dict.fromkeys((*own.captions, *captions)))
+    earlier = earlier_shards(index_dir, readable_tables(index_dir), tasks, captions)
+    known, tasks_now = dict(earlier.usable), set(tasks)
     missing = [task for task in dict.fromkeys(tasks) if task not in known]
     scan = partial(scan_file, captions=captions, stores=stores, parts=index_dir / _PARTS_NAME)
-    replaced = {former.entry.path: former for task, former in indexed.items() if task not in tasks_now}
+    replaced = {former.entry.path: former for task, former in earlier.every.items() if task not in tasks_now}
     if num_workers is None:
         num_workers = default_workers(sum(task.state.num_bytes for task in missing))
     for found in in_processes(scan, missing, min(num_workers, len(missing))):
-        known[_task_of(found.entry)] = found
+        known[version_of(found.entry)] = found
         if (former := replaced.get(found.entry.path)) is not None:
             _warn_of_change(former, found)
         if progress is not None:
@@ -186,13 +195,13 @@ def _build(
     found_shards = [known[task] for task in tasks]
     if not sum(found.entry.num_samples for found in found_shards):
         raise _nothing_found([found.entry for found in found_shards])
-    reusable = [entry for entry in old.segments if entry not in damaged] if old is not None else []
-    write_index(found_shards, captions, index_dir, reusable, num_workers)
-    shutil.rmtree(index_dir / _PARTS_NAME, ignore_errors=True)
-    return open_index(index_dir, is_verified=True)
+    table = write_index(found_shards, captions, index_dir, earlier.segments, num_workers)
+    _remove_parts(index_dir / _PARTS_NAME, found_shards)
+    drop_tables(index_dir, newest=table)
+    return open_index(table, is_verified=True)
 
 
-def scan_file(task: _Task, captions: Sequence[str], stores: Stores, parts: Path) -> KnownShard:
+def scan_file(task: ShardVersion, captions: Sequence[str], stores: Stores, parts: Path) -> KnownShard:
     """Scans one shard into a part, or takes the part that an earlier build has left.
 
     Raises:
@@ -204,7 +213,7 @@ def scan_file(task: _Task, captions: Sequence[str], stores: Stores, parts: Path)
             f"{task.path}: {total_bytes} bytes, a shard has at most {_MAX_SHARD_BYTES}. Divide it into smaller tars."
         )
     key = orjson.dumps([FORMAT, task.path, total_bytes, task.state.tag, list(captions)])
-    path = parts / f"{xxhash.xxh3_128_hexdigest(key)}.safetensors"
+    path = parts / f"{xxhash.xxh3_128_hexdigest(key)}{_PART_SUFFIX}"
     if (left := _open_part(path, task)) is not None:
         return left
     try:
@@ -238,7 +247,7 @@ def read_shard(path: str, state: ShardState, captions: Sequence[str], stores: St
         return scan_shard(read, state.num_bytes, captions, window_bytes)
 
 
-def _open_part(path: Path, task: _Task) -> KnownShard | None:
+def _open_part(path: Path, task: ShardVersion) -> KnownShard | None:
     """The part of a shard, if an earlier build has left one."""
     try:
         segment = Segment.of_file(path)
@@ -250,7 +259,7 @@ def _open_part(path: Path, task: _Task) -> KnownShard | None:
     except (ValueError, KeyError, TypeError) as error:
         logger.warning("%s: a part that an earlier build left cannot be used (%r); scanning again", path, error)
         return None
-    assert _task_of(entry) == task, (entry, task)
+    assert version_of(entry) == task, (entry, task)
     return KnownShard(entry, Piece(path, 0, segment.num_samples), digests)
 
 
@@ -266,38 +275,17 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _task_of(entry: ShardEntry) -> _Task:
-    return _Task(entry.path, ShardState(entry.num_bytes, entry.tag))
+def _remove_parts(folder: Path, indexed: Sequence[KnownShard]) -> None:
+    """Removes the parts that are in segments now, and what builds that were killed have not finished.
 
-
-def _open_old(index_dir: Path) -> tuple[IndexTable | None, set[SegmentEntry]]:
-    """The index in the folder, None if there is none that this version can read; and its segments that are damaged."""
-    if not (index_dir / TABLE_NAME).exists():
-        return None, set()
-    try:
-        table = read_table(index_dir)
-    except DataError as error:
-        logger.warning("%s Building it again.", error)
-        return None, set()
-    damaged = find_damage(index_dir, table.segments)
-    for entry, damage in damaged.items():
-        logger.warning("%s: %s; reading its %d shards again", index_dir / entry.file, damage, entry.num_shards)
-    return table, set(damaged)
-
-
-def known_shards(index_dir: Path, old: IndexTable, damaged: set[SegmentEntry]) -> dict[_Task, KnownShard]:
-    """The shards of the sound segments of an index."""
-    known: dict[_Task, KnownShard] = {}
-    entries = iter(old.shards)
-    for segment in old.segments:
-        own = list(itertools.islice(entries, segment.num_shards))
-        if segment in damaged:
-            continue
-        path, start = index_dir / segment.file, 0
-        for entry, digests in zip(own, Segment.of_file(path).metadata["shards"], strict=True):
-            known[_task_of(entry)] = KnownShard(entry, Piece(path, start, start + entry.num_samples), digests)
-            start += entry.num_samples
-    return known
+    Other parts stay: a build of another list was stopped, and goes on from there.
+    """
+    done = {shard.piece.path for shard in indexed}
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if path in done or path.suffix != _PART_SUFFIX:
+                path.unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _warn_of_change(former: KnownShard, now: KnownShard) -> None:
@@ -339,8 +327,12 @@ def write_index(
     index_dir: Path,
     reusable: Sequence[SegmentEntry],
     num_workers: int,
-) -> None:
-    """Writes the segments that are missing, then the table that names all of them, each by rename."""
+) -> Path:
+    """Writes the segments that are missing, then the table that names all of them, each by rename.
+
+    Returns:
+        The table.
+    """
     index_dir.mkdir(parents=True, exist_ok=True)
     texts = (NAME, *map(caption_column, captions))
     planned = _plan_segments(shards, reusable, texts, index_dir)
@@ -357,10 +349,12 @@ def write_index(
         "scores": scores,
         "digests": {column: _digest([s.digests.get(column, "") for s in shards]) for column in columns.values()},
         "segments": [dataclasses.asdict(segment) for segment in segments],
-        "shards": [{**dataclasses.asdict(s.entry), "path": _stored_path(s.entry.path, index_dir)} for s in shards],
+        "shards": [{**dataclasses.asdict(s.entry), "path": stored_path(s.entry.path, index_dir)} for s in shards],
     }
     write_stamps(index_dir, [segment.file for segment in segments])
-    write_bytes(index_dir / TABLE_NAME, orjson.dumps(table), is_shared=True)
+    path = table_path(index_dir, [shard.entry.path for shard in shards])
+    write_bytes(path, orjson.dumps(table), is_shared=True)
+    return path
 
 
 def _plan_segments(
@@ -418,10 +412,6 @@ def _join(join: _Join) -> tuple[int, SegmentEntry]:
     # An equal one may be there; the runs that have it open keep theirs.
     os.replace(joined, join.folder / file)
     return join.number, entry
-
-
-def _stored_path(path: str, index_dir: Path) -> str:
-    return path if path.startswith(S3_SCHEME) else os.path.relpath(path, os.path.abspath(index_dir))
 
 
 def _digest(texts: Sequence[str]) -> str:

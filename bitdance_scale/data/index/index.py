@@ -1,8 +1,9 @@
 """The index: where every sample of a data set lies, its size, captions and scores, in memory-mapped segments.
 
-`build.py` writes it once; `open_index` opens it everywhere. In the index folder, `index.json` holds the table of shards
-and names the segments (`segment.py`). All appear by rename, so a reader sees the old build or the new one and never a
-mixture. The segments of an old build stay until somebody deletes them, because runs may have them open.
+`build.py` writes it once; `open_index` opens it everywhere. In the index folder every list of shards has a table of its
+own, `index_LIST.json`, which names its segments (`segment.py`); several tables may name the same one. All appear by
+rename, so a reader sees the old build or the new one and never a mixture. Segments that no table names any more stay
+until somebody deletes them, because runs may have them open.
 
 The position of a sample in the index is its key everywhere (`Sample.key`). The index hash covers order, sizes, places
 and checksums of the images. It does not cover where the shards lie, so a run resumes on a moved data set. Captions and
@@ -14,24 +15,30 @@ from __future__ import annotations
 import bisect
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
+import xxhash
 
 from bitdance_scale.config.schema import S3_SCHEME
 from bitdance_scale.data.captions import KEY_SOURCES, SEPARATOR, found_in_key, part_of_key
 from bitdance_scale.data.index.segment import SCORE, Segment
 from bitdance_scale.data.index.shard_scan import NAME, caption_column
 from bitdance_scale.data.index.tar_scan import BLOCK_BYTES, TarError
-from bitdance_scale.data.index.verification import SegmentEntry, find_damage, is_full
-from bitdance_scale.errors import DataError
+from bitdance_scale.data.index.verification import SETTING, SegmentEntry, find_damage
+from bitdance_scale.data.storage.faults import MISSING, unreadable
+from bitdance_scale.errors import DataError, UnreadableError
 
 FORMAT = 3
-TABLE_NAME = "index.json"
+EARLIER_TABLE = "index.json"
+"""The only table of a folder in earlier versions, of the list of shards that was indexed there last."""
+_TABLE = re.compile(r"index(_[0-9a-f]{16})?\.json")
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class Index:
         scores: fields that some segment has.
         digest: the hash.
         digests: digests of captions and scores.
-        folder: the index folder; None: in memory alone.
+        table: file of the table; None: in memory alone.
 
     Attributes:
         hash: hexadecimal digest of order, sizes, places and checksums.
@@ -95,7 +102,7 @@ class Index:
         digests: hexadecimal digest of each caption source and score.
         sources: samples of each source, which are contiguous; one range unless the index was `divided`.
         segments: as given.
-        folder: as given.
+        table: as given.
     """
 
     def __init__(
@@ -107,14 +114,14 @@ class Index:
         scores: Sequence[str],
         digest: str = "",
         digests: Mapping[str, str] | None = None,
-        folder: Path | None = None,
+        table: Path | None = None,
     ) -> None:
         self.hash = digest
         self.shards = tuple(shards)
         self.captions = tuple(captions)
         self.scores = tuple(scores)
         self.digests = digests or {}
-        self.folder = folder
+        self.table = table
         self.segments = tuple(segments)
         self._segment_starts = list(itertools.accumulate((s.num_samples for s in self.segments), initial=0))
         self._shard_starts = list(itertools.accumulate((entry.num_samples for entry in self.shards), initial=0))
@@ -134,7 +141,7 @@ class Index:
             scores=self.scores,
             digest=self.hash,
             digests=self.digests,
-            folder=self.folder,
+            table=self.table,
         )
         divided.sources = tuple(itertools.starmap(range, itertools.pairwise(stops)))
         return divided
@@ -303,20 +310,22 @@ def default_index_dir(shards: Sequence[str]) -> str:
 
 
 def sources_index_dir(names: Sequence[str], shards: Sequence[str]) -> str:
-    """The same for named sources: another folder, so that a run on the first source alone keeps its own index."""
+    """The same for named sources: a folder of their own, beside the first shard of the first."""
     return f"{default_index_dir(shards)}_{'_'.join(names)}"
 
 
 @dataclass(frozen=True)
 class IndexTable:
-    """What `index.json` says.
+    """What a table says.
 
     Attributes:
+        path: its file.
         hash, captions, scores, digests: as of the `Index`.
         segments: the segments.
         shards: the shards, with absolute paths.
     """
 
+    path: Path
     hash: str
     captions: tuple[str, ...]
     scores: tuple[str, ...]
@@ -325,68 +334,122 @@ class IndexTable:
     shards: tuple[ShardEntry, ...]
 
 
-def read_table(index_dir: Path) -> IndexTable:
-    """The table of an index.
+def table_path(index_dir: Path, shards: Sequence[str]) -> Path:
+    """The table that a list of shards has in an index folder; jobs on other lists do not touch it.
+
+    Its name covers the paths as the folder sees them, so the two can be moved together.
+    """
+    stored = "\n".join(stored_path(path, index_dir) for path in shards)
+    return index_dir / f"index_{xxhash.xxh3_64_hexdigest(stored.encode())}.json"
+
+
+def table_paths(index_dir: Path) -> list[Path]:
+    """All tables in an index folder.
 
     Raises:
+        UnreadableError: the folder cannot be read now.
+    """
+    try:
+        return [index_dir / name for name in sorted(os.listdir(index_dir)) if _TABLE.fullmatch(name)]
+    except MISSING:
+        return []
+    except OSError as error:
+        raise unreadable(index_dir, error, SETTING) from error
+
+
+def find_table(index_dir: Path, shards: Sequence[str]) -> IndexTable | None:
+    """The table of a list of shards, of an earlier version too; None if there is none that is sound.
+
+    Raises:
+        UnreadableError: a file cannot be read now.
+    """
+    written = table_paths(index_dir)
+    for path in (table_path(index_dir, shards), index_dir / EARLIER_TABLE):
+        if path not in written:
+            continue
+        try:
+            table = read_table(path)
+        except UnreadableError:
+            raise
+        except DataError:
+            continue
+        if [entry.path for entry in table.shards] == list(shards):
+            return table
+    return None
+
+
+@contextmanager
+def _reading(table: Path) -> Iterator[None]:
+    """Says of an index that cannot be opened whether it is damaged or cannot be read now."""
+    try:
+        yield
+    except (*MISSING, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{table}: no usable index ({error!r}). Delete {table} to build it again.") from error
+    except OSError as error:
+        raise unreadable(table, error, SETTING) from error
+
+
+def read_table(path: Path) -> IndexTable:
+    """A table.
+
+    Raises:
+        UnreadableError: it cannot be read now.
         DataError: there is none, or it is damaged or has another format.
     """
-    path = index_dir / TABLE_NAME
-    try:
+    with _reading(path):
         table = orjson.loads(path.read_bytes())
         if table["format"] != FORMAT:
             raise DataError(
-                f"{path}: format {table['format']}, this version reads {FORMAT}. Delete {index_dir} to build it again."
+                f"{path}: format {table['format']}, this version reads {FORMAT}. Delete {path} to build it again."
             )
         return IndexTable(
+            path=path,
             hash=table["hash"],
             captions=tuple(table["captions"]),
             scores=tuple(table["scores"]),
             digests=table["digests"],
             segments=tuple(SegmentEntry(**entry) for entry in table["segments"]),
-            shards=tuple(entry_of_table(shard, index_dir) for shard in table["shards"]),
+            shards=tuple(entry_of_table(shard, path.parent) for shard in table["shards"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if is_full(error):
-            raise
-        raise DataError(f"{path}: no usable index ({error!r}). Delete {index_dir} to build it again.") from error
 
 
-def open_index(index_dir: str | Path, *, is_verified: bool = False) -> Index:
-    """Opens the index that `build.build_index` left in a folder.
+def open_index(table: str | Path, *, is_verified: bool = False) -> Index:
+    """Opens an index that `build.build_index` has built.
 
     Segments whose files have changed since they were last checked are compared with their digests.
 
     Args:
-        index_dir: the folder.
+        table: its table, as `Index.table` and `find_table` give it.
         is_verified: whether another process has just checked the segments, so that their lengths suffice.
 
     Raises:
-        DataError: there is none, or it is damaged or has another format; or too many files are open.
+        UnreadableError: it cannot be read now, or too many files are open.
+        DataError: there is none, or it is damaged or has another format.
     """
-    index_dir = Path(index_dir)
-    try:
-        table = read_table(index_dir)
-        if not is_verified:
-            for entry, damage in find_damage(index_dir, table.segments).items():
-                raise DataError(
-                    f"{index_dir / entry.file}: {damage}. `bitdance index`, or the next run, reads the shards of this "
-                    "segment again."
-                )
-        segments = [Segment.of_file(index_dir / entry.file) for entry in table.segments]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if is_full(error):
-            raise DataError(f"{index_dir}: {error.strerror}. Raise the limit (`ulimit -n`) and start again.") from error
-        raise DataError(f"{index_dir}: no usable index ({error!r}). Delete {index_dir} to build it again.") from error
+    found = read_table(Path(table))
+    index_dir = found.path.parent
+    if not is_verified:
+        for entry, damage in find_damage(index_dir, found.segments).items():
+            raise DataError(
+                f"{index_dir / entry.file}: {damage}. `bitdance index`, or the next run, reads the shards of this "
+                "segment again."
+            )
+    with _reading(found.path):
+        segments = [Segment.of_file(index_dir / entry.file) for entry in found.segments]
     return Index(
-        table.shards,
+        found.shards,
         segments,
-        captions=table.captions,
-        scores=table.scores,
-        digest=table.hash,
-        digests=table.digests,
-        folder=index_dir,
+        captions=found.captions,
+        scores=found.scores,
+        digest=found.hash,
+        digests=found.digests,
+        table=found.path,
     )
+
+
+def stored_path(path: str, index_dir: Path) -> str:
+    """The path of a shard as the tables in this folder have it; the other way: `entry_of_table`."""
+    return path if path.startswith(S3_SCHEME) else os.path.relpath(path, os.path.abspath(index_dir))
 
 
 def entry_of_table(shard: Mapping[str, Any], index_dir: Path) -> ShardEntry:

@@ -9,19 +9,20 @@ unread.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
 
 import orjson
 
 from bitdance_scale.atomic_files import write_bytes
 from bitdance_scale.data.index.column_file import digests_of
+from bitdance_scale.data.storage.faults import MISSING, unreadable
 
+SETTING = "data.index_dir"
+"""What names the folder of an index; for messages."""
 VERIFIED_NAME = "verified.json"
 _MAX_THREADS = 8
 
@@ -48,11 +49,6 @@ class SegmentEntry:
         return hash(self.file)
 
 
-def is_full(error: BaseException) -> TypeGuard[OSError]:
-    """Whether an error says that no more files can be open. It says nothing about the file."""
-    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
-
-
 def find_damage(
     index_dir: Path, segments: Sequence[SegmentEntry], *, is_whole: bool = False
 ) -> dict[SegmentEntry, str]:
@@ -64,7 +60,7 @@ def find_damage(
         is_whole: whether to read all of them, and not only those that the file system shows as changed.
 
     Raises:
-        OSError: no more files can be open.
+        UnreadableError: one cannot be read now.
     """
     known = {} if is_whole else _read_stamps(index_dir)
     stamps = {entry.file: _stamp(index_dir / entry.file) for entry in segments}
@@ -76,14 +72,24 @@ def find_damage(
         found = dict(zip(unknown, pool.map(lambda entry: _damage(index_dir, entry), unknown), strict=True))
     damaged = {entry: damage for entry, damage in found.items() if damage}
     names = {entry.file for entry in damaged}
-    write_stamps(index_dir, [entry.file for entry in segments if entry.file not in names])
+    write_stamps(index_dir, [entry.file for entry in segments if entry.file not in names], damaged=names)
     return damaged
 
 
-def write_stamps(index_dir: Path, files: Iterable[str]) -> None:
-    """Notes that these segments are what was written. A folder that cannot be written is compared at every start."""
-    stamps = {file: _stamp(index_dir / file) for file in files}
+def write_stamps(index_dir: Path, files: Iterable[str], *, damaged: Collection[str] = ()) -> None:
+    """Notes that these segments are what was written. A folder that cannot be written is compared at every start.
+
+    What was noted of others stays, because other lists of shards have theirs in the same folder.
+
+    Args:
+        index_dir: the index folder.
+        files: names of the segments.
+        damaged: segments that are not what was written.
+    """
     with contextlib.suppress(OSError):
+        sound = set(os.listdir(index_dir)).difference(damaged)
+        stamps = {file: stamp for file, stamp in _read_stamps(index_dir).items() if file in sound}
+        stamps |= {file: stamp for file in files if (stamp := _stamp(index_dir / file)) is not None}
         write_bytes(index_dir / VERIFIED_NAME, orjson.dumps(stamps), is_shared=True, is_durable=False)
 
 
@@ -94,10 +100,12 @@ def _damage(index_dir: Path, entry: SegmentEntry) -> str:
         if num_bytes != entry.num_bytes:
             return f"{num_bytes} bytes, it was written with {entry.num_bytes}"
         found = digests_of(path)
-    except (OSError, ValueError) as error:
-        if is_full(error):
-            raise
+    except MISSING:
+        return "is not there"
+    except ValueError as error:
         return f"cannot be read ({error})"
+    except OSError as error:
+        raise unreadable(path, error, SETTING) from error
     wrong = [column for column, digest in entry.digests.items() if found.get(column) != digest]
     return f"its column {wrong[0]} is not what was written ({len(wrong)} of {len(entry.digests)})" if wrong else ""
 

@@ -109,7 +109,7 @@ def store_selection(index: Index, data: DataSection) -> None:
 
 def _stored_path(index: Index, data: DataSection) -> Path | None:
     """File of the selection; None where none is made."""
-    if index.folder is None or len(index) < MIN_STORED_SAMPLES:
+    if index.table is None or len(index) < MIN_STORED_SAMPLES:
         return None
     filters = [(dataclasses.astuple(rule), index.digests.get(SCORE + rule.column)) for rule in data.filters]
     sources = [(source.name, source.has_borders) for source in data.active_sources]
@@ -117,7 +117,7 @@ def _stored_path(index: Index, data: DataSection) -> Path | None:
     resolutions = [(r.side_px, resolution_buckets(r).tolist()) for r in _resolutions(data)]
     decisive = [_FORMAT, index.hash, filters, sources, ranges, resolutions, data.max_upscale]
     digest = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
-    return index.folder / f"selection_{digest}.safetensors"
+    return index.table.with_name(f"selection_{digest}.safetensors")
 
 
 def _resolutions(data: DataSection) -> list[Resolution]:

@@ -8,6 +8,7 @@
     s3_files.py        whole files to and from S3, for checkpoints
     block_cache.py     what s3.py has read, kept on the disk of the node
     store_contract.py  what files and objects have in common: the state of a shard, the error of a read
+    faults.py          files that are missing, and files that cannot be read now
 
 `stores.py` imports `s3.py`, and with it boto3, only when an object is read.
 """

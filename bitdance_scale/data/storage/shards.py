@@ -45,19 +45,31 @@ def expand_sources(sources: Sequence[DataSource], stores: Stores | None = None) 
     """Paths of the tars of every source, as `expand_shards` gives them.
 
     Raises:
-        DataError: a spec matches nothing, a shard does not exist, or a shard is in two sources.
+        DataError: a spec matches nothing, a shard does not exist, or a shard is in two sources, by whatever paths.
     """
     expanded = [expand_shards(source.shards, f"shards of source {source.name!r}", stores) for source in sources]
-    owners: dict[str, str] = {}
+    owners: dict[str, tuple[str, str]] = {}
     for source, paths in zip(sources, expanded, strict=True):
-        for path in paths:
-            if path in owners:
+        real = {real_path(path): path for path in paths}
+        for same, path in real.items():
+            if same in owners:
+                name, other = owners[same]
                 raise DataError(
-                    f"data.sources: shard {path} is in source {owners[path]!r} and in source {source.name!r}, so its "
-                    "images would count for both shares. Leave it in one of the two."
+                    f"data.sources: shard {path} is in source {name!r}{as_spelled(other, path)} and in source "
+                    f"{source.name!r}, so its images would count for both shares. Leave it in one of the two."
                 )
-        owners |= dict.fromkeys(paths, source.name)
+        owners |= {same: (source.name, path) for same, path in real.items()}
     return expanded
+
+
+def real_path(path: str) -> str:
+    """What a path of a shard leads to, so that two spellings of one shard are equal."""
+    return path if path.startswith(S3_SCHEME) else os.path.realpath(path)
+
+
+def as_spelled(other: str, path: str) -> str:
+    """For messages about a shard that is named twice: the other spelling, if it is another one."""
+    return "" if other == path else f" (as {other})"
 
 
 def expand_shards(specs: Iterable[str], setting: str = "data.shards", stores: Stores | None = None) -> list[str]:

@@ -12,12 +12,13 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from webdataset.gopen import Pipe, gopen
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
+from bitdance_scale.config.data_schema import DataSource
 from bitdance_scale.data.storage.shards import expand_braces, expand_shards
 from bitdance_scale.errors import DataError
 
@@ -74,6 +75,18 @@ def expand_streams(specs: Iterable[str], setting: str = "data.shards") -> list[s
     if not found:
         raise DataError(f"{setting} is empty: name at least one tar, address or command.")
     return list(dict.fromkeys(found))
+
+
+def expand_stream_sources(sources: Sequence[DataSource]) -> list[list[str]]:
+    """The streams of every source, as `expand_streams` gives them.
+
+    Raises:
+        DataError: as `expand_streams`.
+    """
+    return [
+        expand_streams(source.shards, f"shards of source {source.name!r}" if source.name else "data.shards")
+        for source in sources
+    ]
 
 
 class TarStream:

@@ -22,6 +22,7 @@ from bitdance_scale.config.schema import (
     TextSection,
     VisionSection,
 )
+from bitdance_scale.data.index import build
 from tests.unit.data.small_data import CharacterTokenizer, sample_members, write_tar
 
 
@@ -39,6 +40,15 @@ def data_set(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
             samples[f"{number:09d}"] = sample_members(height, width, "red circle " * (number % 7 + 1), number)
             number += 1
         paths.append(str(write_tar(folder / f"{shard:05d}.tar", samples)))
+    return paths
+
+
+@pytest.fixture
+def scanned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shards that are scanned from here on."""
+    paths: list[str] = []
+    scan = build.scan_file
+    monkeypatch.setattr(build, "scan_file", lambda task, **rest: paths.append(task.path) or scan(task, **rest))
     return paths
 
 

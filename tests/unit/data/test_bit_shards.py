@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import tarfile
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -32,7 +34,7 @@ from bitdance_scale.data.checksums import checksum32
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index
-from bitdance_scale.errors import DataError
+from bitdance_scale.errors import DataError, UnreadableError
 from tests.unit.data.small_data import sample_members, write_tar
 
 RECIPE = {"num_bits": 32, "resolutions": {"64": [[64, 64]], "128": [[128, 128]]}}
@@ -297,6 +299,29 @@ def test_a_file_that_is_not_a_bit_shard_is_refused(tmp_path: Path) -> None:
     write_bit_shard(tmp_path / "1.tar", META, {64: [b"red"]})
     with pytest.raises(DataError, match="a table has not the 3 samples of the shard"):
         read_tables(tmp_path / "1.tar")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+def test_bits_that_cannot_be_read_now_are_no_damage(index: Index, folder: Path, monkeypatch, code: int) -> None:
+    """Nobody is told to delete them, or that there are none."""
+
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise OSError(code, os.strerror(code))
+
+    calls: list[tuple[str, Callable[[], object]]] = [
+        ("tarfile.open", lambda: read_tables(folder / shard_file(0))),
+        ("pathlib.Path.read_text", lambda: BitStore(folder, index, RECIPE)),
+        ("numpy.load", lambda: BitStore(folder, index, RECIPE)),
+    ]
+    for name, call in calls:
+        with monkeypatch.context() as patch:
+            patch.setattr(name, fail)
+            message = f"{folder}/.*cannot be read now .{os.strerror(code)}.; it stays as it is"
+            with pytest.raises(UnreadableError, match=message) as found:
+                call()
+        assert ("name another folder (data.bits_dir)" in str(found.value)) == (code == errno.EACCES)
+        assert "encode" not in str(found.value)
+        call()
 
 
 def test_a_row_of_the_table_is_small() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -99,8 +100,17 @@ def test_equal_seeds_give_equal_weights(shards: Path, tmp_path: Path):
 
 
 def test_held_out_shards_must_be_held_out(shards: Path, tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"evaluate\.shards: .*00000\.tar is in data\.shards as well"):
-        run_tokenizer(small_config(shards, tmp_path, f'evaluate.shards=["{shards / "train"}"]'))
+    (tmp_path / "linked").symlink_to(shards / "train")
+    for folder in (shards / "train", tmp_path / "linked"):
+        with pytest.raises(ConfigError, match=rf"evaluate\.shards: {folder}/00000\.tar is trained on as well"):
+            run_tokenizer(small_config(shards, tmp_path, f'evaluate.shards=["{folder}"]'))
+
+
+def test_the_index_of_held_out_shards_is_in_the_folder_of_the_run(shards: Path, tmp_path: Path):
+    """The shards may be in a place that is read only, or on S3."""
+    folder = shutil.copytree(shards / "held_out", tmp_path / "held_out", ignore=shutil.ignore_patterns(".*"))
+    _held_out_images(small_config(shards, tmp_path, f'evaluate.shards=["{folder}"]'))
+    assert (tmp_path / "index" / "held_out").is_dir() and not (folder / ".bitdance_index").exists()
 
 
 def test_missing_shards_are_named(shards: Path, tmp_path: Path):

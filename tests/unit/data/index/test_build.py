@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from bitdance_scale.data.index import build, verification
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index, open_index, read_table
 from bitdance_scale.data.index.verification import find_damage
-from bitdance_scale.errors import DataError
+from bitdance_scale.errors import DataError, UnreadableError
 from tests.unit.data.small_data import sample_members, write_tar
 
 
@@ -32,11 +33,8 @@ def contents(index: Index) -> list[object]:
     return [*(column.tolist() for column in values), *texts, names, paths, index.digests, index.hash]
 
 
-def test_is_built_once_and_only_changed_shards_are_read(data_set: list[str], tmp_path: Path, monkeypatch) -> None:
+def test_is_built_once_and_only_changed_shards_are_read(data_set: list[str], tmp_path: Path, scanned) -> None:
     shards = [shutil.copy2(path, tmp_path) for path in data_set]
-    scanned = []
-    scan = build.scan_file
-    monkeypatch.setattr(build, "scan_file", lambda task, **rest: scanned.append(task.path) or scan(task, **rest))
     first = build_index(shards[:2], tmp_path / "index")
     assert scanned == shards[:2]
     assert build_index(shards[:2], tmp_path / "index").hash == first.hash
@@ -59,20 +57,19 @@ def test_refusals(data_set: list[str], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no usable image in 1 shards.*missing_image"):
         build_index([empty], tmp_path / "index")
     with pytest.raises(DataError, match="no usable index.*Delete"):
-        open_index(tmp_path / "index")
+        open_index(tmp_path / "index" / "index.json")
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot write the index.*Set data.index_dir"):
         build_index(data_set, tmp_path / "file")
-    build_index(data_set, tmp_path / "index")
+    table = build_index(data_set, tmp_path / "index").table
     next((tmp_path / "index").glob("segment_*")).write_bytes(b"damaged")
     with pytest.raises(DataError, match="segment_.*: 7 bytes, it was written with .* reads the shards of this segment"):
-        open_index(tmp_path / "index")
+        open_index(table)
     with pytest.raises(DataError, match="no usable index.*Delete"):
-        open_index(tmp_path / "index", is_verified=True)
-    table = json.loads((tmp_path / "index" / "index.json").read_text())
-    (tmp_path / "index" / "index.json").write_text(json.dumps(table | {"format": 99}))
+        open_index(table, is_verified=True)
+    table.write_text(json.dumps(json.loads(table.read_text()) | {"format": 99}))
     with pytest.raises(DataError, match="format 99, this version reads 3"):
-        open_index(tmp_path / "index")
+        open_index(table)
 
 
 def test_a_failed_build_leaves_the_old_index(data_set: list[str], tmp_path: Path, monkeypatch) -> None:
@@ -80,7 +77,7 @@ def test_a_failed_build_leaves_the_old_index(data_set: list[str], tmp_path: Path
     monkeypatch.setattr(build, "join_pieces", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(DataError, match="no space left"):
         build_index(data_set, tmp_path / "index")
-    assert open_index(tmp_path / "index").hash == old.hash
+    assert open_index(old.table).hash == old.hash
     assert not list((tmp_path / "index").glob(f"*{WRITING}"))
 
 
@@ -119,12 +116,11 @@ def test_processes_build_the_same(data_set: list[str], tmp_path: Path, monkeypat
 
 def test_an_index_that_cannot_be_read_is_built_again(data_set: list[str], tmp_path: Path, caplog) -> None:
     whole = build_index(data_set, tmp_path / "index")
-    table_path = tmp_path / "index" / "index.json"
-    table = json.loads(table_path.read_text())
+    table = json.loads(whole.table.read_text())
     for content in (json.dumps(table | {"format": 1}), "{"):
-        table_path.write_text(content)
+        whole.table.write_text(content)
         assert build_index(data_set, tmp_path / "index").hash == whole.hash
-    assert "format 1, this version reads 3" in caplog.text and "Building it again" in caplog.text
+    assert "format 1, this version reads 3" in caplog.text and "no other table knows are read again" in caplog.text
 
 
 def many_shards(folder: Path, count: int, number: int = 0, num_samples: int = 3) -> list[str]:
@@ -139,19 +135,17 @@ def many_shards(folder: Path, count: int, number: int = 0, num_samples: int = 3)
     ]
 
 
-def segment_files(index_dir: Path) -> dict[str, int]:
-    """Segments that the table names, with the inode of each, which shows whether it was written again."""
-    table = json.loads((index_dir / "index.json").read_text())
-    return {entry["file"]: os.stat(index_dir / entry["file"]).st_ino for entry in table["segments"]}
+def segment_files(table: Path) -> dict[str, int]:
+    """Segments that a table names, with the inode of each, which shows whether it was written again."""
+    return {entry.file: os.stat(table.parent / entry.file).st_ino for entry in read_table(table).segments}
 
 
 def test_a_change_costs_its_own_segment(tmp_path: Path, monkeypatch) -> None:
     """A shard is changed, added in the middle, removed, moved to the end: the index is that of a fresh build."""
     monkeypatch.setattr(build, "MIN_SEGMENT_SAMPLES", 12)
     shards = many_shards(tmp_path, 24)
-    build_index(shards, tmp_path / "index")
-    before = segment_files(tmp_path / "index")
-    assert len(before) == 6
+    table = build_index(shards, tmp_path / "index").table
+    assert len(segment_files(table)) == 6
     write_tar(Path(shards[9]), {"9": sample_members(32, 32, "another")})
     extra = many_shards(tmp_path / "extra", 1, 50)
     changes = {
@@ -163,9 +157,9 @@ def test_a_change_costs_its_own_segment(tmp_path: Path, monkeypatch) -> None:
     }
     for name, (changed, num_kept) in changes.items():
         shutil.copytree(tmp_path / "index", tmp_path / name)
-        kept = segment_files(tmp_path / name)
+        kept = segment_files(tmp_path / name / table.name)
         index = build_index(changed, tmp_path / name)
-        after = segment_files(tmp_path / name)
+        after = segment_files(index.table)
         assert len(kept.items() & after.items()) >= num_kept, name
         assert contents(index) == contents(build_index(changed, tmp_path / f"fresh_{name}")), name
 
@@ -211,17 +205,70 @@ def test_too_many_open_files_are_no_damage(data_set: list[str], tmp_path: Path, 
     monkeypatch.undo()
     build_index(data_set, tmp_path / "index")
 
-    def full(*_: object) -> None:
-        raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr("bitdance_scale.data.index.index.Segment.of_file", full)
-    with pytest.raises(DataError, match="Too many open files. Raise the limit"):
-        open_index(tmp_path / "index")
-    monkeypatch.setattr("bitdance_scale.data.index.verification.digests_of", full)
-    os.utime(next((tmp_path / "index").glob("segment_*")), (1, 1))
-    with pytest.raises(DataError, match="Too many open files.*Raise the limit"):
-        build_index(data_set, tmp_path / "index")
-    assert len(list((tmp_path / "index").glob("segment_*"))) == 1
+WAYS_OUT = {
+    errno.EIO: "Start again when the storage answers",
+    errno.ESTALE: "Start again when the storage answers",
+    errno.EACCES: r"Let its owner make it readable for you, or name another folder \(data.index_dir\)",
+    errno.EMFILE: "Raise the limit .`ulimit -n`. and start again",
+}
+
+
+@pytest.mark.parametrize("place", ["folder", "table", "table of another list", "checked segment", "mapped segment"])
+@pytest.mark.parametrize("code", WAYS_OUT)
+def test_a_file_that_cannot_be_read_now_is_no_damage(
+    data_set: list[str], tmp_path: Path, monkeypatch, scanned: list[str], code: int, place: str
+) -> None:
+    """Nothing is scanned again or replaced because of it, and nobody is told to delete what may be whole."""
+    shards, index_dir = [shutil.copy2(path, tmp_path) for path in data_set], tmp_path / "index"
+    other = build_index(shards[:2], index_dir).table.name
+    index = build_index(shards, index_dir)
+    needs_scan = place not in ("folder", "table")
+    if needs_scan:
+        # Before a shard has changed, nothing is needed but the table and the lengths of its segments.
+        os.utime(shards[2], ns=(1, 1))
+    if place == "checked segment":
+        for path in index_dir.glob("segment_*"):
+            os.utime(path, ns=(1, 1))
+
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in index_dir.iterdir()}
+
+    def fail(*_: object) -> NoReturn:
+        raise OSError(code, os.strerror(code))
+
+    scanned.clear()
+    before, read_bytes = files(), Path.read_bytes
+    failing = {"table": index.table.name, "table of another list": other}.get(place)
+    message = f"{index_dir}.*cannot be read now .{os.strerror(code)}.; it stays as it is. {WAYS_OUT[code]}"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda path: fail() if path.name == failing else read_bytes(path))
+        if place == "folder":
+            patch.setattr("bitdance_scale.data.index.index.os.listdir", fail)
+        if place == "checked segment":
+            patch.setattr(verification, "digests_of", fail)
+        if place == "mapped segment":
+            patch.setattr("bitdance_scale.data.index.index.Segment.of_file", fail)
+        with pytest.raises(UnreadableError, match=message):
+            build_index(shards, index_dir)
+        if place not in ("folder", "table of another list"):
+            with pytest.raises(UnreadableError, match=message):
+                open_index(index.table)
+    assert not scanned and files() == before
+    assert build_index(shards, index_dir).hash == index.hash
+    assert scanned == shards[2:] * needs_scan
+
+
+def test_damage_that_the_file_system_does_not_show_is_not_forgotten(data_set, tmp_path: Path, monkeypatch) -> None:
+    """Once a whole comparison has found it, the segment does not count as what was written."""
+    table = build_index(data_set, tmp_path / "index").table
+    segments = read_table(table).segments
+    with monkeypatch.context() as patch:
+        patch.setattr(verification, "digests_of", lambda path: {})
+        assert not find_damage(table.parent, segments)
+        assert len(find_damage(table.parent, segments, is_whole=True)) == 1
+        assert len(find_damage(table.parent, segments)) == 1
+    assert not find_damage(table.parent, segments)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +276,8 @@ def test_too_many_open_files_are_no_damage(data_set: list[str], tmp_path: Path, 
 )
 def test_an_overwritten_column_is_found_and_mended(data_set: list[str], tmp_path: Path, caplog, column: str) -> None:
     """Even if the time of the last change is set back. The shards of the segment are read again."""
-    whole = contents(build_index(data_set, tmp_path / "index"))
+    index = build_index(data_set, tmp_path / "index")
+    whole = contents(index)
     path = next((tmp_path / "index").glob("segment_*"))
     stat, place = path.stat(), 12 if column == "header" else place_of(path, column)
     content = bytearray(path.read_bytes())
@@ -237,10 +285,10 @@ def test_an_overwritten_column_is_found_and_mended(data_set: list[str], tmp_path
     path.write_bytes(content)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with pytest.raises(DataError, match=f"{path.name}: its column {column} is not what was written .*reads the shards"):
-        open_index(tmp_path / "index")
+        open_index(index.table)
     assert contents(build_index(data_set, tmp_path / "index")) == whole
     assert f"its column {column} is not what was written" in caplog.text and "reading its 3 shards again" in caplog.text
-    open_index(tmp_path / "index")
+    open_index(index.table)
 
 
 def place_of(path: Path, column: str) -> int:
@@ -251,17 +299,18 @@ def place_of(path: Path, column: str) -> int:
 
 
 def test_a_copied_index_is_compared_once(data_set: list[str], tmp_path: Path, monkeypatch) -> None:
-    build_index(data_set, tmp_path / "index")
+    table = build_index(data_set, tmp_path / "index").table
     shutil.copytree(tmp_path / "index", tmp_path / "copy")
+    copy = tmp_path / "copy" / table.name
     compared = []
     digests_of = verification.digests_of
     monkeypatch.setattr(verification, "digests_of", lambda path: compared.append(path.name) or digests_of(path))
-    open_index(tmp_path / "index")
+    open_index(table)
     assert not compared
-    open_index(tmp_path / "copy")
-    open_index(tmp_path / "copy")
+    open_index(copy)
+    open_index(copy)
     assert len(compared) == 1
-    find_damage(tmp_path / "copy", read_table(tmp_path / "copy").segments, is_whole=True)
+    find_damage(copy.parent, read_table(copy).segments, is_whole=True)
     assert len(compared) == 2
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from bitdance_scale.data.index.build import build_index
-from bitdance_scale.data.index.index import default_index_dir, open_index
+from bitdance_scale.data.index.index import default_index_dir, find_table, open_index
 from tests.unit.data.small_data import sample_members, write_tar
 
 
@@ -35,8 +35,10 @@ def test_the_hash_covers_the_data_and_not_their_place(data_set: list[str], tmp_p
     (tmp_path / "moved").mkdir()
     for path in [*here, default_index_dir(here)]:
         shutil.move(path, tmp_path / "moved")
-    moved = open_index(tmp_path / "moved" / ".bitdance_index")
-    assert moved.shard_path(0) == str(tmp_path / "moved" / "00000.tar")
+    there = [str(tmp_path / "moved" / Path(path).name) for path in here]
+    moved = open_index(find_table(Path(default_index_dir(there)), there).path)
+    assert moved.shard_path(0) == there[0]
+    assert build_index(there, default_index_dir(there)).table == moved.table
 
 
 def test_hash_covers_captions_and_sizes(tmp_path: Path) -> None:

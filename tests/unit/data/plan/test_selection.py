@@ -44,7 +44,7 @@ def data(make_config) -> DataSection:
 
 
 def files(index: Index) -> list[Path]:
-    return sorted(index.folder.glob("selection_*.safetensors"))
+    return sorted(index.table.parent.glob("selection_*.safetensors"))
 
 
 def plans_agree(one: Plan, other: Plan) -> bool:

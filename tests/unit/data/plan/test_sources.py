@@ -15,12 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitdance_scale.config.data_schema import DataSection, DataSource, Resolution
+from bitdance_scale.config.schema import EvaluateSection
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index, ShardEntry
 from bitdance_scale.data.plan.apportion import Apportionment
 from bitdance_scale.data.plan.plan import Plan, PlannedBatch
-from bitdance_scale.errors import DataError
-from bitdance_scale.train.shared_index import training_index
+from bitdance_scale.errors import ConfigError, DataError
+from bitdance_scale.train.evaluation import held_out_run
+from bitdance_scale.train.shared_index import labelled_index, run_index, training_index
 from tests.unit.data.small_data import bare_index
 
 SIDES_PX = (16, 32, 64)
@@ -266,10 +268,68 @@ def test_a_shard_of_two_sources_and_a_missing_one_are_refused_by_name(data_set, 
         training_index(gone)
 
 
+@pytest.fixture(params=["a folder", "a file"])
+def other_spelling(request, data_set, tmp_path: Path) -> str:
+    """Another path to the second shard."""
+    shard = Path(data_set[1])
+    if request.param == "a folder":
+        (tmp_path / "linked").symlink_to(shard.parent)
+        return str(tmp_path / "linked" / shard.name)
+    (tmp_path / "linked.tar").symlink_to(shard)
+    return str(tmp_path / "linked.tar")
+
+
+def test_a_shard_of_two_sources_is_refused_by_whatever_paths(data_set, source_section, other_spelling: str) -> None:
+    data = source_section({"a": (1, [0, 1]), "b": (1, [2])})
+    data = dataclasses.replace(
+        data, sources=(data.sources[0], dataclasses.replace(data.sources[1], shards=(other_spelling,)))
+    )
+    message = rf"shard {other_spelling} is in source 'a' \(as {data_set[1]}\) and in source 'b', so its images"
+    with pytest.raises(DataError, match=message):
+        training_index(data)
+
+
+@pytest.mark.parametrize("mode", ["shards", "sources", "stream"])
+def test_held_out_shards_that_are_trained_on_are_refused(
+    data_set, make_config, other_spelling: str, tmp_path: Path, mode: str
+) -> None:
+    """Before anything is read, and by whatever path."""
+    sources = tuple(DataSource(name=name, share=1, shards=(path,)) for name, path in zip("ab", data_set, strict=False))
+    settings = {
+        "shards": {"shards": tuple(data_set[:2])},
+        "sources": {"sources": sources},
+        "stream": {"shards": ("pipe:cat no.tar", *data_set[:2]), "mode": "stream"},
+    }
+    config = make_config(**{"index_dir": str(tmp_path / "index")} | settings[mode])
+    for path, spelled in ((data_set[1], ""), (other_spelling, rf" \(as {data_set[1]}\)")):
+        holding = dataclasses.replace(config, evaluate=EvaluateSection(shards=(data_set[2], path)))
+        message = rf"evaluate.shards: {path} is trained on as well{spelled}, .*Hold other shards out"
+        with pytest.raises(ConfigError, match=message):
+            run_index(holding)
+        assert not (tmp_path / "index").exists()
+    holding = dataclasses.replace(config, evaluate=EvaluateSection(shards=(data_set[2],)))
+    assert (run_index(holding) is None) == (mode == "stream")
+
+
+def test_held_out_shards_in_the_folder_of_the_others_are_indexed_once(
+    data_set, make_config, tmp_path: Path, scanned: list[str]
+) -> None:
+    """However often a run starts: the two lists have one folder, and neither takes the place of the other."""
+    shards = [shutil.copy2(path, tmp_path) for path in data_set]
+    config = make_config(shards[:2])
+    config = dataclasses.replace(config, evaluate=EvaluateSection(shards=(shards[2],), images=5))
+    for _ in range(2):
+        assert len(run_index(config)) == 12 and len(labelled_index(held_out_run(config))) == 9
+        assert scanned == shards
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {".bitdance_index"}
+    elsewhere = dataclasses.replace(config, data=dataclasses.replace(config.data, index_dir=str(tmp_path / "index")))
+    assert labelled_index(held_out_run(elsewhere)).table.parent == tmp_path / "index" / "held_out"
+
+
 def test_an_index_that_another_job_replaced_is_refused(data_set, source_section, monkeypatch) -> None:
     data = source_section({"a": (1, [0]), "b": (1, [1])})
     monkeypatch.setattr(
-        "bitdance_scale.train.shared_index.open_index", lambda folder, **_: build_index(data_set, folder)
+        "bitdance_scale.train.shared_index.open_index", lambda table, **_: build_index(data_set, table.parent)
     )
-    with pytest.raises(DataError, match="has replaced this run's while it started"):
+    with pytest.raises(DataError, match="has replaced this run's index while it started. Start again"):
         training_index(data)
