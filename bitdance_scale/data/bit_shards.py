@@ -19,10 +19,7 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import tarfile
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +36,7 @@ from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.image_decode import DECODE_VERSION
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.plan.buckets import resolution_buckets
+from bitdance_scale.data.storage.open_files import OpenFiles
 from bitdance_scale.errors import DataError
 from bitdance_scale.vision.codes import code_bytes
 
@@ -248,7 +246,10 @@ class BitStore:
             if made != wanted:
                 raise DataError(f"data.bits_dir: {path}: made with {name} = {made}, now it is {wanted}. {again}")
         self._tables = {side_px: self._open(side_px) for side_px in recipe_sides_px(recipe)}
-        self._shards = _OpenShards(self._folder, MAX_OPEN_SHARDS)
+        # Samples come in random order: reading ahead would read a hundred times what is used.
+        self._shards: OpenFiles[int] = OpenFiles(
+            lambda row: f"{folder}/{shard_file(row)}", MAX_OPEN_SHARDS, reads_ahead=False
+        )
 
     def read(self, sample: int, side_px: int, view: int = 0) -> np.ndarray:
         """uint8 [h * w, code bytes], the tokens of a view of a sample at a resolution, in the order of `vision.order`.
@@ -262,9 +263,7 @@ class BitStore:
         if error_code != HAS_BITS:
             self._raise(sample, side_px, error_code)
         try:
-            # This reference keeps the descriptor open until the read has ended, even if another thread evicts it.
-            file = self._shards.get(shard)
-            data = os.pread(file.descriptor, num_bytes, start)
+            data = self._shards.read(shard, start, num_bytes)
         except (OSError, ValueError, OverflowError, MemoryError) as error:
             raise self._unreadable(shard, start, num_bytes, repr(error)) from error
         if checksum32(data) != checksum or len(data) != num_bytes:
@@ -304,57 +303,6 @@ class BitStore:
                 f"{again}"
             )
         return table
-
-
-class _OpenShards:
-    """A bounded number of open bit shards; the least recently used is closed first."""
-
-    def __init__(self, folder: Path, max_open: int) -> None:
-        self._folder = folder
-        self._max_open = max_open
-        self._lock = threading.Lock()
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-
-    def get(self, row: int) -> _OpenShard:
-        """The open shard of a row of `Index.shards`.
-
-        Raises:
-            OSError: it cannot be opened.
-        """
-        try:
-            # No lock: each of the two is one step for other threads, which may evict the shard in between.
-            self._open.move_to_end(row)
-            return self._open[row]
-        except KeyError:
-            return self._add(row)
-
-    def close(self) -> None:
-        with self._lock:
-            self._open.clear()
-
-    def _add(self, row: int) -> _OpenShard:
-        # Not under the lock: a slow file server must not hold up reads of other shards.
-        shard = _OpenShard(f"{self._folder}/{shard_file(row)}")
-        with self._lock:
-            shard = self._open.setdefault(row, shard)
-            while len(self._open) > self._max_open:
-                self._open.popitem(last=False)
-        return shard
-
-
-class _OpenShard:
-    """A descriptor that closes with its last reference, so that eviction never closes it while a thread reads."""
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY)
-        if hasattr(os, "posix_fadvise"):
-            # Samples come in random order: reading ahead would read a hundred times what is used.
-            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
 
 
 def _error_code(sample: Bits) -> int:

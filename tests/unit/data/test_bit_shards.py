@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import tarfile
@@ -32,6 +33,7 @@ from bitdance_scale.data.checksums import checksum32
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index
+from bitdance_scale.data.storage import open_files
 from bitdance_scale.errors import DataError
 from tests.unit.data.small_data import sample_members, write_tar
 
@@ -226,6 +228,28 @@ def test_a_missing_shard_is_an_error_of_its_samples(index: Index, folder: Path) 
     (folder / shard_file(2)).unlink()
     with pytest.raises(SampleError, match="000002.tar, bytes .*No such file") as error:
         store.read(2 * NUM_SAMPLES, 64)
+    assert error.value.cause == ErrorCause.READ_FAILED
+
+
+def test_a_shard_that_fails_for_a_moment_is_opened_again(
+    index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, read, failed = BitStore(folder, index, RECIPE), os.pread, []
+    monkeypatch.setattr(open_files, "PAUSES_S", (0.0, 0.0))
+    assert store.read(0, 64).tobytes() == bits_of(0, 64)
+
+    def read_later(descriptor: int, num_bytes: int, start: int) -> bytes:
+        if len(failed) < 2:
+            failed.append(descriptor)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read(descriptor, num_bytes, start)
+
+    monkeypatch.setattr(os, "pread", read_later)
+    assert store.read(0, 64).tobytes() == bits_of(0, 64)
+    failed[:] = []
+    monkeypatch.setattr(open_files, "PAUSES_S", (0.0,))
+    with pytest.raises(SampleError, match="000000.tar, bytes .*Stale file handle") as error:
+        store.read(0, 64)
     assert error.value.cause == ErrorCause.READ_FAILED
 
 
