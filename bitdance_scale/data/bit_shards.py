@@ -46,6 +46,8 @@ TABLE_NAME = "bits.json"
 META_NAME = "meta.json"
 HAS_BITS, NOT_ENCODED = 0, 255
 MAX_OPEN_SHARDS = 256
+USTAR_BYTES = 1 << 33
+"""A header of USTAR cannot say the length of a member of so many bytes."""
 _CAUSES = tuple(ErrorCause)
 
 SHARD_ROW = np.dtype([("start", "<i8"), ("num_bytes", "<u4"), ("checksum", "<u4"), ("error_code", "u1")])
@@ -116,7 +118,11 @@ def write_bit_shard(path: Path, meta: Mapping[str, Any], resolutions: Mapping[in
         meta: what the bits were made from (`shard_meta`).
         resolutions: `side_px` -> bits of every view of every sample of the shard.
     """
-    with replacing(path, is_shared=True) as aside, tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
+    longest_bytes = max(
+        (sum(len(sample) for sample in samples if isinstance(sample, bytes)) for samples in resolutions.values()),
+        default=0,
+    )
+    with replacing(path, is_shared=True) as aside, tarfile.open(aside, "w", format=_tar_format(longest_bytes)) as tar:
         _add(tar, META_NAME, json.dumps(meta).encode())
         for side_px, samples in resolutions.items():
             contents = [sample if isinstance(sample, bytes) else b"" for sample in samples]
@@ -303,6 +309,11 @@ class BitStore:
                 f"{again}"
             )
         return table
+
+
+def _tar_format(longest_bytes: int) -> int:
+    """The format of a tar by its longest member: USTAR, or GNU's, whose headers take a block as well."""
+    return tarfile.USTAR_FORMAT if longest_bytes < USTAR_BYTES else tarfile.GNU_FORMAT
 
 
 def _error_code(sample: Bits) -> int:

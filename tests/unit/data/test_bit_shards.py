@@ -86,6 +86,43 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
     assert path.read_bytes()[start : start + num_bytes] == b"red"
 
 
+def test_bits_of_eight_gibibytes_have_a_header_that_is_read(tmp_path: Path) -> None:
+    """Latents of large pictures in many views are as long. The bits are a hole in the file here."""
+    path, num_bytes, table = tmp_path / shard_file(0), 1 << 33, np.zeros(3, SHARD_ROW)
+    blocks = bytearray()
+    for name, content in (("meta.json", json.dumps(META).encode()), ("64.bits", None), ("64.table", table.tobytes())):
+        info = tarfile.TarInfo(name)
+        info.size = num_bytes if content is None else len(content)
+        header = info.tobuf(bit_shards._tar_format(num_bytes))
+        assert len(header) == tarfile.BLOCKSIZE
+        blocks += header + (content or b"").ljust(-(-len(content or b"") // 512) * 512, b"\0")
+        if content is None:
+            place = len(blocks)
+    with path.open("wb") as file:
+        file.write(blocks[:place])
+        file.seek(num_bytes, os.SEEK_CUR)
+        file.write(blocks[place:] + bytes(2 * tarfile.BLOCKSIZE))
+    meta, tables = read_tables(path)
+    assert meta == META and tables[64].tolist() == table.tolist()
+    # One byte less has the header that it always had.
+    assert bit_shards._tar_format(num_bytes - 1) == tarfile.USTAR_FORMAT
+
+
+def test_only_long_bits_change_the_format_of_a_bit_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples: dict[int, list[Bits]] = {64: [b"red", b"blue", ErrorCause.BAD_IMAGE]}
+    contents = []
+    for limit, magic in ((8, b"ustar\x0000"), (7, b"ustar  \0")):
+        monkeypatch.setattr(bit_shards, "USTAR_BYTES", limit)
+        write_bit_shard(tmp_path / shard_file(0), META, samples)
+        content = (tmp_path / shard_file(0)).read_bytes()
+        assert content[257:265] == magic
+        meta, tables = read_tables(tmp_path / shard_file(0))
+        first, second, _ = tables[64]["start"].tolist()
+        assert meta == META and (content[first : first + 3], content[second : second + 4]) == (b"red", b"blue")
+        contents.append(content)
+    assert len(contents[0]) == len(contents[1])
+
+
 def test_every_sample_is_read_back(index: Index, folder: Path) -> None:
     store = BitStore(folder, index, RECIPE)
     for side_px in (64, 128):
