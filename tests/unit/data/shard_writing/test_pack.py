@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from bitdance_scale.data.index.build import build_index
+from bitdance_scale.data.shard_writing import output_folder
 from bitdance_scale.data.shard_writing.pack import PackOptions, cut_shards, is_held_out, pack_source
 from bitdance_scale.data.storage.shards import expand_shards
 from bitdance_scale.errors import DataError
@@ -271,8 +274,6 @@ def test_a_disk_without_room_is_refused_at_the_start(tmp_path, monkeypatch):
 
 
 def test_storage_that_fails_stops_the_run_and_loses_nothing(tmp_path, monkeypatch):
-    import errno
-
     source = make_folder(tmp_path / "source")
     read_bytes = Path.read_bytes
 
@@ -307,7 +308,15 @@ def test_sources_that_are_none(tmp_path, make, message):
 
 
 def test_two_processes_do_not_pack_into_one_folder(tmp_path):
-    from bitdance_scale.data.shard_writing.output_folder import OutputFolder
-
-    with OutputFolder(tmp_path / "out", {}, 1), pytest.raises(DataError, match="another process packs"):
+    with output_folder.OutputFolder(tmp_path / "out", {}, 1), pytest.raises(DataError, match="another process packs"):
         pack_source(make_folder(tmp_path / "source", 3), tmp_path / "out")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_packed_into(tmp_path, monkeypatch, caplog, code):
+    def flock(file, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(output_folder.fcntl, "flock", flock)
+    assert pack_source(make_folder(tmp_path / "source", 3), tmp_path / "out")["num_packed"] == 3
+    assert f"out: cannot be locked ({os.strerror(code)})" in caplog.text
