@@ -19,7 +19,8 @@ from bitdance_scale.atomic_files import is_storage_fault
 from bitdance_scale.data.captions import MAX_TEXT_BYTES
 from bitdance_scale.data.shard_writing.captions import NO_CAPTION, Caption, caption_of_bytes
 from bitdance_scale.data.shard_writing.columns import record_columns
-from bitdance_scale.data.shard_writing.source import SkippedPicture, SourcePicture, digest_of, kind_of_file, shown
+from bitdance_scale.data.shard_writing.source import SkippedPicture, SourcePicture, digest_of, kind_of_file
+from bitdance_scale.errors import printable
 
 PICTURE_EXTENSIONS = frozenset(
     "jpg jpeg jpe jfif png webp gif bmp dib tif tiff jp2 j2k avif heic heif".split()  # noqa: SIM905 (one line)
@@ -118,11 +119,11 @@ class PictureFolder:
         """The pictures from `start` to `stop`."""
         for file in self._pictures[start:stop]:
             content = read_picture_file(self._folder / file.name)
-            yield SourcePicture(shown(file.name), content, self._caption(file), self._record(file))
+            yield SourcePicture(printable(file.name), content, self._caption(file), self._record(file))
 
     def without_caption(self) -> Iterator[str]:
         """The pictures without a `.txt` file."""
-        return (shown(file.name) for file in self._pictures if file.stem not in self._captions)
+        return (printable(file.name) for file in self._pictures if file.stem not in self._captions)
 
     def _caption(self, picture: FoundFile) -> Caption:
         file = self._captions.get(picture.stem)

@@ -47,6 +47,14 @@ def test_jsonl(tmp_path):
     assert skipped_of(tmp_path / "out") == dict.fromkeys(("gone.jpg", "../outside.jpg", "(no name)"), "missing_file")
 
 
+def test_rows_with_names_that_no_file_has(tmp_path):
+    source = pictures(tmp_path / "source", "1.jpg")
+    rows = [{"file_name": name, "text": "x"} for name in ("1.jpg", "\ud800.jpg", "1.jpg\0")]
+    jsonl(source / "metadata.jsonl", *rows)
+    report = pack_source(source, tmp_path / "out")
+    assert report["num_packed"] == 1 and report["skipped"] == {"missing_file": 2}
+
+
 def test_csv(tmp_path):
     source = pictures(tmp_path / "source", "1.jpg", "2.jpg", "3.jpg")
     text = (
