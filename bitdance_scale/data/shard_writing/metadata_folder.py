@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from bitdance_scale.atomic_files import is_storage_fault
 from bitdance_scale.data.shard_writing.captions import Caption, caption_of_value
 from bitdance_scale.data.shard_writing.columns import (
     CAPTION_COLUMNS,
@@ -131,6 +132,10 @@ def _read_table(path: Path, texts: set[str]) -> tuple[list[str], list[Row]]:
         return _read_csv(path, texts) if extension == "csv" else _read_jsonl(path)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 (byte 0x{error.object[error.start]:02x}); save it as UTF-8") from error
+    except OSError as error:
+        if is_storage_fault(error):
+            raise
+        raise DataError(f"{path}: cannot be read ({error.strerror}); restore it, or move it away") from error
 
 
 def _read_csv(path: Path, texts: set[str]) -> tuple[list[str], list[Row]]:
