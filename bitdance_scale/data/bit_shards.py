@@ -20,7 +20,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,14 +28,17 @@ import numpy as np
 
 from bitdance_scale.atomic_files import replacing, write_text
 from bitdance_scale.config.data_schema import DataSection
-from bitdance_scale.config.schema import VisionSection
+from bitdance_scale.config.schema import RunConfig, VisionSection
 from bitdance_scale.config.vae_files import tokenizer_weights_file, vae_config_file
 from bitdance_scale.data.augment import stored_recipe
 from bitdance_scale.data.checksums import checksum32
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.image_decode import DECODE_VERSION
 from bitdance_scale.data.index.index import Index
-from bitdance_scale.data.plan.buckets import resolution_buckets
+from bitdance_scale.data.index.segment import SCORE
+from bitdance_scale.data.plan.buckets import EligibleSamples, resolution_buckets
+from bitdance_scale.data.plan.filters import SourceFilters
+from bitdance_scale.data.plan.selection import select
 from bitdance_scale.data.storage.open_files import OpenFiles
 from bitdance_scale.errors import DataError
 from bitdance_scale.vision.codes import code_bytes
@@ -48,6 +51,7 @@ HAS_BITS, NOT_ENCODED = 0, 255
 MAX_OPEN_SHARDS = 256
 USTAR_BYTES = 1 << 33
 """A header of USTAR cannot say the length of a member of so many bytes."""
+_SAMPLES_AT_ONCE = 1 << 20
 _CAUSES = tuple(ErrorCause)
 
 SHARD_ROW = np.dtype([("start", "<i8"), ("num_bytes", "<u4"), ("checksum", "<u4"), ("error_code", "u1")])
@@ -61,6 +65,9 @@ _USUAL = {"precision": "float32", "order": "block", "latents": "bits"}
 
 Bits = bytes | ErrorCause | None
 """One sample at one resolution: its packed bits, why it has none, or None if the resolution does not draw it."""
+StoredFilters = list[list[Any]]
+"""Of every source that has filters: its first sample, the sample after its last, and for each filter its range in words
+and the digest of the scores that it looks at, None of sizes. JSON values."""
 
 
 def recipe(data: DataSection, vision: VisionSection) -> dict[str, Any]:
@@ -93,6 +100,26 @@ def _latents_recipe(vision: VisionSection) -> dict[str, Any]:
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stored_filters(index: Index, data: DataSection) -> StoredFilters:
+    """What decides which samples of a data set have bits, besides the recipe.
+
+    Raises:
+        DataError: a filter names a column that the index does not have.
+    """
+    found: StoredFilters = []
+    for samples, source in zip(index.sources, data.active_sources, strict=True):
+        filters = [
+            [
+                f"{rule.min} <= {rule.column} <= {rule.max}, missing: {rule.missing}",
+                index.digests.get(SCORE + rule.column),
+            ]
+            for rule in SourceFilters(index, source, data.filters).rules
+        ]
+        if filters:
+            found.append([samples.start, samples.stop, filters])
+    return found
 
 
 def recipe_sides_px(recipe: Mapping[str, Any]) -> list[int]:
@@ -174,8 +201,14 @@ def shard_meta(index: Index, row: int, recipe: Mapping[str, Any]) -> dict[str, A
     return {"format": FORMAT, "recipe": dict(recipe), "num_samples": len(samples), "samples": digest.hexdigest()}
 
 
-def write_table(folder: Path, index: Index, recipe: Mapping[str, Any]) -> None:
+def write_table(folder: Path, index: Index, recipe: Mapping[str, Any], filters: StoredFilters | None = None) -> None:
     """Joins the tables of all bit shards in a folder. After that, the data set can be trained on.
+
+    Args:
+        folder: of the bit shards.
+        index: the data set.
+        recipe: of the bits.
+        filters: every sample that they keep, and that a resolution draws, has bits or a reason; None: not known.
 
     Raises:
         DataError: a bit shard is missing or damaged, or was made from other images or with another recipe.
@@ -210,6 +243,8 @@ def write_table(folder: Path, index: Index, recipe: Mapping[str, Any]) -> None:
         for table in tables.values():
             table.flush()
     values = {"format": FORMAT, "recipe": dict(recipe), "index": index.hash, "num_shards": len(index.shards)}
+    if filters is not None:
+        values["filters"] = filters
     write_text(folder / TABLE_NAME, json.dumps(values), is_shared=True)
 
 
@@ -251,6 +286,8 @@ class BitStore:
             made, wanted = found.get(name, _USUAL.get(name)), recipe.get(name, _USUAL.get(name))
             if made != wanted:
                 raise DataError(f"data.bits_dir: {path}: made with {name} = {made}, now it is {wanted}. {again}")
+        # Bits of earlier versions do not say them.
+        self._filters: StoredFilters | None = table.get("filters")
         self._tables = {side_px: self._open(side_px) for side_px in recipe_sides_px(recipe)}
         # Samples come in random order: reading ahead would read a hundred times what is used.
         self._shards: OpenFiles[int] = OpenFiles(
@@ -277,9 +314,46 @@ class BitStore:
             raise self._unreadable(shard, start, num_bytes, what)
         return np.ndarray((num_bytes // self._token_bytes, self._token_bytes), np.uint8, data)
 
+    def check_drawn(self, data: DataSection) -> None:
+        """Refuses bits without samples that a run draws: those which other filters left out when they were encoded.
+
+        The tables are searched only if the filters are not those of the bits.
+
+        Raises:
+            DataError: samples that a resolution draws have no bits; names how many, the first, and the filters.
+        """
+        now, then = stored_filters(self._index, data), self._filters
+        if now == then:
+            return
+        for (source, side_px), eligible in select(self._index, data).eligible.items():
+            count, first = 0, 0
+            for lacking in self._lacking(self._index.sources[source], side_px, eligible):
+                first = first if count else int(lacking[0])
+                count += len(lacking)
+            if count:
+                raise DataError(
+                    f"data.bits_dir: {self._folder / TABLE_NAME}: {count:,} of the {len(eligible):,} samples that are "
+                    f"drawn at {side_px} px were left out when the shards were encoded, the first is "
+                    f"{self._index.name(first)} of {self._index.shard_path(first)}. data.filters were "
+                    f"{_in_words(then)} then and are {_in_words(now)} now. Run `bitdance encode` with this "
+                    "configuration, which makes only the shards again that lack samples, or restore the filters."
+                )
+
     def close(self) -> None:
         """Closes the open files, each as soon as the last read in it has ended."""
         self._shards.close()
+
+    def _lacking(self, samples: range, side_px: int, eligible: EligibleSamples) -> Iterator[np.ndarray]:
+        """int64 [n] each, those of the samples of a source that are drawn at a resolution and were not encoded."""
+        table, num_views = self._tables[side_px], self._num_views
+        for start in range(samples.start, samples.stop, _SAMPLES_AT_ONCE):
+            stop = min(start + _SAMPLES_AT_ONCE, samples.stop)
+            # All views of a sample are encoded, or none is.
+            is_left_out = table["error_code"][start * num_views : stop * num_views : num_views] == NOT_ENCODED
+            numbers = np.arange(start, stop)[is_left_out]
+            lacking = numbers[eligible.contains(numbers - samples.start)]
+            if len(lacking):
+                yield lacking
 
     def _unreadable(self, shard: int, start: int, num_bytes: int, what: str) -> SampleError:
         path = self._folder / shard_file(shard)
@@ -309,6 +383,25 @@ class BitStore:
                 f"{again}"
             )
         return table
+
+
+def check_bits(index: Index, config: RunConfig) -> None:
+    """Compares the bit shards of a run with what it draws, so that what they lack is found before training.
+
+    Args:
+        index: the data set, divided into its sources.
+        config: a run with `data.bits_dir`.
+
+    Raises:
+        DataError: there are no bits, they were made from other images or with another recipe, or they lack samples.
+    """
+    BitStore(config.data.bits_dir, index, recipe(config.data, config.vision)).check_drawn(config.data)
+
+
+def _in_words(filters: StoredFilters | None) -> str:
+    if filters is None:
+        return "not stored"
+    return repr([text for _, _, found in filters for text, _ in found])
 
 
 def _tar_format(longest_bytes: int) -> int:

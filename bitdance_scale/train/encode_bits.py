@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,12 +16,15 @@ from bitdance_scale.config.parallel_schema import ParallelSection
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.augment import num_stored_views, stored_views
 from bitdance_scale.data.bit_shards import (
+    NOT_ENCODED,
     Bits,
     read_tables,
     recipe,
     recipe_sides_px,
+    recipe_views,
     shard_file,
     shard_meta,
+    stored_filters,
     write_bit_shard,
     write_table,
 )
@@ -74,7 +77,8 @@ class Encoder:
         path, meta = self._folder / shard_file(row), shard_meta(self._index, row, self.recipe)
         if path.exists():
             try:
-                if read_tables(path)[0] == meta:
+                found, tables = read_tables(path)
+                if found == meta and not self._lacks(row, tables):
                     return False
             except DataError as error:
                 logger.warning("%s It is made again.", error)
@@ -83,6 +87,15 @@ class Encoder:
         write_bit_shard(path, meta, resolutions)
         self._verify(path, samples, row)
         return True
+
+    def _lacks(self, row: int, tables: Mapping[int, np.ndarray]) -> bool:
+        """Whether a bit shard lacks samples that are drawn now: other filters left them out when it was made."""
+        samples, num_views = self._index.shard_samples(row), recipe_views(self.recipe)
+        numbers = np.arange(samples.start, samples.stop)
+        return any(
+            np.any(self._plan.buckets_px(numbers[table["error_code"][::num_views] == NOT_ENCODED], side_px))
+            for side_px, table in tables.items()
+        )
 
     def _encoded(self, samples: range, side_px: int) -> Iterator[Bits]:
         """The bits of a shard's samples in a class, in order, every view of each."""
@@ -184,6 +197,6 @@ def run_encode(config: RunConfig, folder: Path, num_verified: int) -> int:
             return EXIT_REQUEUE
         with all_ranks():
             if topology.rank == 0:
-                write_table(folder, index, encoder.recipe)
+                write_table(folder, index, encoder.recipe, stored_filters(index, config.data))
                 logger.info("%d samples in %s; train with data.bits_dir=%s", len(index), folder, folder)
     return EXIT_COMPLETE

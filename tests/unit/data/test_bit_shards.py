@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bitdance_scale.config.data_schema import DataFilter, DataSection, DataSource, Resolution
 from bitdance_scale.data import bit_shards
 from bitdance_scale.data.bit_shards import (
     HAS_BITS,
@@ -26,6 +28,7 @@ from bitdance_scale.data.bit_shards import (
     read_tables,
     shard_file,
     shard_meta,
+    stored_filters,
     write_bit_shard,
     write_table,
 )
@@ -33,6 +36,7 @@ from bitdance_scale.data.checksums import checksum32
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index
+from bitdance_scale.data.plan.selection import select
 from bitdance_scale.data.storage import open_files
 from bitdance_scale.errors import DataError
 from tests.unit.data.small_data import sample_members, write_tar
@@ -338,6 +342,116 @@ def test_a_table_that_is_written_again_stays_whole_for_a_running_job(index: Inde
     write_table(folder, index, RECIPE)
     assert store.read(7, 64).tobytes() == BitStore(folder, index, RECIPE).read(7, 64).tobytes()
     assert not list(folder.glob("*.writing"))
+
+
+@pytest.fixture
+def wide(make_config) -> DataSection:
+    """All 12 pictures at 64 px, six in a shard, of aspects 1 to 1.5 and with scores 0 to 5."""
+    return make_config(resolutions=(Resolution(side_px=64, share=1, buckets_px=((64, 64),)),)).data
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Index:
+    shards = [
+        {
+            f"{shard}{number}": sample_members(64, 64 + 6 * number, "a dog") | {"json": b'{"score": %d}' % number}
+            for number in range(6)
+        }
+        for shard in range(2)
+    ]
+    paths = [str(write_tar(tmp_path / f"pictures/{number}.tar", shard)) for number, shard in enumerate(shards)]
+    return build_index(paths, tmp_path / "pictures_index")
+
+
+def with_filters(data: DataSection, **bounds: float) -> DataSection:
+    """The data with filters of largest values."""
+    filters = tuple(DataFilter(column=column, max=value) for column, value in bounds.items())
+    return dataclasses.replace(data, filters=filters)
+
+
+def encode(folder: Path, index: Index, data: DataSection, recipe: dict) -> None:
+    """Makes bit shards with as many bits as `data` draws."""
+    drawn = select(index, data).eligible[0, 64].contains(np.arange(len(index)))
+    num_views = bit_shards.recipe_views(recipe)
+    for row in range(len(index.shards)):
+        samples: list[Bits] = [
+            b"bits" if drawn[sample] else None for sample in index.shard_samples(row) for _ in range(num_views)
+        ]
+        write_bit_shard(folder / shard_file(row), shard_meta(index, row, recipe), {64: samples})
+    write_table(folder, index, recipe, stored_filters(index, data))
+
+
+@pytest.mark.parametrize("num_views", [1, 3])
+@pytest.mark.parametrize("samples_at_once", [1, 4, 100])
+def test_bits_that_lack_what_filters_keep_now_are_refused_at_the_start(
+    pictures: Index, wide: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_views: int, samples_at_once
+) -> None:
+    monkeypatch.setattr(bit_shards, "_SAMPLES_AT_ONCE", samples_at_once)
+    recipe = {"num_bits": 32, "resolutions": {"64": [[64, 64]]}}
+    recipe |= {"augment": {"views": num_views}} if num_views > 1 else {}
+    # Samples 0 to 3 of each shard; and 0 to 4.
+    narrow, middle = with_filters(wide, aspect=1.3, score=9), with_filters(wide, score=4)
+    encode(tmp_path, pictures, narrow, recipe)
+    store = BitStore(tmp_path, pictures, recipe)
+    for fitting in (narrow, with_filters(wide, score=3), with_filters(wide, aspect=1.2)):
+        store.check_drawn(fitting)
+    refusal = (
+        rf"{tmp_path}/bits.json: %s samples that are drawn at 64 px were left out when the shards were encoded, the "
+        r"first is 04 of .*/0.tar. data.filters were \['-inf <= aspect <= 1.3, missing: drop', .*\] then and are %s now"
+        r". Run `bitdance encode` with this configuration, .*, or restore the filters"
+    )
+    with pytest.raises(DataError, match=refusal % ("4 of the 12", r"\[\]")):
+        store.check_drawn(wide)
+    with pytest.raises(DataError, match=refusal % ("2 of the 10", r"\['-inf <= score <= 4, missing: drop'\]")):
+        store.check_drawn(middle)
+
+
+def test_bits_of_the_same_filters_are_not_searched(
+    pictures: Index, wide: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the scores are others, which change no image and so no index hash."""
+    data, recipe = with_filters(wide, score=3), {"num_bits": 32, "resolutions": {"64": [[64, 64]]}}
+    encode(tmp_path, pictures, data, recipe)
+    with monkeypatch.context() as patch:
+        patch.delattr(bit_shards, "select")
+        BitStore(tmp_path, pictures, recipe).check_drawn(data)
+    members = sample_members(64, 64, "a dog")
+    scores = [{f"{n}{m}": members | {"json": b'{"score": %d}' % (5 - m)} for m in range(6)} for n in range(2)]
+    others = build_index([str(write_tar(tmp_path / f"{n}.tar", scores[n])) for n in range(2)], tmp_path / "others")
+    others.hash = pictures.hash
+    with pytest.raises(DataError, match="4 of the 8 samples .*, the first is 04 of"):
+        BitStore(tmp_path, others, recipe).check_drawn(data)
+
+
+def test_bits_of_earlier_versions_do_not_say_their_filters(pictures: Index, wide: DataSection, tmp_path: Path) -> None:
+    recipe, narrow = {"num_bits": 32, "resolutions": {"64": [[64, 64]]}}, with_filters(wide, score=3)
+    encode(tmp_path, pictures, narrow, recipe)
+    table = json.loads((tmp_path / TABLE_NAME).read_text())
+    del table["filters"]
+    (tmp_path / TABLE_NAME).write_text(json.dumps(table))
+    store = BitStore(tmp_path, pictures, recipe)
+    store.check_drawn(narrow)
+    with pytest.raises(DataError, match=r"data.filters were not stored then and are \[\] now"):
+        store.check_drawn(wide)
+
+
+def test_filters_of_one_source_are_not_those_of_another(pictures: Index, wide: DataSection, tmp_path: Path) -> None:
+    index, recipe = pictures.divided([1, 1]), {"num_bits": 32, "resolutions": {"64": [[64, 64]]}}
+    sources = tuple(DataSource(name=name, shards=(name,), share=1) for name in ("a", "b"))
+    data = {
+        name: dataclasses.replace(wide, sources=sources, filters=(DataFilter(column="score", max=3, source=name),))
+        for name in ("a", "b")
+    }
+    eligible = select(index, data["a"]).eligible
+    for row in range(2):
+        drawn = eligible[row, 64].contains(np.arange(6)).tolist()
+        bits: list[Bits] = [b"bits" if is_drawn else None for is_drawn in drawn]
+        write_bit_shard(tmp_path / shard_file(row), shard_meta(index, row, recipe), {64: bits})
+    write_table(tmp_path, index, recipe, stored_filters(index, data["a"]))
+    store = BitStore(tmp_path, index, recipe)
+    store.check_drawn(data["a"])
+    with pytest.raises(DataError, match="2 of the 6 samples .*, the first is 04 of .*/0.tar"):
+        store.check_drawn(data["b"])
 
 
 def test_other_formats_are_refused(index: Index, folder: Path, tmp_path: Path) -> None:
