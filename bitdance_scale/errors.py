@@ -5,18 +5,33 @@ Every message states where (file, field or shard), what value was found, which r
 
 from __future__ import annotations
 
+import re
+
 from bitdance_scale.credentials import hide_credentials
+
+# How Python keeps a byte of a file name that is no UTF-8.
+_BYTE = re.compile("[\udc80-\udcff]")
+
+
+def printable(text: str) -> str:
+    r"""A text as UTF-8 can say it: bytes of names in another encoding, and lone surrogates of JSON, become escapes.
+
+    `café.tar` in Latin-1 is `caf\xe9.tar`.
+    """
+    text = _BYTE.sub(lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", text)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class BitDanceError(Exception):
     """Base of the errors whose message is meant for the user; entry points print it without a traceback.
 
     Args:
-        message: credentials of a URL in it are hidden, as messages are printed, stored and sent to other ranks.
+        message: it is made `printable` and credentials of a URL in it are hidden, as messages are printed, stored and
+            sent to other ranks.
     """
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(hide_credentials(message))
+        super().__init__(hide_credentials(printable(message)))
 
 
 class ConfigError(BitDanceError):

@@ -21,8 +21,16 @@ import boto3
 import pytest
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": "hush-hush", "AWS_DEFAULT_REGION": "us-east-1"}
-FAULTS = ("refused", "reset", "cut", "other_range", "slow_start")
-WRITE_FAULTS = ("refused", "reset", "lost", "slow_start")
+FAULTS = ("refused", "throttled", "reset", "cut", "other_range", "slow_start")
+WRITE_FAULTS = ("refused", "throttled", "timed_out", "damaged", "reset", "lost", "slow_start")
+_ANSWERS = {
+    "refused": (503, ""),
+    "denied": (403, ""),
+    "throttled": (400, "Throttling"),
+    "timed_out": (400, "RequestTimeout"),
+    "damaged": (400, "BadDigest"),
+}
+"""Kind of a fault that is an answer -> its status, and the code of its error if it has one."""
 _START_TIMEOUT_S = 60
 _SLOW_S = 0.2
 
@@ -136,10 +144,13 @@ class FaultInjector:
         body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
         self.requests.append((request.command, request.path, len(body)))
         self.before(request.command, request.path)
-        if fault in ("refused", "denied"):
-            request.send_response(503 if fault == "refused" else 403)
-            request.send_header("Content-Length", "0")
+        if fault in _ANSWERS:
+            status, code = _ANSWERS[fault]
+            answer = f"<Error><Code>{code}</Code><Message>try again</Message></Error>".encode() if code else b""
+            request.send_response(status)
+            request.send_header("Content-Length", str(len(answer)))
             request.end_headers()
+            request.wfile.write(answer)
             return
         if fault == "reset":
             _reset(request)

@@ -19,11 +19,8 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import tarfile
-import threading
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,15 +28,19 @@ import numpy as np
 
 from bitdance_scale.atomic_files import replacing, write_text
 from bitdance_scale.config.data_schema import DataSection
-from bitdance_scale.config.schema import VisionSection
+from bitdance_scale.config.schema import RunConfig, VisionSection
 from bitdance_scale.config.vae_files import tokenizer_weights_file, vae_config_file
 from bitdance_scale.data.augment import stored_recipe
 from bitdance_scale.data.checksums import checksum32
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.image_decode import DECODE_VERSION
 from bitdance_scale.data.index.index import Index
-from bitdance_scale.data.plan.buckets import resolution_buckets
+from bitdance_scale.data.index.segment import SCORE
+from bitdance_scale.data.plan.buckets import EligibleSamples, resolution_buckets
+from bitdance_scale.data.plan.filters import SourceFilters
+from bitdance_scale.data.plan.selection import select
 from bitdance_scale.data.storage.faults import MISSING, unreadable
+from bitdance_scale.data.storage.open_files import OpenFiles
 from bitdance_scale.errors import DataError
 from bitdance_scale.vision.codes import code_bytes
 
@@ -50,6 +51,9 @@ META_NAME = "meta.json"
 HAS_BITS, NOT_ENCODED = 0, 255
 MAX_OPEN_SHARDS = 256
 _SETTING = "data.bits_dir"
+USTAR_BYTES = 1 << 33
+"""A header of USTAR cannot say the length of a member of so many bytes."""
+_SAMPLES_AT_ONCE = 1 << 20
 _CAUSES = tuple(ErrorCause)
 
 SHARD_ROW = np.dtype([("start", "<i8"), ("num_bytes", "<u4"), ("checksum", "<u4"), ("error_code", "u1")])
@@ -63,6 +67,9 @@ _USUAL = {"precision": "float32", "order": "block", "latents": "bits"}
 
 Bits = bytes | ErrorCause | None
 """One sample at one resolution: its packed bits, why it has none, or None if the resolution does not draw it."""
+StoredFilters = list[list[Any]]
+"""Of every source that has filters: its first sample, the sample after its last, and for each filter its range in words
+and the digest of the scores that it looks at, None of sizes. JSON values."""
 
 
 def recipe(data: DataSection, vision: VisionSection) -> dict[str, Any]:
@@ -97,6 +104,26 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def stored_filters(index: Index, data: DataSection) -> StoredFilters:
+    """What decides which samples of a data set have bits, besides the recipe.
+
+    Raises:
+        DataError: a filter names a column that the index does not have.
+    """
+    found: StoredFilters = []
+    for samples, source in zip(index.sources, data.active_sources, strict=True):
+        filters = [
+            [
+                f"{rule.min} <= {rule.column} <= {rule.max}, missing: {rule.missing}",
+                index.digests.get(SCORE + rule.column),
+            ]
+            for rule in SourceFilters(index, source, data.filters).rules
+        ]
+        if filters:
+            found.append([samples.start, samples.stop, filters])
+    return found
+
+
 def recipe_sides_px(recipe: Mapping[str, Any]) -> list[int]:
     """`side_px` of the resolutions that a recipe encodes."""
     return [int(side_px) for side_px in recipe["resolutions"]]
@@ -120,7 +147,11 @@ def write_bit_shard(path: Path, meta: Mapping[str, Any], resolutions: Mapping[in
         meta: what the bits were made from (`shard_meta`).
         resolutions: `side_px` -> bits of every view of every sample of the shard.
     """
-    with replacing(path, is_shared=True) as aside, tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
+    longest_bytes = max(
+        (sum(len(sample) for sample in samples if isinstance(sample, bytes)) for samples in resolutions.values()),
+        default=0,
+    )
+    with replacing(path, is_shared=True) as aside, tarfile.open(aside, "w", format=_tar_format(longest_bytes)) as tar:
         _add(tar, META_NAME, json.dumps(meta).encode())
         for side_px, samples in resolutions.items():
             contents = [sample if isinstance(sample, bytes) else b"" for sample in samples]
@@ -175,8 +206,14 @@ def shard_meta(index: Index, row: int, recipe: Mapping[str, Any]) -> dict[str, A
     return {"format": FORMAT, "recipe": dict(recipe), "num_samples": len(samples), "samples": digest.hexdigest()}
 
 
-def write_table(folder: Path, index: Index, recipe: Mapping[str, Any]) -> None:
+def write_table(folder: Path, index: Index, recipe: Mapping[str, Any], filters: StoredFilters | None = None) -> None:
     """Joins the tables of all bit shards in a folder. After that, the data set can be trained on.
+
+    Args:
+        folder: of the bit shards.
+        index: the data set.
+        recipe: of the bits.
+        filters: every sample that they keep, and that a resolution draws, has bits or a reason; None: not known.
 
     Raises:
         DataError: a bit shard is missing or damaged, or was made from other images or with another recipe.
@@ -211,6 +248,8 @@ def write_table(folder: Path, index: Index, recipe: Mapping[str, Any]) -> None:
         for table in tables.values():
             table.flush()
     values = {"format": FORMAT, "recipe": dict(recipe), "index": index.hash, "num_shards": len(index.shards)}
+    if filters is not None:
+        values["filters"] = filters
     write_text(folder / TABLE_NAME, json.dumps(values), is_shared=True)
 
 
@@ -255,8 +294,13 @@ class BitStore:
             made, wanted = found.get(name, _USUAL.get(name)), recipe.get(name, _USUAL.get(name))
             if made != wanted:
                 raise DataError(f"data.bits_dir: {path}: made with {name} = {made}, now it is {wanted}. {again}")
+        # Bits of earlier versions do not say them.
+        self._filters: StoredFilters | None = table.get("filters")
         self._tables = {side_px: self._open(side_px) for side_px in recipe_sides_px(recipe)}
-        self._shards = _OpenShards(self._folder, MAX_OPEN_SHARDS)
+        # Samples come in random order: reading ahead would read a hundred times what is used.
+        self._shards: OpenFiles[int] = OpenFiles(
+            lambda row: f"{folder}/{shard_file(row)}", MAX_OPEN_SHARDS, reads_ahead=False
+        )
 
     def read(self, sample: int, side_px: int, view: int = 0) -> np.ndarray:
         """uint8 [h * w, code bytes], the tokens of a view of a sample at a resolution, in the order of `vision.order`.
@@ -270,9 +314,7 @@ class BitStore:
         if error_code != HAS_BITS:
             self._raise(sample, side_px, error_code)
         try:
-            # This reference keeps the descriptor open until the read has ended, even if another thread evicts it.
-            file = self._shards.get(shard)
-            data = os.pread(file.descriptor, num_bytes, start)
+            data = self._shards.read(shard, start, num_bytes)
         except (OSError, ValueError, OverflowError, MemoryError) as error:
             raise self._unreadable(shard, start, num_bytes, repr(error)) from error
         if checksum32(data) != checksum or len(data) != num_bytes:
@@ -280,9 +322,46 @@ class BitStore:
             raise self._unreadable(shard, start, num_bytes, what)
         return np.ndarray((num_bytes // self._token_bytes, self._token_bytes), np.uint8, data)
 
+    def check_drawn(self, data: DataSection) -> None:
+        """Refuses bits without samples that a run draws: those which other filters left out when they were encoded.
+
+        The tables are searched only if the filters are not those of the bits.
+
+        Raises:
+            DataError: samples that a resolution draws have no bits; names how many, the first, and the filters.
+        """
+        now, then = stored_filters(self._index, data), self._filters
+        if now == then:
+            return
+        for (source, side_px), eligible in select(self._index, data).eligible.items():
+            count, first = 0, 0
+            for lacking in self._lacking(self._index.sources[source], side_px, eligible):
+                first = first if count else int(lacking[0])
+                count += len(lacking)
+            if count:
+                raise DataError(
+                    f"data.bits_dir: {self._folder / TABLE_NAME}: {count:,} of the {len(eligible):,} samples that are "
+                    f"drawn at {side_px} px were left out when the shards were encoded, the first is "
+                    f"{self._index.name(first)} of {self._index.shard_path(first)}. data.filters were "
+                    f"{_in_words(then)} then and are {_in_words(now)} now. Run `bitdance encode` with this "
+                    "configuration, which makes only the shards again that lack samples, or restore the filters."
+                )
+
     def close(self) -> None:
         """Closes the open files, each as soon as the last read in it has ended."""
         self._shards.close()
+
+    def _lacking(self, samples: range, side_px: int, eligible: EligibleSamples) -> Iterator[np.ndarray]:
+        """int64 [n] each, those of the samples of a source that are drawn at a resolution and were not encoded."""
+        table, num_views = self._tables[side_px], self._num_views
+        for start in range(samples.start, samples.stop, _SAMPLES_AT_ONCE):
+            stop = min(start + _SAMPLES_AT_ONCE, samples.stop)
+            # All views of a sample are encoded, or none is.
+            is_left_out = table["error_code"][start * num_views : stop * num_views : num_views] == NOT_ENCODED
+            numbers = np.arange(start, stop)[is_left_out]
+            lacking = numbers[eligible.contains(numbers - samples.start)]
+            if len(lacking):
+                yield lacking
 
     def _unreadable(self, shard: int, start: int, num_bytes: int, what: str) -> SampleError:
         path = self._folder / shard_file(shard)
@@ -316,55 +395,28 @@ class BitStore:
         return table
 
 
-class _OpenShards:
-    """A bounded number of open bit shards; the least recently used is closed first."""
+def check_bits(index: Index, config: RunConfig) -> None:
+    """Compares the bit shards of a run with what it draws, so that what they lack is found before training.
 
-    def __init__(self, folder: Path, max_open: int) -> None:
-        self._folder = folder
-        self._max_open = max_open
-        self._lock = threading.Lock()
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+    Args:
+        index: the data set, divided into its sources.
+        config: a run with `data.bits_dir`.
 
-    def get(self, row: int) -> _OpenShard:
-        """The open shard of a row of `Index.shards`.
-
-        Raises:
-            OSError: it cannot be opened.
-        """
-        try:
-            # No lock: each of the two is one step for other threads, which may evict the shard in between.
-            self._open.move_to_end(row)
-            return self._open[row]
-        except KeyError:
-            return self._add(row)
-
-    def close(self) -> None:
-        with self._lock:
-            self._open.clear()
-
-    def _add(self, row: int) -> _OpenShard:
-        # Not under the lock: a slow file server must not hold up reads of other shards.
-        shard = _OpenShard(f"{self._folder}/{shard_file(row)}")
-        with self._lock:
-            shard = self._open.setdefault(row, shard)
-            while len(self._open) > self._max_open:
-                self._open.popitem(last=False)
-        return shard
+    Raises:
+        DataError: there are no bits, they were made from other images or with another recipe, or they lack samples.
+    """
+    BitStore(config.data.bits_dir, index, recipe(config.data, config.vision)).check_drawn(config.data)
 
 
-class _OpenShard:
-    """A descriptor that closes with its last reference, so that eviction never closes it while a thread reads."""
+def _in_words(filters: StoredFilters | None) -> str:
+    if filters is None:
+        return "not stored"
+    return repr([text for _, _, found in filters for text, _ in found])
 
-    def __init__(self, path: str) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY)
-        if hasattr(os, "posix_fadvise"):
-            # Samples come in random order: reading ahead would read a hundred times what is used.
-            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+def _tar_format(longest_bytes: int) -> int:
+    """The format of a tar by its longest member: USTAR, or GNU's, whose headers take a block as well."""
+    return tarfile.USTAR_FORMAT if longest_bytes < USTAR_BYTES else tarfile.GNU_FORMAT
 
 
 def _error_code(sample: Bits) -> int:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from bitdance_scale.atomic_files import is_storage_fault
 from bitdance_scale.credentials import hide_credentials
+from bitdance_scale.errors import printable
 from bitdance_scale.observe.metrics import StepMetrics
 from bitdance_scale.observe.write_faults import WarningClock
 
@@ -102,10 +103,10 @@ class _ConsoleHandler(_Seldom):
 
 
 class _HidingFormatter(logging.Formatter):
-    """A formatter that hides credentials."""
+    """A formatter that hides credentials, and writes what UTF-8 cannot say as escapes."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return hide_credentials(super().format(record))
+        return hide_credentials(printable(super().format(record)))
 
 
 class _ConsoleFormatter(_HidingFormatter):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,12 +16,15 @@ from bitdance_scale.config.parallel_schema import ParallelSection
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.data.augment import num_stored_views, stored_views
 from bitdance_scale.data.bit_shards import (
+    NOT_ENCODED,
     Bits,
     read_tables,
     recipe,
     recipe_sides_px,
+    recipe_views,
     shard_file,
     shard_meta,
+    stored_filters,
     write_bit_shard,
     write_table,
 )
@@ -69,7 +72,7 @@ class Encoder:
         self.recipe = recipe(config.data, config.vision)
 
     def is_done(self, row: int) -> bool:
-        """Whether the bit shard of a row of the shard table is there, whole and of these images and settings.
+        """Whether the bit shard of a row of the shard table is there, whole, of these images and settings, with all drawn.
 
         Raises:
             UnreadableError: what is there cannot be read now.
@@ -78,7 +81,8 @@ class Encoder:
         if not path.exists():
             return False
         try:
-            return read_tables(path)[0] == shard_meta(self._index, row, self.recipe)
+            found, tables = read_tables(path)
+            return found == shard_meta(self._index, row, self.recipe) and not self._lacks(row, tables)
         except UnreadableError:
             raise
         except DataError as error:
@@ -102,6 +106,15 @@ class Encoder:
             # It would count as done.
             path.unlink(missing_ok=True)
             raise
+
+    def _lacks(self, row: int, tables: Mapping[int, np.ndarray]) -> bool:
+        """Whether a bit shard lacks samples that are drawn now: other filters left them out when it was made."""
+        samples, num_views = self._index.shard_samples(row), recipe_views(self.recipe)
+        numbers = np.arange(samples.start, samples.stop)
+        return any(
+            np.any(self._plan.buckets_px(numbers[table["error_code"][::num_views] == NOT_ENCODED], side_px))
+            for side_px, table in tables.items()
+        )
 
     def _encoded(self, samples: range, side_px: int) -> Iterator[Bits]:
         """The bits of a shard's samples in a class, in order, every view of each."""
@@ -237,6 +250,6 @@ def run_encode(config: RunConfig, folder: Path, num_verified: int) -> int:
             if failures:
                 raise DataError(first_few(failures))
             if topology.rank == 0:
-                write_table(folder, index, encoder.recipe)
+                write_table(folder, index, encoder.recipe, stored_filters(index, config.data))
                 logger.info("%d samples in %s; train with data.bits_dir=%s", len(index), folder, folder)
     return EXIT_COMPLETE

@@ -24,7 +24,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from bitdance_scale.atomic_files import NO_ROOM_ERRNOS, is_storage_fault, write_text
-from bitdance_scale.errors import BitDanceError
+from bitdance_scale.errors import BitDanceError, printable
 
 EXIT_COMPLETE = 0
 EXIT_REFUSED = 2
@@ -130,7 +130,7 @@ def tolerant_output() -> Iterator[None]:
 def _no_room(error: OSError) -> str:
     """The refusal for an error of a file system that is full or read-only."""
     where = error.filename or "a file of the run folder, or of a temporary folder of this node (TMPDIR)"
-    return (
+    return printable(
         f"{type(error).__name__}: {where}: cannot be written ({error.strerror}): make room, raise the quota or mount "
         "it for writing, and start again; a run goes on from its newest checkpoint"
     )

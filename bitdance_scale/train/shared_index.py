@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bitdance_scale.config.data_schema import DataSection
 from bitdance_scale.config.schema import RunConfig
+from bitdance_scale.data.bit_shards import check_bits
 from bitdance_scale.data.captions import DEFAULT_SOURCE
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index, default_index_dir, open_index, sources_index_dir
@@ -55,14 +56,16 @@ def run_index(config: RunConfig) -> Index | None:
 
 
 def labelled_index(config: RunConfig, held_out: Sequence[str] = ()) -> Index:
-    """`training_index` of a run, in which every image has a class if the network is class-conditional.
+    """`training_index` of a run, in which every image has the class and the stored bits that the run needs.
 
     Raises:
-        ConfigError, DataError: on every rank, as `training_index`, or which labels are missing or wrong.
+        ConfigError, DataError: on every rank, as `training_index`, or which labels or bits are missing or wrong.
     """
     index = training_index(config.data, held_out)
     if not config.model.parts.has_text:
         on_first_rank(lambda: check_labels(index, config))
+    if config.data.bits_dir:
+        on_first_rank(lambda: check_bits(index, config))
     return index
 
 

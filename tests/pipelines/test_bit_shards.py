@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,12 +27,14 @@ from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.image_decode import decode_image
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.loader import Loader
+from bitdance_scale.data.plan.plan import Plan
 from bitdance_scale.data.reader import ShardReader
 from bitdance_scale.errors import DataError, UnreadableError
 from bitdance_scale.observe.metrics import METRICS_FILE, read_metrics
 from bitdance_scale.sequence.tokens import load_text_tokenizer
 from bitdance_scale.train import encode_bits
-from bitdance_scale.train.shared_index import training_index
+from bitdance_scale.train.process import EXIT_REFUSED
+from bitdance_scale.train.shared_index import labelled_index, training_index
 from bitdance_scale.vision.tokenizer import VisionTokenizer
 from tests.distributed.small_demo import small_demo
 
@@ -208,6 +211,44 @@ def test_bits_that_cannot_be_read_now_are_not_made_again(
         with pytest.raises(UnreadableError, match=f"{path}: cannot be read now .Input/output error."):
             encoder.is_done(0)
     assert path.read_bytes() == content and encoder.is_done(0)
+
+
+def test_bits_that_lack_samples_are_refused_before_the_first_step_and_completed(
+    overrides: list[str], bits: Path, tmp_path: Path
+) -> None:
+    """The filters of the bits leave out what those of the run keep."""
+    folder = shutil.copytree(bits, tmp_path / "bits")
+    wider = [*overrides, "data.filters=[]", f"data.bits_dir={folder}"]
+    config = config_of(wider)
+    refusal = (
+        r"bits.json: \d+ of the \d+ samples .* were left out .* data.filters were \['-inf <= aspect <= 1.9, missing"
+    )
+    with pytest.raises(DataError, match=refusal):
+        labelled_index(config)
+    command = [sys.executable, "pipelines/pretrain.py", DEMO, *wider, f"run.root={tmp_path}", "run.name=run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == EXIT_REFUSED and re.search(refusal, done.stderr), done.stderr[-3000:]
+    assert not (tmp_path / "run" / METRICS_FILE).exists()
+
+    index = training_index(config.data)
+    plan = Plan(config.run.seed, index, config.data)
+    incomplete, before = [], {}
+    for row in range(len(index.shards)):
+        path, samples = folder / shard_file(row), index.shard_samples(row)
+        before[row] = path.stat().st_ino
+        for side_px, table in read_tables(path)[1].items():
+            is_drawn = plan.buckets_px(np.arange(samples.start, samples.stop), side_px)[:, 0] > 0
+            if np.any(is_drawn & (table["error_code"] == bit_shards.NOT_ENCODED)):
+                incomplete.append(row)
+    assert incomplete and encode_bits.run_encode(config, folder, 0) == 0
+    assert {row for row in before if (folder / shard_file(row)).stat().st_ino != before[row]} == set(incomplete)
+    for fitting in (config, config_of([*overrides, f"data.bits_dir={folder}"])):
+        assert len(labelled_index(fitting)) == len(index)
+    # With the former filters nothing lacks, and nothing is made again.
+    made = {path.name: path.stat().st_ino for path in folder.glob("*.tar")}
+    assert encode_bits.run_encode(config_of(overrides), folder, 0) == 0
+    assert {path.name: path.stat().st_ino for path in folder.glob("*.tar")} == made
 
 
 def test_an_image_that_cannot_be_read_leaves_its_shard_undone(overrides: list[str], tmp_path: Path) -> None:

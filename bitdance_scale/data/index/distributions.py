@@ -47,7 +47,8 @@ def plot(index: Index, out: Path) -> None:
     figure = Figure(figsize=(11, 2.8 * num_rows), layout="constrained")
     axes = figure.subplots(num_rows, 2, squeeze=False).flat
     for axis, (title, values, bins, scale) in zip(axes, panels, strict=False):
-        known = values[~np.isnan(values)] if values.dtype.kind == "f" else values
+        # Infinity, which a record may say, has no place on an axis.
+        known = values[np.isfinite(values)]
         axis.hist(known, bins=bins, color="#3567b0")
         axis.set(title=f"{title} ({len(known):,} samples)", xscale=scale, yticks=[])
     for axis in list(figure.axes)[len(panels) :]:

@@ -201,8 +201,8 @@ class Index:
         return self.texts(source or self.captions[0], np.array([sample]))[0][0]
 
     def name(self, sample: int) -> str:
-        """Key of a sample inside its shard."""
-        return self._texts(NAME, np.array([sample]))[0].decode("utf-8", errors="surrogateescape")
+        """Key of a sample inside its shard; bytes that are no UTF-8 as escapes."""
+        return self._texts(NAME, np.array([sample]))[0].decode("utf-8", errors="backslashreplace")
 
     def shard_row(self, sample: int) -> int:
         """Row in `shards` of the shard that holds a sample."""

@@ -111,10 +111,12 @@ def _num_without_caption(index: Index, row: int) -> int:
 
 
 def _describe(values: np.ndarray) -> str:
-    present = values[~np.isnan(values)]
-    num_missing = len(values) - len(present)
-    low, middle, high = np.quantile(present, (0, 0.5, 1)) if len(present) else (np.nan,) * 3
-    return f"{low:.4g} to {high:.4g}, median {middle:.4g}, missing in {num_missing}"
+    finite = values[np.isfinite(values)]
+    num_missing = np.count_nonzero(np.isnan(values))
+    num_infinite = len(values) - len(finite) - num_missing
+    low, middle, high = np.quantile(finite, (0, 0.5, 1)) if len(finite) else (np.nan,) * 3
+    infinite = f", infinite in {num_infinite}" if num_infinite else ""
+    return f"{low:.4g} to {high:.4g}, median {middle:.4g}, missing in {num_missing}{infinite}"
 
 
 def _num_skipped(entry: ShardEntry, typical: int) -> int:

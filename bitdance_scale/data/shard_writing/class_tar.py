@@ -15,8 +15,8 @@ import numpy as np
 
 from bitdance_scale.data.index.tar_scan import TarScan
 from bitdance_scale.data.shard_writing.picture_folder import PICTURE_EXTENSIONS
-from bitdance_scale.data.shard_writing.source import SourcePicture, digest_of, kind_of_file, shown
-from bitdance_scale.errors import DataError
+from bitdance_scale.data.shard_writing.source import SourcePicture, digest_of, kind_of_file
+from bitdance_scale.errors import DataError, printable
 from bitdance_scale.wording import first_few
 
 # Less than a picture, so that of most members little more than the header is read.
@@ -63,7 +63,7 @@ class ClassTar:
         with path.open("rb") as file:
             tars = self._tars(file.fileno(), left_out)
             for class_name, tar in tars.items():
-                named = f"{path}: {shown(tar.name)}"
+                named = f"{path}: {tar.name}"
                 for member in _members(file.fileno(), tar.offset, tar.num_bytes, named, left_out):
                     if member.extension in PICTURE_EXTENSIONS:
                         name = f"{class_name}/{member.name.removeprefix(f'{class_name}/')}"
@@ -88,11 +88,11 @@ class ClassTar:
                 content = os.pread(file.fileno(), picture.num_bytes, picture.offset)
                 if len(content) < picture.num_bytes:
                     raise DataError(f"{self._path}: has become shorter since packing began; fetch it again")
-                yield SourcePicture(shown(picture.name), content)
+                yield SourcePicture(printable(picture.name), content)
 
     def without_caption(self) -> Iterator[str]:
         """All pictures: a tar of classes has no captions."""
-        return map(shown, self.names)
+        return map(printable, self.names)
 
     def _tars(self, descriptor: int, left_out: Counter[str]) -> dict[str, _Member]:
         """Class -> its tar."""
@@ -102,14 +102,13 @@ class ClassTar:
                 class_name = member.base.removesuffix(member.base[-4:])
                 if class_name in tars:
                     raise DataError(
-                        f"{path}: {shown(tars[class_name].name)} and {shown(member.name)} are of the same class; a "
-                        "class has one tar"
+                        f"{path}: {tars[class_name].name} and {member.name} are of the same class; a class has one tar"
                     )
                 tars[class_name] = member
             elif member.extension in PICTURE_EXTENSIONS:
-                pictures.append(shown(member.name))
+                pictures.append(member.name)
             elif ".tar." in member.base or member.extension in ("tgz", "tbz2", "txz", "zip"):
-                raise DataError(f"{path}: {shown(member.name)} is compressed, and cannot be read in place; unpack it")
+                raise DataError(f"{path}: {member.name} is compressed, and cannot be read in place; unpack it")
             else:
                 left_out[kind_of_file(member.extension)] += 1
         if pictures and not tars:

@@ -15,7 +15,7 @@ import numpy as np
 
 from bitdance_scale.config.class_map import ClassMap, read_class_map
 from bitdance_scale.data.plan.permutation import Permutation
-from bitdance_scale.data.shard_writing.source import PictureSource, SourcePicture, digest_of, shown
+from bitdance_scale.data.shard_writing.source import PictureSource, SourcePicture, digest_of
 from bitdance_scale.errors import DataError
 from bitdance_scale.wording import first_few
 
@@ -58,7 +58,7 @@ class PicturesOfClasses:
         self, path: Path, kind: str, source: NamedPictures, class_names: Sequence[str], map_path: Path | None
     ) -> None:
         self.kind, self._source, self.left_out = kind, source, source.left_out
-        beside = [shown(name) for name in source.names if "/" not in name]
+        beside = [name for name in source.names if "/" not in name]
         if beside:
             raise DataError(
                 f"{path}: {len(beside)} pictures lie beside the folders of classes, and so have no class "
@@ -93,14 +93,14 @@ class PicturesOfClasses:
 def _class_map(path: Path, class_names: Sequence[str], filled: set[str], map_path: Path | None) -> ClassMap:
     if map_path is not None:
         classes = read_class_map(map_path)
-        lacking = sorted(map(shown, filled - set(classes.numbers)))
+        lacking = sorted(filled - set(classes.numbers))
         if lacking:
             raise DataError(
                 f"{map_path}: lacks {len(lacking)} of the {len(filled)} classes of {path} ({first_few(lacking)}); add "
                 "them to the map, or remove their pictures"
             )
         return classes
-    empty = sorted(map(shown, set(class_names) - filled))
+    empty = sorted(set(class_names) - filled)
     if empty and filled:
         raise DataError(
             f"{path}: {len(empty)} classes hold no pictures ({first_few(empty)}), and would take numbers from the "

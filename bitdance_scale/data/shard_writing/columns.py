@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,9 @@ OWN_FIELDS = frozenset(
 """Fields that the record has of its own; a column of the same name is left out."""
 NOT_STORED = object()
 """The value of a cell that a record cannot hold."""
+_MAX_DIGITS = 18
+"""A whole number of more is an identifier."""
+_NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.ASCII | re.IGNORECASE)
 
 
 def caption_column(columns: Sequence[str], wanted: str, where: str) -> str:
@@ -102,17 +106,16 @@ def record_columns(row: dict[str, Any], image: str = "", caption: str = "") -> d
 
 
 def numbers_of_texts(cells: list[str]) -> list[Any]:
-    """A column of a CSV: as numbers and None if it holds nothing but numbers and empty cells, or as it is."""
+    """A column of a CSV: as numbers and None if it holds nothing but numbers and empty cells, or as it is.
+
+    Numbers are those that programs write, `nan` and `inf` with them. Identifiers such as `2023_01` or of 20 digits, and
+    the digits of other scripts, would be numbers to Python as well.
+    """
     converted: list[Any] = []
     for cell in cells:
         text = cell.strip()
-        try:
-            converted.append(None if not text else int(text) if _is_whole(text) else float(text))
-        except ValueError:
+        is_whole = text.removeprefix("-").isdigit()
+        if text and (not _NUMBER.fullmatch(text) or (is_whole and len(text) > _MAX_DIGITS)):
             return cells
+        converted.append(None if not text else int(text) if is_whole else float(text))
     return converted if any(value is not None for value in converted) else cells
-
-
-def _is_whole(text: str) -> bool:
-    # A number with many digits is an identifier; Python refuses to read a text of thousands of digits.
-    return text.removeprefix("-").isdecimal() and len(text) < 19

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from bitdance_scale.atomic_files import is_storage_fault
 from bitdance_scale.data.shard_writing.captions import Caption, caption_of_value
 from bitdance_scale.data.shard_writing.columns import (
     CAPTION_COLUMNS,
@@ -23,8 +24,8 @@ from bitdance_scale.data.shard_writing.columns import (
 )
 from bitdance_scale.data.shard_writing.parquet import read_rows
 from bitdance_scale.data.shard_writing.picture_folder import PICTURE_EXTENSIONS, FoundFile, read_picture_file
-from bitdance_scale.data.shard_writing.source import SkippedPicture, SourcePicture, digest_of, shown
-from bitdance_scale.errors import DataError
+from bitdance_scale.data.shard_writing.source import SkippedPicture, SourcePicture, digest_of
+from bitdance_scale.errors import DataError, printable
 
 TABLE_EXTENSIONS = ("jsonl", "csv", "parquet")
 Row = dict[str, Any]
@@ -81,11 +82,11 @@ class MetadataFolder:
     def pictures(self, start: int, stop: int) -> Iterator[SourcePicture]:
         """The pictures from `start` to `stop`."""
         for name, named in zip(self._names[start:stop], self._rows[start:stop], strict=True):
-            yield SourcePicture(shown(name) or "(no name)", self._read(name), named.caption, named.columns)
+            yield SourcePicture(printable(name) or "(no name)", self._read(name), named.caption, named.columns)
 
     def without_caption(self) -> Iterator[str]:
         """The rows without a caption."""
-        return (shown(row.name) for row in self._rows if row.caption.problem is not None)
+        return (printable(row.name) for row in self._rows if row.caption.problem is not None)
 
     def _read(self, name: str) -> bytes | SkippedPicture:
         if not name:
@@ -105,13 +106,21 @@ def _named_rows(folder: Path, table: str, caption: str, image: str) -> list[_Nam
     found = []
     for row in rows:
         name = row.get(name_column)
-        name = name.replace("\\", "/").removeprefix("./") if isinstance(name, str) else ""
+        name = name.replace("\\", "/").removeprefix("./") if isinstance(name, str) and _may_be_named(name) else ""
         is_below = bool(name) and not name.startswith("/")
         name = f"{prefix}/{name}" if prefix and is_below else name
         found.append(
             _Named(name, caption_of_value(row.get(text_column)), record_columns(row, name_column, text_column))
         )
     return found
+
+
+def _may_be_named(name: str) -> bool:
+    """Whether a file may have a name; JSON can contain lone surrogates and zero bytes, which no name has."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def _read_table(path: Path, texts: set[str]) -> tuple[list[str], list[Row]]:
@@ -123,6 +132,10 @@ def _read_table(path: Path, texts: set[str]) -> tuple[list[str], list[Row]]:
         return _read_csv(path, texts) if extension == "csv" else _read_jsonl(path)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 (byte 0x{error.object[error.start]:02x}); save it as UTF-8") from error
+    except OSError as error:
+        if is_storage_fault(error):
+            raise
+        raise DataError(f"{path}: cannot be read ({error.strerror}); restore it, or move it away") from error
 
 
 def _read_csv(path: Path, texts: set[str]) -> tuple[list[str], list[Row]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,8 @@ from typing import Any
 from bitdance_scale.atomic_files import WRITING, replacing, write_text
 from bitdance_scale.data.shard_writing.tar_writer import TarWriter, read_samples
 from bitdance_scale.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 SETTINGS, REPORT, SKIPPED, HELD_OUT = "pack.json", "report.json", "skipped.jsonl", "held_out"
 _WORK, _LOCK = ".packing", "lock"
@@ -79,9 +82,12 @@ class OutputFolder:
         self._lock = (self._work / _LOCK).open("ab")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._lock.close()
             raise DataError(f"{self.path}: another process packs into this folder; wait for it or stop it") from error
+        except OSError as error:
+            # A file system without locks: another process cannot be seen.
+            logger.warning("%s: cannot be locked (%s); start no other packing into it", self.path, error.strerror)
         try:
             self._check_settings()
             # What a process that was killed has left half-written.

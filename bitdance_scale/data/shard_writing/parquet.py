@@ -16,8 +16,8 @@ import numpy as np
 from bitdance_scale.atomic_files import is_storage_fault
 from bitdance_scale.data.shard_writing.captions import caption_of_value
 from bitdance_scale.data.shard_writing.columns import caption_column, record_columns
-from bitdance_scale.data.shard_writing.source import SkippedPicture, SourcePicture, digest_of, shown
-from bitdance_scale.errors import DataError
+from bitdance_scale.data.shard_writing.source import SkippedPicture, SourcePicture, digest_of
+from bitdance_scale.errors import DataError, printable
 
 _ROWS_AT_ONCE = 8
 # A row group of this size is read from its start only, once for all its shards.
@@ -117,7 +117,7 @@ class ParquetPictures:
 
     def _picture(self, path: Path, row: int, cells: dict[str, Any]) -> SourcePicture:
         cell = cells[self._image]
-        name = f"{shown(path.relative_to(self._root).as_posix())}#{row}"
+        name = f"{printable(path.relative_to(self._root).as_posix())}#{row}"
         content: bytes | SkippedPicture
         if isinstance(cell, dict):
             columns = {"file_name": cell["path"]} if isinstance(cell.get("path"), str) else {}

@@ -17,9 +17,11 @@ import numpy as np
 
 from bitdance_scale.atomic_files import is_storage_fault
 from bitdance_scale.data.captions import MAX_TEXT_BYTES
+from bitdance_scale.data.data_errors import ErrorCause
 from bitdance_scale.data.shard_writing.captions import NO_CAPTION, Caption, caption_of_bytes
 from bitdance_scale.data.shard_writing.columns import record_columns
-from bitdance_scale.data.shard_writing.source import SkippedPicture, SourcePicture, digest_of, kind_of_file, shown
+from bitdance_scale.data.shard_writing.source import SkippedPicture, SourcePicture, digest_of, kind_of_file
+from bitdance_scale.errors import DataError, printable
 
 PICTURE_EXTENSIONS = frozenset(
     "jpg jpeg jpe jfif png webp gif bmp dib tif tiff jp2 j2k avif heic heif".split()  # noqa: SIM905 (one line)
@@ -48,11 +50,15 @@ def list_files(folder: Path) -> tuple[list[FoundFile], int]:
     """All files below a folder by the bytes of their paths, and how many names were left out for their leading dot.
 
     A folder that several links lead to is entered once.
+
+    Raises:
+        DataError: a folder cannot be read.
+        OSError: of storage that is failing.
     """
     found: list[FoundFile] = []
     num_hidden = 0
     seen: set[tuple[int, int]] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_folder):
         status = os.stat(parent)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
@@ -118,19 +124,24 @@ class PictureFolder:
         """The pictures from `start` to `stop`."""
         for file in self._pictures[start:stop]:
             content = read_picture_file(self._folder / file.name)
-            yield SourcePicture(shown(file.name), content, self._caption(file), self._record(file))
+            yield SourcePicture(printable(file.name), content, self._caption(file), self._record(file))
 
     def without_caption(self) -> Iterator[str]:
         """The pictures without a `.txt` file."""
-        return (shown(file.name) for file in self._pictures if file.stem not in self._captions)
+        return (printable(file.name) for file in self._pictures if file.stem not in self._captions)
 
     def _caption(self, picture: FoundFile) -> Caption:
         file = self._captions.get(picture.stem)
         if file is None:
             return NO_CAPTION
-        with open(self._folder / file.name, "rb") as opened:
-            # What is longer is no caption, and is not read.
-            return caption_of_bytes(opened.read(4 * MAX_TEXT_BYTES + 1))
+        try:
+            with open(self._folder / file.name, "rb") as opened:
+                # What is longer is no caption, and is not read.
+                return caption_of_bytes(opened.read(4 * MAX_TEXT_BYTES + 1))
+        except OSError as error:
+            if is_storage_fault(error):
+                raise
+            return NO_CAPTION if isinstance(error, FileNotFoundError) else Caption("", ErrorCause.INVALID_CAPTION)
 
     def _record(self, picture: FoundFile) -> dict[str, Any]:
         file = self._records.get(picture.stem)
@@ -138,7 +149,9 @@ class PictureFolder:
             return {}
         try:
             record = json.loads((self._folder / file.name).read_bytes())
-        except (ValueError, RecursionError):
+        except (OSError, ValueError, RecursionError) as error:
+            if is_storage_fault(error):
+                raise
             return {}
         return record_columns(record) if isinstance(record, dict) else {}
 
@@ -156,5 +169,9 @@ def _num_bytes(path: str) -> int:
         return -1
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _refuse_folder(error: OSError) -> None:
+    if is_storage_fault(error):
+        raise error
+    raise DataError(
+        f"{error.filename}: the folder cannot be read ({error.strerror}); make it readable, or move it away"
+    ) from error

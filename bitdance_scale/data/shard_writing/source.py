@@ -90,8 +90,3 @@ def digest_of(parts: Iterable[str | bytes]) -> str:
 def kind_of_file(extension: str) -> str:
     """What a file that is left out is counted as: `.gif`, or `no extension`; `extension` has no dot."""
     return f".{extension}" if extension else "no extension"
-
-
-def shown(name: str) -> str:
-    """A file name as text, with the bytes that are no UTF-8 written as escapes."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

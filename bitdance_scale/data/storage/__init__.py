@@ -3,6 +3,7 @@
     shards.py          data.shards, data.sources   -> paths of tars
     streams.py         data.shards that cannot be indexed: commands, http
     stores.py          path, offset, length        -> bytes, of a local file or an S3 object
+    open_files.py      local files that stay open, and reads in them that are repeated
     s3.py              the S3 side of it
     s3_client.py       requests to S3, their retries, listings; for s3.py and s3_files.py
     s3_files.py        whole files to and from S3, for checkpoints

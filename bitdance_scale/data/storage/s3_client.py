@@ -44,8 +44,31 @@ _MAX_CONNECTIONS = 64
 _CONNECT_TIMEOUT_S = 10
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 20.0
 _WARN_AFTER_S = 30.0
-_TEMPORARY_CODES = frozenset((408, 429, 500, 502, 503, 504))
-_CHANGED_CODES = frozenset((412,))
+_TEMPORARY_STATUSES = frozenset((408, 429, 500, 502, 503, 504, 509))
+_CHANGED_STATUSES = frozenset((412,))
+TEMPORARY_CODES = frozenset(
+    {
+        "BadDigest",
+        "BandwidthLimitExceeded",
+        "EC2ThrottledException",
+        "InternalError",
+        "LimitExceededException",
+        "PriorRequestNotComplete",
+        "ProvisionedThroughputExceededException",
+        "RequestLimitExceeded",
+        "RequestThrottled",
+        "RequestThrottledException",
+        "RequestTimeout",
+        "RequestTimeoutException",
+        "SlowDown",
+        "Throttling",
+        "ThrottledException",
+        "ThrottlingException",
+        "TooManyRequestsException",
+        "TransactionInProgressException",
+    }
+)
+"""Codes of errors that a retry may mend, whatever the status: those that boto3, whose retries are off here, retries."""
 
 
 @dataclass(frozen=True)
@@ -206,10 +229,10 @@ class S3Client:
                 continue
             except FAILURES as error:
                 reason = _reason(error)
-                code = _status(error)
-                if code is not None and code not in _TEMPORARY_CODES:
-                    hint = self._hint(403 if isinstance(error, _NO_CREDENTIALS) else code)
-                    raise ReadError(f"{what}: {reason}: {hint}", code in _CHANGED_CODES) from error
+                if not _is_temporary(error):
+                    status = _status(error)
+                    hint = self._hint(403 if isinstance(error, _NO_CREDENTIALS) else status)
+                    raise ReadError(f"{what}: {reason}: {hint}", status in _CHANGED_STATUSES) from error
             now_s = time.monotonic()
             if progress() > before:
                 begun_s, num_failures = now_s, 0
@@ -226,21 +249,21 @@ class S3Client:
             self._pause(random.uniform(0, min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**num_failures)))
             num_failures += 1
 
-    def _hint(self, code: int) -> str:
+    def _hint(self, status: int | None) -> str:
         """What to do about a status that another try would not change."""
-        if code == 403:
+        if status == 403:
             return f"the credentials of boto3 do not allow it; {self._names.denied}"
-        if code == 404:
+        if status == 404:
             return f"it does not exist; correct {self._names.path}"
-        return "it is shorter than it was" if code == 416 else "another try would not help"
+        return "it is shorter than it was" if status == 416 else "another try would not help"
 
 
 class WrongResponse(Exception):
-    """A response does not hold the range that was asked for."""
+    """A response does not hold what was asked for, and the next one may."""
 
 
 FAILURES = (ClientError, BotoCoreError, HTTPError, OSError, WrongResponse)
-"""What a request or its body raises when it fails; the status says whether a retry can help."""
+"""What a request or its body raises when it fails; code and status say whether a retry can help."""
 _NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError)
 _CONNECTION_ERRORS = (HTTPClientError, BotoConnectionError, IncompleteReadError)
 """The errors of boto3 that come from the connection and not from the request."""
@@ -265,6 +288,14 @@ def _total_bytes(response: dict[str, Any], begin: int) -> int:
     if span.partition("-")[0] != str(begin) or not total.isdigit():
         raise WrongResponse(f"asked for bytes from {begin} on, the response holds {content_range!r}")
     return int(total)
+
+
+def _is_temporary(error: Exception) -> bool:
+    """Whether a retry can help: by the code of the error, else by its status."""
+    if isinstance(error, ClientError) and error.response.get("Error", {}).get("Code") in TEMPORARY_CODES:
+        return True
+    status = _status(error)
+    return status is None or status in _TEMPORARY_STATUSES
 
 
 def _status(error: Exception) -> int | None:

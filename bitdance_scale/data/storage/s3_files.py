@@ -14,7 +14,14 @@ from typing import Any
 
 from bitdance_scale.config.data_schema import S3Section
 from bitdance_scale.config.schema import S3_SCHEME
-from bitdance_scale.data.storage.s3_client import FAILURES, S3Client, SettingNames, split_path
+from bitdance_scale.data.storage.s3_client import (
+    FAILURES,
+    TEMPORARY_CODES,
+    S3Client,
+    SettingNames,
+    WrongResponse,
+    split_path,
+)
 from bitdance_scale.data.storage.store_contract import ReadError, WriteError
 
 logger = logging.getLogger(__name__)
@@ -175,7 +182,15 @@ class S3Files(S3Client):
 
     def _delete(self, bucket: str, keys: list[str]) -> None:
         request = {"Bucket": bucket, "Delete": {"Objects": [{"Key": key} for key in keys], "Quiet": True}}
-        answer = self._send(lambda: self.boto.delete_objects(**request), f"{len(keys)} objects of {bucket}", 0)
+
+        def delete() -> Any:
+            answer = self.boto.delete_objects(**request)
+            for error in answer.get("Errors", ()):
+                if error.get("Code") in TEMPORARY_CODES:
+                    raise WrongResponse(f"{error.get('Key')} was not deleted ({error['Code']})")
+            return answer
+
+        answer = self._send(delete, f"{len(keys)} objects of {bucket}", 0)
         if errors := answer.get("Errors"):
             raise WriteError(f"{S3_SCHEME}{bucket}/{errors[0].get('Key')}: not deleted ({errors[0].get('Code')})")
 

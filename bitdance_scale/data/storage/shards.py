@@ -13,7 +13,7 @@ from bitdance_scale.config.data_schema import DataSource
 from bitdance_scale.config.schema import S3_SCHEME
 from bitdance_scale.credentials import WAY_OUT, find_credentials
 from bitdance_scale.data.storage.stores import Stores
-from bitdance_scale.errors import DataError
+from bitdance_scale.errors import DataError, printable
 
 _GLOB_CHARACTERS = frozenset("*?[")
 
@@ -85,7 +85,7 @@ def expand_shards(specs: Iterable[str], setting: str = "data.shards", stores: St
         Absolute paths, or `s3://BUCKET/KEY`, in the order of the specs.
 
     Raises:
-        DataError: a spec matches nothing, or a shard does not exist.
+        DataError: a spec matches nothing, a shard does not exist, or its path is not UTF-8.
     """
     paths: list[str] = []
     for spec in specs:
@@ -97,6 +97,12 @@ def expand_shards(specs: Iterable[str], setting: str = "data.shards", stores: St
             paths += [os.path.abspath(path) for path in _expand_spec(spec, setting)]
     if not paths:
         raise DataError(f"{setting} is empty: name at least one tar, folder, glob or brace list.")
+    for path in paths:
+        if printable(path) != path:
+            raise DataError(
+                f"{setting}: {path} is not UTF-8, in which the index stores paths. Rename the file or folder, or name "
+                "a symbolic link to it (ln -s)."
+            )
     return list(dict.fromkeys(paths))
 
 

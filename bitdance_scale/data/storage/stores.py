@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from bitdance_scale.config.data_schema import S3Section
 from bitdance_scale.config.schema import S3_SCHEME
+from bitdance_scale.data.storage.open_files import OpenFiles
 from bitdance_scale.data.storage.store_contract import ReadError, ShardState
 from bitdance_scale.errors import DataError
 
@@ -33,7 +33,7 @@ class Stores:
         self._max_open_files = max_open_files
         self._lock = threading.Lock()
         self._s3: S3Store | None = None
-        self._files = _Files(max_open_files)
+        self._files: OpenFiles[str] = OpenFiles(os.fspath, max_open_files)
 
     def __reduce__(self) -> tuple[type[Stores], tuple[S3Section, int]]:
         # Open files and a client stay in their process.
@@ -50,11 +50,15 @@ class Stores:
                 ignore it: their readers compare tar headers.
 
         Raises:
-            ReadError: the range cannot be read. Temporary failures of S3 are retried first (`data.s3.deadline_s`).
+            ReadError: the range cannot be read. Temporary failures of S3 are retried first (`data.s3.deadline_s`), and
+                so are faults of local storage, three times.
         """
         if path.startswith(S3_SCHEME):
             return self._objects().read(path, offset, num_bytes, tag)
-        return self._files.read(path, offset, num_bytes)
+        try:
+            return self._files.read(path, offset, num_bytes)
+        except OSError as error:
+            raise ReadError(error.strerror or str(error)) from error
 
     def prepare(self, shards: Iterable[tuple[str, int]]) -> None:
         """Checks before the first read that these shards can be read in random order.
@@ -104,49 +108,6 @@ class Stores:
 
                 self._s3 = S3Store(self._s3_section)
             return self._s3
-
-
-class _Files:
-    """A bounded number of open files; the least recently used is closed first."""
-
-    def __init__(self, max_open: int) -> None:
-        self._max_open = max_open
-        self._lock = threading.Lock()
-        self._open: OrderedDict[str, _OpenFile] = OrderedDict()
-
-    def read(self, path: str, offset: int, num_bytes: int) -> bytes:
-        try:
-            # This reference keeps the descriptor open until the read has ended, even if another thread evicts it.
-            file = self._file(path)
-            return os.pread(file.descriptor, num_bytes, offset)
-        except OSError as error:
-            raise ReadError(error.strerror or str(error)) from error
-
-    def close(self) -> None:
-        with self._lock:
-            self._open.clear()
-
-    def _file(self, path: str) -> _OpenFile:
-        with self._lock:
-            file = self._open.get(path)
-            if file is None:
-                file = self._open[path] = _OpenFile(path)
-                if len(self._open) > self._max_open:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(path)
-            return file
-
-
-class _OpenFile:
-    """A descriptor that closes with its last reference, so that eviction never closes it while a thread reads."""
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
 
 
 def _file_state(path: str) -> ShardState:

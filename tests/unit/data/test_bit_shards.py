@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -16,6 +17,7 @@ from typing import NoReturn
 import numpy as np
 import pytest
 
+from bitdance_scale.config.data_schema import DataFilter, DataSection, DataSource, Resolution
 from bitdance_scale.data import bit_shards
 from bitdance_scale.data.bit_shards import (
     HAS_BITS,
@@ -27,6 +29,7 @@ from bitdance_scale.data.bit_shards import (
     read_tables,
     shard_file,
     shard_meta,
+    stored_filters,
     write_bit_shard,
     write_table,
 )
@@ -34,6 +37,8 @@ from bitdance_scale.data.checksums import checksum32
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
 from bitdance_scale.data.index.build import build_index
 from bitdance_scale.data.index.index import Index
+from bitdance_scale.data.plan.selection import select
+from bitdance_scale.data.storage import open_files
 from bitdance_scale.errors import DataError, UnreadableError
 from tests.unit.data.small_data import sample_members, write_tar
 
@@ -84,6 +89,43 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
     assert table["checksum"].tolist() == [checksum32(b"red"), checksum32(b""), checksum32(b"")]
     start, num_bytes = int(table["start"][0]), int(table["num_bytes"][0])
     assert path.read_bytes()[start : start + num_bytes] == b"red"
+
+
+def test_bits_of_eight_gibibytes_have_a_header_that_is_read(tmp_path: Path) -> None:
+    """Latents of large pictures in many views are as long. The bits are a hole in the file here."""
+    path, num_bytes, table = tmp_path / shard_file(0), 1 << 33, np.zeros(3, SHARD_ROW)
+    blocks = bytearray()
+    for name, content in (("meta.json", json.dumps(META).encode()), ("64.bits", None), ("64.table", table.tobytes())):
+        info = tarfile.TarInfo(name)
+        info.size = num_bytes if content is None else len(content)
+        header = info.tobuf(bit_shards._tar_format(num_bytes))
+        assert len(header) == tarfile.BLOCKSIZE
+        blocks += header + (content or b"").ljust(-(-len(content or b"") // 512) * 512, b"\0")
+        if content is None:
+            place = len(blocks)
+    with path.open("wb") as file:
+        file.write(blocks[:place])
+        file.seek(num_bytes, os.SEEK_CUR)
+        file.write(blocks[place:] + bytes(2 * tarfile.BLOCKSIZE))
+    meta, tables = read_tables(path)
+    assert meta == META and tables[64].tolist() == table.tolist()
+    # One byte less has the header that it always had.
+    assert bit_shards._tar_format(num_bytes - 1) == tarfile.USTAR_FORMAT
+
+
+def test_only_long_bits_change_the_format_of_a_bit_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples: dict[int, list[Bits]] = {64: [b"red", b"blue", ErrorCause.BAD_IMAGE]}
+    contents = []
+    for limit, magic in ((8, b"ustar\x0000"), (7, b"ustar  \0")):
+        monkeypatch.setattr(bit_shards, "USTAR_BYTES", limit)
+        write_bit_shard(tmp_path / shard_file(0), META, samples)
+        content = (tmp_path / shard_file(0)).read_bytes()
+        assert content[257:265] == magic
+        meta, tables = read_tables(tmp_path / shard_file(0))
+        first, second, _ = tables[64]["start"].tolist()
+        assert meta == META and (content[first : first + 3], content[second : second + 4]) == (b"red", b"blue")
+        contents.append(content)
+    assert len(contents[0]) == len(contents[1])
 
 
 def test_every_sample_is_read_back(index: Index, folder: Path) -> None:
@@ -231,6 +273,28 @@ def test_a_missing_shard_is_an_error_of_its_samples(index: Index, folder: Path) 
     assert error.value.cause == ErrorCause.READ_FAILED
 
 
+def test_a_shard_that_fails_for_a_moment_is_opened_again(
+    index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, read, failed = BitStore(folder, index, RECIPE), os.pread, []
+    monkeypatch.setattr(open_files, "PAUSES_S", (0.0, 0.0))
+    assert store.read(0, 64).tobytes() == bits_of(0, 64)
+
+    def read_later(descriptor: int, num_bytes: int, start: int) -> bytes:
+        if len(failed) < 2:
+            failed.append(descriptor)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read(descriptor, num_bytes, start)
+
+    monkeypatch.setattr(os, "pread", read_later)
+    assert store.read(0, 64).tobytes() == bits_of(0, 64)
+    failed[:] = []
+    monkeypatch.setattr(open_files, "PAUSES_S", (0.0,))
+    with pytest.raises(SampleError, match="000000.tar, bytes .*Stale file handle") as error:
+        store.read(0, 64)
+    assert error.value.cause == ErrorCause.READ_FAILED
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("start", -1), ("start", 2**40), ("num_bytes", 2**31), ("num_bytes", 3), ("checksum", 0), ("shard", 99)],
@@ -279,6 +343,116 @@ def test_a_table_that_is_written_again_stays_whole_for_a_running_job(index: Inde
     write_table(folder, index, RECIPE)
     assert store.read(7, 64).tobytes() == BitStore(folder, index, RECIPE).read(7, 64).tobytes()
     assert not list(folder.glob("*.writing"))
+
+
+@pytest.fixture
+def wide(make_config) -> DataSection:
+    """All 12 pictures at 64 px, six in a shard, of aspects 1 to 1.5 and with scores 0 to 5."""
+    return make_config(resolutions=(Resolution(side_px=64, share=1, buckets_px=((64, 64),)),)).data
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Index:
+    shards = [
+        {
+            f"{shard}{number}": sample_members(64, 64 + 6 * number, "a dog") | {"json": b'{"score": %d}' % number}
+            for number in range(6)
+        }
+        for shard in range(2)
+    ]
+    paths = [str(write_tar(tmp_path / f"pictures/{number}.tar", shard)) for number, shard in enumerate(shards)]
+    return build_index(paths, tmp_path / "pictures_index")
+
+
+def with_filters(data: DataSection, **bounds: float) -> DataSection:
+    """The data with filters of largest values."""
+    filters = tuple(DataFilter(column=column, max=value) for column, value in bounds.items())
+    return dataclasses.replace(data, filters=filters)
+
+
+def encode(folder: Path, index: Index, data: DataSection, recipe: dict) -> None:
+    """Makes bit shards with as many bits as `data` draws."""
+    drawn = select(index, data).eligible[0, 64].contains(np.arange(len(index)))
+    num_views = bit_shards.recipe_views(recipe)
+    for row in range(len(index.shards)):
+        samples: list[Bits] = [
+            b"bits" if drawn[sample] else None for sample in index.shard_samples(row) for _ in range(num_views)
+        ]
+        write_bit_shard(folder / shard_file(row), shard_meta(index, row, recipe), {64: samples})
+    write_table(folder, index, recipe, stored_filters(index, data))
+
+
+@pytest.mark.parametrize("num_views", [1, 3])
+@pytest.mark.parametrize("samples_at_once", [1, 4, 100])
+def test_bits_that_lack_what_filters_keep_now_are_refused_at_the_start(
+    pictures: Index, wide: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_views: int, samples_at_once
+) -> None:
+    monkeypatch.setattr(bit_shards, "_SAMPLES_AT_ONCE", samples_at_once)
+    recipe = {"num_bits": 32, "resolutions": {"64": [[64, 64]]}}
+    recipe |= {"augment": {"views": num_views}} if num_views > 1 else {}
+    # Samples 0 to 3 of each shard; and 0 to 4.
+    narrow, middle = with_filters(wide, aspect=1.3, score=9), with_filters(wide, score=4)
+    encode(tmp_path, pictures, narrow, recipe)
+    store = BitStore(tmp_path, pictures, recipe)
+    for fitting in (narrow, with_filters(wide, score=3), with_filters(wide, aspect=1.2)):
+        store.check_drawn(fitting)
+    refusal = (
+        rf"{tmp_path}/bits.json: %s samples that are drawn at 64 px were left out when the shards were encoded, the "
+        r"first is 04 of .*/0.tar. data.filters were \['-inf <= aspect <= 1.3, missing: drop', .*\] then and are %s now"
+        r". Run `bitdance encode` with this configuration, .*, or restore the filters"
+    )
+    with pytest.raises(DataError, match=refusal % ("4 of the 12", r"\[\]")):
+        store.check_drawn(wide)
+    with pytest.raises(DataError, match=refusal % ("2 of the 10", r"\['-inf <= score <= 4, missing: drop'\]")):
+        store.check_drawn(middle)
+
+
+def test_bits_of_the_same_filters_are_not_searched(
+    pictures: Index, wide: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the scores are others, which change no image and so no index hash."""
+    data, recipe = with_filters(wide, score=3), {"num_bits": 32, "resolutions": {"64": [[64, 64]]}}
+    encode(tmp_path, pictures, data, recipe)
+    with monkeypatch.context() as patch:
+        patch.delattr(bit_shards, "select")
+        BitStore(tmp_path, pictures, recipe).check_drawn(data)
+    members = sample_members(64, 64, "a dog")
+    scores = [{f"{n}{m}": members | {"json": b'{"score": %d}' % (5 - m)} for m in range(6)} for n in range(2)]
+    others = build_index([str(write_tar(tmp_path / f"{n}.tar", scores[n])) for n in range(2)], tmp_path / "others")
+    others.hash = pictures.hash
+    with pytest.raises(DataError, match="4 of the 8 samples .*, the first is 04 of"):
+        BitStore(tmp_path, others, recipe).check_drawn(data)
+
+
+def test_bits_of_earlier_versions_do_not_say_their_filters(pictures: Index, wide: DataSection, tmp_path: Path) -> None:
+    recipe, narrow = {"num_bits": 32, "resolutions": {"64": [[64, 64]]}}, with_filters(wide, score=3)
+    encode(tmp_path, pictures, narrow, recipe)
+    table = json.loads((tmp_path / TABLE_NAME).read_text())
+    del table["filters"]
+    (tmp_path / TABLE_NAME).write_text(json.dumps(table))
+    store = BitStore(tmp_path, pictures, recipe)
+    store.check_drawn(narrow)
+    with pytest.raises(DataError, match=r"data.filters were not stored then and are \[\] now"):
+        store.check_drawn(wide)
+
+
+def test_filters_of_one_source_are_not_those_of_another(pictures: Index, wide: DataSection, tmp_path: Path) -> None:
+    index, recipe = pictures.divided([1, 1]), {"num_bits": 32, "resolutions": {"64": [[64, 64]]}}
+    sources = tuple(DataSource(name=name, shards=(name,), share=1) for name in ("a", "b"))
+    data = {
+        name: dataclasses.replace(wide, sources=sources, filters=(DataFilter(column="score", max=3, source=name),))
+        for name in ("a", "b")
+    }
+    eligible = select(index, data["a"]).eligible
+    for row in range(2):
+        drawn = eligible[row, 64].contains(np.arange(6)).tolist()
+        bits: list[Bits] = [b"bits" if is_drawn else None for is_drawn in drawn]
+        write_bit_shard(tmp_path / shard_file(row), shard_meta(index, row, recipe), {64: bits})
+    write_table(tmp_path, index, recipe, stored_filters(index, data["a"]))
+    store = BitStore(tmp_path, index, recipe)
+    store.check_drawn(data["a"])
+    with pytest.raises(DataError, match="2 of the 6 samples .*, the first is 04 of .*/0.tar"):
+        store.check_drawn(data["b"])
 
 
 def test_other_formats_are_refused(index: Index, folder: Path, tmp_path: Path) -> None:

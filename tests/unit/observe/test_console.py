@@ -128,6 +128,13 @@ def test_rank_0_logs_to_the_console_and_to_log_txt(tmp_path, capsys, restored_lo
     ]
 
 
+def test_names_of_another_encoding_are_logged_with_escapes(tmp_path, capsys, restored_logging):
+    setup_logging(tmp_path, rank=0)
+    logging.getLogger("elsewhere").warning("%s cannot be read", "caf\udce9.tar")
+    assert capsys.readouterr().out == "warning: caf\\xe9.tar cannot be read\n"
+    assert r"caf\xe9.tar cannot be read" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+
+
 def test_another_rank_logs_its_warnings_to_a_file_of_its_own(tmp_path, capsys, restored_logging):
     setup_logging(tmp_path, rank=3)
     file = tmp_path / "logs" / "rank_00003.txt"

@@ -115,6 +115,24 @@ def test_a_refusal_is_told_to_the_launcher_and_to_torchrun(tmp_path, monkeypatch
     assert failure.message["message"] == message
 
 
+def test_a_refusal_that_names_a_file_of_another_encoding_is_told_too(tmp_path, monkeypatch, capsys):
+    record = tmp_path / "exit_code"
+    monkeypatch.setenv(EXIT_RECORD, str(record))
+
+    def refuse() -> int:
+        raise ConfigError("caf\udce9.tar: sample caf\udce9 has no label")
+
+    def fill() -> int:
+        raise OSError(errno.ENOSPC, "said by the system", "/data/caf\udce9/metrics")
+
+    for action, message in ((refuse, r"caf\xe9.tar: sample caf\xe9 has no label"), (fill, r"/data/caf\xe9/metrics: ")):
+        assert run_process(action) == EXIT_REFUSED
+        assert message in capsys.readouterr().err
+        assert record.read_text() == f"{EXIT_REFUSED}\n"
+        assert message in Path(f"{record}{REFUSAL_SUFFIX}").read_text(encoding="utf-8")
+        record.unlink()
+
+
 def test_an_error_of_the_program_is_not_recorded(tmp_path, monkeypatch):
     monkeypatch.setenv(EXIT_RECORD, str(tmp_path / "exit_code"))
     with pytest.raises(ZeroDivisionError):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bitdance_scale.data.index.build import build_index
+from bitdance_scale.data.index.distributions import plot
 from bitdance_scale.data.index.index import Index
 from bitdance_scale.data.index.report import check_skipped, skipped_samples, summary, suspicious_shards
 from bitdance_scale.errors import DataError
@@ -57,6 +58,16 @@ def test_a_damaged_header_costs_its_sample_alone(shards: list[str], tmp_path: Pa
     assert skipped_samples(index) == {shards[2]: 1}
     ((path, reason),) = suspicious_shards(index)
     assert path == shards[2] and "byte 0: the tar header fails its checksum" in reason
+
+
+def test_scores_that_are_infinite_are_counted_and_not_drawn(tmp_path: Path) -> None:
+    """1e39 is more than a float32 holds; Python writes Infinity."""
+    jpg, scores = sample_members(16, 16, None)["jpg"], ("0.5", "1.5", "2", "1e39", "Infinity", "-Infinity", "null")
+    samples = {str(n): {"jpg": jpg, "json": b'{"score": %s}' % value.encode()} for n, value in enumerate(scores)}
+    index = index_of([str(write_tar(tmp_path / "0.tar", samples))], tmp_path)
+    assert "score score: 0.5 to 2, median 1.5, missing in 1, infinite in 3" in summary(index)
+    plot(index, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
 def test_shards_that_look_wrong(tmp_path: Path) -> None:

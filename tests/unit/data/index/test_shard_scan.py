@@ -18,6 +18,13 @@ from bitdance_scale.errors import DataError
 from tests.unit.data.small_data import encode_image, write_tar
 
 
+def test_keys_of_another_encoding_are_named_with_escapes(tmp_path: Path) -> None:
+    """Messages name them, and are stored as UTF-8."""
+    samples = {"caf\udce9": {"jpg": encode_image(20, 30)}, "größe": {"jpg": encode_image(20, 30)}}
+    index = build_index([str(write_tar(tmp_path / "0.tar", samples))], tmp_path / "index")
+    assert [index.name(sample) for sample in range(2)] == ["caf\\xe9", "größe"]
+
+
 def test_captions_sizes_and_errors(tmp_path: Path) -> None:
     jpg = encode_image(20, 30)
     record = json.dumps({"caption": "from json", "width": 30, "height": 20}).encode()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
 
 import pytest
 
+from bitdance_scale.data.shard_writing.columns import numbers_of_texts
 from bitdance_scale.data.shard_writing.pack import PackOptions, pack_source
 from bitdance_scale.errors import DataError
 from tests.unit.data.shard_writing.small_sources import records_of, skipped_of, write
@@ -47,6 +49,14 @@ def test_jsonl(tmp_path):
     assert skipped_of(tmp_path / "out") == dict.fromkeys(("gone.jpg", "../outside.jpg", "(no name)"), "missing_file")
 
 
+def test_rows_with_names_that_no_file_has(tmp_path):
+    source = pictures(tmp_path / "source", "1.jpg")
+    rows = [{"file_name": name, "text": "x"} for name in ("1.jpg", "\ud800.jpg", "1.jpg\0")]
+    jsonl(source / "metadata.jsonl", *rows)
+    report = pack_source(source, tmp_path / "out")
+    assert report["num_packed"] == 1 and report["skipped"] == {"missing_file": 2}
+
+
 def test_csv(tmp_path):
     source = pictures(tmp_path / "source", "1.jpg", "2.jpg", "3.jpg")
     text = (
@@ -62,6 +72,43 @@ def test_csv(tmp_path):
     assert [records[f"{n}.jpg"].get("score") for n in (1, 2, 3)] == [0.5, None, None]
     assert [records[f"{n}.jpg"]["year"] for n in (1, 2, 3)] == [1999, 2001, -3]
     assert [records[f"{n}.jpg"]["mixed"] for n in (1, 2, 3)] == ["7", "seven", "1"]
+    assert [records[f"{n}.jpg"]["long_id"] for n in (1, 2, 3)] == [f"1234567890123456789{n}" for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (["1", " -2 ", "", "+3", "4.", ".5", "6e-2", "1E3"], [1, -2, None, 3.0, 4.0, 0.5, 0.06, 1000.0]),
+        # Identifiers, digits of other scripts, and what only Python takes for numbers.
+        (["2023_01", "2023_02"], None),
+        (["1_000.5"], None),
+        (["\u0661\u0662"], None),
+        (["\uff11\uff12"], None),
+        (["1.\u0665"], None),
+        (["\u00b2"], None),
+        (["0x10"], None),
+        (["1e"], None),
+        (["123456789012345678", "1e20"], [123456789012345678, 1e20]),
+        (["1", "1234567890123456789"], None),
+        (["."], None),
+        (["1", "infinite"], None),
+        (["", " "], None),
+    ],
+)
+def test_what_is_a_number_in_a_csv(cells, expected):
+    assert numbers_of_texts(cells) == (cells if expected is None else expected)
+
+
+def test_numbers_that_are_not_finite_are_no_texts():
+    found = numbers_of_texts(["0.5", "NaN", "-inf", "Infinity", "1e400"])
+    assert found[0] == 0.5 and math.isnan(found[1]) and found[2:] == [-math.inf, math.inf, math.inf]
+
+
+def test_a_table_that_cannot_be_read_is_refused(tmp_path):
+    source = pictures(tmp_path / "source", "1.jpg")
+    (source / "metadata.csv").symlink_to("metadata.csv")
+    with pytest.raises(DataError, match=r"metadata.csv: cannot be read \(Too many levels.*\); restore it"):
+        pack_source(source, tmp_path / "out")
 
 
 def test_a_caption_column_that_looks_like_numbers_stays_text(tmp_path):

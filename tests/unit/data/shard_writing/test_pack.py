@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from bitdance_scale.data.index.build import build_index
+from bitdance_scale.data.shard_writing import output_folder, picture_folder
 from bitdance_scale.data.shard_writing.pack import PackOptions, cut_shards, is_held_out, pack_source
 from bitdance_scale.data.storage.shards import expand_shards
 from bitdance_scale.errors import DataError
@@ -161,6 +164,61 @@ def test_a_record_beside_a_picture_adds_its_fields(tmp_path):
     assert "punsafe" not in records["b.jpg"]
 
 
+@pytest.mark.parametrize(
+    ("link", "problem"),
+    [("gone", "missing_caption"), ("a.txt", "invalid_caption")],
+)
+def test_what_lies_beside_a_picture_and_cannot_be_read_is_not_there(tmp_path, link, problem):
+    """A link that leads nowhere, and one to itself, which is another error."""
+    source = tmp_path / "source"
+    write(source / "a.jpg", encode_image(40, 50))
+    (source / "a.txt").symlink_to(link)
+    (source / "a.json").symlink_to(link.replace("txt", "json"))
+    write(source / "b.jpg", encode_image(40, 50))
+    write(source / "b.txt", "fine")
+    report = pack_source(source, tmp_path / "out")
+    assert report["num_packed"] == 2 and report["captions"] == {problem: 1}
+    assert pack_source(source, tmp_path / "skipping", PackOptions(missing_caption="skip"))["skipped"] == {problem: 1}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.json"])
+def test_storage_that_fails_beside_a_picture_stops_the_run(tmp_path, monkeypatch, name):
+    source = tmp_path / "source"
+    write(source / "a.jpg", encode_image(40, 50))
+    write(source / "a.txt", "a caption")
+    write(source / "a.json", "{}")
+    opened = open
+
+    def failing(path, *details):
+        if Path(path).name == name:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return opened(path, *details)
+
+    def failing_bytes(path):
+        with failing(path, "rb") as file:
+            return file.read()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(picture_folder, "open", failing, raising=False)
+        patch.setattr(Path, "read_bytes", failing_bytes)
+        with pytest.raises(OSError, match="Input/output error"):
+            pack_source(source, tmp_path / "out", SMALL)
+    assert pack_source(source, tmp_path / "out", SMALL)["captions"] == {}
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    source, scandir = make_folder(tmp_path / "source", 3), os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("part 1"):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"part 1: the folder cannot be read \(Permission denied\); make it readable"):
+        pack_source(source, tmp_path / "out")
+
+
 def test_damaged_pictures_are_reported_by_cause(tmp_path):
     source = make_folder(tmp_path / "source", 6)
     whole = noise(64, 64)
@@ -271,8 +329,6 @@ def test_a_disk_without_room_is_refused_at_the_start(tmp_path, monkeypatch):
 
 
 def test_storage_that_fails_stops_the_run_and_loses_nothing(tmp_path, monkeypatch):
-    import errno
-
     source = make_folder(tmp_path / "source")
     read_bytes = Path.read_bytes
 
@@ -307,7 +363,15 @@ def test_sources_that_are_none(tmp_path, make, message):
 
 
 def test_two_processes_do_not_pack_into_one_folder(tmp_path):
-    from bitdance_scale.data.shard_writing.output_folder import OutputFolder
-
-    with OutputFolder(tmp_path / "out", {}, 1), pytest.raises(DataError, match="another process packs"):
+    with output_folder.OutputFolder(tmp_path / "out", {}, 1), pytest.raises(DataError, match="another process packs"):
         pack_source(make_folder(tmp_path / "source", 3), tmp_path / "out")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_packed_into(tmp_path, monkeypatch, caplog, code):
+    def flock(file, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(output_folder.fcntl, "flock", flock)
+    assert pack_source(make_folder(tmp_path / "source", 3), tmp_path / "out")["num_packed"] == 3
+    assert f"out: cannot be locked ({os.strerror(code)})" in caplog.text

@@ -10,6 +10,9 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pytest
+from botocore.exceptions import ClientError
+from botocore.loaders import create_loader
+from botocore.retries import standard
 
 from bitdance_scale.config.data_schema import S3Section
 from bitdance_scale.data.data_errors import ErrorCause, SampleError
@@ -97,6 +100,30 @@ def test_temporary_failures_are_retried(
     assert found == [content[offset : offset + num_bytes] for offset, num_bytes in ranges]
     assert injector.counts[kind] > 5
     assert (store.num_retries > 5) == (kind != "slow_start")
+
+
+def test_all_that_boto_retries_is_retried(server: str) -> None:
+    """By its lists, as its own retries are off: for all services and for S3, in its first and in its standard mode."""
+    table = create_loader().load_data("_retry")
+    policies = table["retry"]["__default__"]["policies"] | table["retry"]["s3"]["__default__"]["policies"]
+    found = [policy if "$ref" not in policy else table["definitions"][policy["$ref"]] for policy in policies.values()]
+    answers = [policy["applies_when"]["response"] for policy in found if "response" in policy["applies_when"]]
+    errors = [(answer["http_status_code"], answer.get("service_error_code", "")) for answer in answers]
+    transient, throttled = standard.TransientRetryableChecker, standard.ThrottledRetryableChecker
+    errors += [(400, code) for code in (*transient._TRANSIENT_ERROR_CODES, *throttled._THROTTLED_ERROR_CODES)]
+    errors += [(status, "") for status in transient._TRANSIENT_STATUS_CODES]
+    assert {(400, "RequestTimeout"), (400, "BadDigest"), (400, "Throttling"), (509, "")} <= set(errors)
+    store = S3Store(section(server), pause=lambda _: None)
+    for number, (status, code) in enumerate(errors):
+        failures = iter([ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "x")])
+
+        def attempt(failures: Iterator[ClientError] = failures) -> bool:
+            for failure in failures:
+                raise failure
+            return True
+
+        store.until_done(attempt, f"status {status} with the code {code!r}", lambda: 0)
+        assert store.num_retries == number + 1
 
 
 def test_a_broken_body_resumes_where_it_broke(injector: FaultInjector, remote, data_set) -> None:

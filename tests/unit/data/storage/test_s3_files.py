@@ -135,6 +135,26 @@ def test_a_write_that_is_denied_leaves_the_object_and_no_parts(
     assert uploads.get("Uploads", []) == []
 
 
+def test_objects_that_were_not_deleted_for_now_are_deleted_later(files: S3Files) -> None:
+    """S3 answers with status 200 and names them, and the reason of each."""
+    paths = [f"s3://{BUCKET}/deleted/{number}" for number in range(3)]
+    for path in paths:
+        files.write(path, b"content")
+    codes = ["SlowDown", "InternalError"]
+
+    def leave_one(parsed: dict, **_: object) -> None:
+        if codes:
+            parsed["Errors"] = [{"Key": "deleted/1", "Code": codes.pop()}]
+
+    files.boto.meta.events.register("after-call.s3.DeleteObjects", leave_one)
+    files.delete(paths)
+    assert files.num_retries == 2 and codes == [] and files.listed(f"s3://{BUCKET}/deleted/") == {}
+    codes.append("AccessDenied")
+    with pytest.raises(WriteError, match=r"deleted/1: not deleted \(AccessDenied\)"):
+        files.delete(paths)
+    assert files.num_retries == 2
+
+
 def test_an_error_of_the_caller_ends_a_write_between_two_parts(files: S3Files, source: Path) -> None:
     left = iter([None, None])
     with pytest.raises(StopIteration):

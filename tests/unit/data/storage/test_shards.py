@@ -49,6 +49,22 @@ def test_missing_shards(folder: Path, spec: str, message: str) -> None:
         names(folder, spec)
 
 
+@pytest.mark.parametrize(("spec", "place"), [("caf\udce9", ""), ("", "caf\udce9.tar"), ("*", "caf\udce9/0.tar")])
+def test_paths_that_are_not_utf8_are_refused(tmp_path: Path, spec: str, place: str) -> None:
+    """In folders that are named, and in those that are listed; the index could not store them."""
+    path = tmp_path / "data" / spec.replace("*", "") / (place or "0.tar")
+    try:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"")
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    with pytest.raises(DataError, match=r"data.shards: /.*/caf\\xe9.*is not UTF-8, in which the index stores paths"):
+        expand_shards([str(tmp_path / "data" / spec)])
+    link = tmp_path / "link.tar"
+    link.symlink_to(path)
+    assert expand_shards([str(link)]) == [str(link)]
+
+
 def test_nothing_and_other_stores_are_refused() -> None:
     with pytest.raises(DataError, match="data.shards is empty"):
         expand_shards([])
