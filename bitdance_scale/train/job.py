@@ -217,11 +217,15 @@ class Job(abc.ABC):
 
     @abc.abstractmethod
     def finish(self) -> None:
-        """Exports, and says where everything is, after the last step."""
+        """Exports, and says where everything is, after the last step; a collective.
+
+        Raises:
+            Exception: on all ranks, what went wrong on any.
+        """
 
     @abc.abstractmethod
     def complete(self) -> None:
-        """Makes what a run lacks that was killed between its last checkpoint and its end."""
+        """Makes what a run lacks that was killed between its last checkpoint and its end; raises as `finish` does."""
 
     def write_config(self) -> None:
         """Writes config.toml, and keeps what it was where a resumed run has other settings.

@@ -293,9 +293,13 @@ class TextToImageJob(Job):
 
     def finish(self) -> None:
         """Prints the loss table and where everything is."""
-        if self.topology.rank == 0:
-            with tolerant_output():
-                print("\n" + show_result(self.run_folder), flush=True)
+        with all_ranks():
+            if self.topology.rank == 0:
+                self._show_result()
+
+    def _show_result(self) -> None:
+        with tolerant_output():
+            print("\n" + show_result(self.run_folder), flush=True)
 
     def complete(self) -> None:
         """Makes the losses on held-out images, pictures and scores of the last step, if they are not there."""
@@ -314,7 +318,7 @@ class TextToImageJob(Job):
                     if result is not None:
                         write_result(self.run_folder, result)
                 draw_overview(self.run_folder)
-                self.finish()
+                self._show_result()
 
     def _lacks_evaluation(self) -> bool:
         if self._evaluator is None:

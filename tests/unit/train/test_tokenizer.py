@@ -22,7 +22,7 @@ from bitdance_scale.demo.shards import write_shards
 from bitdance_scale.errors import ConfigError, DataError
 from bitdance_scale.evaluation.pixels import psnr_db
 from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE, read_records
-from bitdance_scale.train.tokenizer import _held_out_images, run_tokenizer
+from bitdance_scale.train.tokenizer import TokenizerJob, _held_out_images, run_tokenizer
 from bitdance_scale.train.tokenizer_evaluation import evaluate
 from bitdance_scale.train.tokenizer_networks import Outputs, TokenizerNetworks
 from bitdance_scale.train.tokenizer_objective import Crops, edge_loss
@@ -186,6 +186,55 @@ def test_averages_change_nothing_that_is_trained_and_resume_exactly(shards: Path
     for folder, prefix in (("plain/weights", "optimizer.average."), ("again", "model.")):
         published = load_file(tmp_path / folder / "ae.safetensors")
         assert all(torch.equal(published[name], value) for name, value in part(last, prefix).items())
+
+
+def test_a_longer_run_that_is_killed_before_its_end_leaves_its_own_weights(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = (*EVERY_STEP, "evaluate.every_steps=100")
+    assert run_tokenizer(small_config(shards, tmp_path, *settings, "run.steps=1")) == 0
+    longer = small_config(shards, tmp_path, *settings, "run.steps=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenizerJob, "finish", fail)
+        with pytest.raises(RuntimeError, match="cannot go on"):
+            run_tokenizer(longer)
+    file, last = tmp_path / "weights" / "ae.safetensors", part(stored_tensors(tmp_path, 2), "model.")
+    assert not torch.equal(load_file(file)["encoder.conv_in.weight"], last["encoder.conv_in.weight"])
+    assert run_tokenizer(longer) == 0
+    published = load_file(file)
+    assert all(torch.equal(published[name], value) for name, value in last.items())
+    # Once they are there nothing is written, unless one of the two files is missing or of other settings.
+    written_ns = file.stat().st_mtime_ns
+    assert run_tokenizer(longer) == 0 and file.stat().st_mtime_ns == written_ns
+    (file.parent / "ae_config.json").unlink()
+    assert run_tokenizer(longer) == 0 and (file.parent / "ae_config.json").is_file()
+    assert run_tokenizer(small_config(shards, tmp_path, *settings, "run.steps=2", "run.output_dtype=bfloat16")) == 0
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
+    evaluations = read_records(tmp_path / "demo_tokenizer" / EVALUATION_FILE, TokenizerEvaluation)
+    assert [evaluation.step for evaluation in evaluations] == [0, 1, 2]
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("cannot go on")
+
+
+def test_an_error_in_the_last_measurement_is_no_complete_run(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = (*AVERAGED, "run.steps=1", "evaluate.every_steps=100", "evaluate.weights=trained")
+    config = small_config(shards, tmp_path, *settings)
+    calls: list[int] = []
+
+    def evaluate_or_fail(*arguments: object) -> object:
+        calls.append(1)
+        # Before the first step and after the last with the trained weights, and then with those that are written.
+        return evaluate(*arguments) if len(calls) < 3 else fail()
+
+    monkeypatch.setattr("bitdance_scale.train.tokenizer.evaluate", evaluate_or_fail)
+    for _ in ("at the end of the run", "in a run that is complete"):
+        with pytest.raises(RuntimeError, match="cannot go on"):
+            run_tokenizer(config)
+    assert not (tmp_path / "weights").exists()
 
 
 def test_psnr_by_hand():
