@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,6 +170,11 @@ TOKENIZER_EFFECTS: Mapping[str, Effect] = _SHARED | {
 }
 """The same of the training of the visual tokenizer."""
 
+_LOSS_SECTIONS = frozenset(
+    {"loss", "head", "vision", "text", "data", "lora", "reconstruction", "quantiser", "adversarial"}
+)
+"""Sections of what the loss is, and of what it is a loss on. The others say how steps are taken and measured."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -230,6 +235,11 @@ def changes(old_text: str, config: AnyConfig) -> list[Change]:
             effect = Effect.FREE
         found.append(Change(setting, before, value, effect))
     return found
+
+
+def changes_losses(found: Iterable[Change]) -> bool:
+    """Whether losses and gradients after these changes may be of another scale than those before."""
+    return any(change.effect is Effect.TOLD and change.setting.partition(".")[0] in _LOSS_SECTIONS for change in found)
 
 
 def settings(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

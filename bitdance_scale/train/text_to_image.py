@@ -355,6 +355,8 @@ class TextToImageJob(Job):
     def _resume(self, path: Path, base: Base | None) -> None:
         if base is not None:
             on_first_rank(lambda: check_base(path, base))
+        # Once more, as it may be an older one than the newest, with other settings.
+        told = on_first_rank(lambda: check_resume(path, self.config))
         state = load_checkpoint(
             path,
             self._engine.trained_values(),
@@ -365,7 +367,7 @@ class TextToImageJob(Job):
         self._engine.set_optimizer_step(state.optimizer["step"])
         self._loader_state = state.loader
         self._release = state.release
-        self.guards.restore(state.guards)
+        self.restore_guards(state.guards, told)
         self.progress = Progress(
             step=state.step,
             images=state.images,

@@ -396,7 +396,7 @@ class TokenizerJob(Job):
 
     def _resume(self, path: Path) -> None:
         state = on_first_rank(lambda: read_state_of(path, TokenizerState), other=CheckpointError)
-        on_first_rank(lambda: check_resume(path, self.config))
+        told = on_first_rank(lambda: check_resume(path, self.config))
         on_first_rank(lambda: check_discriminator(path, self.config), other=CheckpointError)
         if state.data_digest != self._state.data_digest:
             raise ConfigError(
@@ -404,8 +404,9 @@ class TokenizerJob(Job):
                 "data.images_px, data.max_zoom or run.seed: the data order would not go on. Restore them, or give the "
                 "run another name."
             )
-        self.guards.restore(state.guards)
         load_tensors(path, self.model_values(), self.optimizer_values())
+        # Not before: where the tensors are damaged, an older checkpoint is loaded in this one's place.
+        self.restore_guards(state.guards, told)
         self._networks.restore(
             state.step - state.skipped_steps - self.guards.num_refused_steps, state.discriminator_updates
         )

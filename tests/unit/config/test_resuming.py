@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from bitdance_scale.config.load import dump_toml, load_config
-from bitdance_scale.config.resuming import EFFECTS, TOKENIZER_EFFECTS, Effect, changes, effect_of, settings
+from bitdance_scale.config.resuming import (
+    EFFECTS,
+    TOKENIZER_EFFECTS,
+    Change,
+    Effect,
+    changes,
+    changes_losses,
+    effect_of,
+    settings,
+)
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.train.start_checks import SAME_SETTINGS
 
@@ -123,3 +132,21 @@ def test_context_images_of_an_earlier_version_had_queries(config_path, config):
         assert (str(change), change.effect) == ('vision.context "queries" -> "plain"', effect)
     kept = load_config(config_path, ["data.image_to_text_share=0.1", "vision.context=queries"])
     assert changes(earlier, kept) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "effect", "expected"),
+    [
+        ("loss.text_weight", Effect.TOLD, True),
+        ("head.time_mean", Effect.TOLD, True),
+        ("data.image_to_text_share", Effect.TOLD, True),
+        ("adversarial.weight", Effect.TOLD, True),
+        ("optim.lr", Effect.TOLD, False),
+        ("evaluate.images", Effect.TOLD, False),
+        ("data.prefetch_steps", Effect.FREE, False),
+        ("data.shards", Effect.BY_CONTENT, False),
+    ],
+)
+def test_what_makes_another_loss(setting, effect, expected):
+    assert changes_losses([Change(setting, 1, 2, effect)]) is expected
+    assert not changes_losses([])

@@ -245,6 +245,14 @@ def test_psnr_by_hand():
     assert psnr_db(decoded, images).tolist() == pytest.approx([100.0, 20 * math.log10(5)])
 
 
+def test_another_loss_is_no_spike_of_the_old_one(shards: Path, tmp_path: Path):
+    guarded = ("optim.spike_window=8", "optim.spike_action=skip", "optim.max_skipped_steps=1")
+    assert run_tokenizer(small_config(shards, tmp_path, *guarded, "run.steps=8")) == 0
+    changed = ("run.steps=10", "reconstruction.l1_weight=1000.0")
+    assert run_tokenizer(small_config(shards, tmp_path, *guarded, *changed)) == 0
+    assert records(tmp_path)[-1].spikes == 0
+
+
 def test_edge_loss_by_hand():
     pixels = torch.zeros(1, 3, 4, 4)
     decoded = pixels.clone()
