@@ -40,7 +40,6 @@ _SHARED: dict[str, Effect] = {
     "run.name": _FREE,
     "run.root": _FREE,
     "run.seed": _BY_CONTENT,
-    "run.dtype": _TOLD,
     "run.timeout_s": _FREE,
     "run.long_timeout_s": _FREE,
     "checkpoint.*": _FREE,
@@ -60,6 +59,8 @@ _SHARED: dict[str, Effect] = {
 EFFECTS: Mapping[str, Effect] = _SHARED | {
     # Told where the learning rate depends on it.
     "run.steps": _FREE,
+    # Of the stored weights; there are masters in one of them only.
+    "run.dtype": _FIXED,
     "run.stage": _FIXED,
     # A run that goes on has started.
     "run.start_from": _FREE,
@@ -152,6 +153,8 @@ TOKENIZER_EFFECTS: Mapping[str, Effect] = _SHARED | {
     "run.output": _FREE,
     "run.output_weights": _FREE,
     "run.output_dtype": _FREE,
+    # Of the computation; the weights are float32.
+    "run.dtype": _TOLD,
     # Told where the learning rate depends on it.
     "run.steps": _FREE,
     # A run that goes on has started.

@@ -76,6 +76,10 @@ def test_another_run_is_refused_on_all_ranks_and_leaves_the_folder_as_it_is(mate
     for change, message in [
         (f"vision.weights='{negated}'", "CheckpointError: .*trained with another vision tokenizer"),
         ("model.norm_eps=1e-5", r"ConfigError: model.norm_eps = 1e-05: .* was trained with 1e-06; set model.norm_eps="),
+        (
+            "run.dtype=bfloat16",
+            "ConfigError: run.dtype = 'bfloat16': .* was trained with 'float32'; set run.dtype=float32",
+        ),
         ("data.global_batch=20", "CheckpointError: the checkpoint was trained with another data.global_batch"),
         ("run.seed=5", "CheckpointError: the checkpoint was trained with run.seed=1, now it is 5"),
     ]:
