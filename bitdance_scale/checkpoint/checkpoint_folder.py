@@ -132,9 +132,9 @@ class CheckpointFolder:
         action = lambda: self._retreat(damaged.name, damage, falls_back)  # noqa: E731
         return self.root / on_first_rank(action, self.group, other=CheckpointError)
 
-    def make_room(self) -> bool:
-        """Deletes what the next commit would delete; returns whether that was anything."""
-        return on_first_rank(self._make_room, self.group, other=CheckpointError)
+    def make_room(self, step: int) -> bool:
+        """Deletes what the commit of `step` would delete; returns whether that was anything."""
+        return on_first_rank(lambda: self._make_room(step), self.group, other=CheckpointError)
 
     def path_of(self, step: int) -> Path:
         """Where the checkpoint of a step is once it is committed."""
@@ -159,18 +159,18 @@ class CheckpointFolder:
             for path in self.root.iterdir():
                 if path.name.endswith((WRITING, _DELETING)) and path.is_dir():
                     shutil.rmtree(path)
-        self._check_room()
+        self._check_room(step)
         self._before("create")
         aside.mkdir(parents=True)
 
-    def _check_room(self) -> None:
-        """Deletes old checkpoints early if there is no room for another of the size of the newest."""
+    def _check_room(self, step: int) -> None:
+        """Deletes what the commit of `step` would delete if there is no room for another of the size of the newest."""
         steps = self.steps()
         if not steps:
             return
         needed = listed_bytes(self.path_of(steps[-1]))
         if self._free_bytes() < needed:
-            self._make_room()
+            self._make_room(step)
         free = self._free_bytes()
         if free < needed:
             raise DiskFullError(
@@ -181,12 +181,14 @@ class CheckpointFolder:
     def _free_bytes(self) -> int:
         return shutil.disk_usage(self.root).free
 
-    def _make_room(self) -> bool:
-        kept = kept_steps(self.steps(), max(1, self._keep - 1), self._keep_every_steps)
-        old = [step for step in self.steps() if step not in kept and _name(step) != self._pointed()]
-        for step in old:
-            logger.warning("%s: deleting %s early to make room", self.root, _name(step))
-            self._delete(self.path_of(step))
+    def _make_room(self, step: int) -> bool:
+        steps, pointed = [found for found in self.steps() if found <= step], self._pointed()
+        # Beside the one that is to come, which takes the place of an abandoned one of its step; and one in any case.
+        kept = kept_steps([found for found in steps if found < step], max(1, self._keep - 1), self._keep_every_steps)
+        old = [found for found in steps if found not in kept and _name(found) != pointed and not self._is_busy(found)]
+        for found in old:
+            logger.warning("%s: deleting %s early to make room", self.root, _name(found))
+            self._delete(self.path_of(found))
         return bool(old)
 
     def _commit(self, aside: Path, committed: Path) -> None:

@@ -24,6 +24,7 @@ from bitdance_scale.config.schema import CheckpointSection
 from bitdance_scale.data.storage.store_contract import WriteError
 from bitdance_scale.errors import CheckpointError
 from bitdance_scale.parallel.agreement import any_rank
+from bitdance_scale.phases import POSITION
 from bitdance_scale.wording import file_size
 
 logger = logging.getLogger(__name__)
@@ -161,7 +162,11 @@ class RemoteCopies:
         with self._changed:
             if self._queue and self._rank == 0:
                 logger.info("copying the checkpoint of step %d to %s", self._queue[-1].step, self.folder.where)
-            self._changed.wait_for(lambda: not self._queue, timeout=wait_s)
+            end_s = time.monotonic() + wait_s
+            while self._queue and (left_s := end_s - time.monotonic()) > 0:
+                self._changed.wait(min(left_s, self._poll_s))
+                # A wait that ends by itself is no hang, however long it is.
+                POSITION.move(POSITION.phase)
             left = [job.step for job in self._queue]
         self._has_ended.set()
         with self._changed:

@@ -132,7 +132,7 @@ def save_checkpoint(
     try:
         return write()
     except DiskFullError as error:
-        if not folder.make_room():
+        if not folder.make_room(state.step):
             raise
         logger.warning("%s; trying again", error)
         return write()

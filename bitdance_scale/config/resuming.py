@@ -10,7 +10,7 @@ import dataclasses
 import enum
 import tomllib
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,6 @@ _SHARED: dict[str, Effect] = {
     "run.name": _FREE,
     "run.root": _FREE,
     "run.seed": _BY_CONTENT,
-    "run.dtype": _TOLD,
     "run.timeout_s": _FREE,
     "run.long_timeout_s": _FREE,
     "checkpoint.*": _FREE,
@@ -61,6 +60,8 @@ _SHARED: dict[str, Effect] = {
 EFFECTS: Mapping[str, Effect] = _SHARED | {
     # Told where the learning rate depends on it.
     "run.steps": _FREE,
+    # Of the stored weights; there are masters in one of them only.
+    "run.dtype": _FIXED,
     "run.stage": _FIXED,
     # A run that goes on has started.
     "run.start_from": _FREE,
@@ -153,6 +154,8 @@ TOKENIZER_EFFECTS: Mapping[str, Effect] = _SHARED | {
     "run.output": _FREE,
     "run.output_weights": _FREE,
     "run.output_dtype": _FREE,
+    # Of the computation; the weights are float32.
+    "run.dtype": _TOLD,
     # Told where the learning rate depends on it.
     "run.steps": _FREE,
     # A run that goes on has started.
@@ -170,6 +173,11 @@ TOKENIZER_EFFECTS: Mapping[str, Effect] = _SHARED | {
     "data.max_zoom": _BY_CONTENT,
 }
 """The same of the training of the visual tokenizer."""
+
+_LOSS_SECTIONS = frozenset(
+    {"loss", "head", "vision", "text", "data", "lora", "reconstruction", "quantiser", "adversarial"}
+)
+"""Sections of what the loss is, and of what it is a loss on. The others say how steps are taken and measured."""
 
 
 @dataclass(frozen=True)
@@ -234,6 +242,11 @@ def changes(old_text: str, config: AnyConfig) -> list[Change]:
             effect = Effect.FREE
         found.append(Change(setting, before, value, effect))
     return found
+
+
+def changes_losses(found: Iterable[Change]) -> bool:
+    """Whether losses and gradients after these changes may be of another scale than those before."""
+    return any(change.effect is Effect.TOLD and change.setting.partition(".")[0] in _LOSS_SECTIONS for change in found)
 
 
 def settings(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

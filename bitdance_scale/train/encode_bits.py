@@ -72,7 +72,7 @@ class Encoder:
         self.recipe = recipe(config.data, config.vision)
 
     def is_done(self, row: int) -> bool:
-        """Whether the bit shard of a row of the shard table is there, whole, of these images and settings, with all drawn.
+        """Whether the bit shard of a row of the shard table is there: whole, of these images, with all that is drawn.
 
         Raises:
             UnreadableError: what is there cannot be read now.

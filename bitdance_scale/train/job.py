@@ -16,6 +16,7 @@ from bitdance_scale.checkpoint.remote_copies import RemoteCopies
 from bitdance_scale.checkpoint.remote_restore import find_latest
 from bitdance_scale.checkpoint.step_names import CHECKPOINTS_DIR, step_of
 from bitdance_scale.config.load import dump_toml
+from bitdance_scale.config.resuming import Change, changes_losses
 from bitdance_scale.config.schema import CheckpointSection, ObserveSection
 from bitdance_scale.errors import DamagedCheckpointError
 from bitdance_scale.observe.profiler import StepProfiler
@@ -217,11 +218,15 @@ class Job(abc.ABC):
 
     @abc.abstractmethod
     def finish(self) -> None:
-        """Exports, and says where everything is, after the last step."""
+        """Exports, and says where everything is, after the last step; a collective.
+
+        Raises:
+            Exception: on all ranks, what went wrong on any.
+        """
 
     @abc.abstractmethod
     def complete(self) -> None:
-        """Makes what a run lacks that was killed between its last checkpoint and its end."""
+        """Makes what a run lacks that was killed between its last checkpoint and its end; raises as `finish` does."""
 
     def write_config(self) -> None:
         """Writes config.toml, and keeps what it was where a resumed run has other settings.
@@ -259,6 +264,20 @@ class Job(abc.ABC):
             else:
                 logger.info("resumed from %s", path)
                 return
+
+    def restore_guards(self, state: Mapping[str, Any], told: Sequence[Change]) -> None:
+        """Goes on with what a checkpoint's guards remember, and says what is trained in another way from here on.
+
+        Args:
+            state: `guards` of the checkpoint.
+            told: the changed settings, as `check_resume` returns them.
+        """
+        if told:
+            logger.info("resumed with changed settings: %s", ", ".join(map(str, told)))
+        keeps_windows = not changes_losses(told)
+        self.guards.restore(state, keeps_windows=keeps_windows)
+        if not keeps_windows and self.guards.judges_spikes:
+            logger.info("the loss may be another from here on: the windows of the rule on spikes begin again")
 
     def prepare_saves(self) -> None:
         """Takes the host memory for checkpoints in the background."""

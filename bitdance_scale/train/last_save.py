@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+import traceback
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -38,6 +39,8 @@ class LocalErrors:
             yield
         except Exception as error:
             logger.error("%s: %s; the run saves and ends", type(error).__name__, error, exc_info=error)
+            # What its frames hold is memory that the next step needs, most of all after an error for lack of memory.
+            traceback.clear_frames(error.__traceback__)
             self._errors.append(error)
 
     def raise_on_all_ranks(self) -> None:

@@ -83,8 +83,7 @@ def run_job(config: JobConfig, parallel: ParallelSection, make_job: Callable[[To
                 # first rank may take longer over closing its W&B run.
                 any_rank(False)
                 return EXIT_REQUEUE
-            with all_ranks():
-                job.finish()
+            job.finish()
             job.end_copies(COPY_WAIT_S)
     return EXIT_COMPLETE
 

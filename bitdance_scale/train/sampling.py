@@ -25,14 +25,15 @@ MAX_BATCH = 8
 
 
 def draw_samples(
-    engine: TrainingEngine, config: RunConfig, condition: Condition, vision: VisionTokenizer, topology: Topology
+    engine: TrainingEngine, config: RunConfig, condition: Condition, topology: Topology
 ) -> list[np.ndarray]:
     """Draws one image per prompt; all ranks call it, prompts are dealt to the replicas.
 
     Image i draws from noise stream i of `sample.seed`, so that it is the same under every layout.
 
     Returns:
-        uint8 [H, W, 3] per prompt on rank 0, nothing elsewhere.
+        Codes of the image of each prompt on rank 0, uint8 [h * w, code bytes] in the order of `vision.order`; nothing
+        elsewhere.
     """
     prompts = [condition.prompt_ids(prompt) for prompt in config.sample.prompts]
     per_replica = math.ceil(len(prompts) / topology.data_size)
@@ -48,8 +49,13 @@ def draw_samples(
     dist.all_gather_object(drawn, mine, group=topology.data_group)
     if topology.rank != 0:
         return []
-    all_bits = {number: bits for part in drawn for number, bits in part.items()}
-    return [vision.decode(all_bits[number], sample_grid(config)).numpy() for number in range(len(prompts))]
+    all_codes = {number: codes for part in drawn for number, codes in part.items()}
+    return [all_codes[number] for number in range(len(prompts))]
+
+
+def decode_samples(codes: Sequence[np.ndarray], config: RunConfig, vision: VisionTokenizer) -> list[np.ndarray]:
+    """The pictures of what `draw_samples` has drawn, uint8 [H, W, 3] each; no collective."""
+    return [vision.decode(image_codes, sample_grid(config)).numpy() for image_codes in codes]
 
 
 def sample_grid(config: RunConfig) -> tuple[int, int]:

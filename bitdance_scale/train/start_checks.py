@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +19,11 @@ from bitdance_scale.checkpoint.start_weights import NewQueries, check_network, s
 from bitdance_scale.checkpoint.tensor_index import read_index
 from bitdance_scale.config.kinds import AnyConfig
 from bitdance_scale.config.load import load_lora, load_network
-from bitdance_scale.config.resuming import Effect, changes
+from bitdance_scale.config.resuming import Change, Effect, changes
 from bitdance_scale.config.schema import NetworkConfig, RunConfig
 from bitdance_scale.config.training_stages import STAGES
 from bitdance_scale.errors import CheckpointError, ConfigError
 from bitdance_scale.sequence.condition import load_condition
-
-logger = logging.getLogger(__name__)
 
 SAME_SETTINGS = (
     ("model", "family"),
@@ -120,10 +117,11 @@ def check_start(path: Path, config: RunConfig, vision_digest: str = "") -> Start
     return Start(path, condition.digest, new_queries, is_partial)
 
 
-def check_resume(path: Path, config: AnyConfig) -> None:
+def check_resume(path: Path, config: AnyConfig) -> list[Change]:
     """Compares a run's own checkpoint, found whole, with the configuration that is to go on with it; reads no tensor.
 
-    Changes that a run may make on its way are said in one line.
+    Returns:
+        Changes that a run may make on its way and that change what is trained, which are to be told.
 
     Raises:
         ConfigError: a setting that must stay has changed; names each with both values.
@@ -141,9 +139,7 @@ def check_resume(path: Path, config: AnyConfig) -> None:
     ]
     if refused:
         raise ConfigError("\n".join(refused) + f", or give the run another name (run.name = {config.run.name!r})")
-    told = [str(change) for change in found if change.effect is Effect.TOLD]
-    if told:
-        logger.info("resumed with changed settings: %s", ", ".join(told))
+    return [change for change in found if change.effect is Effect.TOLD]
 
 
 def _check_whole(path: Path, config: RunConfig) -> None:

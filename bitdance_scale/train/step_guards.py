@@ -171,16 +171,22 @@ class StepGuards:
             **{quantity: list(window) for quantity, window in self._windows.items()},
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any], *, keeps_windows: bool = True) -> None:
         """Goes on from `state()`; {}, from a checkpoint of an earlier version, starts with empty windows.
 
         Under shorter windows than those of the checkpoint, the last values count.
+
+        Args:
+            state: what the checkpoint keeps.
+            keeps_windows: whether the losses and norms in it are of the scale of those to come. If not, the windows of
+                the rule on spikes begin again; with `skip`, those of another scale would refuse every step.
         """
         self._skipped.extend(state.get("skipped", []))
         self._num_in_a_row = state.get("skipped_in_a_row", 0)
         self.num_spikes, self.num_refused_steps = state.get("spikes", 0), state.get("refused_steps", 0)
-        for quantity, window in self._windows.items():
-            window.extend(state.get(quantity, []))
+        if keeps_windows:
+            for quantity, window in self._windows.items():
+                window.extend(state.get(quantity, []))
 
 
 _REMEDY = (

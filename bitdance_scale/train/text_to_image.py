@@ -43,7 +43,7 @@ from bitdance_scale.train.run_observer import (
     show_result,
     write_result,
 )
-from bitdance_scale.train.sampling import draw_samples
+from bitdance_scale.train.sampling import decode_samples, draw_samples
 from bitdance_scale.train.shared_index import run_index
 from bitdance_scale.train.start_checks import check_resume
 from bitdance_scale.train.starting import Base, check_base, find_base, load_adapters, load_base
@@ -223,17 +223,17 @@ class TextToImageJob(Job):
 
     def draw(self) -> None:
         """Draws the configured prompts."""
-        pictures = self._draw_samples()
+        codes = self._draw_samples()
         with self.local_errors.kept():
             if self._observer is not None:
-                self._observer.samples(self.progress.step, pictures)
+                self._observer.samples(self.progress.step, self._decode_samples(codes))
 
     def draw_start(self) -> None:
         """Draws the configured prompts with the weights that the run starts from, to be shown beside later pictures."""
-        pictures = self._draw_samples()
+        codes = self._draw_samples()
         with self.local_errors.kept():
             if self._observer is not None:
-                self._observer.start(pictures)
+                self._observer.start(self._decode_samples(codes))
 
     def score(self, number: int) -> None:
         """Draws and scores one of the benchmarks."""
@@ -293,28 +293,32 @@ class TextToImageJob(Job):
 
     def finish(self) -> None:
         """Prints the loss table and where everything is."""
-        if self.topology.rank == 0:
-            with tolerant_output():
-                print("\n" + show_result(self.run_folder), flush=True)
+        with all_ranks():
+            if self.topology.rank == 0:
+                self._show_result()
+
+    def _show_result(self) -> None:
+        with tolerant_output():
+            print("\n" + show_result(self.run_folder), flush=True)
 
     def complete(self) -> None:
         """Makes the losses on held-out images, pictures and scores of the last step, if they are not there."""
         lacks_evaluation, lacks_samples = on_first_rank(lambda: (self._lacks_evaluation(), self._lacks_samples()))
         lacking_scores = self.lacking_scores()
         evaluation = self._evaluate() if lacks_evaluation else None
-        pictures = self._draw_samples() if lacks_samples else []
+        codes = self._draw_samples() if lacks_samples else []
         results = [self._score(number, all_ranks) for number in lacking_scores]
         with all_ranks():
             if self.topology.rank == 0 and (lacks_evaluation or lacks_samples or lacking_scores):
                 if evaluation is not None:
                     append_evaluation(self.run_folder, evaluation)
                 if lacks_samples:
-                    write_samples(self.run_folder, self.step, pictures, self.config.sample)
+                    write_samples(self.run_folder, self.step, self._decode_samples(codes), self.config.sample)
                 for result in results:
                     if result is not None:
                         write_result(self.run_folder, result)
                 draw_overview(self.run_folder)
-                self.finish()
+                self._show_result()
 
     def _lacks_evaluation(self) -> bool:
         if self._evaluator is None:
@@ -340,13 +344,19 @@ class TextToImageJob(Job):
             return benchmark.run(self._engine, self.progress.step, alone)
 
     def _draw_samples(self) -> list[np.ndarray]:
-        """The configured prompts; uint8 [H, W, 3] each on rank 0, nothing elsewhere."""
+        """Codes of the images of the configured prompts on rank 0, nothing elsewhere; a collective."""
         with self._engine.weights_of(self.config.sample.weights):
-            return draw_samples(self._engine, self.config, self._condition, self._vision, self.topology)
+            return draw_samples(self._engine, self.config, self._condition, self.topology)
+
+    def _decode_samples(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The pictures, uint8 [H, W, 3] each; rank 0 decodes alone, and may run out of memory alone."""
+        return decode_samples(codes, self.config, self._vision)
 
     def _resume(self, path: Path, base: Base | None) -> None:
         if base is not None:
             on_first_rank(lambda: check_base(path, base))
+        # Once more, as it may be an older one than the newest, with other settings.
+        told = on_first_rank(lambda: check_resume(path, self.config))
         state = load_checkpoint(
             path,
             self._engine.trained_values(),
@@ -357,7 +367,7 @@ class TextToImageJob(Job):
         self._engine.set_optimizer_step(state.optimizer["step"])
         self._loader_state = state.loader
         self._release = state.release
-        self.guards.restore(state.guards)
+        self.restore_guards(state.guards, told)
         self.progress = Progress(
             step=state.step,
             images=state.images,

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ from bitdance_scale.train.tokenizer_records import (
 )
 from bitdance_scale.train.tokenizer_start import DISCRIMINATOR, check_discriminator
 from bitdance_scale.vision.autoencoder import published_config
-from bitdance_scale.vision.weights import WEIGHTS_NAME, save_weights
+from bitdance_scale.vision.weights import has_weights, save_weights
 
 logger = logging.getLogger(__name__)
 
@@ -284,7 +285,8 @@ class TokenizerJob(Job):
         """Reconstructs the held-out images on rank 0 and writes how well."""
         self._results = self._reconstruct(self.config.evaluate.weights)
         with self.local_errors.kept():
-            if self._sinks is not None and self.topology.rank == 0:
+            has_all = self._results.keys() == self._held_out.keys()
+            if self._sinks is not None and self.topology.rank == 0 and has_all:
                 self._sinks.write_evaluation(evaluation_record(self.step, self._results), self._state.images)
                 sizes = "  ".join(
                     f"{size_name(size)} px {result.psnr_db:.2f}" for size, result in self._results.items()
@@ -318,22 +320,45 @@ class TokenizerJob(Job):
         """Writes the weights as a published tokenizer, and says how well they reconstruct."""
         kind, output = self._output_weights, self.config.run.output
         results = self._results if kind == self.config.evaluate.weights else self._reconstruct(kind)
-        with self._networks.weights_of(kind):
+        weights = self._output()
+        with all_ranks():
             if self.topology.rank == 0:
-                sizes = published_config(**asdict(self.config.autoencoder))
-                dtype = getattr(torch, self.config.run.output_dtype)
-                save_weights(output, self._networks.autoencoder.state_dict(), sizes, dtype)
+                save_weights(output, **weights)
                 logger.info("%s weights of step %d: %s\n%s", kind, self.step, output, summary(results))
 
     def complete(self) -> None:
-        """Writes the weights where they are missing, and the evaluation that comes before them."""
-        weights = Path(self.config.run.output) / WEIGHTS_NAME
-        if not on_first_rank(weights.is_file):
-            self._results = self._reconstruct(self.config.evaluate.weights)
-            with all_ranks():
-                if self.topology.rank == 0:
-                    append_evaluation(self.run_folder, evaluation_record(self.step, self._results))
-            self.finish()
+        """Writes the weights where `run.output` does not hold those of this step, after the evaluation before them."""
+        if self._has_output():
+            return
+        self._results = self._reconstruct(self.config.evaluate.weights)
+        self.local_errors.raise_on_all_ranks()
+        with all_ranks():
+            if self.topology.rank == 0:
+                append_evaluation(self.run_folder, evaluation_record(self.step, self._results))
+        self.finish()
+
+    def _has_output(self) -> bool:
+        """Whether `run.output` holds the weights of this step; a collective."""
+        weights = self._output()
+        return on_first_rank(lambda: has_weights(self.config.run.output, **weights))
+
+    def _output(self) -> dict[str, Any]:
+        """What `save_weights` writes, with the tensors on the CPU of rank 0, and none elsewhere; a collective.
+
+        Nothing is written while the averages are in the place of the weights, where no rank may fail alone.
+
+        Raises:
+            Exception: on all ranks, what one has kept.
+        """
+        dtype = getattr(torch, self.config.run.output_dtype)
+        state: dict[str, torch.Tensor] = {}
+        with self._networks.weights_of(self._output_weights), self.local_errors.kept():
+            if self.topology.rank == 0:
+                tensors = self._networks.autoencoder.state_dict()
+                state = {name: tensor.to("cpu", dtype, copy=True) for name, tensor in tensors.items()}
+        self.local_errors.raise_on_all_ranks()
+        sizes = published_config(**asdict(self.config.autoencoder))
+        return {"state": state, "published_config": sizes, "dtype": dtype}
 
     @property
     def _output_weights(self) -> str:
@@ -379,7 +404,7 @@ class TokenizerJob(Job):
 
     def _resume(self, path: Path) -> None:
         state = on_first_rank(lambda: read_state_of(path, TokenizerState), other=CheckpointError)
-        on_first_rank(lambda: check_resume(path, self.config))
+        told = on_first_rank(lambda: check_resume(path, self.config))
         on_first_rank(lambda: check_discriminator(path, self.config), other=CheckpointError)
         if state.data_digest != self._state.data_digest:
             raise ConfigError(
@@ -387,8 +412,9 @@ class TokenizerJob(Job):
                 "data.images_px, data.max_zoom or run.seed: the data order would not go on. Restore them, or give the "
                 "run another name."
             )
-        self.guards.restore(state.guards)
         load_tensors(path, self.model_values(), self.optimizer_values())
+        # Not before: where the tensors are damaged, an older checkpoint is loaded in this one's place.
+        self.restore_guards(state.guards, told)
         self._networks.restore(
             state.step - state.skipped_steps - self.guards.num_refused_steps, state.discriminator_updates
         )

@@ -64,6 +64,8 @@ class BenchmarkResult:
 
 Share = tuple[dict[str, list[ImageScore]], dict[int, ShownImage]]
 """What a replica has found: scores by metric, and the pictures that are shown by their numbers."""
+DrawnBits = tuple[Prompt, int, torch.Tensor]
+"""An image before it is decoded: its prompt, its `k`, and its bits or latents, float32 [h * w, C] on the CPU."""
 
 
 class TrainingBenchmark:
@@ -143,7 +145,7 @@ class TrainingBenchmark:
         drawn = self._draw(engine)
         share: Share | None = None
         with alone():
-            share = self._score(drawn)
+            share = self._score(self._decode(drawn))
         # Ranks at the same place of all replicas; those of the first rank are the ones that have scored.
         shares: list[Share | None] = [None] * self._topology.data_size
         dist.all_gather_object(shares, share, group=self._topology.data_group)
@@ -154,10 +156,10 @@ class TrainingBenchmark:
                 result = self._result(found, step, time.monotonic() - begun_s)
         return result
 
-    def _draw(self, engine: TrainingEngine) -> list[DrawnImage]:
+    def _draw(self, engine: TrainingEngine) -> list[DrawnBits]:
         """The images of this replica on its first rank; nothing on the others."""
         topology, size = self._topology, self.section.batch_size
-        drawn: list[DrawnImage] = []
+        drawn: list[DrawnBits] = []
         drawer = BatchDrawer(engine, self._config, self._condition, topology)
         for start in range(0, len(self._batches), topology.data_size):
             number = start + topology.data_rank
@@ -171,26 +173,33 @@ class TrainingBenchmark:
             with phase(Phase.DRAWING):
                 bits = drawer.draw(ids, seeds)
                 if is_mine and topology.is_reader:
-                    drawn += [
-                        DrawnImage(prompt, k, self._vision.decode(rows, sample_grid(self._config)).numpy())
-                        for (prompt, k), rows in zip(batch, bits, strict=True)
-                    ]
+                    drawn += [(prompt, k, rows) for (prompt, k), rows in zip(batch, bits.cpu(), strict=True)]
         return drawn
 
-    def _score(self, drawn: Sequence[DrawnImage]) -> Share:
+    def _decode(self, drawn: Sequence[DrawnBits]) -> list[DrawnImage]:
+        """The pictures of this replica's images."""
+        grid = sample_grid(self._config)
+        images: list[DrawnImage] = []
+        for prompt, k, bits in drawn:
+            # A phase of its own, as a batch that is drawn has.
+            with phase(Phase.DRAWING):
+                images.append(DrawnImage(prompt, k, self._vision.decode(bits, grid).numpy()))
+        return images
+
+    def _score(self, images: Sequence[DrawnImage]) -> Share:
         """Scores of this replica's images, in the batches that they were drawn in; networks are moved for the time."""
         size = self.section.batch_size
         scores: dict[str, list[ImageScore]] = {}
         with on_device(self._scorers.values(), self._topology.device):
             for metric, scorer in self._scorers.items():
                 # Every batch but the very last is full, so slicing by size gives the batches that were drawn.
-                found = [scorer(drawn[start : start + size]) for start in range(0, len(drawn), size)]
+                found = [scorer(images[start : start + size]) for start in range(0, len(images), size)]
                 scores[metric] = [score for part in found for score in part]
         shown = {
             self._shown[image.prompt.id]: ShownImage(
                 image.pixels, _caption(image.prompt.text, [found[place] for found in scores.values()])
             )
-            for place, image in enumerate(drawn)
+            for place, image in enumerate(images)
             if image.k == 0 and image.prompt.id in self._shown
         }
         return scores, shown

@@ -91,11 +91,28 @@ def save_weights(
         published_config: the result of `autoencoder.published_config` for the network.
         dtype: in which they are stored.
     """
-    folder = Path(folder)
+    for name, content in _contents(state, published_config, dtype).items():
+        write_bytes(Path(folder) / name, content)
+
+
+def has_weights(
+    folder: str | Path,
+    state: Mapping[str, torch.Tensor],
+    published_config: Mapping[str, object],
+    dtype: torch.dtype = torch.float32,
+) -> bool:
+    """Whether a folder has the very files that `save_weights` would write; the arguments are the same."""
+    files = {Path(folder) / name: content for name, content in _contents(state, published_config, dtype).items()}
+    return all(path.is_file() and path.read_bytes() == content for path, content in files.items())
+
+
+def _contents(
+    state: Mapping[str, torch.Tensor], published_config: Mapping[str, object], dtype: torch.dtype
+) -> dict[str, bytes]:
+    """The bytes of both files, by name."""
     tensors = {name: tensor.detach().to(dtype).cpu().contiguous() for name, tensor in state.items()}
     sizes = json.dumps(published_config, indent=2) + "\n"
-    for name, content in ((WEIGHTS_NAME, save(tensors)), (CONFIG_NAME, sizes.encode())):
-        write_bytes(folder / name, content)
+    return {WEIGHTS_NAME: save(tensors), CONFIG_NAME: sizes.encode()}
 
 
 def load_autoencoder(where: str | Path) -> Autoencoder:

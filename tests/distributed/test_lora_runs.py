@@ -51,7 +51,7 @@ def _train(rank: int, root: str, overrides: list[str], num_steps: int = NUM_STEP
     assert is_complete == (num_steps == config.run.steps)
     record |= {"after": _digests(job._engine.model_values()), "optimizer": _digests(job._engine.optimizer_values())}
     with job._engine.weights_of("averaged" if config.optim.average_decay else "trained"):
-        record["pictures"] = [np.asarray(picture) for picture in job._draw_samples()]
+        record["codes"] = job._draw_samples()
     return record
 
 
@@ -111,14 +111,14 @@ def test_a_run_goes_on_under_another_layout(lora, uninterrupted, tmp_path):
     layout = ["parallel.tensor=2", "parallel.sequence_parallel=true", "parallel.optimizer=megatron"]
     resumed = run_ranks(2, _train, str(tmp_path), [*lora, *layout])
     assert resumed[0]["start_step"] == 2
-    first, second = (resumed[rank]["pictures"] for rank in (0, 1))
+    first, second = (resumed[rank]["codes"] for rank in (0, 1))
     assert len(first) == 1 and not second
 
 
 def test_a_drawing_of_its_checkpoint_is_the_run_s_own(lora, uninterrupted):
     root, records = uninterrupted
     drawn = run_ranks(1, _draw, str(root), lora)[0]
-    assert all(np.array_equal(*pair) for pair in zip(drawn, records[0]["pictures"], strict=True))
+    assert all(np.array_equal(*pair) for pair in zip(drawn, records[0]["codes"], strict=True))
 
 
 def _draw(rank: int, root: str, overrides: list[str]) -> list[np.ndarray]:
@@ -132,7 +132,7 @@ def _draw(rank: int, root: str, overrides: list[str]) -> list[np.ndarray]:
     start_process_group(timeout_s=60)
     topology = make_topology(config.parallel)
     run = load_still_run(config, checkpoint, "averaged", topology)
-    return draw_samples(run.model, config, run.condition, run.vision, topology)
+    return draw_samples(run.model, config, run.condition, topology)
 
 
 def test_quantised_weights_are_the_same_after_a_stop_and_in_a_drawing(lora, tmp_path):
@@ -143,7 +143,7 @@ def test_quantised_weights_are_the_same_after_a_stop_and_in_a_drawing(lora, tmp_
     assert resumed["start_step"] == 2
     assert resumed["after"] == whole["after"] and resumed["optimizer"] == whole["optimizer"]
     drawn = run_ranks(1, _draw, str(tmp_path / "whole"), quantised)[0]
-    assert all(np.array_equal(*pair) for pair in zip(drawn, whole["pictures"], strict=True))
+    assert all(np.array_equal(*pair) for pair in zip(drawn, whole["codes"], strict=True))
 
 
 def test_adapters_go_on_in_another_run(lora, uninterrupted, tmp_path):

@@ -79,6 +79,22 @@ def _run(rank: int, root: str, overrides: list[str], kill: str | None) -> tuple[
     return digest.hexdigest(), start_step
 
 
+def _run_that_cannot_decode(rank: int, root: str, overrides: list[str]) -> str:
+    """The error of a run whose first rank cannot decode what was drawn, as when its device has no memory left."""
+    from bitdance_scale.vision.tokenizer import VisionTokenizer
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    if rank == 0:
+        VisionTokenizer.decode = fail
+    try:
+        _run(rank, root, overrides, None)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def _break_data(rank: int) -> None:
     """On rank 1 the step after `FAULT_STEP` cannot be read."""
     from bitdance_scale.data.loader import Loader
@@ -135,3 +151,12 @@ def test_broken_run_ends_as_the_uninterrupted_one(material, uninterrupted, tmp_p
         assert found.images_by_source == expected.images_by_source
         assert sum(found.images_by_source.values()) == 10 * found.step
         assert abs(found.images_by_source["own"] - 4 * found.step) < 3
+
+
+def test_pictures_that_one_rank_cannot_decode_end_the_run_after_a_save(material, tmp_path):
+    drawn = ["sample.every_steps=1", "sample.num_steps=2", "sample.prompts=['a red circle']"]
+    overrides = [*material, *drawn, "checkpoint.every_steps=100"]
+    errors = run_ranks(NUM_RANKS, _run_that_cannot_decode, str(tmp_path), overrides)
+    assert errors == ["out of memory"] * NUM_RANKS
+    # Of the step after which all ranks hear of it: the next start is past the pictures of the first.
+    assert (tmp_path / "demo" / "checkpoints" / "latest").read_text() == "step_00000002\n"

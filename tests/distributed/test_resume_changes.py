@@ -76,6 +76,10 @@ def test_another_run_is_refused_on_all_ranks_and_leaves_the_folder_as_it_is(mate
     for change, message in [
         (f"vision.weights='{negated}'", "CheckpointError: .*trained with another vision tokenizer"),
         ("model.norm_eps=1e-5", r"ConfigError: model.norm_eps = 1e-05: .* was trained with 1e-06; set model.norm_eps="),
+        (
+            "run.dtype=bfloat16",
+            "ConfigError: run.dtype = 'bfloat16': .* was trained with 'float32'; set run.dtype=float32",
+        ),
         ("data.global_batch=20", "CheckpointError: the checkpoint was trained with another data.global_batch"),
         ("run.seed=5", "CheckpointError: the checkpoint was trained with run.seed=1, now it is 5"),
     ]:
@@ -99,3 +103,15 @@ def test_a_run_goes_on_with_another_rate_and_says_so(material, trained):
     assert kept == before
     assert tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["optim"]["lr"] == 0.5
     assert [point.step for point in read_metrics(run / METRICS_FILE)] == [1, 2, 3]
+
+
+def test_another_loss_is_no_spike_of_the_old_one(material, tmp_path):
+    """Its steps would all be refused, and two are too many here."""
+    guarded = [*material[1], "optim.spike_window=8", "optim.spike_action=skip", "optim.max_skipped_steps=1"]
+    assert run_ranks(1, _train, str(tmp_path), [*guarded, "run.steps=8"]) == [""]
+    assert run_ranks(1, _train, str(tmp_path), [*guarded, "run.steps=10", "loss.vision_weight=1000"]) == [""]
+    metrics = read_metrics(tmp_path / "demo" / METRICS_FILE)
+    assert [point.step for point in metrics] == list(range(1, 11)) and metrics[-1].spikes == 0
+    assert metrics[-1].loss > 100 * metrics[0].loss
+    log = (tmp_path / "demo" / "log.txt").read_text(encoding="utf-8")
+    assert "the windows of the rule on spikes begin again" in log

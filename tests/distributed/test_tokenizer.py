@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.demo.shards import write_shards
 from bitdance_scale.errors import DataError
 from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE, read_records
-from bitdance_scale.train.process import EXIT_REQUEUE
+from bitdance_scale.train.process import EXIT_REFUSED, EXIT_REQUEUE
 from bitdance_scale.train.tokenizer_records import TokenizerEvaluation, TokenizerMetrics
 from tests.distributed.spawn import run_ranks
 from tests.unit.data.small_data import sample_members, write_tar
@@ -121,6 +122,26 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(settings: list[str], tmp_path
     assert run_ranks(2, train, stopped) == [0, 0]
     assert (tmp_path / "b_weights" / "ae.safetensors").read_bytes() == files[0]
     assert read_records(evaluations, TokenizerEvaluation) == before and before[-1].step == 5
+
+
+def train_without_room(rank: int, settings: list[str]) -> int:
+    """Exit code of a run whose weights cannot be written."""
+    from bitdance_scale.train import tokenizer
+    from bitdance_scale.train.process import run_process
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "ae.safetensors")
+
+    tokenizer.save_weights = full
+    return run_process(lambda: train(rank, settings))
+
+
+def test_weights_that_cannot_be_written_end_every_rank(settings: list[str], tmp_path: Path):
+    averaged = ["optim.average_decay=0.5", "parallel.shard_optimizer=true", "evaluate.weights=averaged"]
+    settings = [*settings, *averaged, "run.steps=1", f"run.root={tmp_path / 'runs'}"]
+    for _ in ("at the end of the run", "in a run that is complete"):
+        assert run_ranks(2, train_without_room, settings, timeout_s=60.0) == [EXIT_REFUSED] * 2
+    assert not (tmp_path / "weights").exists()
 
 
 def test_data_that_does_not_go_on_is_refused(settings: list[str], tmp_path: Path):

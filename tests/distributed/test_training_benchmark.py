@@ -48,7 +48,12 @@ class Words:
 class Bits:
     """In the tokenizer's place: a picture is its bits."""
 
+    def __init__(self, fails: bool = False) -> None:
+        self._fails = fails
+
     def decode(self, bits: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        if self._fails:
+            raise RuntimeError("out of memory")
         assert bits.shape[0] == grid[0] * grid[1]
         return ((bits.cpu().reshape(*grid, -1)[..., :3] > 0) * 255).to(torch.uint8)
 
@@ -71,16 +76,20 @@ class Counting:
         ]
 
 
-def _run(rank: int, parallel: dict[str, object], num_micro: int, scores: bool, fails_on: int = -1):
-    """(result, losses of the steps before and after, what the scorers saw) of this rank."""
+def _run(rank: int, parallel: dict[str, object], num_micro: int, scores: bool, fails_on: int = -1, part: str = ""):
+    """(result, losses of the steps before and after, what the scorers saw, has an error) of this rank.
+
+    On one rank a part fails: the scorer or the decoder.
+    """
     config = toy_config(**parallel)
     engine, topology = make_engine(config)
     from bitdance_scale.parallel.step import train_step
     from bitdance_scale.train.last_save import LocalErrors
     from bitdance_scale.train.training_benchmark import TrainingBenchmark
 
-    scorers = {name: Counting(rank == fails_on) for name in SECTION.metrics} if topology.is_reader else {}
-    benchmark = TrainingBenchmark(SECTION, config, PROMPTS, scorers, Words(), Bits(), topology)
+    failing = part if rank == fails_on else ""
+    scorers = {name: Counting(failing == "scorer") for name in SECTION.metrics} if topology.is_reader else {}
+    benchmark = TrainingBenchmark(SECTION, config, PROMPTS, scorers, Words(), Bits(failing == "decoder"), topology)
     errors, losses, results = LocalErrors(), [], []
     for step in range(4):
         batch = step_inputs(config, topology, num_micro, step)
@@ -151,8 +160,9 @@ def test_every_layout_gives_the_same_scores_and_pictures(one_process, num_ranks,
                 assert image.caption == other.caption and np.array_equal(image.pixels, other.pixels)
 
 
-def test_a_scorer_that_fails_on_one_replica_leaves_no_rank_waiting():
-    found = run_ranks(2, _run, {"zero_stage": 3}, 1, True, 1)
+@pytest.mark.parametrize("part", ["scorer", "decoder"])
+def test_what_fails_on_one_replica_leaves_no_rank_waiting(part):
+    found = run_ranks(2, _run, {"zero_stage": 3}, 1, True, 1, part)
     assert [results for results, *_ in found] == [[None, None], [None, None]]
     assert [has_error for *_, has_error in found] == [False, True]
 

@@ -165,6 +165,22 @@ def test_going_back_to_an_older_checkpoint(tmp_path):
     assert folder.steps() == [15, 20] and content(folder.latest()) == "step 20"
 
 
+def test_room_is_made_by_what_the_commit_would_delete_and_nothing_else(tmp_path):
+    every = CheckpointFolder(tmp_path, keep=9)
+    for step in (50, 100, 200, 250):
+        save(every, step)
+    (tmp_path / "latest").write_text("step_00000100\n")
+    # The abandoned steps after 150 stay and do not count; one that is being copied stays until it is.
+    assert not CheckpointFolder(tmp_path, keep=3).make_room(150)
+    assert not CheckpointFolder(tmp_path, keep=2, is_busy=lambda step: step == 50).make_room(150)
+    assert every.steps() == [50, 100, 200, 250]
+    assert CheckpointFolder(tmp_path, keep=3).make_room(200)
+    assert every.steps() == [50, 100, 250], "the new one takes the place of the abandoned one"
+    assert CheckpointFolder(tmp_path, keep=2).make_room(150)
+    assert every.steps() == [100, 250]
+    assert not CheckpointFolder(tmp_path, keep=1).make_room(150), "not the one that a run would resume from"
+
+
 def test_a_checkpoint_that_latest_cannot_name_is_said_to_be_whole(tmp_path, monkeypatch):
     folder = CheckpointFolder(tmp_path, keep=2)
     save(folder, 1)

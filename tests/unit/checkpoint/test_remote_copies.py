@@ -27,6 +27,7 @@ from bitdance_scale.checkpoint.start_weights import load_start_weights
 from bitdance_scale.config.schema import CheckpointSection
 from bitdance_scale.errors import CheckpointError, DataError
 from bitdance_scale.parallel.partition import Placement, ShardedValue, whole_pieces
+from bitdance_scale.phases import POSITION
 from tests.s3_server import FaultInjector, bucket_server
 
 BUCKET = "copies"
@@ -272,7 +273,9 @@ def test_the_end_of_a_run_waits_so_long_and_no_longer(make_copies, folder, injec
     copies, gate = make_copies(), threading.Event()
     injector.before = lambda method, _: gate.wait(WAIT_S) if method == "PUT" else None
     copies.upload(save(folder, 1))
+    before = POSITION.changes
     copies.close(0.05)
+    assert POSITION.changes > before + 1, "the heartbeat sees that it gets on, however long it waits"
     gate.set()
     assert "the copy of step 1 to s3://" in caplog.text and "was not finished in 0 s" in caplog.text
     assert copies.steps() == []

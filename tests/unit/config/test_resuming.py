@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from bitdance_scale.config.load import dump_toml, load_config
-from bitdance_scale.config.resuming import EFFECTS, TOKENIZER_EFFECTS, Effect, changes, effect_of, settings
+from bitdance_scale.config.resuming import (
+    EFFECTS,
+    TOKENIZER_EFFECTS,
+    Change,
+    Effect,
+    changes,
+    changes_losses,
+    effect_of,
+    settings,
+)
 from bitdance_scale.config.tokenizer_schema import TokenizerConfig
 from bitdance_scale.train.start_checks import SAME_SETTINGS
 
@@ -62,7 +71,7 @@ def test_the_same_configuration_has_no_changes(config):
         ("loss.text_weight=1.0", "loss.text_weight 0.01 -> 1.0", Effect.TOLD),
         ("run.steps=200", "run.steps 100 -> 200", Effect.FREE),
         ("parallel.tensor=2", "parallel.tensor 1 -> 2", Effect.FREE),
-        ("run.dtype=float32", 'run.dtype "bfloat16" -> "float32"', Effect.TOLD),
+        ("run.dtype=float32", 'run.dtype "bfloat16" -> "float32"', Effect.FIXED),
         ("vision.block_side=2", "vision.block_side 4 -> 2", Effect.FIXED),
         ("model.mask=causal", 'model.mask "block" -> "causal"', Effect.FIXED),
         ("data.global_batch=30", "data.global_batch 20 -> 30", Effect.BY_CONTENT),
@@ -76,6 +85,15 @@ def test_the_same_configuration_has_no_changes(config):
 def test_a_change_is_found_with_both_values_and_its_effect(config_path, config, override, line, effect):
     (change,) = changes(dump_toml(config), load_config(config_path, [override]))
     assert (str(change), change.effect) == (line, effect)
+
+
+def test_a_tokenizer_goes_on_in_another_dtype():
+    config = tokenizer()
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[config.run.dtype]
+    (change,) = changes(
+        dump_toml(config), dataclasses.replace(config, run=dataclasses.replace(config.run, dtype=other))
+    )
+    assert (change.setting, change.effect) == ("run.dtype", Effect.TOLD)
 
 
 def test_more_steps_are_told_where_the_rate_falls_at_the_end(config_path):
@@ -146,3 +164,21 @@ def test_a_setting_of_a_row_that_the_checkpoint_lacks_had_its_default(config_pat
     text = dump_toml(run)
     earlier = text.replace("batch_size = 8\n", "")
     assert earlier != text and changes(earlier, run) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "effect", "expected"),
+    [
+        ("loss.text_weight", Effect.TOLD, True),
+        ("head.time_mean", Effect.TOLD, True),
+        ("data.image_to_text_share", Effect.TOLD, True),
+        ("adversarial.weight", Effect.TOLD, True),
+        ("optim.lr", Effect.TOLD, False),
+        ("evaluate.images", Effect.TOLD, False),
+        ("data.prefetch_steps", Effect.FREE, False),
+        ("data.shards", Effect.BY_CONTENT, False),
+    ],
+)
+def test_what_makes_another_loss(setting, effect, expected):
+    assert changes_losses([Change(setting, 1, 2, effect)]) is expected
+    assert not changes_losses([])

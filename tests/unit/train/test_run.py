@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -186,3 +187,22 @@ def test_a_complete_run_only_makes_what_is_missing(
     assert run.run_job(config, ParallelSection(), lambda topology, folder: job) == 0
     assert job.events == ["complete"] and "is complete at step 6; extend it with run.steps=12" in caplog.text
     assert not (tmp_path / "a" / "config.toml").exists()
+
+
+def test_a_kept_error_does_not_hold_what_was_in_memory_when_it_came() -> None:
+    class Tensor:
+        pass
+
+    tensors = []
+
+    def decode() -> None:
+        tensor = Tensor()
+        tensors.append(weakref.ref(tensor))
+        raise RuntimeError("out of memory")
+
+    errors = LocalErrors()
+    with errors.kept():
+        decode()
+    assert errors.has_any and tensors[0]() is None
+    with pytest.raises(RuntimeError, match="out of memory"):
+        errors.raise_on_all_ranks()

@@ -138,3 +138,12 @@ def test_a_checkpoint_without_a_window_begins_anew() -> None:
     guards = StepGuards(SECTION)
     guards.restore({})
     assert guards.state() == StepGuards(SECTION).state()
+
+
+def test_a_run_with_another_loss_keeps_its_counts_and_begins_its_windows_again() -> None:
+    guards, resumed = fed(losses=(1.0,) * 8), StepGuards(SECTION)
+    assert guards.judge(100.0, 1.0) is not None
+    guards.count(9, is_skipped=True)
+    resumed.restore(guards.state(), keeps_windows=False)
+    assert resumed.state() == guards.state() | {"loss": [], "grad_norm": []}
+    assert resumed.num_spikes == 1 and resumed.judge(1000.0, 1.0) is None

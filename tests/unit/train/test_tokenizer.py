@@ -23,7 +23,7 @@ from bitdance_scale.demo.shards import write_shards
 from bitdance_scale.errors import ConfigError, DataError
 from bitdance_scale.evaluation.pixels import psnr_db
 from bitdance_scale.observe.metrics import EVALUATION_FILE, METRICS_FILE, read_records
-from bitdance_scale.train.tokenizer import _held_out_images, run_tokenizer
+from bitdance_scale.train.tokenizer import TokenizerJob, _held_out_images, run_tokenizer
 from bitdance_scale.train.tokenizer_evaluation import evaluate
 from bitdance_scale.train.tokenizer_networks import Outputs, TokenizerNetworks
 from bitdance_scale.train.tokenizer_objective import Crops, edge_loss
@@ -205,12 +205,69 @@ def test_averages_change_nothing_that_is_trained_and_resume_exactly(shards: Path
         assert all(torch.equal(published[name], value) for name, value in part(last, prefix).items())
 
 
+def test_a_longer_run_that_is_killed_before_its_end_leaves_its_own_weights(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = (*EVERY_STEP, "evaluate.every_steps=100")
+    assert run_tokenizer(small_config(shards, tmp_path, *settings, "run.steps=1")) == 0
+    longer = small_config(shards, tmp_path, *settings, "run.steps=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenizerJob, "finish", fail)
+        with pytest.raises(RuntimeError, match="cannot go on"):
+            run_tokenizer(longer)
+    file, last = tmp_path / "weights" / "ae.safetensors", part(stored_tensors(tmp_path, 2), "model.")
+    assert not torch.equal(load_file(file)["encoder.conv_in.weight"], last["encoder.conv_in.weight"])
+    assert run_tokenizer(longer) == 0
+    published = load_file(file)
+    assert all(torch.equal(published[name], value) for name, value in last.items())
+    # Once they are there nothing is written, unless one of the two files is missing or of other settings.
+    written_ns = file.stat().st_mtime_ns
+    assert run_tokenizer(longer) == 0 and file.stat().st_mtime_ns == written_ns
+    (file.parent / "ae_config.json").unlink()
+    assert run_tokenizer(longer) == 0 and (file.parent / "ae_config.json").is_file()
+    assert run_tokenizer(small_config(shards, tmp_path, *settings, "run.steps=2", "run.output_dtype=bfloat16")) == 0
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
+    evaluations = read_records(tmp_path / "demo_tokenizer" / EVALUATION_FILE, TokenizerEvaluation)
+    assert [evaluation.step for evaluation in evaluations] == [0, 1, 2]
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("cannot go on")
+
+
+def test_an_error_in_the_last_measurement_is_no_complete_run(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = (*AVERAGED, "run.steps=1", "evaluate.every_steps=100", "evaluate.weights=trained")
+    config = small_config(shards, tmp_path, *settings)
+    calls: list[int] = []
+
+    def evaluate_or_fail(*arguments: object) -> object:
+        calls.append(1)
+        # Before the first step and after the last with the trained weights, and then with those that are written.
+        return evaluate(*arguments) if len(calls) < 3 else fail()
+
+    monkeypatch.setattr("bitdance_scale.train.tokenizer.evaluate", evaluate_or_fail)
+    for _ in ("at the end of the run", "in a run that is complete"):
+        with pytest.raises(RuntimeError, match="cannot go on"):
+            run_tokenizer(config)
+    assert not (tmp_path / "weights").exists()
+
+
 def test_psnr_by_hand():
     images = np.zeros((2, 2, 2, 3), dtype=np.uint8)
     decoded = images.copy()
     decoded[1] = 51
     # An error of 51 everywhere is a fifth of the range: 20 log10(5) dB.
     assert psnr_db(decoded, images).tolist() == pytest.approx([100.0, 20 * math.log10(5)])
+
+
+def test_another_loss_is_no_spike_of_the_old_one(shards: Path, tmp_path: Path):
+    guarded = ("optim.spike_window=8", "optim.spike_action=skip", "optim.max_skipped_steps=1")
+    assert run_tokenizer(small_config(shards, tmp_path, *guarded, "run.steps=8")) == 0
+    changed = ("run.steps=10", "reconstruction.l1_weight=1000.0")
+    assert run_tokenizer(small_config(shards, tmp_path, *guarded, *changed)) == 0
+    assert records(tmp_path)[-1].spikes == 0
 
 
 def test_edge_loss_by_hand():
