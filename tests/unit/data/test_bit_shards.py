@@ -20,16 +20,12 @@ import pytest
 from bitdance_scale.config.data_schema import DataFilter, DataSection, DataSource, Resolution
 from bitdance_scale.data import bit_shards
 from bitdance_scale.data.bit_shards import (
-    HAS_BITS,
-    NOT_ENCODED,
     SHARD_ROW,
-    TABLE_NAME,
     Bits,
     BitStore,
     read_tables,
     shard_file,
     shard_meta,
-    stored_filters,
     write_bit_shard,
     write_table,
 )
@@ -85,7 +81,7 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
     assert path.name == "000007.tar" and meta == META and list(tables) == [64]
     table = tables[64]
     bad_image = 1 + list(ErrorCause).index(ErrorCause.BAD_IMAGE)
-    assert table["error_code"].tolist() == [HAS_BITS, bad_image, NOT_ENCODED]
+    assert table["error_code"].tolist() == [bit_shards.HAS_BITS, bad_image, bit_shards.NOT_ENCODED]
     assert table["checksum"].tolist() == [checksum32(b"red"), checksum32(b""), checksum32(b"")]
     start, num_bytes = int(table["start"][0]), int(table["num_bytes"][0])
     assert path.read_bytes()[start : start + num_bytes] == b"red"
@@ -180,7 +176,7 @@ def test_bits_without_views_are_refused_where_views_are_wanted(index: Index, fol
 
 
 def test_entries_that_only_unusual_recipes_have_are_compared_both_ways(index: Index, folder: Path) -> None:
-    table = folder / TABLE_NAME
+    table = folder / bit_shards.TABLE_NAME
     content = json.loads(table.read_text(encoding="utf-8"))
     for name, usual, value in (("order", "block", "raster"), ("latents", "bits", "continuous")):
         unusual = RECIPE | {name: value}
@@ -193,7 +189,7 @@ def test_entries_that_only_unusual_recipes_have_are_compared_both_ways(index: In
 
 
 def test_a_token_of_continuous_latents_has_a_float_for_each(index: Index, folder: Path) -> None:
-    recipe, table = RECIPE | {"latents": "continuous", "num_bits": 2}, folder / TABLE_NAME
+    recipe, table = RECIPE | {"latents": "continuous", "num_bits": 2}, folder / bit_shards.TABLE_NAME
     content = json.loads(table.read_text(encoding="utf-8"))
     table.write_text(json.dumps(content | {"recipe": recipe}), encoding="utf-8")
     assert BitStore(folder, index, recipe).read(0, 64).shape == (64 * 64 // 512, 8)
@@ -379,7 +375,7 @@ def encode(folder: Path, index: Index, data: DataSection, recipe: dict) -> None:
             b"bits" if drawn[sample] else None for sample in index.shard_samples(row) for _ in range(num_views)
         ]
         write_bit_shard(folder / shard_file(row), shard_meta(index, row, recipe), {64: samples})
-    write_table(folder, index, recipe, stored_filters(index, data))
+    write_table(folder, index, recipe, bit_shards.stored_filters(index, data))
 
 
 @pytest.mark.parametrize("num_views", [1, 3])
@@ -427,9 +423,9 @@ def test_bits_of_the_same_filters_are_not_searched(
 def test_bits_of_earlier_versions_do_not_say_their_filters(pictures: Index, wide: DataSection, tmp_path: Path) -> None:
     recipe, narrow = {"num_bits": 32, "resolutions": {"64": [[64, 64]]}}, with_filters(wide, score=3)
     encode(tmp_path, pictures, narrow, recipe)
-    table = json.loads((tmp_path / TABLE_NAME).read_text())
+    table = json.loads((tmp_path / bit_shards.TABLE_NAME).read_text())
     del table["filters"]
-    (tmp_path / TABLE_NAME).write_text(json.dumps(table))
+    (tmp_path / bit_shards.TABLE_NAME).write_text(json.dumps(table))
     store = BitStore(tmp_path, pictures, recipe)
     store.check_drawn(narrow)
     with pytest.raises(DataError, match=r"data.filters were not stored then and are \[\] now"):
@@ -448,7 +444,7 @@ def test_filters_of_one_source_are_not_those_of_another(pictures: Index, wide: D
         drawn = eligible[row, 64].contains(np.arange(6)).tolist()
         bits: list[Bits] = [b"bits" if is_drawn else None for is_drawn in drawn]
         write_bit_shard(tmp_path / shard_file(row), shard_meta(index, row, recipe), {64: bits})
-    write_table(tmp_path, index, recipe, stored_filters(index, data["a"]))
+    write_table(tmp_path, index, recipe, bit_shards.stored_filters(index, data["a"]))
     store = BitStore(tmp_path, index, recipe)
     store.check_drawn(data["a"])
     with pytest.raises(DataError, match="2 of the 6 samples .*, the first is 04 of .*/0.tar"):
@@ -456,8 +452,8 @@ def test_filters_of_one_source_are_not_those_of_another(pictures: Index, wide: D
 
 
 def test_other_formats_are_refused(index: Index, folder: Path, tmp_path: Path) -> None:
-    table = json.loads((folder / TABLE_NAME).read_text())
-    (folder / TABLE_NAME).write_text(json.dumps(table | {"format": 1}))
+    table = json.loads((folder / bit_shards.TABLE_NAME).read_text())
+    (folder / bit_shards.TABLE_NAME).write_text(json.dumps(table | {"format": 1}))
     with pytest.raises(DataError, match=r"bits of format 1; this version reads 2.*Run `bitdance encode`"):
         BitStore(folder, index, RECIPE)
     path = tmp_path / shard_file(0)
