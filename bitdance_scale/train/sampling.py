@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from bitdance_scale.config.schema import RunConfig
 from bitdance_scale.generate.block_decode import OnBlock, decode_blocks, lay_out
 from bitdance_scale.generate.sampler import ImageNoise, configured_solver, num_draws
+from bitdance_scale.parallel.agreement import from_all_ranks
 from bitdance_scale.parallel.engine import TrainingEngine
 from bitdance_scale.parallel.layout_decode import StageDecoder
 from bitdance_scale.parallel.still_model import StageHolder
@@ -45,8 +45,7 @@ def draw_samples(
         batch = numbers[start : start + MAX_BATCH]
         bits = drawer.draw([prompts[number] for number in batch], batch)
         mine |= dict(zip(batch, pack_codes(bits.cpu().numpy(), config.vision.latents), strict=True))
-    drawn: list[dict[int, np.ndarray]] = [{} for _ in range(topology.data_size)]
-    dist.all_gather_object(drawn, mine, group=topology.data_group)
+    drawn = from_all_ranks(mine, topology.data_group)
     if topology.rank != 0:
         return []
     all_codes = {number: codes for part in drawn for number, codes in part.items()}

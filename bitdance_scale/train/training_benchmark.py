@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from bitdance_scale.config.benchmark_schema import RunBenchmark
 from bitdance_scale.config.schema import RunConfig, SampleSection
@@ -27,7 +26,7 @@ from bitdance_scale.evaluation.metrics.picture_scorer import DrawnImage, Picture
 from bitdance_scale.evaluation.picture_scorers import ClipScorer, ScorerNetworks, load_picture_scorer
 from bitdance_scale.evaluation.run_benchmarks import read_run_benchmark
 from bitdance_scale.observe.benchmark_scores import BenchmarkScores
-from bitdance_scale.parallel.agreement import all_ranks
+from bitdance_scale.parallel.agreement import all_ranks, from_all_ranks
 from bitdance_scale.parallel.engine import TrainingEngine
 from bitdance_scale.parallel.topology import Topology
 from bitdance_scale.phases import Phase, phase
@@ -147,8 +146,7 @@ class TrainingBenchmark:
         with alone():
             share = self._score(self._decode(drawn))
         # Ranks at the same place of all replicas; those of the first rank are the ones that have scored.
-        shares: list[Share | None] = [None] * self._topology.data_size
-        dist.all_gather_object(shares, share, group=self._topology.data_group)
+        shares = from_all_ranks(share, self._topology.data_group)
         found = [share for share in shares if share is not None]
         result: BenchmarkResult | None = None
         with alone():
