@@ -98,14 +98,19 @@ def _verify(options: argparse.Namespace, index_dir: Path, shards: Sequence[str],
 
     from bitdance_scale.data.index.comparison import changed_shards
     from bitdance_scale.data.index.index import find_table, open_index
+    from bitdance_scale.data.index.known_shards import closest_table
     from bitdance_scale.data.index.verification import find_damage
 
-    table = find_table(index_dir, shards)
+    table = find_table(index_dir, shards) or closest_table(index_dir, shards)
     if table is None:
         raise DataError(
-            f"{index_dir}: no usable index of these {len(shards)} shards. Name the DATASET as training does, or build "
-            "the index: `bitdance index` without --verify."
+            f"{index_dir}: no usable index of any of these {len(shards)} shards. Build it: `bitdance index` without "
+            "--verify."
         )
+    indexed = {entry.path for entry in table.shards}
+    for path in shards:
+        if path not in indexed:
+            print(f"{path}: is not in the index; `bitdance index` adds it")
     damaged = find_damage(index_dir, table.segments, is_whole=True)
     for entry, damage in damaged.items():
         print(f"{index_dir / entry.file}: {damage}")

@@ -113,13 +113,16 @@ class CaptionPipeline:
         prompts = [model.text.describing_prompt(0, grid) for grid in grids]
         codes = model.vision.encode([torch.from_numpy(np.ascontiguousarray(image)) for image in images])
         bits = unpack_bits(torch.from_numpy(np.concatenate(codes))).to(self.device)
+        is_choice = torch.zeros(len(model.output), dtype=torch.bool)
+        # Rows beyond the tokenizer's entries mean nothing.
+        is_choice[: model.text.vocab_size] = torch.from_numpy(model.text.caption_entries())
         found = decode_captions(
             self._captions,
             lay_out_contexts(prompts, model.text.image_tokens, self.device),
             bits,
             choice,
             generators,
-            torch.from_numpy(model.text.caption_entries()).to(self.device),
+            is_choice.to(self.device),
             int(model.text.turn_end_ids[0]),
             max_tokens,
         )

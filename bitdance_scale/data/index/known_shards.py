@@ -92,6 +92,18 @@ def readable_tables(index_dir: Path) -> list[IndexTable]:
     return tables
 
 
+def closest_table(index_dir: Path, shards: Collection[str]) -> IndexTable | None:
+    """The table that has most of a list of shards, some of which may be gone or new by now; None where none has any.
+
+    Raises:
+        UnreadableError: a table cannot be read now.
+    """
+    wanted = set(shards)
+    known = {table.path: sum(entry.path in wanted for entry in table.shards) for table in readable_tables(index_dir)}
+    best = max(known, key=lambda path: known[path], default=None)
+    return read_table(best) if best is not None and known[best] else None
+
+
 def earlier_shards(
     index_dir: Path, tables: Sequence[IndexTable], wanted: Collection[ShardVersion], captions: Collection[str]
 ) -> EarlierShards:

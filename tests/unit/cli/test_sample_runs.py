@@ -124,7 +124,7 @@ def test_another_vision_tokenizer_is_refused(imported, tmp_path, capsys):
         assert run(*ask, f"vision.weights={other}", "--out", tmp_path / "none") == 2
         assert "trained with another vision tokenizer" in capsys.readouterr().err
         assert not list(tmp_path.glob("none/*.png"))
-        assert run(*ask, f"vision.weights={same}", "--out", tmp_path / model[0].name) == 0
+        assert run(*ask, f"vision.weights={same}", "--out", tmp_path / "out" / model[0].name) == 0
 
 
 def test_frozen_weights_that_a_run_has_fetched_are_taken_without_s3(imported, tmp_path, capsys):

@@ -98,5 +98,8 @@ class CharacterTokenizer(TextTokenizer):
     def _encode(self, text: str) -> list[int]:
         return list(text.encode())
 
+    def _text_entries(self) -> Sequence[int]:
+        return range(256)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return bytes(index for index in ids if index < 256).decode()

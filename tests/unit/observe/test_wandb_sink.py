@@ -296,7 +296,7 @@ class _Answers(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Answers the queries of a start; everything else waits until the test is over."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        query = json.loads(body).get("query", "") if self.path == "/graphql" else self.path
+        query = json.loads(body).get("query", "").strip() if self.path == "/graphql" else self.path
         self.server.queries.append(query)
         project = {"name": "bitdance_scale", "entity": {"name": "tester"}}
         run = {"id": "UnVuOjE=", "name": "abc123", "displayName": "demo", "historyLineCount": 0, "project": project}
