@@ -280,7 +280,16 @@ def _draw_speed(images: Axes, tokens: Axes, mfu: Axes, tracks: Sequence[_Track])
     else:
         # No empty panel for a number that is unknown on this device.
         _training(mfu, tracks, "Time of a step", "seconds", lambda point: point.step_s, GREEN, ".3g", " s")
-        mfu.text(0.02, 0.03, "MFU: the device's peak is not known", transform=mfu.transAxes, fontsize=8, color=GREY)
+        mfu.text(
+            0.98,
+            0.97,
+            "MFU: the device's peak is not known",
+            transform=mfu.transAxes,
+            fontsize=8,
+            color=GREY,
+            ha="right",
+            va="top",
+        )
     for axes in (images, tokens, mfu):
         show_from_zero(axes)
 
